@@ -1,0 +1,67 @@
+"""Every error rarefy raises on purpose.
+
+::
+
+    RarefyError                    one line: what, where, with what value, and the way out
+     ├── InputError                the request is wrong                                  exit 2
+     │    ├── CaptureError         the model can't be turned into a graph
+     │    ├── DataError            the data is missing, broken or does not fit the model
+     │    ├── FormatError          a file or folder is not what it claims to be
+     │    └── MissingDependency    an extra is not installed; carries the pip line
+     └── CheckFailed               a check said no                                       exit 1
+          ├── SelfCheckFailed      a step's result differs from what it must equal
+          ├── GoalMissed           a budget was not reached; what was found is kept
+          ├── SignatureRefused     a file was changed, added or removed, or the key is wrong
+          └── TrainingDiverged     NaN or infinity in training; the last good state is kept
+
+``exit_code`` is what the command line exits with. Anything else that escapes is a bug of ours.
+"""
+
+from __future__ import annotations
+
+
+class RarefyError(Exception):
+    exit_code = 2
+
+
+class InputError(RarefyError):
+    pass
+
+
+class CaptureError(InputError):
+    pass
+
+
+class DataError(InputError):
+    pass
+
+
+class FormatError(InputError):
+    pass
+
+
+class MissingDependency(InputError):
+    """``package``: the import that failed; ``extra``: the extra of rarefy that brings it."""
+
+    def __init__(self, package: str, extra: str):
+        super().__init__(f"{package} is not installed; pip install 'rarefy[{extra}]'")
+
+
+class CheckFailed(RarefyError):
+    exit_code = 1
+
+
+class SelfCheckFailed(CheckFailed):
+    pass
+
+
+class GoalMissed(CheckFailed):
+    pass
+
+
+class SignatureRefused(CheckFailed):
+    pass
+
+
+class TrainingDiverged(CheckFailed):
+    pass

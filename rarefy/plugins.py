@@ -1,0 +1,130 @@
+"""Choices as objects, and as text: ``"taylor:batches=50"`` is ``Taylor(batches=50)``.
+
+A choice is a frozen dataclass whose fields are its options. Those that come with rarefy live one a file in a folder
+(``criteria/ losses/ rounding/ calibration/ runtimes/``), and the file name is the registry: ``criteria/taylor.py`` holds the
+dataclass ``Taylor``, so adding a file adds a choice. A user's own needs no file of ours: pass the object, or name it by its
+import path, ``"mylab.scores:MyScore"`` or ``"mylab.scores:MyScore:power=2"``.
+
+    >>> resolve("criteria", "magnitude:p=1")
+    Magnitude(p=1, ...)
+    >>> describe(Magnitude(p=1))
+    'magnitude:p=1'
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+import types
+import typing
+from typing import Any
+
+from rarefy.errors import InputError
+
+KINDS = ("criteria", "losses", "rounding", "calibration", "runtimes")
+
+
+def available(kind: str) -> list[str]:
+    """Names of the choices of ``kind`` that come with rarefy, sorted."""
+    package = importlib.import_module(f"rarefy.{kind}")
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_"))
+
+
+def choice_class(kind: str, name: str) -> type:
+    """The dataclass in ``rarefy/<kind>/<name>.py``."""
+    if name not in available(kind):
+        raise InputError(f"{kind}: unknown choice {name!r}; have {', '.join(available(kind))}, or give package.module:Class")
+    module = importlib.import_module(f"rarefy.{kind}.{name}")
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and dataclasses.is_dataclass(value) and value.__module__ == module.__name__
+        and value.__name__.lower() == name.replace("_", "")
+    ]
+    if len(found) != 1:
+        raise InputError(f"rarefy/{kind}/{name}.py must define one dataclass named like the file")
+    return found[0]
+
+
+def summary(kind: str, name: str) -> str:
+    """First line of what the choice's class (or else its file) says of itself."""
+    cls = choice_class(kind, name)
+    doc = cls.__doc__ or ""
+    if doc.startswith(f"{cls.__name__}("):  # the docstring dataclass makes when there is none
+        doc = importlib.import_module(cls.__module__).__doc__ or ""
+    return doc.strip().split("\n")[0]
+
+
+def resolve(kind: str, choice: Any) -> Any:
+    """The object for ``choice``: an object passes through, text is looked up and its options parsed.
+
+    Raises InputError for an unknown name, an unknown option or a value of the wrong type.
+    """
+    if not isinstance(choice, str):
+        return choice
+    text = choice.strip()
+    head, _, tail = text.partition(":")
+    if "." in head:
+        name, _, tail = tail.partition(":")
+        cls = _imported(head, name)
+    else:
+        cls = choice_class(kind, head.replace("-", "_"))
+    return _build(cls, tail, text)
+
+
+def describe(choice: Any) -> str:
+    """The text ``resolve`` takes back; only options that differ from their default are written."""
+    if isinstance(choice, str):
+        return choice
+    cls = type(choice)
+    name = cls.__module__.rsplit(".", 1)[1] if cls.__module__.startswith("rarefy.") else f"{cls.__module__}:{cls.__name__}"
+    if not dataclasses.is_dataclass(choice):
+        return name
+    options = [
+        f"{field.name}={getattr(choice, field.name)}"
+        for field in dataclasses.fields(choice)
+        if getattr(choice, field.name) != field.default
+    ]
+    return f"{name}:{','.join(options)}" if options else name
+
+
+def _imported(module: str, name: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"{module}:{name}: can't be imported ({error}); give package.module:Class") from error
+
+
+def _build(cls: Any, options: str, text: str) -> Any:
+    fields = {field.name for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
+    hints = typing.get_type_hints(cls) if fields else {}
+    values = {}
+    for part in filter(None, (part.strip() for part in options.split(","))):
+        key, equals, value = part.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals or key not in fields:
+            raise InputError(f"{text!r}: unknown option {part!r}; have {', '.join(sorted(fields)) or 'none'}")
+        values[key] = _parse(value.strip(), hints[key], f"{text!r}: {key}")
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{text!r}: {error}") from error
+
+
+def _parse(value: str, hint: Any, where: str) -> Any:
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if type(None) in options and value.lower() == "none":
+        return None
+    if bool in options and value.lower() in ("true", "false", "yes", "no", "1", "0"):
+        return value.lower() in ("true", "yes", "1")
+    for kind in (int, float):
+        if kind in options:
+            try:
+                return kind(value)
+            except ValueError:
+                continue
+    if str in options:
+        return value
+    names = " or ".join(getattr(option, "__name__", str(option)) for option in options)
+    raise InputError(f"{where}: {value!r} is not {names}")
