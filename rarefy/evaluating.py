@@ -24,8 +24,8 @@ gets a low score and a visible reason, so that a gate can refuse it, and not an 
 
 from __future__ import annotations
 
-import copy
 import contextlib
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
