@@ -29,6 +29,7 @@ import dataclasses
 import functools
 import logging
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -438,6 +439,7 @@ class Classification:
             batch_sampler=[[(index, seeds) for index in chunk.tolist()] for chunk in chunks[start:]],
             num_workers=self.workers,
             collate_fn=functools.partial(_collated, source.where),
+            worker_init_fn=_quiet_pictures,
             pin_memory=device.type == "cuda",
             generator=torch.Generator().manual_seed(0),  # else it draws a number from the global one
         )
@@ -518,7 +520,7 @@ class _Decoder:
         if isinstance(image, Image.Image):
             return self._from_pil(_converted(image, channels), draw)
         if isinstance(image, np.ndarray):
-            image = torch.from_numpy(np.ascontiguousarray(image))
+            image = torch.from_numpy(np.array(image))
             image = image.unsqueeze(0) if image.dim() == 2 else image.permute(2, 0, 1)
         if not isinstance(image, Tensor) or image.dim() != 3:
             raise DataError(
@@ -635,7 +637,9 @@ def _uninterrupted(loader: DataLoader[Any], where: str) -> Iterator[Any]:
     batches = iter(loader)
     while True:
         try:
-            batch = next(batches)
+            with warnings.catch_warnings():
+                _quiet_pictures()
+                batch = next(batches)
         except StopIteration:
             return
         except RuntimeError as error:
@@ -645,12 +649,18 @@ def _uninterrupted(loader: DataLoader[Any], where: str) -> Iterator[Any]:
         yield batch
 
 
+def _quiet_pictures(worker: int = 0) -> None:
+    """Pillow warns of odd files besides refusing them; what it refuses is told in our own words."""
+    warnings.filterwarnings("ignore", module="PIL")
+
+
 def _all_broken(source: Items) -> dict[int, str]:
     """Every unreadable image among the first ten thousand."""
     decoder = _Decoder(source, (3, 8, 8), 1.0, Image.Resampling.NEAREST, Augmentation())
     seen = range(min(len(source), _MOST_SCANNED))
     if isinstance(source.items, list):
-        with ThreadPoolExecutor(4) as pool:
+        with warnings.catch_warnings(), ThreadPoolExecutor(4) as pool:
+            _quiet_pictures()
             found = list(pool.map(lambda index: decoder[index, None].broken, seen))
     else:
         found = [decoder[index, None].broken for index in seen]
