@@ -1,0 +1,709 @@
+"""Classification: images and labels in, batches, loss and calibration images out.
+
+Where the data comes from is in ``sources.py``. What is done to it here:
+
+* **Files, PIL images.** Evaluation: the shorter side resized to ``size / crop``, then the centre ``size`` x ``size`` (torchvision's
+  Resize and CenterCrop, to the pixel). Training, by ``augment``: ``crop`` is a crop of random area (from ``scale`` to 1) and aspect (3/4 to 4/3),
+  resized to ``size`` (GoogLeNet's, arXiv 1409.4842), ``flip`` mirrors half of them. Decoded by ``workers`` processes, and sent on as uint8.
+* **Arrays.** They stay uint8 in memory. Of a batch, ``crop=4`` shifts each image by -4..4 pixels both ways, black where it came from outside,
+  and ``flip`` mirrors half, on the device, for the whole batch at once (He et al., arXiv 1512.03385). Without a number it is an eighth of
+  the image: 4 pixels of 32. Images of another size than ``size`` are resized as they are, without cropping.
+* **Normalisation.** ``(x - mean) / std`` with x in [0, 1]. Defaults: ImageNet's for three channels, 0.5 and 0.5 for any other number. Float images must
+  lie in [0, 1]; those that are normalised already need ``mean=0, std=1`` to be said, and can't be corrupted.
+
+**Exact resume.** Order and augmentation of step k follow from (shuffle_seed, epoch, k) alone, so ``start=k`` goes on as if nothing had happened:
+the order is a permutation drawn from (shuffle_seed, epoch); arrays are augmented from (shuffle_seed, epoch, k), files each from
+(shuffle_seed, epoch, index), whatever the number of workers. The global random state is neither read nor changed. (A user's dataset
+that draws random numbers of its own is out of reach; pass it without augmentation.)
+
+``limit`` takes a random subset by a fixed seed (a prefix of a sorted folder would be one class), and a larger limit contains a smaller one's.
+
+An image that can't be read is an error that names the first and counts the rest; with ``strict=False`` such images are left out, counted, and
+told by ``describe()``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from rarefy.errors import DataError
+from rarefy.tasks.sources import Arrays, Items, Source, Split, load
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_RESAMPLING = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_FILE_SIZE = 224  # pixels, where a source of files is given no size
+_MOST_SCANNED = 10_000  # images looked at to count the unreadable ones
+
+
+class Augmentation(NamedTuple):
+    """``"crop=4,flip"``: crop: pixels of shift (None: an eighth of the image); scale: least area of a random crop of a file."""
+
+    cropped: bool = False
+    crop: int | None = None
+    flip: bool = False
+    scale: float = 0.35
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Classification:
+    """A data set to train on, one to judge on, and how images are prepared for the model.
+
+    train, val: a source (see ``rarefy/tasks/sources.py``); either may be left out.
+    size: side of the model's square input in pixels; None: the arrays' own, 224 for files.
+    channels: 1 or 3; None: the arrays' own, 3 for files.
+    class_count: number of classes, where it is not the number of folders or the largest label + 1.
+    mean, std: one value a channel, or one for all.
+    crop: fraction of the resized image that evaluation sees (files only), 0.875 as usual.
+    augment: comma-separated ``crop``, ``crop=PIXELS``, ``flip``, ``scale=LEAST_AREA``; or "none".
+    interpolation: nearest, bilinear or bicubic.
+    workers: processes that decode files; 0: this one.
+    strict: an unreadable image is an error, not left out.
+
+    Raises DataError where an option makes no sense, and, at first use of the data, for everything wrong with it.
+    """
+
+    train: Any = None
+    val: Any = None
+    size: int | None = None
+    channels: int | None = None
+    class_count: int | None = None
+    mean: Sequence[float] | float | None = None
+    std: Sequence[float] | float | None = None
+    crop: float = 0.875
+    augment: str = "crop,flip"
+    interpolation: str = "bilinear"
+    workers: int = 0
+    strict: bool = True
+
+    def __post_init__(self) -> None:
+        if self.train is None and self.val is None:
+            raise DataError("classification: neither train nor val is given; pass at least one of them")
+        for name, value in (("size", self.size), ("channels", self.channels), ("class_count", self.class_count)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise DataError(f"classification: {name}={value!r} is not a positive whole number")
+        if self.channels not in (None, 1, 3):
+            raise DataError(f"classification: channels={self.channels} is not 1 or 3; leave it out to keep the images' own")
+        if not 0 < self.crop <= 1:
+            raise DataError(f"classification: crop={self.crop} is not a fraction above 0 and up to 1")
+        if self.workers < 0:
+            raise DataError(f"classification: workers={self.workers} is negative; 0 decodes in this process")
+        if self.interpolation not in _RESAMPLING:
+            raise DataError(f"classification: interpolation={self.interpolation!r}; have {', '.join(_RESAMPLING)}")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values is None:
+                continue
+            numbers = np.asarray(values, dtype=np.float64)
+            if numbers.ndim > 1 or not np.isfinite(numbers).all() or (name == "std" and (numbers <= 0).any()):
+                raise DataError(
+                    f"classification: {name}={values!r}; give one{' positive' if name == 'std' else ''} number a channel, of images in [0, 1]"
+                )
+        _ = self._augmentation
+
+    name = "classification"
+
+    def __repr__(self) -> str:
+        shown = {split: _said(getattr(self, split)) for split in ("train", "val") if getattr(self, split) is not None}
+        return f"Classification({', '.join(f'{split}={said!r}' for split, said in shown.items())})"
+
+    # -- what there is
+
+    @functools.cached_property
+    def classes(self) -> int:
+        """Number of classes: as given, or of the folders, or the largest label + 1. Raises DataError where no split has labels."""
+        if self.class_count is not None:
+            return self.class_count
+        known = [source for source in self._sources() if source.names is not None]
+        if known:
+            return max(len(source.names or ()) for source in known)
+        return self._highest_label + 1
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes, where the data has them."""
+        names = [source.names for source in self._sources() if source.names is not None]
+        return max(names, key=len) if names else None
+
+    @functools.cached_property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what ``batches`` yields."""
+        source = self._sources()[0]
+        if isinstance(source, Arrays):
+            channels, height, width = source.images.shape[1:]
+        else:
+            channels, height, width = 3, _FILE_SIZE, _FILE_SIZE
+            first = next(
+                (image for image in map(functools.partial(_item_or_none, source), range(min(len(source), 16))) if image is not None), None
+            )
+            if isinstance(first, Tensor) and first.dim() == 3:
+                channels, height, width = first.shape
+            elif isinstance(first, np.ndarray):
+                height, width = first.shape[:2]
+                channels = 1 if first.ndim == 2 else first.shape[2]
+        if self.size is not None:
+            height = width = self.size
+        return self.channels or channels, height, width
+
+    def length(self, split: Split) -> int:
+        """Number of images of the split ("train" or "val")."""
+        return len(self._source(split))
+
+    def steps(self, split: Split, batch_size: int, *, limit: int | None = None, augment: bool = False) -> int:
+        """How many batches an epoch of ``batches`` has."""
+        count = min(self.length(split), limit or math.inf)
+        return int(count // batch_size if augment else -(-count // batch_size))
+
+    def check(self, outputs: int) -> None:
+        """Do the labels fit a model with that many outputs? Raises DataError if a label has no output."""
+        highest = self._highest_label
+        if highest >= outputs:
+            raise DataError(
+                f"{self!r}: label {highest} needs a model with at least {highest + 1} outputs, this one has {outputs}; pass a model for these classes"
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """What a manifest says of the task: JSON-able, without the data."""
+        mean, std = self._mean_std
+        said: dict[str, Any] = {
+            "task": self.name,
+            "input": list(self.input_shape),
+            "mean": list(mean),
+            "std": list(std),
+            "crop": self.crop,
+            "augment": self.augment,
+            "interpolation": self.interpolation,
+        }
+        with contextlib.suppress(DataError):  # unlabelled
+            said["classes"] = self.classes
+        for split in ("train", "val"):
+            if getattr(self, split) is not None:
+                said[split] = {"source": _said(getattr(self, split)), "images": self.length(split)}
+                if self._unreadable.get(split):
+                    said[split]["unreadable"] = {"count": len(self._unreadable[split]), "first": min(self._unreadable[split].items())[1]}
+        return said
+
+    def fingerprint(self, split: Split) -> str:
+        """SHA-256 of the split's files (or pixels) and labels, as hex. Reads all of it, once."""
+        self._source(split)
+        if split not in self._fingerprints:
+            self._fingerprints[split] = self._source(split).fingerprint()
+        return self._fingerprints[split]
+
+    # -- what a step needs
+
+    def batches(
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        limit: int | None = None,
+        shuffle_seed: int | None = None,
+        augment: bool = False,
+        epoch: int = 0,
+        start: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (inputs (N, C, H, W) float32, normalised; targets (N,) int64) on ``device``.
+
+        limit: so many images of the split only, always the same. shuffle_seed: None keeps the order of the data. augment: as in training,
+        and the last batch is dropped if it is not full. start: the first step to yield.
+        Raises DataError for whatever is wrong with the data, at the call where it can be known there.
+        """
+        source = self._source(split)
+        if source.labels is None and isinstance(source, Arrays):
+            raise DataError(f"{source.where}: has no labels, which training and evaluation need; only calibration does without")
+        indices = self._indices(source, batch_size, limit)
+        if augment and len(indices) < batch_size:
+            raise DataError(f"{source.where}: {len(indices)} images are less than one batch of {batch_size}; pass a smaller batch size")
+        if shuffle_seed is not None:
+            indices = indices[torch.randperm(len(indices), generator=_generator(shuffle_seed, epoch))]
+        chunks = [chunk for chunk in indices.split(batch_size) if not augment or len(chunk) == batch_size]
+        seeds = (0 if shuffle_seed is None else shuffle_seed, epoch) if augment else None
+        return self._labelled(source, split, chunks, start, seeds, torch.device(device))
+
+    def inputs(self, split: Split, count: int, batch_size: int, seed: int = 0, device: torch.device | str = "cpu") -> Iterator[Tensor]:
+        """Yield ``count`` images (all, if there are fewer), chosen by the seed, as (N, C, H, W) float32, prepared as for evaluation. Needs no labels."""
+        source = self._source(split)
+        if count < 1:
+            raise DataError(f"{source.where}: {count} images asked for; pass at least 1")
+        self._indices(source, batch_size, None)
+        chosen = torch.randperm(len(source), generator=_generator(seed, 0))[:count]
+        return (inputs for inputs, _ in self._prepared(source, split, list(chosen.split(batch_size)), 0, None, torch.device(device)))
+
+    def loss(self, outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """Mean cross-entropy. outputs: logits (N, classes); targets: int64 (N,), or probabilities (N, classes)."""
+        return F.cross_entropy(outputs, targets, label_smoothing=label_smoothing)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Images (N, C, H, W), uint8 or in [0, 1], as the model takes them."""
+        mean, std = self._constants(images.device)
+        unit = images.float() / 255 if images.dtype == torch.uint8 else images
+        return (unit - mean) / std
+
+    def denormalize(self, inputs: Tensor) -> Tensor:
+        """Back to images in [0, 1]. Raises DataError if the inputs never were that."""
+        mean, std = self._constants(inputs.device)
+        images = inputs * std + mean
+        low, high = float(images.min()), float(images.max())
+        if low < -1e-3 or high > 1 + 1e-3:
+            raise DataError(
+                f"{self!r}: images leave [0, 1] ({low:.3g} to {high:.3g}), so they can't be corrupted; pass them unnormalised, with mean and std"
+            )
+        return images.clamp(0, 1)
+
+    # -- inside
+
+    @functools.cached_property
+    def _augmentation(self) -> Augmentation:
+        found = Augmentation()
+        for part in filter(None, (part.strip() for part in self.augment.split(","))):
+            key, equals, value = part.partition("=")
+            try:
+                if key == "crop":
+                    found = found._replace(cropped=True, crop=int(value) if equals else None)
+                elif key == "flip" and not equals:
+                    found = found._replace(flip=True)
+                elif key == "scale":
+                    found = found._replace(scale=float(value))
+                elif part != "none":
+                    raise ValueError
+            except ValueError as error:
+                raise DataError(
+                    f"classification: augment={self.augment!r}: {part!r} is not crop, crop=PIXELS, flip, scale=LEAST_AREA or none"
+                ) from error
+        if not 0 < found.scale <= 1 or (found.crop or 0) < 0:
+            raise DataError(f"classification: augment={self.augment!r}: scale is an area above 0 and up to 1, crop a number of pixels")
+        return found
+
+    @functools.cached_property
+    def _fingerprints(self) -> dict[str, str]:
+        return {}
+
+    @functools.cached_property
+    def _unreadable(self) -> dict[str, dict[int, str]]:
+        """Of each split, index -> what and why, of the images found unreadable so far."""
+        return {}
+
+    @functools.cached_property
+    def _loaded(self) -> dict[str, Source]:
+        return {}
+
+    def _source(self, split: Split) -> Source:
+        if split not in ("train", "val"):
+            raise DataError(f"classification: no split {split!r}; have train and val")
+        given = getattr(self, split)
+        if given is None:
+            raise DataError(f"classification: no {split} data is given; pass {split}= (imagefolder:PATH, ...)")
+        if split not in self._loaded:
+            if split == "val" and _is_folder(self.train) and _is_folder(given):
+                self._source("train")  # its class folders give the labels of both
+            shared = isinstance(given, str) and self.train == self.val
+            self._loaded[split] = self._checked(load(given, split, shared=shared), split)
+        return self._loaded[split]
+
+    def _sources(self) -> list[Source]:
+        return [self._source(split) for split in ("train", "val") if getattr(self, split) is not None]
+
+    def _checked(self, source: Source, split: Split) -> Source:
+        """The source, if it fits the other split and the options."""
+        other = self._loaded.get("val" if split == "train" else "train")
+        if isinstance(source, Arrays):
+            channels = source.images.shape[1]
+            if self.channels not in (None, channels) and (channels, self.channels) != (1, 3):
+                raise DataError(
+                    f"{source.where}: images have {channels} channels, channels={self.channels} was asked for; convert them, or leave it out"
+                )
+            if source.images.is_floating_point() and not self._normalised_already:
+                low, high = float(source.images.min()), float(source.images.max())
+                if low < 0 or high > 1:
+                    raise DataError(
+                        f"{source.where}: float images leave [0, 1] ({low:.3g} to {high:.3g}); pass uint8, divide by 255, or say mean=0, std=1 if they are normalised already"
+                    )
+            if (
+                isinstance(other, Arrays)
+                and other.images.shape[1:] != source.images.shape[1:]
+                and (self.size is None or other.images.shape[1] != channels)
+            ):
+                raise DataError(
+                    f"{source.where}: images are {tuple(source.images.shape[1:])}, those of {other.where} {tuple(other.images.shape[1:])}; make them equal, or pass size="
+                )
+        if source.labels is not None and self.class_count is not None and int(source.labels.max()) >= self.class_count:
+            first = int(source.labels.argmax())
+            raise DataError(
+                f"{source.where}: label {int(source.labels[first])} of image {first} is out of range for class_count={self.class_count}"
+            )
+        if (
+            split == "val"
+            and _is_folder(self.train)
+            and _is_folder(self.val)
+            and source.labels is not None
+            and source.names
+            and other is not None
+            and other.names
+        ):
+            place = {name: label for label, name in enumerate(other.names)}
+            unknown = [name for name in source.names if name not in place]
+            if unknown:
+                raise DataError(
+                    f"{source.where}: class folder {unknown[0]!r} is in val and not in train ({len(unknown)} such); both need the same names"
+                )
+            labels = torch.tensor([place[name] for name in source.names])[source.labels]
+            return dataclasses.replace(source, labels=labels, names=other.names)
+        return source
+
+    @property
+    def _normalised_already(self) -> bool:
+        return self.mean is not None and self.std is not None and not np.any(self.mean) and bool(np.all(np.asarray(self.std) == 1))
+
+    @functools.cached_property
+    def _highest_label(self) -> int:
+        highest = []
+        for split in ("train", "val"):
+            if getattr(self, split) is None:
+                continue
+            source = self._source(split)
+            if source.labels is not None:
+                highest.append(int(source.labels.max()))
+            elif isinstance(source, Items):
+                labels = [label for label in (_label_or_none(source, index) for index in range(len(source))) if label is not None]
+                highest.extend([max(labels)] if labels else [])
+        if not highest:
+            raise DataError(f"{self!r}: has no labels, so the number of classes is unknown; pass labelled data, or class_count=")
+        return max(highest)
+
+    @functools.cached_property
+    def _mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        channels = self.input_shape[0]
+        defaults = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
+        found = []
+        for name, given, default in (("mean", self.mean, defaults[0]), ("std", self.std, defaults[1])):
+            values = default if given is None else tuple(np.atleast_1d(np.asarray(given, dtype=np.float64)).tolist())
+            if len(values) == 1:
+                values = values * channels
+            if len(values) != channels:
+                raise DataError(f"{self!r}: {name} has {len(values)} values, images have {channels} channels; pass one value a channel")
+            found.append(values)
+        return found[0], found[1]
+
+    def _constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        mean, std = (torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1) for values in self._mean_std)
+        return mean, std
+
+    def _indices(self, source: Source, batch_size: int, limit: int | None) -> Tensor:
+        if batch_size < 1:
+            raise DataError(f"{source.where}: batch size {batch_size} is not positive")
+        if limit is not None and limit < 1:
+            raise DataError(f"{source.where}: limit={limit} leaves no image; pass at least 1")
+        if limit is None or limit >= len(source):
+            return torch.arange(len(source))
+        return torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:limit].sort().values
+
+    def _labelled(
+        self, source: Source, split: str, chunks: list[Tensor], start: int, seeds: tuple[int, int] | None, device: torch.device
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        for inputs, targets in self._prepared(source, split, chunks, start, seeds, device):
+            if targets is None:
+                raise DataError(f"{source.where}: has no labels, which training and evaluation need; only calibration does without")
+            yield inputs, targets
+
+    def _prepared(
+        self, source: Source, split: str, chunks: list[Tensor], start: int, seeds: tuple[int, int] | None, device: torch.device
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        if isinstance(source, Arrays):
+            for step, chunk in enumerate(chunks[start:], start):
+                images = source.images[chunk].contiguous().to(device)
+                labels = None if source.labels is None else source.labels[chunk].to(device)
+                if seeds is not None:
+                    images = _shifted(images, self._augmentation, _generator(*seeds, step)).contiguous()
+                yield self.normalize(self._fitted(images)), labels
+            return
+        decoder = _Decoder(source, self.input_shape, self.crop, _RESAMPLING[self.interpolation], self._augmentation)
+        loader: DataLoader[Any] = DataLoader(
+            decoder,  # type: ignore[arg-type]
+            batch_sampler=[[(index, seeds) for index in chunk.tolist()] for chunk in chunks[start:]],
+            num_workers=self.workers,
+            collate_fn=functools.partial(_collated, source.where),
+            worker_init_fn=_quiet_pictures,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator().manual_seed(0),  # else it draws a number from the global one
+        )
+        for images, labels, broken in _uninterrupted(loader, source.where):
+            if broken:
+                self._tell(source, split, broken)
+            if images is None:
+                continue
+            if isinstance(images, str):
+                raise DataError(images)
+            if labels is not None and self.class_count is not None and int(labels.max()) >= self.class_count:
+                raise DataError(f"{source.where}: label {int(labels.max())} is out of range for class_count={self.class_count}")
+            if images.is_floating_point() and not self._normalised_already and (float(images.min()) < 0 or float(images.max()) > 1):
+                raise DataError(
+                    f"{source.where}: float images leave [0, 1] ({float(images.min()):.3g} to {float(images.max()):.3g}); yield uint8 or [0, 1], or say mean=0, std=1 if they are normalised already"
+                )
+            yield self.normalize(images.to(device, non_blocking=True)), None if labels is None else labels.to(device)
+
+    def _fitted(self, images: Tensor) -> Tensor:
+        """Of the model's size and channels."""
+        channels, height, width = self.input_shape
+        if images.shape[1] != channels:
+            images = images.expand(-1, channels, -1, -1)
+        return images if images.shape[2:] == (height, width) else _resized(images, (height, width), self.interpolation)
+
+    def _tell(self, source: Items, split: str, broken: dict[int, str]) -> None:
+        if self.strict:
+            broken = _all_broken(source) or broken
+            seen = min(len(source), _MOST_SCANNED)
+            first = min(broken.items())[1]
+            raise DataError(
+                f"{source.where}: {len(broken)} of {seen} images can't be read, the first is {first}; delete or replace them, or pass strict=False to leave them out"
+            )
+        known = self._unreadable.setdefault(split, {})
+        if not known:
+            logging.getLogger("rarefy").warning("%s: %s; left out, as all that can't be read", source.where, min(broken.items())[1])
+        known.update(broken)
+
+
+class _Decoded(NamedTuple):
+    """image: uint8 or float (C, H, W). broken: which file and why. refused: the error the whole source gets."""
+
+    position: int
+    image: Tensor | None = None
+    label: int | None = None
+    broken: str | None = None
+    refused: str | None = None
+
+
+class _Decoder:
+    """Items of a source as tensors of one shape, for a DataLoader's workers."""
+
+    def __init__(self, source: Items, shape: tuple[int, int, int], crop: float, resample: Image.Resampling, augmentation: Augmentation):
+        self.source, self.shape, self.crop, self.resample, self.augmentation = source, shape, crop, resample, augmentation
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: tuple[int, tuple[int, int] | None]) -> _Decoded:
+        """Never raises: what a worker raises would reach the user as a page of text."""
+        index, seeds = key
+        image: Any = None
+        try:
+            image, label = self.source.item(index)
+            draw = None if seeds is None else np.random.default_rng([seed % 2**63 for seed in (*seeds, index)])
+            return _Decoded(index, self._decoded(image, draw), label)
+        except DataError as error:
+            return _Decoded(index, refused=str(error))
+        except Exception as error:
+            what = str(image) if isinstance(image, str | Path) else f"item {index}"
+            return _Decoded(index, broken=f"{what} ({_why(error)})")
+
+    def _decoded(self, image: Any, draw: np.random.Generator | None) -> Tensor:
+        channels, size = self.shape[0], self.shape[1:]
+        if isinstance(image, str | Path):
+            with Image.open(image) as opened:
+                return self._from_pil(_converted(opened, channels), draw)
+        if isinstance(image, Image.Image):
+            return self._from_pil(_converted(image, channels), draw)
+        if isinstance(image, np.ndarray):
+            image = torch.from_numpy(np.array(image))
+            image = image.unsqueeze(0) if image.dim() == 2 else image.permute(2, 0, 1)
+        if not isinstance(image, Tensor) or image.dim() != 3:
+            raise DataError(
+                f"{self.source.where}: yields {_kind(image)} for an image; yield a path, a PIL image, an (H, W[, C]) array or a (C, H, W) tensor"
+            )
+        if image.shape[0] != channels:
+            if image.shape[0] != 1:
+                raise DataError(
+                    f"{self.source.where}: yields an image of {image.shape[0]} channels where {channels} are expected; convert them all, or pass channels="
+                )
+            image = image.expand(channels, -1, -1)
+        image = image if image.dtype == torch.uint8 else image.float()
+        if draw is not None:
+            if self.augmentation.cropped and self.augmentation.crop is None and image.shape[1:] != size:
+                left, top, right, bottom = (
+                    int(edge) for edge in _random_box(image.shape[2], image.shape[1], draw, self.augmentation.scale)
+                )
+                image = image[:, top:bottom, left:right]
+            else:
+                image = _shifted(
+                    image.unsqueeze(0), self.augmentation._replace(flip=False), torch.Generator().manual_seed(int(draw.integers(2**63)))
+                ).squeeze(0)
+            if self.augmentation.flip and draw.random() < 0.5:
+                image = image.flip(2)
+        return image if image.shape[1:] == size else _resized(image.unsqueeze(0), size, self.resample.name.lower()).squeeze(0)
+
+    def _from_pil(self, image: Image.Image, draw: np.random.Generator | None) -> Tensor:
+        height, width = self.shape[1:]
+        if draw is not None and self.augmentation.cropped:
+            image = image.resize((width, height), self.resample, box=_random_box(*image.size, draw, self.augmentation.scale))
+        else:
+            short = min(image.size)
+            target = max(round(max(height, width) / self.crop), height, width)
+            # torchvision's rounding: the longer side is cut to a whole number, the crop's corner rounded
+            resized = tuple(target if side == short else int(target * side / short) for side in image.size)
+            image = image if image.size == resized else image.resize(resized, self.resample)  # type: ignore[arg-type]
+            left, top = round((image.size[0] - width) / 2), round((image.size[1] - height) / 2)
+            image = image.crop((left, top, left + width, top + height))
+        if draw is not None and self.augmentation.flip and draw.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        array = np.asarray(image)
+        return torch.from_numpy(array.copy()).unsqueeze(0) if array.ndim == 2 else torch.from_numpy(array.transpose(2, 0, 1).copy())
+
+
+def _converted(image: Image.Image, channels: int) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode == "I":  # 16 bits, which PIL would clip instead of scale
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    mode = "L" if channels == 1 else "RGB"
+    image.load()
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _random_box(width: int, height: int, draw: np.random.Generator, scale: float) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom of a crop of random area and aspect; the whole image's centre where ten tries do not fit."""
+    area = width * height * draw.uniform(scale, 1, 10)
+    ratio = np.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3), 10))
+    widths, heights = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (widths >= 1) & (heights >= 1) & (widths <= width) & (heights <= height)
+    across, down = draw.random(2)
+    if fits.any():
+        crop_width, crop_height = int(widths[fits.argmax()]), int(heights[fits.argmax()])
+    else:
+        crop_width, crop_height = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+        across = down = 0.5
+    left, top = round(across * (width - crop_width)), round(down * (height - crop_height))
+    return left, top, left + crop_width, top + crop_height
+
+
+def _shifted(images: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
+    """(N, C, H, W), each shifted and mirrored at random: one gather for the whole batch."""
+    count, _, height, width = images.shape
+    pad = 0
+    if augmentation.cropped:
+        pad = augmentation.crop if augmentation.crop is not None else max(1, height // 8)
+    down, across = torch.randint(0, 2 * pad + 1, (2, count), generator=generator).to(images.device).unsqueeze(2)
+    mirror = torch.rand(count, 1, generator=generator).to(images.device) < (0.5 if augmentation.flip else 0.0)
+    rows = torch.arange(height, device=images.device) + down
+    straight = torch.arange(width, device=images.device)
+    columns = torch.where(mirror, width - 1 - straight, straight) + across
+    batch = torch.arange(count, device=images.device).view(-1, 1, 1)
+    padded = F.pad(images, (pad,) * 4)
+    return padded.permute(0, 2, 3, 1)[batch, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
+
+
+def _resized(images: Tensor, size: tuple[int, ...], interpolation: str) -> Tensor:
+    """(N, C, H, W) to the size, antialiased; uint8 stays uint8."""
+    smooth = interpolation != "nearest"
+    done = F.interpolate(images.float(), size=size, mode=interpolation, antialias=smooth, align_corners=False if smooth else None)
+    if images.dtype == torch.uint8:
+        return done.round().clamp(0, 255).to(torch.uint8)
+    return done.clamp(images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True))  # bicubic overshoots
+
+
+def _collated(where: str, found: list[_Decoded]) -> tuple[Tensor | str | None, Tensor | None, dict[int, str]]:
+    """Images, labels, and index -> what is broken; an error's text in place of images that can't be one batch."""
+    broken = {one.position: one.broken for one in found if one.broken is not None}
+    refused = next((one.refused for one in found if one.refused is not None), None)
+    if refused is not None:
+        return refused, None, broken
+    images = [one.image for one in found if one.image is not None]
+    labels = [one.label for one in found if one.image is not None and one.label is not None]
+    if not images:
+        return None, None, broken
+    kinds = sorted({f"{tuple(image.shape)} {image.dtype}" for image in images})
+    if len(kinds) > 1:
+        return f"{where}: yields images of different kinds ({kinds[0]} and {kinds[1]}); yield one kind, or pass size=", None, broken
+    return torch.stack(images), torch.tensor(labels, dtype=torch.int64) if len(labels) == len(images) else None, broken
+
+
+def _uninterrupted(loader: DataLoader[Any], where: str) -> Iterator[Any]:
+    """The loader's batches; a worker that dies is told of in a line."""
+    batches = iter(loader)
+    while True:
+        try:
+            with warnings.catch_warnings():
+                _quiet_pictures()
+                batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            raise DataError(
+                f"{where}: a worker stopped ({_why(error)}); pass fewer workers, or workers=0 to decode in this process"
+            ) from error
+        yield batch
+
+
+def _quiet_pictures(worker: int = 0) -> None:
+    """Pillow warns of odd files besides refusing them; what it refuses is told in our own words."""
+    warnings.filterwarnings("ignore", module="PIL")
+
+
+def _all_broken(source: Items) -> dict[int, str]:
+    """Every unreadable image among the first ten thousand."""
+    decoder = _Decoder(source, (3, 8, 8), 1.0, Image.Resampling.NEAREST, Augmentation())
+    seen = range(min(len(source), _MOST_SCANNED))
+    if isinstance(source.items, list):
+        with warnings.catch_warnings(), ThreadPoolExecutor(4) as pool:
+            _quiet_pictures()
+            found = list(pool.map(lambda index: decoder[index, None].broken, seen))
+    else:
+        found = [decoder[index, None].broken for index in seen]
+    return {index: text for index, text in enumerate(found) if text is not None}
+
+
+def _item_or_none(source: Items, index: int) -> Any:
+    try:
+        return source.item(index)[0]
+    except DataError:
+        raise
+    except Exception:  # an unreadable one is told of when its batch comes
+        return None
+
+
+def _label_or_none(source: Items, index: int) -> int | None:
+    try:
+        return source.item(index)[1]
+    except DataError:
+        raise
+    except Exception:
+        return None
+
+
+def _generator(*seeds: int) -> torch.Generator:
+    """Seeded from several numbers, so that neighbours do not give related streams."""
+    entropy = np.random.SeedSequence([seed % 2**63 for seed in seeds]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(entropy >> np.uint64(1)))
+
+
+def _is_folder(given: Any) -> bool:
+    return isinstance(given, str) and given.startswith("imagefolder:")
+
+
+def _said(given: Any) -> str:
+    return given if isinstance(given, str) else f"<{type(given).__name__}>"
+
+
+def _kind(value: Any) -> str:
+    return (
+        f"a {type(value).__name__} of shape {tuple(value.shape)}" if isinstance(value, Tensor | np.ndarray) else f"a {type(value).__name__}"
+    )
+
+
+def _why(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
