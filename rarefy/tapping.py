@@ -142,8 +142,9 @@ def _by_resolution(taps: Iterable[Tap]) -> dict[tuple[int, ...], list[Tap]]:
 
 
 def _dominates(resolution: tuple[int, ...], taps: dict[tuple[int, ...], list[Tap]]) -> bool:
-    """A network of one resolution, but for its stem."""
-    return len(taps[resolution]) > 0.75 * sum(map(len, taps.values()))
+    """A network of one resolution, but for its stem: half of its cuts are tokens of one length, or nearly all are maps of one size."""
+    share = 0.5 if len(resolution) == 1 else 0.75  # ResNet-152 has two thirds of its cuts at 14x14, and four stages
+    return len(taps[resolution]) > share * sum(map(len, taps.values()))
 
 
 def _at_depths(taps: list[Tap]) -> list[Tap]:
