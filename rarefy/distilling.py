@@ -77,7 +77,7 @@ class Task(Protocol):
         self, split: Any, batch_size: int, *, shuffle_seed: int | None = None, augment: bool = False, epoch: int = 0, start: int = 0,
         device: torch.device | str = "cpu",
     ) -> Iterator[tuple[Tensor, Tensor]]: ...  # fmt: skip
-    def loss(self, outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor: ...
+    def loss(self, outputs: Any, targets: Any, label_smoothing: float = 0.0) -> Tensor: ...
     def fingerprint(self, split: Any) -> str: ...
     def describe(self) -> dict[str, Any]: ...
 
@@ -212,7 +212,9 @@ def terms(loss: Losses) -> list[Term]:
         pairs = [(1.0, loss)] if isinstance(loss, Loss) else [(float(weight), one) for weight, one in loss]
     for weight, one in pairs:
         if not isinstance(one, Loss) or (one.on != "logits" and not isinstance(one, FeatureLoss)):
-            raise InputError(f"loss: {type(one).__name__} is no loss; it needs `on`, a call, and `adapter` if it looks at features (rarefy/losses)")
+            raise InputError(
+                f"loss: {type(one).__name__} is no loss; it needs `on`, a call, and `adapter` if it looks at features (rarefy/losses)"
+            )
         if not 0 <= weight < math.inf:
             raise InputError(f"loss: weight {weight} of {plugins.describe(one)} is not 0 or more")
     return pairs
@@ -248,8 +250,13 @@ def _run(
     if guide is not None:
         ours, theirs = _answers(graph), _answers(guide)
         if ours != theirs and any(one.on == "logits" for _, one in sum_of):
-            raise InputError(f"student answers {ours}, the teacher {theirs}; give both the same classes, or compare features alone (loss='mse')")
-    described = {**dataclasses.asdict(training), "loss": " + ".join(f"{weight:g}*{plugins.describe(one)}" for weight, one in sum_of) or None}
+            raise InputError(
+                f"student answers {ours}, the teacher {theirs}; give both the same classes, or compare features alone (loss='mse')"
+            )
+    described = {
+        **dataclasses.asdict(training),
+        "loss": " + ".join(f"{weight:g}*{plugins.describe(one)}" for weight, one in sum_of) or None,
+    }
     accelerator = _accelerator(device, any(one.on == "logits" for _, one in sum_of) or training.hard_weight > 0)
     if accelerator.num_processes > 1 or device is None:
         device = accelerator.device
@@ -289,7 +296,9 @@ def _run(
 class _Objective(nn.Module):
     """(inputs (N, ...), targets) -> the loss of that batch, a scalar."""
 
-    def __init__(self, student: fx.GraphModule, teacher: fx.GraphModule | None, task: Task, training: Training, sum_of: list[Term], bf16: bool):
+    def __init__(
+        self, student: fx.GraphModule, teacher: fx.GraphModule | None, task: Task, training: Training, sum_of: list[Term], bf16: bool
+    ):
         super().__init__()
         ours: list[Tap] = []
         theirs: list[Tap] = []
@@ -362,17 +371,20 @@ class _Run:
             raise InputError(f"batch_size={training.batch_size} can't be split over {world} processes; pass a multiple of {world}")
         self.per_epoch = self.task.length("train") // training.batch_size
         if not self.per_epoch:
-            raise InputError(f"batch_size={training.batch_size} is above the {self.task.length('train')} training images; pass a smaller one")
+            raise InputError(
+                f"batch_size={training.batch_size} is above the {self.task.length('train')} training images; pass a smaller one"
+            )
         self.total = training.steps if training.steps is not None else training.epochs * self.per_epoch
         self.bf16 = training.precision == "bf16" or (training.precision == "auto" and self.device.type == "cuda")
         convolves = any(node.target in (aten.conv2d.default, aten.conv2d.padding) for node in self.graph.graph.nodes)
         self.channels_last = training.channels_last == "yes" or (training.channels_last == "auto" and convolves)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         for one in filter(None, (self.graph, self.guide)):
-            one.to(device=self.device, memory_format=layout)
+            one.to(self.device).to(memory_format=layout)
         if self.guide is not None:
             self.guide.requires_grad_(False)
-        self.objective = _Objective(self.graph, self.guide, self.task, training, self.sum_of, self.bf16).to(self.device)
+        self.objective = _Objective(self.graph, self.guide, self.task, training, self.sum_of, self.bf16)
+        self.objective.adapters.to(self.device).to(memory_format=layout)
         self.learner: Any = self._wrapped()
         self.learned = {name: one for name, one in self.objective.named_parameters() if one.requires_grad}
         if not self.learned:
@@ -408,7 +420,9 @@ class _Run:
             ends = self.step % self.per_epoch == 0 or self.step == self.total
             if ends or self.step % CHECK_STEPS == 0:
                 mean = self._checked(rate, whole=ends)
-                steps.update(f"loss {mean:.4f}" + (f", val {self.curve[-1]['val']:.2%}" if self.curve and self.curve[-1]["val"] is not None else ""))
+                steps.update(
+                    f"loss {mean:.4f}" + (f", val {self.curve[-1]['val']:.2%}" if self.curve and self.curve[-1]["val"] is not None else "")
+                )
                 if ends:
                     self._end_epoch(mean, rate, validate)
             self.seconds = before + time.monotonic() - begun
@@ -453,7 +467,9 @@ class _Run:
                 begun = time.perf_counter()
                 batch = next(source, None)
                 if batch is None:
-                    raise InputError(f"the data ended at step {self.step % self.per_epoch} of epoch {epoch}, {self.per_epoch} were announced; task.length is wrong")
+                    raise InputError(
+                        f"the data ended at step {self.step % self.per_epoch} of epoch {epoch}, {self.per_epoch} were announced; task.length is wrong"
+                    )
                 inputs, targets = mix(*batch, training, self.task.classes, self.step)
                 if self.accelerator.num_processes > 1:
                     inputs, targets = inputs[share], targets[share] if targets is not None else None
@@ -504,7 +520,9 @@ class _Run:
     def _halve(self, images: int) -> None:
         """Smaller parts after an out-of-memory error: the same batch, accumulated."""
         if self.accelerator.num_processes > 1 or self.accumulate >= images:
-            raise InputError(f"{self.device}: out of memory with {-(-images // self.accumulate)} images at once; pass a smaller batch_size or accumulate={2 * self.accumulate}")
+            raise InputError(
+                f"{self.device}: out of memory with {-(-images // self.accumulate)} images at once; pass a smaller batch_size or accumulate={2 * self.accumulate}"
+            )
         self.accumulate = min(2 * self.accumulate, images)
         self.optimizer.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
@@ -595,7 +613,9 @@ class _Run:
             found |= {f"average.{name}": value for name, value in _tensors(self.average).items()}
         found |= {f"best.{name}": value for name, value in self.best.items()}
         for name, parameter in self.learned.items():
-            found |= {f"optimizer.{key}.{name}": value for key, value in self.optimizer.state[parameter].items() if isinstance(value, Tensor)}
+            found |= {
+                f"optimizer.{key}.{name}": value for key, value in self.optimizer.state[parameter].items() if isinstance(value, Tensor)
+            }
         return {**found, "loss_sum": self.loss_sum}
 
     def numbers(self) -> dict[str, Any]:
@@ -652,19 +672,21 @@ class _Store:
                 header = json.loads((opened.metadata() or {})["rarefy"])
                 if not {"identity", "numbers", "record"} <= header.keys():
                     raise KeyError("identity, numbers or record")
-                return header, {name: opened.get_tensor(name) for name in opened.keys()}
+                return header, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
         except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise FormatError(f"{self.file}: is no checkpoint of a training ({type(error).__name__}: {error}); delete it, or name another folder") from error
+            raise FormatError(
+                f"{self.file}: is no checkpoint of a training ({type(error).__name__}: {error}); delete it, or name another folder"
+            ) from error
 
     def _same(self, theirs: Mapping[str, Any]) -> None:
         for part, mine in self.identity.items():
             other = theirs.get(part)
             if mine == other:
                 continue
-            names = sorted(mine.keys() | other.keys()) if isinstance(mine, dict) and isinstance(other, dict) else []
-            changed = ", ".join(f"{name}={mine.get(name)!r}, there {other.get(name)!r}" for name in names if mine.get(name) != other.get(name))
-            what = f"{part} ({changed})" if part in ("options", "task") else part
-            raise InputError(f"{self.folder}: the checkpoint is of a run with another {what}; name another folder, or delete this one to start anew")
+            what = f"{part} ({_changed(mine, other)})" if part in ("options", "task") and isinstance(other, dict) else part
+            raise InputError(
+                f"{self.folder}: the checkpoint is of a run with another {what}; name another folder, or delete this one to start anew"
+            )
 
     def finished(self) -> dict[str, Any] | None:
         return self.header["record"] if self.header is not None else None
@@ -719,10 +741,7 @@ def mix(inputs: Tensor, targets: Tensor | None, training: Training, classes: int
         inputs = inputs.lerp(inputs.flip(0), 1 - share)
     else:
         height, width = inputs.shape[-2:]
-        edge = math.sqrt(1 - share)
-        middle_row, middle_column = draw.randrange(height), draw.randrange(width)
-        rows = slice(max(0, middle_row - int(edge * height) // 2), min(height, middle_row + int(edge * height) // 2))
-        columns = slice(max(0, middle_column - int(edge * width) // 2), min(width, middle_column + int(edge * width) // 2))
+        rows, columns = (_span(size, math.sqrt(1 - share), draw) for size in (height, width))
         share = 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / (height * width)
         inputs, other = inputs.clone(), inputs.flip(0)
         inputs[..., rows, columns] = other[..., rows, columns]
@@ -732,6 +751,13 @@ def mix(inputs: Tensor, targets: Tensor | None, training: Training, classes: int
     return inputs, certain.lerp(certain.flip(0), 1 - share)
 
 
+def _span(size: int, share: float, draw: random.Random) -> slice:
+    """That share of an edge around a random point of it, cut off at the ends."""
+    length = round(share * size)
+    first = draw.randrange(size) - length // 2
+    return slice(max(0, first), min(size, first + length))
+
+
 # -- small parts
 
 
@@ -739,7 +765,9 @@ def _graph(model: nn.Module, task: Task, which: str) -> fx.GraphModule:
     graph = as_graph(model, torch.zeros(2, *task.input_shape, device=device_of(model))).eval()
     wanted = tuple(graph.meta["inputs"][0]["shape"])
     if graph.meta.get("core") is None and wanted != tuple(task.input_shape):
-        raise InputError(f"{which}: takes inputs of shape {wanted}, the task gives {tuple(task.input_shape)}; give the task that size=, or capture it anew")
+        raise InputError(
+            f"{which}: takes inputs of shape {wanted}, the task gives {tuple(task.input_shape)}; give the task that size=, or capture it anew"
+        )
     return graph
 
 
@@ -779,7 +807,9 @@ class _Averaged(NamedTuple):
     @classmethod
     def of(cls, average: nn.Module, model: nn.Module) -> _Averaged:
         """Codes and other integers do not train, so they need no mean."""
-        pairs = [(mean, value.detach()) for mean, value in zip(_tensors(average).values(), _tensors(model).values()) if mean.is_floating_point()]
+        pairs = [
+            (mean, value.detach()) for mean, value in zip(_tensors(average).values(), _tensors(model).values()) if mean.is_floating_point()
+        ]
         return cls([mean for mean, _ in pairs], [value for _, value in pairs])
 
     @torch.no_grad()
@@ -807,6 +837,11 @@ def _place(taps: list[Tap], tap: Tap) -> int:
     return taps.index(tap)
 
 
+def _changed(mine: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    names = [name for name in sorted(mine.keys() | other.keys()) if mine.get(name) != other.get(name)]
+    return ", ".join(f"{name}={mine.get(name)!r}, there {other.get(name)!r}" for name in names)
+
+
 def _float(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
@@ -832,5 +867,5 @@ def _digest(graph: fx.GraphModule) -> str:
     digest = hashlib.sha256(graph.code.encode())
     for name, value in sorted(_tensors(graph).items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -75,7 +75,12 @@ def cuts(graph: fx.GraphModule) -> list[Tap]:
             continue
         weighted = weighted or _reads_weight(node, values, carried)
         tap = _tap(graph, node, value)
-        if weighted and tap is not None and open_until <= place[node] and node.target not in TRAINING_FLAG.keys() - {aten.batch_norm.default}:
+        if (
+            weighted
+            and tap is not None
+            and open_until <= place[node]
+            and node.target not in TRAINING_FLAG.keys() - {aten.batch_norm.default}
+        ):
             found.append(tap)
         readers = [place[user] for user in node.users if user.op == "output" or _holds_tensors(values.get(user))]
         open_until = max(open_until, *readers, 0)
@@ -120,9 +125,15 @@ def _named(graph: fx.GraphModule, name: str, which: str) -> Tap:
 
 def _tap(graph: fx.GraphModule, node: fx.Node, value: object) -> Tap | None:
     """None for what is no feature: not a float tensor, not batch first, or a single position."""
-    if not isinstance(value, (Tensor, FakeTensor)) or not value.is_floating_point() or value.dim() not in (2, 3, 4) or value.shape[0] != _BATCH:
+    if (
+        not isinstance(value, (Tensor, FakeTensor))
+        or not value.is_floating_point()
+        or value.dim() not in (2, 3, 4)
+        or value.shape[0] != _BATCH
+    ):
         return None
-    shape, order = tuple(value.shape), None
+    shape = tuple(value.shape)
+    order: tuple[int, ...] | None = None
     images = len(graph.meta["inputs"][0]["shape"]) == 3
     if len(shape) == 3 and images:  # tokens (N, positions, channels)
         order = (0, 2, 1)
@@ -159,7 +170,9 @@ def _reads_weight(node: fx.Node, values: dict[fx.Node, object], carried: set[fx.
 
 def _constant(node: fx.Node) -> bool:
     """Computed from parameters and buffers alone."""
-    return node.op == "get_attr" or (node.op == "call_function" and bool(node.all_input_nodes) and all(map(_constant, node.all_input_nodes)))
+    return node.op == "get_attr" or (
+        node.op == "call_function" and bool(node.all_input_nodes) and all(map(_constant, node.all_input_nodes))
+    )
 
 
 def _holds_tensors(value: object) -> bool:

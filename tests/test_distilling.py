@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,8 @@ from rarefy import distilling, progress
 from rarefy.capturing import capture, is_graph
 from rarefy.distilling import STATE_FILE, Training, distill, mix, train
 from rarefy.errors import FormatError, InputError, TrainingDiverged
+
+torch.set_num_threads(1)  # as in the process that test_killed_run starts: bits depend on it
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -127,7 +130,7 @@ def facts(graph: fx.GraphModule) -> dict[str, Any]:
     return graph.meta["history"][-1]["facts"]
 
 
-QUICK = dict(epochs=2, batch_size=40, lr=0.05, progress=False, validate_every=0)
+QUICK = {"epochs": 2, "batch_size": 40, "lr": 0.05, "progress": False, "validate_every": 0}
 
 
 # -- what it computes
@@ -147,10 +150,21 @@ def test_distillation_without_labels_brings_the_student_to_the_teacher(loss: str
         def agreement(model: nn.Module) -> float:
             return float((model(x[-300:]).argmax(1) == wanted).float().mean())
 
-        start = agreement(student())
-        lr = 0.2 if loss == "mse:on=logits" else 0.05
-        taught = distill(student(), teacher(), Digits(images=1400), loss=loss, epochs=3, batch_size=50, lr=lr, hard_weight=0, validate_every=0, progress=False)
-        assert agreement(taught) > max(0.75, start + 0.3)
+        start = agreement(student(6))
+        taught = distill(
+            student(6),
+            teacher(),
+            Digits(images=1400),
+            loss=loss,
+            epochs=8,
+            batch_size=25,
+            lr=0.1,
+            hard_weight=0,
+            validate_every=0,
+            progress=False,
+        )
+        assert start < 0.3
+        assert agreement(taught) > 0.75
 
 
 def test_caller_keeps_models_modes_generators_and_gets_a_finished_graph() -> None:
@@ -175,7 +189,19 @@ def test_matches_a_loop_written_by_hand() -> None:
     from rarefy.losses.lskd import Lskd
 
     task = Digits(images=120)
-    result = distill(student(), teacher(), task, epochs=2, batch_size=40, lr=0.1, warmup=0.34, weight_decay=0.01, clip=1.0, channels_last="no", progress=False)
+    result = distill(
+        student(),
+        teacher(),
+        task,
+        epochs=2,
+        batch_size=40,
+        lr=0.1,
+        warmup=0.34,
+        weight_decay=0.01,
+        clip=1.0,
+        channels_last="no",
+        progress=False,
+    )
     ours, guide = copy.deepcopy(student()).train(), copy.deepcopy(teacher()).eval()
     decayed = [one for one in ours.parameters() if one.dim() > 1]
     plain = [one for one in ours.parameters() if one.dim() == 1]
@@ -253,7 +279,7 @@ def test_out_of_memory_halves_the_parts_and_goes_on(monkeypatch: pytest.MonkeyPa
 
 
 def test_adamw_and_bf16_learn() -> None:
-    result = train(net(8), Digits(images=800), epochs=3, batch_size=40, optimizer="adamw", lr=0.01, precision="bf16", progress=False)
+    result = train(net(8), Digits(images=800), epochs=6, batch_size=25, optimizer="adamw", lr=0.01, precision="bf16", progress=False)
     assert top1(result) > 0.7
     assert all(one.dtype == torch.float32 for one in result.parameters())
 
@@ -325,6 +351,8 @@ def test_two_runs_with_one_seed_agree_and_another_differs() -> None:
     assert same(one, two) and not same(one, other)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile on a CPU needs a C++ compiler")
 def test_compiled_is_the_same_training() -> None:
     options = {**QUICK, "epochs": 1}
     plain = distill(student(), teacher(), Digits(), loss="lskd + mse", **options)
@@ -340,7 +368,7 @@ def test_compiled_is_the_same_training() -> None:
 def test_mixed_pictures_and_their_targets_agree(kind: str) -> None:
     """Pictures that are their own labels: each picture's mean is its label's share."""
     training = Training(**{kind: 1.0})
-    y = torch.tensor([0, 1, 1, 0, 1, 0])
+    y = torch.tensor([0, 1, 1, 0, 1, 1])
     x = y.float().view(-1, 1, 1, 1).expand(-1, 1, 9, 7).contiguous()
     shares = []
     for step in range(40):
@@ -392,9 +420,9 @@ def test_teacher_sees_the_student_s_picture(monkeypatch: pytest.MonkeyPatch) -> 
 
 # -- checkpoints
 
-RESUMED = dict(
-    loss="lskd + 2*mse", epochs=3, batch_size=40, lr=0.05, ema=0.9, mixup=0.4, keep="best", clip=5.0, seed=3, progress=False
-)  # fmt: skip
+RESUMED = {
+    "loss": "lskd + 2*mse", "epochs": 3, "batch_size": 40, "lr": 0.05, "ema": 0.9, "mixup": 0.4, "keep": "best", "clip": 5.0, "seed": 3, "progress": False
+}  # fmt: skip
 
 
 @functools.cache
@@ -405,7 +433,9 @@ def undisturbed(optimizer: str) -> fx.GraphModule:
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("stops", [[(0, 0)], [(0, 1)], [(0, 3), (2, 1)], [(1, 0)], [(1, 2), (1, 3), (2, 3)]])
 def test_stopped_run_ends_with_the_same_bits(tmp_path: Path, optimizer: str, stops: list[tuple[int, int]]) -> None:
-    run = functools.partial(distill, student(dropout=0.2), teacher(), optimizer=optimizer, checkpoint=tmp_path, checkpoint_seconds=0, **RESUMED)
+    run = functools.partial(
+        distill, student(dropout=0.2), teacher(), optimizer=optimizer, checkpoint=tmp_path, checkpoint_seconds=0, **RESUMED
+    )
     for stop in stops:
         with pytest.raises(Stopped):
             run(Digits(stop=stop))
@@ -444,7 +474,9 @@ def test_killed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     )
     folder = tmp_path / "state"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-c", script, str(ROOT), str(ROOT / "tests"), str(folder)], env=environment, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(ROOT), str(ROOT / "tests"), str(folder)], env=environment, stderr=subprocess.PIPE
+    )
     deadline = time.monotonic() + 60
     while not (folder / STATE_FILE).exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -466,12 +498,12 @@ def test_killed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (dict(lr=0.06), r"options \(lr=0.06, there 0.05\)"),
-        (dict(loss="kl"), r"options \(loss='1\*kl', there '1\*lskd'\)"),
-        (dict(student=5), "student"),
-        (dict(teacher=True), "teacher"),
-        (dict(images=120), "data"),
-        (dict(classes=11), r"task \(classes=11, there 10\)"),
+        ({"lr": 0.06}, r"options \(lr=0.06, there 0.05\)"),
+        ({"loss": "kl"}, r"options \(loss='1\*kl', there '1\*lskd'\)"),
+        ({"student": 5}, "student"),
+        ({"teacher": True}, "teacher"),
+        ({"images": 120}, "data"),
+        ({"classes": 11}, r"task \(classes=11, there 10\)"),
     ],
 )
 def test_foreign_checkpoint_is_refused_and_kept(tmp_path: Path, change: dict[str, Any], says: str) -> None:
@@ -538,7 +570,7 @@ def test_nan_stops_with_the_last_good_state(tmp_path: Path, ema: float) -> None:
     assert is_graph(graph) and not graph.training
     assert len(kept) == 1 and all(torch.equal(one, kept[0][name]) for name, one in tensors(graph).items())
     with safetensors_open(tmp_path / STATE_FILE) as opened:
-        assert all(opened.get_tensor(name).isfinite().all() for name in opened.keys())
+        assert all(opened.get_tensor(name).isfinite().all() for name in opened.keys())  # noqa: SIM118 (no mapping)
     with pytest.raises(TrainingDiverged, match="after epoch 1"):
         distill(student(), teacher(), Digits(spoil=(1, 2)), checkpoint=tmp_path, validate=validate, **options)
 
@@ -573,17 +605,17 @@ def test_infinite_weights_after_a_finite_loss_are_not_accepted(monkeypatch: pyte
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (dict(batch_size=161), "batch_size=161.*160 training images"),
-        (dict(batch_size=0), "batch_size=0"),
-        (dict(lr=-1.0), "lr=-1.0"),
-        (dict(optimizer="lion"), "sgd or adamw"),
-        (dict(ema=1.0), "ema=1.0"),
-        (dict(epochs=0), "epochs=0"),
-        (dict(momentun=0.9), "unknown option 'momentun'"),
-        (dict(loss="dkdd"), "unknown choice 'dkdd'"),
-        (dict(loss=None), "train"),
-        (dict(loss="mse:on=nowhere"), "nowhere"),
-        (dict(precision="fp16"), "precision='fp16'"),
+        ({"batch_size": 161}, "batch_size=161.*160 training images"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"lr": -1.0}, "lr=-1.0"),
+        ({"optimizer": "lion"}, "sgd or adamw"),
+        ({"ema": 1.0}, "ema=1.0"),
+        ({"epochs": 0}, "epochs=0"),
+        ({"momentun": 0.9}, "unknown option 'momentun'"),
+        ({"loss": "dkdd"}, "unknown choice 'dkdd'"),
+        ({"loss": None}, "train"),
+        ({"loss": "mse:on=nowhere"}, "nowhere"),
+        ({"precision": "fp16"}, "precision='fp16'"),
     ],
 )
 def test_wrong_arguments_are_one_line(arguments: dict[str, Any], says: str) -> None:

@@ -160,14 +160,20 @@ def test_mse_is_the_mean_of_its_pairs() -> None:
 
 
 def test_mse_projects_only_where_channels_differ() -> None:
-    adapter = Mse().adapter({"same": ((8, 6, 6), (8, 6, 6)), "wider": ((4, 3, 3), (12, 3, 3)), "tokens": ((4, 9), (6, 9)), "vector": ((4,), (5,))})
+    adapter = Mse().adapter(
+        {"same": ((8, 6, 6), (8, 6, 6)), "wider": ((4, 3, 3), (12, 3, 3)), "tokens": ((4, 9), (6, 9)), "vector": ((4,), (5,))}
+    )
     assert adapter is not None
     given = {"same": torch.randn(2, 8, 6, 6), "wider": torch.randn(2, 4, 3, 3), "tokens": torch.randn(2, 4, 9), "vector": torch.randn(2, 4)}
     seen = adapter(given)
     assert seen["same"] is given["same"]
-    assert {name: tuple(one.shape) for name, one in seen.items() if name != "same"} == {"wider": (2, 12, 3, 3), "tokens": (2, 6, 9), "vector": (2, 5)}
+    assert {name: tuple(one.shape) for name, one in seen.items() if name != "same"} == {
+        "wider": (2, 12, 3, 3),
+        "tokens": (2, 6, 9),
+        "vector": (2, 5),
+    }
     assert Mse().adapter({"same": ((8, 6, 6), (8, 6, 6))}) is None
-    with pytest.raises(InputError, match="early.*equal resolution"):
+    with pytest.raises(InputError, match=r"early.*equal resolution"):
         Mse().adapter({"early": ((8, 6, 6), (8, 3, 3))})
 
 
@@ -175,13 +181,19 @@ def test_mse_projects_only_where_channels_differ() -> None:
 
 
 def test_sum_as_text() -> None:
-    assert terms("lskd + 50*mse:on=embedding+1e+1 * kl:temperature=2") == [(1.0, Lskd()), (50.0, Mse(on="embedding")), (10.0, Kl(temperature=2.0))]
+    assert terms("lskd + 50*mse:on=embedding+1e+1 * kl:temperature=2") == [
+        (1.0, Lskd()),
+        (50.0, Mse(on="embedding")),
+        (10.0, Kl(temperature=2.0)),
+    ]
     assert terms(Kl()) == [(1.0, Kl())]
     assert terms([(2, Kl())]) == [(2.0, Kl())]
     assert terms(None) == []
 
 
-@pytest.mark.parametrize("bad", ["nonsense", "x*kl", "-1*kl", "nan*kl", "kl:temperature=0", "kl:warmth=1", "kl + ", "", [(1.0, "kl")], [(1.0, 7)]])
+@pytest.mark.parametrize(
+    "bad", ["nonsense", "x*kl", "-1*kl", "nan*kl", "kl:temperature=0", "kl:warmth=1", "kl + ", "", [(1.0, "kl")], [(1.0, 7)]]
+)
 def test_bad_sums_name_themselves(bad: object) -> None:
     with pytest.raises(InputError) as raised:
         terms(bad)  # type: ignore[arg-type]
@@ -194,7 +206,11 @@ def test_bad_sums_name_themselves(bad: object) -> None:
 class Residual(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.one, self.norm, self.two = nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.Conv2d(channels, channels, 3, padding=1)
+        self.one, self.norm, self.two = (
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.BatchNorm2d(channels),
+            nn.Conv2d(channels, channels, 3, padding=1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return (x + self.two(self.norm(self.one(x)).relu())).relu()

@@ -30,5 +30,7 @@ class Kl:
 
     def __call__(self, student: Tensor, teacher: Tensor, targets: Tensor | None, features: Features) -> Tensor:
         T = self.temperature
-        divergence = F.kl_div(F.log_softmax(student / T, dim=-1), F.log_softmax(teacher / T, dim=-1), reduction="batchmean", log_target=True)
+        divergence = F.kl_div(
+            F.log_softmax(student / T, dim=-1), F.log_softmax(teacher / T, dim=-1), reduction="batchmean", log_target=True
+        )
         return T**2 * divergence

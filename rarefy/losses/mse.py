@@ -9,7 +9,7 @@ themselves (Ba and Caruana, 1312.6184): no temperature to choose, at the price t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -44,8 +44,15 @@ class _Projection(nn.Module):
 
     def __init__(self, shapes: Shapes):
         super().__init__()
-        kinds = {1: nn.Linear, 2: lambda ours, theirs: nn.Conv1d(ours, theirs, 1), 3: lambda ours, theirs: nn.Conv2d(ours, theirs, 1)}
-        self.maps = nn.ModuleDict({name: kinds[len(ours)](ours[0], theirs[0]) for name, (ours, theirs) in shapes.items()})
+        self.maps = nn.ModuleDict({name: _BY_RANK[len(ours)](ours[0], theirs[0]) for name, (ours, theirs) in shapes.items()})
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: self.maps[name](value) if name in self.maps else value for name, value in features.items()}
+
+
+# (channels), (channels, positions), (channels, height, width)
+_BY_RANK: dict[int, Callable[[int, int], nn.Module]] = {
+    1: nn.Linear,
+    2: lambda ours, theirs: nn.Conv1d(ours, theirs, 1),
+    3: lambda ours, theirs: nn.Conv2d(ours, theirs, 1),
+}
