@@ -378,7 +378,7 @@ def test_mixed_pictures_and_their_targets_agree(kind: str) -> None:
         torch.testing.assert_close(targets.sum(1), torch.ones(6))
         assert torch.equal(mix(x, y, training, 2, step)[0], inputs)
         shares.append(float(targets[0, 0]))
-    assert len(set(shares)) > 20 and 0.3 < np.mean(shares) < 0.75
+    assert len(set(shares)) > 10 and 0.3 < np.mean(shares) < 0.75
     assert torch.equal(x, y.float().view(-1, 1, 1, 1).expand(-1, 1, 9, 7))
 
 
