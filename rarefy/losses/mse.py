@@ -1,0 +1,58 @@
+"""FitNets: the student's features are drawn to the teacher's by their squared distance (1412.6550).
+
+    loss = mean over the matched features of  mean((P·s - t)²)
+
+P is a 1x1 projection where the channels differ, trained along and thrown away afterwards. FitNets trains on one hint layer first and on
+the logits later; here both run together, as all later work does, and every stage is a hint. ``on="logits"`` compares the logits
+themselves (Ba and Caruana, 1312.6184): no temperature to choose, at the price that the least likely classes count as much as the likeliest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rarefy.errors import InputError
+from rarefy.losses import Features, Shapes
+
+
+@dataclass(frozen=True)
+class Mse:
+    """Squared distance of matched features (FitNets), or of the logits."""
+
+    on: str = "stages"
+
+    def adapter(self, shapes: Shapes) -> nn.Module | None:
+        for name, (ours, theirs) in shapes.items():
+            if ours[1:] != theirs[1:]:
+                raise InputError(f"mse: {name} is {ours} in the student and {theirs} in the teacher; match features of equal resolution")
+        differ = {name: pair for name, pair in shapes.items() if pair[0][0] != pair[1][0]}
+        return _Projection(differ) if differ else None
+
+    def __call__(self, student: Tensor, teacher: Tensor, targets: Tensor | None, features: Features) -> Tensor:
+        if self.on == "logits":
+            return F.mse_loss(student, teacher)
+        return torch.stack([F.mse_loss(ours, theirs) for ours, theirs in features.values()]).mean()
+
+
+class _Projection(nn.Module):
+    """1x1: a linear map of the channels, the same at every position."""
+
+    def __init__(self, shapes: Shapes):
+        super().__init__()
+        self.maps = nn.ModuleDict({name: _BY_RANK[len(ours)](ours[0], theirs[0]) for name, (ours, theirs) in shapes.items()})
+
+    def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self.maps[name](value) if name in self.maps else value for name, value in features.items()}
+
+
+# (channels), (channels, positions), (channels, height, width)
+_BY_RANK: dict[int, Callable[[int, int], nn.Module]] = {
+    1: nn.Linear,
+    2: lambda ours, theirs: nn.Conv1d(ours, theirs, 1),
+    3: lambda ours, theirs: nn.Conv2d(ours, theirs, 1),
+}

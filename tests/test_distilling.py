@@ -1,0 +1,666 @@
+"""The training loop: what it computes, that it resumes to the bit, and that it fails well."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from rarefy import distilling, progress
+from rarefy.capturing import capture, is_graph
+from rarefy.distilling import STATE_FILE, Training, distill, mix, train
+from rarefy.errors import FormatError, InputError, TrainingDiverged
+
+torch.set_num_threads(1)  # as in the process that test_killed_run starts: bits depend on it
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@functools.cache
+def digits() -> tuple[Tensor, Tensor]:
+    found = load_digits()
+    order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(0))
+    return torch.tensor(found.images, dtype=torch.float32).unsqueeze(1)[order] / 8 - 1, torch.tensor(found.target)[order]
+
+
+class Stopped(Exception):
+    pass
+
+
+@dataclass(frozen=True)
+class Digits:
+    """An in-memory task as the loop wants it. stop: raise at that (epoch, step); spoil: NaN from that (epoch, step) on."""
+
+    images: int = 160
+    stop: tuple[int, int] | None = None
+    spoil: tuple[int, int] | None = None
+    val: str | None = "digits"
+    train: str = "digits"
+    classes: int = 10
+    input_shape: tuple[int, int, int] = (1, 8, 8)
+    watch: Callable[[int, int, Tensor], None] | None = None
+
+    def length(self, split: str) -> int:
+        return self.images if split == "train" else 300
+
+    def batches(
+        self, split: str, batch_size: int, *, shuffle_seed: int | None = None, augment: bool = False, epoch: int = 0, start: int = 0, device: Any = "cpu"
+    ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+        x, y = digits()
+        x, y = (x[: self.images], y[: self.images]) if split == "train" else (x[-300:], y[-300:])
+        order = torch.arange(len(y))
+        if shuffle_seed is not None:
+            order = torch.randperm(len(y), generator=torch.Generator().manual_seed(1000 * shuffle_seed + epoch))
+        for step, rows in enumerate(order.split(batch_size)[start:], start):
+            if augment and self.stop == (epoch, step):
+                raise Stopped
+            inputs = x[rows]
+            if augment:
+                inputs = inputs + 0.1 * torch.randn(inputs.shape, generator=torch.Generator().manual_seed(1000 * epoch + step))
+                if self.spoil is not None and self.spoil <= (epoch, step):
+                    inputs = inputs * float("nan")
+                if self.watch is not None:
+                    self.watch(epoch, step, inputs)
+            yield inputs.to(device), y[rows].to(device)
+
+    def loss(self, outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        return F.cross_entropy(outputs, targets, label_smoothing=label_smoothing)
+
+    def fingerprint(self, split: str) -> str:
+        return hashlib.sha256(f"{split} {self.length(split)}".encode()).hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        return {"task": "digits", "classes": self.classes}
+
+
+def net(width: int, dropout: float = 0.0) -> nn.Module:
+    torch.manual_seed(width)
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.Dropout(dropout),
+        nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(2 * width), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 10),
+    )  # fmt: skip
+
+
+@functools.cache
+def teacher() -> fx.GraphModule:
+    return train(net(12), Digits(images=1400), epochs=4, batch_size=50, lr=0.2, seed=1, progress=False)
+
+
+@functools.cache
+def student(width: int = 4, dropout: float = 0.0) -> fx.GraphModule:
+    return capture(net(width, dropout), torch.zeros(2, 1, 8, 8))
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    ours, theirs = tensors(one), tensors(other)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def top1(model: nn.Module) -> float:
+    x, y = digits()
+    with torch.no_grad():
+        return float((model(x[-300:]).argmax(1) == y[-300:]).float().mean())
+
+
+def facts(graph: fx.GraphModule) -> dict[str, Any]:
+    return graph.meta["history"][-1]["facts"]
+
+
+QUICK = {"epochs": 2, "batch_size": 40, "lr": 0.05, "progress": False, "validate_every": 0}
+
+
+# -- what it computes
+
+
+def test_training_alone_learns_digits() -> None:
+    assert top1(teacher()) > 0.9  # chance is 0.1
+    assert facts(teacher())["curve"][-1]["val"] == pytest.approx(top1(teacher()), abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["lskd", "kl", "mse:on=logits", "kl + 5*mse", "lskd + mse:on=embedding"])
+def test_distillation_without_labels_brings_the_student_to_the_teacher(loss: str) -> None:
+    x, _ = digits()
+    with torch.no_grad():
+        wanted = teacher()(x[-300:]).argmax(1)
+
+        def agreement(model: nn.Module) -> float:
+            return float((model(x[-300:]).argmax(1) == wanted).float().mean())
+
+        start = agreement(student(6))
+        taught = distill(
+            student(6),
+            teacher(),
+            Digits(images=1400),
+            loss=loss,
+            epochs=8,
+            batch_size=25,
+            lr=0.1,
+            hard_weight=0,
+            validate_every=0,
+            progress=False,
+        )
+        assert start < 0.3
+        assert agreement(taught) > 0.75
+
+
+def test_caller_keeps_models_modes_generators_and_gets_a_finished_graph() -> None:
+    model, guide = net(4, dropout=0.2).train(), copy.deepcopy(teacher())
+    guide.train()
+    before = [copy.deepcopy(model), copy.deepcopy(guide), copy.deepcopy(guide.meta)]
+    generator = torch.get_rng_state()
+    result = distill(model, guide, Digits(), **QUICK)
+    assert same(model, before[0]) and same(guide, before[1])
+    assert model.training and guide.training and guide.meta == before[2]
+    assert all(one.grad is None for one in [*model.parameters(), *guide.parameters(), *result.parameters()])
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert is_graph(result) and not result.training
+    assert all(one.is_contiguous() and one.requires_grad for one in result.parameters())
+    again = distill(result, guide, Digits(), **QUICK)
+    assert [one["step"] for one in again.meta["history"]] == ["distill", "distill"]
+    assert len(result.meta["history"]) == 1
+
+
+def test_matches_a_loop_written_by_hand() -> None:
+    """SGD, Nesterov, warm-up, cosine, no decay on norm and bias, CE + LSKD: the same weights as the plain loop's."""
+    from rarefy.losses.lskd import Lskd
+
+    task = Digits(images=120)
+    result = distill(
+        student(),
+        teacher(),
+        task,
+        epochs=2,
+        batch_size=40,
+        lr=0.1,
+        warmup=0.34,
+        weight_decay=0.01,
+        clip=1.0,
+        channels_last="no",
+        progress=False,
+    )
+    ours, guide = copy.deepcopy(student()).train(), copy.deepcopy(teacher()).eval()
+    decayed = [one for one in ours.parameters() if one.dim() > 1]
+    plain = [one for one in ours.parameters() if one.dim() == 1]
+    optimizer = torch.optim.SGD([{"params": decayed, "weight_decay": 0.01}, {"params": plain}], lr=1, momentum=0.9, nesterov=True)
+    rates = [0.1 / 3, 0.2 / 3, 0.1, 0.1 * (1 + np.cos(np.pi / 4)) / 2, 0.05, 0.1 * (1 + np.cos(3 * np.pi / 4)) / 2]
+    step = 0
+    for epoch in range(2):
+        for x, y in task.batches("train", 40, shuffle_seed=0, augment=True, epoch=epoch):
+            optimizer.zero_grad()
+            with torch.no_grad():
+                wanted = guide(x)
+            outputs = ours(x)
+            (F.cross_entropy(outputs, y) + Lskd()(outputs, wanted, y, {})).backward()
+            nn.utils.clip_grad_norm_(ours.parameters(), 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = rates[step]
+            optimizer.step()
+            step += 1
+    for name, one in tensors(result).items():
+        torch.testing.assert_close(one, tensors(ours)[name], rtol=1e-4, atol=1e-5)
+
+
+def test_ema_is_the_weighted_mean_of_all_states() -> None:
+    """θ̄ = Σ dᵗ⁻ⁱ θᵢ / Σ dᵗ⁻ⁱ, from the states of runs of one schedule stopped at each step."""
+    states = []
+    for steps in (1, 2, 3):
+        # a warm-up longer than the run keeps the rate of a step independent of the run's length
+        run = functools.partial(train, student(), Digits(), batch_size=40, validate_every=0, progress=False)
+        rates = Training(steps=3, lr=0.1, warmup=0.0)
+        states.append(tensors(_with_rates(run, [rates.rate(step, 3) for step in range(3)], steps=steps)))
+    averaged = tensors(_with_rates(run, [rates.rate(step, 3) for step in range(3)], steps=3, ema=0.7))
+    weights = np.array([0.7**2, 0.7, 1.0]) / (0.7**2 + 0.7 + 1)
+    for name, mean in averaged.items():
+        expected = sum(float(weight) * state[name] for weight, state in zip(weights, states))
+        torch.testing.assert_close(mean, expected, rtol=1e-5, atol=1e-6)
+    assert any(not torch.allclose(mean, states[-1][name]) for name, mean in averaged.items())
+
+
+def _with_rates(run: Callable[..., fx.GraphModule], rates: list[float], **options: Any) -> fx.GraphModule:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "rate", lambda self, step, total: rates[step])
+        return run(**options)
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch() -> None:
+    """Without batch norm, four parts of a batch are the batch."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
+    whole = distill(model, teacher(), Digits(), **QUICK)
+    parts = distill(model, teacher(), Digits(), accumulate=3, **QUICK)  # 40 = 14 + 14 + 12
+    for name, one in tensors(whole).items():
+        torch.testing.assert_close(tensors(parts)[name], one, rtol=1e-4, atol=1e-6)
+
+
+def test_out_of_memory_halves_the_parts_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    whole = train(model, Digits(), **QUICK)
+    forward = distilling._Objective.forward
+
+    def small(self: Any, inputs: Tensor, targets: Tensor) -> Tensor:
+        if len(inputs) > 12:
+            raise torch.OutOfMemoryError("no room")
+        return forward(self, inputs, targets)
+
+    monkeypatch.setattr(distilling._Objective, "forward", small)
+    parts = train(model, Digits(), **QUICK)
+    assert facts(parts)["accumulate"] == 4
+    for name, one in tensors(whole).items():
+        torch.testing.assert_close(tensors(parts)[name], one, rtol=1e-4, atol=1e-6)
+
+    monkeypatch.setattr(distilling._Objective, "forward", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none at all")))
+    with pytest.raises(InputError, match="out of memory with 1 images"):
+        train(model, Digits(), **QUICK)
+
+
+def test_adamw_and_bf16_learn() -> None:
+    result = train(net(8), Digits(images=800), epochs=6, batch_size=25, optimizer="adamw", lr=0.01, precision="bf16", progress=False)
+    assert top1(result) > 0.7
+    assert all(one.dtype == torch.float32 for one in result.parameters())
+
+
+def test_precision_and_layout_change_little() -> None:
+    plain = distill(student(), teacher(), Digits(), channels_last="no", **QUICK)
+    last = distill(student(), teacher(), Digits(), channels_last="yes", **QUICK)
+    for name, one in tensors(plain).items():
+        torch.testing.assert_close(tensors(last)[name], one, rtol=1e-3, atol=1e-4)
+
+
+def test_best_state_is_kept_and_last_by_default() -> None:
+    scores = iter([0.5, 0.9, 0.3])
+    seen = []
+
+    def validate(graph: fx.GraphModule) -> float:
+        assert not graph.training
+        seen.append({name: one.clone() for name, one in tensors(graph).items()})
+        return next(scores)
+
+    options = {**QUICK, "epochs": 3, "validate_every": 1}
+    best = train(student(), Digits(), validate=validate, keep="best", **options)
+    assert all(torch.equal(one, seen[1][name]) for name, one in tensors(best).items())
+    assert facts(best)["best"] == {"epoch": 2, "val": 0.9} and facts(best)["kept"] == "best"
+    last = train(student(), Digits(), validate=lambda graph: 0.0, **options)
+    assert all(torch.equal(one, seen[2][name]) for name, one in tensors(last).items())
+
+
+def test_frozen_parameters_stay() -> None:
+    frozen = copy.deepcopy(student())
+    first = next(iter(frozen.parameters())).requires_grad_(False)
+    result = train(frozen, Digits(), **QUICK)
+    assert torch.equal(next(iter(result.parameters())), first)
+    with pytest.raises(InputError, match="requires_grad_"):
+        train(copy.deepcopy(frozen).requires_grad_(False), Digits(), **QUICK)
+
+
+def test_integer_buffers_pass_through() -> None:
+    """What a quantised graph carries: codes, which do not train."""
+
+    class Coded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("codes", torch.randint(-8, 8, (16, 64), dtype=torch.int8))
+            self.scale, self.head = nn.Parameter(torch.full((16, 1), 0.02)), nn.Linear(16, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.linear(x.flatten(1), self.codes.float() * self.scale).relu())
+
+    model = Coded()
+    result = distill(model, teacher(), Digits(), ema=0.9, **QUICK)
+    assert torch.equal(tensors(result)["codes"], model.codes) and tensors(result)["codes"].dtype == torch.int8
+    assert not torch.equal(tensors(result)["scale"], model.scale)
+
+
+def test_record_says_how_it_went() -> None:
+    result = distill(student(), teacher(), Digits(), loss="kl:temperature=2.0 + 3*mse", epochs=2, batch_size=40, progress=False)
+    record = result.meta["history"][-1]
+    json.dumps(record, allow_nan=False)
+    assert record["step"] == "distill" and record["options"]["loss"] == "1*kl:temperature=2.0 + 3*mse" and record["options"]["epochs"] == 2
+    assert [one["epoch"] for one in record["facts"]["curve"]] == [1, 2]
+    assert record["facts"]["curve"][1]["val"] == pytest.approx(top1(result), abs=1e-6)
+    assert record["facts"]["steps"] == 8 and len(record["facts"]["matched"]) == 2
+    assert 0 <= record["facts"]["timing"]["data_share"] <= 1
+
+
+def test_two_runs_with_one_seed_agree_and_another_differs() -> None:
+    one, two, other = (distill(student(dropout=0.3), teacher(), Digits(), seed=seed, **QUICK) for seed in (5, 5, 6))
+    assert same(one, two) and not same(one, other)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile on a CPU needs a C++ compiler")
+def test_compiled_is_the_same_training() -> None:
+    options = {**QUICK, "epochs": 1}
+    plain = distill(student(), teacher(), Digits(), loss="lskd + mse", **options)
+    compiled = distill(student(), teacher(), Digits(), loss="lskd + mse", compile="default", **options)
+    for name, one in tensors(plain).items():
+        torch.testing.assert_close(tensors(compiled)[name], one, rtol=1e-3, atol=1e-4)
+
+
+# -- mixing
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_mixed_pictures_and_their_targets_agree(kind: str) -> None:
+    """Pictures that are their own labels: each picture's mean is its label's share."""
+    training = Training(**{kind: 1.0})
+    y = torch.tensor([0, 1, 1, 0, 1, 1])
+    x = y.float().view(-1, 1, 1, 1).expand(-1, 1, 9, 7).contiguous()
+    shares = []
+    for step in range(40):
+        inputs, targets = mix(x, y, training, 2, step)
+        assert targets is not None
+        torch.testing.assert_close(inputs.mean((1, 2, 3)), targets[:, 1])
+        torch.testing.assert_close(targets.sum(1), torch.ones(6))
+        assert torch.equal(mix(x, y, training, 2, step)[0], inputs)
+        shares.append(float(targets[0, 0]))
+    assert len(set(shares)) > 10 and 0.3 < np.mean(shares) < 0.75
+    assert torch.equal(x, y.float().view(-1, 1, 1, 1).expand(-1, 1, 9, 7))
+
+
+def test_both_kinds_take_turns_and_none_changes_nothing() -> None:
+    x, y = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
+    untouched = mix(x, y, Training(), 4, 0)
+    assert untouched[0] is x and untouched[1] is y
+    both, up = Training(mixup=1.0, cutmix=1.0), Training(mixup=1.0)
+    patched = [bool((mix(x, y, both, 4, step)[0] == x).any()) for step in range(20)]
+    assert any(patched) and not all(patched)
+    assert not any(bool((mix(x, y, up, 4, step)[0] == x).all()) for step in range(20))
+    assert mix(x, None, up, 4, 0)[1] is None
+
+
+def test_teacher_sees_the_student_s_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+    forward = distilling._Objective.forward
+
+    def spied(self: Any, inputs: Tensor, targets: Tensor) -> Tensor:
+        handles = [one.register_forward_pre_hook(lambda _, args: taken.append(args[0])) for one in (self.student, self.teacher)]
+        taken: list[Tensor] = []
+        loss = forward(self, inputs, targets)
+        for handle in handles:
+            handle.remove()
+        seen.append((taken[0], taken[1]))
+        assert self.student.training and not self.teacher.training
+        assert targets.shape == (40, 10)
+        return loss
+
+    originals: list[Tensor] = []
+    monkeypatch.setattr(distilling._Objective, "forward", spied)
+    task = Digits(watch=lambda epoch, step, inputs: originals.append(inputs))
+    distill(student(), teacher(), task, mixup=0.5, cutmix=0.5, **QUICK)
+    assert len(seen) == 8
+    for (ours, theirs), original in zip(seen, originals):
+        assert ours is theirs and ours.shape == original.shape
+    assert sum(not torch.equal(ours, original) for (ours, _), original in zip(seen, originals)) >= 6
+
+
+# -- checkpoints
+
+RESUMED = {
+    "loss": "lskd + 2*mse", "epochs": 3, "batch_size": 40, "lr": 0.05, "ema": 0.9, "mixup": 0.4, "keep": "best", "clip": 5.0, "seed": 3, "progress": False
+}  # fmt: skip
+
+
+@functools.cache
+def undisturbed(optimizer: str) -> fx.GraphModule:
+    return distill(student(dropout=0.2), teacher(), Digits(), optimizer=optimizer, **RESUMED)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("stops", [[(0, 0)], [(0, 1)], [(0, 3), (2, 1)], [(1, 0)], [(1, 2), (1, 3), (2, 3)]])
+def test_stopped_run_ends_with_the_same_bits(tmp_path: Path, optimizer: str, stops: list[tuple[int, int]]) -> None:
+    run = functools.partial(
+        distill, student(dropout=0.2), teacher(), optimizer=optimizer, checkpoint=tmp_path, checkpoint_seconds=0, **RESUMED
+    )
+    for stop in stops:
+        with pytest.raises(Stopped):
+            run(Digits(stop=stop))
+    seen: list[tuple[int, int]] = []
+    result = run(Digits(watch=lambda epoch, step, _: seen.append((epoch, step))))
+    assert seen[0] == stops[-1] and seen[-1] == (2, 3)
+    assert same(result, undisturbed(optimizer))
+    ours, expected = facts(result), facts(undisturbed(optimizer))
+    assert {**ours, "timing": None} == {**expected, "timing": None}
+
+
+def test_finished_run_is_returned_without_training(tmp_path: Path) -> None:
+    run = functools.partial(distill, student(), teacher(), checkpoint=tmp_path, **QUICK)
+    first = run(Digits())
+    again = run(Digits(stop=(0, 0)))
+    assert same(first, again) and first.meta == again.meta
+    assert [one.name for one in tmp_path.iterdir()] == [STATE_FILE]
+
+
+def test_saving_by_time_does_not_save_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saves = []
+    save = distilling._Store.save
+    monkeypatch.setattr(distilling._Store, "save", lambda self, run: (saves.append(run.step), save(self, run)))
+    distill(student(), teacher(), Digits(), checkpoint=tmp_path, checkpoint_seconds=3600, **QUICK)
+    assert saves == [4, 8]
+
+
+def test_killed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
+    """SIGKILL while it trains and saves at every step; then the rerun."""
+    script = (
+        "import sys; sys.path[:0] = sys.argv[1:3]\n"
+        "import torch, time; torch.set_num_threads(1)\n"
+        "from test_distilling import *\n"
+        "task = Digits(watch=lambda *_: time.sleep(0.02))\n"
+        "distill(student(dropout=0.2), teacher(), task, optimizer='sgd', checkpoint=sys.argv[3], checkpoint_seconds=0, **RESUMED)\n"
+    )
+    folder = tmp_path / "state"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(ROOT), str(ROOT / "tests"), str(folder)], env=environment, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 60
+    while not (folder / STATE_FILE).exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    time.sleep(0.05)
+    assert process.poll() is None, process.stderr.read().decode()[-2000:] if process.stderr else ""
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.stderr is not None
+    process.stderr.close()
+    (folder / f".{STATE_FILE}.1").write_bytes(b"half a file, as a kill in the middle of a save leaves it")
+    seen: list[tuple[int, int]] = []
+    task = Digits(watch=lambda epoch, step, _: seen.append((epoch, step)))
+    result = distill(student(dropout=0.2), teacher(), task, optimizer="sgd", checkpoint=folder, **RESUMED)
+    assert seen[0] > (0, 0)
+    assert same(result, undisturbed("sgd"))
+    assert [one.name for one in folder.iterdir()] == [STATE_FILE]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"lr": 0.06}, r"options \(lr=0.06, there 0.05\)"),
+        ({"loss": "kl"}, r"options \(loss='1\*kl', there '1\*lskd'\)"),
+        ({"student": 5}, "student"),
+        ({"teacher": True}, "teacher"),
+        ({"images": 120}, "data"),
+        ({"classes": 11}, r"task \(classes=11, there 10\)"),
+    ],
+)
+def test_foreign_checkpoint_is_refused_and_kept(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    with pytest.raises(Stopped):
+        distill(student(), teacher(), Digits(stop=(1, 1)), checkpoint=tmp_path, **QUICK)
+    before = (tmp_path / STATE_FILE).read_bytes()
+    guide = undisturbed("sgd") if change.pop("teacher", False) else teacher()
+    model = student(change.pop("student", 4))
+    task = dataclasses.replace(Digits(), **{key: change.pop(key) for key in ("images", "classes") if key in change})
+    with pytest.raises(InputError, match=f"another {says}") as raised:
+        distill(model, guide, task, checkpoint=tmp_path, **{**QUICK, **change})
+    assert "\n" not in str(raised.value) and str(tmp_path) in str(raised.value)
+    assert (tmp_path / STATE_FILE).read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", ["cut", "noise", "empty", "foreign", "no numbers"])
+def test_damaged_checkpoint_is_one_line(tmp_path: Path, damage: str) -> None:
+    import safetensors.torch
+
+    with pytest.raises(Stopped):
+        distill(student(), teacher(), Digits(stop=(1, 1)), checkpoint=tmp_path, **QUICK)
+    file = tmp_path / STATE_FILE
+    whole = file.read_bytes()
+    if damage == "cut":
+        file.write_bytes(whole[: len(whole) // 2])
+    elif damage == "noise":
+        file.write_bytes(b"\xff" * 200)
+    elif damage == "empty":
+        file.write_bytes(b"")
+    elif damage == "foreign":
+        safetensors.torch.save_file({"x": torch.zeros(1)}, file)
+    else:
+        with safetensors.safe_open(file, "pt") as opened:
+            header = json.loads(opened.metadata()["rarefy"])
+        safetensors.torch.save_file({"x": torch.zeros(1)}, file, metadata={"rarefy": json.dumps({**header, "numbers": {}})})
+    with pytest.raises(FormatError, match="delete it") as raised:
+        distill(student(), teacher(), Digits(), checkpoint=tmp_path, **QUICK)
+    assert "\n" not in str(raised.value)
+
+
+def test_checkpoint_that_can_t_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match="can't be written"):
+        distill(student(), teacher(), Digits(), checkpoint=tmp_path / "file", **QUICK)
+
+
+# -- failing well
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_nan_stops_with_the_last_good_state(tmp_path: Path, ema: float) -> None:
+    options = {**QUICK, "epochs": 3, "ema": ema}
+    kept: list[dict[str, Tensor]] = []
+
+    def validate(graph: fx.GraphModule) -> float:
+        kept.append({name: one.clone() for name, one in tensors(graph).items()})
+        return 0.0
+
+    options["validate_every"] = 1
+    with pytest.raises(TrainingDiverged, match=r"after epoch 1; .*clip=1") as raised:
+        distill(student(), teacher(), Digits(spoil=(1, 2)), checkpoint=tmp_path, validate=validate, **options)
+    assert "\n" not in str(raised.value) and raised.value.exit_code == 1
+    graph = raised.value.graph  # type: ignore[attr-defined]
+    assert is_graph(graph) and not graph.training
+    assert len(kept) == 1 and all(torch.equal(one, kept[0][name]) for name, one in tensors(graph).items())
+    with safetensors_open(tmp_path / STATE_FILE) as opened:
+        assert all(opened.get_tensor(name).isfinite().all() for name in opened.keys())  # noqa: SIM118 (no mapping)
+    with pytest.raises(TrainingDiverged, match="after epoch 1"):
+        distill(student(), teacher(), Digits(spoil=(1, 2)), checkpoint=tmp_path, validate=validate, **options)
+
+
+def safetensors_open(file: Path) -> Any:
+    import safetensors
+
+    return safetensors.safe_open(file, "pt")
+
+
+def test_nan_in_the_first_epoch_keeps_the_start() -> None:
+    with pytest.raises(TrainingDiverged, match="from before training") as raised:
+        train(student(), Digits(spoil=(0, 0)), **QUICK)
+    assert same(raised.value.graph, student())  # type: ignore[attr-defined]
+
+
+def test_infinite_weights_after_a_finite_loss_are_not_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last step's gradient may break the weights when no loss is left to show it."""
+    advance = distilling._Run._advance
+
+    def broken(self: Any, inputs: Tensor, targets: Tensor, rate: float) -> None:
+        advance(self, inputs, targets, rate)
+        if self.step == 3:
+            with torch.no_grad():
+                next(self.graph.parameters()).view(-1)[0] = float("inf")
+
+    monkeypatch.setattr(distilling._Run, "_advance", broken)
+    with pytest.raises(TrainingDiverged, match="weights not finite at step 4"):
+        train(student(), Digits(), **{**QUICK, "epochs": 1})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"batch_size": 161}, "batch_size=161.*160 training images"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"lr": -1.0}, "lr=-1.0"),
+        ({"optimizer": "lion"}, "sgd or adamw"),
+        ({"ema": 1.0}, "ema=1.0"),
+        ({"epochs": 0}, "epochs=0"),
+        ({"momentun": 0.9}, "unknown option 'momentun'"),
+        ({"loss": "dkdd"}, "unknown choice 'dkdd'"),
+        ({"loss": None}, "train"),
+        ({"loss": "mse:on=nowhere"}, "nowhere"),
+        ({"precision": "fp16"}, "precision='fp16'"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError, match=says) as raised:
+        distill(student(), teacher(), Digits(), **{**QUICK, **arguments})
+    assert "\n" not in str(raised.value)
+
+
+def test_models_that_do_not_fit_the_task_or_each_other() -> None:
+    other = capture(nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 10)), torch.zeros(2, 3, 8, 8))
+    with pytest.raises(InputError, match=r"teacher: takes inputs of shape \(3, 8, 8\)"):
+        distill(student(), other, Digits(), **QUICK)
+    seven = nn.Sequential(nn.Flatten(), nn.Linear(64, 7))
+    with pytest.raises(InputError, match=r"student.*\(10,\).*teacher.*\(7,\)"):
+        distill(student(), seven, Digits(), **QUICK)
+    with pytest.raises(InputError, match="hard_weight=0"):
+        train(student(), Digits(), hard_weight=0, **QUICK)
+
+
+def test_no_val_data_no_validation() -> None:
+    result = train(student(), Digits(val=None), **{**QUICK, "validate_every": 1})
+    assert all(one["val"] is None for one in facts(result)["curve"]) and facts(result)["best"] is None
+
+
+# -- progress
+
+
+def test_progress_lines_when_nobody_watches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = iter(range(0, 1000, 4))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+    steps = progress.track(range(4, 10), 10, "distil", done=4)
+    for step in steps:
+        steps.update(f"loss {step}")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["distil 7/10 (70%), 0:12 left, loss 6", "distil 10/10 (100%), 0:00 left, loss 9"]
+
+
+def test_progress_bar_when_somebody_does(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    steps = progress.track(range(3), 3, "distil [x]")
+    assert [steps.update("loss [1]") or step for step in steps] == [0, 1, 2]
+    said = capsys.readouterr().err
+    assert "distil [x]" in said and "3/3" in said and "loss [1]" in said
+
+
+def test_progress_off_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(progress.track(range(3), None, "x", False)) == [0, 1, 2]
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,315 @@
+"""Every loss there is gets the contract; the known ones their formulas."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rarefy import plugins
+from rarefy.capturing import capture
+from rarefy.distilling import terms
+from rarefy.errors import InputError
+from rarefy.losses import FeatureLoss, Loss
+from rarefy.losses.kl import Kl
+from rarefy.losses.lskd import Lskd
+from rarefy.losses.mse import Mse
+from rarefy.tapping import cuts, matched, tapped
+
+NAMES = plugins.available("losses")
+FORMS = [*NAMES, "mse:on=logits"]
+SHAPES = {"early": (8, 6, 6), "late": (12, 3, 3)}
+
+
+def pictures(seed: int, batch: int = 6, classes: int = 5) -> tuple[Tensor, dict[str, Tensor]]:
+    draw = torch.Generator().manual_seed(seed)
+    features = {name: torch.randn(batch, *shape, generator=draw) for name, shape in SHAPES.items()}
+    return 3 * torch.randn(batch, classes, generator=draw), features
+
+
+def value(loss: Loss, student: Tensor, teacher: Tensor, ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> Tensor:
+    targets = torch.arange(len(student)) % student.shape[1]
+    features = {} if loss.on == "logits" else {name: (ours[name], theirs[name]) for name in ours}
+    return loss(student, teacher, targets, features)
+
+
+@pytest.mark.parametrize("form", FORMS)
+class TestContract:
+    def test_is_a_loss_described_by_its_text(self, form: str) -> None:
+        loss = plugins.resolve("losses", form)
+        assert isinstance(loss, Loss)
+        assert loss.on == "logits" or isinstance(loss, FeatureLoss)
+        assert plugins.resolve("losses", plugins.describe(loss)) == loss
+        assert plugins.summary("losses", form.partition(":")[0])
+        with pytest.raises(AttributeError):
+            loss.on = "elsewhere"  # frozen
+
+    def test_least_at_the_teacher(self, form: str) -> None:
+        loss = plugins.resolve("losses", form)
+        teacher, theirs = pictures(0)
+        student, ours = pictures(1)
+        at_teacher = value(loss, teacher, teacher, theirs, theirs)
+        assert at_teacher.shape == ()
+        assert abs(float(at_teacher)) < 1e-5
+        for share in (0.1, 0.5, 1.0):
+            moved = {name: torch.lerp(theirs[name], ours[name], share) for name in ours}
+            assert value(loss, torch.lerp(teacher, student, share), teacher, moved, theirs) > at_teacher + 1e-4
+
+    def test_descending_its_gradient_comes_nearer(self, form: str) -> None:
+        loss = plugins.resolve("losses", form)
+        teacher, theirs = pictures(0)
+        student, ours = pictures(1)
+        inputs = [student, *ours.values()]
+        for one in inputs:
+            one.requires_grad_()
+        before = value(loss, student, teacher, ours, theirs)
+        before.backward()
+        assert all(one.grad is None or one.grad.isfinite().all() for one in inputs)
+        with torch.no_grad():
+            for one in inputs:
+                if one.grad is not None:
+                    one -= 0.05 * one.grad
+            assert value(loss, student, teacher, ours, theirs) < before
+
+    def test_gradient_is_that_of_its_values(self, form: str) -> None:
+        loss = plugins.resolve("losses", form)
+        teacher, theirs = pictures(0, batch=3)
+        student, ours = pictures(1, batch=3)
+        theirs64 = {name: one.double()[:, :2, :2, :2] for name, one in theirs.items()}
+
+        def scalar(logits: Tensor, *features: Tensor) -> Tensor:
+            return value(loss, logits, teacher.double(), dict(zip(ours, features)), theirs64)
+
+        points = [student.double().requires_grad_(), *(one.double()[:, :2, :2, :2].contiguous().requires_grad_() for one in ours.values())]
+        assert torch.autograd.gradcheck(scalar, points)
+
+    def test_order_of_the_batch_does_not_matter(self, form: str) -> None:
+        loss = plugins.resolve("losses", form)
+        teacher, theirs = pictures(0)
+        student, ours = pictures(1)
+        order = torch.tensor([3, 0, 5, 1, 4, 2])
+        targets = torch.arange(6) % 5
+        features = {} if loss.on == "logits" else {name: (ours[name], theirs[name]) for name in ours}
+        shuffled = {name: (a[order], b[order]) for name, (a, b) in features.items()}
+        straight = loss(student, teacher, targets, features)
+        torch.testing.assert_close(loss(student[order], teacher[order], targets[order], shuffled), straight, rtol=1e-5, atol=1e-6)
+
+    def test_needs_no_labels_or_takes_soft_ones(self, form: str) -> None:
+        loss = plugins.resolve("losses", form)
+        teacher, theirs = pictures(0)
+        student, ours = pictures(1)
+        features = {} if loss.on == "logits" else {name: (ours[name], theirs[name]) for name in ours}
+        soft = torch.full((6, 5), 0.2)
+        for targets in (None, soft):
+            assert loss(student, teacher, targets, features).isfinite()
+
+    @pytest.mark.parametrize("size", [0.0, 1e-4, 1e4])
+    def test_finite_at_the_edges(self, form: str, size: float) -> None:
+        """All logits equal, tiny, huge: value and gradient stay finite."""
+        loss = plugins.resolve("losses", form)
+        teacher, theirs = pictures(0)
+        student, ours = pictures(1)
+        student, ours = (size * student).requires_grad_(), {name: (size * one).requires_grad_() for name, one in ours.items()}
+        result = value(loss, student, size * teacher, ours, {name: size * one for name, one in theirs.items()})
+        result.backward()
+        assert result.isfinite()
+        assert all(one.grad is None or one.grad.isfinite().all() for one in (student, *ours.values()))
+
+
+@pytest.mark.parametrize("T", [1.0, 4.0])
+def test_kl_is_the_closed_form(T: float) -> None:
+    teacher, student = pictures(0)[0].double(), pictures(1)[0].double().requires_grad_()
+    p, q = (teacher / T).softmax(1), (student / T).softmax(1)
+    loss = Kl(temperature=T)(student, teacher, None, {})
+    torch.testing.assert_close(loss, T**2 * (p * (p.log() - q.log())).sum(1).mean())
+    (gradient,) = torch.autograd.grad(loss, student)
+    torch.testing.assert_close(gradient, T * (q - p) / len(student))  # T² · (q - p)/T, mean over the batch
+
+
+def test_kl_tends_to_the_squared_distance_of_centred_logits() -> None:
+    """T -> inf: T² KL -> |s - t|²/(2 classes), Hinton's remark; the next term is smaller by |logit|/T."""
+    teacher, student = pictures(0)[0].double(), pictures(1)[0].double()
+    apart = (student - teacher) - (student - teacher).mean(1, keepdim=True)
+    limit = apart.square().sum(1).mean() / (2 * student.shape[1])
+    far = Kl(temperature=1e4)(student, teacher, None, {})
+    largest = max(student.abs().max(), teacher.abs().max())
+    assert abs(far - limit) < limit * 4 * largest / 1e4
+
+
+def test_lskd_is_kl_of_standardised_logits() -> None:
+    teacher, student = pictures(0)[0].double(), pictures(1)[0].double()
+    z = [(one - one.mean(1, keepdim=True)) / one.std(1, keepdim=True) for one in (student, teacher)]
+    torch.testing.assert_close(Lskd(temperature=2, weight=9)(student, teacher, None, {}), 9 * Kl(temperature=2)(*z, None, {}))
+
+
+def test_lskd_does_not_see_shift_and_scale_and_kl_does() -> None:
+    teacher, student = pictures(0)[0].double(), pictures(1)[0].double()
+    moved = 0.3 * student + 7
+    torch.testing.assert_close(Lskd()(moved, teacher, None, {}), Lskd()(student, teacher, None, {}))
+    assert abs(Kl()(moved, teacher, None, {}) - Kl()(student, teacher, None, {})) > 0.1
+
+
+def test_mse_is_the_mean_of_its_pairs() -> None:
+    _, ours = pictures(1)
+    _, theirs = pictures(0)
+    expected = (F.mse_loss(ours["early"], theirs["early"]) + F.mse_loss(ours["late"], theirs["late"])) / 2
+    torch.testing.assert_close(value(Mse(), *2 * [torch.zeros(6, 5)], ours, theirs), expected)
+
+
+def test_mse_projects_only_where_channels_differ() -> None:
+    adapter = Mse().adapter(
+        {"same": ((8, 6, 6), (8, 6, 6)), "wider": ((4, 3, 3), (12, 3, 3)), "tokens": ((4, 9), (6, 9)), "vector": ((4,), (5,))}
+    )
+    assert adapter is not None
+    given = {"same": torch.randn(2, 8, 6, 6), "wider": torch.randn(2, 4, 3, 3), "tokens": torch.randn(2, 4, 9), "vector": torch.randn(2, 4)}
+    seen = adapter(given)
+    assert seen["same"] is given["same"]
+    assert {name: tuple(one.shape) for name, one in seen.items() if name != "same"} == {
+        "wider": (2, 12, 3, 3),
+        "tokens": (2, 6, 9),
+        "vector": (2, 5),
+    }
+    assert Mse().adapter({"same": ((8, 6, 6), (8, 6, 6))}) is None
+    with pytest.raises(InputError, match=r"early.*equal resolution"):
+        Mse().adapter({"early": ((8, 6, 6), (8, 3, 3))})
+
+
+# -- sums as text
+
+
+def test_sum_as_text() -> None:
+    assert terms("lskd + 50*mse:on=embedding+1e+1 * kl:temperature=2") == [
+        (1.0, Lskd()),
+        (50.0, Mse(on="embedding")),
+        (10.0, Kl(temperature=2.0)),
+    ]
+    assert terms(Kl()) == [(1.0, Kl())]
+    assert terms([(2, Kl())]) == [(2.0, Kl())]
+    assert terms(None) == []
+
+
+@pytest.mark.parametrize(
+    "bad", ["nonsense", "x*kl", "-1*kl", "nan*kl", "kl:temperature=0", "kl:warmth=1", "kl + ", "", [(1.0, "kl")], [(1.0, 7)]]
+)
+def test_bad_sums_name_themselves(bad: object) -> None:
+    with pytest.raises(InputError) as raised:
+        terms(bad)  # type: ignore[arg-type]
+    assert "\n" not in str(raised.value)
+
+
+# -- where features are found
+
+
+class Residual(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.one, self.norm, self.two = (
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.BatchNorm2d(channels),
+            nn.Conv2d(channels, channels, 3, padding=1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.two(self.norm(self.one(x)).relu())).relu()
+
+
+class Net(nn.Module):
+    """Normalises its input, then two stages of residual blocks."""
+
+    def __init__(self, width: int, blocks: int):
+        super().__init__()
+        self.register_buffer("mean", torch.full((1, 3, 1, 1), 0.5))
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.first = nn.Sequential(*(Residual(width) for _ in range(blocks)))
+        self.down = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
+        self.side = nn.Conv2d(width, 2 * width, 1, stride=2)
+        self.second = nn.Sequential(*(Residual(2 * width) for _ in range(blocks)))
+        self.drop, self.head = nn.Dropout(0.5), nn.Linear(2 * width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(self.stem(x - self.mean))
+        x = self.second(self.down(x.relu()) + self.side(x))
+        return self.head(self.drop(x.mean((2, 3))))
+
+
+class Tokens(nn.Module):
+    """A tiny transformer: one resolution."""
+
+    def __init__(self, depth: int):
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 4, stride=4)
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True) for _ in range(depth))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x[:, 0])
+
+
+def test_stages_end_where_no_path_goes_around() -> None:
+    graph = capture(Net(4, 2), torch.zeros(2, 3, 12, 12))
+    pairs = matched(graph, capture(Net(6, 3), torch.zeros(2, 3, 12, 12)), "stages")
+    assert [(a.shape, b.shape) for a, b in pairs] == [((4, 12, 12), (6, 12, 12)), ((8, 6, 6), (12, 6, 6))]
+    assert [a.node.meta["stack"] for a, _ in pairs] == ["first.1", "second.1"]
+    assert all("sub" not in str(tap.node.target) for tap in cuts(graph))  # the input's normalisation is no feature
+
+
+def test_embedding_is_what_the_classifier_reads_before_dropout() -> None:
+    graph = capture(Net(4, 1), torch.zeros(2, 3, 12, 12))
+    ((ours, _),) = matched(graph, graph, "embedding")
+    assert ours.shape == (8,)
+    assert "dropout" not in str(ours.node.target)
+
+
+def test_networks_of_one_resolution_are_matched_by_depth() -> None:
+    few, many = (capture(Tokens(depth), torch.zeros(2, 3, 16, 16)) for depth in (4, 8))
+    pairs = matched(few, many, "stages")
+    assert [a.shape for a, _ in pairs] == [(8, 16)] * 4
+    order = {node: index for index, node in enumerate(few.graph.nodes)}
+    places = [order[a.node] for a, _ in pairs]
+    assert places == sorted(set(places))
+
+
+def test_names_of_nodes_and_modules() -> None:
+    graph = capture(Net(4, 2), torch.zeros(2, 3, 12, 12))
+    ((ours, theirs),) = matched(graph, graph, "first=first.1")
+    assert ours.node is theirs.node
+    ((by_node, _),) = matched(graph, graph, ours.node.name)
+    assert by_node == ours
+    with pytest.raises(InputError, match=r"layer9.*stem"):
+        matched(graph, graph, "layer9")
+
+
+def test_no_common_resolution_says_so() -> None:
+    small, large = capture(Net(4, 1), torch.zeros(2, 3, 12, 12)), capture(Net(4, 1), torch.zeros(2, 3, 20, 20))
+    with pytest.raises(InputError, match=r"12x12/6x6 and 20x20/10x10"):
+        matched(small, large, "stages")
+
+
+def test_taps_share_the_tensors_and_change_no_bit() -> None:
+    graph = capture(Net(4, 2), torch.zeros(2, 3, 12, 12)).train()
+    graph.drop = nn.Module()
+    taps = [a for a, _ in matched(graph.eval(), graph, "stages")]
+    with_taps = tapped(graph, taps)
+    x = torch.randn(3, 3, 12, 12)
+    output, values = with_taps(x)
+    assert torch.equal(output, graph(x))
+    assert [tuple(one.shape[1:]) for one in values] == [tap.shape for tap in taps]
+    mine, its = dict(graph.named_parameters()), dict(with_taps.named_parameters())
+    assert mine.keys() == its.keys() and all(mine[name] is its[name] for name in mine)
+    before = {name: one.clone() for name, one in graph.named_buffers()}
+    with_taps.train()(x)
+    assert any(not torch.equal(before[name], one) for name, one in graph.named_buffers())  # running statistics move in both
+
+
+def test_features_are_channels_first() -> None:
+    graph = capture(Tokens(2), torch.zeros(2, 3, 16, 16))
+    taps = [a for a, _ in matched(graph, graph, "stages")]
+    _, values = tapped(graph, taps)(torch.randn(3, 3, 16, 16))
+    assert [tuple(one.shape) for one in values] == [(3, 8, 16)] * 4
+    assert math.prod(taps[0].resolution) == 16
