@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from rarefy.capturing import attribute, is_tensor, shapes
 from rarefy.counting import einsum_letters, operator_name
@@ -490,18 +490,24 @@ def _joined(trace: _Trace, parts: list[Value], axis: int) -> list[Tensor]:
 
 
 def _scatter(trace: _Trace, node: fx.Node, a: dict[str, Any]) -> Value:
-    """slice_scatter, select_scatter: ``src`` written into a part of ``self`` along ``dim``."""
+    """slice_scatter, select_scatter: ``src`` takes the place of a part of ``self`` along ``dim``, and leaves as that part would."""
     base, part = a["self"], a["src"]
     axis = a["dim"] % base.rank
     if operator_name(node) == "select_scatter":
         part = Value(_inserted(part.shape, axis), [layer.unsqueeze(axis) for layer in part.layers])
-    across = []
-    for value in (base, part):
-        for layer in value.layers:
-            if layer.shape[axis] > 1:
-                trace.freeze(layer, "written into along that axis")
-        across.append(Value(_replaced(value.shape, axis, 1), [layer for layer in value.layers if layer.shape[axis] == 1]))
-    return Value(base.shape, trace.meet(across, base.rank))
+        places = range(a["index"] % base.shape[axis], a["index"] % base.shape[axis] + 1)
+    else:
+        places = range(*slice(a["start"], a["end"], a["step"]).indices(base.shape[axis]))
+    labels, rest = trace.channel(base, axis)
+    source, source_rest = trace.channel(part, axis)
+    layers = trace.meet([Value(_replaced(base.shape, axis, 1), rest), Value(_replaced(part.shape, axis, 1), source_rest)], base.rank)
+    if places.step != 1 or labels is None:
+        for own in (labels, source):
+            if own is not None:
+                trace.freeze(own, "written into at places that cannot move")
+        return Value(base.shape, layers)
+    _tie_or_freeze(trace, labels[places.start : places.stop], source, "is replaced by a part whose size is fixed")
+    return Value(base.shape, [*layers, _along(labels, axis, base.rank)])
 
 
 def _pad(trace: _Trace, node: fx.Node, a: dict[str, Any]) -> Value:
@@ -757,7 +763,7 @@ def _spatial_rank(node: fx.Node) -> int:
 
 
 def _reduces(trace: _Trace, node: fx.Node, a: dict[str, Any]) -> Value | list[Value]:
-    """Sums, means, norms, maxima: over a pruned axis they run over what is kept."""
+    """Sums, means, norms, maxima: over a pruned axis they run over what is kept; of blocks (dims of heads), the same is kept in each."""
     source = a["self"]
     dim = a.get("dim")
     axes = [axis % max(source.rank, 1) for axis in ([dim] if isinstance(dim, int) else dim or range(source.rank))]
@@ -766,12 +772,9 @@ def _reduces(trace: _Trace, node: fx.Node, a: dict[str, Any]) -> Value | list[Va
         varying = _axes_of(layer)
         if set(varying) & set(axes):
             trace.statistics.add(node)
-            if set(varying) <= set(axes):
-                if len(varying) > 1:
-                    trace.only(layer, (max(varying, key=lambda axis: layer.shape[axis]),))
-                continue
-            layer = trace.only(layer, [axis for axis in varying if axis not in axes])
-        layers.append(layer)
+            trace.only(layer, axes)
+        else:
+            layers.append(layer)
     if not a.get("keepdim", False):
         layers = [layer.squeeze(tuple(axes)) for layer in layers]
     result = trace.found[node]
@@ -1020,9 +1023,14 @@ def _rectangle(layer: Tensor, classes: Tensor) -> list[Tensor]:
 
 
 def _numbered(trace: _Trace, classes: Tensor, component: Tensor, reason: Tensor, reasons: list[str]) -> Coupling:
-    """Classes without a parameter have nothing to prune: they are frozen, the others numbered from 1."""
-    labels = [(key, layer) for key, (_, value) in trace.tensors.items() for layer in value.layers]
-    used = torch.cat([torch.zeros(1, dtype=torch.int64), *(classes[layer].reshape(-1) for _, layer in labels)]).unique()
+    """Classes no parameter makes (inputs, coordinates kept in a buffer) are frozen, the others numbered from 1."""
+    made = [
+        classes[layer].reshape(-1)
+        for key, (names, value) in trace.tensors.items()
+        for layer in value.layers
+        if isinstance(attribute(trace.graph, names[0]), nn.Parameter) and trace.outputs.get(key, _axes_of(layer)[0]) == _axes_of(layer)[0]
+    ]
+    used = torch.cat([torch.zeros(1, dtype=torch.int64), *made]).unique()
     number = torch.zeros(int(classes.max()) + 1, dtype=torch.int64)
     number[used] = torch.arange(len(used))
     classes = number[classes]

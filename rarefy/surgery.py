@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -196,6 +197,22 @@ def _slice(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
     _take(knife, new, axis, kept, torch.tensor(list(wanted)))
 
 
+def _scatter(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
+    """The replaced part starts and ends where its survivors do."""
+    source = old.args[0]
+    shape = knife.coupling.values[source].shape
+    axis = _get(old, "dim") % len(shape)
+    kept = knife.kept(source)[axis]
+    if kept is None:
+        return
+    if operator_name(old) == "select_scatter":
+        _set(new, "index", int(torch.searchsorted(kept, knife.number(_get(old, "index")) % shape[axis])))
+        return
+    start, end, _ = slice(knife.number(_get(old, "start")), knife.number(_get(old, "end"))).indices(shape[axis])
+    _set(new, "start", int((kept < start).sum()))
+    _set(new, "end", int((kept < end).sum()))
+
+
 def _select(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
     source = old.args[0]
     shape = knife.coupling.values[source].shape
@@ -291,6 +308,7 @@ RESIZE: dict[str, Callable[[_Knife, fx.Node, fx.Node], None]] = {
     **dict.fromkeys(("split", "chunk", "split_with_sizes", "tensor_split", "unsafe_split", "unsafe_chunk"), _pieces),
     **dict.fromkeys(("slice", "narrow"), _slice),
     "select": _select,
+    **dict.fromkeys(("slice_scatter", "select_scatter"), _scatter),
     **dict.fromkeys(("index", "index_select"), _index),
     **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _groups),
@@ -330,6 +348,7 @@ def check(coupling: Coupling, small: fx.GraphModule, alive: Tensor, seed: int = 
     last = _last_uses(graph)
     remaining = [node for node in small.graph.nodes if node.op != "output"]
     position = {node: index for index, node in enumerate(remaining)}
+    weights = {name for row in coupling.rows if row.produces for name in row.names}
     done, largest, compared = 0, 0.0, 0
     for node in graph.graph.nodes:
         if node.op == "output":
@@ -351,6 +370,10 @@ def check(coupling: Coupling, small: fx.GraphModule, alive: Tensor, seed: int = 
         except Exception as error:
             raise SelfCheckFailed(f"{where}: the pruned network does not run: {str(error).splitlines()[0]}; please report this model") from error
         done = max(done, position[new] + 1)
+        if node.op == "get_attr":
+            _compare_parameters(coupling, node, graph, small, alive, where)
+            wide[node] = _run(graph, node, wide) if node.target in weights else _masked(coupling, node, new, wide, alive)
+            continue
         wide[node] = _masked(coupling, node, new, wide, alive)
         error, count = _compare(coupling, node, wide[node], narrow[new], alive, wide, where)
         largest, compared = max(largest, error), compared + count
@@ -439,6 +462,20 @@ def _spread(kept: Kept, shape: Sequence[int], tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _compare_parameters(coupling: Coupling, node: fx.Node, graph: fx.GraphModule, small: fx.GraphModule, alive: Tensor, where: str) -> None:
+    """What is left of a parameter is the same numbers. (A weight needs no zeros: what it reads and makes has them.)"""
+    one, other = attribute(graph, str(node.target)), attribute(small, str(node.target))
+    if isinstance(one, Tensor) and not torch.equal(_kept_of(coupling, node, one, alive), other):
+        raise SelfCheckFailed(f"{where}: the pruned parameter of shape {tuple(other.shape)} is not what its labels say is kept of {tuple(one.shape)}")
+
+
+def _magnitude(tensor: Any) -> float:
+    """Largest finite absolute value."""
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or not tensor.numel():
+        return 0.0
+    return float(tensor.abs().nan_to_num(0, 0, 0).amax())
+
+
 def _compare(coupling: Coupling, node: fx.Node, masked: Any, small: Any, alive: Tensor, wide: dict[fx.Node, Any], where: str) -> tuple[float, int]:
     value = coupling.values[node]
     parts = [(value, masked, small)] if isinstance(value, Value) else list(zip(value, masked, small, strict=True)) if isinstance(value, list) else []
@@ -454,9 +491,9 @@ def _compare(coupling: Coupling, node: fx.Node, masked: Any, small: Any, alive: 
                 raise SelfCheckFailed(f"{where}: the pruned network differs from the masked one in integers")
             count += 1
             continue
-        inputs = [wide[source] for source in node.all_input_nodes if isinstance(wide.get(source), Tensor) and wide[source].is_floating_point()]
-        magnitude = max([float(tensor.abs().amax()) for tensor in (one, *inputs) if tensor.numel()], default=0.0)
-        difference = float((one - other).abs().amax()) if one.numel() else 0.0
+        inputs = [wide[source] for source in node.all_input_nodes if source.op != "get_attr"]
+        magnitude = max(_magnitude(tensor) for tensor in (one, *inputs))
+        difference = _magnitude(torch.where(one == other, 0, one - other)) if torch.equal(one.isfinite(), other.isfinite()) else math.inf
         if not difference <= TOLERANCE * magnitude:
             raise SelfCheckFailed(f"{where}: the pruned network differs from the masked one by {difference:.3g} at magnitude {magnitude:.3g}")
         largest, count = max(largest, difference / magnitude if magnitude else 0.0), count + 1

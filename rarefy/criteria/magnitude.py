@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from rarefy.coupling import Coupling
@@ -33,4 +34,5 @@ class Magnitude:
 
     def scores(self, graph: fx.GraphModule, coupling: Coupling, task: Any, seed: int) -> Tensor:
         weights = {name: weight.detach() for name, weight in graph.named_parameters() if weight.dim() > 1}
-        return coupling.gather({name: weight.abs() ** self.p for name, weight in weights.items()}, reduce=self.reduce)
+        power = {1: torch.abs, 2: torch.square}.get(self.p, lambda weight: weight.abs() ** self.p)
+        return coupling.gather({name: power(weight) for name, weight in weights.items()}, reduce=self.reduce)
