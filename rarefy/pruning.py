@@ -429,8 +429,10 @@ def _check_scores(coupling: Coupling, scores: Tensor, criterion: str) -> None:
     bad = ~torch.isfinite(scores)
     bad[0] = False
     if bool(bad.any()):
-        name = next(row.names[0] for row in coupling.rows if bool(bad[row.classes].any()))
-        raise InputError(f"criterion {criterion}: {int(bad.sum())} scores are NaN or infinite, the first at {name}; are its weights finite?")
+        broken = [name for name, parameter in coupling.graph.named_parameters() if not bool(parameter.isfinite().all())]
+        row = next(row for row in coupling.rows if bool(bad[row.classes].any()))
+        why = f"{broken[0]} is not finite, load sound weights" if broken else f"the first at {row.names[0]}, though the weights are finite"
+        raise InputError(f"criterion {criterion}: {int(bad.sum())} scores are NaN or infinite; {why}")
 
 
 def _channels(coupling: Coupling, alive: Tensor) -> dict[str, list[int]]:
