@@ -1,0 +1,123 @@
+"""MACs and parameters of a graph.
+
+One multiply-accumulate (MAC) is one product added to a sum; a convolution, a linear layer, a matrix product or attention is a
+sum of products of sizes, and the table below names those sizes as axes of tensors:
+
+    conv2d        output (n, o, h, w) times weight[1:] (i / groups, kh, kw)      one MAC each
+    attention     queries x keys x d  +  queries x keys x d_v
+
+Because the table names axes rather than numbers, pruning can put the surviving widths in and know the cost of a network it has
+not built yet. Additions, activations, normalisation and pooling count nothing, as in every published MACs figure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+from rarefy.capturing import shapes
+
+Axis = tuple[fx.Node, int]
+Products = list[list[Axis]]  # the MACs of a node: the sum over products of the sizes of these axes
+
+
+def count_macs(graph: fx.GraphModule) -> int:
+    """MACs of one forward pass of one sample."""
+    return sum(layer_macs(graph).values())
+
+
+def layer_macs(graph: fx.GraphModule, found: dict[fx.Node, Any] | None = None) -> dict[str, int]:
+    """MACs of each node that multiplies, by node name, for one sample. ``found``: the ``shapes`` of the graph, if already known."""
+    found = shapes(graph, 1) if found is None else found
+    return {
+        node.name: sum(math.prod(found[source].shape[axis] for source, axis in product) for product in products(node, found))
+        for node in graph.graph.nodes
+        if operator_name(node) in MACS
+    }
+
+
+def count_parameters(graph: fx.GraphModule) -> int:
+    """Parameters, each shared one once; buffers (batch norm statistics) are not parameters."""
+    return sum(parameter.numel() for parameter in graph.parameters())
+
+
+def operator_name(node: fx.Node) -> str:
+    """``aten.conv2d.default`` -> ``"conv2d"``; "" for a node that is no ATen operator."""
+    if node.op != "call_function":
+        return ""
+    name = getattr(node.target, "_opname", "") or getattr(node.target, "__name__", "")
+    return str(name)
+
+
+def products(node: fx.Node, found: dict[fx.Node, Any]) -> Products:
+    """The axes whose sizes multiply to the MACs of ``node``; empty for an operator that multiplies nothing."""
+    rule = MACS.get(operator_name(node))
+    return rule(node, found) if rule is not None else []
+
+
+def _axes(node: fx.Node, found: dict[fx.Node, Any], start: int = 0) -> list[Axis]:
+    return [(node, axis) for axis in range(start, found[node].dim())]
+
+
+def _convolution(node: fx.Node, found: dict[fx.Node, Any]) -> Products:
+    return [_axes(node, found) + _axes(node.args[1], found, 1)]
+
+
+def _transposed_convolution(node: fx.Node, found: dict[fx.Node, Any]) -> Products:
+    return [_axes(node.args[0], found) + _axes(node.args[1], found, 1)]
+
+
+def _matrix_product(first: int) -> Callable[[fx.Node, dict[fx.Node, Any]], Products]:
+    def rule(node: fx.Node, found: dict[fx.Node, Any]) -> Products:
+        left = node.args[first]
+        return [[*_axes(node, found), (left, found[left].dim() - 1)]]
+
+    return rule
+
+
+def _attention(node: fx.Node, found: dict[fx.Node, Any]) -> Products:
+    query, key = node.args[0], node.args[1]
+    keys = (key, found[key].dim() - 2)
+    return [[*_axes(query, found), keys], [*_axes(node, found), keys]]
+
+
+def _einsum(node: fx.Node, found: dict[fx.Node, Any]) -> Products:
+    operands: Any = node.args[1]
+    letters, _ = einsum_letters(str(node.args[0]), [found[operand].dim() for operand in operands])
+    if len(letters) < 2:
+        return []
+    first: dict[str, Axis] = {}
+    for operand, names in zip(operands, letters, strict=True):
+        for axis, letter in enumerate(names):
+            if letter not in first or found[first[letter][0]].shape[first[letter][1]] == 1:
+                first[letter] = (operand, axis)
+    return [list(first.values())]
+
+
+def einsum_letters(equation: str, ranks: list[int]) -> tuple[list[list[str]], list[str]]:
+    """The letter of each axis, for every operand and for the result; axes under ``...`` are named by their distance from its end."""
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    hidden = [rank - len(term.replace("...", "")) if "..." in term else 0 for term, rank in zip(terms, ranks, strict=True)]
+
+    def spelled(term: str, under: int) -> list[str]:
+        before, dots, after = term.partition("...")
+        return [*before, *([f".{index}" for index in range(under, 0, -1)] if dots else []), *after]
+
+    if not arrow:
+        once = [letter for letter in sorted(set(left) - set(",.")) if left.count(letter) == 1]
+        right = ("..." if "..." in left else "") + "".join(once)
+    return [spelled(term, under) for term, under in zip(terms, hidden, strict=True)], spelled(right, max(hidden))
+
+
+MACS: dict[str, Callable[[fx.Node, dict[fx.Node, Any]], Products]] = {
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _convolution),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _transposed_convolution),
+    **dict.fromkeys(("linear", "matmul", "mm", "bmm", "mv", "dot"), _matrix_product(0)),
+    **dict.fromkeys(("addmm", "baddbmm"), _matrix_product(1)),
+    "scaled_dot_product_attention": _attention,
+    "einsum": _einsum,
+}

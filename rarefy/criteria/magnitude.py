@@ -1,0 +1,38 @@
+"""Magnitude: the p-norm of the weights that leave with a channel.
+
+    score = reduce over coupled weights W of  sum |W[channel]|^p
+
+Both the weights that make the channel and those that read it count (arXiv 2301.12900), batch norm's and biases do not: they are of another scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from rarefy.coupling import Coupling
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """The p-norm (p-th power) of a channel's weights.
+
+    p: 1 or 2, or any positive number.  reduce: mean, sum or max over the coupled weights.
+    """
+
+    p: float = 2
+    reduce: str = "mean"
+
+    def __post_init__(self) -> None:
+        if not self.p > 0:
+            raise ValueError(f"p={self.p} must be positive")
+        if self.reduce not in ("mean", "sum", "max"):
+            raise ValueError(f"reduce={self.reduce!r} is not mean, sum or max")
+
+    def scores(self, graph: fx.GraphModule, coupling: Coupling, task: Any, seed: int) -> Tensor:
+        weights = {name: weight.detach() for name, weight in graph.named_parameters() if weight.dim() > 1}
+        power = {1: torch.abs, 2: torch.square}.get(self.p, lambda weight: weight.abs() ** self.p)
+        return coupling.gather({name: power(weight) for name, weight in weights.items()}, reduce=self.reduce)

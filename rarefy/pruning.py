@@ -1,0 +1,440 @@
+"""prune(): a smaller network with the channels that matter most.
+
+    couple ─▶ score (criteria/*) ─▶ choose (this file) ─▶ cut and check (surgery.py)
+
+A class is a set of slices that leave together (``coupling.py``). Classes are grouped into **families** by the first layer that makes them;
+``ranking`` says how scores of different families compare:
+
+* ``global``      scores are divided by their family's mean, then all are ranked together;
+* ``local``       every family keeps the same fraction;
+* ``isomorphic``  families whose coupled operators are alike are ranked together by raw score, and each such set keeps the same fraction
+                  (arXiv 2407.04616).
+
+The best-ranked classes are kept, as many as the target allows: found by bisection, because what a class costs depends on all others. The cost is
+exact: the MACs of a layer are a product of widths, and the widths are sums over the classes that are alive. The result is the largest prefix
+of the ranking, each family rounded down to ``round_to``, that is within the target; so it is below the target by less than one step.
+
+In every tensor the best ``floor`` of the classes are safe, and at least one, so no layer disappears.
+Given up: the ranking knows nothing of cost (a channel that saves little is ranked as one that saves much).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix
+from torch import Tensor, fx, nn
+
+from rarefy import plugins
+from rarefy.capturing import as_graph, is_graph
+from rarefy.counting import MACS, operator_name, products
+from rarefy.coupling import Coupling, Value, compact, couple
+from rarefy.errors import InputError
+from rarefy.surgery import check as self_check
+from rarefy.surgery import cut, share_copy
+
+RANKINGS = ("global", "local", "isomorphic")
+
+
+def prune(
+    model: nn.Module,
+    *,
+    inputs: Tensor | Sequence[Tensor] | None = None,
+    keep: float | None = None,
+    macs: float | int | None = None,
+    params: float | int | None = None,
+    criterion: Any = "magnitude",
+    ranking: str = "global",
+    round_to: int = 1,
+    floor: float = 0.1,
+    ignore: Sequence[str] = (),
+    task: Any = None,
+    seed: int = 0,
+    check: bool = True,
+) -> fx.GraphModule:
+    """A new graph with fewer channels; ``model`` is left as it is.
+
+    model: a graph, or a module with ``inputs`` (an example batch) to capture it.
+    keep: fraction of prunable channels to keep;  macs, params: what may remain, a fraction up to 1.0 of the original or (int) a number.
+        Exactly one of the three.
+    criterion: what a channel is worth (``rarefy/criteria``), an object or text such as "taylor:batches=50".
+    ranking: "global", "local" or "isomorphic".
+    round_to: each family of channels is cut to a multiple of this; one narrower than this stays whole.
+    floor: fraction of the channels of any layer that stays in any case.
+    ignore: globs on dotted names of parameters or modules whose outputs all stay.
+    task, seed: for criteria that need data or chance.
+    check: compare with the masked original (in float64) and refuse to return anything that differs.
+
+    The record in ``meta["history"]`` says what was asked and reached, channels before and after, and what could not be pruned and why.
+    Raises InputError for a target that is malformed or out of reach; SelfCheckFailed if the check fails.
+    """
+    target = _target(keep, macs, params)
+    if ranking not in RANKINGS:
+        raise InputError(f"ranking={ranking!r} is not one of {', '.join(RANKINGS)}")
+    if not (isinstance(round_to, int) and round_to >= 1):
+        raise InputError(f"round_to={round_to!r} must be a whole number from 1")
+    if not 0 <= floor <= 1:
+        raise InputError(f"floor={floor!r} must lie between 0 and 1")
+    ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    rule = plugins.resolve("criteria", criterion)
+    graph = model if is_graph(model) else as_graph(model, inputs)
+    assert isinstance(graph, fx.GraphModule)
+    full = share_copy(graph).eval()
+    coupling = couple(full, ignore)
+    if coupling.count == 1:
+        why = "; ".join(f"{name}: {reason}" for name, reason in list(coupling.frozen.items())[:3]) or "it has no layer with channels"
+        raise InputError(f"nothing can be pruned ({why})")
+    scores = rule.scores(full, coupling, task, seed)
+    _check_scores(coupling, scores, plugins.describe(rule))
+    plan = choose(coupling, scores, target, ranking=ranking, round_to=round_to, floor=floor)
+    small = cut(coupling, plan.alive)
+    difference = self_check(coupling, small, plan.alive, seed) if check else None
+    small.train(graph.training)
+    options = {
+        **target.asked, "criterion": plugins.describe(rule), "ranking": ranking, "round_to": round_to, "floor": floor,
+        "ignore": list(ignore), "seed": seed,
+    }
+    facts = {
+        "asked": target.asked,
+        "reached": plan.reached,
+        "macs": plan.macs,
+        "params": plan.params,
+        "channels": _channels(coupling, plan.alive),
+        "frozen": coupling.frozen,
+        "unknown_operators": coupling.unknown,
+        "kept_whole": plan.whole,
+        "self_check": None if difference is None else {
+            "largest_relative_difference": difference.largest, "nodes": difference.nodes, "statistics_on_kept": difference.statistics,
+        },
+    }
+    small.meta.setdefault("history", []).append({"step": "prune", "options": options, "facts": facts})
+    return small
+
+
+# ---------------------------------------------------------------------------------------------------------------- target
+
+
+@dataclass(frozen=True)
+class Target:
+    """``kind``: keep, macs or params; ``value``: a fraction, or a number above 1."""
+
+    kind: str
+    value: float
+
+    @property
+    def asked(self) -> dict[str, float]:
+        return {self.kind: self.value}
+
+    def __str__(self) -> str:
+        return f"{self.kind}={self.value}"
+
+
+def _target(keep: float | None, macs: float | int | None, params: float | int | None) -> Target:
+    given = {name: value for name, value in (("keep", keep), ("macs", macs), ("params", params)) if value is not None}
+    if len(given) != 1:
+        raise InputError(f"give one of keep=, macs=, params=, such as macs=0.5; got {', '.join(given) or 'none'}")
+    (kind, value), = given.items()
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or value <= 0 or (value > 1 and (kind == "keep" or not float(value).is_integer())):
+        allowed = "a fraction in (0, 1]" if kind == "keep" else "a fraction in (0, 1] or a whole number"
+        raise InputError(f"{kind}={value!r} is not {allowed}")
+    return Target(kind, value)
+
+
+# ------------------------------------------------------------------------------------------------------------------ cost
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """A sum of products of widths: ``coefficients * prod(widths[factors])``; ``widths = counts @ alive``, with a last width of 1."""
+
+    coefficients: np.ndarray
+    factors: np.ndarray
+
+    def __call__(self, widths: np.ndarray) -> int:
+        return round(float((self.coefficients * np.append(widths, 1.0)[self.factors].prod(1)).sum()))
+
+
+class _Widths:
+    """The distinct axes of the network as vectors of classes, and how many positions of each survive."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.index: dict[bytes, int] = {}
+        self.vectors: list[np.ndarray] = []
+
+    def add(self, classes: Tensor) -> int:
+        vector = classes.contiguous().numpy()
+        key = vector.tobytes()
+        if key not in self.index:
+            self.index[key] = len(self.vectors)
+            self.vectors.append(vector)
+        return self.index[key]
+
+    def matrix(self) -> csr_matrix:
+        columns = np.concatenate(self.vectors)
+        starts = np.cumsum([0, *map(len, self.vectors)])
+        counted = csr_matrix((np.ones(len(columns)), columns, starts), shape=(len(self.vectors), self.count))
+        counted.sum_duplicates()
+        return counted
+
+
+def _polynomial(terms: list[tuple[float, list[int]]]) -> Polynomial:
+    longest = max((len(factors) for _, factors in terms), default=1) or 1
+    padded = [factors + [-1] * (longest - len(factors)) for _, factors in terms]
+    return Polynomial(np.array([coefficient for coefficient, _ in terms], dtype=np.float64), np.array(padded, dtype=np.int64).reshape(-1, longest))
+
+
+def _costs(coupling: Coupling, widths: _Widths) -> tuple[Polynomial, Polynomial]:
+    """MACs and parameters as polynomials of the widths."""
+    cache: dict[int, list[tuple[int, int]]] = {}
+
+    def varying(node: fx.Node) -> list[tuple[int, int]]:
+        found = []
+        for layer in coupling.values[node].layers:
+            if id(layer) not in cache:
+                own = compact(coupling.classes[layer])
+                cache[id(layer)] = [(axis, widths.add(own.flatten())) for axis, size in enumerate(own.shape) if size > 1]
+            found += cache[id(layer)]
+        return found
+
+    macs = []
+    for node in coupling.graph.graph.nodes:
+        if operator_name(node) not in MACS:
+            continue
+        for product in products(node, coupling.found):
+            coefficient, factors = 1.0, []
+            for source, axis in product:
+                own = next((index for place, index in varying(source) if place == axis), None)
+                if own is None:
+                    coefficient *= coupling.values[source].shape[axis]
+                else:
+                    factors.append(own)
+            macs.append((coefficient, factors))
+    parameters = dict(coupling.graph.named_parameters())
+    by_name: dict[str, list[int]] = {}
+    for row in coupling.rows:
+        name = next((name for name in row.names if name in parameters), None)
+        if name is not None:
+            by_name.setdefault(name, []).append(widths.add(row.classes))
+    params = []
+    for name, parameter in parameters.items():
+        factors = by_name.get(name, [])
+        params.append((parameter.numel() / math.prod(len(widths.vectors[index]) for index in factors), factors))
+    return _polynomial(macs), _polynomial(params)
+
+
+# ---------------------------------------------------------------------------------------------------------------- choice
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """alive: (classes,) bool.  reached: keep, macs and params as fractions.  macs, params: [before, after].  whole: families narrower than round_to."""
+
+    alive: Tensor
+    reached: dict[str, float]
+    macs: list[int]
+    params: list[int]
+    whole: list[str]
+
+
+def choose(coupling: Coupling, scores: Tensor, target: Target, *, ranking: str = "global", round_to: int = 1, floor: float = 0.1) -> Plan:
+    """Which classes stay. Raises InputError if the target is out of reach."""
+    count = coupling.count
+    producer = _producers(coupling)
+    family = _families(coupling, producer, round_to)
+    key = _ranked(coupling, scores.double().cpu().numpy(), producer, ranking)
+    widths = _Widths(count)
+    macs, params = _costs(coupling, widths)
+    _add_activations(coupling, widths)
+    matrix = widths.matrix()
+    safe = _protected(widths.vectors, key, floor)
+    sizes = np.bincount(family, minlength=int(family.max()) + 1)  # family 0 holds class 0, the frozen one
+    # The best first: class 0, then the protected ones.
+    order = np.lexsort((np.arange(count), -key, ~safe, np.arange(count) != 0))
+    place = np.empty(count, dtype=np.int64)
+    place[order] = _place_in_group(family[order])
+    least = np.bincount(family[safe], minlength=len(sizes))
+    least = np.minimum(np.maximum(-(-least // round_to) * round_to, round_to), sizes)
+    whole = sizes < round_to
+    least[whole] = sizes[whole]
+
+    def alive_of(kept: int | np.ndarray) -> np.ndarray:
+        counts = np.bincount(family[order[:kept]], minlength=len(sizes)) if isinstance(kept, int) else kept
+        rounded = np.where(counts == sizes, sizes, counts // round_to * round_to)
+        alive: np.ndarray = place < np.maximum(rounded, least)[family]
+        alive[0] = True
+        return alive
+
+    def cost(alive: np.ndarray) -> dict[str, int]:
+        own = matrix @ alive.astype(np.float64)
+        return {"keep": int(alive[1:].sum()), "macs": macs(own), "params": params(own)}
+
+    everything = cost(np.ones(count, dtype=bool))
+    limit = target.value if target.value > 1 else target.value * everything[target.kind]
+    if target.kind == "keep" and ranking == "local":
+        alive = alive_of(_fractions(coupling, sizes, family, producer, target, round_to, least))
+    else:
+        low, high = 0, count  # alive_of(low) is as small as can be, alive_of(high) is everything
+        smallest = cost(alive_of(0))[target.kind]
+        if smallest > limit + 1e-6:
+            raise InputError(_unreachable(coupling, target, smallest, everything, round_to, floor, whole))
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if cost(alive_of(middle))[target.kind] <= limit + 1e-6 else (low, middle)
+        alive = alive_of(high) if cost(alive_of(high))[target.kind] <= limit + 1e-6 else alive_of(low)
+    after = cost(alive)
+    names = [coupling.rows[index - 1].names[0] for index in dict.fromkeys(producer[whole[family]].tolist()) if index > 0]
+    return Plan(
+        torch.from_numpy(alive),
+        {kind: after[kind] / everything[kind] for kind in after if everything[kind]},
+        [everything["macs"], after["macs"]],
+        [everything["params"], after["params"]],
+        names,
+    )
+
+
+def _producers(coupling: Coupling) -> np.ndarray:
+    """For each class, 1 + the first row that makes it (of any kind, if no layer does); 0 for the frozen class."""
+    rows = len(coupling.rows)
+    first = torch.full((coupling.count,), 2 * rows)
+    for index, row in enumerate(coupling.rows):
+        rank = index if row.produces else index + rows
+        first[row.classes] = torch.minimum(first[row.classes], torch.tensor(rank))
+    producer: np.ndarray = (first % rows + 1).numpy()
+    producer[0] = 0
+    return producer
+
+
+def _families(coupling: Coupling, producer: np.ndarray, round_to: int) -> np.ndarray:
+    """Family of each class, 0 for the frozen one: what one layer makes; split where its parts go different ways and each is a multiple wide."""
+    _, family = np.unique(producer, return_inverse=True)
+    if round_to == 1:
+        return family
+    signature = np.zeros(coupling.count, dtype=np.uint64)
+    marks = np.random.default_rng(0).integers(1, 2**63, len(coupling.rows), dtype=np.uint64)
+    for mark, row in zip(marks, coupling.rows, strict=True):
+        np.add.at(signature, row.classes.numpy(), mark)
+    _, first, finer = np.unique(np.stack((family.astype(np.uint64), signature)), axis=1, return_index=True, return_inverse=True)
+    finer = finer.reshape(-1)
+    divides = np.ones(int(family.max()) + 1, dtype=bool)
+    np.logical_and.at(divides, family[first], np.bincount(finer) % round_to == 0)
+    chosen = np.where(divides[family], finer + int(family.max()) + 1, family)
+    chosen[0] = -1
+    return np.unique(chosen, return_inverse=True)[1]
+
+
+def _ranked(coupling: Coupling, scores: np.ndarray, producer: np.ndarray, ranking: str) -> np.ndarray:
+    """A key for each class, to be compared between all of them."""
+    _, group = np.unique(producer, return_inverse=True)
+    if ranking == "global":
+        mean = np.bincount(group, scores) / np.bincount(group)
+        return scores / np.where(mean == 0, 1, mean)[group]
+    if ranking == "isomorphic":
+        group = _isomorphic(coupling, producer)
+    order = np.lexsort((np.arange(len(scores)), -scores, group))
+    rank = np.empty(len(scores))
+    rank[order] = _place_in_group(group[order])
+    return -(rank + 0.5) / np.bincount(group)[group]
+
+
+def _isomorphic(coupling: Coupling, producer: np.ndarray) -> np.ndarray:
+    """Families whose coupled weights belong to the same operators, along the same axes, are one group."""
+    users: dict[str, str] = {}
+    for node in coupling.graph.graph.nodes:
+        if node.op == "get_attr":
+            users[str(node.target)] = ",".join(sorted(operator_name(user) for user in node.users))
+    parts: dict[int, set[str]] = {}
+    for row in coupling.rows:
+        for index in set(producer[row.classes.numpy()].tolist()):
+            parts.setdefault(index, set()).add(f"{users.get(row.names[0], '')}[{row.axis}]")
+    names = {index: " ".join(sorted(own)) for index, own in parts.items()}
+    _, group = np.unique([names.get(index, "") for index in producer.tolist()], return_inverse=True)
+    return group
+
+
+def _place_in_group(groups: np.ndarray) -> np.ndarray:
+    """For an array of groups, how many of the same group stand before each."""
+    order = np.argsort(groups, kind="stable")
+    ordered = groups[order]
+    starts = np.searchsorted(ordered, ordered, side="left")
+    place = np.empty(len(groups), dtype=np.int64)
+    place[order] = np.arange(len(groups)) - starts
+    return place
+
+
+def _add_activations(coupling: Coupling, widths: _Widths) -> None:
+    seen: set[int] = set()
+    for values in coupling.values.values():
+        for value in values if isinstance(values, list) else [values]:
+            for layer in value.layers if isinstance(value, Value) else ():
+                if id(layer) not in seen:
+                    seen.add(id(layer))
+                    widths.add(compact(coupling.classes[layer]).flatten())
+    for row in coupling.rows:
+        widths.add(row.classes)
+
+
+def _protected(vectors: list[np.ndarray], key: np.ndarray, floor: float) -> np.ndarray:
+    """The classes no threshold may remove: in each axis the best ``floor`` of them, and one at least where nothing is frozen."""
+    safe = np.zeros(len(key), dtype=bool)
+    safe[0] = True
+    for vector in vectors:
+        present = np.unique(vector)
+        own = present[present > 0]
+        fixed = int((vector == 0).sum())
+        least = max(math.ceil(floor * (len(own) + fixed)) - fixed, 0 if fixed else 1)
+        if 0 < least:
+            safe[own[np.lexsort((own, -key[own]))[:least]]] = True
+    return safe
+
+
+def _fractions(
+    coupling: Coupling, sizes: np.ndarray, family: np.ndarray, producer: np.ndarray, target: Target, round_to: int, least: np.ndarray
+) -> np.ndarray:
+    """keep= of every family. Raises InputError where that is no multiple of ``round_to``."""
+    counts = np.floor(sizes * target.value + 1e-9).astype(np.int64)
+    bad = (counts < round_to) & (sizes > 1) & (counts < sizes) & (np.arange(len(sizes)) > 0) & (round_to > 1)
+    if bad.any():
+        worst = int(np.flatnonzero(bad)[0])
+        name = coupling.rows[int(producer[family == worst][0]) - 1].names[0].removesuffix(".weight")
+        fits = 2 ** int(math.log2(max(int(counts[worst]), 1)))
+        raise InputError(
+            f"{name}: {sizes[worst]} channels cannot be rounded to a multiple of {round_to} at {target}; pass round_to={fits} or list it in ignore"
+        )
+    return np.maximum(counts, least)
+
+
+def _unreachable(
+    coupling: Coupling, target: Target, smallest: int, everything: dict[str, int], round_to: int, floor: float, whole: np.ndarray
+) -> str:
+    reach = smallest if target.value > 1 else round(smallest / everything[target.kind] + 5e-5, 4)
+    reasons = [f"floor={floor} of each layer stays"]
+    if round_to > 1:
+        reasons.append(f"{int(whole[1:].sum())} families are narrower than round_to={round_to}")
+    if coupling.frozen:
+        name, why = next(iter(coupling.frozen.items()))
+        reasons.append(f"{len(coupling.frozen)} layers are frozen, such as {name}: {why}")
+    return f"{target} is out of reach, the least is {target.kind}={reach} ({'; '.join(reasons)}); raise {target.kind}, or lower floor or round_to"
+
+
+def _check_scores(coupling: Coupling, scores: Tensor, criterion: str) -> None:
+    if scores.shape != (coupling.count,):
+        raise InputError(f"criterion {criterion}: returned scores of shape {tuple(scores.shape)}, must be ({coupling.count},), one a class")
+    bad = ~torch.isfinite(scores)
+    bad[0] = False
+    if bool(bad.any()):
+        broken = [name for name, parameter in coupling.graph.named_parameters() if not bool(parameter.isfinite().all())]
+        row = next(row for row in coupling.rows if bool(bad[row.classes].any()))
+        why = f"{broken[0]} is not finite, load sound weights" if broken else f"the first at {row.names[0]}, though the weights are finite"
+        raise InputError(f"criterion {criterion}: {int(bad.sum())} scores are NaN or infinite; {why}")
+
+
+def _channels(coupling: Coupling, alive: Tensor) -> dict[str, list[int]]:
+    """Outputs before and after, for the weight of each convolution and linear layer."""
+    return {row.names[0]: [len(row.classes), int(alive[row.classes].sum())] for row in coupling.rows if row.produces}

@@ -1,0 +1,500 @@
+"""cut(): the smaller graph. check(): is it the network with those channels masked?
+
+Cutting is one index-select on every parameter and buffer, and new sizes in the nodes that carry sizes: the table ``RESIZE``, one row an
+operator that has a size, a start, an index or a number of groups among its arguments. The new numbers are read off the labels that survive, so
+no row knows what a layer is.
+
+The check runs both graphs side by side in float64 on one example. In the large one everything removed is set to zero after every node; what
+remains of each node's output must equal what the small one computes, up to rounding: ``|difference| <= 1e-9 * magnitude`` (float64 has
+eps 2.2e-16, sums here are below 1e6 terms). Where an operator takes a statistic over a pruned axis (layer norm), zeros would count, so there the large
+graph computes on what is kept: the definition of pruning such a layer. What this check cannot see: an error in the classes that keeps every
+number equal, which is no error; and behaviour at other batch sizes.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from rarefy.capturing import attribute, example_inputs, finish, set_attribute
+from rarefy.counting import operator_name
+from rarefy.coupling import Coupling, Kept, Value
+from rarefy.errors import InputError, SelfCheckFailed
+
+aten = torch.ops.aten
+
+
+def cut(coupling: Coupling, alive: Tensor) -> fx.GraphModule:
+    """A new graph with the classes ``alive`` (count,) bool only; the coupled graph is left as it is.
+
+    Raises InputError where the surviving positions cannot be expressed (named by node).
+    """
+    graph = coupling.graph
+    small = share_copy(graph)
+    knife = _Knife(coupling, alive, small)
+    for old, new in zip(graph.graph.nodes, small.graph.nodes, strict=True):
+        resize = RESIZE.get(operator_name(old)) if old.op == "call_function" else None
+        if resize is not None:
+            try:
+                resize(knife, old, new)
+            except InputError as error:
+                raise InputError(f"{old.meta.get('stack') or old.name}: {error}") from error
+    _cut_tensors(coupling, alive, small)
+    return finish(small)
+
+
+def share_copy(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph that shares its tensors."""
+    tensors = itertools.chain(graph.parameters(), graph.buffers())
+    copied = copy.deepcopy(graph, {id(tensor): tensor for tensor in tensors})
+    copied.train(graph.training)
+    return copied
+
+
+def _cut_tensors(coupling: Coupling, alive: Tensor, small: fx.GraphModule) -> None:
+    kept: dict[str, dict[int, Tensor]] = {}
+    for row in coupling.rows:
+        mask = alive[row.classes]
+        if not bool(mask.all()):
+            kept.setdefault(row.names[0], {})[row.axis] = mask.nonzero().flatten()
+    first = {name: row.names[0] for row in coupling.rows for name in row.names}
+    done: dict[int, Tensor] = {}
+    named = [*small.named_parameters(remove_duplicate=False), *small.named_buffers(remove_duplicate=False)]
+    for name, tensor in named:
+        if id(tensor) not in done:
+            data = tensor.detach()
+            for axis, index in kept.get(first.get(name, name), {}).items():
+                data = data.index_select(axis, index.to(data.device))
+            data = data.clone() if data.data_ptr() == tensor.data_ptr() else data
+            done[id(tensor)] = nn.Parameter(data, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
+        set_attribute(small, name, done[id(tensor)])
+
+
+class _Knife:
+    """What a row of ``RESIZE`` asks: the surviving positions of an axis of a node, and concrete arguments."""
+
+    def __init__(self, coupling: Coupling, alive: Tensor, small: fx.GraphModule):
+        self.coupling, self.alive, self.small = coupling, alive, small
+
+    def kept(self, node: Any) -> Kept:
+        value = self.coupling.values[node]
+        return self.coupling.kept(value, self.alive) if isinstance(value, Value) else []
+
+    def size(self, node: Any, axis: int) -> int:
+        kept, shape = self.kept(node), self.coupling.values[node].shape
+        index = kept[axis]
+        return shape[axis] if index is None else len(index)
+
+    def number(self, argument: Any) -> Any:
+        """A plain number for an argument that may be a node."""
+        return self.coupling.values[argument] if isinstance(argument, fx.Node) else argument
+
+    def sizes(self, old: fx.Node, new: fx.Node, asked: Sequence[Any], offset: int = 0) -> list[Any]:
+        """The sizes ``asked`` for the axes of ``old`` from ``offset`` on, where these are pruned replaced by what survives."""
+        kept, shape = self.kept(old), self.coupling.values[old].shape
+        result = []
+        for axis, size in enumerate(asked, offset):
+            index = kept[axis]
+            if index is None or (isinstance(size, int) and size == -1):
+                result.append(size)
+            elif isinstance(size, fx.Node):  # a multiple of the batch: n * heads
+                with new.graph.inserting_before(new):
+                    times = new.graph.call_function(operator.mul, (size, len(index)))
+                    result.append(new.graph.call_function(operator.floordiv, (times, shape[axis])))
+            else:
+                result.append(len(index))
+        return result
+
+    def constant(self, new: fx.Node, value: Tensor) -> fx.Node:
+        """A node that reads ``value``, kept as a buffer."""
+        name = f"{new.name}_index"
+        device = next((tensor.device for tensor in itertools.chain(self.small.parameters(), self.small.buffers())), value.device)
+        set_attribute(self.small, name, value.to(device))
+        with new.graph.inserting_before(new):
+            return new.graph.get_attr(name)
+
+
+# ---------------------------------------------------------------------------------------------------------------- resize
+# A row takes the knife, the node of the coupled graph and its copy, whose arguments it sets.
+
+
+def _set(new: fx.Node, name: str, value: Any) -> None:
+    """Set an argument by its name in the operator's schema."""
+    names = [argument.name for argument in new.target._schema.arguments]  # type: ignore[union-attr]
+    place = names.index(name)
+    if place < len(new.args):
+        new.update_arg(place, value)
+    else:
+        new.update_kwarg(name, value)
+
+
+def _get(node: fx.Node, name: str) -> Any:
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    place = next(index for index, argument in enumerate(schema) if argument.name == name)
+    return node.args[place] if place < len(node.args) else node.kwargs.get(name, schema[place].default_value)
+
+
+def _sizes(name: str) -> Callable[[_Knife, fx.Node, fx.Node], None]:
+    def resize(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
+        if any(index is not None for index in knife.kept(old)):
+            _set(new, name, knife.sizes(old, new, _get(new, name)))
+
+    return resize
+
+
+def _unflatten(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
+    axis = _get(old, "dim") % knife.coupling.values[old.args[0]].rank
+    _set(new, "sizes", knife.sizes(old, new, _get(new, "sizes"), axis))
+
+
+def _pieces(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
+    """split, chunk and their kin become ``split_with_sizes`` where the pieces may have become unequal."""
+    source = old.args[0]
+    axis = _get(old, "dim") % knife.coupling.values[source].rank
+    if knife.kept(source)[axis] is None:
+        return
+    sizes = []
+    for part in knife.coupling.values[old]:
+        index = knife.coupling.kept(part, knife.alive)[axis]
+        sizes.append(part.shape[axis] if index is None else len(index))
+    new.target = aten.split_with_sizes.default
+    new.args, new.kwargs = (new.args[0], sizes, axis), {}
+
+
+def _take(knife: _Knife, new: fx.Node, axis: int, kept: Tensor, wanted: Tensor) -> None:
+    """Positions ``wanted`` of an axis of which ``kept`` survive: a slice if they are evenly spaced, else an index."""
+    place = torch.searchsorted(kept, wanted[torch.isin(wanted, kept)])
+    steps = place.diff().unique()
+    if len(place) == 1 or (len(steps) == 1 and int(steps[0]) > 0):
+        step = int(steps[0]) if len(steps) else 1
+        new.target, new.args, new.kwargs = aten.slice.Tensor, (new.args[0], axis, int(place[0]), int(place[-1]) + 1, step), {}
+    else:
+        new.target, new.args, new.kwargs = aten.index_select.default, (new.args[0], axis, knife.constant(new, place)), {}
+
+
+def _slice(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
+    source = old.args[0]
+    shape = knife.coupling.values[source].shape
+    axis = _get(old, "dim") % len(shape)
+    kept = knife.kept(source)[axis]
+    if kept is None:
+        return
+    if operator_name(old) == "narrow":
+        start, length = knife.number(_get(old, "start")), knife.number(_get(old, "length"))
+        start %= shape[axis]
+        wanted = range(start, start + length)
+    else:
+        start, end, step = (knife.number(_get(old, name)) for name in ("start", "end", "step"))
+        wanted = range(*slice(start, end, step).indices(shape[axis]))
+    _take(knife, new, axis, kept, torch.tensor(list(wanted)))
+
+
+def _scatter(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
+    """The replaced part starts and ends where its survivors do."""
+    source = old.args[0]
+    shape = knife.coupling.values[source].shape
+    axis = _get(old, "dim") % len(shape)
+    kept = knife.kept(source)[axis]
+    if kept is None:
+        return
+    if operator_name(old) == "select_scatter":
+        _set(new, "index", int(torch.searchsorted(kept, knife.number(_get(old, "index")) % shape[axis])))
+        return
+    start, end, _ = slice(knife.number(_get(old, "start")), knife.number(_get(old, "end"))).indices(shape[axis])
+    _set(new, "start", int((kept < start).sum()))
+    _set(new, "end", int((kept < end).sum()))
+
+
+def _select(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
+    source = old.args[0]
+    shape = knife.coupling.values[source].shape
+    axis = _get(old, "dim") % len(shape)
+    kept = knife.kept(source)[axis]
+    if kept is not None:
+        index = knife.number(_get(old, "index")) % shape[axis]
+        _set(new, "index", int(torch.searchsorted(kept, index)))
+
+
+def _index(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
+    """A constant index along a pruned axis: the survivors of its result, at their new places."""
+    source = old.args[0]
+    kept = knife.kept(source)
+    single = operator_name(old) == "index_select"
+    raw: Any = old.args[2] if single else old.args[1]
+    axes = [_get(old, "dim") % len(kept)] if single else [axis for axis, index in enumerate(raw) if index is not None]
+    if all(kept[axis] is None for axis in axes):
+        return
+    axis = axes[0]
+    survivors = kept[axis]
+    assert survivors is not None
+    index = attribute(knife.coupling.graph, str((raw if single else raw[axis]).target)).cpu()
+    index = torch.where(index < 0, index + knife.coupling.values[source].shape[axis], index)
+    for place, positions in enumerate(knife.kept(old)[axis : axis + index.dim()]):
+        if positions is not None:
+            index = index.index_select(place, positions)
+    constant = knife.constant(new, torch.searchsorted(survivors, index))
+    if single:
+        new.update_arg(2, constant)
+    else:
+        new.update_arg(1, [constant if place == axis else value for place, value in enumerate(new.args[1])])  # type: ignore[arg-type]
+
+
+def _pad(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
+    source, pad = old.args[0], list(_get(old, "pad"))
+    shape = knife.coupling.values[source].shape
+    before_kept, after_kept = knife.kept(source), knife.kept(old)
+    for pair in range(len(pad) // 2):
+        axis = len(shape) - 1 - pair
+        before, after = pad[2 * pair], pad[2 * pair + 1]
+        index, own = after_kept[axis], before_kept[axis]
+        if (before, after) == (0, 0) or (index is None and own is None):
+            continue
+        total = knife.coupling.values[old].shape[axis]
+        index = torch.arange(total) if index is None else index
+        own = torch.arange(shape[axis]) if own is None else own
+        lost_before = int((own < -before).sum()) if before < 0 else 0
+        lost_after = int((own >= shape[axis] + after).sum()) if after < 0 else 0
+        pad[2 * pair] = int((index < before).sum()) if before > 0 else -lost_before
+        pad[2 * pair + 1] = int((index >= total - after).sum()) if after > 0 else -lost_after
+    _set(new, "pad", pad)
+
+
+def _groups(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
+    """Depthwise: as many groups as channels. Otherwise each group became narrower and their number stays."""
+    source, groups = old.args[0], _get(old, "groups")
+    value, weight = knife.coupling.values[source], knife.coupling.values[old.args[1]]
+    axis = value.rank - weight.rank + 1
+    if groups > 1 and groups == value.shape[axis]:
+        _set(new, "groups", knife.size(source, axis))
+
+
+def _normalized_shape(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
+    shape = _get(old, "normalized_shape")
+    _set(new, "normalized_shape", knife.sizes(old, new, shape, knife.coupling.values[old].rank - len(shape)))
+
+
+def _group_norm(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
+    if _get(old, "num_groups") == knife.coupling.values[old].shape[1]:
+        _set(new, "num_groups", knife.size(old, 1))
+
+
+def _attention(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
+    """The scale stays that of the trained network."""
+    query = old.args[0]
+    if _get(old, "scale") is None and knife.kept(query)[-1] is not None:
+        _set(new, "scale", float(knife.coupling.values[query].shape[-1]) ** -0.5)
+
+
+def _squeeze(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
+    """``squeeze()`` of every axis of size 1 must not take one that pruning made so."""
+    if old.target is aten.squeeze.default:
+        shape = knife.coupling.values[old.args[0]].shape
+        new.target, new.args = aten.squeeze.dims, (new.args[0], [axis for axis, size in enumerate(shape) if size == 1])
+
+
+RESIZE: dict[str, Callable[[_Knife, fx.Node, fx.Node], None]] = {
+    **dict.fromkeys(("view", "_unsafe_view", "expand", "broadcast_to", "new_zeros", "new_ones", "new_full", "new_empty"), _sizes("size")),
+    **dict.fromkeys(("zeros", "ones", "full", "empty"), _sizes("size")),
+    "reshape": _sizes("shape"),
+    "unflatten": _unflatten,
+    **dict.fromkeys(("split", "chunk", "split_with_sizes", "tensor_split", "unsafe_split", "unsafe_chunk"), _pieces),
+    **dict.fromkeys(("slice", "narrow"), _slice),
+    "select": _select,
+    **dict.fromkeys(("slice_scatter", "select_scatter"), _scatter),
+    **dict.fromkeys(("index", "index_select"), _index),
+    **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _groups),
+    **dict.fromkeys(("layer_norm", "rms_norm"), _normalized_shape),
+    "group_norm": _group_norm,
+    "scaled_dot_product_attention": _attention,
+    "squeeze": _squeeze,
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------- check
+
+
+@dataclass(frozen=True)
+class Difference:
+    """largest: of |small - masked| / magnitude over all nodes; nodes: how many were compared; statistics: of these on kept parts only."""
+
+    largest: float
+    nodes: int
+    statistics: int
+
+
+TOLERANCE = 1e-9
+
+
+@torch.no_grad()
+def check(coupling: Coupling, small: fx.GraphModule, alive: Tensor, seed: int = 0) -> Difference:
+    """Run the masked large graph and the small one side by side, in float64, for one sample.
+
+    Raises SelfCheckFailed with the first layer that differs.
+    """
+    graph = coupling.graph
+    pairs = {new.name: new for new in small.graph.nodes}
+    wide: dict[fx.Node, Any] = {}
+    narrow: dict[fx.Node, Any] = {}
+    inputs = iter(example_inputs(graph, 1, seed))
+    last = _last_uses(graph)
+    remaining = [node for node in small.graph.nodes if node.op != "output"]
+    position = {node: index for index, node in enumerate(remaining)}
+    weights = {name for row in coupling.rows if row.produces for name in row.names}
+    done, largest, compared = 0, 0.0, 0
+    for node in graph.graph.nodes:
+        if node.op == "output":
+            break
+        new = pairs.get(node.name)
+        if node.op == "placeholder":
+            wide[node] = _double(next(inputs))
+            if new is not None:
+                narrow[new] = wide[node]
+                done = position[new] + 1
+            continue
+        if new is None:  # a node only the large graph has: nothing in the small one reads it any more
+            wide[node] = _run(graph, node, wide)
+            continue
+        where = f"{node.meta.get('stack') or node.name} ({operator_name(node) or node.op} {node.name})"
+        try:
+            for step in remaining[done : position[new] + 1]:
+                narrow[step] = _run(small, step, narrow)
+        except Exception as error:
+            raise SelfCheckFailed(f"{where}: the pruned network does not run: {str(error).splitlines()[0]}; please report this model") from error
+        done = max(done, position[new] + 1)
+        if node.op == "get_attr":
+            _compare_parameters(coupling, node, graph, small, alive, where)
+            wide[node] = _run(graph, node, wide) if node.target in weights else _masked(coupling, node, new, wide, alive)
+            continue
+        wide[node] = _masked(coupling, node, new, wide, alive)
+        error, count = _compare(coupling, node, wide[node], narrow[new], alive, wide, where)
+        largest, compared = max(largest, error), compared + count
+        for finished in last.get(node, ()):
+            wide.pop(finished, None)
+            narrow.pop(pairs[finished.name], None) if finished.name in pairs else None
+    return Difference(largest, compared, sum(1 for node in coupling.statistics if node.name in pairs))
+
+
+def _last_uses(graph: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
+    last: dict[fx.Node, fx.Node] = {}
+    for node in graph.graph.nodes:
+        for source in node.all_input_nodes:
+            last[source] = node
+    uses: dict[fx.Node, list[fx.Node]] = {}
+    for source, user in last.items():
+        uses.setdefault(user, []).append(source)
+    return uses
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    return [_double(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _run(graph: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    """One node, in eval mode, floats as float64."""
+    if node.op == "get_attr":
+        return False if node.target == "training" else _double(attribute(graph, str(node.target)))
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: values[source])
+    args, kwargs = fx.node.map_aggregate((args, kwargs), lambda value: torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value)
+    return _double(node.target(*args, **kwargs))  # type: ignore[operator]
+
+
+def _masked(coupling: Coupling, node: fx.Node, new: fx.Node, wide: dict[fx.Node, Any], alive: Tensor) -> Any:
+    """The node in the large graph, with everything removed set to zero."""
+    value = coupling.values[node]
+    if node in coupling.statistics:
+        own = {source: _kept_of(coupling, source, wide[source], alive) for source in node.all_input_nodes}
+        by_copy = {copied: own[source] for source, copied in zip(_sources(node), _sources(new), strict=True)}
+        outputs = _run(coupling.graph, new, by_copy)
+        if isinstance(value, Value):
+            return _spread(coupling.kept(value, alive), value.shape, outputs)
+        return [_spread(coupling.kept(part, alive), part.shape, output) for part, output in zip(value, outputs, strict=True)]
+    result = _run(coupling.graph, node, wide)
+    if isinstance(value, Value):
+        return _zeroed(coupling.kept(value, alive), result)
+    if isinstance(value, list):
+        return [_zeroed(coupling.kept(part, alive), output) if isinstance(part, Value) else output for part, output in zip(value, result, strict=True)]
+    return result
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), found.append)
+    return found
+
+
+def _kept_of(coupling: Coupling, node: fx.Node, tensor: Any, alive: Tensor) -> Any:
+    value = coupling.values[node]
+    return _selected(coupling.kept(value, alive), tensor) if isinstance(value, Value) else tensor
+
+
+def _selected(kept: Kept, tensor: Tensor) -> Tensor:
+    for axis, index in enumerate(kept):
+        if index is not None:
+            tensor = tensor.index_select(axis, index.to(tensor.device))
+    return tensor
+
+
+def _zeroed(kept: Kept, tensor: Tensor) -> Tensor:
+    for axis, index in enumerate(kept):
+        if index is not None:
+            gone = torch.ones(tensor.shape[axis], dtype=torch.bool)
+            gone[index] = False
+            tensor = tensor.index_fill(axis, gone.nonzero().flatten().to(tensor.device), 0)
+    return tensor
+
+
+def _spread(kept: Kept, shape: Sequence[int], tensor: Tensor) -> Tensor:
+    for axis, index in enumerate(kept):
+        if index is not None:
+            full = tensor.new_zeros((*tensor.shape[:axis], shape[axis], *tensor.shape[axis + 1 :]))
+            tensor = full.index_copy(axis, index.to(tensor.device), tensor)
+    return tensor
+
+
+def _compare_parameters(coupling: Coupling, node: fx.Node, graph: fx.GraphModule, small: fx.GraphModule, alive: Tensor, where: str) -> None:
+    """What is left of a parameter is the same numbers. (A weight needs no zeros: what it reads and makes has them.)"""
+    one, other = attribute(graph, str(node.target)), attribute(small, str(node.target))
+    if isinstance(one, Tensor) and not torch.equal(_kept_of(coupling, node, one, alive), other):
+        raise SelfCheckFailed(f"{where}: the pruned parameter of shape {tuple(other.shape)} is not what its labels say is kept of {tuple(one.shape)}")
+
+
+def _magnitude(tensor: Any) -> float:
+    """Largest finite absolute value."""
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or not tensor.numel():
+        return 0.0
+    return float(tensor.abs().nan_to_num(0, 0, 0).amax())
+
+
+def _compare(coupling: Coupling, node: fx.Node, masked: Any, small: Any, alive: Tensor, wide: dict[fx.Node, Any], where: str) -> tuple[float, int]:
+    value = coupling.values[node]
+    parts = [(value, masked, small)] if isinstance(value, Value) else list(zip(value, masked, small, strict=True)) if isinstance(value, list) else []
+    largest, count = 0.0, 0
+    for part, one, other in parts:
+        if not isinstance(part, Value):
+            continue
+        one = _selected(coupling.kept(part, alive), one)
+        if one.shape != other.shape:
+            raise SelfCheckFailed(f"{where}: the pruned network has shape {tuple(other.shape)} where the masked one keeps {tuple(one.shape)}")
+        if not one.is_floating_point():
+            if not torch.equal(one, other):
+                raise SelfCheckFailed(f"{where}: the pruned network differs from the masked one in integers")
+            count += 1
+            continue
+        inputs = [wide[source] for source in node.all_input_nodes if source.op != "get_attr"]
+        magnitude = max(_magnitude(tensor) for tensor in (one, *inputs))
+        difference = _magnitude(torch.where(one == other, 0, one - other)) if torch.equal(one.isfinite(), other.isfinite()) else math.inf
+        if not difference <= TOLERANCE * magnitude:
+            raise SelfCheckFailed(f"{where}: the pruned network differs from the masked one by {difference:.3g} at magnitude {magnitude:.3g}")
+        largest, count = max(largest, difference / magnitude if magnitude else 0.0), count + 1
+    return largest, count

@@ -1,0 +1,407 @@
+"""Each coupling rule on the smallest network that has it: who leaves with whom, and the cut network equals the masked one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rarefy.capturing import attribute, capture, set_attribute
+from rarefy.coupling import Coupling, couple
+from rarefy.errors import InputError
+from rarefy.surgery import check, cut
+
+torch.set_num_threads(1)
+
+
+class Net(nn.Module):
+    """A network from its layers and a function of (self, x)."""
+
+    def __init__(self, forward, **layers):  # type: ignore[no-untyped-def]
+        super().__init__()
+        self.function = forward
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(self, *inputs)
+
+
+def coupled(net: nn.Module, *inputs: Tensor) -> Coupling:
+    torch.manual_seed(0)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return couple(capture(net, inputs))
+
+
+def classes(coupling: Coupling, name: str, axis: int) -> list[int]:
+    """Classes along an axis of a tensor; none may vary along an axis without a row."""
+    return next(row.classes.tolist() for row in coupling.rows if name in row.names and row.axis == axis)
+
+
+def cut_half(coupling: Coupling, seed: int = 0):  # type: ignore[no-untyped-def]
+    """Remove a random half of the classes, one at least, check against the masked network and run at another batch size."""
+    generator = torch.Generator().manual_seed(seed)
+    alive = torch.ones(coupling.count, dtype=torch.bool)
+    alive[1 + torch.randperm(coupling.count - 1, generator=generator)[: max((coupling.count - 1) // 2, 1)]] = False
+    for row in coupling.rows:  # no axis may become empty
+        if not bool(alive[row.classes].any()):
+            alive[row.classes[0]] = True
+    small = cut(coupling, alive)
+    assert check(coupling, small, alive).largest < 1e-12
+    before = sum(parameter.numel() for parameter in coupling.graph.parameters())
+    assert sum(parameter.numel() for parameter in small.parameters()) < before
+    inputs = [torch.randn(5, *spec["shape"]) for spec in coupling.graph.meta["inputs"]]
+    outputs, expected = small(*inputs), coupling.graph(*inputs)
+    for one, other in zip(torch.utils._pytree.tree_leaves(outputs), torch.utils._pytree.tree_leaves(expected), strict=True):
+        assert one.shape == other.shape
+    return small, alive
+
+
+def conv(inputs: int, outputs: int, size: int = 3, **options) -> nn.Conv2d:  # type: ignore[no-untyped-def]
+    return nn.Conv2d(inputs, outputs, size, padding=size // 2, **options)
+
+
+IMAGE = torch.randn(2, 3, 8, 8)
+
+
+def test_chain_ties_outputs_norm_and_next_inputs() -> None:
+    found = coupled(nn.Sequential(conv(3, 6), nn.BatchNorm2d(6), nn.ReLU(), conv(6, 4)), IMAGE)
+    own = classes(found, "0.weight", 0)
+    assert sorted(own) == [1, 2, 3, 4, 5, 6]
+    for name, axis in (("0.bias", 0), ("1.weight", 0), ("1.bias", 0), ("1.running_mean", 0), ("1.running_var", 0), ("3.weight", 1)):
+        assert classes(found, name, axis) == own
+    assert classes(found, "0.weight", 1) == [0, 0, 0]
+    assert classes(found, "3.weight", 0) == [0, 0, 0, 0]
+    assert "output of the network" in found.frozen["3.weight"]
+    cut_half(found)
+
+
+def test_residual_add_ties_both_branches() -> None:
+    net = Net(lambda s, x: s.head(F.relu(s.b(F.relu(s.a(y := s.stem(x))))) + y), stem=conv(3, 6), a=conv(6, 5), b=conv(5, 6), head=conv(6, 2))
+    found = coupled(net, IMAGE)
+    assert classes(found, "stem.weight", 0) == classes(found, "b.weight", 0) == classes(found, "head.weight", 1) == classes(found, "a.weight", 1)
+    assert not set(classes(found, "a.weight", 0)) & set(classes(found, "stem.weight", 0))
+    cut_half(found)
+
+
+def test_squeeze_excite() -> None:
+    def forward(s: nn.Module, x: Tensor) -> Tensor:
+        x = s.stem(x)
+        return s.head(x * torch.sigmoid(s.up(F.relu(s.down(x.mean((2, 3), keepdim=True))))))
+
+    found = coupled(Net(forward, stem=conv(3, 8), down=conv(8, 4, 1), up=conv(4, 8, 1), head=conv(8, 2)), IMAGE)
+    assert classes(found, "stem.weight", 0) == classes(found, "up.weight", 0) == classes(found, "down.weight", 1)
+    assert len(set(classes(found, "down.weight", 0))) == 4
+    cut_half(found)
+
+
+def test_cat_keeps_parts_apart() -> None:
+    found = coupled(Net(lambda s, x: s.head(torch.cat((s.a(x), s.b(x), x), 1)), a=conv(3, 4), b=conv(3, 5), head=conv(12, 2)), IMAGE)
+    assert classes(found, "head.weight", 1) == classes(found, "a.weight", 0) + classes(found, "b.weight", 0) + [0, 0, 0]
+    cut_half(found)
+
+
+def test_flatten_ties_a_channel_to_all_its_places() -> None:
+    found = coupled(nn.Sequential(conv(3, 4), nn.AdaptiveAvgPool2d(7), nn.Flatten(), nn.Linear(4 * 49, 3)), IMAGE)
+    own = classes(found, "0.weight", 0)
+    assert classes(found, "3.weight", 1) == [label for label in own for _ in range(49)]
+    cut_half(found)
+
+
+def test_depthwise_with_multiplier() -> None:
+    found = coupled(nn.Sequential(conv(3, 4), conv(4, 8, groups=4), conv(8, 2)), IMAGE)
+    own = classes(found, "0.weight", 0)
+    assert classes(found, "1.weight", 0) == [label for label in own for _ in range(2)] == classes(found, "2.weight", 1)
+    small, alive = cut_half(found)
+    assert tuple(small.get_parameter("1.weight").shape) == (2 * int(alive[own].sum()), 1, 3, 3)
+
+
+def test_grouped_convolution_keeps_the_same_channels_in_each_group() -> None:
+    found = coupled(nn.Sequential(conv(3, 8), conv(8, 12, groups=2), conv(12, 2)), IMAGE)
+    own = classes(found, "0.weight", 0)
+    assert own[:4] == own[4:] == classes(found, "1.weight", 1) and len(set(own)) == 4
+    out = classes(found, "1.weight", 0)
+    assert out[:6] == out[6:] == classes(found, "2.weight", 1)[:6] and len(set(out)) == 6
+    cut_half(found)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_transposed_convolution(groups: int) -> None:
+    found = coupled(nn.Sequential(conv(3, 6), nn.ConvTranspose2d(6, 6, 2, 2, groups=groups), conv(6, 2)), IMAGE)
+    assert classes(found, "0.weight", 0) == classes(found, "1.weight", 0)
+    assert classes(found, "1.bias", 0) == classes(found, "2.weight", 1)
+    if groups == 6:
+        assert classes(found, "1.weight", 0) == classes(found, "2.weight", 1)
+    cut_half(found)
+
+
+def test_map_of_one_channel_ties_no_channels() -> None:
+    found = coupled(Net(lambda s, x: s.head(s.a(x) * torch.sigmoid(s.map(x))), a=conv(3, 6), map=conv(3, 1), head=conv(6, 2)), IMAGE)
+    assert len(set(classes(found, "a.weight", 0))) == 6
+    cut_half(found)
+
+
+def test_padded_shortcut_prunes_in_its_residual_stream() -> None:
+    def forward(s: nn.Module, x: Tensor) -> Tensor:
+        x = s.stem(x)
+        return s.head(s.wide(x) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2)))
+
+    found = coupled(Net(forward, stem=conv(3, 4), wide=conv(4, 8, stride=2), head=conv(8, 2)), IMAGE)
+    wide = classes(found, "wide.weight", 0)
+    assert wide[2:6] == classes(found, "stem.weight", 0) and len(set(wide)) == 8
+    for seed in range(4):
+        cut_half(found, seed)
+
+
+def test_channel_shuffle_keeps_equal_counts() -> None:
+    def forward(s: nn.Module, x: Tensor) -> Tensor:
+        x = s.stem(x)
+        n, c, h, w = x.shape
+        return s.head(x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w))
+
+    found = coupled(Net(forward, stem=conv(3, 8), head=conv(8, 2)), IMAGE)
+    own = classes(found, "stem.weight", 0)
+    assert own[:4] == own[4:] and len(set(own)) == 4
+    assert classes(found, "head.weight", 1) == [label for label in own[:4] for _ in range(2)]
+    cut_half(found)
+    cut_half(coupled(nn.Sequential(conv(3, 8), nn.ChannelShuffle(2), conv(8, 2)), IMAGE))
+
+
+def test_chunk_and_split_become_unequal() -> None:
+    def forward(s: nn.Module, x: Tensor) -> Tensor:
+        a, b = s.stem(x).chunk(2, 1)
+        c, d = s.second(a).split([2, 4], 1)
+        return s.head(torch.cat((b, c.mean((2, 3), keepdim=True) * s.third(d)), 1))
+
+    net = Net(forward, stem=conv(3, 8), second=conv(4, 6), third=conv(4, 2), head=conv(6, 2))
+    found = coupled(net, IMAGE)
+    assert len(set(classes(found, "stem.weight", 0))) == 8
+    for seed in range(4):
+        cut_half(found, seed)
+
+
+def test_slice_select_and_index() -> None:
+    order = torch.tensor([5, 0, 3])
+
+    class Picks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.a, self.b, self.c, self.d = conv(3, 8), conv(3, 2), conv(3, 2), conv(4, 2), conv(1, 2)
+            self.register_buffer("order", order)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.a(x[:, 2:5]) + self.b(x[:, self.order]) + self.c(x[:, ::2]) + self.d(x[:, 1].unsqueeze(1))
+
+    found = coupled(Picks(), IMAGE)
+    own = classes(found, "stem.weight", 0)
+    assert own[1] == 0  # selected alone, so it must stay
+    assert classes(found, "b.weight", 1) == [own[5], own[0], own[3]] and classes(found, "c.weight", 1) == own[::2]
+    for seed in range(4):
+        cut_half(found, seed)
+
+
+def test_groupnorm_prelu_glu_pixelshuffle() -> None:
+    net = nn.Sequential(conv(3, 8), nn.GroupNorm(2, 8), nn.PReLU(8), conv(8, 16), nn.GLU(1), conv(8, 16), nn.PixelShuffle(2), conv(4, 2))
+    found = coupled(net, IMAGE)
+    own = classes(found, "0.weight", 0)
+    assert own[:4] == own[4:] == classes(found, "2.weight", 0)[:4]
+    gate = classes(found, "3.weight", 0)
+    assert gate[:8] == gate[8:] and len(set(gate)) == 8
+    assert classes(found, "5.weight", 0) == [label for label in classes(found, "7.weight", 1) for _ in range(4)]
+    cut_half(found)
+
+
+def test_convolution_through_unfold() -> None:
+    def forward(s: nn.Module, x: Tensor) -> Tensor:
+        columns = F.unfold(s.stem(x), 3, padding=1)
+        return (s.weight @ columns).unflatten(-1, (8, 8))
+
+    found = coupled(Net(forward, stem=conv(3, 5), weight=nn.Parameter(torch.randn(2, 45))), IMAGE)
+    assert classes(found, "weight", 1) == [label for label in classes(found, "stem.weight", 0) for _ in range(9)]
+    cut_half(found)
+
+
+class Attention(nn.Module):
+    """timm's way: fused qkv, heads by reshape."""
+
+    def __init__(self, dim: int, heads: int, fused: bool = True):
+        super().__init__()
+        self.heads, self.fused, self.scale = heads, fused, (dim // heads) ** -0.5
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, tokens, dim = x.shape
+        q, k, v = self.qkv(x).reshape(n, tokens, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.fused:
+            x = F.scaled_dot_product_attention(q, k, v)
+        else:
+            x = ((q * self.scale) @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.proj(x.transpose(1, 2).reshape(n, tokens, dim))
+
+
+class Tokens(nn.Module):
+    """Patches, class token, position embedding, one block with layer norms, layer scale, head on the class token."""
+
+    def __init__(self, attention: nn.Module, dim: int = 12):
+        super().__init__()
+        self.patches, self.attention = nn.Conv2d(3, dim, 4, 4), attention
+        self.cls, self.position = nn.Parameter(torch.randn(1, 1, dim)), nn.Parameter(torch.randn(1, 5, dim))
+        self.norm1, self.norm2, self.gamma = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.Parameter(torch.randn(dim))
+        self.up, self.down, self.head = nn.Linear(dim, 20), nn.Linear(20, dim), nn.Linear(dim, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat((self.cls.expand(x.shape[0], -1, -1), x), 1) + self.position
+        x = x + self.gamma * self.attention(self.norm1(x))
+        return self.head((x + self.down(F.gelu(self.up(self.norm2(x)))))[:, 0])
+
+
+class Multihead(nn.Module):
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.inner = nn.MultiheadAttention(dim, heads, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x, x, x, need_weights=False)[0]
+
+
+class Grouped(nn.Module):
+    """Grouped-query attention: 4 query heads share 2 of keys and values."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.q, self.k, self.v, self.proj = nn.Linear(dim, 16), nn.Linear(dim, 8), nn.Linear(dim, 8), nn.Linear(16, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, tokens, _ = x.shape
+        q, k, v = (layer(x).view(n, tokens, -1, 4).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        x = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("attention", [Attention(12, 3), Attention(12, 3, fused=False), Multihead(12, 3)], ids=["fused", "plain", "multihead"])
+def test_transformer_stream_and_heads(attention: nn.Module) -> None:
+    found = coupled(Tokens(attention), IMAGE)
+    stream = classes(found, "patches.weight", 0)
+    assert len(set(stream)) == 12 and 0 not in stream
+    for name, axis in (("cls", 2), ("position", 2), ("norm1.weight", 0), ("gamma", 0), ("down.weight", 0), ("head.weight", 1), ("up.weight", 1)):
+        assert classes(found, name, axis) == stream
+    assert classes(found, "position", 1) == [0] * 5
+    assert len(set(classes(found, "up.weight", 0))) == 20
+    name = "attention.inner.in_proj_weight" if isinstance(attention, Multihead) else "attention.qkv.weight"
+    dims = classes(found, name, 0)
+    assert len(set(dims)) == 4 and dims == dims[:4] * 9 and 0 not in dims  # the same dims in each head, of q, k and v
+    for seed in range(3):
+        cut_half(found, seed)
+
+
+def test_grouped_query_attention() -> None:
+    found = coupled(Tokens(Grouped(12)), IMAGE)
+    q, k, v = (classes(found, f"attention.{name}.weight", 0) for name in "qkv")
+    assert q == k[:4] * 4 and k == k[:4] * 2 and v == v[:4] * 2 and len(set(k)) == 4 and len(set(v)) == 4 and not set(k) & set(v)
+    cut_half(found)
+
+
+def test_einsum_and_bare_matrices() -> None:
+    def forward(s: nn.Module, x: Tensor) -> Tensor:
+        x = torch.einsum("nchw,dc->ndhw", s.stem(x), s.mix)
+        return x.mean((2, 3)) @ s.out
+
+    found = coupled(Net(forward, stem=conv(3, 6), mix=nn.Parameter(torch.randn(5, 6)), out=nn.Parameter(torch.randn(5, 2))), IMAGE)
+    assert classes(found, "stem.weight", 0) == classes(found, "mix", 1)
+    assert classes(found, "mix", 0) == classes(found, "out", 0) and len(set(classes(found, "mix", 0))) == 5
+    cut_half(found)
+
+
+def test_tied_weights_stay_one() -> None:
+    net = Net(lambda s, x: s.head(s.b(F.relu(s.a(s.stem(x))))), stem=conv(3, 6), a=conv(6, 6), b=conv(6, 6), head=conv(6, 2))
+    graph = capture(net, IMAGE)
+    set_attribute(graph, "b.weight", attribute(graph, "a.weight"))
+    found = couple(graph)
+    assert classes(found, "a.weight", 0) == classes(found, "b.weight", 1) == classes(found, "stem.weight", 0)
+    small, _ = cut_half(found)
+    assert small.get_parameter("a.weight") is small.get_parameter("b.weight")
+
+
+def test_unknown_operator_freezes_what_it_touches() -> None:
+    found = coupled(Net(lambda s, x: s.head(torch.sort(s.a(x), 1)[0] + s.b(s.c(x))), a=conv(3, 4), b=conv(6, 4), c=conv(3, 6), head=conv(4, 2)), IMAGE)
+    assert any("sort" in name for name in found.unknown)
+    assert set(classes(found, "a.weight", 0)) == set(classes(found, "b.weight", 0)) == {0}
+    assert "unknown operator (sort" in found.frozen["a.weight"]
+    assert len(set(classes(found, "c.weight", 0))) == 6
+    assert any("sort" in line for line in found.explain())
+    cut_half(found)
+
+
+def test_softmax_over_channels_freezes() -> None:
+    found = coupled(Net(lambda s, x: s.head(s.a(x).softmax(1)), a=conv(3, 4), head=conv(4, 2)), IMAGE)
+    assert set(classes(found, "a.weight", 0)) == {0} and "softmax runs over it" in found.frozen["a.weight"]
+    assert found.count == 1
+
+
+def test_mean_over_channels_runs_over_what_is_kept() -> None:
+    def forward(s: nn.Module, x: Tensor) -> Tensor:
+        x = s.a(x)
+        return s.head(x * torch.sigmoid(s.map(torch.cat((x.mean(1, keepdim=True), x.amax(1, keepdim=True)), 1))))
+
+    found = coupled(Net(forward, a=conv(3, 6), map=conv(2, 1), head=conv(6, 2)), IMAGE)
+    assert len(found.statistics) == 2
+    cut_half(found)
+
+
+def test_constants_and_creators() -> None:
+    def forward(s: nn.Module, x: Tensor) -> Tensor:
+        x = s.a(x)
+        return s.head(torch.cat((x, x.new_zeros(x.shape[0], 2, 8, 8)), 1) + s.b(torch.zeros_like(x)))
+
+    found = coupled(Net(forward, a=conv(3, 4), b=conv(4, 6), head=conv(6, 2)), IMAGE)
+    assert classes(found, "b.weight", 0)[:4] == classes(found, "a.weight", 0) and 0 not in classes(found, "b.weight", 0)
+    for seed in range(3):
+        cut_half(found, seed)
+
+
+def test_coordinates_in_a_buffer_are_an_input() -> None:
+    class Coordinates(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.mlp, self.head = conv(3, 6), nn.Linear(2, 6), conv(6, 2)
+            self.register_buffer("grid", torch.randn(64, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.a(x) + self.mlp(self.grid).t().reshape(1, 6, 8, 8))
+
+    found = coupled(Coordinates(), IMAGE)
+    assert classes(found, "grid", 1) == [0, 0] == classes(found, "mlp.weight", 1)
+    assert classes(found, "mlp.weight", 0) == classes(found, "a.weight", 0)
+    cut_half(found)
+
+
+def test_several_inputs_and_outputs() -> None:
+    net = Net(lambda s, x, y: {"sum": s.head(z := s.a(x) + s.b(y)), "inner": [s.other(z), s.free(s.c(x))]},
+              a=conv(3, 6), b=conv(2, 6), c=conv(3, 4), head=conv(6, 2), other=conv(6, 3), free=conv(4, 1))
+    found = coupled(net, IMAGE, torch.randn(2, 2, 8, 8))
+    assert classes(found, "a.weight", 0) == classes(found, "b.weight", 0) and 0 not in classes(found, "a.weight", 0)
+    cut_half(found)
+
+
+def test_ignore_names_a_module_a_parameter_or_nothing() -> None:
+    graph = capture(nn.Sequential(conv(3, 6), conv(6, 5), conv(5, 2)), IMAGE)
+    for glob in ("0", "0.weight", "0*"):
+        found = couple(graph, (glob,))
+        assert set(classes(found, "0.weight", 0)) == {0} and 0 not in classes(found, "1.weight", 0)
+        assert f"ignore='{glob}'" in found.frozen["0.weight"]
+    with pytest.raises(InputError, match="matches no parameter or module"):
+        couple(graph, ("features.*",))
+
+
+def test_explain_lists_groups_and_what_is_frozen() -> None:
+    lines = coupled(nn.Sequential(conv(3, 6), conv(6, 2)), IMAGE).explain()
+    assert lines[0] == "6 channels: 0.weight[0], 0.bias[0], 1.weight[1]"
+    assert lines[1].startswith("frozen 1.weight: output of the network")

@@ -1,0 +1,539 @@
+"""prune(): real families, targets, refusals; the cut network against an independent oracle; and a check that can fail."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, fx, nn
+from torchvision.models.convnext import CNBlockConfig
+
+from rarefy import plugins
+from rarefy.capturing import capture, example_inputs
+from rarefy.counting import count_macs, count_parameters, layer_macs
+from rarefy.coupling import couple
+from rarefy.criteria.magnitude import Magnitude
+from rarefy.criteria.taylor import Taylor
+from rarefy.errors import CaptureError, InputError, SelfCheckFailed
+from rarefy.pruning import Target, choose, prune
+from rarefy.surgery import check, cut
+
+torch.set_num_threads(1)
+
+
+class Block(nn.Module):
+    """He's block for CIFAR, with the padded shortcut (option A)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.stride, self.extra = stride, outputs - inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.stride > 1:
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.extra // 2, self.extra // 2))
+        return F.relu(out + x)
+
+
+class CifarResNet(nn.Module):
+    def __init__(self, blocks: int = 1, widths: tuple[int, ...] = (16, 32, 64)):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0])
+        stages, inputs = [], widths[0]
+        for index, width in enumerate(widths):
+            stages.append(nn.Sequential(*(Block(inputs if i == 0 else width, width, 2 if i == 0 and index else 1) for i in range(blocks))))
+            inputs = width
+        self.layer1, self.layer2, self.layer3 = stages
+        self.linear = nn.Linear(inputs, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
+        return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def alive_statistics(model: nn.Module) -> nn.Module:
+    """Batch norm as after training, so that a removed channel would be missed."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.affine:
+            with torch.no_grad():
+                module.weight.uniform_(0.5, 1.5, generator=generator)
+                module.bias.normal_(0, 0.2, generator=generator)
+                module.running_mean.normal_(0, 0.2, generator=generator)
+                module.running_var.uniform_(0.5, 1.5, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="module")
+def resnet() -> fx.GraphModule:
+    torch.manual_seed(0)
+    return capture(alive_statistics(CifarResNet()), torch.randn(2, 3, 16, 16))
+
+
+@pytest.fixture(scope="module")
+def mobilenet() -> fx.GraphModule:
+    torch.manual_seed(0)
+    return capture(alive_statistics(torchvision.models.mobilenet_v3_small(weights=None)), torch.randn(2, 3, 32, 32))
+
+
+def facts(graph: fx.GraphModule) -> dict:  # type: ignore[type-arg]
+    return graph.meta["history"][-1]["facts"]
+
+
+def widths(graph: fx.GraphModule) -> dict[str, list[int]]:
+    return facts(graph)["channels"]
+
+
+def convnext() -> nn.Module:
+    return torchvision.models.ConvNeXt([CNBlockConfig(24, 48, 1), CNBlockConfig(48, None, 1)], num_classes=10)
+
+
+def vit() -> nn.Module:
+    model = torchvision.models.VisionTransformer(image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=64, num_classes=10)
+    nn.init.normal_(model.heads.head.weight)
+    return model
+
+
+def swin(version: str = "") -> nn.Module:
+    from torchvision.models import swin_transformer as module
+
+    extra = {"block": module.SwinTransformerBlockV2, "downsample_layer": module.PatchMergingV2} if version else {}
+    return module.SwinTransformer([4, 4], 24, [2, 2], [3, 6], [4, 4], num_classes=10, **extra)
+
+
+def densenet() -> nn.Module:
+    return torchvision.models.DenseNet(growth_rate=8, block_config=(2, 3, 2), num_init_features=16, bn_size=2, num_classes=10)
+
+
+def torchvision_model(name: str, **options):  # type: ignore[no-untyped-def]
+    return lambda: torchvision.models.get_model(name, weights=None, **options)
+
+
+class Main(nn.Module):
+    """GoogLeNet and Inception without their auxiliary heads."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.model = torchvision.models.get_model(name, weights=None, aux_logits=False, init_weights=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+slow = pytest.mark.slow
+
+# name: how to make it, input size, and at most how many of its parameters are left at keep=0.5
+FAMILIES = [
+    pytest.param(CifarResNet, 32, 0.35, id="cifar_resnet"),
+    pytest.param(torchvision_model("resnet18"), 32, 0.35, id="resnet18"),
+    pytest.param(torchvision_model("mobilenet_v3_small"), 32, 0.45, id="mobilenet_v3_small"),
+    pytest.param(torchvision_model("regnet_x_400mf"), 32, 0.4, id="regnet_x_400mf"),
+    pytest.param(torchvision_model("squeezenet1_1"), 64, 0.4, id="squeezenet1_1"),
+    pytest.param(torchvision_model("shufflenet_v2_x0_5"), 32, 0.6, id="shufflenet_v2_x0_5"),
+    pytest.param(torchvision_model("mnasnet0_5"), 32, 0.5, id="mnasnet0_5"),
+    pytest.param(lambda: Main("googlenet"), 64, 0.4, id="googlenet"),
+    pytest.param(densenet, 32, 0.4, id="densenet"),
+    pytest.param(convnext, 32, 0.4, id="convnext"),
+    pytest.param(vit, 32, 0.4, id="vit"),
+    pytest.param(swin, 32, 0.4, id="swin"),
+    pytest.param(lambda: swin("v2"), 32, 0.6, id="swin_v2"),
+    pytest.param(torchvision_model("efficientnet_b0"), 32, 0.45, id="efficientnet_b0", marks=slow),
+    pytest.param(torchvision_model("regnet_y_400mf"), 32, 0.4, id="regnet_y_400mf", marks=slow),
+    pytest.param(torchvision_model("resnext50_32x4d"), 32, 0.4, id="resnext50_32x4d", marks=slow),
+    pytest.param(lambda: Main("inception_v3"), 96, 0.4, id="inception_v3", marks=slow),
+    pytest.param(torchvision_model("vgg11_bn"), 32, 0.4, id="vgg11_bn", marks=slow),
+    pytest.param(torchvision_model("alexnet"), 64, 0.4, id="alexnet", marks=slow),
+    pytest.param(torchvision_model("mobilenet_v2"), 32, 0.45, id="mobilenet_v2", marks=slow),
+    pytest.param(torchvision_model("densenet121"), 32, 0.4, id="densenet121", marks=slow),
+    pytest.param(torchvision_model("convnext_tiny"), 32, 0.4, id="convnext_tiny", marks=slow),
+    pytest.param(torchvision_model("swin_t"), 64, 0.4, id="swin_t", marks=slow),
+    pytest.param(torchvision_model("vit_b_32"), 224, 0.4, id="vit_b_32", marks=slow),
+    pytest.param(torchvision_model("maxvit_t"), 224, 0.4, id="maxvit_t", marks=slow),
+]
+
+
+@pytest.mark.parametrize(("make", "size", "most"), FAMILIES)
+def test_family_at_half_its_channels(make, size: int, most: float) -> None:  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    original = alive_statistics(make()).eval()
+    graph = capture(original, torch.randn(2, 3, size, size))
+    before = {name: value.clone() for name, value in graph.state_dict().items()}
+    code = graph.code
+    small = prune(graph, keep=0.5)
+    found = facts(small)
+
+    assert found["params"] == [count_parameters(graph), count_parameters(small)]
+    assert found["macs"] == [count_macs(graph), count_macs(small)]
+    assert found["params"][1] <= most * found["params"][0]
+    assert not found["unknown_operators"]
+    assert found["self_check"]["largest_relative_difference"] < 1e-12
+    assert 0.49 < found["reached"]["keep"] <= 0.5
+    json.dumps(small.meta)
+
+    inputs = torch.randn(3, 3, size, size)
+    assert small(inputs).shape == graph(inputs).shape
+    small.train()
+    small(inputs).sum().backward()
+    assert all(parameter.grad is not None and bool(parameter.grad.isfinite().all()) for parameter in small.parameters())
+
+    assert graph.code == code and "history" not in graph.meta and all(parameter.grad is None for parameter in graph.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in graph.state_dict().items())
+
+
+@pytest.mark.parametrize("make", [CifarResNet, torchvision_model("mobilenet_v3_small"), densenet], ids=["resnet", "mobilenet", "densenet"])
+def test_equals_the_original_model_with_those_channels_zeroed(make) -> None:  # type: ignore[no-untyped-def]
+    """The oracle knows no graph: the caller's own eager module, zeros in its parameters, in float64."""
+    torch.manual_seed(0)
+    original = alive_statistics(make()).double().eval()
+    inputs = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    graph = capture(original, inputs)
+    coupling = couple(graph)
+    scores = torch.rand(coupling.count, generator=torch.Generator().manual_seed(1))
+    alive = choose(coupling, scores, Target("macs", 0.4)).alive
+    small = cut(coupling, alive)
+    state = original.state_dict()
+    for row in coupling.rows:
+        gone = (~alive[row.classes]).nonzero().flatten()
+        state[row.names[0]].index_fill_(row.axis, gone, 0)
+    with torch.no_grad():
+        expected, found = original(inputs), small(inputs)
+    # float64: a few hundred layers of sums below 1e4 terms
+    assert float((found - expected).abs().max()) <= 1e-10 * float(expected.abs().max())
+    assert not torch.allclose(found, graph(inputs), rtol=1e-2)
+
+
+def test_caller_may_pass_a_module_in_training_and_frozen_parameters() -> None:
+    model = CifarResNet(widths=(8, 16, 32))
+    model.conv1.weight.requires_grad_(False)
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    small = prune(model, inputs=torch.randn(2, 3, 16, 16), keep=0.5)
+    assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not small.get_parameter("conv1.weight").requires_grad and small.get_parameter("linear.weight").requires_grad
+    graph = capture(model, torch.randn(2, 3, 16, 16))
+    assert prune(graph.train(), keep=0.5).training and graph.training
+    assert not prune(graph.eval(), keep=0.5).training
+
+
+# --------------------------------------------------------------------------------------------------------------- targets
+
+
+@pytest.mark.parametrize("ranking", ["global", "local", "isomorphic"])
+@pytest.mark.parametrize(("kind", "value"), [("macs", 0.5), ("macs", 0.25), ("params", 0.5), ("keep", 0.3)])
+def test_target_is_held_and_not_by_more_than_a_step(resnet: fx.GraphModule, kind: str, value: float, ranking: str) -> None:
+    small = prune(resnet, **{kind: value}, ranking=ranking)
+    assert facts(small)["macs"][1] == count_macs(small) and facts(small)["params"][1] == count_parameters(small)
+    reached = facts(small)["reached"][kind]
+    # One class more would have passed the target: no class costs more than 4 % of this network; local keep rounds down in each family.
+    step = 0.06 if (kind, ranking) == ("keep", "local") else 0.04
+    assert value - step < reached <= value
+
+
+def test_absolute_targets(resnet: fx.GraphModule) -> None:
+    macs, params = count_macs(resnet), count_parameters(resnet)
+    assert 0.9 * (macs // 3) < count_macs(prune(resnet, macs=macs // 3)) <= macs // 3
+    assert 0.9 * (params // 3) < count_parameters(prune(resnet, params=params // 3)) <= params // 3
+
+
+def test_everything_is_kept_at_one(resnet: fx.GraphModule) -> None:
+    small = prune(resnet, keep=1.0)
+    inputs = torch.randn(2, 3, 16, 16)
+    assert torch.equal(small(inputs), resnet(inputs)) and count_macs(small) == count_macs(resnet)
+
+
+@pytest.mark.parametrize("ranking", ["global", "local", "isomorphic"])
+@pytest.mark.parametrize("kind", ["macs", "params", "keep"])
+def test_round_to(resnet: fx.GraphModule, kind: str, ranking: str) -> None:
+    small = prune(resnet, **{kind: 0.5}, round_to=4, ranking=ranking)
+    for name, (_, after) in widths(small).items():
+        assert after % 4 == 0 or name == "linear.weight"
+    # a step is 4 channels; one family has at most 5 % of the cost per 4 channels, and each family may be cut by one step less than a whole
+    assert 0.5 - 0.15 < facts(small)["reached"][kind] <= 0.5
+
+
+def test_residual_stream_of_padded_shortcuts_is_pruned(resnet: fx.GraphModule) -> None:
+    small = widths(prune(resnet, macs=0.3))
+    assert small["conv1.weight"][1] < 16 and small["layer1.0.conv2.weight"] == small["conv1.weight"]
+    assert small["layer2.0.conv2.weight"][1] < 32 and small["layer3.0.conv2.weight"][1] < 64
+    assert small["linear.weight"] == [10, 10]
+
+
+def test_floor_keeps_a_share_of_every_layer(resnet: fx.GraphModule) -> None:
+    def shares(floor: float) -> list[float]:
+        return [after / before for before, after in widths(prune(resnet, macs=0.35, floor=floor)).values()]
+
+    assert min(shares(0.55)) >= 0.55 > min(shares(0.0))
+
+
+def test_global_ranking_removes_the_weakest(resnet: fx.GraphModule) -> None:
+    """Channels whose weights are tiny leave first, whichever layer they are in."""
+    graph = copy.deepcopy(resnet)
+    weak = {"layer1.0.conv1": [0, 5, 7], "layer3.0.conv1": [1, 2, 40]}
+    with torch.no_grad():
+        for name, channels in weak.items():
+            graph.get_parameter(f"{name}.weight")[channels] *= 1e-4
+            consumer = name.replace("conv1", "conv2")
+            graph.get_parameter(f"{consumer}.weight")[:, channels] *= 1e-4
+    coupling = couple(graph)
+    scores = Magnitude().scores(graph, coupling, None, 0)
+    plan = choose(coupling, scores, Target("keep", (coupling.count - 1 - 6) / (coupling.count - 1)))
+    rows = {row.names[0].removesuffix(".weight"): row for row in coupling.rows if row.produces}
+    gone = {name: (~plan.alive[row.classes]).nonzero().flatten().tolist() for name, row in rows.items()}
+    assert {name: channels for name, channels in gone.items() if channels} == weak
+
+
+def test_isomorphic_groups_like_with_like() -> None:
+    """Two blocks of one shape share a ranking; the weaker block loses more. Locally both lose the same."""
+    torch.manual_seed(0)
+    graph = capture(CifarResNet(blocks=2, widths=(16, 16, 16)), torch.randn(2, 3, 8, 8))
+    with torch.no_grad():
+        for name in ("layer1.0.conv1.weight", "layer1.0.conv2.weight"):
+            graph.get_parameter(name).mul_(0.1)
+    local, alike = widths(prune(graph, keep=0.5, ranking="local")), widths(prune(graph, keep=0.5, ranking="isomorphic", floor=0))
+    assert local["layer1.0.conv1.weight"] == local["layer1.1.conv1.weight"] == [16, 8]
+    assert alike["layer1.0.conv1.weight"][1] < 3 < alike["layer1.1.conv1.weight"][1]
+
+
+def test_ignore(resnet: fx.GraphModule) -> None:
+    small = widths(prune(resnet, macs=0.5, ignore=["conv1", "layer2.*.conv1"]))
+    for name in ("conv1.weight", "layer2.0.conv1.weight", "layer1.0.conv2.weight"):  # the stem and what is added to it
+        assert small[name][0] == small[name][1]
+    assert small["layer1.0.conv1.weight"][1] < 16 and small["layer3.0.conv1.weight"][1] < 64
+
+
+def test_prunes_again(resnet: fx.GraphModule) -> None:
+    twice = prune(prune(resnet, macs=0.7), macs=0.7)
+    assert [record["step"] for record in twice.meta["history"]] == ["prune", "prune"]
+    assert count_macs(twice) <= 0.49 * count_macs(resnet)
+
+
+# ---------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give one of keep=, macs=, params=.*got none"),
+        ({"keep": 0.5, "macs": 0.5}, "got keep, macs"),
+        ({"keep": 0}, r"keep=0 is not a fraction in \(0, 1\]"),
+        ({"keep": 2}, "keep=2 is not a fraction"),
+        ({"keep": "half"}, "keep='half' is not a fraction"),
+        ({"macs": -0.5}, "macs=-0.5 is not a fraction"),
+        ({"macs": 1.5}, "macs=1.5 is not a fraction in .* or a whole number"),
+        ({"params": math.nan}, "params=nan"),
+        ({"keep": 0.5, "ranking": "best"}, "ranking='best' is not one of global, local, isomorphic"),
+        ({"keep": 0.5, "round_to": 0}, "round_to=0 must be a whole number from 1"),
+        ({"keep": 0.5, "floor": 2}, "floor=2 must lie between 0 and 1"),
+        ({"keep": 0.5, "criterion": "beauty"}, "criteria: unknown choice 'beauty'; have magnitude, random, taylor"),
+        ({"keep": 0.5, "criterion": "taylor"}, "criterion 'taylor' needs data: pass task="),
+        ({"keep": 0.5, "criterion": "magnitude:p=0"}, "p=0"),
+        ({"keep": 0.5, "ignore": ["backbone.*"]}, "ignore='backbone.*' matches no parameter or module"),
+        ({"macs": 0.001}, r"macs=0.001 is out of reach, the least is macs=0.0\d+ \(floor=0.1 of each layer stays"),
+        ({"macs": 0.05, "round_to": 16}, "macs=0.05 is out of reach.*lower floor or round_to"),
+        ({"keep": 0.3, "ranking": "local", "round_to": 8},
+         "conv1: 16 channels cannot be rounded to a multiple of 8 at keep=0.3; pass round_to=4 or list it in ignore"),
+    ],
+)
+def test_refusals(resnet: fx.GraphModule, options: dict, message: str) -> None:  # type: ignore[type-arg]
+    with pytest.raises(InputError, match=message) as caught:
+        prune(resnet, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_module_without_inputs_and_network_without_channels() -> None:
+    with pytest.raises(CaptureError, match="pass inputs="):
+        prune(CifarResNet(), keep=0.5)
+    with pytest.raises(InputError, match=r"nothing can be pruned \(0.weight: output of the network"):
+        prune(nn.Sequential(nn.Linear(4, 3)), inputs=torch.randn(2, 4), keep=0.5)
+
+
+def test_weights_that_are_not_finite(resnet: fx.GraphModule) -> None:
+    graph = copy.deepcopy(resnet)
+    with torch.no_grad():
+        graph.get_parameter("layer1.0.conv1.weight")[3] = math.nan
+    with pytest.raises(InputError, match="criterion magnitude: .* NaN or infinite; layer1.0.conv1.weight is not finite"):
+        prune(graph, keep=0.5)
+
+
+# ------------------------------------------------------------------------------------------------------------ self-check
+
+
+def planned(graph: fx.GraphModule):  # type: ignore[no-untyped-def]
+    coupling = couple(graph)
+    scores = torch.rand(coupling.count, generator=torch.Generator().manual_seed(0))
+    return coupling, choose(coupling, scores, Target("keep", 0.5)).alive
+
+
+def altered(coupling, name: str, axis: int):  # type: ignore[no-untyped-def]
+    """The coupling with the classes along one axis of one tensor in reverse: as many leave, but others."""
+    rows = [replace(row, classes=row.classes.flip(0)) if name in row.names and row.axis == axis else row for row in coupling.rows]
+    return replace(coupling, rows=rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "axis"), [("layer2.0.conv1.weight", 0), ("layer2.0.conv2.weight", 1), ("layer3.0.bn2.running_mean", 0), ("linear.weight", 1)]
+)
+def test_self_check_fails_on_a_wrong_class_vector(resnet: fx.GraphModule, name: str, axis: int) -> None:
+    coupling, alive = planned(resnet)
+    check(coupling, cut(coupling, alive), alive)
+    wrong = cut(altered(coupling, name, axis), alive)
+    assert wrong(torch.randn(2, 3, 16, 16)).shape == (2, 10)  # it runs, and is wrong
+    with pytest.raises(SelfCheckFailed, match=name):
+        check(coupling, wrong, alive)
+
+
+@pytest.mark.parametrize(
+    ("operator", "place", "value", "message"),
+    [
+        (torch.ops.aten.batch_norm.default, 7, 0.1, "layer.*batch_norm.*differs from the masked one by"),
+        (torch.ops.aten.conv2d.default, 4, [0, 0], "has shape .* where the masked one keeps|does not run"),
+        (torch.ops.aten.pad.default, 1, [0, 0, 0, 0, 1, 1], "has shape|differs"),
+    ],
+)
+def test_self_check_fails_on_a_wrong_argument(resnet: fx.GraphModule, operator, place: int, value, message: str) -> None:  # type: ignore[no-untyped-def]
+    coupling, alive = planned(resnet)
+    small = cut(coupling, alive)
+    node = [node for node in small.graph.nodes if node.target is operator][-1]
+    node.update_arg(place, value)
+    small.recompile()
+    with pytest.raises(SelfCheckFailed, match=message):
+        check(coupling, small, alive)
+
+
+def test_self_check_fails_on_a_missed_tie(resnet: fx.GraphModule) -> None:
+    """One convolution loses a channel its batch norm keeps: the small network does not run, and the check says where."""
+    coupling, alive = planned(resnet)
+    fresh = torch.cat((alive, torch.tensor([False])))
+    rows = []
+    for row in coupling.rows:
+        kept = alive[row.classes].nonzero().flatten()
+        if row.names[0] == "layer3.0.conv1.weight" and row.axis == 0:
+            row = replace(row, classes=row.classes.clone().index_fill_(0, kept[:1], coupling.count))
+        rows.append(row)
+    broken = replace(coupling, rows=rows, count=coupling.count + 1)
+    with pytest.raises(SelfCheckFailed, match="layer3.0.conv1"):
+        check(coupling, cut(broken, fresh), alive)
+
+
+# -------------------------------------------------------------------------------------------------------------- criteria
+
+
+@dataclass(frozen=True)
+class FakeTask:
+    """Two classes that a linear map tells apart; the same batches at each call for the same seed."""
+
+    count: int = 4
+
+    def batches(self, split: str, batch_size: int, *, shuffle_seed: int | None = None, device: object = "cpu", **_: object) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(shuffle_seed or 0)
+        for _ in range(self.count):
+            inputs = torch.randn(batch_size, 3, 16, 16, generator=generator).to(device)  # type: ignore[call-overload]
+            yield inputs, (inputs.mean((1, 2, 3)) > 0).long()
+
+    def loss(self, outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        return F.cross_entropy(outputs, targets)
+
+
+@pytest.mark.parametrize("name", plugins.available("criteria"))
+def test_every_criterion(name: str, resnet: fx.GraphModule) -> None:
+    """Contract: finite float64 scores, one a class; the same for the same seed; the graph untouched; prunes."""
+    graph = copy.deepcopy(resnet).eval()
+    coupling = couple(graph)
+    rule = plugins.resolve("criteria", name)
+    before = {key: value.clone() for key, value in graph.state_dict().items()}
+    one, two = (rule.scores(graph, coupling, FakeTask(), 3) for _ in range(2))
+    assert one.shape == (coupling.count,) and one.dtype == torch.float64 and bool(one[1:].isfinite().all()) and not one.requires_grad
+    assert torch.equal(one, two) and len(one[1:].unique()) > 10
+    assert all(torch.equal(value, before[key]) for key, value in graph.state_dict().items())
+    assert all(parameter.grad is None for parameter in graph.parameters())
+    small = prune(resnet, macs=0.5, criterion=name, task=FakeTask(), seed=3)
+    again = prune(resnet, macs=0.5, criterion=rule, task=FakeTask(), seed=3)
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in small.state_dict().items())
+    assert small.meta["history"][-1]["options"]["criterion"] == plugins.describe(rule)
+
+
+def test_random_depends_on_the_seed(resnet: fx.GraphModule) -> None:
+    one, two = (prune(resnet, keep=0.5, criterion="random", seed=seed) for seed in (0, 1))
+    assert {name: value.shape for name, value in one.state_dict().items()} != {name: value.shape for name, value in two.state_dict().items()}
+
+
+def test_magnitude_is_the_norm_by_hand() -> None:
+    graph = capture(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.randn(2, 4))
+    coupling = couple(graph)
+    first, second = graph.get_parameter("0.weight").detach().double(), graph.get_parameter("2.weight").detach().double()
+    own = next(row.classes for row in coupling.rows if row.names[0] == "0.weight" and row.axis == 0)
+    by_hand = {"mean": lambda a, b: (a + b) / 2, "sum": lambda a, b: a + b, "max": torch.maximum}
+    for p in (1, 2, 3):
+        for reduce, combine in by_hand.items():
+            expected = combine((first.abs() ** p).sum(1), (second.abs() ** p).sum(0))
+            scores = Magnitude(p, reduce).scores(graph, coupling, None, 0)[own]
+            assert torch.allclose(scores, expected, rtol=1e-5)  # float32 powers
+
+
+def test_taylor_is_the_first_order_change_by_hand() -> None:
+    """f = v . (W x), L = sum f / n: the change when unit k leaves is W_k . dL/dW_k = mean(v_k W_k x), for both weights alike."""
+    net = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 1, bias=False))
+    graph = capture(net, torch.randn(2, 3))
+    inputs = torch.randn(6, 3)
+
+    class Task:
+        def batches(self, split: str, batch_size: int, **_: object) -> Iterator[tuple[Tensor, Tensor]]:
+            assert split == "train"
+            for start in range(0, 6, batch_size):
+                yield inputs[start : start + batch_size], torch.zeros(batch_size)
+
+        def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            return outputs.mean()
+
+    coupling = couple(graph)
+    own = next(row.classes for row in coupling.rows if row.names[0] == "0.weight" and row.axis == 0)
+    weight, out = graph.get_parameter("0.weight").detach(), graph.get_parameter("1.weight").detach()
+    contribution = (out * (inputs @ weight.t())).double()  # (6, 2)
+    per_batch = contribution.reshape(3, 2, 2).mean(1)  # mean of each batch of two
+    for batches in (1, 3):
+        scores = Taylor(batches=batches, batch_size=2).scores(graph, coupling, Task(), 0)[own]
+        assert torch.allclose(scores, per_batch[:batches].sum(0).abs(), rtol=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------------------- counting
+
+
+def test_macs_by_hand() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 16, 3, 1, 1, groups=8), nn.Conv2d(16, 4, 3, 1, 1, groups=2),
+        nn.ConvTranspose2d(4, 6, 2, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5),
+    )
+    graph = capture(net, torch.randn(2, 3, 8, 8))
+    place = 4 * 4
+    by_hand = [place * 8 * 3 * 9, place * 16 * 9, place * 4 * 8 * 9, place * 4 * 6 * 4, 30]
+    assert list(layer_macs(graph).values()) == by_hand and count_macs(graph) == sum(by_hand)
+    assert count_parameters(graph) == sum(parameter.numel() for parameter in net.parameters())
+
+
+def test_macs_of_attention_and_einsum() -> None:
+    class Products(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            one = F.scaled_dot_product_attention(q, k, v)
+            two = (q @ k.transpose(-2, -1)) @ v
+            return one + two + torch.einsum("...md,...nd,...ne->...me", q, k, v)
+
+    shapes = {"q": (2, 3, 5, 4), "k": (2, 3, 7, 4), "v": (2, 3, 7, 6)}
+    graph = capture(Products(), [torch.randn(*shape) for shape in shapes.values()])
+    scores, mixed = 3 * 5 * 7 * 4, 3 * 5 * 7 * 6
+    assert sorted(layer_macs(graph).values()) == sorted([scores + mixed, scores, mixed, 3 * 5 * 7 * 4 * 6])
+
+
+def test_known_macs(mobilenet: fx.GraphModule) -> None:
+    """torchvision's own figure for ResNet-18 is 1.814 GMACs at 224; convolutions scale with the area."""
+    graph = capture(torchvision.models.resnet18(weights=None), torch.randn(2, 3, 224, 224))
+    assert count_macs(graph) == 1_814_073_344 and count_parameters(graph) == 11_689_512
+    assert example_inputs(mobilenet)[0].shape == (2, 3, 32, 32)
