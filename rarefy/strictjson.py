@@ -1,0 +1,118 @@
+"""JSON written by strangers: parsed only once it is known to be neither deep nor long, and the checks of what it says.
+
+A key stands once in its object and numbers are finite, as JSON has it; ``plain`` and ``restore`` carry NaN and infinity as
+``{"$float": "nan"}``. Whatever is wrong raises FormatError in one line that says where and with what value.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rarefy.errors import FormatError, InputError
+
+# Far above any real model (the largest of torchvision: 0.5 MB, 1,700 nodes), and what they allow fits 300 MB of memory.
+MOST_BYTES = 16 * 2**20
+MOST_VALUES = 2_000_000
+DEEPEST = 64
+# A string, or what stands where one was begun: it always matches, and never goes back, so a hostile file takes linear time.
+_STRINGS = re.compile(rb'"(?:[^"\\]++|\\.)*+\\?+(?:"|\Z)', re.DOTALL)
+_STEP = np.zeros(256, np.int8)  # what a byte adds to the depth
+_STEP[list(b"[{")] = 1
+_STEP[list(b"]}")] = -1
+
+
+def parse(data: bytes, where: str | Path) -> dict[str, Any]:
+    """Parsed, once it is known to be neither deep nor of many values; a key may stand once, numbers are finite."""
+    bare = _STRINGS.sub(b"", data)
+    expect(bare.count(b",") + bare.count(b"[") + bare.count(b"{") <= MOST_VALUES, where, f"holds more than {MOST_VALUES} values")
+    deepest = int(np.cumsum(_STEP[np.frombuffer(bare, np.uint8)], dtype=np.int32).max(initial=0))
+    expect(deepest <= DEEPEST, where, f"is nested {deepest} deep")
+    try:
+        value: dict[str, Any] = json.loads(data.decode("utf-8"), object_pairs_hook=_once, parse_constant=_refuse, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where}: is not JSON ({str(error)[:100]!r}); copy it again") from error
+    expect(isinstance(value, dict), where, "is not a JSON object")
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice")
+    return found
+
+
+def _refuse(text: str) -> float:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text[:40]} is too large")
+    return float(text)
+
+
+def plain(value: Any, where: str) -> Any:
+    """JSON of JSON values: tuples become lists, NaN and infinity ``{"$float": "nan"}``. Raises InputError for anything else."""
+    if value is None or type(value) in (bool, int, str):
+        return value
+    if type(value) is float:
+        return value if math.isfinite(value) else {"$float": repr(value)}
+    if isinstance(value, (list, tuple)):
+        return [plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, Mapping):
+        for key in value:
+            if type(key) is not str or key.startswith("$"):
+                raise InputError(f"{where}: the key {key!r} is not text that JSON can hold (and '$' is kept for rarefy)")
+        return {key: plain(item, f"{where}.{key}") for key, item in value.items()}
+    raise InputError(f"{where}: a value of type {type(value).__name__} is not JSON; convert it to text, numbers, lists and dictionaries")
+
+
+def restore(value: Any, where: str | Path) -> Any:
+    """What ``plain`` was given."""
+    if isinstance(value, list):
+        return [restore(item, where) for item in value]
+    if isinstance(value, dict):
+        if value.keys() == {"$float"}:
+            return special_float(value["$float"], where)
+        return {key: restore(item, where) for key, item in value.items()}
+    return value
+
+
+def special_float(text: Any, where: str | Path) -> float:
+    if text not in ("nan", "inf", "-inf"):
+        raise FormatError(f"{where}: {said(text)} is not nan, inf or -inf")
+    return float(text)
+
+
+def expect(good: Any, where: str | Path, what: str) -> None:
+    if not good:
+        raise FormatError(f"{where}: {what}")
+
+
+def expected(value: Any, kind: type, at: str, what: str) -> Any:
+    expect(isinstance(value, kind), at, f"{what} is not a {kind.__name__}")
+    return value
+
+
+def located(at: str, function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)``, whose FormatError then says where."""
+    try:
+        return function(*args)
+    except FormatError as error:
+        raise FormatError(f"{at}: {error}") from error
+
+
+def is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**48
+
+
+def said(value: Any) -> str:
+    return repr(value)[:80]

@@ -1,0 +1,330 @@
+"""graph.json: the graph as text, and back.
+
+    nodes      one object a node, in order: op, name, target, args, kwargs, and the module that made it (stack)
+    tensors    one object a parameter or buffer: dtype, shape, whether it trains, how it is stored, which it is the same as
+    meta       the graph's own (inputs, core, history, bits)
+
+An argument that JSON has a form for is written as it is; any other is an object of one key that names its type:
+``{"node": "conv2d"}``, ``{"dtype": "float32"}``, ``{"tuple": [...]}``. docs/format.md lists them.
+
+``read`` and ``build`` believe nothing: the module is made by torch.fx, which writes a Python function from the names of the nodes,
+so a name is an identifier that function does not use, a tensor's name can't hide one of the module's attributes, a node reads
+only nodes before it, and every call passes ``rarefy.allowlist``.
+"""
+
+from __future__ import annotations
+
+import json
+import keyword
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from rarefy import allowlist, packing
+from rarefy.capturing import dtype_name, set_attribute
+from rarefy.errors import FormatError
+from rarefy.strictjson import expect, expected, is_size, located, parse, plain, restore, said, special_float
+
+SCHEMA = 1
+
+# dtype -> its name in a safetensors header
+DTYPES = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
+    torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+BY_NAME = {dtype_name(dtype): dtype for dtype in [*DTYPES, torch.complex128]}
+_MEMORY_FORMATS = {
+    str(value).removeprefix("torch."): value for value in (torch.contiguous_format, torch.preserve_format, torch.channels_last)
+}
+
+# Limits of a file; the largest model of torchvision and timm has 6,000 nodes and 2,000 tensors in 1,500 modules.
+MOST_NODES = 100_000
+MOST_TENSORS = 20_000
+MOST_AXES = 16
+LONGEST_TEXT = 10_000
+LONGEST_NAME = 500
+
+_PART = re.compile(r"(?!__)[A-Za-z0-9_]{1,200}")
+_IDENTIFIER = re.compile(r"(?!__)[A-Za-z_][A-Za-z0-9_]{0,200}")
+_MODULE_ATTRIBUTES = {*dir(nn.Module), *vars(nn.Module())}
+_GRAPH_ATTRIBUTES = {*dir(fx.GraphModule), *vars(fx.GraphModule(nn.Module(), fx.Graph()))}
+_NODE_KEYS = {"op", "name", "target", "args", "kwargs", "stack"}
+# names the generated forward() reads
+_TAKEN = {"self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree", "math", "operator", "rarefy"}
+
+
+def write(graph: fx.GraphModule, tensors: Mapping[str, Mapping[str, Any]]) -> str:
+    """graph.json, one line a node and a tensor; ``tensors`` are its entries. Raises FormatError for what has no form in it."""
+    meta = dict(graph.meta)
+    if "bits" in meta:
+        meta["bits"] = {name: width for name, width in meta["bits"].items() if name in tensors}
+    lines = [
+        "{",
+        '"format":"rarefy",',
+        f'"schema":{SCHEMA},',
+        f'"meta":{_line(plain(meta, "graph.meta"))},',
+        '"nodes":[',
+        ",\n".join(_line(_node_entry(node)) for node in graph.graph.nodes),
+        "],",
+        '"tensors":{',
+        ",\n".join(f"{_line(name)}:{_line(tensors[name])}" for name in sorted(tensors)),
+        "}",
+        "}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def tensor_entry(graph: nn.Module, name: str, value: Tensor) -> dict[str, Any]:
+    entry: dict[str, Any] = {"dtype": dtype_name(value.dtype), "shape": list(value.shape)}
+    if isinstance(value, nn.Parameter):
+        entry.update(kind="parameter", requires_grad=value.requires_grad)
+    else:
+        owner, _, leaf = name.rpartition(".")
+        entry.update(kind="buffer", persistent=leaf not in graph.get_submodule(owner)._non_persistent_buffers_set)
+    if value.dim() == 4 and not value.is_contiguous() and value.is_contiguous(memory_format=torch.channels_last):
+        entry["channels_last"] = True
+    return entry
+
+
+def _node_entry(node: fx.Node) -> dict[str, Any]:
+    entry: dict[str, Any] = {"op": node.op, "name": node.name}
+    if node.op == "call_function":
+        entry["target"] = located(f"{node.meta.get('stack') or node.name}", allowlist.name_of, node.target)
+    elif node.op != "output":
+        entry["target"] = node.target
+    if node.args:
+        entry["args"] = [_encode(value, node.name) for value in node.args]
+    if node.kwargs:
+        entry["kwargs"] = {key: _encode(value, node.name) for key, value in node.kwargs.items()}
+    if node.meta.get("stack"):
+        entry["stack"] = node.meta["stack"]
+    return entry
+
+
+def _encode(value: Any, where: str) -> Any:
+    """An argument as JSON. What JSON has no form for is an object of one key that names its type."""
+    if value is None or type(value) in (bool, int, str):
+        return value
+    if type(value) is float:
+        return value if math.isfinite(value) else {"float": repr(value)}
+    if isinstance(value, list):
+        return [_encode(item, where) for item in value]
+    if isinstance(value, tuple):
+        return {"tuple": [_encode(item, where) for item in value]}
+    if isinstance(value, dict):
+        return {"dict": [[_encode(key, where), _encode(item, where)] for key, item in value.items()]}
+    if isinstance(value, slice):
+        return {"slice": [_encode(item, where) for item in (value.start, value.stop, value.step)]}
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if isinstance(value, torch.dtype):
+        return {"dtype": dtype_name(value)}
+    if isinstance(value, torch.device):
+        return {"device": "cpu"}
+    if isinstance(value, torch.memory_format):
+        return {"memory_format": str(value).removeprefix("torch.")}
+    if value is torch.strided:
+        return {"layout": "strided"}
+    raise FormatError(f"node {where}: an argument of type {type(value).__name__} has no form in the file")
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def read(data: bytes, where: str) -> dict[str, Any]:
+    """graph.json, checked as far as it can be without building anything: keys, tensors, meta."""
+    value = parse(data, where)
+    check_schema(value, where)
+    expect(value.keys() == {"format", "schema", "meta", "nodes", "tensors"}, where, f"has the keys {said(sorted(value))}")
+    tensors = value["tensors"]
+    expect(isinstance(tensors, dict) and len(tensors) <= MOST_TENSORS, where, f"tensors is no object of at most {MOST_TENSORS}")
+    for name, entry in tensors.items():
+        _check_tensor_entry(name, entry, tensors, where)
+    inner = {".".join(parts[:count]) for parts in (name.split(".") for name in tensors) for count in range(1, len(parts))}
+    expect(len(inner) <= MOST_TENSORS, where, f"has its tensors in {len(inner)} modules (at most {MOST_TENSORS})")
+    for name in tensors.keys() & inner:
+        raise FormatError(f"{where}: {said(name)} is a tensor and a module at once")
+    value["meta"] = restore(value["meta"], where)
+    _check_meta(value["meta"], tensors, where)
+    good = isinstance(value["nodes"], list) and len(value["nodes"]) <= MOST_NODES
+    expect(good, where, f"nodes is no list of at most {MOST_NODES}")
+    return value
+
+
+def _check_tensor_entry(name: str, entry: Any, tensors: Mapping[str, Any], where: str) -> None:
+    at = f"{where}: tensor {said(name)}"
+    parts = name.split(".")
+    good = len(name) <= LONGEST_NAME and all(_PART.fullmatch(part) and not keyword.iskeyword(part) for part in parts)
+    expect(good, at, "is not a dotted name")
+    taken = parts[0] in _GRAPH_ATTRIBUTES or any(part in _MODULE_ATTRIBUTES for part in parts)
+    expect(not taken, at, "has the name of an attribute that modules have")
+    expect(isinstance(entry, dict), at, "is not described by an object")
+    kind = entry.get("kind")
+    expect(kind in ("parameter", "buffer"), at, f"is neither parameter nor buffer but {said(kind)}")
+    if "same_as" in entry:
+        other = entry["same_as"]
+        expect(entry.keys() == {"kind", "same_as"}, at, f"is another one and has keys of its own: {said(sorted(entry))}")
+        original = tensors.get(other) if isinstance(other, str) else None
+        expect(isinstance(original, dict), at, f"is the same as {said(other)}, which is not there")
+        assert original is not None
+        expect("same_as" not in original and original.get("kind") == kind, at, f"can't be the same as {said(other)}")
+        return
+    flag = "requires_grad" if kind == "parameter" else "persistent"
+    required, optional = {"kind", "dtype", "shape", flag}, {"stored", "bits", "channels_last"}
+    expect(required <= entry.keys() <= required | optional, at, f"has the keys {said(sorted(entry))}")
+    expect(type(entry[flag]) is bool, at, f"{flag} is {said(entry[flag])}")
+    dtype = BY_NAME.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    expect(dtype in DTYPES, at, f"has the dtype {said(entry['dtype'])}")
+    assert dtype is not None
+    shape = entry["shape"]
+    expect(isinstance(shape, list) and len(shape) <= MOST_AXES and all(map(is_size, shape)), at, f"has the shape {said(shape)}")
+    expect(math.prod(size for size in shape if size) < 2**48, at, f"has the shape {said(shape)}, which no memory holds")
+    floats = dtype.is_floating_point or dtype.is_complex
+    expect(floats or entry.get("requires_grad") is not True, at, f"of {entry['dtype']} can't require gradients")
+    expect(entry.get("channels_last", True) is True and (len(shape) == 4 or "channels_last" not in entry), at, "can't be channels_last")
+    if "stored" in entry or "bits" in entry:
+        good = entry.get("stored") in ("packed", "zstd") and type(entry.get("bits")) is int and entry["bits"] in packing.WIDTHS
+        what = f"is stored as {said(entry.get('stored'))} of {said(entry.get('bits'))} bits"
+        expect(good and dtype in (torch.int8, torch.uint8), at, what)
+
+
+def _check_meta(meta: Any, tensors: Mapping[str, Any], where: str) -> None:
+    expect(isinstance(meta, dict) and isinstance(meta.get("inputs"), list), where, "meta.inputs is not a list")
+    for entry in meta["inputs"]:
+        good = isinstance(entry, dict) and isinstance(entry.get("shape"), list) and all(map(is_size, entry["shape"]))
+        good = good and isinstance(entry.get("dtype"), str) and entry["dtype"] in BY_NAME
+        expect(good, where, f"meta.inputs has the entry {said(entry)}")
+        small = len(entry["shape"]) < MOST_AXES and math.prod(entry["shape"]) <= allowlist.MOST_ELEMENTS
+        expect(small, where, f"an input of shape {said(entry['shape'])} is too large")
+    expect(meta.get("core") is None or isinstance(meta["core"], str), where, f"meta.core is {said(meta.get('core'))}")
+    history = meta.get("history", [])
+    good = isinstance(history, list) and all(isinstance(record, dict) for record in history)
+    expect(good, where, "meta.history is not a list of records")
+    bits = meta.get("bits", {})
+    expect(isinstance(bits, dict), where, "meta.bits is not an object")
+    for name, width in bits.items():
+        good = name in tensors and type(width) is int and width in packing.WIDTHS
+        expect(good, where, f"meta.bits gives {said(name)} the width {said(width)}")
+
+
+def build(description: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> fx.GraphModule:
+    """The module. ``tensors`` holds one for each entry that is not ``same_as`` another."""
+    entries = description["tensors"]
+    root = nn.Module()
+    values: dict[str, Tensor] = {}
+    for name, entry in entries.items():
+        if "same_as" not in entry:
+            value = tensors[name]
+            values[name] = nn.Parameter(value, entry["requires_grad"]) if entry["kind"] == "parameter" else value
+    for name, entry in entries.items():
+        set_attribute(root, name, values[entry.get("same_as", name)])
+    graph = _build_graph(description["nodes"], entries, len(description["meta"]["inputs"]), where)
+    try:
+        module = fx.GraphModule(root, graph)
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        raise FormatError(f"{where}: no program can be made of the nodes ({type(error).__name__})") from error
+    for name, entry in entries.items():
+        original = entry if "same_as" not in entry else entries[entry["same_as"]]
+        set_attribute(module, name, values[entry.get("same_as", name)])
+        if original.get("persistent") is False:
+            owner, _, leaf = name.rpartition(".")
+            module.get_submodule(owner)._non_persistent_buffers_set.add(leaf)
+    module.meta = dict(description["meta"])
+    return module.eval()
+
+
+def _build_graph(entries: list[Any], tensors: Mapping[str, Any], wanted: int, where: str) -> fx.Graph:
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+    yields: dict[fx.Node, str] = {}
+    inputs: set[str] = set()
+    for index, entry in enumerate(entries):
+        at = f"{where}: node {index}"
+        expect(isinstance(entry, dict) and {"op", "name"} <= entry.keys() <= _NODE_KEYS, at, "has other keys")
+        name, op, target, stack = entry["name"], entry["op"], entry.get("target"), entry.get("stack", "")
+        expect(isinstance(name, str) and _IDENTIFIER.fullmatch(name) and not keyword.iskeyword(name), at, f"can't be named {said(name)}")
+        expect(name not in nodes and name not in _TAKEN, at, f"has the name {said(name)}, which is taken")
+        at = f"{where}: node {name}"
+        expect(isinstance(stack, str) and len(stack) <= LONGEST_NAME and stack.isprintable(), at, "stack is not a name")
+        args = [_decode(value, nodes, at) for value in expected(entry.get("args", []), list, at, "args")]
+        kwargs = {key: _decode(value, nodes, at) for key, value in expected(entry.get("kwargs", {}), dict, at, "kwargs").items()}
+        expect(not kwargs or op == "call_function", at, "has keyword arguments, which only operators have")
+        expect(not args or op in ("call_function", "output"), at, "has arguments, which only operators have")
+        if op == "call_function":
+            function = located(at, allowlist.function_named, expected(target, str, at, "target"))
+            kind = located(at, allowlist.check_call, function, args, kwargs, yields)
+            node = graph.create_node(op, function, tuple(args), kwargs, name=name)
+        elif op == "get_attr":
+            known = isinstance(target, str) and (target in tensors or target == "training")
+            expect(known, at, f"reads {said(target)}, which is no tensor of the file")
+            kind = allowlist.NUMBER if target == "training" else allowlist.TENSOR
+            node = graph.create_node(op, target, name=name)
+        elif op == "placeholder":
+            same = isinstance(target, str) and _IDENTIFIER.fullmatch(target) and re.fullmatch(re.escape(target) + r"(_\d+)?", name)
+            expect(same and target not in _TAKEN and not keyword.iskeyword(target), at, f"is an input of another name, {said(target)}")
+            expect(target not in inputs, at, f"is a second input {said(target)}")
+            inputs.add(target)
+            kind = allowlist.TENSOR
+            node = graph.create_node(op, target, name=name)
+        else:
+            expect(op == "output" and target is None, at, f"does {said(op)}, which is no operation of a graph")
+            expect(len(args) == 1 and index == len(entries) - 1, at, "is not one output at the end")
+            kind = allowlist.ANY
+            node = graph.create_node(op, "output", tuple(args), name=name)
+        expect(node.name == name, at, f"can't be named {said(name)}")
+        node.meta = {"stack": stack}
+        nodes[name], yields[node] = node, kind
+    expect(bool(entries) and entries[-1]["op"] == "output", where, "has no output")
+    expect(len(inputs) == wanted, where, f"has {len(inputs)} inputs, meta.inputs has {wanted}")
+    return graph
+
+
+def _decode(value: Any, nodes: Mapping[str, fx.Node], at: str) -> Any:
+    if isinstance(value, list):
+        return [_decode(item, nodes, at) for item in value]
+    if isinstance(value, str):
+        expect(len(value) <= LONGEST_TEXT, at, "has an argument of more than 10,000 letters")
+        return value
+    if not isinstance(value, dict):
+        expect(type(value) is not int or abs(value) < 2**63, at, f"has the argument {said(value)}, which is no 64-bit number")
+        return value
+    expect(len(value) == 1, at, f"has the argument {said(value)}")
+    ((kind, inner),) = value.items()
+    if kind == "node":
+        expect(isinstance(inner, str) and inner in nodes, at, f"reads {said(inner)}, which no earlier node is")
+        return nodes[inner]
+    if kind == "float":
+        return special_float(inner, at)
+    if kind == "tuple":
+        return tuple(_decode(item, nodes, at) for item in expected(inner, list, at, "tuple"))
+    if kind == "slice":
+        expect(len(expected(inner, list, at, "slice")) == 3, at, "has a slice without three parts")
+        return slice(*(_decode(item, nodes, at) for item in inner))
+    if kind == "dict":
+        pairs = expected(inner, list, at, "dict")
+        good = all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs)
+        expect(good, at, "has a dict without text keys")
+        return {key: _decode(item, nodes, at) for key, item in pairs}
+    if kind == "device":
+        expect(inner == "cpu", at, f"names the device {said(inner)}")
+        return torch.device("cpu")
+    if kind == "layout":
+        expect(inner == "strided", at, f"names the layout {said(inner)}")
+        return torch.strided
+    table: Mapping[str, Any] = BY_NAME if kind == "dtype" else _MEMORY_FORMATS if kind == "memory_format" else {}
+    expect(isinstance(inner, str) and inner in table, at, f"has the argument {said(value)}")
+    return table[inner]
+
+
+def check_schema(value: Any, where: str | Path) -> None:
+    expect(isinstance(value, dict) and value.get("format") == "rarefy", where, "is not rarefy's")
+    schema = value.get("schema")
+    expect(type(schema) is int and schema >= 1, where, f"has the schema {said(schema)}")
+    expect(schema <= SCHEMA, where, f"has schema {schema}, of a newer rarefy (this one reads {SCHEMA}); pip install -U rarefy")
