@@ -61,7 +61,21 @@ VERBS = {"prune": "rarefy.pruning", "distill": "rarefy.distilling", "quantize": 
 TASKS = {"classification": ("rarefy.tasks", "Classification")}
 
 # What the runner hands to a verb, and a recipe therefore does not.
-GIVEN = {"model", "student", "teacher", "task", "inputs", "batches", "device", "progress", "checkpoint", "seed", "runtime", "reference"}
+GIVEN = {
+    "model",
+    "student",
+    "teacher",
+    "task",
+    "inputs",
+    "batches",
+    "device",
+    "progress",
+    "checkpoint",
+    "checkpoint_seconds",
+    "validate",
+    "seed",
+    "runtime",
+}
 
 # option -> kind of choice its text names
 CHOICES = {"criterion": "criteria", "loss": "losses", "rounding": "rounding", "calibration": "calibration", "runtime": "runtimes"}
@@ -137,7 +151,10 @@ def choice(option: str, value: Any, where: str) -> None:
     if kind is None or not isinstance(value, str):
         return
     try:
-        plugins.resolve(kind, value)
+        if option == "loss":  # a weighted sum of choices
+            importlib.import_module("rarefy.distilling").terms(value)
+        else:
+            plugins.resolve(kind, value)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
 
@@ -230,15 +247,24 @@ def _verb_options(verb: str) -> type[BaseModel]:
 
 def _options(name: str, function: Any) -> type[BaseModel]:
     """A pydantic model of what ``function`` takes as text, numbers and lists of them."""
+    return create_model(name, __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=True), **_fields(function))
+
+
+def _fields(function: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(function)
     fields: dict[str, Any] = {}
     for parameter in inspect.signature(function).parameters.values():
         if parameter.name in GIVEN or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
-        hint = _plain(hints.get(parameter.name, Any))
+        annotation = hints.get(parameter.name, Any)
+        packed = next((part for part in (annotation, *typing.get_args(annotation)) if dataclasses.is_dataclass(part)), None)
+        if packed is not None:  # options that the verb takes one by one, or packed in an object
+            fields |= _fields(packed)
+            continue
+        hint = _plain(annotation)
         default = ... if parameter.default is parameter.empty else parameter.default
         fields[parameter.name] = (Annotated[hint, BeforeValidator(_split)] if _is_list(hint) else hint, default)
-    return create_model(name, __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=True), **fields)
+    return fields
 
 
 def _plain(hint: Any) -> Any:

@@ -310,7 +310,7 @@ def _median(model: Facts) -> Any:
 
 
 def _step(step: Facts) -> dict[str, Any]:
-    options = ", ".join(f"{key}={_option(value)}" for key, value in (step.get("options") or {}).items() if value is not None)
+    options = ", ".join(f"{key}={plain(value)}" for key, value in (step.get("options") or {}).items() if value is not None)
     after = [
         _share(step["value"]) if _number(step.get("value")) else "",
         _ms(step["latency_ms"]) if _number(step.get("latency_ms")) else "",
@@ -323,7 +323,7 @@ def _step(step: Facts) -> dict[str, Any]:
         "why": str(step.get("why") or ""),
         "after": ", ".join(filter(None, after)),
         "seconds": seconds(step["seconds"]) if _number(step.get("seconds")) else "",
-        "facts": [(str(key), _option(value)) for key, value in (step.get("facts") or {}).items() if not isinstance(value, (Mapping, list))],
+        "facts": [(str(key), plain(value)) for key, value in (step.get("facts") or {}).items() if not isinstance(value, (Mapping, list))],
     }
 
 
@@ -341,22 +341,22 @@ def _parity(parity: Facts | None) -> dict[str, Any] | None:
     rows.append(("first layer that differs", str(first) if first else "none"))
     known = {"agreement", "samples", "largest_difference", "ulp", "first_diverging_layer", "layers", "passed"}
     rows += [
-        (str(key).replace("_", " "), _option(value))
+        (str(key).replace("_", " "), plain(value))
         for key, value in parity.items()
         if key not in known and not isinstance(value, (Mapping, list))
     ]
     layers = [
-        (str(layer.get("name")), _option(layer.get("difference"))) for layer in parity.get("layers") or [] if isinstance(layer, Mapping)
+        (str(layer.get("name")), plain(layer.get("difference"))) for layer in parity.get("layers") or [] if isinstance(layer, Mapping)
     ]
     return {"rows": rows, "layers": layers, "passed": parity.get("passed")}
 
 
 def _provenance(provenance: Facts) -> dict[str, Any]:
-    single = [(str(key), _option(value)) for key, value in provenance.items() if not isinstance(value, (Mapping, list)) and key != "recipe"]
+    single = [(str(key), plain(value)) for key, value in provenance.items() if not isinstance(value, (Mapping, list)) and key != "recipe"]
     tables = [(str(key), _flat(value)) for key, value in provenance.items() if isinstance(value, Mapping) and value]
     commands = [str(command) for command in provenance.get("commands") or []]
     lists = [
-        (str(key), ", ".join(map(_option, value)))
+        (str(key), ", ".join(map(plain, value)))
         for key, value in provenance.items()
         if isinstance(value, list) and key != "commands" and value
     ]
@@ -370,7 +370,7 @@ def _flat(value: Facts, prefix: str = "") -> list[tuple[str, str]]:
         rows += (
             _flat(item, f"{name}.")
             if isinstance(item, Mapping)
-            else [(name, ", ".join(map(_option, item)) if isinstance(item, list) else _option(item))]
+            else [(name, ", ".join(map(plain, item)) if isinstance(item, list) else plain(item))]
         )
     return rows
 
@@ -638,13 +638,14 @@ def _number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _option(value: Any) -> str:
+def plain(value: Any) -> str:
+    """A value of any kind on one line."""
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_option, value)) + "]"
+        return "[" + ", ".join(map(plain, value)) + "]"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {_option(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {plain(item)}" for key, item in value.items()) + "}"
     return str(value)
 
 
