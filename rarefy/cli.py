@@ -502,15 +502,13 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write the file that the runtime runs, and check that it answers like the model."""
-    from rarefy import capturing, plugins, sources
+    from rarefy import exporting, plugins, sources
 
-    chosen = plugins.resolve("runtimes", runtime)
+    plugins.resolve("runtimes", runtime)
     target = _claim_file(output, (".onnx", ".xml"))
     source = sources.load(model.model, weights=model.weights, classes=model.classes)
     graph = sources.graph_of(source, _shape(model), model.core)
-    with _replacing(target) as partial:
-        chosen.export(graph, partial)
-        parity = chosen.compare(graph, partial, capturing.example_inputs(graph, batch=8)[0]) if compare else {}
+    parity = exporting.export(graph, target, runtime=runtime, compare=compare)
     written = {"file": str(target), "size_bytes": target.stat().st_size, "parity": parity}
     if as_json:
         _json(written)
@@ -940,17 +938,6 @@ def _readable(text: str, option: str) -> str:
     if not os.path.isfile(text):
         raise InputError(f"{option} {text}: no such file; make a pair of keys with `rarefy keygen`")
     return text
-
-
-@contextlib.contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A file beside the target that takes its place when all went well."""
-    partial = target.with_name(f".{target.stem}.part{target.suffix}")
-    try:
-        yield partial
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _save(graph: Any, folder: str, source: Any, task: Any, as_json: bool) -> None:
