@@ -1,15 +1,7 @@
 """The command line: text is parsed, the verbs are called, and what they found is printed. Nothing is decided here.
 
-Results go to stdout (``--json`` for machines), progress to stderr. Exit codes:
-
-==== =====================================================================================
-0    done
-1    a check said no: a missed goal, a refused signature, a self-check, diverged training
-2    wrong usage, bad input, no room on the disk, interrupted
-70   a bug of rarefy's; ``--debug`` shows the traceback
-==== =====================================================================================
-
-An error is one line on stderr: what, where, with what, and the way out.
+Results go to stdout (``--json`` for machines), progress to stderr. An error is one line on stderr: what, where, with what, and the
+way out; the exit codes stand in ``rarefy/terminal.py``.
 
 torch is imported inside the commands, so that ``rarefy --help`` answers at once.
 """
@@ -18,29 +10,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import inspect
 import json
-import logging
-import math
 import os
 import shutil
 import sys
 import tempfile
-import traceback
 import typing
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.exceptions import TyperException
 
-from rarefy.errors import FormatError, GoalMissed, InputError, RarefyError, SelfCheckFailed
-
-BUG = 70
+from rarefy.errors import FormatError, GoalMissed, InputError, SelfCheckFailed
+from rarefy.terminal import guarded, say, show_json, show_table, size_text
 
 app = typer.Typer(
     name="rarefy",
@@ -139,7 +124,7 @@ Ignore = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Layers t
 def grouped(function: Callable[..., Any]) -> Callable[..., Any]:
     """Typer sees each field of a parameter that is one of the option classes above as an option of its own."""
     hints = typing.get_type_hints(function, include_extras=True)
-    groups: dict[str, Callable[..., Any]] = {}
+    groups: dict[str, Any] = {}
     parameters = []
     for parameter in inspect.signature(function).parameters.values():
         hint = hints[parameter.name]
@@ -156,7 +141,7 @@ def grouped(function: Callable[..., Any]) -> Callable[..., Any]:
     def command(**given: Any) -> Any:
         packed = {
             name: group(**{field.name: given.pop(field.name) for field in dataclasses.fields(group)}) for name, group in groups.items()
-        }  # type: ignore[operator]
+        }
         return function(**packed, **given)
 
     command.__name__, command.__doc__ = function.__name__, function.__doc__
@@ -240,7 +225,7 @@ def _compress(asked: Any, key: str | None, as_json: bool) -> None:
     signer = _readable(key, "--key") if key else None
     source = sources.load(asked.model, weights=asked.weights, classes=asked.classes)
     asked = dataclasses.replace(asked, data=_completed(asked.data, source))
-    task = recipe.make_task(asked)
+    task = recipe.make_task(asked.data, asked.task)
     graph = sources.graph_of(source, asked.input or task.input_shape, asked.core)
     task.check(_outputs(graph))
     budget = compressing.Budget(**asked.budget)
@@ -447,7 +432,7 @@ def evaluate(
             subject, task, reference=other, split=split, batch_size=batch_size, limit=limit, corruptions=names, seed=seed, device=device
         )
     if as_json:
-        _json(found.to_json())
+        show_json(found.to_json())
     else:
         facts: dict[str, Any] = {"after": {"name": source.text, "evaluation": found.to_json()}}
         if found.reference is not None:
@@ -484,7 +469,7 @@ def measure(
         models = {str(reference): sources.graph_of(other, shape), **models}
     found = measuring.measure(models, runtime=runtime, batch=batch_size, repeats=repeats)
     if as_json:
-        _json(found)
+        show_json(found)
         return
     named = list(found.items())
     _show_comparison(
@@ -511,14 +496,14 @@ def export(
     parity = exporting.export(graph, target, runtime=runtime, compare=compare)
     written = {"file": str(target), "size_bytes": target.stat().st_size, "parity": parity}
     if as_json:
-        _json(written)
+        show_json(written)
     else:
         rows = [
             ("file", target),
-            ("size", _bytes(target.stat().st_size)),
+            ("size", size_text(target.stat().st_size)),
             *((name.replace("_", " "), value) for name, value in parity.items() if not isinstance(value, (list, dict))),
         ]
-        _table("exported", ("what", "found"), rows)
+        show_table("exported", ("what", "found"), rows)
     if parity.get("passed") is False:
         raise SelfCheckFailed(
             f"{target}: answers differ from the model's, first at {parity.get('first_diverging_layer')}; the file is written, do not deploy it"
@@ -553,10 +538,10 @@ def report_command(
         facts = _recorded(place)
     reporting.report(facts, target)
     if as_json:
-        _json(facts)
+        show_json(facts)
     else:
-        _print(reporting.summary(facts).rstrip())
-        _print(f"\nreport: {target}")
+        say(reporting.summary(facts).rstrip())
+        say(f"\nreport: {target}")
 
 
 def _recorded(place: Path) -> dict[str, Any]:
@@ -603,7 +588,7 @@ def sign(
     from rarefy import signing
 
     signature = signing.sign(folder, key)
-    _json({"folder": folder, "signature": str(signature)}) if as_json else _print(f"signed: {folder}")
+    show_json({"folder": folder, "signature": str(signature)}) if as_json else say(f"signed: {folder}")
 
 
 @app.command()
@@ -616,7 +601,7 @@ def verify(
     from rarefy import signing
 
     signing.verify(folder, key)
-    _json({"folder": folder, "verified": True}) if as_json else _print(f"verified: every file of {folder} is as it was signed")
+    show_json({"folder": folder, "verified": True}) if as_json else say(f"verified: every file of {folder} is as it was signed")
 
 
 @app.command()
@@ -628,7 +613,7 @@ def keygen(
     from rarefy import signing
 
     public = signing.keygen(path)
-    _json({"private": path, "public": str(public)}) if as_json else _print(
+    show_json({"private": path, "public": str(public)}) if as_json else say(
         f"private key: {path} (keep it to yourself)\npublic key:  {public} (give it to whoever verifies)"
     )
 
@@ -659,10 +644,10 @@ def list_choices(
         raise InputError(f"no kind {kind!r}; have {', '.join(plugins.KINDS)}")
     found = {name: [_choice(name, choice) for choice in plugins.available(name)] for name in ([kind] if kind else plugins.KINDS)}
     if as_json:
-        _json(found)
+        show_json(found)
         return
     for name, choices in found.items():
-        _table(
+        show_table(
             name,
             ("choice", "what", "options"),
             [(item["name"], item["summary"], " ".join(f"{key}={value}" for key, value in item["options"].items())) for item in choices],
@@ -685,7 +670,7 @@ def doctor(as_json: Json = False) -> None:
 
     found = examine()
     if as_json:
-        _json(found)
+        show_json(found)
         return
     cpu, torch = found["cpu"], found["torch"]
     flags = (
@@ -697,18 +682,18 @@ def doctor(as_json: Json = False) -> None:
         ("system", f"{found['system']}, Python {found['python']}"),
         ("processor", f"{cpu['name']}, {cpu['usable_cores']} of {cpu['cores']} cores usable"),
         ("instructions", flags),
-        ("memory", _bytes(found["memory_bytes"])),
+        ("memory", size_text(found["memory_bytes"])),
         ("torch", f"{torch['version']}, {torch['threads']} threads, {torch['vector']}"),
         *(
-            ("GPU", f"{gpu['name']}, compute capability {gpu['compute_capability']}, {_bytes(gpu['memory_bytes'])}")
+            ("GPU", f"{gpu['name']}, compute capability {gpu['compute_capability']}, {size_text(gpu['memory_bytes'])}")
             for gpu in found["gpus"]
         ),
         *((f"runtime {name}", version or "not installed") for name, version in found["runtimes"].items()),
         *((name, version or "not installed") for name, version in found["packages"].items() if name not in ("torch", *found["runtimes"])),
     ]
-    _table("this machine", ("what", "found"), rows)
+    show_table("this machine", ("what", "found"), rows)
     for sentence in found["advice"]:
-        _print(f"* {sentence}")
+        say(f"* {sentence}")
 
 
 def main() -> None:
@@ -718,92 +703,8 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """The command line with those arguments; returns the exit code."""
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
-    try:
-        with _own_output_only(debug):
-            if not arguments:
-                arguments = ["--help"]
-            code = typer.main.get_command(app).main(args=arguments, prog_name="rarefy", standalone_mode=False)
-            sys.stdout.flush()
-            return int(code or 0)
-    except BrokenPipeError:  # the reader of our output went away, as in `rarefy list | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except BaseException as error:
-        if isinstance(error, (SystemExit, GeneratorExit)):
-            raise
-        if debug:
-            traceback.print_exc()
-        line, code = explain(error)
-        sys.stderr.write(f"rarefy: {one_line(line)}\n")
-        return code
-
-
-def explain(error: BaseException) -> tuple[str, int]:
-    """An exception's line and exit code."""
-    if isinstance(error, RarefyError):
-        return str(error), error.exit_code
-    if isinstance(error, (KeyboardInterrupt, typer.Abort)):
-        return "interrupted; nothing that existed was changed, and a run with a working folder goes on where it was when started again", 2
-    if isinstance(error, TyperException):
-        message = error.format_message()
-        context = getattr(error, "ctx", None)
-        return f"{message} `{context.command_path if context else 'rarefy'} --help` shows what there is", 2
-    chain = list(_causes(error))
-    if any(_is_full(cause) for cause in chain):
-        return (
-            "the disk is full, or a file may not grow further; what was there before is unchanged: make room, or choose another --output",
-            2,
-        )
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror or type(error).__name__}; check the path and its permissions", 2
-    if any(isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError" for cause in chain):
-        return "out of memory; pass a smaller --batch-size, or --device cpu if the GPU is too small", 2
-    if isinstance(error, OSError):
-        return f"{error.strerror or error}; check the paths and their permissions", 2
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"{Path(place.filename).name}:{place.lineno}"
-    return f"{type(error).__name__} at {where}: {error}; this is a bug of rarefy's: --debug shows the traceback, please report it", BUG
-
-
-def one_line(text: str) -> str:
-    """Without line breaks and without control characters: names come from files, and a terminal obeys what it is sent."""
-    return "".join(character if character.isprintable() else "?" for character in " ".join(str(text).split()))
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _is_full(error: BaseException) -> bool:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", -1)):
-        return True
-    text = str(error)
-    return any(
-        sign in text
-        for sign in ("No space left on device", "File too large", "os error 28)", "os error 27)", "PytorchStreamWriter failed writing")
-    )
-
-
-@contextlib.contextmanager
-def _own_output_only(debug: bool) -> Iterator[None]:
-    """Other packages' warnings and logs are for developers (``--debug``)."""
-    if debug:
-        yield
-        return
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+    command = typer.main.get_command(app)
+    return guarded(lambda given: command.main(args=given or ["--help"], prog_name="rarefy", standalone_mode=False), arguments)
 
 
 # ------------------------------------------------------------------ from text to objects
@@ -858,8 +759,7 @@ def _prepared(model: ModelOptions, data: DataOptions, needed: bool = True) -> tu
     source = sources.load(model.model, weights=model.weights, classes=model.classes)
     task = None
     if options:
-        asked = recipe.check({"model": model.model, "data": _completed(options, source)}, "data options")
-        task = recipe.make_task(asked)
+        task = recipe.make_task(recipe.data_options(_completed(options, source)))
     graph = sources.graph_of(source, shape or (task.input_shape if task is not None else None), model.core)
     return source, graph, task
 
@@ -956,7 +856,7 @@ def _save(graph: Any, folder: str, source: Any, task: Any, as_json: bool) -> Non
         "weight_bytes": measuring.weight_bytes(graph),
     }
     if as_json:
-        _json(found)
+        show_json(found)
         return
     from rarefy import reporting
 
@@ -968,11 +868,11 @@ def _save(graph: Any, folder: str, source: Any, task: Any, as_json: bool) -> Non
     rows = [
         ("parameters", f"{found['parameters']:,}"),
         ("MACs", f"{found['macs']:,}"),
-        ("weights", _bytes(found["weight_bytes"])),
+        ("weights", size_text(found["weight_bytes"])),
         *facts,
         ("saved in", folder),
     ]
-    _table(f"{step['step']}: {source.text}", ("what", "found"), rows)
+    show_table(f"{step['step']}: {source.text}", ("what", "found"), rows)
 
 
 # ------------------------------------------------------------------ printing
@@ -983,10 +883,11 @@ def _show_report(facts: Mapping[str, Any], folder: str, as_json: bool) -> None:
     from rarefy import reporting
 
     if as_json:
-        _json(facts)
+        show_json(facts)
     else:
         _show_comparison(facts)
-        _print(f"report: {Path(folder) / 'report.html'}")
+        say(reporting.view(facts)["verdict"]["sentence"])
+        say(f"report: {Path(folder) / 'report.html'}")
     shown = reporting.view(facts)
     if any(not goal["met"] for goal in shown["goals"]):
         advice = shown["verdict"]["advice"]
@@ -999,8 +900,6 @@ def _show_comparison(facts: Mapping[str, Any]) -> None:
     from rarefy import reporting
 
     shown = reporting.view(facts)
-    if shown["verdict"]:
-        _print(shown["verdict"]["sentence"])
     both = "before" in facts
     columns = ("", *shown["names"], "change") if both else ("", shown["names"][1])
     rows = [
@@ -1009,67 +908,15 @@ def _show_comparison(facts: Mapping[str, Any]) -> None:
         else (row["label"], row["after"])
         for row in shown["comparison"]
     ]
-    _table("", columns, rows)
+    show_table("", columns, rows)
     if shown["robustness"]:
         worse = [
             (row["name"], *row["means"], row["change"]) if both else (row["name"], row["means"][1]) for row in shown["robustness"]["rows"]
         ]
-        _table("robustness, mean of the strengths", ("corruption", *columns[1:]), worse)
+        show_table("robustness, mean of the strengths", ("corruption", *columns[1:]), worse)
     for step in shown["steps"]:
         if step["kept"] is False:
-            _print(f"undone: {step['name']}: {step['why']}")
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    width = None if sys.stdout.isatty() else max(120, int(os.environ.get("COLUMNS", "0") or 0))
-    return Console(file=sys.stdout, width=width, markup=False, highlight=False, emoji=False)
-
-
-def _print(text: str) -> None:
-    _console().print(text, soft_wrap=True)
-
-
-def _note(text: str) -> None:
-    sys.stderr.write(f"rarefy: {one_line(text)}\n")
-
-
-def _json(value: Any) -> None:
-    print(json.dumps(_plain(value), indent=2, ensure_ascii=False))
-
-
-def _plain(value: Any) -> Any:
-    """As JSON has it: no NaN, no tuples, no paths."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
-
-
-def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Sequence[int] = ()) -> None:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index in numbers else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
-    _console().print(table)
-
-
-def _bytes(count: float | None) -> str:
-    if count is None:
-        return "unknown"
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.4g} {unit}"
-    return f"{count:.0f} bytes"
+            say(f"undone: {step['name']}: {step['why']}")
 
 
 if __name__ == "__main__":

@@ -122,8 +122,9 @@ def read(path: str | Path) -> Recipe:
 def check(content: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """A recipe from the tables of a TOML file. Raises InputError."""
     top = _validated(_Top, content, where)
-    data = _validated(_task_options(top["task"]), top.pop("data"), f"{where}: [data]")
-    budget = _validated(_budget_options(), _in_numbers(top.pop("budget"), f"{where}: [budget]"), f"{where}: [budget]")
+    data = data_options(top.pop("data"), f"{where}: [data]", top["task"])
+    budget = _in_numbers(top.pop("budget"), f"{where}: [budget]")
+    budget = _validated(_budget_options(), budget, f"{where}: [budget]") if budget else {}
     steps = [step(item, f"{where}: step {index}") for index, item in enumerate(top.pop("step"), 1)]
     shape = top.pop("input")
     if shape is not None:
@@ -176,10 +177,15 @@ def write(recipe: Recipe) -> str:
     return "\n".join(lines) + "\n"
 
 
-def make_task(recipe: Recipe) -> Any:
-    """The task of the recipe, with its data."""
-    module, name = TASKS[recipe.task]
-    return getattr(importlib.import_module(module), name)(**recipe.data)
+def data_options(content: Mapping[str, Any], where: str = "data", task: str = "classification") -> dict[str, Any]:
+    """The options of a task, checked. Raises InputError."""
+    return _validated(_task_options(task), content, where)
+
+
+def make_task(data: Mapping[str, Any], task: str = "classification") -> Any:
+    """The task of that name, with its data."""
+    module, name = TASKS[task]
+    return getattr(importlib.import_module(module), name)(**data)
 
 
 def share(text: str | float, where: str) -> float:

@@ -80,26 +80,31 @@ def load(text: str, *, weights: str | os.PathLike[str] | None = None, classes: i
     """
     text = str(text).strip()
     prefix, _, rest = text.partition(":")
-    if prefix in ("timm", "torchvision") and rest:
-        name, options = _options(rest, text)
-        source = (_timm if prefix == "timm" else _torchvision)(text, name, options, classes)
-    elif os.path.isdir(text):
-        source = _folder(text, weights, classes)
-    elif text.endswith(".pt2"):
-        source = _exported(text)
-    elif rest and re.fullmatch(r"[A-Za-z_][\w.]*", prefix) and re.fullmatch(r"[A-Za-z_]\w*(\?.*)?", rest):
-        name, options = _options(rest, text)
-        source = _function(text, prefix, name, options, classes)
-    elif os.path.exists(text):
-        raise InputError(f"{text}: a file rarefy can't take a model from; give {FORMS}, and such a file's weights with --weights")
-    else:
-        raise InputError(f"{text!r}: no such model; give {FORMS}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # a model without weights is the same one every time
+        source = _made_from(text, prefix, rest, weights, classes)
     if weights is not None:
         load_weights(source.model, weights)
         source = Source(source.text, source.model, source.shape, source.preprocessing, str(weights))
     _check_finite(source)
     source.model.eval()
     return source
+
+
+def _made_from(text: str, prefix: str, rest: str, weights: Any, classes: int | None) -> Source:
+    if prefix in ("timm", "torchvision") and rest:
+        name, options = _options(rest, text)
+        return (_timm if prefix == "timm" else _torchvision)(text, name, options, classes)
+    if os.path.isdir(text):
+        return _folder(text, weights, classes)
+    if text.endswith(".pt2"):
+        return _exported(text)
+    if rest and re.fullmatch(r"[A-Za-z_][\w.]*", prefix) and re.fullmatch(r"[A-Za-z_]\w*(\?.*)?", rest):
+        name, options = _options(rest, text)
+        return _function(text, prefix, name, options, classes)
+    if os.path.exists(text):
+        raise InputError(f"{text}: a file rarefy can't take a model from; give {FORMS}, and such a file's weights with --weights")
+    raise InputError(f"{text!r}: no such model; give {FORMS}")
 
 
 def graph_of(source: Source, shape: tuple[int, ...] | None = None, core: str | None = None) -> Any:
