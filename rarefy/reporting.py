@@ -323,7 +323,7 @@ def _step(step: Facts) -> dict[str, Any]:
         "why": str(step.get("why") or ""),
         "after": ", ".join(filter(None, after)),
         "seconds": seconds(step["seconds"]) if _number(step.get("seconds")) else "",
-        "facts": [(str(key), plain(value)) for key, value in (step.get("facts") or {}).items() if not isinstance(value, (Mapping, list))],
+        "facts": [(str(key), plain(value)) for key, value in (step.get("facts") or {}).items() if _told(value)],
     }
 
 
@@ -340,11 +340,7 @@ def _parity(parity: Facts | None) -> dict[str, Any] | None:
     first = parity.get("first_diverging_layer")
     rows.append(("first layer that differs", str(first) if first else "none"))
     known = {"agreement", "samples", "largest_difference", "ulp", "first_diverging_layer", "layers", "passed"}
-    rows += [
-        (str(key).replace("_", " "), plain(value))
-        for key, value in parity.items()
-        if key not in known and not isinstance(value, (Mapping, list))
-    ]
+    rows += [(str(key).replace("_", " "), plain(value)) for key, value in parity.items() if key not in known and _told(value)]
     layers = [
         (str(layer.get("name")), plain(layer.get("difference"))) for layer in parity.get("layers") or [] if isinstance(layer, Mapping)
     ]
@@ -352,7 +348,7 @@ def _parity(parity: Facts | None) -> dict[str, Any] | None:
 
 
 def _provenance(provenance: Facts) -> dict[str, Any]:
-    single = [(str(key), plain(value)) for key, value in provenance.items() if not isinstance(value, (Mapping, list)) and key != "recipe"]
+    single = [(str(key), plain(value)) for key, value in provenance.items() if _told(value) and key != "recipe"]
     tables = [(str(key), _flat(value)) for key, value in provenance.items() if isinstance(value, Mapping) and value]
     commands = [str(command) for command in provenance.get("commands") or []]
     lists = [
@@ -632,6 +628,11 @@ def _percent(share: float) -> float:
 
 def _pair(value: Any) -> tuple[float, float] | None:
     return (value[0], value[1]) if isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_number, value)) else None
+
+
+def _told(value: Any) -> bool:
+    """Is it one value to show?"""
+    return value is not None and not isinstance(value, (Mapping, list))
 
 
 def _number(value: Any) -> TypeGuard[float]:
