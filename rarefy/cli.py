@@ -516,7 +516,7 @@ def report_command(
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A folder that `rarefy compress` saved, or its report.json.")],
     data: DataOptions,
     output: Annotated[
-        str | None, typer.Option("-o", "--output", metavar="FILE", help="An .html file; default: the folder's report.html.")
+        str | None, typer.Option("-o", "--output", metavar="FILE", help="An .html file; default: FOLDER-report.html.")
     ] = None,
     reference: Reference = None,
     reference_weights: ReferenceWeights = None,
@@ -528,7 +528,10 @@ def report_command(
     from rarefy import reporting
 
     place = Path(folder)
-    target = _claim_file(output or str((place if place.is_dir() else place.parent) / "report.html"), (".html", ".htm"))
+    beside = place.resolve() if place.is_dir() else place.resolve().parent
+    target = _claim_file(output or f"{beside}-report.html", (".html", ".htm"))
+    if (target.resolve().parent / "manifest.json").exists():
+        raise InputError(f"{target}: lies in a saved folder, whose files are sealed by their hashes; choose another --output")
     again = data.options()
     if again:
         facts = _measured_again(place, data, reference, reference_weights, runtime, limit)
@@ -546,6 +549,8 @@ def report_command(
 
 def _recorded(place: Path) -> dict[str, Any]:
     """The facts that lie in a saved folder."""
+    from rarefy import reporting
+
     file = place / "report.json" if place.is_dir() else place
     if not file.exists():
         raise InputError(f"{file}: no such file; give a folder that `rarefy compress` saved, or pass --data to measure it now")
@@ -553,9 +558,11 @@ def _recorded(place: Path) -> dict[str, Any]:
         facts = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise FormatError(f"{file}: is no JSON ({error}); pass --data to measure the folder again") from error
-    if not isinstance(facts, dict):
-        raise FormatError(f"{file}: is no report; pass --data to measure the folder again")
-    return facts
+    try:
+        reporting.view(facts)
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        raise FormatError(f"{file}: is no report ({type(error).__name__}: {error}); pass --data to measure the folder again") from error
+    return dict(facts)
 
 
 def _measured_again(

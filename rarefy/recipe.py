@@ -125,7 +125,7 @@ def check(content: Mapping[str, Any], where: str = "recipe") -> Recipe:
     data = data_options(top.pop("data"), f"{where}: [data]", top["task"])
     budget = _in_numbers(top.pop("budget"), f"{where}: [budget]")
     budget = _validated(_budget_options(), budget, f"{where}: [budget]") if budget else {}
-    steps = [step(item, f"{where}: step {index}") for index, item in enumerate(top.pop("step"), 1)]
+    steps = tuple(step(item, f"{where}: step {index}") for index, item in enumerate(top.pop("step"), 1))
     shape = top.pop("input")
     if shape is not None:
         top["input"] = sources.parse_shape(shape if isinstance(shape, str) else ",".join(map(str, shape)))
@@ -267,7 +267,7 @@ def _fields(function: Any) -> dict[str, Any]:
         if packed is not None:  # options that the verb takes one by one, or packed in an object
             fields |= _fields(packed)
             continue
-        hint = _plain(annotation)
+        hint = str if parameter.name in CHOICES else _plain(annotation)
         default = ... if parameter.default is parameter.empty else parameter.default
         fields[parameter.name] = (Annotated[hint, BeforeValidator(_split)] if _is_list(hint) else hint, default)
     return fields

@@ -342,7 +342,7 @@ def _parity(parity: Facts | None) -> dict[str, Any] | None:
     known = {"agreement", "samples", "largest_difference", "ulp", "first_diverging_layer", "layers", "passed"}
     rows += [(str(key).replace("_", " "), plain(value)) for key, value in parity.items() if key not in known and _told(value)]
     layers = [
-        (str(layer.get("name")), plain(layer.get("difference"))) for layer in parity.get("layers") or [] if isinstance(layer, Mapping)
+        (str(layer.get("name")), plain(layer.get("difference"))) for layer in parity.get("layers") or [] if _number(layer.get("difference"))
     ]
     return {"rows": rows, "layers": layers, "passed": parity.get("passed")}
 

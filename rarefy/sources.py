@@ -30,6 +30,7 @@ import os
 import pickle
 import re
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -53,8 +54,8 @@ class Source:
     text: what was asked for.
     model: the module, in eval mode, on the CPU.
     shape: its input without batch, ``(3, 224, 224)``, or None where nobody says.
-    preprocessing: ``mean``, ``std`` (a tuple of floats a channel), ``size`` (pixels), ``crop`` (share of the shorter side kept),
-        as far as the maker states them; they fit ``Classification``'s options of the same names.
+    preprocessing: ``mean``, ``std`` (a float a channel), ``size`` (pixels), ``crop`` (share of the resized image kept), ...,
+        as far as the maker states them; they are ``Classification``'s options of the same names.
     weights: what was loaded into it, or None: as the source made it.
     """
 
@@ -163,7 +164,9 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise FormatError(f"{file}: is no safetensors file ({error}); download or write it again") from error
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns of what it then refuses
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise FormatError(
             f"{file}: holds more than tensors, and loading it would run code of the file; "
@@ -292,7 +295,12 @@ def _folder(text: str, weights: Any, classes: int | None) -> Source:
     from rarefy import artifact
 
     graph = artifact.load(text)
-    return Source(text, graph, _shape_of(graph))
+    task = artifact.read_manifest(text).get("task")
+    known = {key: task[key] for key in ("mean", "std", "crop", "interpolation") if key in task} if isinstance(task, dict) else {}
+    shape = _shape_of(graph)
+    if shape is not None and len(shape) == 3 and shape[1] == shape[2]:
+        known["size"] = shape[1]
+    return Source(text, graph, shape, known)
 
 
 def _shape_of(model: nn.Module) -> tuple[int, ...] | None:
@@ -345,6 +353,9 @@ def _checked_pt2(text: str) -> bytes:
     content = path.read_bytes()
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            damaged = archive.testzip()
+            if damaged is not None:
+                raise FormatError(f"{text}: {damaged} is damaged; copy or write the file again")
             names = archive.namelist()
             roots = {name.partition("/")[0] for name in names}
             if len(roots) != 1 or len(set(names)) != len(names):
