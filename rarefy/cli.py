@@ -116,6 +116,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Batch = Annotated[int, typer.Option(metavar="N", min=1, help="Images at a time.")]
 Runtime = Annotated[str, typer.Option(metavar="NAME", help="Where the model will run; see `rarefy list runtimes`.")]
 Key = Annotated[str | None, typer.Option(metavar="FILE", help="Sign the result with this private key.")]
+Chain = Annotated[list[str] | None, typer.Option(metavar="FILE", help="A certificate up to the root (PEM); may be given more than once.")]
 Reference = Annotated[str | None, typer.Option(metavar="MODEL", help="What to compare with: a source, like MODEL.")]
 ReferenceWeights = Annotated[str | None, typer.Option(metavar="FILE", help="The reference's weights.")]
 Ignore = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Layers to leave alone; may be given more than once.")]
@@ -588,27 +589,42 @@ def _measured_again(
 @app.command()
 def sign(
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A folder saved by rarefy.")],
-    key: Annotated[str, typer.Option(metavar="FILE", help="The private key that `rarefy keygen` wrote.")],
+    key: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The private key that `rarefy keygen` wrote, or the certificate's.")
+    ] = None,
+    certificate: Annotated[str | None, typer.Option(metavar="FILE", help="The key's certificate (PEM).")] = None,
+    chain: Chain = None,
+    sigstore: Annotated[bool, typer.Option("--sigstore", help="Sign with Sigstore: as who you are, without a key.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Sign a folder: every file in it."""
+    """Sign a folder: every file in it. A key's password is taken from $RAREFY_KEY_PASSWORD."""
     from rarefy import signing
 
-    signature = signing.sign(folder, key)
-    show_json({"folder": folder, "signature": str(signature)}) if as_json else say(f"signed: {folder}")
+    password = os.environ.get("RAREFY_KEY_PASSWORD")
+    signature = signing.sign(folder, key, password=password, certificate=certificate, chain=chain or (), sigstore=sigstore)
+    if as_json:
+        show_json({"folder": folder, "signature": str(signature)})
+    else:
+        say(f"signed: {signature}")
 
 
 @app.command()
 def verify(
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A signed folder.")],
-    key: Annotated[str, typer.Option(metavar="FILE", help="The public key.")],
+    key: Annotated[str | None, typer.Option(metavar="FILE", help="The public key.")] = None,
+    chain: Chain = None,
+    identity: Annotated[str | None, typer.Option(metavar="NAME", help="Who must have signed with Sigstore.")] = None,
+    issuer: Annotated[str | None, typer.Option(metavar="URL", help="Who must have vouched for that identity.")] = None,
     as_json: Json = False,
 ) -> None:
     """Refuse (exit 1) a folder in which a file was changed, added or removed, or that another key signed."""
     from rarefy import signing
 
-    signing.verify(folder, key)
-    show_json({"folder": folder, "verified": True}) if as_json else say(f"verified: every file of {folder} is as it was signed")
+    names = signing.verify(folder, key, chain=chain or (), identity=identity, issuer=issuer)
+    if as_json:
+        show_json({"folder": folder, "verified": names})
+    else:
+        say(f"verified: all {len(names)} files of {folder} are as they were signed")
 
 
 @app.command()
@@ -616,13 +632,14 @@ def keygen(
     path: Annotated[str, typer.Argument(metavar="PATH", help="Where the private key goes; the public one lies beside it, with .pub.")],
     as_json: Json = False,
 ) -> None:
-    """Make a pair of keys to sign with."""
+    """Make a pair of keys to sign with. With $RAREFY_KEY_PASSWORD, the private one is encrypted."""
     from rarefy import signing
 
-    public = signing.keygen(path)
-    show_json({"private": path, "public": str(public)}) if as_json else say(
-        f"private key: {path} (keep it to yourself)\npublic key:  {public} (give it to whoever verifies)"
-    )
+    private, public = signing.keygen(path, password=os.environ.get("RAREFY_KEY_PASSWORD"))
+    if as_json:
+        show_json({"private": str(private), "public": str(public)})
+    else:
+        say(f"private key: {private} (keep it to yourself)\npublic key:  {public} (give it to whoever verifies)")
 
 
 @app.command()
@@ -710,8 +727,19 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """The command line with those arguments; returns the exit code."""
+    return guarded(_invoke, arguments)
+
+
+def _invoke(arguments: list[str]) -> int:
     command = typer.main.get_command(app)
-    return guarded(lambda given: command.main(args=given or ["--help"], prog_name="rarefy", standalone_mode=False), arguments)
+    if "_RAREFY_COMPLETE" in os.environ:  # a shell asks what could follow
+        command.main(args=arguments, prog_name="rarefy")
+    try:  # what command.main does, but that hides an interrupt and a closed pipe
+        with command.make_context("rarefy", arguments or ["--help"]) as context:
+            command.invoke(context)
+    except typer.Exit as done:
+        return done.exit_code
+    return 0
 
 
 # ------------------------------------------------------------------ from text to objects

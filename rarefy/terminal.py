@@ -123,7 +123,13 @@ def _console() -> Any:
     from rich.console import Console
 
     width = None if sys.stdout.isatty() else max(120, int(os.environ.get("COLUMNS", "0") or 0))
-    return Console(file=sys.stdout, width=width, markup=False, highlight=False, emoji=False)
+    console: Any = Console(file=sys.stdout, width=width, markup=False, highlight=False, emoji=False)
+    console.on_broken_pipe = _broken  # its own exits 1
+    return console
+
+
+def _broken() -> None:
+    raise BrokenPipeError
 
 
 def say(text: str) -> None:
