@@ -1,0 +1,74 @@
+"""rarefy makes a trained PyTorch model smaller and faster without making it worse, and proves it.
+
+The public names stand below, one a line. They are imported when first used, so that ``import rarefy`` and ``rarefy --help``
+answer at once. Tasks are in ``rarefy.tasks``; what comes in several kinds lies in a folder each: ``rarefy.criteria``,
+``rarefy.losses``, ``rarefy.rounding``, ``rarefy.calibration``, ``rarefy.runtimes``.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# name -> module that defines it
+_HOMES = {
+    "capture": "capturing",
+    "prune": "pruning",
+    "distill": "distilling",
+    "quantize": "quantizing",
+    "evaluate": "evaluating",
+    "measure": "measuring",
+    "compress": "compressing",
+    "Budget": "compressing",
+    "save": "artifact",
+    "load": "artifact",
+    "sign": "signing",
+    "verify": "signing",
+    "export": "exporting",
+    "report": "reporting",
+    "RarefyError": "errors",
+}
+
+__all__ = [
+    "Budget",
+    "RarefyError",
+    "__version__",
+    "capture",
+    "compress",
+    "distill",
+    "evaluate",
+    "export",
+    "load",
+    "measure",
+    "prune",
+    "quantize",
+    "report",
+    "save",
+    "sign",
+    "verify",
+]
+
+if TYPE_CHECKING:
+    from rarefy.artifact import load, save
+    from rarefy.capturing import capture
+    from rarefy.compressing import Budget, compress
+    from rarefy.distilling import distill
+    from rarefy.errors import RarefyError
+    from rarefy.evaluating import evaluate
+    from rarefy.exporting import export
+    from rarefy.measuring import measure
+    from rarefy.pruning import prune
+    from rarefy.quantizing import quantize
+    from rarefy.reporting import report
+    from rarefy.signing import sign, verify
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'rarefy' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"rarefy.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -253,7 +253,9 @@ def _quiet() -> Iterator[None]:
 def _explain(model: nn.Module, error: Exception) -> str:
     """What, the user's line, and the way out, in one line."""
     inside = os.path.dirname(torch.__file__)
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith((inside, os.path.dirname(__file__)))]
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith((inside, os.path.dirname(__file__)))
+    ]
     where = f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
     why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return (
@@ -276,7 +278,12 @@ def _plain(unlifted: fx.GraphModule, exported: torch.export.ExportedProgram) -> 
             spec = exported.call_spec.out_spec
             graph.output(_plain_containers(pytree.tree_unflatten(flat, spec)))
             continue
-        if node.op == "call_function" and node.target in (aten.lift_fresh_copy.default, aten.detach_.default, aten.detach.default, aten.alias.default):
+        if node.op == "call_function" and node.target in (
+            aten.lift_fresh_copy.default,
+            aten.detach_.default,
+            aten.detach.default,
+            aten.alias.default,
+        ):
             copied[node] = copied[node.args[0]]
             continue
         if node.op == "call_module":
@@ -286,7 +293,9 @@ def _plain(unlifted: fx.GraphModule, exported: torch.export.ExportedProgram) -> 
         if node.op == "get_attr":
             original = attribute(unlifted, node.target)
             if not isinstance(original, Tensor):
-                raise CaptureError(f"{node.target}: the trace kept a {type(original).__name__}; compress a part with core='name.of.submodule'")
+                raise CaptureError(
+                    f"{node.target}: the trace kept a {type(original).__name__}; compress a part with core='name.of.submodule'"
+                )
             tensors[node.target] = _clone(original, clones)
     module = fx.GraphModule({}, graph) if not tensors else fx.GraphModule(_tree_of(tensors), graph)
     module.meta = {}
@@ -372,9 +381,13 @@ def _make_functional(graph: fx.GraphModule) -> None:
             base.replace_all_uses_with(value, delete_user_cb=is_late)
             settled.add(base)
             changed = base
-        stale = [alias for alias in _views_of(changed) if alias not in settled and any(map(is_late, alias.users)) and order[alias] < order[node]]
+        stale = [
+            alias for alias in _views_of(changed) if alias not in settled and any(map(is_late, alias.users)) and order[alias] < order[node]
+        ]
         if stale:
-            raise CaptureError(f"{where}: {operator} changes a tensor that {stale[0].name} also views, and both are read later; write it without in-place assignment")
+            raise CaptureError(
+                f"{where}: {operator} changes a tensor that {stale[0].name} also views, and both are read later; write it without in-place assignment"
+            )
 
 
 # view operator -> the operator that writes the changed view back

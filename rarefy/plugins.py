@@ -39,7 +39,9 @@ def choice_class(kind: str, name: str) -> type:
     found = [
         value
         for value in vars(module).values()
-        if isinstance(value, type) and dataclasses.is_dataclass(value) and value.__module__ == module.__name__
+        if isinstance(value, type)
+        and dataclasses.is_dataclass(value)
+        and value.__module__ == module.__name__
         and value.__name__.lower() == name.replace("_", "")
     ]
     if len(found) != 1:

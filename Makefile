@@ -1,0 +1,57 @@
+# make demo | test | test-all | lint | types | test-gpu | bench | bench-gpu | bench-setup | clean
+# Each target sets up its own environment in .venv, from pyproject.toml and constraints.txt, and again only when these change.
+
+PYTHON ?= python3.11
+VENV   ?= .venv
+JOBS   ?= 2
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+BENCH  := $(VENV)/.ready-bench
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: demo test test-all lint types format test-gpu bench bench-gpu bench-setup clean
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(BENCH): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
+	touch $@
+
+demo: $(READY)
+	$(BIN)/rarefy demo -o demo-out
+
+# On JOBS processes; what needs a GPU or takes long is left to test-gpu and test-all.
+test: $(READY)
+	$(PYTEST) -n $(JOBS) --dist loadfile -m "not slow and not gpu"
+
+test-all: $(READY)
+	$(PYTEST) -n $(JOBS) --dist loadfile
+
+test-gpu: $(READY)
+	$(PYTEST) -m gpu
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(READY)
+	$(BIN)/mypy
+
+# The numbers of the README, from its scripts: hours on two cores. One alone: .venv/bin/python bench/NAME.py --help
+bench-setup: $(BENCH)
+
+bench: $(BENCH)
+	set -e; for script in bench/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+bench-gpu: $(BENCH)
+	$(BIN)/python bench/resnet56_cifar10.py --device cuda
+
+clean:
+	rm -rf $(VENV) demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

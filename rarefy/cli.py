@@ -1,0 +1,958 @@
+"""The command line: text is parsed, the verbs are called, and what they found is printed. Nothing is decided here.
+
+Results go to stdout (``--json`` for machines), progress to stderr. An error is one line on stderr: what, where, with what, and the
+way out; the exit codes stand in ``rarefy/terminal.py``.
+
+torch is imported inside the commands, so that ``rarefy --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import json
+import os
+import shutil
+import sys
+import tempfile
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rarefy.errors import FormatError, GoalMissed, InputError, SelfCheckFailed
+from rarefy.terminal import guarded, say, show_json, show_table, size_text
+
+app = typer.Typer(
+    name="rarefy",
+    help="Makes a trained PyTorch classifier smaller and faster without making it worse, and proves it.",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_MODEL = "Models"
+_DATA = "Data"
+_BUDGET = "Budget: leave out what does not matter"
+
+
+@dataclass
+class ModelOptions:
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="timm:NAME, torchvision:NAME, package.module:function, a saved folder, or a .pt2 file.")
+    ]
+    weights: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Weights: .safetensors, or a checkpoint of a state_dict.", rich_help_panel=_MODEL)
+    ] = None
+    classes: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Outputs of the classifier, where the source builds one.", rich_help_panel=_MODEL)
+    ] = None
+    input: Annotated[str | None, typer.Option(metavar="C,H,W", help="Shape of an input, without the batch.", rich_help_panel=_MODEL)] = None
+    core: Annotated[str | None, typer.Option(metavar="NAME", help="Take this submodule only.", rich_help_panel=_MODEL)] = None
+
+
+@dataclass
+class DataOptions:
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Training and validation data of one source: imagefolder:PATH, torchvision:NAME?root=PATH, sklearn:digits, package.module:function.",
+            rich_help_panel=_DATA,
+        ),
+    ] = None
+    train: Annotated[str | None, typer.Option(metavar="SOURCE", help="Training data.", rich_help_panel=_DATA)] = None
+    val: Annotated[str | None, typer.Option(metavar="SOURCE", help="Validation data.", rich_help_panel=_DATA)] = None
+    image_size: Annotated[
+        int | None, typer.Option(metavar="PIXELS", min=1, help="Side of the model's square input.", rich_help_panel=_DATA)
+    ] = None
+    channels: Annotated[int | None, typer.Option(metavar="N", help="1 or 3.", rich_help_panel=_DATA)] = None
+    class_count: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Classes, where the data does not show them all.", rich_help_panel=_DATA)
+    ] = None
+    mean: Annotated[
+        str | None, typer.Option(metavar="R,G,B", help="Mean of each channel, of pixels from 0 to 1.", rich_help_panel=_DATA)
+    ] = None
+    std: Annotated[str | None, typer.Option(metavar="R,G,B", help="Standard deviation of each channel.", rich_help_panel=_DATA)] = None
+    crop: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Share of the resized image that evaluation sees.", rich_help_panel=_DATA)
+    ] = None
+    augment: Annotated[
+        str | None, typer.Option(metavar="LIST", help="What varies training images: crop,flip or none.", rich_help_panel=_DATA)
+    ] = None
+    interpolation: Annotated[str | None, typer.Option(metavar="NAME", help="nearest, bilinear or bicubic.", rich_help_panel=_DATA)] = None
+    workers: Annotated[int | None, typer.Option(metavar="N", min=0, help="Processes that decode images.", rich_help_panel=_DATA)] = None
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Leave out images that can't be read, in place of stopping.", rich_help_panel=_DATA)
+    ] = False
+
+    def options(self) -> dict[str, Any]:
+        """The options of the task, as far as they are given."""
+        if self.data is not None and (self.train is not None or self.val is not None):
+            raise InputError("--data names both splits; leave it out, or leave out --train and --val")
+        return _told(
+            train=self.train or self.data,
+            val=self.val or self.data,
+            size=self.image_size,
+            channels=self.channels,
+            class_count=self.class_count,
+            mean=_numbers(self.mean, "--mean"),
+            std=_numbers(self.std, "--std"),
+            crop=self.crop,
+            augment=self.augment,
+            interpolation=self.interpolation,
+            workers=self.workers,
+            strict=False if self.skip_unreadable else None,
+        )
+
+
+Output = Annotated[str, typer.Option("-o", "--output", metavar="PATH", help="Where the result goes.")]
+Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; default: a GPU if there is one.")]
+Seed = Annotated[int, typer.Option(metavar="N", min=0, help="The same seed gives the same result.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Batch = Annotated[int, typer.Option(metavar="N", min=1, help="Images at a time.")]
+Runtime = Annotated[str, typer.Option(metavar="NAME", help="Where the model will run; see `rarefy list runtimes`.")]
+Key = Annotated[str | None, typer.Option(metavar="FILE", help="Sign the result with this private key.")]
+Chain = Annotated[list[str] | None, typer.Option(metavar="FILE", help="A certificate up to the root (PEM); may be given more than once.")]
+Reference = Annotated[str | None, typer.Option(metavar="MODEL", help="What to compare with: a source, like MODEL.")]
+ReferenceWeights = Annotated[str | None, typer.Option(metavar="FILE", help="The reference's weights.")]
+Ignore = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Layers to leave alone; may be given more than once.")]
+
+
+def grouped(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Typer sees each field of a parameter that is one of the option classes above as an option of its own."""
+    hints = typing.get_type_hints(function, include_extras=True)
+    groups: dict[str, Any] = {}
+    parameters = []
+    for parameter in inspect.signature(function).parameters.values():
+        hint = hints[parameter.name]
+        if dataclasses.is_dataclass(hint):
+            groups[parameter.name] = hint
+            fields = typing.get_type_hints(hint, include_extras=True)
+            parameters += [
+                inspect.Parameter(field.name, parameter.KEYWORD_ONLY, default=_default(field), annotation=fields[field.name])
+                for field in dataclasses.fields(hint)
+            ]
+        else:
+            parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hint))
+
+    def command(**given: Any) -> Any:
+        packed = {
+            name: group(**{field.name: given.pop(field.name) for field in dataclasses.fields(group)}) for name, group in groups.items()
+        }
+        return function(**packed, **given)
+
+    command.__name__, command.__doc__ = function.__name__, function.__doc__
+    command.__signature__ = inspect.Signature(sorted(parameters, key=lambda item: item.default is not inspect.Parameter.empty))  # type: ignore[attr-defined]
+    return command
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+
+
+@app.command()
+@grouped
+def compress(
+    model: ModelOptions,
+    data: DataOptions,
+    output: Output,
+    max_drop: Annotated[
+        str | None, typer.Option(metavar="SHARE", help="Accuracy that may be lost: 0.5% or 0.005.", rich_help_panel=_BUDGET)
+    ] = None,
+    speedup: Annotated[
+        float | None, typer.Option(metavar="RATIO", help="How many times faster on the runtime.", rich_help_panel=_BUDGET)
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="BYTES", help="Largest size of the weights on disk: 500kB, 2MB.", rich_help_panel=_BUDGET)
+    ] = None,
+    step: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="A step of your own recipe, in order: 'prune macs=0.5', 'distill epochs=3', 'quantize'. May be given more than once.",
+        ),
+    ] = None,
+    runtime: Runtime = "onnxruntime",
+    seed: Seed = 0,
+    device: Device = None,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Prune, distil and quantise under one budget; measure, export, report and save.
+
+    Started again with the same arguments after a kill, it goes on where it was.
+    """
+    from rarefy import recipe
+
+    content = {
+        **{name: value for name, value in vars(model).items() if value is not None},
+        "data": data.options(),
+        "budget": _told(max_drop=max_drop, speedup=speedup, size=size),
+        "runtime": runtime,
+        "output": output,
+        "seed": seed,
+        "device": device,
+    }
+    steps = [recipe.step(text, f"--step {text!r}") for text in step or ()]
+    _compress(recipe.check({**content, "step": steps}, "compress"), key, as_json)
+
+
+@app.command("run")
+def run_recipe(
+    path: Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file.")],
+    output: Annotated[str | None, typer.Option("-o", "--output", metavar="FOLDER", help="In place of the recipe's output.")] = None,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Carry out a recipe: `rarefy compress`, written down."""
+    from rarefy import recipe
+
+    asked = recipe.read(path)
+    if output is not None:
+        asked = dataclasses.replace(asked, output=output)
+    _compress(asked, key, as_json)
+
+
+def _compress(asked: Any, key: str | None, as_json: bool) -> None:
+    from rarefy import compressing, recipe, sources
+
+    if asked.output is None:
+        raise InputError('the recipe names no output; add output = "small/", or pass -o')
+    output = _claim_folder(asked.output)
+    signer = _readable(key, "--key") if key else None
+    source = sources.load(asked.model, weights=asked.weights, classes=asked.classes)
+    asked = dataclasses.replace(asked, data=_completed(asked.data, source))
+    task = recipe.make_task(asked.data, asked.task)
+    graph = sources.graph_of(source, asked.input or task.input_shape, asked.core)
+    task.check(_outputs(graph))
+    budget = compressing.Budget(**asked.budget)
+    result = compressing.compress(
+        graph,
+        task,
+        budget=budget,
+        steps=asked.steps or None,
+        runtime=asked.runtime,
+        workdir=f"{output}.work",
+        seed=asked.seed,
+        device=asked.device,
+        title=source.text,
+        recipe=recipe.write(asked),
+    )
+    result.save(output)
+    if signer:
+        from rarefy import signing
+
+        signing.sign(output, signer)
+    shutil.rmtree(f"{output}.work", ignore_errors=True)
+    _show_report(result.report, output, as_json)
+
+
+@app.command()
+@grouped
+def prune(
+    model: ModelOptions,
+    data: DataOptions,
+    output: Output,
+    keep: Annotated[float | None, typer.Option(metavar="SHARE", help="Share of the channels to keep.")] = None,
+    macs: Annotated[float | None, typer.Option(metavar="SHARE", help="MACs that may remain: a share, or a number above 1.")] = None,
+    params: Annotated[float | None, typer.Option(metavar="SHARE", help="Parameters that may remain: a share, or a number above 1.")] = None,
+    criterion: Annotated[str, typer.Option(metavar="CHOICE", help="What a channel is worth; see `rarefy list criteria`.")] = "magnitude",
+    ranking: Annotated[str, typer.Option(metavar="NAME", help="global: layers compete; local: each loses its share.")] = "global",
+    round_to: Annotated[int, typer.Option(metavar="N", min=1, help="Channels left are a multiple of this.")] = 1,
+    floor: Annotated[float, typer.Option(metavar="SHARE", help="Share of any layer that stays in any case.")] = 0.1,
+    ignore: Ignore = None,
+    check: Annotated[bool, typer.Option(help="Compare with the masked original.")] = True,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Remove whole channels. Data is only needed by criteria that look at it."""
+    from rarefy import plugins
+
+    plugins.resolve("criteria", criterion)
+    folder = _claim_folder(output)
+    source, graph, task = _prepared(model, data, needed=False)
+    from rarefy.pruning import prune as verb
+
+    small = verb(
+        graph,
+        keep=keep,
+        macs=_share_or_count(macs),
+        params=_share_or_count(params),
+        criterion=criterion,
+        ranking=ranking,
+        round_to=round_to,
+        floor=floor,
+        ignore=tuple(ignore or ()),
+        task=task,
+        seed=seed,
+        check=check,
+    )
+    _save(small, folder, source, task, as_json)
+
+
+@app.command()
+@grouped
+def distill(
+    model: ModelOptions,
+    data: DataOptions,
+    output: Output,
+    teacher: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Who teaches: a source, like MODEL. Without one, labels alone do.")
+    ] = None,
+    teacher_weights: Annotated[str | None, typer.Option(metavar="FILE", help="The teacher's weights.")] = None,
+    loss: Annotated[
+        str, typer.Option(metavar="CHOICE", help="Distillation loss, or a sum: 'lskd + 50*mse:on=stages'; see `rarefy list losses`.")
+    ] = "lskd",
+    epochs: Annotated[int, typer.Option(metavar="N", min=1, help="Times through the training data.")] = 30,
+    steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="In place of epochs.")] = None,
+    batch_size: Batch = 128,
+    accumulate: Annotated[int, typer.Option(metavar="N", min=1, help="A batch is done in so many parts.")] = 1,
+    optimizer: Annotated[str, typer.Option(metavar="NAME", help="sgd or adamw.")] = "sgd",
+    lr: Annotated[float | None, typer.Option(metavar="RATE", help="Peak learning rate; default 0.05 for sgd, 0.001 for adamw.")] = None,
+    momentum: Annotated[float, typer.Option(metavar="SHARE", help="Of sgd.")] = 0.9,
+    weight_decay: Annotated[float, typer.Option(metavar="RATE", help="Pull of the weights towards 0.")] = 5e-4,
+    warmup: Annotated[float, typer.Option(metavar="SHARE", help="Share of the run with a rising rate.")] = 0.05,
+    clip: Annotated[float, typer.Option(metavar="NORM", help="Greatest norm of the gradient; 0: none.")] = 0.0,
+    label_smoothing: Annotated[float, typer.Option(metavar="SHARE", help="Of the labels.")] = 0.0,
+    hard_weight: Annotated[float, typer.Option(metavar="WEIGHT", help="Of the loss against labels.")] = 1.0,
+    mixup: Annotated[float, typer.Option(metavar="ALPHA", help="0: off.")] = 0.0,
+    cutmix: Annotated[float, typer.Option(metavar="ALPHA", help="0: off.")] = 0.0,
+    ema: Annotated[float, typer.Option(metavar="DECAY", help="Moving average of the weights; 0: off.")] = 0.0,
+    precision: Annotated[str, typer.Option(metavar="NAME", help="auto, fp32 or bf16.")] = "auto",
+    channels_last: Annotated[str, typer.Option(metavar="WHEN", help="auto, yes or no.")] = "auto",
+    compile: Annotated[str, typer.Option(metavar="HOW", help="no, default or reduce-overhead.")] = "no",
+    validate_every: Annotated[int, typer.Option(metavar="EPOCHS", min=0, help="0: never.")] = 1,
+    keep: Annotated[str, typer.Option(metavar="WHICH", help="The last or the best state.")] = "last",
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Train MODEL to answer like the teacher. Killed and started again, it goes on where it was."""
+    from rarefy import sources
+    from rarefy.distilling import Training, terms
+    from rarefy.distilling import distill as verb
+    from rarefy.distilling import train as without_teacher
+
+    given = locals()
+    training = Training(**{field.name: given[field.name] for field in dataclasses.fields(Training)})
+    terms(loss)
+    folder = _claim_folder(output)
+    source, graph, task = _prepared(model, data)
+    common = {"training": training, "device": device, "checkpoint": f"{folder}.work"}
+    if teacher is None:
+        trained = without_teacher(graph, task, **common)
+    else:
+        guide = sources.load(teacher, weights=teacher_weights, classes=model.classes)
+        trained = verb(graph, sources.graph_of(guide, task.input_shape), task, loss=loss, **common)
+    _save(trained, folder, source, task, as_json)
+    shutil.rmtree(f"{folder}.work", ignore_errors=True)
+
+
+@app.command()
+@grouped
+def quantize(
+    model: ModelOptions,
+    data: DataOptions,
+    output: Output,
+    images: Annotated[int, typer.Option(metavar="N", min=1, help="Images to calibrate on; they need no labels.")] = 128,
+    weight_grid: Annotated[str, typer.Option(metavar="GRID", help="int8, int4, ...")] = "int8",
+    activation_grid: Annotated[str, typer.Option(metavar="GRID", help="uint8, int8, or none for weights only.")] = "uint8",
+    calibration: Annotated[str, typer.Option(metavar="CHOICE", help="Range of the activations; see `rarefy list calibration`.")] = "mse",
+    rounding: Annotated[str, typer.Option(metavar="CHOICE", help="See `rarefy list rounding`.")] = "nearest",
+    runtime: Runtime = "onnxruntime",
+    ignore: Ignore = None,
+    equalize: Annotated[bool, typer.Option(help="Equalise ranges across layers where that is exact.")] = True,
+    correct_bias: Annotated[bool, typer.Option(help="Mend the mean that rounding moves.")] = True,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """8-bit integers in place of floats, calibrated on a few images, without training."""
+    from rarefy import plugins
+
+    for kind, choice in (("calibration", calibration), ("rounding", rounding), ("runtimes", runtime)):
+        plugins.resolve(kind, choice)
+    folder = _claim_folder(output)
+    source, graph, task = _prepared(model, data)
+    from rarefy.quantizing import quantize as verb
+
+    small = verb(
+        graph,
+        task,
+        images=images,
+        weights=weight_grid,
+        activations=activation_grid,
+        calibration=calibration,
+        rounding=rounding,
+        runtime=runtime,
+        ignore=tuple(ignore or ()),
+        equalize=equalize,
+        correct_bias=correct_bias,
+        seed=seed,
+    )
+    _save(small, folder, source, task, as_json)
+
+
+@app.command()
+@grouped
+def evaluate(
+    model: ModelOptions,
+    data: DataOptions,
+    reference: Reference = None,
+    reference_weights: ReferenceWeights = None,
+    runtime: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Judge the exported file in this runtime, not the model in PyTorch.")
+    ] = None,
+    max_drop: Annotated[str | None, typer.Option(metavar="SHARE", help="Exit 1 if more is lost than this: 0.5% or 0.005.")] = None,
+    split: Annotated[str, typer.Option(metavar="NAME", help="val or train.")] = "val",
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="The first N images only.")] = None,
+    corruptions: Annotated[str | None, typer.Option(metavar="LIST", help="Robustness too: all, or names such as fog,jpeg.")] = None,
+    batch_size: Batch = 64,
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Accuracy with its interval, worst class, calibration, agreement with the reference, paired drop, robustness."""
+    from rarefy import recipe
+    from rarefy.evaluating import evaluate as verb
+
+    if max_drop is not None and reference is None:
+        raise InputError("--max-drop compares with the original; name it with --reference")
+    if split not in ("train", "val"):
+        raise InputError(f"--split {split!r}: give train or val")
+    most = recipe.share(max_drop, "--max-drop") if max_drop is not None else None
+    source, judged, task = _prepared(model, data)
+    other = _reference(reference, reference_weights, model.classes, task)
+    names = "all" if corruptions == "all" else tuple(filter(None, (corruptions or "").split(",")))
+    with contextlib.ExitStack() as stack:
+        subject = judged if runtime is None else stack.enter_context(_session(runtime, source.text, judged))
+        found = verb(
+            subject, task, reference=other, split=split, batch_size=batch_size, limit=limit, corruptions=names, seed=seed, device=device
+        )
+    if as_json:
+        show_json(found.to_json())
+    else:
+        facts: dict[str, Any] = {"after": {"name": source.text, "evaluation": found.to_json()}}
+        if found.reference is not None:
+            facts["before"] = {"name": str(reference), "evaluation": found.reference.to_json()}
+        _show_comparison(facts)
+    if most is not None and found.drop["value"] > most:
+        raise GoalMissed(
+            f"{source.text}: loses {100 * found.drop['value']:.2f} points against {reference}, more than {100 * most:g}; "
+            "compress less, or train longer (`rarefy distill`)"
+        )
+
+
+@app.command()
+@grouped
+def measure(
+    model: ModelOptions,
+    reference: Reference = None,
+    reference_weights: ReferenceWeights = None,
+    runtime: Runtime = "onnxruntime",
+    batch_size: Batch = 1,
+    repeats: Annotated[int, typer.Option(metavar="N", min=1, help="Timed runs of each model, taking turns.")] = 100,
+    as_json: Json = False,
+) -> None:
+    """Bytes, parameters, MACs, latency on the runtime, peak memory; with --reference, of both, interleaved."""
+    from rarefy import measuring, plugins, sources
+
+    plugins.resolve("runtimes", runtime)
+    source = sources.load(model.model, weights=model.weights, classes=model.classes)
+    graph = sources.graph_of(source, _shape(model), model.core)
+    shape = tuple(graph.meta["inputs"][0]["shape"])
+    models = {source.text: graph}
+    if reference is not None:
+        other = sources.load(reference, weights=reference_weights, classes=model.classes)
+        models = {str(reference): sources.graph_of(other, shape), **models}
+    found = measuring.measure(models, runtime=runtime, batch=batch_size, repeats=repeats)
+    if as_json:
+        show_json(found)
+        return
+    named = list(found.items())
+    _show_comparison(
+        {"after": {"name": named[-1][0], **named[-1][1]}, **({"before": {"name": named[0][0], **named[0][1]}} if len(named) > 1 else {})}
+    )
+
+
+@app.command()
+@grouped
+def export(
+    model: ModelOptions,
+    output: Output,
+    runtime: Runtime = "onnxruntime",
+    compare: Annotated[bool, typer.Option(help="Run the file, and compare it with the model.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Write the file that the runtime runs, and check that it answers like the model."""
+    from rarefy import exporting, plugins, sources
+
+    plugins.resolve("runtimes", runtime)
+    target = _claim_file(output, (".onnx", ".xml"))
+    source = sources.load(model.model, weights=model.weights, classes=model.classes)
+    graph = sources.graph_of(source, _shape(model), model.core)
+    parity = exporting.export(graph, target, runtime=runtime, compare=compare)
+    written = {"file": str(target), "size_bytes": target.stat().st_size, "parity": parity}
+    if as_json:
+        show_json(written)
+    else:
+        rows = [
+            ("file", target),
+            ("size", size_text(target.stat().st_size)),
+            *((name.replace("_", " "), value) for name, value in parity.items() if not isinstance(value, (list, dict))),
+        ]
+        show_table("exported", ("what", "found"), rows)
+    if parity.get("passed") is False:
+        raise SelfCheckFailed(
+            f"{target}: answers differ from the model's, first at {parity.get('first_diverging_layer')}; the file is written, do not deploy it"
+        )
+
+
+@app.command("report")
+@grouped
+def report_command(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A folder that `rarefy compress` saved, or its report.json.")],
+    data: DataOptions,
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", metavar="FILE", help="An .html file; default: FOLDER-report.html.")
+    ] = None,
+    reference: Reference = None,
+    reference_weights: ReferenceWeights = None,
+    runtime: Runtime = "onnxruntime",
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Judge on the first N images only.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The report of a folder as HTML. With data (and --reference), what it claims is measured again, here and now."""
+    from rarefy import reporting
+
+    place = Path(folder)
+    beside = place.resolve() if place.is_dir() else place.resolve().parent
+    target = _claim_file(output or f"{beside}-report.html", (".html", ".htm"))
+    if (target.resolve().parent / "manifest.json").exists():
+        raise InputError(f"{target}: lies in a saved folder, whose files are sealed by their hashes; choose another --output")
+    again = data.options()
+    if again:
+        facts = _measured_again(place, data, reference, reference_weights, runtime, limit)
+    elif reference is not None:
+        raise InputError("--reference is judged on data; pass --data, or leave it out")
+    else:
+        facts = _recorded(place)
+    reporting.report(facts, target)
+    if as_json:
+        show_json(facts)
+    else:
+        say(reporting.summary(facts).rstrip())
+        say(f"\nreport: {target}")
+
+
+def _recorded(place: Path) -> dict[str, Any]:
+    """The facts that lie in a saved folder."""
+    from rarefy import reporting
+
+    file = place / "report.json" if place.is_dir() else place
+    if not file.exists():
+        raise InputError(f"{file}: no such file; give a folder that `rarefy compress` saved, or pass --data to measure it now")
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FormatError(f"{file}: is no JSON ({error}); pass --data to measure the folder again") from error
+    try:
+        reporting.view(facts)
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        raise FormatError(f"{file}: is no report ({type(error).__name__}: {error}); pass --data to measure the folder again") from error
+    return dict(facts)
+
+
+def _measured_again(
+    place: Path, data: DataOptions, reference: str | None, reference_weights: str | None, runtime: str, limit: int | None
+) -> dict[str, Any]:
+    from rarefy import measuring
+    from rarefy.evaluating import evaluate as judge
+
+    facts: dict[str, Any] = _recorded(place) if (place / "report.json").exists() else {"title": str(place)}
+    _, graph, task = _prepared(ModelOptions(str(place)), data)
+    other = _reference(reference, reference_weights, None, task)
+    found = judge(graph, task, reference=other, limit=limit)
+    models = {"after": graph} if other is None else {"before": other, "after": graph}
+    measured = measuring.measure(models, runtime=runtime)
+    for name in models:
+        evaluation = found if name == "after" else found.reference
+        facts[name] = {**facts.get(name, {}), **measured[name], "evaluation": evaluation.to_json()}
+    facts.pop("verdict", None)
+    facts["goals"] = []
+    return facts
+
+
+@app.command()
+def sign(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A folder saved by rarefy.")],
+    key: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The private key that `rarefy keygen` wrote, or the certificate's.")
+    ] = None,
+    certificate: Annotated[str | None, typer.Option(metavar="FILE", help="The key's certificate (PEM).")] = None,
+    chain: Chain = None,
+    sigstore: Annotated[bool, typer.Option("--sigstore", help="Sign with Sigstore: as who you are, without a key.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Sign a folder: every file in it. A key's password is taken from $RAREFY_KEY_PASSWORD."""
+    from rarefy import signing
+
+    password = os.environ.get("RAREFY_KEY_PASSWORD")
+    signature = signing.sign(folder, key, password=password, certificate=certificate, chain=chain or (), sigstore=sigstore)
+    if as_json:
+        show_json({"folder": folder, "signature": str(signature)})
+    else:
+        say(f"signed: {signature}")
+
+
+@app.command()
+def verify(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A signed folder.")],
+    key: Annotated[str | None, typer.Option(metavar="FILE", help="The public key.")] = None,
+    chain: Chain = None,
+    identity: Annotated[str | None, typer.Option(metavar="NAME", help="Who must have signed with Sigstore.")] = None,
+    issuer: Annotated[str | None, typer.Option(metavar="URL", help="Who must have vouched for that identity.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Refuse (exit 1) a folder in which a file was changed, added or removed, or that another key signed."""
+    from rarefy import signing
+
+    names = signing.verify(folder, key, chain=chain or (), identity=identity, issuer=issuer)
+    if as_json:
+        show_json({"folder": folder, "verified": names})
+    else:
+        say(f"verified: all {len(names)} files of {folder} are as they were signed")
+
+
+@app.command()
+def keygen(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Where the private key goes; the public one lies beside it, with .pub.")],
+    as_json: Json = False,
+) -> None:
+    """Make a pair of keys to sign with. With $RAREFY_KEY_PASSWORD, the private one is encrypted."""
+    from rarefy import signing
+
+    private, public = signing.keygen(path, password=os.environ.get("RAREFY_KEY_PASSWORD"))
+    if as_json:
+        show_json({"private": str(private), "public": str(public)})
+    else:
+        say(f"private key: {private} (keep it to yourself)\npublic key:  {public} (give it to whoever verifies)")
+
+
+@app.command()
+def demo(
+    output: Annotated[str, typer.Option("-o", "--output", metavar="FOLDER", help="Where the result goes.")] = "demo-out",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Train a small network on scikit-learn's digits, compress it, and save, sign and explain the result: two minutes, no download."""
+    from rarefy.demo import demonstrate
+
+    folder = _claim_folder(output)
+    facts = demonstrate(folder, seed=seed)
+    _show_report(facts, folder, as_json)
+
+
+@app.command("list")
+def list_choices(
+    kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help="criteria, losses, rounding, calibration, runtimes.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The choices that come with rarefy, a line each, with their options."""
+    from rarefy import plugins
+
+    if kind is not None and kind not in plugins.KINDS:
+        raise InputError(f"no kind {kind!r}; have {', '.join(plugins.KINDS)}")
+    found = {name: [_choice(name, choice) for choice in plugins.available(name)] for name in ([kind] if kind else plugins.KINDS)}
+    if as_json:
+        show_json(found)
+        return
+    for name, choices in found.items():
+        show_table(
+            name,
+            ("choice", "what", "options"),
+            [(item["name"], item["summary"], " ".join(f"{key}={value}" for key, value in item["options"].items())) for item in choices],
+        )
+
+
+def _choice(kind: str, name: str) -> dict[str, Any]:
+    from rarefy import plugins
+
+    options = {}
+    for field in dataclasses.fields(plugins.choice_class(kind, name)):
+        options[field.name] = "..." if field.default is dataclasses.MISSING else field.default
+    return {"name": name, "summary": plugins.summary(kind, name), "options": options}
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What this machine can do, what is missing, and how to get it."""
+    from rarefy.doctor import examine
+
+    found = examine()
+    if as_json:
+        show_json(found)
+        return
+    cpu, torch = found["cpu"], found["torch"]
+    flags = (
+        "the system does not say"
+        if cpu["flags"] is None
+        else ", ".join(name for name, have in cpu["flags"].items() if have) or "none of note"
+    )
+    rows = [
+        ("system", f"{found['system']}, Python {found['python']}"),
+        ("processor", f"{cpu['name']}, {cpu['usable_cores']} of {cpu['cores']} cores usable"),
+        ("instructions", flags),
+        ("memory", size_text(found["memory_bytes"])),
+        ("torch", f"{torch['version']}, {torch['threads']} threads, {torch['vector']}"),
+        *(
+            ("GPU", f"{gpu['name']}, compute capability {gpu['compute_capability']}, {size_text(gpu['memory_bytes'])}")
+            for gpu in found["gpus"]
+        ),
+        *((f"runtime {name}", version or "not installed") for name, version in found["runtimes"].items()),
+        *((name, version or "not installed") for name, version in found["packages"].items() if name not in ("torch", *found["runtimes"])),
+    ]
+    show_table("this machine", ("what", "found"), rows)
+    for sentence in found["advice"]:
+        say(f"* {sentence}")
+
+
+def main() -> None:
+    """The program ``rarefy``."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The command line with those arguments; returns the exit code."""
+    return guarded(_invoke, arguments)
+
+
+def _invoke(arguments: list[str]) -> int:
+    command = typer.main.get_command(app)
+    if "_RAREFY_COMPLETE" in os.environ:  # a shell asks what could follow
+        command.main(args=arguments, prog_name="rarefy")
+    try:  # what command.main does, but that hides an interrupt and a closed pipe
+        with command.make_context("rarefy", arguments or ["--help"]) as context:
+            command.invoke(context)
+    except typer.Exit as done:
+        return done.exit_code
+    return 0
+
+
+# ------------------------------------------------------------------ from text to objects
+
+
+def _told(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"{option} {text!r}: give one number a channel, for example 0.485,0.456,0.406") from None
+
+
+def _share_or_count(value: float | None) -> float | int | None:
+    """0.5 is a share; 3e6 is a number of them."""
+    return int(value) if value is not None and value > 1 and value == int(value) else value
+
+
+def _shape(model: ModelOptions) -> tuple[int, ...] | None:
+    from rarefy.sources import parse_shape
+
+    return parse_shape(model.input) if model.input is not None else None
+
+
+def _completed(options: Mapping[str, Any], source: Any) -> dict[str, Any]:
+    """The task's options, with what the model's maker says of its input where the user says nothing.
+
+    Its size only goes to image files (arrays have one of their own), or where the graph was captured for it.
+    """
+    from rarefy.capturing import is_graph
+
+    known = dict(source.preprocessing)
+    files = any(str(options.get(split, "")).startswith("imagefolder:") for split in ("train", "val"))
+    if not files and not is_graph(source.model):
+        known.pop("size", None)
+    return {**known, **options}
+
+
+def _prepared(model: ModelOptions, data: DataOptions, needed: bool = True) -> tuple[Any, Any, Any]:
+    """The source, its graph, and the task (None where no data is given and none is needed)."""
+    from rarefy import recipe, sources
+
+    options = data.options()
+    if needed and not {"train", "val"} & set(options):
+        raise InputError("no data is given; pass --data SOURCE, or --train and --val")
+    shape = _shape(model)
+    source = sources.load(model.model, weights=model.weights, classes=model.classes)
+    task = None
+    if options:
+        task = recipe.make_task(recipe.data_options(_completed(options, source)))
+    graph = sources.graph_of(source, shape or (task.input_shape if task is not None else None), model.core)
+    return source, graph, task
+
+
+def _reference(reference: str | None, weights: str | None, classes: int | None, task: Any) -> Any:
+    from rarefy import sources
+
+    if reference is None:
+        if weights is not None:
+            raise InputError("--reference-weights belongs to --reference; name the model too")
+        return None
+    return sources.graph_of(sources.load(reference, weights=weights, classes=classes), task.input_shape)
+
+
+@contextlib.contextmanager
+def _session(runtime: str, place: str, graph: Any) -> Iterator[Callable[..., Any]]:
+    """The model in the runtime: the file of a saved folder, else one exported for the occasion."""
+    from rarefy import plugins
+
+    chosen = plugins.resolve("runtimes", runtime)
+    saved = Path(place) / "model.onnx"
+    if saved.exists():
+        yield chosen.open(saved)
+        return
+    with tempfile.TemporaryDirectory(prefix="rarefy-") as folder:
+        file = Path(folder) / "model.onnx"
+        chosen.export(graph, file)
+        yield chosen.open(file)
+
+
+def _outputs(graph: Any) -> int:
+    from rarefy.capturing import shapes
+
+    node = next(node for node in graph.graph.nodes if node.op == "output").args[0]
+    shape = getattr(shapes(graph).get(node), "shape", None)
+    if shape is None or len(shape) != 2:
+        raise InputError("the model does not return one tensor (batch, classes); name the part that does with --core")
+    return int(shape[1])
+
+
+# ------------------------------------------------------------------ where results go
+
+
+def _claim_folder(text: str) -> str:
+    """The folder may be made, or is one of ours (or empty), to be replaced: told before hours of work, not after."""
+    path = Path(text)
+    if path.is_dir() and any(path.iterdir()) and not ((path / "graph.json").is_file() and (path / "manifest.json").is_file()):
+        raise InputError(f"{text}: exists and was not saved by rarefy, so it is left alone; choose another --output")
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{text}: is a file; --output names a folder")
+    _claim_parent(path)
+    return str(path)
+
+
+def _claim_file(text: str, suffixes: Sequence[str]) -> Path:
+    path = Path(text)
+    if path.suffix.lower() not in suffixes:
+        raise InputError(f"{text}: give a name that ends in {' or '.join(suffixes)}")
+    if path.is_dir():
+        raise InputError(f"{text}: is a folder; --output names a file")
+    _claim_parent(path)
+    return path
+
+
+def _claim_parent(path: Path) -> None:
+    parent = path.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{path}: can't be written ({error.strerror}); choose another --output") from error
+
+
+def _readable(text: str, option: str) -> str:
+    if not os.path.isfile(text):
+        raise InputError(f"{option} {text}: no such file; make a pair of keys with `rarefy keygen`")
+    return text
+
+
+def _save(graph: Any, folder: str, source: Any, task: Any, as_json: bool) -> None:
+    from rarefy import artifact, measuring
+
+    manifest = {"model": source.text, "weights": source.weights, "task": task.describe() if task is not None else None}
+    artifact.save(graph, folder, manifest=manifest)
+    step = graph.meta["history"][-1]
+    found = {
+        "folder": folder,
+        "step": step["step"],
+        "options": step["options"],
+        "facts": step["facts"],
+        "parameters": measuring.count_parameters(graph),
+        "macs": measuring.count_macs(graph),
+        "weight_bytes": measuring.weight_bytes(graph),
+    }
+    if as_json:
+        show_json(found)
+        return
+    from rarefy import reporting
+
+    facts = [
+        (name.replace("_", " "), reporting.plain(value))
+        for name, value in step["facts"].items()
+        if not isinstance(value, (Mapping, list, tuple))
+    ]
+    rows = [
+        ("parameters", f"{found['parameters']:,}"),
+        ("MACs", f"{found['macs']:,}"),
+        ("weights", size_text(found["weight_bytes"])),
+        *facts,
+        ("saved in", folder),
+    ]
+    show_table(f"{step['step']}: {source.text}", ("what", "found"), rows)
+
+
+# ------------------------------------------------------------------ printing
+
+
+def _show_report(facts: Mapping[str, Any], folder: str, as_json: bool) -> None:
+    """The result, and exit 1 for a missed goal."""
+    from rarefy import reporting
+
+    if as_json:
+        show_json(facts)
+    else:
+        _show_comparison(facts)
+        say(reporting.view(facts)["verdict"]["sentence"])
+        say(f"report: {Path(folder) / 'report.html'}")
+    shown = reporting.view(facts)
+    if any(not goal["met"] for goal in shown["goals"]):
+        advice = shown["verdict"]["advice"]
+        raise GoalMissed(
+            f"{shown['verdict']['sentence']} The best model found is in {folder}{'; try: ' + '; '.join(advice) if advice else ''}"
+        )
+
+
+def _show_comparison(facts: Mapping[str, Any]) -> None:
+    from rarefy import reporting
+
+    shown = reporting.view(facts)
+    both = "before" in facts
+    columns = ("", *shown["names"], "change") if both else ("", shown["names"][1])
+    rows = [
+        (row["label"], row["before"], row["after"], f"{row['change']}{'; ' + row['note'] if row['note'] else ''}")
+        if both
+        else (row["label"], row["after"])
+        for row in shown["comparison"]
+    ]
+    show_table("", columns, rows)
+    if shown["robustness"]:
+        worse = [
+            (row["name"], *row["means"], row["change"]) if both else (row["name"], row["means"][1]) for row in shown["robustness"]["rows"]
+        ]
+        show_table("robustness, mean of the strengths", ("corruption", *columns[1:]), worse)
+    for step in shown["steps"]:
+        if step["kept"] is False:
+            say(f"undone: {step['name']}: {step['why']}")
+
+
+if __name__ == "__main__":
+    main()

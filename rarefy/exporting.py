@@ -1,0 +1,52 @@
+"""export(): the file that a runtime runs, put in place only when it is whole, and compared with the model."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from rarefy import plugins
+from rarefy.capturing import as_graph, example_inputs
+
+
+def export(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    runtime: Any = "onnxruntime",
+    inputs: Tensor | Sequence[Tensor] | None = None,
+    compare: bool = True,
+) -> dict[str, Any]:
+    """Write ``model`` for ``runtime`` to ``path``, and say how its answers differ from the model's.
+
+    runtime: a choice of ``rarefy.runtimes``, as an object or as text.
+    inputs: an example batch: needed where ``model`` is not captured yet, and what is compared on (else random numbers).
+    compare: False returns an empty dictionary.
+
+    A file there is replaced, and stays as it was if anything fails. Raises InputError for a layer the runtime can't run.
+    """
+    chosen = plugins.resolve("runtimes", runtime)
+    graph = as_graph(model, inputs).eval()
+    with replacing(path) as partial:
+        chosen.export(graph, partial)
+        if not compare:
+            return {}
+        given = (inputs,) if isinstance(inputs, Tensor) else inputs
+        return dict(chosen.compare(graph, partial, (given or example_inputs(graph, batch=8))[0]))
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A file beside ``path`` that takes its place when all went well."""
+    target = Path(path)
+    partial = target.with_name(f".{target.stem}.part{target.suffix}")
+    try:
+        yield partial
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,177 @@
+"""What goes to the terminal: results on stdout, one line for an error on stderr, and the exit code.
+
+==== =====================================================================================
+0    done
+1    a check said no: a missed goal, a refused signature, a self-check, diverged training
+2    wrong usage, bad input, no room on the disk, interrupted
+70   a bug of rarefy's; ``--debug`` shows the traceback
+==== =====================================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import math
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.exceptions import TyperException
+
+from rarefy.errors import RarefyError
+
+BUG = 70
+
+
+def guarded(program: Callable[[list[str]], Any], arguments: Sequence[str]) -> int:
+    """``program(arguments)``, with every way to fail told in one line; returns the exit code."""
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        with _own_output_only(debug):
+            code = program(arguments)
+            sys.stdout.flush()
+            return int(code or 0)
+    except BrokenPipeError:  # the reader of our output went away, as in `rarefy list | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except BaseException as error:
+        if isinstance(error, (SystemExit, GeneratorExit)):
+            raise
+        if debug:
+            traceback.print_exc()
+        line, code = explain(error)
+        sys.stderr.write(f"rarefy: {one_line(line)}\n")
+        return code
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """An exception's line and exit code."""
+    if isinstance(error, RarefyError):
+        return str(error), error.exit_code
+    if isinstance(error, (KeyboardInterrupt, typer.Abort)):
+        return "interrupted; nothing that existed was changed, and a run with a working folder goes on where it was when started again", 2
+    if isinstance(error, TyperException):
+        message = error.format_message()
+        context = getattr(error, "ctx", None)
+        return f"{message} `{context.command_path if context else 'rarefy'} --help` shows what there is", 2
+    chain = list(_causes(error))
+    if any(_is_full(cause) for cause in chain):
+        return (
+            "the disk is full, or a file may not grow further; what was there before is unchanged: make room, or choose another --output",
+            2,
+        )
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror or type(error).__name__}; check the path and its permissions", 2
+    if any(isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError" for cause in chain):
+        return "out of memory; pass a smaller --batch-size, or --device cpu if the GPU is too small", 2
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}; check the paths and their permissions", 2
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(place.filename).name}:{place.lineno}"
+    return f"{type(error).__name__} at {where}: {error}; this is a bug of rarefy's: --debug shows the traceback, please report it", BUG
+
+
+def one_line(text: str) -> str:
+    """Without line breaks and without control characters: names come from files, and a terminal obeys what it is sent."""
+    return "".join(character if character.isprintable() else "?" for character in " ".join(str(text).split()))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_full(error: BaseException) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", -1)):
+        return True
+    text = str(error)
+    return any(
+        sign in text
+        for sign in ("No space left on device", "File too large", "os error 28)", "os error 27)", "PytorchStreamWriter failed writing")
+    )
+
+
+@contextlib.contextmanager
+def _own_output_only(debug: bool) -> Iterator[None]:
+    """Other packages' warnings and logs are for developers (``--debug``)."""
+    if debug:
+        yield
+        return
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else max(120, int(os.environ.get("COLUMNS", "0") or 0))
+    console: Any = Console(file=sys.stdout, width=width, markup=False, highlight=False, emoji=False)
+    console.on_broken_pipe = _broken  # its own exits 1
+    return console
+
+
+def _broken() -> None:
+    raise BrokenPipeError
+
+
+def say(text: str) -> None:
+    _console().print(text, soft_wrap=True)
+
+
+def _note(text: str) -> None:
+    sys.stderr.write(f"rarefy: {one_line(text)}\n")
+
+
+def show_json(value: Any) -> None:
+    print(json.dumps(_plain(value), indent=2, ensure_ascii=False))
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: no NaN, no tuples, no paths."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Sequence[int] = ()) -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index in numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    _console().print(table)
+
+
+def size_text(count: float | None) -> str:
+    if count is None:
+        return "unknown"
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.4g} {unit}"
+    return f"{count:.0f} bytes"

@@ -1,0 +1,319 @@
+"""The command line: every verb from text, results on stdout, exit codes, nothing else on stderr."""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from torch import Tensor, nn
+
+import rarefy
+from rarefy import cli, doctor, recipe, terminal
+from rarefy.errors import GoalMissed, InputError, SignatureRefused
+
+COMMANDS = [
+    "compress",
+    "prune",
+    "distill",
+    "quantize",
+    "evaluate",
+    "measure",
+    "export",
+    "report",
+    "sign",
+    "verify",
+    "keygen",
+    "run",
+    "list",
+    "doctor",
+    "demo",
+]
+HERE = __name__
+
+
+class Tiny(nn.Module):
+    """Two convolutions for digits of (1, 8, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(1, 16, 3, padding=1)
+        self.two = nn.Conv2d(16, 16, 3, padding=1)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.two(self.one(x).relu()).relu().mean((2, 3)))
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> str:
+    """stdout of that command line; stderr must be empty when it went well."""
+    returned = cli.run([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    assert returned == code, err
+    assert code or err == "", err
+    return out
+
+
+def as_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
+    return json.loads(run(capsys, *arguments, "--json"))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model saved by the command line, pruned without data."""
+    folder = tmp_path_factory.mktemp("saved") / "small"
+    assert cli.run(["prune", f"{HERE}:Tiny", "--input", "1,8,8", "--keep", "0.5", "-o", str(folder)]) == 0
+    return folder
+
+
+def test_all_commands_are_there_with_help(capsys: pytest.CaptureFixture[str]) -> None:
+    group = typer.main.get_command(cli.app)
+    assert sorted(group.commands) == sorted(COMMANDS)  # type: ignore[attr-defined]
+    for command in COMMANDS:
+        assert "Usage: rarefy" in run(capsys, command, "--help")
+    assert run(capsys) == run(capsys, "--help")
+
+
+def test_help_does_not_import_torch() -> None:
+    program = "import sys; from rarefy.cli import run; run(['compress', '--help']); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("verb", list(recipe.VERBS))
+def test_every_option_of_a_verb_is_an_option_of_its_command(verb: str) -> None:
+    renamed = {"weights": "weight_grid", "activations": "activation_grid"} if verb == "quantize" else {}
+    command = typer.main.get_command(cli.app).commands[verb]  # type: ignore[attr-defined]
+    have = {parameter.name: parameter for parameter in command.params}
+    for name, field in recipe._verb_options(verb).model_fields.items():
+        assert renamed.get(name, name) in have, f"{verb} has no --{name.replace('_', '-')}"
+        given = have[renamed.get(name, name)].default
+        assert given == field.default or not (given or field.default), (
+            f"{verb} --{name}: default {given!r}, the verb's is {field.default!r}"
+        )
+
+
+def test_every_option_of_the_task_is_an_option_of_its_commands() -> None:
+    renamed = {"size": "image_size", "strict": "skip_unreadable"}
+    fields = {field.name for field in cli.dataclasses.fields(cli.DataOptions)}
+    assert {renamed.get(name, name) for name in recipe._task_options("classification").model_fields} <= fields
+
+
+def test_public_names_are_all_there() -> None:
+    for name in rarefy.__all__:
+        assert getattr(rarefy, name) is not None
+    assert set(dir(rarefy)) == set(rarefy.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'prun'"):
+        _ = rarefy.prun
+
+
+# ------------------------------------------------------------------ verbs
+
+
+def test_prune_measures_saves_and_loads(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    found = as_json(capsys, "prune", f"{HERE}:Tiny", "--input", "1,8,8", "--macs", 0.5, "-o", tmp_path / "small")
+    assert found["step"] == "prune" and found["options"]["macs"] == 0.5
+    full = sum(parameter.numel() for parameter in Tiny().parameters())
+    graph = rarefy.load(tmp_path / "small")
+    assert found["parameters"] == sum(parameter.numel() for parameter in graph.parameters()) < full
+    assert graph(torch.randn(3, 1, 8, 8)).shape == (3, 10)
+
+
+def test_a_verb_takes_a_saved_folder(capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path) -> None:
+    before = as_json(capsys, "measure", saved)[str(saved)]
+    again = as_json(capsys, "prune", saved, "--keep", 0.5, "-o", tmp_path / "smaller")
+    assert again["parameters"] < before["parameters"]
+
+
+def test_distill_with_and_without_a_teacher(capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path) -> None:
+    data = ("--data", "sklearn:digits", "--augment", "none", "--batch-size", 256, "--steps", 3)
+    found = as_json(capsys, "distill", saved, *data, "-o", tmp_path / "trained")
+    assert found["step"] == "train" and found["options"]["steps"] == 3
+    found = as_json(
+        capsys, "distill", saved, *data, "--teacher", tmp_path / "trained", "--loss", "kl:temperature=2", "-o", tmp_path / "taught"
+    )
+    assert found["step"] == "distill" and "kl" in found["options"]["loss"]
+    assert not (tmp_path / "taught.work").exists()
+    assert not torch.equal(rarefy.load(tmp_path / "taught").get_parameter("one.weight"), rarefy.load(saved).get_parameter("one.weight"))
+
+
+def test_evaluate(capsys: pytest.CaptureFixture[str], saved: Path) -> None:
+    found = as_json(
+        capsys, "evaluate", saved, "--data", "sklearn:digits", "--reference", saved, "--corruptions", "fog,jpeg", "--limit", 100
+    )
+    assert found["samples"] == 100 and found["agreement"] == 1.0 and found["drop"]["value"] == 0.0
+    assert set(found["robustness"]) == {"fog", "jpeg"}
+    text = run(capsys, "evaluate", saved, "--data", "sklearn:digits", "--reference", saved, "--max-drop", "0.5%")
+    assert "top-1 accuracy" in text and "agreement" in text
+
+
+def test_evaluate_exits_1_for_too_large_a_drop(capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path) -> None:
+    trained = tmp_path / "trained"
+    run(
+        capsys,
+        "distill",
+        saved,
+        "--data",
+        "sklearn:digits",
+        "--augment",
+        "none",
+        "--batch-size",
+        64,
+        "--epochs",
+        4,
+        "--lr",
+        0.2,
+        "-o",
+        trained,
+    )
+    assert cli.run(["evaluate", str(saved), "--data", "sklearn:digits", "--reference", str(trained), "--max-drop", "1%"]) == 1
+    out, err = capsys.readouterr()
+    assert "top-1 accuracy" in out and err.count("\n") == 1 and "more than 1" in err
+
+
+def test_quantize_export_and_measure(capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path) -> None:
+    found = as_json(capsys, "quantize", saved, "--data", "sklearn:digits", "--images", 32, "-o", tmp_path / "int8")
+    assert found["step"] == "quantize"
+    found = as_json(capsys, "export", tmp_path / "int8", "-o", tmp_path / "int8.onnx")
+    assert found["size_bytes"] == (tmp_path / "int8.onnx").stat().st_size and "agreement" in found["parity"]
+    both = as_json(capsys, "measure", tmp_path / "int8", "--reference", saved, "--repeats", 5)
+    assert both[str(tmp_path / "int8")]["size_bytes"] < both[str(saved)]["size_bytes"]
+    assert (
+        "faster" in (text := run(capsys, "measure", tmp_path / "int8", "--reference", saved, "--repeats", 5))
+        or "slower" in text
+        or "unchanged" in text
+    )
+    found = as_json(capsys, "evaluate", tmp_path / "int8", "--data", "sklearn:digits", "--runtime", "onnxruntime", "--limit", 50)
+    assert found["samples"] == 50
+
+
+def test_keygen_sign_verify(capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path) -> None:
+    keys = as_json(capsys, "keygen", tmp_path / "my.key")
+    run(capsys, "sign", saved, "--key", keys["private"])
+    assert "as they were signed" in run(capsys, "verify", saved, "--key", keys["public"])
+    weights = saved / "weights.safetensors"
+    content = weights.read_bytes()
+    try:
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert cli.run(["verify", str(saved), "--key", keys["public"]]) == 1
+        assert capsys.readouterr().err.count("\n") == 1
+    finally:
+        weights.write_bytes(content)
+
+
+def test_report_of_a_folder_measured_again(capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path) -> None:
+    facts = as_json(capsys, "report", saved, "--data", "sklearn:digits", "--reference", saved, "--limit", 64, "-o", tmp_path / "r.html")
+    assert facts["after"]["evaluation"]["samples"] == 64 and facts["before"]["parameters"] == facts["after"]["parameters"]
+    assert "<!doctype html>" in (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "r.json").read_text(encoding="utf-8")) == facts
+
+
+def test_list(capsys: pytest.CaptureFixture[str]) -> None:
+    found = as_json(capsys, "list")
+    assert set(found) == {"criteria", "losses", "rounding", "calibration", "runtimes"}
+    assert {"name", "summary", "options"} == set(found["criteria"][0])
+    assert "lskd" in run(capsys, "list", "losses") and "magnitude" not in run(capsys, "list", "losses")
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    found = as_json(capsys, "doctor")
+    assert found["torch"]["version"] == torch.__version__
+    assert found["cpu"]["usable_cores"] >= 1
+    assert torch.__version__ in run(capsys, "doctor")
+
+
+def test_doctor_says_how_to_get_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name in ("onnx", "timm") else known(name))
+    monkeypatch.setattr(doctor, "cpu_flags", lambda: {"avx2": True, "avx512": False, "avx512_vnni": False})
+    said = " ".join(doctor.examine()["advice"])
+    assert "onnx missing: pip install 'rarefy[onnx]'" in said and "rarefy[vision]" in said
+    assert "no VNNI" in said and "saturate" in said
+
+
+# ------------------------------------------------------------------ failing
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def explode(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(doctor, "examine", explode)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (InputError("a: b; do c"), 2, "rarefy: a: b; do c"),
+        (GoalMissed("too slow"), 1, "rarefy: too slow"),
+        (SignatureRefused("changed"), 1, "rarefy: changed"),
+        (KeyboardInterrupt(), 2, "rarefy: interrupted; nothing that existed was changed"),
+        (PermissionError(errno.EACCES, "Permission denied", "/some/file"), 2, "rarefy: /some/file: Permission denied; check the path"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "rarefy: the disk is full"),
+        (OSError(errno.EFBIG, "File too large", "/x"), 2, "rarefy: the disk is full"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/0: file write failed"),
+            2,
+            "rarefy: the disk is full",
+        ),
+        (MemoryError(), 2, "rarefy: out of memory; pass a smaller --batch-size"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), 2, "rarefy: out of memory"),
+        (ZeroDivisionError("division\nby zero"), 70, "division by zero; this is a bug of rarefy's: --debug"),
+        (InputError("bad \x1b[31mname\x07\nhere"), 2, "rarefy: bad ?[31mname? here"),
+    ],
+)
+def test_every_error_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, said: str
+) -> None:
+    failing(monkeypatch, error)
+    assert cli.run(["doctor"]) == code
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and said in err and "Traceback" not in err and "\x1b" not in err
+
+
+def test_debug_shows_the_traceback_wherever_it_stands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    failing(monkeypatch, ZeroDivisionError("no"))
+    for arguments in (["--debug", "doctor"], ["doctor", "--debug"]):
+        assert cli.run(arguments) == 70
+        err = capsys.readouterr().err
+        assert "Traceback" in err and err.splitlines()[-1].startswith("rarefy: ZeroDivisionError at test_cli.py:")
+
+
+def test_a_full_disk_is_recognised_through_causes() -> None:
+    try:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError as error:
+            raise RuntimeError("could not save") from error
+    except RuntimeError as error:
+        assert "disk is full" in terminal.explain(error)[0]
+
+
+def test_output_to_a_closed_pipe_is_no_error() -> None:
+    program = [sys.executable, "-m", "rarefy", "list"]
+    with subprocess.Popen(
+        program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.getcwd()}
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=60) == 0
+
+
+def test_grouped_gives_typer_each_field() -> None:
+    parameters = inspect.signature(cli.grouped(_with_group)).parameters
+    assert next(iter(parameters)) == "model" and "weights" in parameters and "extra" in parameters and "group" not in parameters
+    packed, extra = cli.grouped(_with_group)(model="m", weights="w", classes=None, input=None, core=None, extra=3)
+    assert (packed.model, packed.weights, extra) == ("m", "w", 3)
+
+
+def _with_group(group: cli.ModelOptions, extra: int = 1) -> Any:
+    return group, extra

@@ -1,0 +1,347 @@
+"""The report: self-contained, escaped, complete where it is told, silent where it is not."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rarefy import reporting
+from rarefy.errors import InputError
+
+VOID = {"meta", "br", "line", "circle", "polyline"}
+HOSTILE = "</title><script>alert(1)</script>\"'><img src=x onerror=alert(1)>&{{7*7}}"
+
+
+class Page(HTMLParser):
+    """Tags in order, checked to be closed as they were opened; text by section."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def evaluation(value: float, **more: Any) -> dict[str, Any]:
+    return {
+        "metric": "top1",
+        "value": value,
+        "interval": [value - 0.01, value + 0.01],
+        "samples": 1234,
+        "top5": 0.99,
+        "worst_class": {"index": 3, "name": "cat", "value": value - 0.1, "samples": 100},
+        "calibration_error": 0.021,
+        "robustness": {"fog": {"1": value - 0.05, "3": value - 0.1}, "jpeg_compression": {"1": value - 0.02, "3": value - 0.04}},
+        **more,
+    }
+
+
+def facts() -> dict[str, Any]:
+    latency = {"median": 4.2, "low": 4.0, "high": 4.4, "batch": 1, "threads": 2, "runtime": "onnxruntime"}
+    return {
+        "title": "net on pictures",
+        "goals": [
+            {"name": "max_drop", "asked": 0.005, "reached": 0.0061, "met": False, "advice": "train for longer"},
+            {"name": "speedup", "asked": 3, "reached": 3.5, "met": True},
+        ],
+        "before": {
+            "name": "net",
+            "evaluation": evaluation(0.93),
+            "parameters": 1000,
+            "macs": 50000,
+            "size_bytes": 4000,
+            "latency_ms": latency,
+            "peak_memory_bytes": 8000000,
+        },
+        "after": {
+            "name": "small net",
+            "evaluation": evaluation(0.9239, agreement=0.97, drop={"value": 0.0061, "interval": [0.002, 0.0102]}),
+            "parameters": 400,
+            "macs": 25000,
+            "size_bytes": 500,
+            "latency_ms": {**latency, "median": 1.2},
+            "peak_memory_bytes": 4000000,
+        },
+        "frontier": [
+            {"name": "original", "value": 0.93, "interval": [0.92, 0.94], "latency_ms": 4.2},
+            {"name": "pruned", "value": 0.9, "interval": [0.89, 0.91], "latency_ms": 4.5},
+            {"name": "quantized", "value": 0.9239, "interval": [0.91, 0.93], "latency_ms": 1.2, "chosen": True},
+        ],
+        "layers": [
+            {
+                "name": "conv1",
+                "channels_before": 16,
+                "channels_after": 9,
+                "bits": 8,
+                "activation_bits": 8,
+                "error": 1e-3,
+                "macs_before": 9,
+                "macs_after": 5,
+                "bytes": 40,
+            },
+            {"name": "fc", "channels_before": 10, "channels_after": 10, "bits": 32},
+        ],
+        "steps": [
+            {
+                "step": "prune",
+                "options": {"macs": 0.5},
+                "facts": {"groups": 7},
+                "seconds": 3.2,
+                "kept": True,
+                "value": 0.9,
+                "latency_ms": 4.5,
+                "size_bytes": 900,
+            },
+            {"step": "quantize", "options": {}, "facts": {}, "seconds": 80, "kept": False, "why": "it was slower than float"},
+        ],
+        "curves": [
+            {"title": "loss of training", "x": "epoch", "y": "loss", "series": [{"name": "loss", "x": [1, 2, 3], "y": [3.0, 2.0, 1.5]}]}
+        ],
+        "parity": {
+            "agreement": 0.999,
+            "samples": 500,
+            "largest_difference": 0.01,
+            "ulp": 2,
+            "first_diverging_layer": None,
+            "passed": True,
+            "layers": [{"name": "conv1", "difference": 0.0}],
+        },
+        "provenance": {
+            "seed": 7,
+            "commands": ["rarefy compress x"],
+            "recipe": 'model = "x"',
+            "hashes": {"teacher": "abc"},
+            "environment": {"torch": "2.14", "cpu": {"name": "fast"}},
+        },
+    }
+
+
+def hostile(value: Any, key: str = "") -> Any:
+    """Each text of the facts, and each key that is a name, made hostile."""
+    if isinstance(value, dict):
+        free = key in ("options", "facts", "hashes", "environment", "robustness", "provenance")
+        return {
+            (f"{name}{HOSTILE}" if free and name not in ("commands", "recipe") else name): hostile(item, name)
+            for name, item in value.items()
+        }
+    if isinstance(value, list):
+        return [hostile(item, key) for item in value]
+    return f"{value}{HOSTILE}" if isinstance(value, str) else value
+
+
+def test_page_is_self_contained_and_well_formed() -> None:
+    page = Page(reporting.html(facts()))
+    assert not {"script", "link", "iframe", "img", "object", "embed", "form"} & {tag for tag, _ in page.tags}
+    assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on") or name in ("src", "href", "action")]
+    assert "http://" not in reporting.html(facts()) and "https://" not in reporting.html(facts()) and "url(" not in reporting.html(facts())
+    policies = [attributes["content"] for _, attributes in page.tags if attributes.get("http-equiv") == "Content-Security-Policy"]
+    assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
+
+
+def test_page_says_all_it_was_told() -> None:
+    text = Page(reporting.html(facts())).text
+    for said in (
+        "1 of 2 goals missed", "train for longer", "93.00 % (92.00 to 94.00, 1,234 images)", "−0.61 points", "−1.02 to −0.20", "3.5× faster", "8× smaller", "2× fewer",
+        "2.5× fewer", "4.2 ms (4 to 4.4, batch 1, 2 threads, onnxruntime)", "97.00 %", "(cat, 100 images)", "2.10 %", "it was slower than float", "1 min 20 s",
+        "9 of 16", "30.0 dB", "loss of training", "last 1.5", "99.90 % of 500 inputs", "first layer that differs none", "rarefy compress x", "cpu.name fast", "abc",
+        "jpeg compression", "Words used here",
+    ):  # fmt: skip
+        assert said in text, said
+
+
+def test_everything_is_escaped() -> None:
+    clean, bad = Page(reporting.html(facts())), Page(reporting.html(hostile(facts())))
+    # Equal tags with equal attributes: hostile text added no element and no attribute, and is shown as text.
+    assert [tag for tag, _ in clean.tags] == [tag for tag, _ in bad.tags]
+    assert [sorted(attributes) for _, attributes in clean.tags] == [sorted(attributes) for _, attributes in bad.tags]
+    assert "alert(1)" in bad.text and "{{7*7}}" in bad.text and "49" not in bad.text.replace("{{7*7}}", "")
+
+
+def test_what_is_not_told_is_left_out() -> None:
+    everything = Page(reporting.html(facts())).text
+    empty = Page(reporting.html({})).text
+    headings = [
+        "Goals",
+        "Before and after",
+        "Cost",
+        "All that was found",
+        "What was done",
+        "Layer by layer",
+        "Training",
+        "Robustness",
+        "Parity",
+        "Where it comes from",
+    ]
+    for heading in headings:
+        assert heading in everything
+        assert heading not in empty.replace("Words used here", "").split("accuracy The share")[0]
+    for name in facts():
+        one = {name: facts()[name]}
+        Page(reporting.html(one))
+        without = {key: value for key, value in facts().items() if key != name}
+        Page(reporting.html(without))
+        reporting.summary(one)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, None])
+def test_a_number_that_is_none_is_not_shown(number: float | None) -> None:
+    def emptied(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: emptied(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [emptied(item) for item in value]
+        return number if isinstance(value, float) else value
+
+    text = Page(reporting.html(emptied(facts()))).text
+    for sign in ("nan", "inf ", "None"):
+        assert sign not in text.split("Words used here")[0], sign
+    json.loads(reporting.as_json(emptied(facts())), parse_constant=pytest.fail)
+
+
+def test_json_is_the_facts() -> None:
+    assert json.loads(reporting.as_json(facts())) == facts()
+
+
+def test_report_writes_both_files_and_replaces_them_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = reporting.report(facts(), tmp_path / "deep" / "report.html")
+    first = path.read_text(encoding="utf-8")
+    assert json.loads(path.with_suffix(".json").read_text(encoding="utf-8")) == facts()
+    assert sorted(file.name for file in path.parent.iterdir()) == ["report.html", "report.json"]
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        reporting.report({"title": "other"}, path)
+    monkeypatch.undo()
+    assert path.read_text(encoding="utf-8") == first
+
+
+def test_report_is_an_html_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"ends in \.html"):
+        reporting.report({}, tmp_path / "report.pdf")
+
+
+def test_facts_are_not_changed() -> None:
+    before = facts()
+    kept = copy.deepcopy(before)
+    reporting.html(before)
+    reporting.summary(before)
+    assert before == kept
+
+
+def test_same_facts_same_page() -> None:
+    assert reporting.html(facts()) == reporting.html(facts())
+
+
+def test_verdict_follows_the_goals() -> None:
+    told = facts()
+    assert reporting.view(told)["verdict"]["light"] == "bad"
+    assert reporting.view(told)["verdict"]["advice"] == ["train for longer"]
+    for goal in told["goals"]:
+        goal["met"] = True
+    assert reporting.view(told)["verdict"]["light"] == "good"
+    assert reporting.view(told)["verdict"]["sentence"].startswith("All 2 goals were met.")
+    told["goals"] = []
+    assert reporting.view(told)["verdict"]["light"] == "neutral"
+    told["verdict"] = {"status": "missed", "sentence": "It was not to be."}
+    assert reporting.view(told)["verdict"]["sentence"] == "It was not to be."
+
+
+def test_summary_names_verdict_table_and_what_was_undone() -> None:
+    text = reporting.summary(facts())
+    assert text.splitlines()[0].startswith("1 of 2 goals missed")
+    assert "try: train for longer" in text
+    assert any(line.startswith("latency") and line.endswith("3.5× faster") for line in text.splitlines())
+    assert "undone: quantize: it was slower than float" in text
+
+
+def test_a_worse_result_is_called_worse() -> None:
+    told = facts()
+    told["before"], told["after"] = told["after"], told["before"]
+    changes = {row["label"]: (row["change"], row["good"]) for row in reporting.view(told)["comparison"]}
+    assert changes["latency"] == ("3.5× slower", False)
+    assert changes["size"] == ("8× larger", False)
+
+
+def test_a_faster_and_better_candidate_makes_the_other_pale() -> None:
+    marks = {mark["name"]: mark for mark in reporting.view(facts())["frontier"]["marks"]}
+    assert marks["pruned"]["beaten"] and not marks["original"]["beaten"] and not marks["quantized"]["beaten"]
+    assert marks["quantized"]["chosen"]
+    assert marks["quantized"]["x"] < marks["original"]["x"]
+    assert marks["original"]["y"] < marks["quantized"]["y"]  # higher accuracy stands higher
+    assert marks["original"]["high"] < marks["original"]["y"] < marks["original"]["low"]
+
+
+def test_page_of_a_deep_network_stays_small() -> None:
+    told = facts()
+    told["layers"] = [{**told["layers"][0], "name": f"stage{index}.conv"} for index in range(300)]
+    told["curves"][0]["series"][0] = {"name": "loss", "x": list(range(100_000)), "y": [1.0 / (1 + index) for index in range(100_000)]}
+    assert len(reporting.html(told).encode()) < 400_000
+
+
+@given(st.floats(-1e9, 1e9), st.floats(1e-6, 1e9))
+def test_ticks_span_the_data_in_equal_round_steps(low: float, span: float) -> None:
+    high = low + span
+    ticks = reporting._ticks(low, high)
+    slack = 1e-6 * max(abs(low), abs(high), span)
+    assert 2 <= len(ticks) <= 12
+    if high > low and span > slack:
+        assert ticks[0] <= low + slack and ticks[-1] >= high - slack
+        steps = [right - left for left, right in itertools.pairwise(ticks)]
+        assert min(steps) > 0 and max(steps) - min(steps) <= slack
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=2000), st.integers(1, 400))
+def test_thinning_keeps_ends_and_mean(values: list[float], most: int) -> None:
+    points = list(enumerate(values))
+    thin = reporting._thinned(points, most)
+    assert len(thin) <= max(most, 1)
+    assert thin[-1][0] == points[-1][0]
+    if len(values) % most == 0:  # equal stretches: the mean of means is the mean
+        assert sum(y for _, y in thin) / len(thin) == pytest.approx(sum(values) / len(values), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("function", "value", "text"),
+    [
+        (reporting.size, 0, "0 B"), (reporting.size, 999, "999 B"), (reporting.size, 214_000, "214 kB"), (reporting.size, 3_500_000, "3.5 MB"),
+        (reporting.count, 126_550_000, "127 M"), (reporting.count, 12, "12"), (reporting.seconds, 3.21, "3.21 s"), (reporting.seconds, 1520, "25 min 20 s"),
+        (reporting.seconds, 7300, "2 h 1 min"), (reporting._short, 1234567.0, "1.23e+06"), (reporting._short, 4.0, "4"), (reporting._short, 0.123456, "0.123"),
+        (reporting._signed, -0.612, "−0.61"), (reporting._signed, 0.4, "+0.40"), (reporting._signed, 0.001, "0.00"),
+    ],
+)  # fmt: skip
+def test_numbers_as_text(function: Any, value: float, text: str) -> None:
+    assert function(value) == text
