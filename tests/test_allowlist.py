@@ -39,7 +39,9 @@ def test_nothing_in_the_list_reads_files_or_unwritten_memory():
     assert not forbidden & allowlist.ATEN
 
 
-@pytest.mark.parametrize("target", [aten.relu_.default, aten.add.out, aten.from_file.default, aten.empty.memory_format, torch.load, exec, 3])
+@pytest.mark.parametrize(
+    "target", [aten.relu_.default, aten.add.out, aten.from_file.default, aten.empty.memory_format, torch.load, exec, 3]
+)
 def test_what_is_not_in_the_list_has_no_name(target):
     with pytest.raises(FormatError, match="calls"):
         name_of(target)
@@ -83,7 +85,7 @@ def test_calls_of_the_schema_pass(nodes):
 
 
 def test_other_calls_are_refused(nodes):
-    (t, s, n, l, _), yields = nodes[0].values(), nodes[1]
+    (t, s, n, several, _), yields = nodes[0].values(), nodes[1]
     for target, args, kwargs, words in [
         (aten.relu.default, (), {}, "lacks its argument 'self'"),
         (aten.relu.default, (t, t), {}, "takes 1 arguments, not 2"),
@@ -103,7 +105,7 @@ def test_other_calls_are_refused(nodes):
         (aten.arange.default, (1e300,), {}, "too large"),
         (operator.getitem, (t, 0), {}, "element of a list"),
         (operator.getitem, (s, "x"), {}, "whole number"),
-        (operator.mul, (l, 10**9), {}, "takes numbers, not the list l"),
+        (operator.mul, (several, 10**9), {}, "takes numbers, not the list l"),
         (operator.mul, ("x", 10**9), {}, "takes numbers, not 'x'"),
         (operator.pow, (n, n), {}, "exponent"),
         (operator.add, (n,), {}, "takes 2 arguments, not 1"),

@@ -54,7 +54,10 @@ def swap(folder):
 CHANGES = {
     "a changed bit": (flip, "changed since it was signed: weights.safetensors"),
     "a changed hidden file": (lambda folder: (folder / ".hidden").write_text(""), "changed since it was signed: .hidden"),
-    "a byte more": (lambda folder: (folder / "more/report.html").write_text("more/report.html" * 10 + "x"), "changed since it was signed: more/report.html"),
+    "a byte more": (
+        lambda folder: (folder / "more/report.html").write_text("more/report.html" * 10 + "x"),
+        "changed since it was signed: more/report.html",
+    ),
     "an emptied file": (lambda folder: (folder / "more/deep/x.bin").write_bytes(b""), "changed since it was signed: more/deep/x.bin"),
     "two files swapped": (swap, "changed since it was signed: graph.json, weights.safetensors"),
     "an added file": (lambda folder: (folder / "x").write_text("x"), "added since it was signed: x"),
@@ -74,7 +77,10 @@ CHANGES = {
     "an added pipe": (lambda folder: os.mkfifo(folder / "x"), "x: is no ordinary file"),
     "an added name that is no text": (lambda folder: (folder / "a\nb").touch(), "not plain text"),
     "a removed file": (lambda folder: (folder / "graph.json").unlink(), "removed since it was signed: graph.json"),
-    "a renamed file": (lambda folder: (folder / "graph.json").rename(folder / "g"), "added since it was signed: g; removed since .*: graph.json"),
+    "a renamed file": (
+        lambda folder: (folder / "graph.json").rename(folder / "g"),
+        "added since it was signed: g; removed since .*: graph.json",
+    ),
     "no signature": (lambda folder: (folder / "model.sig").unlink(), "is not signed"),
     "a signature that is a folder": (
         lambda folder: [(folder / "model.sig").unlink(), (folder / "model.sig").mkdir(), (folder / "model.sig/x").touch()],

@@ -281,7 +281,7 @@ _graph: dict[str, Callable[[dict[str, Any]], Any]] = {
     "arguments_are_of_the_schema": lambda graph: node(graph, "aten.relu.default").update(kwargs={"__class__": 1}),
     "arguments_are_of_their_type": lambda graph: node(graph, _conv)["args"].__setitem__(0, "x"),
     "lists_are_of_their_type": lambda graph: call(graph, "aten.cat.default", ["x"]),
-    "results_are_of_their_type": lambda graph: (call(graph, "aten.zeros.default", [_input])),
+    "results_are_of_their_type": lambda graph: call(graph, "aten.zeros.default", [_input]),
     "a_node_reads_only_nodes_before_it": lambda graph: node(graph, _conv)["args"].__setitem__(0, {"node": "relu"}),
     "a_node_does_not_read_itself": lambda graph: node(graph, _conv)["args"].__setitem__(0, {"node": "conv2d"}),
     "a_reference_is_a_name": lambda graph: node(graph, _conv)["args"].__setitem__(0, {"node": ["x"]}),

@@ -76,8 +76,12 @@ def test_any_value_in_place_of_another_loads_or_is_refused(good, tmp_path, data)
         key = data.draw(st.sampled_from(sorted(holder)) if isinstance(holder, dict) else st.integers(0, len(holder) - 1))
     scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5)
     names = st.sampled_from(["x", "conv2d", "relu", "conv.weight", "four", "float32", "int8", "aten.relu.default", "operator.getitem"])
-    keys = st.sampled_from(["node", "tuple", "slice", "dict", "float", "dtype", "device", "$float", "same_as", "stored"]) | st.text(max_size=3)
-    holder[key] = data.draw(st.recursive(scalars | names, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=2)))
+    keys = st.sampled_from(["node", "tuple", "slice", "dict", "float", "dtype", "device", "$float", "same_as", "stored"]) | st.text(
+        max_size=3
+    )
+    holder[key] = data.draw(
+        st.recursive(scalars | names, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=2))
+    )
     folder = tmp_path / "mutated"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(good, folder)
