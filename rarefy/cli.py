@@ -238,7 +238,7 @@ def _compress(asked: Any, key: str | None, as_json: bool) -> None:
         runtime=asked.runtime,
         workdir=f"{output}.work",
         seed=asked.seed,
-        device=asked.device,
+        device=_device(asked.device),
         title=source.text,
         recipe=recipe.write(asked),
     )
@@ -342,7 +342,7 @@ def distill(
     terms(loss)
     folder = _claim_folder(output)
     source, graph, task = _prepared(model, data)
-    common = {"training": training, "device": device, "checkpoint": f"{folder}.work"}
+    common = {"training": training, "device": _device(device), "checkpoint": f"{folder}.work"}
     if teacher is None:
         trained = without_teacher(graph, task, **common)
     else:
@@ -797,6 +797,20 @@ def _prepared(model: ModelOptions, data: DataOptions, needed: bool = True) -> tu
         task = recipe.make_task(recipe.data_options(_completed(options, source)))
     graph = sources.graph_of(source, shape or (task.input_shape if task is not None else None), model.core)
     return source, graph, task
+
+
+def _device(text: str | None) -> str | None:
+    """The device's name, if it is there."""
+    import torch
+
+    if text is None:
+        return None
+    try:
+        torch.empty(0, device=torch.device(text))
+    except (RuntimeError, AssertionError) as error:
+        have = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        raise InputError(f"--device {text}: no such device here; have {', '.join(have)}") from error
+    return text
 
 
 def _reference(reference: str | None, weights: str | None, classes: int | None, task: Any) -> Any:

@@ -211,7 +211,7 @@ def size(text: str | float, where: str) -> int:
     except (TypeError, KeyError, ValueError):
         raise InputError(f"{where}: {str(text)!r} is no size; write 2MB, 500kB or a number of bytes") from None
     if value <= 0:
-        raise InputError(f"{where}: {str(text)!r} must be more than 0 bytes")
+        raise InputError(f"{where}: {str(text)!r} is no bytes at all; write 2MB, 500kB or a number of bytes")
     return value
 
 
