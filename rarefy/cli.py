@@ -342,7 +342,7 @@ def distill(
     terms(loss)
     folder = _claim_folder(output)
     source, graph, task = _prepared(model, data)
-    common = {"training": training, "device": _device(device), "checkpoint": f"{folder}.work"}
+    common: dict[str, Any] = {"training": training, "device": _device(device), "checkpoint": f"{folder}.work"}
     if teacher is None:
         trained = without_teacher(graph, task, **common)
     else:
@@ -430,7 +430,15 @@ def evaluate(
     with contextlib.ExitStack() as stack:
         subject = judged if runtime is None else stack.enter_context(_session(runtime, source.text, judged))
         found = verb(
-            subject, task, reference=other, split=split, batch_size=batch_size, limit=limit, corruptions=names, seed=seed, device=device
+            subject,
+            task,
+            reference=other,
+            split=split,
+            batch_size=batch_size,
+            limit=limit,
+            corruptions=names,
+            seed=seed,
+            device=_device(device),
         )
     if as_json:
         show_json(found.to_json())
@@ -439,7 +447,7 @@ def evaluate(
         if found.reference is not None:
             facts["before"] = {"name": str(reference), "evaluation": found.reference.to_json()}
         _show_comparison(facts)
-    if most is not None and found.drop["value"] > most:
+    if most is not None and found.drop is not None and found.drop["value"] > most:
         raise GoalMissed(
             f"{source.text}: loses {100 * found.drop['value']:.2f} points against {reference}, more than {100 * most:g}; "
             "compress less, or train longer (`rarefy distill`)"
@@ -580,6 +588,7 @@ def _measured_again(
     measured = measuring.measure(models, runtime=runtime)
     for name in models:
         evaluation = found if name == "after" else found.reference
+        assert evaluation is not None
         facts[name] = {**facts.get(name, {}), **measured[name], "evaluation": evaluation.to_json()}
     facts.pop("verdict", None)
     facts["goals"] = []
