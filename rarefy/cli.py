@@ -359,9 +359,11 @@ def quantize(
     data: DataOptions,
     output: Output,
     images: Annotated[int, typer.Option(metavar="N", min=1, help="Images to calibrate on; they need no labels.")] = 128,
+    batch_size: Batch = 16,
     weight_grid: Annotated[str, typer.Option(metavar="GRID", help="int8, int4, ...")] = "int8",
-    activation_grid: Annotated[str, typer.Option(metavar="GRID", help="uint8, int8, or none for weights only.")] = "uint8",
+    activation_grid: Annotated[str, typer.Option(metavar="GRID", help="uint8 or int8.")] = "uint8",
     calibration: Annotated[str, typer.Option(metavar="CHOICE", help="Range of the activations; see `rarefy list calibration`.")] = "mse",
+    weight_calibration: Annotated[str, typer.Option(metavar="CHOICE", help="Range of the weights; the same choices.")] = "mse",
     rounding: Annotated[str, typer.Option(metavar="CHOICE", help="See `rarefy list rounding`.")] = "nearest",
     runtime: Runtime = "onnxruntime",
     ignore: Ignore = None,
@@ -373,7 +375,7 @@ def quantize(
     """8-bit integers in place of floats, calibrated on a few images, without training."""
     from rarefy import plugins
 
-    for kind, choice in (("calibration", calibration), ("rounding", rounding), ("runtimes", runtime)):
+    for kind, choice in (("calibration", calibration), ("calibration", weight_calibration), ("rounding", rounding), ("runtimes", runtime)):
         plugins.resolve(kind, choice)
     folder = _claim_folder(output)
     source, graph, task = _prepared(model, data)
@@ -383,9 +385,11 @@ def quantize(
         graph,
         task,
         images=images,
+        batch_size=batch_size,
         weights=weight_grid,
         activations=activation_grid,
         calibration=calibration,
+        weight_calibration=weight_calibration,
         rounding=rounding,
         runtime=runtime,
         ignore=tuple(ignore or ()),
