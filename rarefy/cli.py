@@ -581,7 +581,7 @@ def _recorded(place: Path) -> dict[str, Any]:
 def _measured_again(
     place: Path, data: DataOptions, reference: str | None, reference_weights: str | None, runtime: str, limit: int | None
 ) -> dict[str, Any]:
-    from rarefy import measuring
+    from rarefy import measuring, reporting
     from rarefy.evaluating import evaluate as judge
 
     facts: dict[str, Any] = _recorded(place) if (place / "report.json").exists() else {"title": str(place)}
@@ -594,6 +594,7 @@ def _measured_again(
         evaluation = found if name == "after" else found.reference
         assert evaluation is not None
         facts[name] = {**facts.get(name, {}), **measured[name], "evaluation": evaluation.to_json()}
+    facts |= {key: value for key, value in reporting.told_by(graph.meta.get("history", [])).items() if key not in facts}
     facts.pop("verdict", None)
     facts["goals"] = []
     return facts
