@@ -6,6 +6,9 @@ of as many runs as take ``SAMPLE_SECONDS``, far above the clock's resolution. Re
 faster a model is than the first one is the median over rounds of the ratio *within* a round, where the drift cancels. Each sample of a round is
 milliseconds away from the other. What is given up: runs that take turns find colder caches than one that has the machine for itself.
 
+A round that took 1.3 times as long as the fastest tenth of them did was disturbed by another process, and counts for no model. On a quiet machine that
+discards next to nothing; on a busy one it is the difference between a measurement and a lottery. ``repeats`` is what counted.
+
 **Threads** are one unless the runtime (``"onnxruntime:threads=4"``) or the caller says otherwise; the number used is part of the result.
 
 **Bytes** are those of ``weights.safetensors`` as ``save`` writes it. **Parameters** are the numbers the model has learned, also where they are
@@ -46,6 +49,7 @@ __all__ = ["count_macs", "count_parameters", "latency", "layer_macs", "measure",
 SAMPLE_SECONDS = 2e-3
 SECONDS = 4.0  # of all rounds together, where nobody says how many
 ROUNDS = (30, 400)
+DISTURBED = 1.3  # times as long as the fastest tenth of the rounds took
 CODES = "_codes"  # what the quantizer calls the integers of a weight
 
 Session = Callable[[Tensor], Any]
@@ -88,12 +92,14 @@ def measure(
             chosen.export(graph, files[name])
         example = example_inputs(next(iter(models.values())), batch=batch, seed=seed)[0]
         times = timed(files, example, runtime=chosen, repeats=repeats, warmup=warmup)
+        first = next(iter(models))
         found = {}
         for name, graph in models.items():
             found[name] = {
                 **costs(graph),
                 "peak_memory_bytes": peak_memory(files[name], example, runtime=chosen) if memory else None,
                 **times[name],
+                "speedup": times[name]["speedup"][first],
             }
     return found
 
@@ -144,7 +150,8 @@ def latency(
     models: callables, the first being what others are compared with. inputs: what each is called with, one tensor or several. repeats: rounds,
     None: see ``measure``. warmup: calls of each before anything counts.
 
-    ``{name: {"ms": {"median", "low", "high"}, "speedup": {"median", "low", "high"}, "repeats"}}``; low and high are the quartiles.
+    ``{name: {"ms": {"median", "low", "high"}, "speedup": {name: {"median", "low", "high"}}, "repeats"}}``: low and high are the quartiles of the rounds that count;
+    speedup is against each of the models.
     """
     if not models or (repeats is not None and repeats < 1) or warmup < 0:
         raise InputError(f"latency of {len(models)} models with repeats={repeats}, warmup={warmup}: give at least 1, 1 and 0")
@@ -160,9 +167,16 @@ def latency(
             start = turn % len(names)
             for name in names[start:] + names[:start]:
                 samples[name][turn] = _seconds(models[name], given, inner[name])
-    first = samples[names[0]]
+    total = np.sum([samples[name] * inner[name] for name in names], axis=0)
+    calm = total <= DISTURBED * np.quantile(total, 0.1)
+    samples = {name: found[calm] for name, found in samples.items()}
     return {
-        name: {"ms": _quartiles(1000 * samples[name]), "speedup": _quartiles(first / samples[name]), "repeats": repeats} for name in names
+        name: {
+            "ms": _quartiles(1000 * samples[name]),
+            "speedup": {other: _quartiles(samples[other] / samples[name]) for other in names},
+            "repeats": int(calm.sum()),
+        }
+        for name in names
     }
 
 

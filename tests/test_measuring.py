@@ -43,15 +43,28 @@ def test_models_take_turns_and_the_order_rotates() -> None:
     log: list[str] = []
     found = measuring.latency({name: Clock(name, 0.0025, log) for name in "abc"}, torch.zeros(1), repeats=3, warmup=1)
     assert log[-9:] == list("abcbcacab")  # one run a sample, since a run takes longer than a sample must
-    assert found["a"]["repeats"] == 3
+    assert 1 <= found["a"]["repeats"] <= 3
+
+
+def test_a_disturbed_round_counts_for_no_model() -> None:
+    """Every third run of one model takes ten times as long; its rounds are left out, and the ratio is as if nothing had been."""
+    calls = iter(range(10**6))
+
+    def disturbed(inputs: Tensor) -> None:
+        Clock("", 0.03 if next(calls) % 3 == 2 else 0.003, [])(inputs)
+
+    found = measuring.latency({"a": disturbed, "b": Clock("b", 0.003, [])}, torch.zeros(1), repeats=30)
+    assert found["a"]["repeats"] <= 20
+    assert found["a"]["ms"]["high"] < 10 and 0.7 < found["b"]["speedup"]["a"]["median"] < 1.4
 
 
 def test_speedup_is_of_pairs() -> None:
     log: list[str] = []
     found = measuring.latency({"slow": Clock("slow", 0.006, log), "fast": Clock("fast", 0.002, log)}, torch.zeros(1), repeats=15)
-    assert found["slow"]["speedup"] == {"median": 1.0, "low": 1.0, "high": 1.0}
-    assert found["fast"]["speedup"]["high"] >= found["fast"]["speedup"]["median"] >= found["fast"]["speedup"]["low"]
-    assert found["fast"]["speedup"]["high"] > 1.5  # 3 on a machine of one's own
+    assert found["slow"]["speedup"]["slow"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+    ratio = found["fast"]["speedup"]["slow"]
+    assert ratio["high"] >= ratio["median"] >= ratio["low"]
+    assert ratio["high"] > 1.5  # 3 on a machine of one's own
     assert found["fast"]["ms"]["low"] >= 2.0 and found["slow"]["ms"]["low"] >= 6.0
 
 
@@ -67,7 +80,7 @@ def test_a_sample_is_long_enough() -> None:
 
 def test_repeats_are_chosen_within_bounds() -> None:
     found = measuring.latency({"a": Clock("a", 0.02, [])}, torch.zeros(1))
-    assert measuring.ROUNDS[0] <= found["a"]["repeats"] <= measuring.ROUNDS[1]
+    assert measuring.ROUNDS[0] / 10 <= found["a"]["repeats"] <= measuring.ROUNDS[1]
 
 
 @pytest.mark.parametrize(("repeats", "warmup"), [(0, 1), (1, -1)])
@@ -83,7 +96,7 @@ def test_measure_counts_exactly(tmp_path: Path) -> None:
     assert found["macs"] == (4 * 9 + 4 * 4 * 9) * 64 + 4 * 64 * 10
     saved = artifact.save(graph, tmp_path / "saved") / "weights.safetensors"
     assert found["size_bytes"] == saved.stat().st_size
-    assert found["latency_ms"]["batch"] == 2 and found["latency_ms"]["threads"] == 1 and found["latency_ms"]["repeats"] == 3
+    assert found["latency_ms"]["batch"] == 2 and found["latency_ms"]["threads"] == 1 and 1 <= found["latency_ms"]["repeats"] <= 3
     assert found["latency_ms"]["runtime"] == "onnxruntime"
     assert found["peak_memory_bytes"] is None
     assert (tmp_path / "0.onnx").is_file()
