@@ -6,8 +6,8 @@ of as many runs as take ``SAMPLE_SECONDS``, far above the clock's resolution. Re
 faster a model is than the first one is the median over rounds of the ratio *within* a round, where the drift cancels. Each sample of a round is
 milliseconds away from the other. What is given up: runs that take turns find colder caches than one that has the machine for itself.
 
-A round that took 1.3 times as long as the fastest tenth of them did was disturbed by another process, and counts for no model. On a quiet machine that
-discards next to nothing; on a busy one it is the difference between a measurement and a lottery. ``repeats`` is what counted.
+A round that took 1.3 times as long as the fastest one was disturbed by another process, and counts for no model (the ten fastest always
+count). On a quiet machine that discards next to nothing; on a busy one it is the difference between a measurement and a lottery. ``repeats`` is what counted.
 
 **Threads** are one unless the runtime (``"onnxruntime:threads=4"``) or the caller says otherwise; the number used is part of the result.
 
@@ -49,7 +49,8 @@ __all__ = ["count_macs", "count_parameters", "latency", "layer_macs", "measure",
 SAMPLE_SECONDS = 2e-3
 SECONDS = 4.0  # of all rounds together, where nobody says how many
 ROUNDS = (30, 400)
-DISTURBED = 1.3  # times as long as the fastest tenth of the rounds took
+DISTURBED = 1.3  # times as long as the fastest round took
+CALM = 10  # rounds that count in any case
 CODES = "_codes"  # what the quantizer calls the integers of a weight
 
 Session = Callable[[Tensor], Any]
@@ -62,7 +63,7 @@ def measure(
     batch: int = 1,
     threads: int | None = None,
     repeats: int | None = None,
-    warmup: int = 5,
+    warmup: int = 20,
     memory: bool = True,
     folder: str | os.PathLike[str] | None = None,
     seed: int = 0,
@@ -126,7 +127,7 @@ def timed(
     *,
     runtime: Any = "onnxruntime",
     repeats: int | None = None,
-    warmup: int = 5,
+    warmup: int = 20,
 ) -> dict[str, dict[str, Any]]:
     """Latency of exported files that take turns: ``{name: {"latency_ms": {...}, "speedup": {...}}}`` as in ``measure``.
 
@@ -143,7 +144,7 @@ def timed(
 
 
 def latency(
-    models: Mapping[str, Session], inputs: Tensor | Sequence[Tensor], *, repeats: int | None = None, warmup: int = 5
+    models: Mapping[str, Session], inputs: Tensor | Sequence[Tensor], *, repeats: int | None = None, warmup: int = 20
 ) -> dict[str, dict[str, Any]]:
     """Milliseconds of one call, of models that take turns; the docstring above says how.
 
@@ -168,7 +169,7 @@ def latency(
             for name in names[start:] + names[:start]:
                 samples[name][turn] = _seconds(models[name], given, inner[name])
     total = np.sum([samples[name] * inner[name] for name in names], axis=0)
-    calm = total <= DISTURBED * np.quantile(total, 0.1)
+    calm = total <= max(DISTURBED * total.min(), np.sort(total)[:CALM][-1])
     samples = {name: found[calm] for name, found in samples.items()}
     return {
         name: {
@@ -248,7 +249,7 @@ def _peak_bytes(reset: bool = False) -> int | None:
 
 def _runs_of_a_sample(model: Session, given: Sequence[Tensor], warmup: int) -> int:
     _seconds(model, given, max(1, warmup))
-    once = min(_seconds(model, given, 1) for _ in range(3))
+    once = min(_seconds(model, given, 1) for _ in range(10))
     return max(1, math.ceil(SAMPLE_SECONDS / max(once, 1e-7)))
 
 
