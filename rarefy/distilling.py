@@ -496,10 +496,11 @@ class _Run:
 
     def _gradients(self, inputs: Tensor, targets: Tensor | None) -> Tensor | None:
         """Gradients of the batch's mean loss, and that loss; None if the device's memory did not suffice."""
-        self.optimizer.zero_grad(set_to_none=True)
+        graphs = self.training.compile == "reduce-overhead"
+        self._forget_gradients(own=graphs and self.accumulate > 1)
         try:
             if self.accumulate == 1:
-                if self.training.compile == "reduce-overhead":
+                if graphs:
                     torch.compiler.cudagraph_mark_step_begin()
                 loss = self.learner(inputs, targets)
                 loss.backward()
@@ -508,6 +509,8 @@ class _Run:
             parts = inputs.chunk(self.accumulate)
             labels = targets.chunk(self.accumulate) if targets is not None else itertools.repeat(None)
             for index, (part, label) in enumerate(zip(parts, labels)):
+                if graphs:
+                    torch.compiler.cudagraph_mark_step_begin()
                 apart = index + 1 < len(parts) and self.accelerator.num_processes > 1
                 with self.accelerator.no_sync(self.learner) if apart else contextlib.nullcontext():
                     loss = self.learner(part, label) * (len(part) / len(inputs))
@@ -516,6 +519,14 @@ class _Run:
             return total
         except torch.OutOfMemoryError:
             return None
+
+    def _forget_gradients(self, own: bool) -> None:
+        """own: sums of several parts need memory of their own, for a CUDA graph writes each part's gradients to the same place."""
+        self.optimizer.zero_grad(set_to_none=not own)
+        if own:
+            for parameter in self.learned.values():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
 
     def _halve(self, images: int) -> None:
         """Smaller parts after an out-of-memory error: the same batch, accumulated."""

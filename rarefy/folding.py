@@ -1,0 +1,209 @@
+"""Rewrites that leave a network's answers as they are and make it ready for few bits.
+
+* ``fold``: batch norm goes into the convolution or linear layer before it, w <- w g / sqrt(v + e), b <- (b - m) g / sqrt(v + e) + beta;
+  one that stands alone (after a concatenation, say) becomes a depthwise 1x1 convolution of the same factors, which every runtime has in
+  integers. Dropout goes. The result is for inference only.
+* ``simplify``: one form for what can be written in several (mean over the plane is average pooling; hardswish is x hardsigmoid(x), silu
+  is x sigmoid(x)), so that the tables of operators stay short.
+* ``equalize``: cross-layer equalisation (1906.04721). Between two layers with nothing but a positively homogeneous activation (ReLU) and
+  one reader in between, channel i of the first is divided and of the second multiplied by s_i = sqrt(r1_i r2_i) / r2_i, r the channel's
+  largest weight, until the ranges meet. Exact for ReLU; ReLU6 and hardswish are left alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from rarefy.capturing import attribute, finish, set_attribute, shapes
+
+aten = torch.ops.aten
+WEIGHTED = {aten.conv2d.default, aten.conv2d.padding, aten.conv1d.default, aten.linear.default}
+_DROPOUT = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.feature_alpha_dropout.default}
+
+
+def weighted(node: fx.Node) -> bool:
+    """A convolution or linear layer whose weight (and bias, if any) is a stored tensor."""
+    if node.op != "call_function" or node.target not in WEIGHTED:
+        return False
+    sources = node.args[1:3]
+    return all(source is None or (isinstance(source, fx.Node) and source.op == "get_attr") for source in sources)
+
+
+def layer_name(node: fx.Node) -> str:
+    """``layer1.0.conv1`` for the node that reads ``layer1.0.conv1.weight``."""
+    source = node.args[1]
+    assert isinstance(source, fx.Node)
+    return str(source.target).rpartition(".")[0] or str(source.target)
+
+
+def fold(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy without batch norm and dropout that answers as ``graph`` does in eval mode."""
+    graph = copy.deepcopy(graph).eval()
+    for node in list(graph.graph.nodes):
+        if node.op == "call_function" and node.target in _DROPOUT:
+            node.replace_all_uses_with(node.args[0])
+        elif node.op == "call_function" and node.target is aten.batch_norm.default and node.args[3] is not None:
+            _fold_batch_norm(graph, node)
+    return finish(graph)
+
+
+def simplify(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy in which what can be written in several ways is written in one."""
+    graph = copy.deepcopy(graph)
+    found = shapes(graph)
+    for node in list(graph.graph.nodes):
+        if node.op != "call_function":
+            continue
+        with graph.graph.inserting_before(node):
+            rule = _SIMPLER.get(node.target)
+            simpler = rule(graph.graph, node, found) if rule else None
+        if simpler is not None:
+            node.replace_all_uses_with(simpler)
+    return finish(graph)
+
+
+def equalize(graph: fx.GraphModule, rounds: int = 20) -> int:
+    """Equalise ``graph`` (folded) in place; returns how many pairs of layers were."""
+    pairs = [(node, after) for node in graph.graph.nodes if weighted(node) and (after := _next_layer(graph, node)) is not None]
+    for _ in range(rounds):
+        change = 0.0
+        for first, second in pairs:
+            change = max(change, _equalize_pair(graph, first, second))
+        if change < 1e-3:
+            break
+    return len(pairs)
+
+
+def _fold_batch_norm(graph: fx.GraphModule, node: fx.Node) -> None:
+    source, *parameters = node.args[:5]
+    gamma, beta, mean, variance = (None if value is None else attribute(graph, value.target).detach() for value in parameters)  # type: ignore[union-attr]
+    factor = torch.rsqrt(variance.double() + float(node.args[7]))  # type: ignore[arg-type]
+    factor = factor if gamma is None else factor * gamma.double()
+    shift = -mean.double() * factor if beta is None else beta.double() - mean.double() * factor
+    assert isinstance(source, fx.Node)
+    name = str(parameters[2].target).rpartition(".")[0]  # type: ignore[union-attr]
+    if weighted(source) and len(source.users) == 1:
+        weight = attribute(graph, source.args[1].target)  # type: ignore[union-attr]
+        bias = attribute(graph, source.args[2].target) if len(source.args) > 2 and source.args[2] is not None else None  # type: ignore[union-attr]
+        wide = weight.detach().double() * factor.view(-1, *[1] * (weight.dim() - 1))
+        moved = shift if bias is None else shift + bias.detach().double() * factor
+        put(graph, source, wide.to(weight.dtype), moved.to(weight.dtype))
+        node.replace_all_uses_with(source)
+    elif _rank(graph, node) == 4:
+        channels = len(mean)
+        with graph.graph.inserting_before(node):
+            weight = _stored(graph, f"{name}.scale.weight", factor.to(mean.dtype).view(-1, 1, 1, 1))
+            bias = _stored(graph, f"{name}.scale.bias", shift.to(mean.dtype))
+            alone = graph.graph.call_function(aten.conv2d.default, (source, weight, bias, [1, 1], [0, 0], [1, 1], channels))
+        alone.meta["stack"] = name
+        node.replace_all_uses_with(alone)
+
+
+def _rank(graph: fx.GraphModule, node: fx.Node) -> int:
+    return len(shapes(graph)[node].shape)
+
+
+def put(graph: fx.GraphModule, node: fx.Node, weight: Tensor, bias: Tensor) -> None:
+    """Give a weighted node these tensors as parameters of its own (a weight that other nodes read as well stays as it is for them)."""
+    source = node.args[1]
+    assert isinstance(source, fx.Node)
+    base = str(source.target)
+    readers = [user for other in graph.graph.nodes if other.op == "get_attr" and other.target == base for user in other.users]
+    name = base if len(readers) == 1 else f"{base.rpartition('.')[0]}.{node.name}.weight".lstrip(".")
+    owner = name.rpartition(".")[0]
+    with graph.graph.inserting_before(node):
+        new_weight = _stored(graph, name, weight)
+        new_bias = _stored(graph, f"{owner}.bias" if owner else f"{name}_bias", bias)
+    node.args = (node.args[0], new_weight, new_bias, *node.args[3:])
+
+
+def _stored(graph: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
+    set_attribute(graph, name, nn.Parameter(value))
+    return graph.graph.get_attr(name)
+
+
+def _mean(graph: fx.Graph, node: fx.Node, found: dict[fx.Node, Any]) -> fx.Node | None:
+    source, axes = node.args[0], node.args[1] if len(node.args) > 1 else None
+    assert isinstance(source, fx.Node)
+    if len(found[source].shape) != 4 or axes is None or sorted(axis % 4 for axis in axes) != [2, 3]:  # type: ignore[union-attr]
+        return None
+    pooled = graph.call_function(aten.adaptive_avg_pool2d.default, (source, [1, 1]))
+    keep = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
+    return pooled if keep else graph.call_function(aten.flatten.using_ints, (pooled, 1))
+
+
+def _pool(graph: fx.Graph, node: fx.Node, found: dict[fx.Node, Any]) -> Any:
+    source, size = node.args[0], node.args[1]
+    assert isinstance(source, fx.Node)
+    sizes = [int(value) for value in size] if isinstance(size, (list, tuple)) else [int(size)] * 2  # type: ignore[arg-type, union-attr]
+    plane = list(found[source].shape[-2:])
+    if plane == sizes:
+        return source
+    if sizes != [1, 1] and all(side % wanted == 0 for side, wanted in zip(plane, sizes, strict=True)):
+        kernel = [side // wanted for side, wanted in zip(plane, sizes, strict=True)]
+        return graph.call_function(aten.avg_pool2d.default, (source, kernel, kernel))
+    return None
+
+
+def _gated(gate: Any) -> Any:
+    def rule(graph: fx.Graph, node: fx.Node, found: dict[fx.Node, Any]) -> fx.Node:
+        opened = graph.call_function(gate, (node.args[0],))
+        product = graph.call_function(aten.mul.Tensor, (node.args[0], opened))
+        opened.meta, product.meta = dict(node.meta), dict(node.meta)
+        return product
+
+    return rule
+
+
+_SIMPLER = {
+    aten.mean.dim: _mean,
+    aten.adaptive_avg_pool2d.default: _pool,
+    aten.hardswish.default: _gated(aten.hardsigmoid.default),
+    aten.silu.default: _gated(aten.sigmoid.default),
+}
+
+
+def _next_layer(graph: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """The layer that alone reads ``node``, through at most one ReLU, if both weights are theirs alone."""
+    after = node
+    while len(after.users) == 1:
+        after = next(iter(after.users))
+        if weighted(after):
+            alone = all(len(source.users) == 1 for source in (node.args[1], after.args[1]) if isinstance(source, fx.Node))
+            return after if alone and after.args[0] is not node.args[0] and _channels(graph, after) == attribute(graph, node.args[1].target).shape[0] else None  # type: ignore[union-attr]
+        if after.op != "call_function" or after.target is not aten.relu.default:
+            return None
+    return None
+
+
+def _groups(node: fx.Node) -> int:
+    return int(node.args[6]) if len(node.args) > 6 else 1  # type: ignore[arg-type]
+
+
+def _channels(graph: fx.GraphModule, node: fx.Node) -> int:
+    """Input channels, where each is read on its own (no groups but depthwise); 0 otherwise."""
+    weight = attribute(graph, node.args[1].target)  # type: ignore[union-attr]
+    groups = _groups(node)
+    if groups == 1:
+        return int(weight.shape[1])
+    return groups if weight.shape[0] == groups and weight.shape[1] == 1 else 0
+
+
+def _equalize_pair(graph: fx.GraphModule, first: fx.Node, second: fx.Node) -> float:
+    one, two = (attribute(graph, node.args[1].target) for node in (first, second))  # type: ignore[union-attr]
+    axis = 1 if _groups(second) == 1 else 0
+    with torch.no_grad():
+        r1 = one.abs().flatten(1).amax(1)
+        r2 = two.abs().transpose(0, axis).flatten(1).amax(1)
+        usable = (r1 > 0) & (r2 > 0)
+        s = torch.where(usable, torch.sqrt(r1 * r2) / r2, torch.ones_like(r1)).clamp(1e-3, 1e3)
+        one.div_(s.view(-1, *[1] * (one.dim() - 1)))
+        if len(first.args) > 2 and first.args[2] is not None:
+            attribute(graph, first.args[2].target).div_(s)  # type: ignore[union-attr]
+        two.mul_(s.view([-1 if dim == axis else 1 for dim in range(two.dim())]))
+        return float((s.log().abs()).max()) / math.log(2)

@@ -1,0 +1,150 @@
+"""place(): which values of a graph become integers, from a runtime's table of what it can run in integers.
+
+A runtime says which operators have an integer kernel (``Capabilities``), and the values are chosen so that such kernels follow each other
+without a float operator between them:
+
+* a *layer* (convolution, linear) is integer wherever its weights are stored;
+* a *join* (add, multiply, concatenate, average, sigmoid) is integer where all it reads comes from integers and somebody reads it as integers;
+* a *clip* (ReLU, ReLU6) after an integer operator costs nothing: the grid of the result ends where the clip does, and the node goes;
+* a *carrier* (reshape, max pooling, slice) moves codes as they are, on the grid of what it reads.
+
+The model's answers stay float: the last layer's sums are not rounded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from rarefy.folding import layer_name, weighted
+
+aten = torch.ops.aten
+
+
+@dataclasses.dataclass(frozen=True)
+class Capabilities:
+    """Operators a runtime runs in integers. float_result: layers whose sums may stay float (others are rounded in any case)."""
+
+    layers: frozenset[Any]
+    joins: frozenset[Any]
+    carriers: frozenset[Any]
+    clips: frozenset[Any]
+    float_result: frozenset[Any]
+
+
+@dataclasses.dataclass
+class Placement:
+    """layers: integer layers in order. values: nodes whose result is rounded, in order. fused: clip -> the node that does its work.
+    carried: carrier -> the value whose grid it keeps. integer: all integer nodes."""
+
+    layers: list[fx.Node]
+    values: list[fx.Node]
+    fused: dict[fx.Node, fx.Node]
+    carried: dict[fx.Node, fx.Node]
+    integer: set[fx.Node]
+
+    def root(self, node: fx.Node) -> fx.Node:
+        """The value whose codes ``node`` yields."""
+        return self.carried.get(node, node)
+
+
+def clip_bounds(node: fx.Node) -> tuple[float, float]:
+    """What a clip lets through."""
+    if node.target is aten.relu.default:
+        return 0.0, float("inf")
+    if node.target is aten.relu6.default:
+        return 0.0, 6.0
+    bounds = [*node.args[1:], *node.kwargs.values()]
+    default = (-1.0, 1.0) if node.target is aten.hardtanh.default else (float("-inf"), float("inf"))
+    lo, hi = (*bounds, None, None)[:2]
+    return default[0] if lo is None else float(lo), default[1] if hi is None else float(hi)  # type: ignore[arg-type]
+
+
+def place(graph: fx.GraphModule, can: Capabilities, ignore: Sequence[str] = (), found: dict[fx.Node, Any] | None = None) -> Placement:
+    """Choose. ignore: globs of layer names that stay float."""
+
+    def ignored(node: fx.Node) -> bool:
+        return any(fnmatch.fnmatch(name, glob) for glob in ignore for name in (layer_name(node) if weighted(node) else "", node.name, node.meta.get("stack", "")) if name)
+
+    nodes = list(graph.graph.nodes)
+    layers = {node for node in nodes if weighted(node) and node.target in can.layers and not ignored(node)}
+    joins = {node for node in nodes if node.op == "call_function" and node.target in can.joins and _joinable(node) and not ignored(node)}
+    fused: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        if node.op == "call_function" and node.target in can.clips:
+            source = node.args[0]
+            if source in layers or source in joins:
+                if len(source.users) == 1:
+                    fused[node] = source
+                    continue
+            joins.add(node)
+
+    def is_carrier(node: fx.Node) -> bool:
+        if node.target is operator.getitem:
+            return isinstance(node.args[0], fx.Node) and is_carrier(node.args[0])
+        return node.op == "call_function" and node.target in can.carriers
+
+    def source_of(node: fx.Node) -> fx.Node:
+        while is_carrier(node):
+            node = node.args[0]  # type: ignore[assignment]
+        return node
+
+    def leads_to_integers(node: fx.Node, integer: set[fx.Node]) -> bool:
+        return any(
+            user in integer or ((is_carrier(user) or user in fused) and leads_to_integers(user, integer))
+            for user in node.users
+        )
+
+    while True:
+        integer = layers | joins
+        yielding = integer | {clip for clip, source in fused.items() if source in integer}
+        dropped = {
+            node for node in joins
+            if not all(source_of(source) in yielding for source in _tensors(node)) or not leads_to_integers(node, integer)
+        }
+        if not dropped:
+            break
+        joins -= dropped
+        for clip in [clip for clip, source in fused.items() if source in dropped]:
+            del fused[clip]
+    integer = layers | joins
+    result_of = {source: clip for clip, source in fused.items()}
+    values: set[fx.Node] = set()
+    for node in integer:
+        values.update(source_of(source) for source in _tensors(node))
+        result = result_of.get(node, node)
+        if node not in layers or node.target not in can.float_result or leads_to_integers(result, integer):
+            values.add(result)
+        elif result is not node:
+            del fused[result]  # the clip stays: the sums before it are float
+    carried = {node: source_of(node) for node in nodes if is_carrier(node) and source_of(node) in values and leads_to_integers(node, integer)}
+    return Placement(
+        layers=[node for node in nodes if node in layers],
+        values=[node for node in nodes if node in values],
+        fused=fused,
+        carried=carried,
+        integer=integer,
+    )
+
+
+def _tensors(node: fx.Node) -> list[fx.Node]:
+    """The activations a node reads: for a layer its first argument."""
+    return [node.args[0]] if weighted(node) else list(node.all_input_nodes)  # type: ignore[list-item]
+
+
+def _joinable(node: fx.Node) -> bool:
+    """A join of activations: no scaled addition, no scalar, and only global pooling among the adaptive ones."""
+    if node.target in (aten.add.Tensor, aten.mul.Tensor):
+        return not node.kwargs and all(isinstance(argument, fx.Node) and argument.op != "get_attr" for argument in node.args)
+    if node.target is aten.adaptive_avg_pool2d.default:
+        return list(node.args[1]) == [1, 1]  # type: ignore[arg-type]
+    if node.target is aten.avg_pool2d.default:
+        ceil, divisor = (*node.args[4:5], False)[0], (*node.args[6:7], None)[0]
+        return not ceil and divisor is None
+    return all(source.op != "get_attr" for source in node.all_input_nodes)
