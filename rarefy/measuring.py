@@ -1,0 +1,280 @@
+"""measure(): what a model costs: parameters, MACs, bytes on disk, latency on the runtime that will run it, memory.
+
+**Latency** is compared, not listed: a machine's speed drifts by more than the differences that matter. So all models take turns, in rounds:
+each round runs every model once, and the order rotates from round to round, so that none always follows the same one. One sample is the mean
+of as many runs as take ``SAMPLE_SECONDS``, far above the clock's resolution. Reported are the median and the quartiles of the samples; how many times
+faster a model is than the first one is the median over rounds of the ratio *within* a round, where the drift cancels. Each sample of a round is
+milliseconds away from the other. What is given up: runs that take turns find colder caches than one that has the machine for itself.
+
+A round that took 1.3 times as long as the fastest one was disturbed by another process, and counts for no model (the ten fastest always
+count). On a quiet machine that discards next to nothing; on a busy one it is the difference between a measurement and a lottery. ``repeats`` is what counted.
+
+**Threads** are one unless the runtime (``"onnxruntime:threads=4"``) or the caller says otherwise; the number used is part of the result.
+
+**Bytes** are those of ``weights.safetensors`` as ``save`` writes it. **Parameters** are the numbers the model has learned, also where they are
+stored as integer codes. **MACs** are those of ``rarefy/counting.py``, for one sample.
+
+**Peak memory** is that of a fresh process: its highest resident memory while it opens the exported file and runs it three times, less what it
+held just before, with all libraries loaded. It contains the runtime's buffers and the weights, not the libraries. None where the system doesn't tell.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from rarefy import artifact, counting, plugins
+from rarefy.capturing import dtype_name, example_inputs
+from rarefy.counting import count_macs, layer_macs
+from rarefy.errors import InputError
+
+__all__ = ["count_macs", "count_parameters", "latency", "layer_macs", "measure", "peak_memory", "timed", "weight_bytes"]
+
+SAMPLE_SECONDS = 2e-3
+SECONDS = 4.0  # of all rounds together, where nobody says how many
+ROUNDS = (30, 400)
+DISTURBED = 1.3  # times as long as the fastest round took
+CALM = 10  # rounds that count in any case
+CODES = "_codes"  # what the quantizer calls the integers of a weight
+
+Session = Callable[[Tensor], Any]
+
+
+def measure(
+    models: Mapping[str, fx.GraphModule],
+    *,
+    runtime: Any = "onnxruntime",
+    batch: int = 1,
+    threads: int | None = None,
+    repeats: int | None = None,
+    warmup: int = 20,
+    memory: bool = True,
+    folder: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+) -> dict[str, dict[str, Any]]:
+    """Cost of each model, by name; latencies from one run in which all take turns.
+
+    batch: samples a run. threads: see above. repeats: rounds; None: as many as 4 seconds
+    hold, 30 to 400. folder: where the exported files stay; None: they are temporary.
+
+    ``{name: {"parameters", "macs", "size_bytes", "peak_memory_bytes", "latency_ms": {"median", "low", "high", "batch", "threads", "runtime",
+    "repeats"}, "speedup": {"median", "low", "high"}}}``: low and high are quartiles, speedup is against the first model.
+    Raises InputError for no model, models of different inputs, or what the runtime can't run.
+    """
+    if not models:
+        raise InputError("measure: no model was given; pass {name: graph}")
+    shapes = {json.dumps(graph.meta["inputs"]) for graph in models.values()}
+    if len(shapes) > 1:
+        raise InputError(
+            f"measure: the models take different inputs, {' and '.join(sorted(shapes))}; only models of one input can be compared"
+        )
+    chosen = with_threads(runtime, threads)
+    with tempfile.TemporaryDirectory(prefix="rarefy-") as temporary:
+        home = Path(folder if folder is not None else temporary)
+        home.mkdir(parents=True, exist_ok=True)
+        files = {name: home / f"{index}.onnx" for index, name in enumerate(models)}
+        for name, graph in models.items():
+            chosen.export(graph, files[name])
+        example = example_inputs(next(iter(models.values())), batch=batch, seed=seed)[0]
+        times = timed(files, example, runtime=chosen, repeats=repeats, warmup=warmup)
+        first = next(iter(models))
+        found = {}
+        for name, graph in models.items():
+            found[name] = {
+                **costs(graph),
+                "peak_memory_bytes": peak_memory(files[name], example, runtime=chosen) if memory else None,
+                **times[name],
+                "speedup": times[name]["speedup"][first],
+            }
+    return found
+
+
+def costs(graph: fx.GraphModule) -> dict[str, int]:
+    """What needs no clock: parameters, MACs of one sample, bytes of the weights on disk."""
+    return {"parameters": count_parameters(graph), "macs": count_macs(graph), "size_bytes": weight_bytes(graph)}
+
+
+def count_parameters(graph: fx.GraphModule) -> int:
+    """Numbers the model has learned: its parameters, and weights that became integer codes."""
+    return counting.count_parameters(graph) + sum(one.numel() for name, one in graph.named_buffers() if name.endswith(CODES))
+
+
+def weight_bytes(graph: fx.GraphModule) -> int:
+    """Size of ``weights.safetensors``, as ``save`` writes it."""
+    with tempfile.TemporaryDirectory(prefix="rarefy-") as folder:
+        return (artifact.save(graph, Path(folder) / "model") / artifact.WEIGHTS).stat().st_size
+
+
+def timed(
+    files: Mapping[str, str | os.PathLike[str]],
+    example: Tensor,
+    *,
+    runtime: Any = "onnxruntime",
+    repeats: int | None = None,
+    warmup: int = 20,
+) -> dict[str, dict[str, Any]]:
+    """Latency of exported files that take turns: ``{name: {"latency_ms": {...}, "speedup": {...}}}`` as in ``measure``.
+
+    example: (batch, ...), what each run is given. runtime: with its threads set (``with_threads``).
+    """
+    found = latency({name: runtime.open(Path(file)) for name, file in files.items()}, example, repeats=repeats, warmup=warmup)
+    stated = {
+        "batch": len(example),
+        "threads": runtime.threads,
+        "runtime": plugins.describe(runtime).partition(":")[0],
+        "repeats": next(iter(found.values()))["repeats"],
+    }
+    return {name: {"latency_ms": {**one["ms"], **stated}, "speedup": one["speedup"]} for name, one in found.items()}
+
+
+def latency(
+    models: Mapping[str, Session], inputs: Tensor | Sequence[Tensor], *, repeats: int | None = None, warmup: int = 20
+) -> dict[str, dict[str, Any]]:
+    """Milliseconds of one call, of models that take turns; the docstring above says how.
+
+    models: callables, the first being what others are compared with. inputs: what each is called with, one tensor or several. repeats: rounds,
+    None: see ``measure``. warmup: calls of each before anything counts.
+
+    ``{name: {"ms": {"median", "low", "high"}, "speedup": {name: {"median", "low", "high"}}, "repeats"}}``: low and high are the quartiles of the rounds that count;
+    speedup is against each of the models.
+    """
+    if not models or (repeats is not None and repeats < 1) or warmup < 0:
+        raise InputError(f"latency of {len(models)} models with repeats={repeats}, warmup={warmup}: give at least 1, 1 and 0")
+    given = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    names = list(models)
+    inner = {name: _runs_of_a_sample(models[name], given, warmup) for name in names}
+    if repeats is None:
+        one = sum(_seconds(models[name], given, inner[name]) * inner[name] for name in names)
+        repeats = min(ROUNDS[1], max(ROUNDS[0], round(SECONDS / one)))
+    samples = {name: np.empty(repeats) for name in names}
+    with _undisturbed():
+        for turn in range(repeats):
+            start = turn % len(names)
+            for name in names[start:] + names[:start]:
+                samples[name][turn] = _seconds(models[name], given, inner[name])
+    total = np.sum([samples[name] * inner[name] for name in names], axis=0)
+    calm = total <= max(DISTURBED * total.min(), np.sort(total)[:CALM][-1])
+    samples = {name: found[calm] for name, found in samples.items()}
+    return {
+        name: {
+            "ms": _quartiles(1000 * samples[name]),
+            "speedup": {other: _quartiles(samples[other] / samples[name]) for other in names},
+            "repeats": int(calm.sum()),
+        }
+        for name in names
+    }
+
+
+def with_threads(runtime: Any, threads: int | None = None) -> Any:
+    """The runtime, its threads a number: the caller's, else the runtime's own, else 1."""
+    chosen = plugins.resolve("runtimes", runtime)
+    if threads is not None and threads < 1:
+        raise InputError(f"threads={threads}: give at least 1")
+    return dataclasses.replace(chosen, threads=threads or chosen.threads or 1)
+
+
+def peak_memory(file: str | os.PathLike[str], example: Tensor, *, runtime: Any = "onnxruntime", timeout: float = 600.0) -> int | None:
+    """Bytes that a fresh process takes to open ``file`` and run it on inputs like ``example``; None where the system does not tell.
+
+    Raises InputError where that process fails.
+    """
+    asked = [plugins.describe(runtime), os.fspath(file), json.dumps([list(example.shape), dtype_name(example.dtype)])]
+    place = str(Path(__file__).resolve().parents[1])
+    known = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (place, os.environ.get("PYTHONPATH"))))}
+    program = "import sys; from rarefy.measuring import _child; _child(*sys.argv[1:])"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program, *asked], env=known, capture_output=True, text=True, timeout=timeout, check=True
+        )
+    except subprocess.TimeoutExpired as error:
+        raise InputError(f"{file}: was not opened and run in {timeout:g} s; the machine may be out of memory") from error
+    except subprocess.CalledProcessError as error:
+        last = (error.stderr.strip().splitlines() or [f"exit {error.returncode}"])[-1]
+        raise InputError(f"{file}: could not be run in a process of its own ({last})") from error
+    value: int | None = json.loads(done.stdout.strip().splitlines()[-1])
+    return value
+
+
+def _child(runtime: str, file: str, example: str) -> None:
+    """The process of ``peak_memory``."""
+    shape, dtype = json.loads(example)
+    kind = getattr(torch, dtype)
+    chosen = plugins.resolve("runtimes", runtime)
+    given = torch.zeros(shape, dtype=kind) if not kind.is_floating_point else torch.rand(shape, dtype=kind)
+    if plugins.describe(chosen).startswith("onnxruntime"):
+        importlib.import_module("onnxruntime")  # opening would load it, and the library is no cost of the model's
+    gc.collect()
+    before = _peak_bytes(reset=True)
+    session = chosen.open(Path(file))
+    for _ in range(3):
+        session(given)
+    after = _peak_bytes()
+    print(json.dumps(None if before is None or after is None else max(0, after - before)))
+
+
+def _peak_bytes(reset: bool = False) -> int | None:
+    """Highest resident memory of this process; with ``reset``, the highest starts anew at what is held now.
+
+    Not ``ru_maxrss`` on Linux: it survives exec, so a child would begin with its parent's.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        if reset:
+            with suppress(OSError):  # a sandbox may forbid it: then the baseline is the highest of importing
+                Path("/proc/self/clear_refs").write_text("5")
+        line = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
+        return 1024 * int(line.split()[1]) if line else None
+    if sys.platform == "darwin":
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return None
+
+
+def _runs_of_a_sample(model: Session, given: Sequence[Tensor], warmup: int) -> int:
+    _seconds(model, given, max(1, warmup))
+    once = min(_seconds(model, given, 1) for _ in range(10))
+    return max(1, math.ceil(SAMPLE_SECONDS / max(once, 1e-7)))
+
+
+def _seconds(model: Session, given: Sequence[Tensor], runs: int) -> float:
+    """Mean seconds of one of ``runs`` calls."""
+    begun = time.perf_counter()
+    for _ in range(runs):
+        model(*given)
+    return (time.perf_counter() - begun) / runs
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """No garbage collection and no autograd in what is timed."""
+    collected = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        if collected:
+            gc.enable()
+
+
+def _quartiles(values: np.ndarray[Any, Any]) -> dict[str, float]:
+    low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
+    return {"median": float(median), "low": float(low), "high": float(high)}
