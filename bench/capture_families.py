@@ -61,7 +61,11 @@ def built(name: str) -> nn.Module:
     options: dict[str, Any] = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
     model = torchvision.models.get_model(name, weights=None, **options)
     for module in model.modules():
-        for attribute in ("p", "dropout", "attention_dropout"):  # of Dropout and StochasticDepth, of attention, of Swin's and MaxViT's attention
+        for attribute in (
+            "p",
+            "dropout",
+            "attention_dropout",
+        ):  # of Dropout and StochasticDepth, of attention, of Swin's and MaxViT's attention
             if isinstance(getattr(module, attribute, None), float):
                 setattr(module, attribute, 0.0)
     return model
