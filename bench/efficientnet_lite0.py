@@ -52,7 +52,7 @@ FLOAT, OURS, THEIRS = "float", "rarefy", "onnxruntime"
 
 def task_of(mean: Any, std: Any) -> Classification:
     return Classification(
-        train=real_data.imagenet_calib, val=real_data.imagenet_val, size=224, class_count=1000, mean=mean, std=std, crop=1.0
+        train=real_data.imagenet_calib(), val=real_data.imagenet_val(), size=224, class_count=1000, mean=mean, std=std, crop=224 / 227
     )
 
 
@@ -190,7 +190,7 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
         islands = runtime.integer_islands(files[OURS])
         rows = timings(files, example, given.rounds)
         onnx_bytes = {name: path.stat().st_size for name, path in files.items()}
-    imagenet = evaluate(original, task_of(None, None), limit=given.limit)
+        imagenet = evaluate(sessions[FLOAT], task_of(None, None), limit=given.limit)
     return {
         "bench": "efficientnet_lite0",
         "torch": torch.__version__,
