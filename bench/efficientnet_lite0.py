@@ -11,7 +11,7 @@ take turns in one timed run for each batch size and number of threads.
 * at most 0.5 points lost against the float file, on the same images;
 * simulation in PyTorch and ONNX file give the same top-1 on at least 99.5 % of them;
 * at least as fast as ONNX Runtime's own file: the ratio of times, ours over theirs, within each round of the timing; the interval of the median of
-  these (95 %, from order statistics) must not lie above 1.
+  these (95 %) must not lie above 1.
 
 Normalisation: the weights were trained on (pixel - 127) / 128; the original's accuracy with ImageNet's mean and std, often used with them, is printed too.
 """
@@ -23,11 +23,12 @@ import contextlib
 import io
 import json
 import logging
+import math
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,58 +111,41 @@ def peak_mb() -> float | None:
     return next(int(line.split()[1]) / 1000 for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
 
 
-def interval_of_median(values: np.ndarray) -> tuple[float, float]:
-    """95 % interval from order statistics: n/2 -+ 0.98 sqrt(n)."""
-    ordered = np.sort(values)
-    half = 0.98 * np.sqrt(len(ordered))
-    low, high = int(max(0, np.floor(len(ordered) / 2 - half))), int(min(len(ordered) - 1, np.ceil(len(ordered) / 2 + half)))
-    return float(ordered[low]), float(ordered[high])
+def interval(ratio: dict[str, float], rounds: int) -> list[float]:
+    """95 % interval of a median from its quartiles: median -+ 1.57 (high - low) / sqrt(n) (McGill, Tukey and Larsen 1978)."""
+    half = 1.57 * (ratio["high"] - ratio["low"]) / math.sqrt(rounds)
+    return [ratio["median"] - half, ratio["median"] + half]
 
 
-def raced(sessions: dict[str, Callable[[Tensor], Tensor]], inputs: Tensor, rounds: int) -> dict[str, np.ndarray]:
-    """Milliseconds of each model in each round; the order rotates, and one sample is at least 5 ms of runs."""
-    repeats = {}
-    for name, session in sessions.items():
-        for _ in range(3):
-            session(inputs)
-        begun = time.perf_counter()
-        session(inputs)
-        repeats[name] = max(1, int(np.ceil(5e-3 / (time.perf_counter() - begun))))
-    found, names = {name: np.empty(rounds) for name in sessions}, list(sessions)
-    for turn in range(rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            begun = time.perf_counter()
-            for _ in range(repeats[name]):
-                sessions[name](inputs)
-            found[name][turn] = 1000 * (time.perf_counter() - begun) / repeats[name]
-    return found
+def timings(files: dict[str, Path], inputs: Tensor, rounds: int | None) -> list[dict[str, Any]]:
+    """Three files in turn for each setting. ``against_NAME``: our time over theirs, within a round."""
+    from rarefy.measuring import latency
 
-
-def timings(files: dict[str, Path], inputs: Tensor, rounds: int) -> list[dict[str, Any]]:
-    """Three files in turn for each setting; ratios within a round."""
     from rarefy.runtimes.onnxruntime import OnnxRuntime
 
     rows = []
     for batch, threads in SETTINGS:
         runtime = OnnxRuntime(threads=threads)
-        times = raced({name: runtime.open(path) for name, path in files.items()}, inputs[:batch], rounds)
-        row: dict[str, Any] = {"batch": batch, "threads": threads, "rounds": rounds}
-        row["ms"] = {
-            name: dict(zip(("low", "median", "high"), np.quantile(values, (0.25, 0.5, 0.75)).tolist())) for name, values in times.items()
+        found = latency({name: runtime.open(path) for name, path in files.items()}, inputs[:batch], repeats=rounds)
+        counted = found[OURS]["repeats"]
+        row: dict[str, Any] = {
+            "batch": batch,
+            "threads": threads,
+            "rounds": counted,
+            "ms": {name: one["ms"] for name, one in found.items()},
         }
         for name in (THEIRS, FLOAT):
-            ratios = times[OURS] / times[name]
-            row[f"against_{name}"] = {"median": float(np.median(ratios)), "interval": list(interval_of_median(ratios))}
+            ratio = found[name]["speedup"][OURS]  # how many times faster they are than ours
+            row[f"against_{name}"] = {"median": ratio["median"], "interval": interval(ratio, counted)}
         rows.append(row)
     return rows
 
 
 def measured(given: argparse.Namespace) -> dict[str, Any]:
     from rarefy.measuring import weight_bytes
-    from rarefy.runtimes.onnxruntime import OnnxRuntime
 
     from rarefy import quantize
+    from rarefy.runtimes.onnxruntime import OnnxRuntime
 
     task = task_of(real_data.LITE_MEAN, real_data.LITE_STD)
     original: fx.GraphModule = capture(real_data.efficientnet_lite0(), torch.zeros(2, 3, 224, 224))
@@ -271,7 +255,7 @@ def main() -> int:
     option("--calibration", default="mse")
     option("--rounding", default="nearest")
     option("--seed", type=int, default=0)
-    option("--rounds", type=int, default=200, help="of timing")
+    option("--rounds", type=int, help="of timing")
     option("--limit", type=int, help="so many labelled images only, for a trial")
     option("--out", type=Path, metavar="FILE", help="write the JSON there too")
     option("--check", action="store_true", help="exit 1 where the goals are missed")

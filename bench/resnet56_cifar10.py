@@ -85,9 +85,9 @@ def trained(original: fx.GraphModule, task: Classification, given: argparse.Name
 def judged(original: fx.GraphModule, student: fx.GraphModule, task: Classification, given: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Quantised, exported, and measured against the original: everything a row of the table says."""
     from rarefy.measuring import latency, weight_bytes
-    from rarefy.runtimes.onnxruntime import OnnxRuntime
 
     from rarefy import quantize
+    from rarefy.runtimes.onnxruntime import OnnxRuntime
 
     small = quantize(student, task, images=CALIBRATION_IMAGES, calibration=given.calibration, seed=seed)
     with tempfile.TemporaryDirectory(prefix="rarefy-bench-") as folder:
@@ -130,7 +130,7 @@ def shortfalls(run: dict[str, Any], goals: Mode, minutes: float) -> list[str]:
     wanted: list[tuple[str, float, float | None]] = [
         ("top-1 of the int8 file, in %", 100 * run["int8"]["value"], 100 * goals.top1),
         ("times fewer MACs", run["fewer_macs"], goals.fewer_macs),
-        ("times faster, 1 thread", run["latency"]["1"]["int8"]["speedup"]["median"], goals.faster),
+        ("times faster, 1 thread", run["latency"]["1"]["int8"]["speedup"]["float"]["median"], goals.faster),
         ("times smaller", run["smaller"], goals.smaller),
     ]
     short = [f"{name}: {value:.4g} is below {least:g}" for name, value, least in wanted if least is not None and not value >= least]
@@ -156,7 +156,7 @@ def shown(runs: list[dict[str, Any]], original: dict[str, Any]) -> None:
     for threads in map(str, THREADS):
         columns = [run["latency"][threads] for run in runs]
         rows.append((f"ms an image, threads {threads}", spread(columns[0]["float"]["ms"]), *(spread(one["int8"]["ms"]) for one in columns)))
-        rows.append((f"  times faster, threads {threads}", "", *(spread(one["int8"]["speedup"]) for one in columns)))
+        rows.append((f"  times faster, threads {threads}", "", *(spread(one["int8"]["speedup"]["float"]) for one in columns)))
     rows += [
         ("simulation and file, same top-1", "", *(f"{run['parity']['agreement']:.2%} of {run['parity']['samples']}" for run in runs)),
         ("training, s", "", *(f"{run['training']['timing']['seconds']:.0f}" for run in runs)),
