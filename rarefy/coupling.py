@@ -221,14 +221,16 @@ def _settle(trace: Trace) -> Coupling:
     marked = torch.cat([labels for _, labels in freezes])
     reason_of_mark = torch.cat([torch.full((len(labels),), index) for index, labels in freezes])
     edges = edges[:, ~zero]
-    joint = list({
-        id(layer): layer
-        for values in trace.values.values()
-        for value in (values if isinstance(values, list) else [values])
-        if isinstance(value, Value)
-        for layer in value.layers
-        if len(axes_of(layer)) > 1
-    }.values())
+    joint = list(
+        {
+            id(layer): layer
+            for values in trace.values.values()
+            for value in (values if isinstance(values, list) else [values])
+            if isinstance(value, Value)
+            for layer in value.layers
+            if len(axes_of(layer)) > 1
+        }.values()
+    )
     while True:
         component = _components(edges, trace.count)
         frozen = torch.zeros(int(component.max()) + 1, dtype=torch.bool)

@@ -202,5 +202,3 @@ def _overlapping(members: list[tuple[int, Tensor]]) -> list[list[tuple[int, Tens
                 apart.append((other_axes, other))
         groups = [*apart, (axes, group)]
     return [group for _, group in groups]
-
-

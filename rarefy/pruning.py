@@ -97,8 +97,13 @@ def prune(
     difference = self_check(coupling, small, plan.alive, seed) if check else None
     small.train(graph.training)
     options = {
-        **target.asked, "criterion": plugins.describe(rule), "ranking": ranking, "round_to": round_to, "floor": floor,
-        "ignore": list(ignore), "seed": seed,
+        **target.asked,
+        "criterion": plugins.describe(rule),
+        "ranking": ranking,
+        "round_to": round_to,
+        "floor": floor,
+        "ignore": list(ignore),
+        "seed": seed,
     }
     facts = {
         "asked": target.asked,
@@ -109,8 +114,12 @@ def prune(
         "frozen": coupling.frozen,
         "unknown_operators": coupling.unknown,
         "kept_whole": plan.whole,
-        "self_check": None if difference is None else {
-            "largest_relative_difference": difference.largest, "nodes": difference.nodes, "statistics_on_kept": difference.statistics,
+        "self_check": None
+        if difference is None
+        else {
+            "largest_relative_difference": difference.largest,
+            "nodes": difference.nodes,
+            "statistics_on_kept": difference.statistics,
         },
     }
     small.meta.setdefault("history", []).append({"step": "prune", "options": options, "facts": facts})
@@ -139,7 +148,7 @@ def _target(keep: float | None, macs: float | int | None, params: float | int | 
     given = {name: value for name, value in (("keep", keep), ("macs", macs), ("params", params)) if value is not None}
     if len(given) != 1:
         raise InputError(f"give one of keep=, macs=, params=, such as macs=0.5; got {', '.join(given) or 'none'}")
-    (kind, value), = given.items()
+    ((kind, value),) = given.items()
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not number or value <= 0 or (value > 1 and (kind == "keep" or not float(value).is_integer())):
         allowed = "a fraction in (0, 1]" if kind == "keep" else "a fraction in (0, 1] or a whole number"

@@ -41,7 +41,6 @@ def blank(result: Any) -> Any:
     return result
 
 
-
 def pointwise(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value:
     shape = tuple(trace.found[node].shape)
     operands = [value for value in a.values() if isinstance(value, Value)]

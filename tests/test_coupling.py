@@ -13,8 +13,6 @@ from rarefy.errors import InputError
 from rarefy.surgery import cut
 from rarefy.twin import check
 
-torch.set_num_threads(1)
-
 
 class Net(nn.Module):
     """A network from its layers and a function of (self, x)."""
@@ -393,8 +391,15 @@ def test_coordinates_in_a_buffer_are_an_input() -> None:
 
 
 def test_several_inputs_and_outputs() -> None:
-    net = Net(lambda s, x, y: {"sum": s.head(z := s.a(x) + s.b(y)), "inner": [s.other(z), s.free(s.c(x))]},
-              a=conv(3, 6), b=conv(2, 6), c=conv(3, 4), head=conv(6, 2), other=conv(6, 3), free=conv(4, 1))
+    net = Net(
+        lambda s, x, y: {"sum": s.head(z := s.a(x) + s.b(y)), "inner": [s.other(z), s.free(s.c(x))]},
+        a=conv(3, 6),
+        b=conv(2, 6),
+        c=conv(3, 4),
+        head=conv(6, 2),
+        other=conv(6, 3),
+        free=conv(4, 1),
+    )
     found = coupled(net, IMAGE, torch.randn(2, 2, 8, 8))
     assert classes(found, "a.weight", 0) == classes(found, "b.weight", 0) and 0 not in classes(found, "a.weight", 0)
     cut_half(found)

@@ -26,8 +26,6 @@ from rarefy.pruning import Target, choose, prune
 from rarefy.surgery import cut
 from rarefy.twin import check
 
-torch.set_num_threads(1)
-
 
 class Block(nn.Module):
     """He's block for CIFAR, with the padded shortcut (option A)."""
@@ -335,8 +333,10 @@ def test_prunes_again(resnet: fx.GraphModule) -> None:
         ({"keep": 0.5, "ignore": ["backbone.*"]}, "ignore='backbone.*' matches no parameter or module"),
         ({"macs": 0.001}, r"macs=0.001 is out of reach, the least is macs=0.0\d+ \(floor=0.1 of each layer stays"),
         ({"macs": 0.05, "round_to": 16}, "macs=0.05 is out of reach.*lower floor or round_to"),
-        ({"keep": 0.3, "ranking": "local", "round_to": 8},
-         "conv1: 16 channels cannot be rounded to a multiple of 8 at keep=0.3; pass round_to=4 or list it in ignore"),
+        (
+            {"keep": 0.3, "ranking": "local", "round_to": 8},
+            "conv1: 16 channels cannot be rounded to a multiple of 8 at keep=0.3; pass round_to=4 or list it in ignore",
+        ),
     ],
 )
 def test_refusals(resnet: fx.GraphModule, options: dict, message: str) -> None:  # type: ignore[type-arg]
@@ -507,8 +507,13 @@ def test_taylor_is_the_first_order_change_by_hand() -> None:
 
 def test_macs_by_hand() -> None:
     net = nn.Sequential(
-        nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 16, 3, 1, 1, groups=8), nn.Conv2d(16, 4, 3, 1, 1, groups=2),
-        nn.ConvTranspose2d(4, 6, 2, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5),
+        nn.Conv2d(3, 8, 3, 2, 1),
+        nn.Conv2d(8, 16, 3, 1, 1, groups=8),
+        nn.Conv2d(16, 4, 3, 1, 1, groups=2),
+        nn.ConvTranspose2d(4, 6, 2, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 5),
     )
     graph = capture(net, torch.randn(2, 3, 8, 8))
     place = 4 * 4
@@ -534,3 +539,13 @@ def test_known_macs() -> None:
     """torchvision's own figure for ResNet-18 is 1.814 GMACs at 224; convolutions scale with the area."""
     graph = capture(torchvision.models.resnet18(weights=None), torch.randn(2, 3, 224, 224))
     assert count_macs(graph) == 1_814_073_344 and count_parameters(graph) == 11_689_512
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("criterion", ["magnitude", "taylor"])
+def test_prunes_on_the_gpu_as_on_the_cpu(resnet: fx.GraphModule, criterion: str) -> None:
+    small = prune(resnet, macs=0.5, criterion=criterion, task=FakeTask())
+    on_gpu = prune(copy.deepcopy(resnet).cuda(), macs=0.5, criterion=criterion, task=FakeTask())
+    assert all(value.is_cuda for value in on_gpu.state_dict().values())
+    assert widths(on_gpu) == widths(small) if criterion == "magnitude" else facts(on_gpu)["reached"]["macs"] <= 0.5
+    assert on_gpu(torch.randn(3, 3, 16, 16, device="cuda")).shape == (3, 10)

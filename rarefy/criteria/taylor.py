@@ -43,9 +43,7 @@ class Taylor:
         if task is None:
             raise InputError("criterion 'taylor' needs data: pass task=, or use criterion='magnitude'")
         weights = {
-            name: weight.detach().clone().requires_grad_()
-            for name, weight in graph.named_parameters()
-            if weight.is_floating_point()
+            name: weight.detach().clone().requires_grad_() for name, weight in graph.named_parameters() if weight.is_floating_point()
         }
         scored = [name for name, weight in weights.items() if weight.dim() > 1]
         total = torch.zeros(coupling.count, dtype=torch.float64)
