@@ -48,7 +48,8 @@ types: $(READY)
 bench-setup: $(BENCH)
 
 bench: $(BENCH)
-	set -e; for script in bench/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	$(BIN)/python bench/resnet56_cifar10.py
+	$(BIN)/python bench/efficientnet_lite0.py
 
 bench-gpu: $(BENCH)
 	$(BIN)/python bench/resnet56_cifar10.py --device cuda

@@ -39,19 +39,20 @@ def data_folder() -> Path:
 
 
 def cifar10(split: str = "val") -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, 3, 32, 32) uint8 and labels (N,) int64: 50,000 for "train", 10,000 for "val" (the official test images)."""
+    """Images (N, 3, 32, 32) uint8 and labels (N,) int64: 50,000 for "train", 10,000 for "val" (the official test images); fewer where files are missing."""
     part = "train" if split == "train" else "test"
     folder = data_folder() / "cifar10"
     files = sorted(folder.glob(f"{part}*/{part}_[0-9][0-9].webp"))
     if not files:
         raise DataError(f"{folder}: has no {part} images; RAREFY_DATA must hold the whole data set")
-    images = []
-    for file in files:  # mosaics of 25 rows by 40 columns of 32x32 images
+    images, places = [], []
+    for file in files:  # mosaics of 25 rows by 40 columns of 32x32 images; file k holds images 1000 k to 1000 k + 999
         with Image.open(file) as mosaic:
             tiles = np.asarray(mosaic.convert("RGB")).reshape(25, 32, 40, 32, 3)
         images.append(tiles.transpose(0, 2, 4, 1, 3).reshape(-1, 3, 32, 32))
+        places.append(1000 * int(file.stem[-2:]) + np.arange(1000))
     with np.load(folder / f"{part}_labels.npz", allow_pickle=False) as labels:
-        return np.concatenate(images), labels["y"].astype(np.int64)
+        return np.concatenate(images), labels["y"].astype(np.int64)[np.concatenate(places)]
 
 
 def imagenet_val() -> list[tuple[str, int]]:

@@ -249,7 +249,7 @@ def _check_function(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], y
         source, index = args
         if not isinstance(source, fx.Node) or yields[source] not in (TENSORS, LIST, ANY):
             raise FormatError("operator.getitem takes an element of a list of tensors")
-        if not type(index) is int or abs(index) > MOST_ELEMENTS:
+        if type(index) is not int or abs(index) > MOST_ELEMENTS:
             raise FormatError(f"operator.getitem takes a whole number as index, not {_said(index)}")
         return TENSOR if yields[source] == TENSORS else ANY
     for value in args:

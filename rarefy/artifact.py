@@ -20,6 +20,7 @@ graph.json and weights.safetensors hold no time, no path and no random order. ``
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import math
@@ -29,6 +30,7 @@ import re
 import secrets
 import shutil
 import stat
+import sys
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from io import BufferedReader
@@ -331,14 +333,15 @@ def _written(target: Path) -> Iterator[Path]:
             _sync(path)
         _sync(temporary)
         _check_replaceable(target)
-        try:
-            if target.is_dir():
-                target.rename(previous)
-            temporary.rename(target)
-        except BaseException:
-            if previous.exists() and not target.exists():
-                previous.rename(target)
-            raise
+        if not (target.is_dir() and _exchanged(temporary, target)):
+            try:
+                if target.is_dir():
+                    target.rename(previous)
+                temporary.rename(target)
+            except BaseException:
+                if previous.exists() and not target.exists():
+                    previous.rename(target)
+                raise
         _sync(target.parent)
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"{target}: can't be written ({error}); what was there before is unchanged") from error
@@ -346,6 +349,18 @@ def _written(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         if target.is_dir():
             shutil.rmtree(previous, ignore_errors=True)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Swap two folders in one step, so that a kill at any moment leaves one of them there; False where the system can't."""
+    if sys.platform != "linux":
+        return False
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
 
 
 def _sync(path: Path) -> None:

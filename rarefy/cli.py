@@ -238,7 +238,7 @@ def _compress(asked: Any, key: str | None, as_json: bool) -> None:
         runtime=asked.runtime,
         workdir=f"{output}.work",
         seed=asked.seed,
-        device=asked.device,
+        device=_device(asked.device),
         title=source.text,
         recipe=recipe.write(asked),
     )
@@ -342,7 +342,7 @@ def distill(
     terms(loss)
     folder = _claim_folder(output)
     source, graph, task = _prepared(model, data)
-    common = {"training": training, "device": device, "checkpoint": f"{folder}.work"}
+    common: dict[str, Any] = {"training": training, "device": _device(device), "checkpoint": f"{folder}.work"}
     if teacher is None:
         trained = without_teacher(graph, task, **common)
     else:
@@ -359,9 +359,11 @@ def quantize(
     data: DataOptions,
     output: Output,
     images: Annotated[int, typer.Option(metavar="N", min=1, help="Images to calibrate on; they need no labels.")] = 128,
+    batch_size: Batch = 16,
     weight_grid: Annotated[str, typer.Option(metavar="GRID", help="int8, int4, ...")] = "int8",
-    activation_grid: Annotated[str, typer.Option(metavar="GRID", help="uint8, int8, or none for weights only.")] = "uint8",
+    activation_grid: Annotated[str, typer.Option(metavar="GRID", help="uint8 or int8.")] = "uint8",
     calibration: Annotated[str, typer.Option(metavar="CHOICE", help="Range of the activations; see `rarefy list calibration`.")] = "mse",
+    weight_calibration: Annotated[str, typer.Option(metavar="CHOICE", help="Range of the weights; the same choices.")] = "mse",
     rounding: Annotated[str, typer.Option(metavar="CHOICE", help="See `rarefy list rounding`.")] = "nearest",
     runtime: Runtime = "onnxruntime",
     ignore: Ignore = None,
@@ -373,7 +375,7 @@ def quantize(
     """8-bit integers in place of floats, calibrated on a few images, without training."""
     from rarefy import plugins
 
-    for kind, choice in (("calibration", calibration), ("rounding", rounding), ("runtimes", runtime)):
+    for kind, choice in (("calibration", calibration), ("calibration", weight_calibration), ("rounding", rounding), ("runtimes", runtime)):
         plugins.resolve(kind, choice)
     folder = _claim_folder(output)
     source, graph, task = _prepared(model, data)
@@ -383,9 +385,11 @@ def quantize(
         graph,
         task,
         images=images,
+        batch_size=batch_size,
         weights=weight_grid,
         activations=activation_grid,
         calibration=calibration,
+        weight_calibration=weight_calibration,
         rounding=rounding,
         runtime=runtime,
         ignore=tuple(ignore or ()),
@@ -430,7 +434,15 @@ def evaluate(
     with contextlib.ExitStack() as stack:
         subject = judged if runtime is None else stack.enter_context(_session(runtime, source.text, judged))
         found = verb(
-            subject, task, reference=other, split=split, batch_size=batch_size, limit=limit, corruptions=names, seed=seed, device=device
+            subject,
+            task,
+            reference=other,
+            split=split,
+            batch_size=batch_size,
+            limit=limit,
+            corruptions=names,
+            seed=seed,
+            device=_device(device),
         )
     if as_json:
         show_json(found.to_json())
@@ -439,7 +451,7 @@ def evaluate(
         if found.reference is not None:
             facts["before"] = {"name": str(reference), "evaluation": found.reference.to_json()}
         _show_comparison(facts)
-    if most is not None and found.drop["value"] > most:
+    if most is not None and found.drop is not None and found.drop["value"] > most:
         raise GoalMissed(
             f"{source.text}: loses {100 * found.drop['value']:.2f} points against {reference}, more than {100 * most:g}; "
             "compress less, or train longer (`rarefy distill`)"
@@ -569,7 +581,7 @@ def _recorded(place: Path) -> dict[str, Any]:
 def _measured_again(
     place: Path, data: DataOptions, reference: str | None, reference_weights: str | None, runtime: str, limit: int | None
 ) -> dict[str, Any]:
-    from rarefy import measuring
+    from rarefy import measuring, reporting
     from rarefy.evaluating import evaluate as judge
 
     facts: dict[str, Any] = _recorded(place) if (place / "report.json").exists() else {"title": str(place)}
@@ -580,7 +592,9 @@ def _measured_again(
     measured = measuring.measure(models, runtime=runtime)
     for name in models:
         evaluation = found if name == "after" else found.reference
+        assert evaluation is not None
         facts[name] = {**facts.get(name, {}), **measured[name], "evaluation": evaluation.to_json()}
+    facts |= {key: value for key, value in reporting.told_by(graph.meta.get("history", [])).items() if key not in facts}
     facts.pop("verdict", None)
     facts["goals"] = []
     return facts
@@ -797,6 +811,20 @@ def _prepared(model: ModelOptions, data: DataOptions, needed: bool = True) -> tu
         task = recipe.make_task(recipe.data_options(_completed(options, source)))
     graph = sources.graph_of(source, shape or (task.input_shape if task is not None else None), model.core)
     return source, graph, task
+
+
+def _device(text: str | None) -> str | None:
+    """The device's name, if it is there."""
+    import torch
+
+    if text is None:
+        return None
+    try:
+        torch.empty(0, device=torch.device(text))
+    except (RuntimeError, AssertionError) as error:
+        have = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        raise InputError(f"--device {text}: no such device here; have {', '.join(have)}") from error
+    return text
 
 
 def _reference(reference: str | None, weights: str | None, classes: int | None, task: Any) -> Any:

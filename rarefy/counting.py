@@ -58,7 +58,7 @@ def products(node: fx.Node, found: dict[fx.Node, Any]) -> Products:
     return rule(node, found) if rule is not None else []
 
 
-def _axes(node: fx.Node, found: dict[fx.Node, Any], start: int = 0) -> list[Axis]:
+def _axes(node: Any, found: dict[fx.Node, Any], start: int = 0) -> list[Axis]:
     return [(node, axis) for axis in range(start, found[node].dim())]
 
 
@@ -72,14 +72,15 @@ def _transposed_convolution(node: fx.Node, found: dict[fx.Node, Any]) -> Product
 
 def _matrix_product(first: int) -> Callable[[fx.Node, dict[fx.Node, Any]], Products]:
     def rule(node: fx.Node, found: dict[fx.Node, Any]) -> Products:
-        left = node.args[first]
+        left: Any = node.args[first]
         return [[*_axes(node, found), (left, found[left].dim() - 1)]]
 
     return rule
 
 
 def _attention(node: fx.Node, found: dict[fx.Node, Any]) -> Products:
-    query, key = node.args[0], node.args[1]
+    query: Any = node.args[0]
+    key: Any = node.args[1]
     keys = (key, found[key].dim() - 2)
     return [[*_axes(query, found), keys], [*_axes(node, found), keys]]
 

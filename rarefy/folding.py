@@ -64,6 +64,7 @@ def simplify(graph: fx.GraphModule) -> fx.GraphModule:
             simpler = rule(graph.graph, node, found) if rule else None
         if simpler is not None:
             node.replace_all_uses_with(simpler)
+            found[simpler] = found[node]
     return finish(graph)
 
 

@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
+import zstandard
 from torch import Tensor
 
-from rarefy.errors import FormatError, InputError, MissingDependency
+from rarefy.errors import FormatError, InputError
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 
@@ -92,7 +92,7 @@ def unpack(packed: Tensor, bits: int, shape: Sequence[int], dtype: torch.dtype) 
 def entropy_encode(codes: Tensor, bits: int) -> Tensor | None:
     """``codes`` (int8 or uint8) as a zstandard frame, uint8 (n,); None where ``entropy_decode`` would refuse its ratio."""
     stream = pack(codes, _WHOLE[bits]).numpy().tobytes()
-    frame = _zstandard().ZstdCompressor(level=1, write_content_size=True, write_checksum=False).compress(stream)
+    frame = zstandard.ZstdCompressor(level=1, write_content_size=True, write_checksum=False).compress(stream)
     if len(stream) > LARGEST_RATIO * len(frame):
         return None
     return torch.frombuffer(bytearray(frame), dtype=torch.uint8)
@@ -104,7 +104,6 @@ def entropy_decode(frame: Tensor, bits: int, shape: Sequence[int], dtype: torch.
     Raises FormatError for a frame that is not one, that holds another number of bytes than ``shape`` asks, or codes beyond ``bits``.
     """
     _check(dtype, bits)
-    zstandard = _zstandard()
     size = packed_size(math.prod(shape), _WHOLE[bits])
     if frame.dtype != torch.uint8 or frame.dim() != 1:
         raise FormatError("entropy-coded codes are stored as bytes in one axis")
@@ -130,11 +129,3 @@ def _check(dtype: torch.dtype, bits: int) -> None:
         raise InputError(f"codes are int8 or uint8, not {dtype}")
     if bits not in WIDTHS:
         raise InputError(f"codes of {bits} bits: choose 2 to 8")
-
-
-def _zstandard() -> Any:
-    try:
-        import zstandard
-    except ImportError as error:
-        raise MissingDependency("zstandard", "zstd") from error
-    return zstandard

@@ -1,18 +1,18 @@
 """prune(): a smaller network with the channels that matter most.
 
-    couple ─▶ score (criteria/*) ─▶ choose (this file) ─▶ cut and check (surgery.py)
+    couple ─▶ score (criteria/*) ─▶ choose (this file) ─▶ cut (surgery.py) ─▶ check (twin.py)
 
 A class is a set of slices that leave together (``coupling.py``). Classes are grouped into **families** by the first layer that makes them;
 ``ranking`` says how scores of different families compare:
 
 * ``global``      scores are divided by their family's mean, then all are ranked together;
 * ``local``       every family keeps the same fraction;
-* ``isomorphic``  families whose coupled operators are alike are ranked together by raw score, and each such set keeps the same fraction
-                  (arXiv 2407.04616).
+* ``isomorphic``  families whose coupled operators are alike are ranked together by raw score, and each such set keeps the same
+                  fraction (arXiv 2407.04616).
 
-The best-ranked classes are kept, as many as the target allows: found by bisection, because what a class costs depends on all others. The cost is
-exact: the MACs of a layer are a product of widths, and the widths are sums over the classes that are alive. The result is the largest prefix
-of the ranking, each family rounded down to ``round_to``, that is within the target; so it is below the target by less than one step.
+The best-ranked classes are kept, as many as the target allows: found by bisection, because what a class costs depends on all others. The
+cost is exact: the MACs of a layer are a product of widths, and the widths are sums over the classes that are alive. The result is the
+largest prefix of the ranking, each family rounded down to ``round_to``, that is within the target; so it misses it by less than a step.
 
 In every tensor the best ``floor`` of the classes are safe, and at least one, so no layer disappears.
 Given up: the ranking knows nothing of cost (a channel that saves little is ranked as one that saves much).
@@ -33,10 +33,11 @@ from torch import Tensor, fx, nn
 from rarefy import plugins
 from rarefy.capturing import as_graph, is_graph
 from rarefy.counting import MACS, operator_name, products
-from rarefy.coupling import Coupling, Value, compact, couple
+from rarefy.coupling import Coupling, couple
 from rarefy.errors import InputError
-from rarefy.surgery import check as self_check
+from rarefy.labels import Value, compact
 from rarefy.surgery import cut, share_copy
+from rarefy.twin import check as self_check
 
 RANKINGS = ("global", "local", "isomorphic")
 
@@ -187,7 +188,8 @@ class _Widths:
 def _polynomial(terms: list[tuple[float, list[int]]]) -> Polynomial:
     longest = max((len(factors) for _, factors in terms), default=1) or 1
     padded = [factors + [-1] * (longest - len(factors)) for _, factors in terms]
-    return Polynomial(np.array([coefficient for coefficient, _ in terms], dtype=np.float64), np.array(padded, dtype=np.int64).reshape(-1, longest))
+    coefficients = np.array([coefficient for coefficient, _ in terms], dtype=np.float64)
+    return Polynomial(coefficients, np.array(padded, dtype=np.int64).reshape(-1, longest))
 
 
 def _costs(coupling: Coupling, widths: _Widths) -> tuple[Polynomial, Polynomial]:
@@ -234,7 +236,10 @@ def _costs(coupling: Coupling, widths: _Widths) -> tuple[Polynomial, Polynomial]
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """alive: (classes,) bool.  reached: keep, macs and params as fractions.  macs, params: [before, after].  whole: families narrower than round_to."""
+    """alive: (classes,) bool.  reached: keep, macs and params as fractions.  macs, params: [before, after].
+
+    whole: the layers whose family stays whole, because it is narrower than round_to.
+    """
 
     alive: Tensor
     reached: dict[str, float]
@@ -312,7 +317,7 @@ def _producers(coupling: Coupling) -> np.ndarray:
 
 
 def _families(coupling: Coupling, producer: np.ndarray, round_to: int) -> np.ndarray:
-    """Family of each class, 0 for the frozen one: what one layer makes; split where its parts go different ways and each is a multiple wide."""
+    """Family of each class, 0 for the frozen one: what one layer makes, split where its parts go different ways and each is a multiple."""
     _, family = np.unique(producer, return_inverse=True)
     if round_to == 1:
         return family
@@ -354,8 +359,7 @@ def _isomorphic(coupling: Coupling, producer: np.ndarray) -> np.ndarray:
         for index in set(producer[row.classes.numpy()].tolist()):
             parts.setdefault(index, set()).add(f"{users.get(row.names[0], '')}[{row.axis}]")
     names = {index: " ".join(sorted(own)) for index, own in parts.items()}
-    _, group = np.unique([names.get(index, "") for index in producer.tolist()], return_inverse=True)
-    return group
+    return np.asarray(np.unique([names.get(index, "") for index in producer.tolist()], return_inverse=True)[1])
 
 
 def _place_in_group(groups: np.ndarray) -> np.ndarray:
@@ -389,7 +393,7 @@ def _protected(vectors: list[np.ndarray], key: np.ndarray, floor: float) -> np.n
         own = present[present > 0]
         fixed = int((vector == 0).sum())
         least = max(math.ceil(floor * (len(own) + fixed)) - fixed, 0 if fixed else 1)
-        if 0 < least:
+        if least > 0:
             safe[own[np.lexsort((own, -key[own]))[:least]]] = True
     return safe
 
@@ -405,9 +409,10 @@ def _fractions(
         name = coupling.rows[int(producer[family == worst][0]) - 1].names[0].removesuffix(".weight")
         fits = 2 ** int(math.log2(max(int(counts[worst]), 1)))
         raise InputError(
-            f"{name}: {sizes[worst]} channels cannot be rounded to a multiple of {round_to} at {target}; pass round_to={fits} or list it in ignore"
+            f"{name}: {sizes[worst]} channels cannot be rounded to a multiple of {round_to} at {target}; "
+            f"pass round_to={fits} or list it in ignore"
         )
-    return np.maximum(counts, least)
+    return np.asarray(np.maximum(counts, least))
 
 
 def _unreachable(
@@ -420,7 +425,8 @@ def _unreachable(
     if coupling.frozen:
         name, why = next(iter(coupling.frozen.items()))
         reasons.append(f"{len(coupling.frozen)} layers are frozen, such as {name}: {why}")
-    return f"{target} is out of reach, the least is {target.kind}={reach} ({'; '.join(reasons)}); raise {target.kind}, or lower floor or round_to"
+    why = "; ".join(reasons)
+    return f"{target} is out of reach, the least is {target.kind}={reach} ({why}); raise {target.kind}, or lower floor or round_to"
 
 
 def _check_scores(coupling: Coupling, scores: Tensor, criterion: str) -> None:

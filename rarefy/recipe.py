@@ -78,7 +78,14 @@ GIVEN = {
 }
 
 # option -> kind of choice its text names
-CHOICES = {"criterion": "criteria", "loss": "losses", "rounding": "rounding", "calibration": "calibration", "runtime": "runtimes"}
+CHOICES = {
+    "criterion": "criteria",
+    "loss": "losses",
+    "rounding": "rounding",
+    "calibration": "calibration",
+    "weight_calibration": "calibration",
+    "runtime": "runtimes",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +218,7 @@ def size(text: str | float, where: str) -> int:
     except (TypeError, KeyError, ValueError):
         raise InputError(f"{where}: {str(text)!r} is no size; write 2MB, 500kB or a number of bytes") from None
     if value <= 0:
-        raise InputError(f"{where}: {str(text)!r} must be more than 0 bytes")
+        raise InputError(f"{where}: {str(text)!r} is no bytes at all; write 2MB, 500kB or a number of bytes")
     return value
 
 
@@ -263,8 +270,9 @@ def _fields(function: Any) -> dict[str, Any]:
         if parameter.name in GIVEN or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         annotation = hints.get(parameter.name, Any)
-        packed = next((part for part in (annotation, *typing.get_args(annotation)) if dataclasses.is_dataclass(part)), None)
-        if packed is not None:  # options that the verb takes one by one, or packed in an object
+        parts = (annotation, *typing.get_args(annotation))
+        packed = next((part for part in parts if dataclasses.is_dataclass(part)), None)
+        if packed is not None and str not in parts:  # options that the verb takes one by one, or packed in an object
             fields |= _fields(packed)
             continue
         hint = str if parameter.name in CHOICES else _plain(annotation)

@@ -86,6 +86,45 @@ def report(facts: Facts, path: str | os.PathLike[str]) -> Path:
     return target
 
 
+def told_by(history: Sequence[Facts]) -> dict[str, Any]:
+    """The facts ``steps``, ``layers`` and ``curves`` as a graph's ``meta["history"]`` tells them."""
+    steps: list[dict[str, Any]] = []
+    layers: dict[str, dict[str, Any]] = {}
+    curves: list[dict[str, Any]] = []
+    for record in history:
+        facts = record.get("facts") or {}
+        step = {"step": record.get("step"), "options": record.get("options") or {}, "facts": facts}
+        spent = (facts.get("timing") or {}).get("seconds")
+        steps.append(step if spent is None else {**step, "seconds": spent})
+        for parameter, (was, now) in (facts.get("channels") or {}).items():
+            layer = layers.setdefault(parameter.removesuffix(".weight"), {"name": parameter.removesuffix(".weight")})
+            layer.setdefault("channels_before", was)
+            layer["channels_after"] = now
+        for told in facts.get("layers") or []:
+            layers.setdefault(told["name"], {"name": told["name"]}).update(
+                {key: told[key] for key in ("bits", "activation_bits", "error", "bytes") if key in told}
+            )
+        if facts.get("curve"):
+            curves += _curves_of(str(record.get("step")), facts["curve"])
+    return {"steps": steps, "layers": list(layers.values()), "curves": curves}
+
+
+def _curves_of(step: str, points: Sequence[Facts]) -> list[dict[str, Any]]:
+    epochs = [point.get("epoch") for point in points]
+    loss = {"title": f"{step}: loss", "x": "epoch", "y": "loss"}
+    value = {"title": f"{step}: accuracy on the validation data", "x": "epoch", "y": "top-1, %"}
+    seen = [(point.get("epoch"), 100 * point["val"]) for point in points if _number(point.get("val"))]
+    found = [{**loss, "series": [{"name": "training loss", "x": epochs, "y": [point.get("loss") for point in points]}]}]
+    if seen:
+        found.append(
+            {
+                **value,
+                "series": [{"name": "student" if step == "distill" else "model", "x": [x for x, _ in seen], "y": [y for _, y in seen]}],
+            }
+        )
+    return found
+
+
 def as_json(facts: Facts) -> str:
     """The facts as JSON text, keys in the order given; NaN and infinity become null."""
     return json.dumps(_clean(facts), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -310,7 +349,9 @@ def _median(model: Facts) -> Any:
 
 
 def _step(step: Facts) -> dict[str, Any]:
-    options = ", ".join(f"{key}={plain(value)}" for key, value in (step.get("options") or {}).items() if value is not None)
+    options = ", ".join(
+        f"{key}={plain(value)}" for key, value in (step.get("options") or {}).items() if not _neutral(value) and key != "seed"
+    )
     after = [
         _share(step["value"]) if _number(step.get("value")) else "",
         _ms(step["latency_ms"]) if _number(step.get("latency_ms")) else "",
@@ -628,6 +669,11 @@ def _percent(share: float) -> float:
 
 def _pair(value: Any) -> tuple[float, float] | None:
     return (value[0], value[1]) if isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_number, value)) else None
+
+
+def _neutral(value: Any) -> bool:
+    """Does an option say that there is nothing to say?"""
+    return value in (None, False, 0, "", "no", "auto", [], {})
 
 
 def _told(value: Any) -> bool:

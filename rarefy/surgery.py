@@ -1,33 +1,26 @@
-"""cut(): the smaller graph. check(): is it the network with those channels masked?
+"""cut(): the smaller graph.
 
 Cutting is one index-select on every parameter and buffer, and new sizes in the nodes that carry sizes: the table ``RESIZE``, one row an
-operator that has a size, a start, an index or a number of groups among its arguments. The new numbers are read off the labels that survive, so
-no row knows what a layer is.
-
-The check runs both graphs side by side in float64 on one example. In the large one everything removed is set to zero after every node; what
-remains of each node's output must equal what the small one computes, up to rounding: ``|difference| <= 1e-9 * magnitude`` (float64 has
-eps 2.2e-16, sums here are below 1e6 terms). Where an operator takes a statistic over a pruned axis (layer norm), zeros would count, so there the large
-graph computes on what is kept: the definition of pruning such a layer. What this check cannot see: an error in the classes that keeps every
-number equal, which is no error; and behaviour at other batch sizes.
+operator that has a size, a start, an index or a number of groups among its arguments. The new numbers are read off the labels that survive,
+so no row knows what a layer is. Whether the result is right is not believed but checked: ``twin.py``.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-import math
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy.capturing import attribute, example_inputs, finish, set_attribute
+from rarefy.capturing import attribute, finish, set_attribute
 from rarefy.counting import operator_name
-from rarefy.coupling import Coupling, Kept, Value
-from rarefy.errors import InputError, SelfCheckFailed
+from rarefy.coupling import Coupling, Kept
+from rarefy.errors import InputError
+from rarefy.labels import Value
 
 aten = torch.ops.aten
 
@@ -151,13 +144,14 @@ def _sizes(name: str) -> Callable[[_Knife, fx.Node, fx.Node], None]:
 
 
 def _unflatten(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
-    axis = _get(old, "dim") % knife.coupling.values[old.args[0]].rank
+    source: Any = old.args[0]
+    axis = _get(old, "dim") % knife.coupling.values[source].rank
     _set(new, "sizes", knife.sizes(old, new, _get(new, "sizes"), axis))
 
 
 def _pieces(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
     """split, chunk and their kin become ``split_with_sizes`` where the pieces may have become unequal."""
-    source = old.args[0]
+    source: Any = old.args[0]
     axis = _get(old, "dim") % knife.coupling.values[source].rank
     if knife.kept(source)[axis] is None:
         return
@@ -181,7 +175,7 @@ def _take(knife: _Knife, new: fx.Node, axis: int, kept: Tensor, wanted: Tensor) 
 
 
 def _slice(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
-    source = old.args[0]
+    source: Any = old.args[0]
     shape = knife.coupling.values[source].shape
     axis = _get(old, "dim") % len(shape)
     kept = knife.kept(source)[axis]
@@ -199,7 +193,7 @@ def _slice(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
 
 def _scatter(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
     """The replaced part starts and ends where its survivors do."""
-    source = old.args[0]
+    source: Any = old.args[0]
     shape = knife.coupling.values[source].shape
     axis = _get(old, "dim") % len(shape)
     kept = knife.kept(source)[axis]
@@ -214,7 +208,7 @@ def _scatter(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
 
 
 def _select(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
-    source = old.args[0]
+    source: Any = old.args[0]
     shape = knife.coupling.values[source].shape
     axis = _get(old, "dim") % len(shape)
     kept = knife.kept(source)[axis]
@@ -225,7 +219,7 @@ def _select(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
 
 def _index(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
     """A constant index along a pruned axis: the survivors of its result, at their new places."""
-    source = old.args[0]
+    source: Any = old.args[0]
     kept = knife.kept(source)
     single = operator_name(old) == "index_select"
     raw: Any = old.args[2] if single else old.args[1]
@@ -248,7 +242,8 @@ def _index(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
 
 
 def _pad(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
-    source, pad = old.args[0], list(_get(old, "pad"))
+    source: Any = old.args[0]
+    pad = list(_get(old, "pad"))
     shape = knife.coupling.values[source].shape
     before_kept, after_kept = knife.kept(source), knife.kept(old)
     for pair in range(len(pad) // 2):
@@ -269,8 +264,10 @@ def _pad(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
 
 def _groups(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
     """Depthwise: as many groups as channels. Otherwise each group became narrower and their number stays."""
-    source, groups = old.args[0], _get(old, "groups")
-    value, weight = knife.coupling.values[source], knife.coupling.values[old.args[1]]
+    source: Any = old.args[0]
+    made_by: Any = old.args[1]
+    groups = _get(old, "groups")
+    value, weight = knife.coupling.values[source], knife.coupling.values[made_by]
     axis = value.rank - weight.rank + 1
     if groups > 1 and groups == value.shape[axis]:
         _set(new, "groups", knife.size(source, axis))
@@ -288,7 +285,7 @@ def _group_norm(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
 
 def _attention(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
     """The scale stays that of the trained network."""
-    query = old.args[0]
+    query: Any = old.args[0]
     if _get(old, "scale") is None and knife.kept(query)[-1] is not None:
         _set(new, "scale", float(knife.coupling.values[query].shape[-1]) ** -0.5)
 
@@ -296,7 +293,8 @@ def _attention(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
 def _squeeze(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
     """``squeeze()`` of every axis of size 1 must not take one that pruning made so."""
     if old.target is aten.squeeze.default:
-        shape = knife.coupling.values[old.args[0]].shape
+        source: Any = old.args[0]
+        shape = knife.coupling.values[source].shape
         new.target, new.args = aten.squeeze.dims, (new.args[0], [axis for axis, size in enumerate(shape) if size == 1])
 
 
@@ -317,184 +315,3 @@ RESIZE: dict[str, Callable[[_Knife, fx.Node, fx.Node], None]] = {
     "scaled_dot_product_attention": _attention,
     "squeeze": _squeeze,
 }
-
-
-# ----------------------------------------------------------------------------------------------------------------- check
-
-
-@dataclass(frozen=True)
-class Difference:
-    """largest: of |small - masked| / magnitude over all nodes; nodes: how many were compared; statistics: of these on kept parts only."""
-
-    largest: float
-    nodes: int
-    statistics: int
-
-
-TOLERANCE = 1e-9
-
-
-@torch.no_grad()
-def check(coupling: Coupling, small: fx.GraphModule, alive: Tensor, seed: int = 0) -> Difference:
-    """Run the masked large graph and the small one side by side, in float64, for one sample.
-
-    Raises SelfCheckFailed with the first layer that differs.
-    """
-    graph = coupling.graph
-    pairs = {new.name: new for new in small.graph.nodes}
-    wide: dict[fx.Node, Any] = {}
-    narrow: dict[fx.Node, Any] = {}
-    inputs = iter(example_inputs(graph, 1, seed))
-    last = _last_uses(graph)
-    remaining = [node for node in small.graph.nodes if node.op != "output"]
-    position = {node: index for index, node in enumerate(remaining)}
-    weights = {name for row in coupling.rows if row.produces for name in row.names}
-    done, largest, compared = 0, 0.0, 0
-    for node in graph.graph.nodes:
-        if node.op == "output":
-            break
-        new = pairs.get(node.name)
-        if node.op == "placeholder":
-            wide[node] = _double(next(inputs))
-            if new is not None:
-                narrow[new] = wide[node]
-                done = position[new] + 1
-            continue
-        if new is None:  # a node only the large graph has: nothing in the small one reads it any more
-            wide[node] = _run(graph, node, wide)
-            continue
-        where = f"{node.meta.get('stack') or node.name} ({operator_name(node) or node.op} {node.name})"
-        try:
-            for step in remaining[done : position[new] + 1]:
-                narrow[step] = _run(small, step, narrow)
-        except Exception as error:
-            raise SelfCheckFailed(f"{where}: the pruned network does not run: {str(error).splitlines()[0]}; please report this model") from error
-        done = max(done, position[new] + 1)
-        if node.op == "get_attr":
-            _compare_parameters(coupling, node, graph, small, alive, where)
-            wide[node] = _run(graph, node, wide) if node.target in weights else _masked(coupling, node, new, wide, alive)
-            continue
-        wide[node] = _masked(coupling, node, new, wide, alive)
-        error, count = _compare(coupling, node, wide[node], narrow[new], alive, wide, where)
-        largest, compared = max(largest, error), compared + count
-        for finished in last.get(node, ()):
-            wide.pop(finished, None)
-            narrow.pop(pairs[finished.name], None) if finished.name in pairs else None
-    return Difference(largest, compared, sum(1 for node in coupling.statistics if node.name in pairs))
-
-
-def _last_uses(graph: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
-    last: dict[fx.Node, fx.Node] = {}
-    for node in graph.graph.nodes:
-        for source in node.all_input_nodes:
-            last[source] = node
-    uses: dict[fx.Node, list[fx.Node]] = {}
-    for source, user in last.items():
-        uses.setdefault(user, []).append(source)
-    return uses
-
-
-def _double(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    return [_double(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _run(graph: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    """One node, in eval mode, floats as float64."""
-    if node.op == "get_attr":
-        return False if node.target == "training" else _double(attribute(graph, str(node.target)))
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: values[source])
-    args, kwargs = fx.node.map_aggregate((args, kwargs), lambda value: torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value)
-    return _double(node.target(*args, **kwargs))  # type: ignore[operator]
-
-
-def _masked(coupling: Coupling, node: fx.Node, new: fx.Node, wide: dict[fx.Node, Any], alive: Tensor) -> Any:
-    """The node in the large graph, with everything removed set to zero."""
-    value = coupling.values[node]
-    if node in coupling.statistics:
-        own = {source: _kept_of(coupling, source, wide[source], alive) for source in node.all_input_nodes}
-        by_copy = {copied: own[source] for source, copied in zip(_sources(node), _sources(new), strict=True)}
-        outputs = _run(coupling.graph, new, by_copy)
-        if isinstance(value, Value):
-            return _spread(coupling.kept(value, alive), value.shape, outputs)
-        return [_spread(coupling.kept(part, alive), part.shape, output) for part, output in zip(value, outputs, strict=True)]
-    result = _run(coupling.graph, node, wide)
-    if isinstance(value, Value):
-        return _zeroed(coupling.kept(value, alive), result)
-    if isinstance(value, list):
-        return [_zeroed(coupling.kept(part, alive), output) if isinstance(part, Value) else output for part, output in zip(value, result, strict=True)]
-    return result
-
-
-def _sources(node: fx.Node) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), found.append)
-    return found
-
-
-def _kept_of(coupling: Coupling, node: fx.Node, tensor: Any, alive: Tensor) -> Any:
-    value = coupling.values[node]
-    return _selected(coupling.kept(value, alive), tensor) if isinstance(value, Value) else tensor
-
-
-def _selected(kept: Kept, tensor: Tensor) -> Tensor:
-    for axis, index in enumerate(kept):
-        if index is not None:
-            tensor = tensor.index_select(axis, index.to(tensor.device))
-    return tensor
-
-
-def _zeroed(kept: Kept, tensor: Tensor) -> Tensor:
-    for axis, index in enumerate(kept):
-        if index is not None:
-            gone = torch.ones(tensor.shape[axis], dtype=torch.bool)
-            gone[index] = False
-            tensor = tensor.index_fill(axis, gone.nonzero().flatten().to(tensor.device), 0)
-    return tensor
-
-
-def _spread(kept: Kept, shape: Sequence[int], tensor: Tensor) -> Tensor:
-    for axis, index in enumerate(kept):
-        if index is not None:
-            full = tensor.new_zeros((*tensor.shape[:axis], shape[axis], *tensor.shape[axis + 1 :]))
-            tensor = full.index_copy(axis, index.to(tensor.device), tensor)
-    return tensor
-
-
-def _compare_parameters(coupling: Coupling, node: fx.Node, graph: fx.GraphModule, small: fx.GraphModule, alive: Tensor, where: str) -> None:
-    """What is left of a parameter is the same numbers. (A weight needs no zeros: what it reads and makes has them.)"""
-    one, other = attribute(graph, str(node.target)), attribute(small, str(node.target))
-    if isinstance(one, Tensor) and not torch.equal(_kept_of(coupling, node, one, alive), other):
-        raise SelfCheckFailed(f"{where}: the pruned parameter of shape {tuple(other.shape)} is not what its labels say is kept of {tuple(one.shape)}")
-
-
-def _magnitude(tensor: Any) -> float:
-    """Largest finite absolute value."""
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or not tensor.numel():
-        return 0.0
-    return float(tensor.abs().nan_to_num(0, 0, 0).amax())
-
-
-def _compare(coupling: Coupling, node: fx.Node, masked: Any, small: Any, alive: Tensor, wide: dict[fx.Node, Any], where: str) -> tuple[float, int]:
-    value = coupling.values[node]
-    parts = [(value, masked, small)] if isinstance(value, Value) else list(zip(value, masked, small, strict=True)) if isinstance(value, list) else []
-    largest, count = 0.0, 0
-    for part, one, other in parts:
-        if not isinstance(part, Value):
-            continue
-        one = _selected(coupling.kept(part, alive), one)
-        if one.shape != other.shape:
-            raise SelfCheckFailed(f"{where}: the pruned network has shape {tuple(other.shape)} where the masked one keeps {tuple(one.shape)}")
-        if not one.is_floating_point():
-            if not torch.equal(one, other):
-                raise SelfCheckFailed(f"{where}: the pruned network differs from the masked one in integers")
-            count += 1
-            continue
-        inputs = [wide[source] for source in node.all_input_nodes if source.op != "get_attr"]
-        magnitude = max(_magnitude(tensor) for tensor in (one, *inputs))
-        difference = _magnitude(torch.where(one == other, 0, one - other)) if torch.equal(one.isfinite(), other.isfinite()) else math.inf
-        if not difference <= TOLERANCE * magnitude:
-            raise SelfCheckFailed(f"{where}: the pruned network differs from the masked one by {difference:.3g} at magnitude {magnitude:.3g}")
-        largest, count = max(largest, difference / magnitude if magnitude else 0.0), count + 1
-    return largest, count

@@ -48,21 +48,24 @@ def guarded(program: Callable[[list[str]], Any], arguments: Sequence[str]) -> in
             raise
         if debug:
             traceback.print_exc()
-        line, code = explain(error)
+        line, code = explain(error, arguments)
         sys.stderr.write(f"rarefy: {one_line(line)}\n")
         return code
 
 
-def explain(error: BaseException) -> tuple[str, int]:
-    """An exception's line and exit code."""
+def explain(error: BaseException, arguments: Sequence[str] = ()) -> tuple[str, int]:
+    """An exception's line and exit code. arguments: the command line, to say what was given."""
     if isinstance(error, RarefyError):
         return str(error), error.exit_code
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         return "interrupted; nothing that existed was changed, and a run with a working folder goes on where it was when started again", 2
     if isinstance(error, TyperException):
-        message = error.format_message()
-        context = getattr(error, "ctx", None)
-        return f"{message} `{context.command_path if context else 'rarefy'} --help` shows what there is", 2
+        context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
+        given = _given(arguments, getattr(parameter, "opts", ()))
+        message = (
+            error.format_message().rstrip(".").replace("Input should be", f"{given!r} should be" if given is not None else "should be")
+        )
+        return f"{message}; `{context.command_path if context else 'rarefy'} --help` shows what there is", 2
     chain = list(_causes(error))
     if any(_is_full(cause) for cause in chain):
         return (
@@ -78,6 +81,17 @@ def explain(error: BaseException) -> tuple[str, int]:
     place = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{Path(place.filename).name}:{place.lineno}"
     return f"{type(error).__name__} at {where}: {error}; this is a bug of rarefy's: --debug shows the traceback, please report it", BUG
+
+
+def _given(arguments: Sequence[str], names: Sequence[str]) -> str | None:
+    """The value that stands behind an option of those names."""
+    for name in names:
+        for index, argument in enumerate(arguments):
+            if argument == name and index + 1 < len(arguments):
+                return arguments[index + 1]
+            if argument.startswith(f"{name}="):
+                return argument.partition("=")[2]
+    return None
 
 
 def one_line(text: str) -> str:

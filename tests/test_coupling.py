@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from rarefy.capturing import attribute, capture, set_attribute
 from rarefy.coupling import Coupling, couple
 from rarefy.errors import InputError
-from rarefy.surgery import check, cut
+from rarefy.surgery import cut
+from rarefy.twin import check
 
 torch.set_num_threads(1)
 
@@ -83,9 +84,13 @@ def test_chain_ties_outputs_norm_and_next_inputs() -> None:
 
 
 def test_residual_add_ties_both_branches() -> None:
-    net = Net(lambda s, x: s.head(F.relu(s.b(F.relu(s.a(y := s.stem(x))))) + y), stem=conv(3, 6), a=conv(6, 5), b=conv(5, 6), head=conv(6, 2))
-    found = coupled(net, IMAGE)
-    assert classes(found, "stem.weight", 0) == classes(found, "b.weight", 0) == classes(found, "head.weight", 1) == classes(found, "a.weight", 1)
+    def forward(s: nn.Module, x: Tensor) -> Tensor:
+        x = s.stem(x)
+        return s.head(F.relu(s.b(F.relu(s.a(x)))) + x)
+
+    found = coupled(Net(forward, stem=conv(3, 6), a=conv(6, 5), b=conv(5, 6), head=conv(6, 2)), IMAGE)
+    stream = classes(found, "stem.weight", 0)
+    assert stream == classes(found, "b.weight", 0) == classes(found, "head.weight", 1) == classes(found, "a.weight", 1)
     assert not set(classes(found, "a.weight", 0)) & set(classes(found, "stem.weight", 0))
     cut_half(found)
 
@@ -239,10 +244,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n, tokens, dim = x.shape
         q, k, v = self.qkv(x).reshape(n, tokens, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-        if self.fused:
-            x = F.scaled_dot_product_attention(q, k, v)
-        else:
-            x = ((q * self.scale) @ k.transpose(-2, -1)).softmax(-1) @ v
+        plain = ((q * self.scale) @ k.transpose(-2, -1)).softmax(-1) @ v
+        x = F.scaled_dot_product_attention(q, k, v) if self.fused else plain
         return self.proj(x.transpose(1, 2).reshape(n, tokens, dim))
 
 
@@ -286,12 +289,15 @@ class Grouped(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
-@pytest.mark.parametrize("attention", [Attention(12, 3), Attention(12, 3, fused=False), Multihead(12, 3)], ids=["fused", "plain", "multihead"])
+@pytest.mark.parametrize(
+    "attention", [Attention(12, 3), Attention(12, 3, fused=False), Multihead(12, 3)], ids=["sdpa", "plain", "multihead"]
+)
 def test_transformer_stream_and_heads(attention: nn.Module) -> None:
     found = coupled(Tokens(attention), IMAGE)
     stream = classes(found, "patches.weight", 0)
     assert len(set(stream)) == 12 and 0 not in stream
-    for name, axis in (("cls", 2), ("position", 2), ("norm1.weight", 0), ("gamma", 0), ("down.weight", 0), ("head.weight", 1), ("up.weight", 1)):
+    assert all(classes(found, name, 0) == stream for name in ("norm1.weight", "norm2.bias", "gamma", "down.weight"))
+    for name, axis in (("cls", 2), ("position", 2), ("head.weight", 1), ("up.weight", 1)):
         assert classes(found, name, axis) == stream
     assert classes(found, "position", 1) == [0] * 5
     assert len(set(classes(found, "up.weight", 0))) == 20
@@ -331,7 +337,10 @@ def test_tied_weights_stay_one() -> None:
 
 
 def test_unknown_operator_freezes_what_it_touches() -> None:
-    found = coupled(Net(lambda s, x: s.head(torch.sort(s.a(x), 1)[0] + s.b(s.c(x))), a=conv(3, 4), b=conv(6, 4), c=conv(3, 6), head=conv(4, 2)), IMAGE)
+    def forward(s: nn.Module, x: Tensor) -> Tensor:
+        return s.head(torch.sort(s.a(x), 1)[0] + s.b(s.c(x)))
+
+    found = coupled(Net(forward, a=conv(3, 4), b=conv(6, 4), c=conv(3, 6), head=conv(4, 2)), IMAGE)
     assert any("sort" in name for name in found.unknown)
     assert set(classes(found, "a.weight", 0)) == set(classes(found, "b.weight", 0)) == {0}
     assert "unknown operator (sort" in found.frozen["a.weight"]

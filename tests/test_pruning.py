@@ -16,14 +16,15 @@ from torch import Tensor, fx, nn
 from torchvision.models.convnext import CNBlockConfig
 
 from rarefy import plugins
-from rarefy.capturing import capture, example_inputs
+from rarefy.capturing import capture
 from rarefy.counting import count_macs, count_parameters, layer_macs
 from rarefy.coupling import couple
 from rarefy.criteria.magnitude import Magnitude
 from rarefy.criteria.taylor import Taylor
 from rarefy.errors import CaptureError, InputError, SelfCheckFailed
 from rarefy.pruning import Target, choose, prune
-from rarefy.surgery import check, cut
+from rarefy.surgery import cut
+from rarefy.twin import check
 
 torch.set_num_threads(1)
 
@@ -79,12 +80,6 @@ def resnet() -> fx.GraphModule:
     return capture(alive_statistics(CifarResNet()), torch.randn(2, 3, 16, 16))
 
 
-@pytest.fixture(scope="module")
-def mobilenet() -> fx.GraphModule:
-    torch.manual_seed(0)
-    return capture(alive_statistics(torchvision.models.mobilenet_v3_small(weights=None)), torch.randn(2, 3, 32, 32))
-
-
 def facts(graph: fx.GraphModule) -> dict:  # type: ignore[type-arg]
     return graph.meta["history"][-1]["facts"]
 
@@ -98,7 +93,8 @@ def convnext() -> nn.Module:
 
 
 def vit() -> nn.Module:
-    model = torchvision.models.VisionTransformer(image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=64, num_classes=10)
+    sizes = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 4, "hidden_dim": 32, "mlp_dim": 64}
+    model = torchvision.models.VisionTransformer(**sizes, num_classes=10)
     nn.init.normal_(model.heads.head.weight)
     return model
 
@@ -139,7 +135,7 @@ FAMILIES = [
     pytest.param(torchvision_model("regnet_x_400mf"), 32, 0.4, id="regnet_x_400mf"),
     pytest.param(torchvision_model("squeezenet1_1"), 64, 0.4, id="squeezenet1_1"),
     pytest.param(torchvision_model("shufflenet_v2_x0_5"), 32, 0.6, id="shufflenet_v2_x0_5"),
-    pytest.param(torchvision_model("mnasnet0_5"), 32, 0.5, id="mnasnet0_5"),
+    pytest.param(torchvision_model("mnasnet0_5"), 32, 0.5, id="mnasnet0_5", marks=slow),
     pytest.param(lambda: Main("googlenet"), 64, 0.4, id="googlenet"),
     pytest.param(densenet, 32, 0.4, id="densenet"),
     pytest.param(convnext, 32, 0.4, id="convnext"),
@@ -269,9 +265,9 @@ def test_residual_stream_of_padded_shortcuts_is_pruned(resnet: fx.GraphModule) -
 
 def test_floor_keeps_a_share_of_every_layer(resnet: fx.GraphModule) -> None:
     def shares(floor: float) -> list[float]:
-        return [after / before for before, after in widths(prune(resnet, macs=0.35, floor=floor)).values()]
+        return [after / before for before, after in widths(prune(resnet, macs=0.45, floor=floor)).values()]
 
-    assert min(shares(0.55)) >= 0.55 > min(shares(0.0))
+    assert min(shares(0.6)) >= 0.6 > min(shares(0.0))
 
 
 def test_global_ranking_removes_the_weakest(resnet: fx.GraphModule) -> None:
@@ -395,7 +391,7 @@ def test_self_check_fails_on_a_wrong_class_vector(resnet: fx.GraphModule, name: 
     ("operator", "place", "value", "message"),
     [
         (torch.ops.aten.batch_norm.default, 7, 0.1, "layer.*batch_norm.*differs from the masked one by"),
-        (torch.ops.aten.conv2d.default, 4, [0, 0], "has shape .* where the masked one keeps|does not run"),
+        (torch.ops.aten.conv2d.default, 4, [0, 0], "has shape .* the masked one keeps|does not run"),
         (torch.ops.aten.pad.default, 1, [0, 0, 0, 0, 1, 1], "has shape|differs"),
     ],
 )
@@ -433,10 +429,12 @@ class FakeTask:
 
     count: int = 4
 
-    def batches(self, split: str, batch_size: int, *, shuffle_seed: int | None = None, device: object = "cpu", **_: object) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(
+        self, split: str, batch_size: int, *, shuffle_seed: int | None = None, device: str = "cpu", **_: object
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(shuffle_seed or 0)
         for _ in range(self.count):
-            inputs = torch.randn(batch_size, 3, 16, 16, generator=generator).to(device)  # type: ignore[call-overload]
+            inputs = torch.randn(batch_size, 3, 16, 16, generator=generator).to(device)
             yield inputs, (inputs.mean((1, 2, 3)) > 0).long()
 
     def loss(self, outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -463,7 +461,7 @@ def test_every_criterion(name: str, resnet: fx.GraphModule) -> None:
 
 def test_random_depends_on_the_seed(resnet: fx.GraphModule) -> None:
     one, two = (prune(resnet, keep=0.5, criterion="random", seed=seed) for seed in (0, 1))
-    assert {name: value.shape for name, value in one.state_dict().items()} != {name: value.shape for name, value in two.state_dict().items()}
+    assert widths(one) != widths(two)
 
 
 def test_magnitude_is_the_norm_by_hand() -> None:
@@ -501,7 +499,7 @@ def test_taylor_is_the_first_order_change_by_hand() -> None:
     per_batch = contribution.reshape(3, 2, 2).mean(1)  # mean of each batch of two
     for batches in (1, 3):
         scores = Taylor(batches=batches, batch_size=2).scores(graph, coupling, Task(), 0)[own]
-        assert torch.allclose(scores, per_batch[:batches].sum(0).abs(), rtol=1e-4)
+        assert torch.allclose(scores, per_batch[:batches].abs().sum(0), rtol=1e-4)
 
 
 # -------------------------------------------------------------------------------------------------------------- counting
@@ -532,8 +530,7 @@ def test_macs_of_attention_and_einsum() -> None:
     assert sorted(layer_macs(graph).values()) == sorted([scores + mixed, scores, mixed, 3 * 5 * 7 * 4 * 6])
 
 
-def test_known_macs(mobilenet: fx.GraphModule) -> None:
+def test_known_macs() -> None:
     """torchvision's own figure for ResNet-18 is 1.814 GMACs at 224; convolutions scale with the area."""
     graph = capture(torchvision.models.resnet18(weights=None), torch.randn(2, 3, 224, 224))
     assert count_macs(graph) == 1_814_073_344 and count_parameters(graph) == 11_689_512
-    assert example_inputs(mobilenet)[0].shape == (2, 3, 32, 32)

@@ -288,6 +288,32 @@ def test_summary_names_verdict_table_and_what_was_undone() -> None:
     assert "undone: quantize: it was slower than float" in text
 
 
+def test_a_graphs_history_as_facts() -> None:
+    history = [
+        {"step": "prune", "options": {"macs": 0.5, "seed": 0}, "facts": {"channels": {"conv.weight": [16, 8], "fc.weight": [10, 10]}}},
+        {
+            "step": "distill",
+            "options": {"clip": 0.0},
+            "facts": {"curve": [{"epoch": 1, "loss": 2.0, "val": 0.5}, {"epoch": 2, "loss": 1.0, "val": 0.75}], "timing": {"seconds": 9}},
+        },
+        {"step": "prune", "options": {}, "facts": {"channels": {"conv.weight": [8, 6]}}},
+        {
+            "step": "quantize",
+            "options": {},
+            "facts": {"layers": [{"name": "conv", "bits": 8, "activation_bits": 8, "error": 1e-3, "input": "x"}]},
+        },
+    ]
+    told = reporting.told_by(history)
+    assert told["layers"] == [
+        {"name": "conv", "channels_before": 16, "channels_after": 6, "bits": 8, "activation_bits": 8, "error": 1e-3},
+        {"name": "fc", "channels_before": 10, "channels_after": 10},
+    ]
+    assert [step["step"] for step in told["steps"]] == ["prune", "distill", "prune", "quantize"] and told["steps"][1]["seconds"] == 9
+    assert [curve["series"][0]["y"] for curve in told["curves"]] == [[2.0, 1.0], [50.0, 75.0]]
+    text = Page(reporting.html(told)).text
+    assert "6 of 16" in text and "macs=0.5" in text and "clip" not in text and "seed" not in text
+
+
 def test_a_worse_result_is_called_worse() -> None:
     told = facts()
     told["before"], told["after"] = told["after"], told["before"]

@@ -1,9 +1,10 @@
-"""Taylor: the first-order change of the loss if a channel left (arXiv 1906.10771, and arXiv 2407.04616 for the sum over coupled weights).
+"""Taylor: the first-order change of the loss if a channel left (arXiv 1906.10771; arXiv 2407.04616 for the sum over coupled weights).
 
-    score = reduce over coupled weights W of  | sum over elements of channel  W * dL/dW |,   dL/dW summed over the batches
+    score = sum over batches of  reduce over coupled weights W of  | sum over the channel's elements of  W * dL/dW |
 
-The loss is that of the task on its training split, the graph in eval mode (batch norm with its running statistics), so the gradient is that of the
-network as it will be judged.
+The loss is that of the task on its training split, the graph in eval mode (batch norm with its running statistics): the network as it will
+be judged. The absolute value is taken batch by batch: over the whole training set a trained network's gradient is about zero, and what
+is left of the sum is noise.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from rarefy.errors import DataError, InputError
 
 @dataclass(frozen=True)
 class Taylor:
-    """|sum of weight times gradient| of a channel over batches of the training split.
+    """|sum of weight times gradient| of a channel, over batches of the training split.
 
     batches: how many.  batch_size: images in each.  reduce: mean, sum or max over the coupled weights.
     """
@@ -46,17 +47,16 @@ class Taylor:
             for name, weight in graph.named_parameters()
             if weight.is_floating_point()
         }
-        total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        scored = [name for name, weight in weights.items() if weight.dim() > 1]
+        total = torch.zeros(coupling.count, dtype=torch.float64)
         batches = task.batches("train", self.batch_size, shuffle_seed=seed, device=device_of(graph))
         seen = 0
         for inputs, targets in itertools.islice(batches, self.batches):
             loss = task.loss(torch.func.functional_call(graph, weights, (inputs,)), targets)
-            gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-            for name, gradient in zip(weights, gradients, strict=True):
-                if gradient is not None:
-                    total[name] += gradient
+            gradients = torch.autograd.grad(loss, [weights[name] for name in scored], materialize_grads=True, allow_unused=True)
+            elements = {name: weights[name].detach() * gradient for name, gradient in zip(scored, gradients, strict=True)}
+            total += coupling.gather(elements, position=torch.abs, reduce=self.reduce)
             seen += 1
         if not seen:
             raise DataError("criterion 'taylor': the training split of the task is empty")
-        elements = {name: weights[name].detach() * total[name] for name in weights if weights[name].dim() > 1}
-        return coupling.gather(elements, position=torch.abs, reduce=self.reduce)
+        return total

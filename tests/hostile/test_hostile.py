@@ -1,0 +1,109 @@
+"""Every way to be bad is refused in one line, before memory is taken, and fast."""
+
+import contextlib
+import json
+import resource
+import shutil
+import time
+
+import hypothesis
+import pytest
+import torch
+from bad_folders import KINDS, good_folder, seal, small_graph
+from hypothesis import strategies as st
+
+from rarefy import artifact
+from rarefy.errors import FormatError
+
+MEMORY = 400 * 2**20
+SECONDS = 10
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    return good_folder(tmp_path_factory.mktemp("hostile") / "good")
+
+
+@contextlib.contextmanager
+def little_memory():
+    """No more than MEMORY beyond what the process has mapped already."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    with open("/proc/self/statm") as file:
+        mapped = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def test_the_good_folder_is_good(good):
+    graph = small_graph()
+    with little_memory():
+        loaded = artifact.load(good)
+    x = torch.randn(3, 3, 8, 8)
+    assert torch.equal(graph(x), loaded(x))
+    entries = json.loads((good / "graph.json").read_text())["tensors"]
+    assert entries["four"]["stored"] == "packed" and entries["eight"]["stored"] == "zstd"
+
+
+@pytest.mark.parametrize("promise", KINDS)
+def test_a_broken_promise_is_refused(promise, good, tmp_path):
+    folder = tmp_path / "bad"
+    shutil.copytree(good, folder)
+    KINDS[promise](folder)
+    start = time.perf_counter()
+    with pytest.raises(FormatError) as refusal, little_memory():
+        artifact.load(folder)
+    assert time.perf_counter() - start < SECONDS
+    text = str(refusal.value)
+    assert "\n" not in text and str(folder) in text and len(text) < 1000
+    assert text.isprintable()
+
+
+def test_there_are_enough_kinds():
+    assert len(KINDS) > 150
+
+
+@hypothesis.given(data=st.data())
+@hypothesis.settings(deadline=None, max_examples=150, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+def test_any_value_in_place_of_another_loads_or_is_refused(good, tmp_path, data):
+    """One value of graph.json, drawn anywhere in it, is replaced by any other."""
+    value = json.loads((good / "graph.json").read_text())
+    holder, key = value, data.draw(st.sampled_from(sorted(value)))
+    while isinstance(holder[key], (dict, list)) and holder[key] and data.draw(st.integers(0, 9)):
+        holder = holder[key]
+        key = data.draw(st.sampled_from(sorted(holder)) if isinstance(holder, dict) else st.integers(0, len(holder) - 1))
+    scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5)
+    names = st.sampled_from(["x", "conv2d", "relu", "conv.weight", "four", "float32", "int8", "aten.relu.default", "operator.getitem"])
+    keys = st.sampled_from(["node", "tuple", "slice", "dict", "float", "dtype", "device", "$float", "same_as", "stored"]) | st.text(
+        max_size=3
+    )
+    holder[key] = data.draw(
+        st.recursive(scalars | names, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=2))
+    )
+    folder = tmp_path / "mutated"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(good, folder)
+    (folder / "graph.json").write_text(json.dumps(value))
+    seal(folder)
+    try:
+        artifact.load(folder)
+    except FormatError as error:
+        assert str(error).isprintable()
+
+
+@hypothesis.given(position=st.integers(0, 10**6), byte=st.integers(0, 255), name=st.sampled_from(["graph.json", "weights.safetensors"]))
+@hypothesis.settings(deadline=None, max_examples=150, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+def test_any_byte_in_place_of_another_loads_or_is_refused(good, tmp_path, position, byte, name):
+    folder = tmp_path / "flipped"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(good, folder)
+    changed = bytearray((good / name).read_bytes())
+    changed[position % min(len(changed), 4000)] = byte
+    (folder / name).write_bytes(changed)
+    seal(folder)
+    try:
+        artifact.load(folder)
+    except FormatError as error:
+        assert str(error).isprintable()

@@ -1,0 +1,115 @@
+import operator
+
+import pytest
+import torch
+from torch import fx
+
+from rarefy import allowlist
+from rarefy.allowlist import ANY, LIST, NUMBER, TENSOR, TENSORS, check_call, function_named, name_of
+from rarefy.errors import FormatError
+
+aten = torch.ops.aten
+
+
+def overloads():
+    for name in sorted(allowlist.ATEN):
+        packet = getattr(aten, name, None)
+        for overload in packet.overloads() if packet is not None else ():
+            if not getattr(packet, overload)._schema.is_mutable:
+                yield getattr(packet, overload)
+
+
+def test_every_name_of_the_list_is_an_operator_without_side_effects():
+    known = {str(overload).split(".")[1] for overload in overloads()}
+    missing = allowlist.ATEN - known
+    assert len(missing) <= 5, missing  # names that an older or a newer torch does not have
+
+
+def test_names_come_back():
+    for target in [*overloads(), *(function for function, _ in allowlist.FUNCTIONS.values())]:
+        assert function_named(name_of(target)) is target
+
+
+def test_nothing_in_the_list_reads_files_or_unwritten_memory():
+    for overload in overloads():
+        kinds = {str(argument.real_type) for argument in overload._schema.arguments}
+        assert "Storage" not in kinds and not any("torch.classes" in kind for kind in kinds), overload
+        assert "file" not in " ".join(argument.name for argument in overload._schema.arguments), overload
+    forbidden = {"from_file", "set", "resize", "empty", "empty_like", "new_empty", "empty_strided", "sparse_coo_tensor", "data"}
+    assert not forbidden & allowlist.ATEN
+
+
+@pytest.mark.parametrize(
+    "target", [aten.relu_.default, aten.add.out, aten.from_file.default, aten.empty.memory_format, torch.load, exec, 3]
+)
+def test_what_is_not_in_the_list_has_no_name(target):
+    with pytest.raises(FormatError, match="calls"):
+        name_of(target)
+
+
+@pytest.fixture
+def nodes():
+    graph = fx.Graph()
+    kinds = dict(zip("tsnla", (TENSOR, TENSORS, NUMBER, LIST, ANY), strict=True))
+    made = {letter: graph.placeholder(letter) for letter in kinds}
+    return made, {node: kinds[letter] for letter, node in made.items()}
+
+
+def test_calls_of_the_schema_pass(nodes):
+    (t, s, n, _, a), yields = nodes[0].values(), nodes[1]
+    inf = float("inf")
+    for target, args, kwargs, kind in [
+        (aten.conv2d.default, (t, t, None, [2, 2], [1, 1], [1, 1], 4), {}, TENSOR),
+        (aten.conv2d.padding, (t, t, None, [1, 1], "same"), {}, TENSOR),
+        (aten.batch_norm.default, (t, t, t, t, t, n, 0.1, 1e-5, True), {}, TENSOR),
+        (aten.add.Tensor, (t, 1), {"alpha": 2}, TENSOR),
+        (aten.mul.Tensor, (t, n), {}, TENSOR),
+        (aten.masked_fill.Scalar, (t, t, -inf), {}, TENSOR),
+        (aten.view.default, (t, [n, -1, 3]), {}, TENSOR),
+        (aten.slice.Tensor, (t, 1, 0, 2**63 - 1), {}, TENSOR),
+        (aten.index.Tensor, (t, [None, t]), {}, TENSOR),
+        (aten.chunk.default, (t, 2, 1), {}, TENSORS),
+        (aten.max.dim, (t, 1), {}, TENSORS),
+        (aten.cat.default, ([t, a],), {}, TENSOR),
+        (aten.cat.default, (s, 1), {}, TENSOR),
+        (aten.zeros.default, ([n, 3],), {"dtype": torch.float32, "device": torch.device("cpu"), "layout": torch.strided}, TENSOR),
+        (aten.clone.default, (t,), {"memory_format": torch.channels_last}, TENSOR),
+        (aten.adaptive_avg_pool2d.default, (t, 1), {}, TENSOR),
+        (aten.upsample_nearest2d.vec, (t, None, [2.0, 2.0]), {}, TENSOR),
+        (aten.sym_size.int, (t, 0), {}, NUMBER),
+        (operator.getitem, (s, 1), {}, TENSOR),
+        (operator.mul, (n, 3), {}, NUMBER),
+        (operator.pow, (n, 2), {}, NUMBER),
+    ]:
+        assert check_call(target, args, kwargs, yields) == kind, target
+
+
+def test_other_calls_are_refused(nodes):
+    (t, s, n, several, _), yields = nodes[0].values(), nodes[1]
+    for target, args, kwargs, words in [
+        (aten.relu.default, (), {}, "lacks its argument 'self'"),
+        (aten.relu.default, (t, t), {}, "takes 1 arguments, not 2"),
+        (aten.relu.default, (t,), {"x": 1}, "no argument 'x'"),
+        (aten.relu.default, (t,), {"self": t}, "no argument 'self' twice"),
+        (aten.relu.default, ("x",), {}, "self must be Tensor"),
+        (aten.relu.default, (s,), {}, "self must be Tensor"),
+        (aten.relu.default, (None,), {}, "self must be Tensor"),
+        (aten.softmax.int, (t, 1.0), {}, "dim must be int"),
+        (aten.softmax.int, (t, True), {}, "dim must be int"),
+        (aten.softmax.int, (t, t), {}, "dim must be int"),
+        (aten.softmax.int, (t, 1, "float32"), {}, "dtype must be"),
+        (aten.cat.default, (t,), {}, "tensors must be"),
+        (aten.view.default, (t, ["3"]), {}, "size must be"),
+        (aten.zeros.default, ([2**16, 2**16],), {}, "too large"),
+        (aten.constant_pad_nd.default, (t, [2**17]), {}, "too large"),
+        (aten.arange.default, (1e300,), {}, "too large"),
+        (operator.getitem, (t, 0), {}, "element of a list"),
+        (operator.getitem, (s, "x"), {}, "whole number"),
+        (operator.mul, (several, 10**9), {}, "takes numbers, not the list l"),
+        (operator.mul, ("x", 10**9), {}, "takes numbers, not 'x'"),
+        (operator.pow, (n, n), {}, "exponent"),
+        (operator.add, (n,), {}, "takes 2 arguments, not 1"),
+    ]:
+        with pytest.raises(FormatError, match=words) as refusal:
+            check_call(target, args, kwargs, yields)
+        assert "\n" not in str(refusal.value)
