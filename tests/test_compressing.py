@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ import pytest
 import torch
 from torch import fx
 
-from rarefy import artifact, compressing, demo
+from rarefy import artifact, compressing, demo, distilling
 from rarefy.capturing import capture
 from rarefy.compressing import Budget, Candidate, Outcome, compress
 from rarefy.errors import InputError
 from rarefy.tasks import Classification
 
-QUICK = [{"do": "prune", "macs": 0.6, "round_to": 8}, {"do": "distill", "epochs": 2, "batch_size": 128}]
+QUICK = [{"do": "prune", "macs": 0.6, "round_to": 8}, {"do": "distill", "epochs": 2, "batch_size": 64}]
+BUDGET = Budget(max_drop=0.2, size=10**6)
 
 
 def digits() -> Classification:
@@ -27,6 +29,11 @@ def digits() -> Classification:
 def untrained(width: int = 16) -> fx.GraphModule:
     torch.manual_seed(0)
     return capture(demo.model(width=width), torch.zeros(2, 1, 8, 8))
+
+
+@functools.cache
+def trained() -> fx.GraphModule:
+    return distilling.train(untrained(), digits(), epochs=2, batch_size=64, lr=0.1, progress=False)
 
 
 # ------------------------------------------------------------------ budget and recipe
@@ -157,8 +164,7 @@ def test_accuracy_is_not_traded_for_speed_asked_in_vain(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, compressing.Result]:
     work = tmp_path_factory.mktemp("compress") / "work"
-    budget = Budget(max_drop=0.005, size=10**6)
-    return work, compress(untrained(), digits(), budget=budget, steps=QUICK, workdir=work, corruptions=["fog"], progress=False)
+    return work, compress(trained(), digits(), budget=BUDGET, steps=QUICK, workdir=work, corruptions=["fog"], progress=False)
 
 
 def test_the_report_tells_what_was_done(whole: tuple[Path, compressing.Result]) -> None:
@@ -189,17 +195,16 @@ def test_what_is_saved_loads_and_tells_no_time(whole: tuple[Path, compressing.Re
 
 def test_a_finished_run_is_returned_at_once(whole: tuple[Path, compressing.Result]) -> None:
     work, result = whole
-    budget = Budget(max_drop=0.005, size=10**6)
-    again = compress(untrained(), digits(), budget=budget, steps=QUICK, workdir=work, corruptions=["fog"], progress=False)
+    again = compress(trained(), digits(), budget=BUDGET, steps=QUICK, workdir=work, corruptions=["fog"], progress=False)
     assert again.report == result.report
 
 
 @pytest.mark.parametrize("change", ["budget", "recipe", "seed", "model"])
 def test_another_run_is_refused(whole: tuple[Path, compressing.Result], change: str) -> None:
     work, _ = whole
-    options: dict[str, Any] = {"budget": Budget(max_drop=0.005, size=10**6), "steps": QUICK, "seed": 0, "corruptions": ["fog"]}
+    options: dict[str, Any] = {"budget": BUDGET, "steps": QUICK, "seed": 0, "corruptions": ["fog"]}
     options |= {"budget": {"budget": Budget()}, "recipe": {"steps": QUICK[:1]}, "seed": {"seed": 1}}.get(change, {})
-    model = untrained(24 if change == "model" else 16)
+    model = untrained() if change == "model" else trained()
     with pytest.raises(InputError, match=rf"another {change}.*delete it"):
         compress(model, digits(), workdir=work, progress=False, **options)
 

@@ -31,7 +31,7 @@ workdir, output = sys.argv[1:]
 task = Classification(train="sklearn:digits", val="sklearn:digits", augment="none")
 torch.manual_seed(0)
 net = capturing.capture(demo.model(width=32), torch.zeros(2, 1, 8, 8))
-steps = [{"do": "prune", "macs": 0.6, "round_to": 16}, {"do": "distill", "epochs": 3, "batch_size": 128}, {"do": "quantize", "images": 32}]
+steps = [{"do": "prune", "macs": 0.6, "round_to": 16}, {"do": "distill", "epochs": 3, "batch_size": 64, "lr": 0.1}, {"do": "quantize", "images": 32}]
 result = compress(net, task, budget=Budget(size=10**6), steps=steps, workdir=workdir, seed=3, corruptions=["brightness"])
 result.save(output)
 """
