@@ -521,7 +521,7 @@ class _Run:
             advice = f"prune to fewer MACs (macs={0.9 * after['macs'] / before['macs'] * speedup / asked.speedup:.2f}) and distil for more epochs"
             goals.append({"name": "speedup", "asked": asked.speedup, "reached": speedup, "met": speedup >= asked.speedup, "advice": advice})
         if asked.size is not None:
-            share = 0.9 * after["parameters"] / before["parameters"] * asked.size / size
+            share = min(1.0, 0.9 * after["parameters"] / before["parameters"] * asked.size / size)
             advice = f"prune to fewer parameters (params={share:.2f}) and distil for more epochs, or quantise to fewer bits (weights=int4)"
             goals.append({"name": "size", "asked": asked.size, "reached": size, "met": size <= asked.size, "advice": advice})
         return goals

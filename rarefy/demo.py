@@ -21,6 +21,7 @@ from torch import Tensor, nn
 DATA = "sklearn:digits"
 TRAINING: Mapping[str, Any] = {"epochs": 8, "batch_size": 64, "lr": 0.1}
 BUDGET: Mapping[str, Any] = {"max_drop": 0.005, "speedup": 1.5}
+SMALLER = 8  # times, on disk
 STEPS: tuple[Mapping[str, Any], ...] = (
     {"do": "prune", "macs": 0.35, "round_to": 8},
     {"do": "distill", "epochs": 8, "batch_size": 64, "lr": 0.05},
@@ -59,7 +60,7 @@ def _block(inputs: int, outputs: int) -> nn.Sequential:
 
 def demonstrate(folder: str | os.PathLike[str], seed: int = 0) -> dict[str, Any]:
     """Train, compress, save, sign. Leaves in ``folder``: ``original/``, ``small/`` and a pair of keys. Returns the report's facts."""
-    from rarefy import artifact, capturing, compressing, distilling, signing
+    from rarefy import artifact, capturing, compressing, distilling, measuring, signing
     from rarefy.tasks import Classification
 
     place = Path(folder)
@@ -72,7 +73,7 @@ def demonstrate(folder: str | os.PathLike[str], seed: int = 0) -> dict[str, Any]
     result = compressing.compress(
         original,
         task,
-        budget=compressing.Budget(**BUDGET),
+        budget=compressing.Budget(**BUDGET, size=measuring.weight_bytes(original) // SMALLER),
         steps=STEPS,
         workdir=place / "compress.work",
         seed=seed,
