@@ -39,7 +39,7 @@ from rarefy.terminal import show_table, size_text
 
 DATA = "bench.real_data:cifar10"
 CALIBRATION_IMAGES = 128
-PARITY_IMAGES = 512
+PARITY_IMAGES = 256
 THREADS = (1, 2)
 MINUTES = 30
 
