@@ -39,7 +39,7 @@ from rarefy.terminal import show_table, size_text
 
 DATA = "bench.real_data:cifar10"
 CALIBRATION_IMAGES = 128
-PARITY_IMAGES = 512
+PARITY_IMAGES = 256
 THREADS = (1, 2)
 MINUTES = 30
 
@@ -61,7 +61,7 @@ class Mode(NamedTuple):
 
 EPOCH = 50_000 // 128
 MODES = {
-    "cpu": Mode(0.47, 4 * EPOCH, 0.05, "no", 128, 0.915, 2.0, 3.0, 7.0, MINUTES),
+    "cpu": Mode(0.45, 3 * EPOCH, 0.05, "no", 128, 0.915, 2.0, 3.0, 7.0, MINUTES),
     "cuda": Mode(0.476, 100 * EPOCH, 0.1, "reduce-overhead", 128, 0.934, 2.1, None, None, None),
 }
 
@@ -186,9 +186,9 @@ def arguments() -> argparse.Namespace:
     option("--device", choices=("cpu", "cuda"), default="cpu", help="where to train")
     option("--goals", choices=tuple(MODES), help="what --check compares with; default: those of the device")
     option("--macs", type=float, help="share of the MACs that may stay")
-    option("--round-to", type=int, default=8, help="channels are a multiple of it")
+    option("--round-to", type=int, default=4, help="channels are a multiple of it")
     option("--criterion", default="magnitude", help="magnitude, taylor, taylor:batches=50, ...")
-    option("--ranking", default="local", help="global, local or isomorphic")
+    option("--ranking", default="global", help="global, local or isomorphic")
     option("--ignore", action="append", default=[], metavar="GLOB", help="leave these layers whole")
     option("--loss", default="lskd", help="lskd, kl, 'lskd + 50*mse:on=stages', ...")
     option("--epochs", type=float, help="of 390 steps of 128 images; fractions too")
