@@ -1,0 +1,289 @@
+"""quantize(): bounds from the maths on grids, rules and rounding; and a network whose integers are what ONNX Runtime computes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from rarefy import grids, plugins
+from rarefy.capturing import capture
+from rarefy.errors import DataError, InputError
+from rarefy.folding import equalize, fold, simplify
+from rarefy.grids import Grid
+from rarefy.kernels.affine import dequantize, fake_quantize
+from rarefy.kernels.affine import quantize as to_codes
+from rarefy.observing import BINS, Histogram, observe
+from rarefy.quantizing import quantize
+
+
+class Block(nn.Module):
+    """Every integer kernel once: residual add, concat, squeeze-excite, hardswish, pooling, ReLU6, a grouped convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.Hardswish())
+        self.depthwise = nn.Sequential(nn.Conv2d(16, 16, 3, 1, 1, groups=16, bias=False), nn.BatchNorm2d(16), nn.ReLU6())
+        self.squeeze, self.excite = nn.Conv2d(16, 8, 1), nn.Conv2d(8, 16, 1)
+        self.project = nn.Sequential(nn.Conv2d(16, 16, 1, bias=False), nn.BatchNorm2d(16))
+        self.alone = nn.BatchNorm2d(32)
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        y = self.depthwise(x)
+        gate = nn.functional.hardsigmoid(self.excite(self.squeeze(y.mean((2, 3), keepdim=True)).relu()))
+        y = x + self.project(y * gate)
+        y = torch.cat([y, nn.functional.max_pool2d(x, 3, 1, 1)], 1)
+        y = self.alone(y).relu()
+        return self.head(nn.functional.adaptive_avg_pool2d(y, 1).flatten(1))
+
+
+@pytest.fixture(scope="module")
+def block() -> nn.Module:
+    torch.manual_seed(0)
+    model = Block()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.2)
+            module.running_mean.normal_(0, 0.2)
+            module.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(8, 3, 32, 32, generator=generator) for _ in range(4)]
+
+
+def noise_db(wanted: torch.Tensor, got: torch.Tensor) -> float:
+    """Signal to noise, of what differs from image to image (the answers of an untrained network are mostly a constant)."""
+    wanted, got = wanted - wanted.mean(0), got - got.mean(0)
+    return float(10 * torch.log10(wanted.square().sum() / (wanted - got).square().sum()))
+
+
+@given(bits=st.integers(2, 8), signed=st.booleans(), seed=st.integers(0, 1000))
+@settings(max_examples=60, deadline=None)
+def test_nearest_is_within_half_a_step(bits: int, signed: bool, seed: int) -> None:
+    grid = Grid(bits, signed, symmetric=signed)
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.rand(7, generator=generator) + 0.01
+    low, high = grid.qmin * scale, grid.qmax * scale
+    w = low[:, None] + (high - low)[:, None] * torch.rand(7, 33, generator=generator)
+    codes = plugins.resolve("rounding", "nearest").codes(w / scale[:, None], grid, generator)
+    back = dequantize(codes, scale, torch.zeros((), dtype=grid.dtype), 0)
+    assert codes.min() >= grid.qmin and codes.max() <= grid.qmax
+    assert ((w - back).abs() <= scale[:, None] / 2 * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("name", plugins.available("rounding"))
+def test_every_rounding_gives_neighbouring_codes_and_repeats(name: str) -> None:
+    rule, grid = plugins.resolve("rounding", name), Grid(4)
+    scaled = torch.linspace(-9, 9, 1001)
+    first = rule.codes(scaled.clone(), grid, torch.Generator().manual_seed(3))
+    again = rule.codes(scaled.clone(), grid, torch.Generator().manual_seed(3))
+    assert first.dtype is grid.dtype and torch.equal(first, again)
+    assert ((first - scaled.clamp(grid.qmin, grid.qmax)).abs() <= 1).all()
+
+
+def test_stochastic_rounding_is_unbiased_and_follows_the_seed() -> None:
+    rule, n = plugins.resolve("rounding", "stochastic"), 200_000
+    share = 0.3
+    codes = rule.codes(torch.full((n,), 2 + share), Grid(), torch.Generator().manual_seed(0)).double()
+    z = (codes.mean() - 2 - share) / (share * (1 - share) / n) ** 0.5
+    assert abs(z) < 4  # a right rule fails this once in 16,000 seeds
+    assert set(codes.unique().tolist()) == {2.0, 3.0}
+    assert not torch.equal(codes, rule.codes(torch.full((n,), 2 + share), Grid(), torch.Generator().manual_seed(1)).double())
+
+
+@pytest.mark.parametrize("name", plugins.available("calibration"))
+@pytest.mark.parametrize("kind", ["normal", "relu", "outlier", "negative", "constant"])
+def test_every_calibration_covers_a_range_inside_what_was_seen(name: str, kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20_000, generator=generator)
+    x = {"normal": x, "relu": x.relu(), "outlier": torch.cat([x, torch.tensor([60.0])]), "negative": -x.abs() - 1, "constant": torch.full((100,), 2.5)}[kind]
+    histogram, grid = Histogram.of(x[: len(x) // 2]), Grid(8, False, False)
+    histogram.add(x[len(x) // 2 :])
+    lo, hi = plugins.resolve("calibration", name).activation_range(histogram, grid)
+    width = float(x.max() - x.min()) / BINS * 4 + 1e-6
+    assert min(0.0, float(x.min())) - width <= lo <= hi <= max(0.0, float(x.max())) + width
+    assert histogram.counts.sum() == len(x)
+
+
+def test_mse_calibration_is_no_worse_than_minmax_on_weights_and_activations() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(16, 200, generator=generator) ** 3
+    grid = Grid(4, axis=0)
+
+    def error(scale: torch.Tensor) -> torch.Tensor:
+        return ((rows / scale[:, None]).round().clamp(grid.qmin, grid.qmax) * scale[:, None] - rows).square().sum(1)
+
+    mse, minmax = (plugins.resolve("calibration", name) for name in ("mse", "minmax"))
+    assert (error(mse.weight_scale(rows, grid)) <= error(minmax.weight_scale(rows, grid)) * (1 + 1e-6)).all()
+    x, fine = rows.flatten(), Grid(4, False, False)
+    lo, hi = mse.activation_range(Histogram.of(x), fine)
+    assert hi - lo < x.max() - x.min()
+
+
+@given(st.lists(st.lists(st.floats(-1e3, 1e3, width=32), min_size=2, max_size=40), min_size=1, max_size=6))
+@settings(max_examples=60, deadline=None)
+def test_histogram_counts_everything_whatever_the_order(batches: list[list[float]]) -> None:
+    tensors = [torch.tensor(batch) for batch in batches]
+    histogram = Histogram.of(tensors[0])
+    for tensor in tensors[1:]:
+        histogram.add(tensor)
+    everything = torch.cat(tensors)
+    assert histogram.counts.sum() == len(everything)
+    assert histogram.minimum == everything.min() and histogram.maximum == everything.max()
+    assert histogram.lo <= histogram.minimum and histogram.maximum <= histogram.hi
+
+
+def test_fake_quantize_equals_the_codes_and_lets_the_gradient_through() -> None:
+    x = torch.linspace(-3, 3, 101, requires_grad=True)
+    scale, zero = torch.tensor(0.01), torch.tensor(100, dtype=torch.uint8)
+    y = fake_quantize(x, scale, zero, None, 0, 255)
+    assert torch.allclose(y, dequantize(to_codes(x, scale, zero, None, 0, 255, torch.uint8), scale, zero, None), atol=1e-6)
+    y.sum().backward()
+    inside = (x >= -1.0) & (x <= 1.55)
+    assert torch.equal(x.grad != 0, inside)
+
+
+def test_folding_and_simplifying_change_no_answer(block: nn.Module, batches: list[torch.Tensor]) -> None:
+    graph = capture(block, batches[0])
+    folded = simplify(fold(graph))
+    targets = {str(node.target) for node in folded.graph.nodes}
+    assert not any("batch_norm" in target or "hardswish" in target or "mean.dim" in target for target in targets)
+    assert torch.allclose(graph(batches[1]), folded(batches[1]), atol=2e-5)
+
+
+def test_equalisation_is_exact_and_meets_the_ranges() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    with torch.no_grad():
+        model[0].weight[0] *= 50
+    x = torch.randn(2, 3, 12, 12)
+    graph = fold(capture(model, x))
+    before = graph(x)
+    assert equalize(graph) == 2
+    assert torch.allclose(before, graph(x), rtol=1e-4, atol=1e-5)
+    first, second = (dict(graph.named_parameters())[f"{index}.weight"] for index in (0, 2))
+    assert torch.allclose(first.abs().flatten(1).amax(1), second.abs().flatten(1).amax(1), rtol=0.05)
+
+
+@pytest.mark.parametrize("calibration", plugins.available("calibration"))
+def test_int8_answers_are_near_the_floats(block: nn.Module, batches: list[torch.Tensor], calibration: str) -> None:
+    graph = capture(block, batches[0])
+    before = {name: value.clone() for name, value in graph.state_dict().items()}
+    small = quantize(graph, batches=batches, calibration=calibration, progress=False)
+    assert all(torch.equal(value, graph.state_dict()[name]) for name, value in before.items())  # the caller's model is left alone
+    assert noise_db(graph(batches[0]), small(batches[0])) > (20 if calibration != "percentile" else 15)
+    assert small(batches[0][:3]).shape == (3, 10)
+    record = small.meta["history"][-1]
+    assert record["step"] == "quantize" and not record["facts"]["float"]
+    assert {layer["bits"] for layer in record["facts"]["layers"]} == {8}
+
+
+def test_bias_correction_mends_the_mean(block: nn.Module, batches: list[torch.Tensor]) -> None:
+    graph = capture(block, batches[0])
+    everything = torch.cat(batches)
+    shift = {
+        mend: (quantize(graph, batches=batches, weights="int4", correct_bias=mend, progress=False)(everything) - graph(everything)).mean(0).abs().mean()
+        for mend in (False, True)
+    }
+    assert shift[True] < shift[False] / 2
+
+
+def test_fewer_bits_more_noise_and_packed_bits_are_told(block: nn.Module, batches: list[torch.Tensor]) -> None:
+    graph = capture(block, batches[0])
+    noise = []
+    for bits in (8, 6, 4):
+        small = quantize(graph, batches=batches, weights=f"int{bits}", progress=False)
+        noise.append(noise_db(graph(batches[0]), small(batches[0])))
+        codes = [value for name, value in small.named_buffers() if name.endswith("weight_codes")]
+        assert max(int(value.abs().max()) for value in codes) <= 2 ** (bits - 1) - 1
+        assert set(small.meta.get("bits", {}).values()) == ({bits} if bits < 8 else set())
+    assert noise[0] > noise[2] + 3 and noise[1] > noise[2] + 3  # at 8 and 6 bits the 8-bit activations are what is left
+
+
+def test_the_same_seed_gives_the_same_bytes(block: nn.Module, batches: list[torch.Tensor]) -> None:
+    graph = capture(block, batches[0])
+    one, two, other = (quantize(graph, batches=batches, rounding="stochastic", seed=seed, progress=False).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_onnxruntime_computes_what_is_simulated(block: nn.Module, batches: list[torch.Tensor], tmp_path) -> None:
+    pytest.importorskip("onnxruntime")
+    graph = capture(block, batches[0])
+    small = quantize(graph, batches=batches, progress=False)
+    runtime = plugins.resolve("runtimes", "onnxruntime:threads=1")
+    first, second = runtime.export(small, tmp_path / "a.onnx"), runtime.export(small, tmp_path / "b.onnx")
+    assert first.read_bytes() == second.read_bytes()
+    found = runtime.compare(small, first, torch.cat(batches))
+    assert found["passed"] and found["ulp"] <= 1 and found["first_diverging_layer"] is None
+    assert len(found["layers"]) >= 12
+    kernels = runtime.integer_islands(first)
+    assert not kernels["float_islands"]
+    assert kernels["integer"]["QLinearConv"] == 6 and {"QLinearAdd", "QLinearMul", "QLinearGlobalAveragePool", "QGemm"} <= set(kernels["integer"])
+    wrong = copy.deepcopy(small)  # a file of another model: the layer is named
+    dict(wrong.named_buffers())["depthwise.0.bias_codes"].add_(10_000)
+    broken = runtime.compare(wrong, first, batches[0])
+    assert not broken["passed"] and broken["first_diverging_layer"].startswith("depthwise")
+
+
+def test_float_islands_are_found(batches: list[torch.Tensor], tmp_path) -> None:
+    """A network with an operator that has no integer kernel shows one, so that the test above can fail."""
+    pytest.importorskip("onnxruntime")
+
+    class Island(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(torch.sin(self.a(x))).mean((2, 3))
+
+    runtime = plugins.resolve("runtimes", "onnxruntime:threads=1")
+    small = quantize(capture(Island(), batches[0]), batches=batches, progress=False)
+    assert runtime.integer_islands(runtime.export(small, tmp_path / "island.onnx"))["float_islands"]
+
+
+def test_wrong_requests_are_refused(block: nn.Module, batches: list[torch.Tensor]) -> None:
+    graph = capture(block, batches[0])
+    small = quantize(graph, batches=batches, progress=False)
+    for message, call in {
+        "quantised already": lambda: quantize(small, batches=batches),
+        "no calibration images": lambda: quantize(graph),
+        "number format": lambda: quantize(graph, batches=batches, weights="int9"),
+        "the model takes": lambda: quantize(graph, batches=[torch.randn(2, 1, 32, 32)]),
+        "no layer can be quantised": lambda: quantize(graph, batches=batches, ignore=["*"]),
+        "unknown choice": lambda: quantize(graph, batches=batches, calibration="nonsense"),
+    }.items():
+        with pytest.raises(InputError, match=message):
+            call()
+    with pytest.raises(DataError, match="no calibration images"):
+        quantize(graph, batches=[], progress=False)
+    with pytest.raises(InputError):
+        Grid(1)
+    assert str(grids.parse("uint4", symmetric=False)) == "uint4"
+
+
+def test_ignored_layers_stay_float(block: nn.Module, batches: list[torch.Tensor]) -> None:
+    graph = capture(block, batches[0])
+    small = quantize(graph, batches=batches, ignore=["head"], progress=False)
+    assert "head.weight" in dict(small.named_parameters()) and small.meta["history"][-1]["facts"]["float"] == ["head"]
+
+
+def test_observe_refuses_nan(block: nn.Module) -> None:
+    from rarefy.errors import CheckFailed
+
+    graph = capture(block, torch.randn(2, 3, 32, 32))
+    node = next(node for node in graph.graph.nodes if "conv2d" in node.name)
+    with pytest.raises(CheckFailed, match="NaN"):
+        observe(graph, [node], [(torch.full((2, 3, 32, 32), torch.nan),)])
