@@ -10,7 +10,7 @@ size, and ViT's position embedding (1, 197, 768) two, of 197 and of 768 labels. 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,7 +95,7 @@ class Trace:
 
         fx.map_arg(arguments, visit)
 
-    def only(self, layer: Tensor, axes: Sequence[int]) -> Tensor:
+    def only(self, layer: Tensor, axes: Collection[int]) -> Tensor:
         """The layer, its labels tied across every axis but ``axes`` (of one position along those)."""
         reduced = layer
         for axis in axes_of(layer):
@@ -105,7 +105,7 @@ class Trace:
             self.tie(layer, reduced)
         return reduced
 
-    def keep(self, layers: Iterable[Tensor], axes: Sequence[int], why: str) -> list[Tensor]:
+    def keep(self, layers: Iterable[Tensor], axes: Collection[int], why: str) -> list[Tensor]:
         """Those of ``layers`` that vary along ``axes`` alone; a layer that varies along others too is tied across these, or frozen."""
         result = []
         for layer in layers:

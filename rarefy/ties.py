@@ -77,6 +77,13 @@ def _moves(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Any:
     return whole
 
 
+def _moves_as(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value:
+    """view_as, reshape_as: moved into the shape of another, whose size the result follows."""
+    source, other = a["self"], a["other"]
+    moved = [compact(layer.expand(source.shape).reshape(other.shape)) for layer in source.layers]
+    return Value(other.shape, trace.meet([Value(other.shape, trace.disjoint(moved)), other], other.rank))
+
+
 def _expand(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value:
     """Axes that come to be by repetition are as free as those of a created tensor."""
     source, shape = a["self"], tuple(trace.found[node].shape)
@@ -168,14 +175,8 @@ def _pad(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value:
 
 def _roll(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value:
     source = a["self"]
-    axes = [axis % source.rank for axis in a["dims"]] or list(range(source.rank))
-    kept = []
-    for layer in source.layers:
-        if any(layer.shape[axis] > 1 for axis in axes):
-            trace.freeze(layer, "rolled along that axis")
-        else:
-            kept.append(layer)
-    return Value(source.shape, kept)
+    moved = {axis % source.rank for axis in a["dims"]} or set(range(source.rank))
+    return Value(source.shape, trace.keep(source.layers, set(range(source.rank)) - moved, "rolled along that axis"))
 
 
 def _index(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value | type[Unknown]:
@@ -216,8 +217,12 @@ def _embedding(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value:
 
 
 def _made_by(trace: Trace, weight: Any, axis: int) -> None:
-    if isinstance(weight, fx.Node) and weight.op == "get_attr":
-        trace.outputs[id(attribute(trace.graph, str(weight.target)))] = axis
+    """Note the parameter a layer's weight comes from, directly or through a standardisation that keeps its shape."""
+    source = weight
+    while isinstance(source, fx.Node) and source.op == "call_function" and source.args:
+        source = source.args[0]
+    if isinstance(source, fx.Node) and source.op == "get_attr" and trace.found[source].shape == trace.found[weight].shape:
+        trace.outputs[id(attribute(trace.graph, str(source.target)))] = axis
 
 
 def _convolution(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value:
@@ -311,6 +316,8 @@ def _batch_norm(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value:
             trace.keep(vector.layers, (), "one number a channel, and the channels are fixed")
     if operator_name(node) == "instance_norm":
         return Value(source.shape, trace.keep(source.layers, (0, 1), "an axis that instance norm averages over"))
+    if a["training"] is True and any(layer.shape[1] == 1 for layer in source.layers):  # weight standardisation: its own statistics
+        trace.statistics.add(node)
     return Value(source.shape, list(source.layers))
 
 
@@ -380,15 +387,10 @@ def _unfold(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value:
 
 
 def _spatial(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value | list[Value]:
-    """Pooling and resizing: axes from the second on are mixed, the batch and the channels are not."""
+    """Pooling and resizing mix the last axes; the batch and the channels stay apart."""
     source = next(iter(a.values()))
     lead = 1 if source.rank == 2 else source.rank - _spatial_rank(node)
-    layers = []
-    for layer in source.layers:
-        if any(layer.shape[axis] > 1 for axis in range(lead, source.rank)):
-            trace.freeze(layer, "an axis that pooling or resizing mixes")
-        else:
-            layers.append(layer)
+    layers = trace.keep(source.layers, range(lead), "an axis that pooling or resizing mixes")
     result = trace.found[node]
     if isinstance(result, (list, tuple)):
         return [Value(tuple(item.shape), list(layers)) for item in result]
@@ -424,13 +426,8 @@ def _reduces(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value | list[Val
 def _mixes(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value:
     """softmax, cumsum: each result depends on the whole of one axis, which therefore stays."""
     source = a["self"]
-    layers = []
-    for layer in source.layers:
-        if layer.shape[a["dim"] % source.rank] > 1:
-            trace.freeze(layer, f"{operator_name(node)} runs over it")
-        else:
-            layers.append(layer)
-    return Value(source.shape, layers)
+    others = set(range(source.rank)) - {a["dim"] % source.rank}
+    return Value(source.shape, trace.keep(source.layers, others, f"{operator_name(node)} runs over it"))
 
 
 def _linear(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value:
@@ -545,7 +542,8 @@ RULES: dict[str, Rule] = {
     ),
     **dict.fromkeys("to _to_copy type_as contiguous alias detach zeros_like ones_like full_like empty_like zero fill".split(), _first),
     **dict.fromkeys("hardswish log_sigmoid dropout feature_dropout alpha_dropout feature_alpha_dropout rrelu hardshrink".split(), _first),
-    **dict.fromkeys("masked_fill expand_as floor_divide view_as reshape_as where clamp".split(), pointwise),
+    **dict.fromkeys("masked_fill expand_as floor_divide where clamp".split(), pointwise),
+    **dict.fromkeys(("view_as", "reshape_as"), _moves_as),
     **dict.fromkeys(("expand", "broadcast_to"), _expand),
     **dict.fromkeys(_SIZE_ARGUMENT, _creates),
     **dict.fromkeys("arange eye linspace scalar_tensor tril_indices triu_indices".split(), _constant),

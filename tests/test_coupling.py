@@ -363,6 +363,36 @@ def test_mean_over_channels_runs_over_what_is_kept() -> None:
     cut_half(found)
 
 
+class Standardised(nn.Conv2d):
+    """timm's weight standardisation: a batch norm of the weight, with statistics over inputs and kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = F.batch_norm(self.weight.reshape(1, self.out_channels, -1), None, None, training=True).reshape_as(self.weight)
+        return F.conv2d(x, weight, self.bias, padding=self.padding)
+
+
+def test_standardised_weights() -> None:
+    found = coupled(nn.Sequential(Standardised(3, 6, 3, padding=1), Standardised(6, 5, 3, padding=1), conv(5, 2)), IMAGE)
+    assert classes(found, "0.weight", 0) == classes(found, "1.weight", 1) and classes(found, "1.weight", 0) == classes(found, "2.weight", 1)
+    assert len(set(classes(found, "0.weight", 0)) | set(classes(found, "1.weight", 0))) == 11
+    assert [row.produces for row in found.rows if row.names[0] == "1.weight" and row.axis < 2] == [True, False]
+    cut_half(found)
+
+
+def test_softmax_over_branches_ties_them() -> None:
+    """Selective kernels: (n, 2, c) weights that sum to one over the two branches."""
+
+    def forward(s: nn.Module, x: Tensor) -> Tensor:
+        x = torch.stack((s.a(x), s.b(x)), 1)
+        select = s.select(x.sum(1).mean((2, 3))).unflatten(1, (2, 6)).softmax(1)
+        return s.head((x * select[..., None, None]).sum(1))
+
+    found = coupled(Net(forward, a=conv(3, 6), b=conv(3, 6), select=nn.Linear(6, 12), head=conv(6, 2)), IMAGE)
+    own = classes(found, "a.weight", 0)
+    assert len(set(own)) == 6 and classes(found, "b.weight", 0) == own and classes(found, "select.weight", 0) == own * 2
+    cut_half(found)
+
+
 def test_constants_and_creators() -> None:
     def forward(s: nn.Module, x: Tensor) -> Tensor:
         x = s.a(x)
