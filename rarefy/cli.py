@@ -665,9 +665,10 @@ def demo(
     """Train a small network on scikit-learn's digits, compress it, and save, sign and explain the result: two minutes, no download."""
     from rarefy.demo import demonstrate
 
-    folder = _claim_folder(output)
-    facts = demonstrate(folder, seed=seed)
-    _show_report(facts, folder, as_json)
+    small = _claim_folder(os.path.join(output, "small"))
+    _claim_folder(os.path.join(output, "original"))
+    facts = demonstrate(output, seed=seed)
+    _show_report(facts, small, as_json)
 
 
 @app.command("list")

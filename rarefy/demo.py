@@ -11,6 +11,7 @@ the command line::
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -84,4 +85,6 @@ def demonstrate(folder: str | os.PathLike[str], seed: int = 0) -> dict[str, Any]
     if not key.exists():
         signing.keygen(key)
     signing.sign(place / "small", key)
+    for work in ("train.work", "compress.work"):
+        shutil.rmtree(place / work, ignore_errors=True)
     return result.report

@@ -150,6 +150,9 @@ def step(content: Mapping[str, Any] | str, where: str = "step") -> dict[str, Any
     options = _validated(_verb_options(verb), {key: value for key, value in content.items() if key != "do"}, f"{where} ({verb})")
     for name, value in options.items():
         choice(name, value, f"{where} ({verb}): {name}")
+    targets = [name for name in ("keep", "macs", "params") if name in options]
+    if verb == "prune" and len(targets) != 1:
+        raise InputError(f"{where} (prune): give one of keep, macs, params; got {', '.join(targets) or 'none'}")
     return {"do": verb, **options}
 
 

@@ -196,7 +196,8 @@ def _verdict(facts: Facts, goals: list[dict[str, Any]], comparison: list[dict[st
         if not goals:
             sentence = f"No goal was set. {gains}." if gains else ""
         elif met == len(goals):
-            sentence = f"{'The goal was' if met == 1 else f'All {met} goals were'} met. {gains}."
+            all_of_them = {1: "The goal was", 2: "Both goals were"}.get(met, f"All {met} goals were")
+            sentence = f"{all_of_them} met. {gains}."
         else:
             missed = "; ".join(f"{goal['label']} {goal['reached']} instead of {goal['asked']}" for goal in goals if not goal["met"])
             sentence = f"{len(goals) - met} of {len(goals)} goals missed: {missed}."
@@ -223,7 +224,7 @@ def _goal(goal: Facts) -> dict[str, Any]:
         "asked": f"{bound} {_in_unit(goal.get('asked'), unit)}".strip(),
         "reached": _in_unit(goal.get("reached"), unit),
         "met": bool(goal.get("met")),
-        "advice": str(goal.get("advice") or ""),
+        "advice": "" if goal.get("met") else str(goal.get("advice") or ""),
     }
 
 
@@ -323,7 +324,8 @@ def _worst(evaluation: Facts) -> str:
     worst = evaluation.get("worst_class") or {}
     if not _number(worst.get("value")):
         return ""
-    name = worst.get("name") or f"class {worst.get('index')}"
+    name = str(worst.get("name") or worst.get("index"))
+    name = f"class {name}" if name.isdigit() else name
     samples = f", {worst['samples']:,} images" if _number(worst.get("samples")) else ""
     return f"{_share(worst['value'])} ({name}{samples})"
 
@@ -403,6 +405,8 @@ def _provenance(provenance: Facts) -> dict[str, Any]:
 def _flat(value: Facts, prefix: str = "") -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
     for key, item in value.items():
+        if item in (None, [], {}):
+            continue
         name = f"{prefix}{key}"
         rows += (
             _flat(item, f"{name}.")
@@ -529,26 +533,51 @@ def _frontier(candidates: Sequence[Facts]) -> dict[str, Any] | None:
         return None
     axes = _axes([point[1] for point in points], [number for point in points for number in point[2:]])
     marks = []
-    for item, x, y, low, high in points:
+    taken = [_around(axes["place_x"](x) - 6, axes["place_y"](y) + 4, 12.0) for _, x, y, _, _ in points]
+    for item, x, y, low, high in sorted(points, key=lambda point: not point[0].get("chosen")):
         beaten = any(other[1] <= x and other[2] >= y and (other[1], other[2]) != (x, y) for other in points)
-        left = axes["place_x"](x)
-        # A label is written to the left of a point that stands near the right edge.
-        near_edge = left > _WIDTH - 120
+        left, height = axes["place_x"](x), axes["place_y"](y)
+        label = _label(str(item.get("name") or ""), left, height, taken)
         marks.append(
             {
                 "name": str(item.get("name") or ""),
                 "x": round(left, 1),
-                "y": round(axes["place_y"](y), 1),
+                "y": round(height, 1),
                 "low": round(axes["place_y"](low), 1),
                 "high": round(axes["place_y"](high), 1),
                 "chosen": bool(item.get("chosen")),
                 "beaten": beaten,
-                "anchor": "end" if near_edge else "start",
-                "offset": -9 if near_edge else 9,
+                "label": label,
                 "text": f"{item.get('name') or ''}: {y:.2f} %, {_short(x)} {'ms' if key == 'latency_ms' else 'MB'}",
             }
         )
     return {"marks": marks, "x": form, "y": "accuracy, %", **_frame(axes)}
+
+
+_LETTER, _LINE = 6.3, 12.0  # a letter's width and a line's height, about
+
+
+def _around(x: float, y: float, width: float) -> tuple[float, float, float, float]:
+    """The box of a text that starts at x, on the line y."""
+    return x, y - _LINE, x + width, y
+
+
+def _label(name: str, x: float, y: float, taken: list[tuple[float, float, float, float]]) -> dict[str, Any]:
+    """Where a point's name stands: beside it, above or below, the nearest place that is inside the figure and free. It is then taken."""
+    width = _LETTER * len(name)
+    places = [
+        (x + side * 9 - (width if side < 0 else 0), y + shift) for shift in (4, -8, 17, -21, 30, -34, 43, -47, 56) for side in (1, -1)
+    ]
+    places += [(min(max(x - width / 2, _LEFT), _WIDTH - width), y + shift) for shift in (-13, 21, -26, 34, -39, 47)]
+
+    def free(place: tuple[float, float]) -> bool:
+        left, top, right, bottom = _around(*place, width)
+        inside = left >= _LEFT and right <= _WIDTH and top >= 0 and bottom <= _HEIGHT - _BOTTOM
+        return inside and not any(left < other[2] and other[0] < right and top < other[3] and other[1] < bottom for other in taken)
+
+    chosen = next(filter(free, places), places[0])
+    taken.append(_around(*chosen, width))
+    return {"x": round(chosen[0], 1), "y": round(chosen[1], 1)}
 
 
 def _axes(xs: Sequence[float], ys: Sequence[float]) -> dict[str, Any]:

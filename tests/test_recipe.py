@@ -120,6 +120,8 @@ def test_a_step_as_text(text: str, step: dict[str, Any]) -> None:
         (('max_drop = "0.5%"', "max_drop = 0.5"), "recipe.toml: [budget] max_drop: 0.5 would be 50 %"),
         (('do = "prune"', 'do = "prun"'), "recipe.toml: step 1: do = 'prun' is no step; have prune, distill, quantize"),
         (("macs = 0.5", "mac = 0.5"), "recipe.toml: step 1 (prune): unknown key 'mac'; did you mean 'macs'?"),
+        (("macs = 0.5", "macs = 0.5\nkeep = 0.5"), "recipe.toml: step 1 (prune): give one of keep, macs, params; got keep, macs"),
+        (("macs = 0.5", ""), "recipe.toml: step 1 (prune): give one of keep, macs, params; got none"),
         (("macs = 0.5", 'macs = "half"'), "recipe.toml: step 1 (prune): macs = 'half': should be a valid number"),
         (("taylor:batches=20", "tailor"), "recipe.toml: step 1 (prune): criterion: criteria: unknown choice 'tailor'"),
         (("taylor:batches=20", "taylor:batch=20"), "unknown option 'batch=20'; have batch_size, batches"),

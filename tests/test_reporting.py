@@ -273,7 +273,7 @@ def test_verdict_follows_the_goals() -> None:
     for goal in told["goals"]:
         goal["met"] = True
     assert reporting.view(told)["verdict"]["light"] == "good"
-    assert reporting.view(told)["verdict"]["sentence"].startswith("All 2 goals were met.")
+    assert reporting.view(told)["verdict"]["sentence"].startswith("Both goals were met.")
     told["goals"] = []
     assert reporting.view(told)["verdict"]["light"] == "neutral"
     told["verdict"] = {"status": "missed", "sentence": "It was not to be."}
@@ -329,6 +329,23 @@ def test_a_faster_and_better_candidate_makes_the_other_pale() -> None:
     assert marks["quantized"]["x"] < marks["original"]["x"]
     assert marks["original"]["y"] < marks["quantized"]["y"]  # higher accuracy stands higher
     assert marks["original"]["high"] < marks["original"]["y"] < marks["original"]["low"]
+
+
+def test_names_of_candidates_do_not_cover_each_other_or_leave_the_figure() -> None:
+    names = ["original", "prune", "prune + distill", "prune + distill + quantize", "quantize"]
+    close = [{"name": name, "value": 0.98 + 0.001 * index, "latency_ms": 1 + 0.01 * index} for index, name in enumerate(names)]
+    marks = reporting.view({"frontier": [*close, {"name": "slow", "value": 0.9, "latency_ms": 9}]})["frontier"]["marks"]
+    boxes = [reporting._around(mark["label"]["x"], mark["label"]["y"], reporting._LETTER * len(mark["name"])) for mark in marks]
+    for index, (left, top, right, bottom) in enumerate(boxes):
+        assert left >= 0 and right <= reporting._WIDTH and top >= 0 and bottom <= reporting._HEIGHT
+        for other in boxes[:index]:
+            assert right <= other[0] or other[2] <= left or bottom <= other[1] or other[3] <= top
+
+
+def test_advice_is_for_goals_that_were_missed() -> None:
+    told = facts()
+    told["goals"] = [{"name": "speedup", "asked": 2, "reached": 3, "met": True, "advice": "prune more"}]
+    assert "prune more" not in Page(reporting.html(told)).text
 
 
 def test_page_of_a_deep_network_stays_small() -> None:
