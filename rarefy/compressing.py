@@ -35,6 +35,7 @@ import shutil
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -94,14 +95,14 @@ class Budget:
 class Result:
     """What ``compress`` found.
 
-    graph: the model. report: the facts (schema: ``rarefy/reporting.py``); ``report["goals"]`` says what was met. model: the exported file.
+    graph: the model. report: the facts (schema: ``rarefy/reporting.py``); ``report["goals"]`` says what was met. model: the exported file, which
+    goes with this object unless a workdir was named.
     """
 
     graph: fx.GraphModule
     report: dict[str, Any]
     model: Path
     manifest: dict[str, Any] = field(repr=False, default_factory=dict)
-    _temporary: Any = field(repr=False, default=None)  # a working folder that goes with this object
 
     @property
     def met(self) -> bool:
@@ -143,7 +144,6 @@ def compress(
 
     A missed goal is no error: see ``Result.met``. Raises InputError for what can't be done, or for a workdir of another run.
     """
-    temporary = tempfile.TemporaryDirectory(prefix="rarefy-") if workdir is None else None
     given = inputs if inputs is not None else torch.zeros(2, *task.input_shape)
     if getattr(task, "val", None) is None:
         raise InputError("compress: the task has no validation data, without which no drop can be measured; pass val=")
@@ -151,8 +151,36 @@ def compress(
     chosen = measuring.with_threads(runtime)
     listed = [dict(step) for step in (steps if steps is not None else usual_steps(budget, measuring.weight_bytes(original), task))]
     _check_steps(listed)
+    folder = Path(workdir if workdir is not None else tempfile.mkdtemp(prefix="rarefy-"))
+    with contextlib.ExitStack() as failed:
+        if workdir is None:
+            failed.callback(shutil.rmtree, folder, ignore_errors=True)
+        result = _compressed(
+            original, task, budget, listed, chosen, folder, seed, device, title, recipe, corruptions, steps is None, progress
+        )
+        failed.pop_all()
+    if workdir is None:
+        weakref.finalize(result, shutil.rmtree, folder, ignore_errors=True)
+    return result
+
+
+def _compressed(
+    original: fx.GraphModule,
+    task: Any,
+    budget: Budget,
+    listed: list[dict[str, Any]],
+    chosen: Any,
+    folder: Path,
+    seed: int,
+    device: str | torch.device | None,
+    title: str,
+    recipe: str,
+    corruptions: Sequence[str] | None,
+    optional: bool,
+    progress: bool,
+) -> Result:
     run = _Run(
-        folder=Path(temporary.name if temporary is not None else str(workdir)),
+        folder=folder,
         task=task,
         budget=budget,
         steps=listed,
@@ -160,7 +188,7 @@ def compress(
         seed=seed,
         device=None if device is None else str(device),
         corruptions=_corruptions(corruptions, task),
-        optional=steps is None,
+        optional=optional,
         progress=progress,
     )
     with run.opened(original):
@@ -177,7 +205,7 @@ def compress(
         "environment": report["provenance"]["environment"],
         "measurements": {name: report[name] for name in ("goals", "before", "after", "parity")},
     }
-    return Result(winner.graph(), report, winner.folder / MODEL, manifest, temporary)
+    return Result(winner.graph(), report, winner.folder / MODEL, manifest)
 
 
 def usual_steps(budget: Budget, size_bytes: int, task: Any) -> list[dict[str, Any]]:
