@@ -150,9 +150,10 @@ def is_tensor(value: Any) -> bool:
     return isinstance(value, (Tensor, FakeTensor))
 
 
-def attribute(graph: nn.Module, target: str) -> Any:
-    """The parameter, buffer or flag of that dotted name."""
-    owner, _, name = target.rpartition(".")
+def attribute(graph: nn.Module, target: Any) -> Any:
+    """The parameter, buffer or flag of that dotted name, or that a ``get_attr`` node reads."""
+    target = target.target if isinstance(target, fx.Node) else target
+    owner, _, name = str(target).rpartition(".")
     return getattr(graph.get_submodule(owner), name)
 
 

@@ -65,9 +65,10 @@ Term = tuple[float, Loss]
 class Task(Protocol):
     """What the loop asks of a task (rarefy/tasks)."""
 
-    train: Any
-    val: Any
-
+    @property
+    def train(self) -> Any: ...
+    @property
+    def val(self) -> Any: ...
     @property
     def classes(self) -> int: ...
     @property

@@ -82,15 +82,16 @@ def equalize(graph: fx.GraphModule, rounds: int = 20) -> int:
 
 def _fold_batch_norm(graph: fx.GraphModule, node: fx.Node) -> None:
     source, *parameters = node.args[:5]
-    gamma, beta, mean, variance = (None if value is None else attribute(graph, value.target).detach() for value in parameters)  # type: ignore[union-attr]
+    tensors: list[Any] = [None if value is None else attribute(graph, value).detach() for value in parameters]
+    gamma, beta, mean, variance = tensors
     factor = torch.rsqrt(variance.double() + float(node.args[7]))  # type: ignore[arg-type]
     factor = factor if gamma is None else factor * gamma.double()
     shift = -mean.double() * factor if beta is None else beta.double() - mean.double() * factor
     assert isinstance(source, fx.Node)
-    name = str(parameters[2].target).rpartition(".")[0]  # type: ignore[union-attr]
+    name = str(parameters[2].target).rpartition(".")[0]
     if weighted(source) and len(source.users) == 1:
-        weight = attribute(graph, source.args[1].target)  # type: ignore[union-attr]
-        bias = attribute(graph, source.args[2].target) if len(source.args) > 2 and source.args[2] is not None else None  # type: ignore[union-attr]
+        weight = attribute(graph, source.args[1])
+        bias = attribute(graph, source.args[2]) if len(source.args) > 2 and source.args[2] is not None else None
         wide = weight.detach().double() * factor.view(-1, *[1] * (weight.dim() - 1))
         moved = shift if bias is None else shift + bias.detach().double() * factor
         put(graph, source, wide.to(weight.dtype), moved.to(weight.dtype))
@@ -129,9 +130,10 @@ def _stored(graph: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
 
 
 def _mean(graph: fx.Graph, node: fx.Node, found: dict[fx.Node, Any]) -> fx.Node | None:
-    source, axes = node.args[0], node.args[1] if len(node.args) > 1 else None
+    source = node.args[0]
+    axes: Any = node.args[1] if len(node.args) > 1 else None
     assert isinstance(source, fx.Node)
-    if len(found[source].shape) != 4 or axes is None or sorted(axis % 4 for axis in axes) != [2, 3]:  # type: ignore[union-attr]
+    if len(found[source].shape) != 4 or axes is None or sorted(axis % 4 for axis in axes) != [2, 3]:
         return None
     pooled = graph.call_function(aten.adaptive_avg_pool2d.default, (source, [1, 1]))
     keep = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
@@ -176,7 +178,11 @@ def _next_layer(graph: fx.GraphModule, node: fx.Node) -> fx.Node | None:
         after = next(iter(after.users))
         if weighted(after):
             alone = all(len(source.users) == 1 for source in (node.args[1], after.args[1]) if isinstance(source, fx.Node))
-            return after if alone and after.args[0] is not node.args[0] and _channels(graph, after) == attribute(graph, node.args[1].target).shape[0] else None  # type: ignore[union-attr]
+            return (
+                after
+                if alone and after.args[0] is not node.args[0] and _channels(graph, after) == attribute(graph, node.args[1]).shape[0]
+                else None
+            )
         if after.op != "call_function" or after.target is not aten.relu.default:
             return None
     return None
@@ -188,7 +194,7 @@ def _groups(node: fx.Node) -> int:
 
 def _channels(graph: fx.GraphModule, node: fx.Node) -> int:
     """Input channels, where each is read on its own (no groups but depthwise); 0 otherwise."""
-    weight = attribute(graph, node.args[1].target)  # type: ignore[union-attr]
+    weight = attribute(graph, node.args[1])
     groups = _groups(node)
     if groups == 1:
         return int(weight.shape[1])
@@ -196,7 +202,7 @@ def _channels(graph: fx.GraphModule, node: fx.Node) -> int:
 
 
 def _equalize_pair(graph: fx.GraphModule, first: fx.Node, second: fx.Node) -> float:
-    one, two = (attribute(graph, node.args[1].target) for node in (first, second))  # type: ignore[union-attr]
+    one, two = (attribute(graph, node.args[1]) for node in (first, second))
     axis = 1 if _groups(second) == 1 else 0
     with torch.no_grad():
         r1 = one.abs().flatten(1).amax(1)
@@ -205,6 +211,6 @@ def _equalize_pair(graph: fx.GraphModule, first: fx.Node, second: fx.Node) -> fl
         s = torch.where(usable, torch.sqrt(r1 * r2) / r2, torch.ones_like(r1)).clamp(1e-3, 1e3)
         one.div_(s.view(-1, *[1] * (one.dim() - 1)))
         if len(first.args) > 2 and first.args[2] is not None:
-            attribute(graph, first.args[2].target).div_(s)  # type: ignore[union-attr]
+            attribute(graph, first.args[2]).div_(s)
         two.mul_(s.view([-1 if dim == axis else 1 for dim in range(two.dim())]))
         return float((s.log().abs()).max()) / math.log(2)

@@ -85,7 +85,9 @@ def observe(graph: fx.GraphModule, nodes: Iterable[fx.Node], batches: Iterable[t
     def see(node: fx.Node, value: Tensor) -> None:
         value = value.detach().float().reshape(-1)
         if not bool(torch.isfinite(value.sum())):
-            raise CheckFailed(f"{node.meta.get('stack') or node.name}: yields NaN or infinity on the calibration images; check the weights and the normalisation")
+            raise CheckFailed(
+                f"{node.meta.get('stack') or node.name}: yields NaN or infinity on the calibration images; check the weights and the normalisation"
+            )
         if node in found:
             found[node].add(value)
         else:
@@ -102,7 +104,9 @@ def observe(graph: fx.GraphModule, nodes: Iterable[fx.Node], batches: Iterable[t
     return found
 
 
-def in_lockstep(float_graph: fx.GraphModule, graph: fx.GraphModule, names: Iterable[str], inputs: tuple[Tensor, ...]) -> Iterator[tuple[str, Tensor, Tensor]]:
+def in_lockstep(
+    float_graph: fx.GraphModule, graph: fx.GraphModule, names: Iterable[str], inputs: tuple[Tensor, ...]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(name, float value, value) for each named node of both graphs, in order, running both side by side.
 
     ``graph`` runs a node only after what was yielded before it has been dealt with: a change made then (to a bias, say) is seen by the

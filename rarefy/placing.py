@@ -70,7 +70,12 @@ def place(graph: fx.GraphModule, can: Capabilities, ignore: Sequence[str] = (), 
     """Choose. ignore: globs of layer names that stay float."""
 
     def ignored(node: fx.Node) -> bool:
-        return any(fnmatch.fnmatch(name, glob) for glob in ignore for name in (layer_name(node) if weighted(node) else "", node.name, node.meta.get("stack", "")) if name)
+        return any(
+            fnmatch.fnmatch(name, glob)
+            for glob in ignore
+            for name in (layer_name(node) if weighted(node) else "", node.name, node.meta.get("stack", ""))
+            if name
+        )
 
     nodes = list(graph.graph.nodes)
     layers = {node for node in nodes if weighted(node) and node.target in can.layers and not ignored(node)}
@@ -79,10 +84,9 @@ def place(graph: fx.GraphModule, can: Capabilities, ignore: Sequence[str] = (), 
     for node in nodes:
         if node.op == "call_function" and node.target in can.clips:
             source = node.args[0]
-            if source in layers or source in joins:
-                if len(source.users) == 1:
-                    fused[node] = source
-                    continue
+            if (source in layers or source in joins) and len(source.users) == 1:
+                fused[node] = source
+                continue
             joins.add(node)
 
     def is_carrier(node: fx.Node) -> bool:
@@ -96,16 +100,14 @@ def place(graph: fx.GraphModule, can: Capabilities, ignore: Sequence[str] = (), 
         return node
 
     def leads_to_integers(node: fx.Node, integer: set[fx.Node]) -> bool:
-        return any(
-            user in integer or ((is_carrier(user) or user in fused) and leads_to_integers(user, integer))
-            for user in node.users
-        )
+        return any(user in integer or ((is_carrier(user) or user in fused) and leads_to_integers(user, integer)) for user in node.users)
 
     while True:
         integer = layers | joins
         yielding = integer | {clip for clip, source in fused.items() if source in integer}
         dropped = {
-            node for node in joins
+            node
+            for node in joins
             if not all(source_of(source) in yielding for source in _tensors(node)) or not leads_to_integers(node, integer)
         }
         if not dropped:
@@ -123,7 +125,9 @@ def place(graph: fx.GraphModule, can: Capabilities, ignore: Sequence[str] = (), 
             values.add(result)
         elif result is not node:
             del fused[result]  # the clip stays: the sums before it are float
-    carried = {node: source_of(node) for node in nodes if is_carrier(node) and source_of(node) in values and leads_to_integers(node, integer)}
+    carried = {
+        node: source_of(node) for node in nodes if is_carrier(node) and source_of(node) in values and leads_to_integers(node, integer)
+    }
     return Placement(
         layers=[node for node in nodes if node in layers],
         values=[node for node in nodes if node in values],

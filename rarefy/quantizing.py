@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-import rarefy.kernels  # noqa: F401  registers torch.ops.rarefy
+import rarefy.kernels
 from rarefy import grids, plugins
 from rarefy.capturing import as_graph, attribute, finish, set_attribute
 from rarefy.errors import InputError
@@ -79,14 +79,16 @@ def quantize(
     grid = grids.parse(activations, symmetric=False)
     if images < 1 or batch_size < 1:
         raise InputError(f"images={images}, batch_size={batch_size}: both must be at least 1")
-    if any(node.target in rarefy.kernels.OPERATORS for node in as_nodes(model)):
+    if isinstance(model, fx.GraphModule) and any(node.target in rarefy.kernels.OPERATORS for node in model.graph.nodes):
         raise InputError("the model is quantised already; start from its float original")
     graph = simplify(fold(as_graph(model, inputs)))
     for parameter in graph.parameters():
         parameter.requires_grad_(False)
     placement = place(graph, runtime.capabilities, ignore)
     if not placement.layers:
-        raise InputError(f"no layer can be quantised for {plugins.describe(runtime)}; ignore={list(ignore)} leaves none, or the model has no convolution or linear layer")
+        raise InputError(
+            f"no layer can be quantised for {plugins.describe(runtime)}; ignore={list(ignore)} leaves none, or the model has no convolution or linear layer"
+        )
     for node in placement.layers:
         _own_bias(graph, node)
     pairs = equalize_ranges(graph) if equalize else 0
@@ -101,7 +103,7 @@ def quantize(
         ranges[value] = _clipped(placement, value, min(lo, 0.0), max(hi, 0.0))
     generator = torch.Generator().manual_seed(seed)
     scales = _insert(graph, placement, ranges, grid)
-    facts = _round_weights(graph, placement, scales, weight_grid, weight_rule, rounder, generator)
+    facts = _round_weights(graph, placement, scales, weight_grid, grid.bits, weight_rule, rounder, generator)
     finish(graph)
     correction = _take(kept, CORRECTION_IMAGES)
     del kept, stored
@@ -114,9 +116,17 @@ def quantize(
         {
             "step": "quantize",
             "options": {
-                "images": images, "weights": str(weight_grid), "activations": str(grid), "calibration": plugins.describe(rule),
-                "weight_calibration": plugins.describe(weight_rule), "rounding": plugins.describe(rounder), "runtime": plugins.describe(runtime),
-                "ignore": list(ignore), "equalize": equalize, "correct_bias": correct_bias, "seed": seed,
+                "images": images,
+                "weights": str(weight_grid),
+                "activations": str(grid),
+                "calibration": plugins.describe(rule),
+                "weight_calibration": plugins.describe(weight_rule),
+                "rounding": plugins.describe(rounder),
+                "runtime": plugins.describe(runtime),
+                "ignore": list(ignore),
+                "equalize": equalize,
+                "correct_bias": correct_bias,
+                "seed": seed,
             },
             "facts": {
                 "layers": [{key: value for key, value in fact.items() if key != "weight"} for fact in facts],
@@ -129,12 +139,13 @@ def quantize(
     return graph.eval()
 
 
-def as_nodes(model: nn.Module) -> list[fx.Node]:
-    return list(model.graph.nodes) if isinstance(model, fx.GraphModule) else []
-
-
 def _is_layer(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target in (aten.conv2d.default, aten.conv2d.padding, aten.linear.default) and isinstance(node.args[1], fx.Node) and node.args[1].op == "get_attr"
+    return (
+        node.op == "call_function"
+        and node.target in (aten.conv2d.default, aten.conv2d.padding, aten.linear.default)
+        and isinstance(node.args[1], fx.Node)
+        and node.args[1].op == "get_attr"
+    )
 
 
 def _copy(graph: fx.GraphModule) -> fx.GraphModule:
@@ -147,7 +158,9 @@ def _copy(graph: fx.GraphModule) -> fx.GraphModule:
     return copied
 
 
-def _stored_batches(graph: fx.GraphModule, task: Any, batches: Any, images: int, batch_size: int, seed: int) -> Iterator[tuple[Tensor, ...]]:
+def _stored_batches(
+    graph: fx.GraphModule, task: Any, batches: Any, images: int, batch_size: int, seed: int
+) -> Iterator[tuple[Tensor, ...]]:
     if batches is None:
         if task is None:
             raise InputError("no calibration images: pass a task, or batches=")
@@ -156,7 +169,9 @@ def _stored_batches(graph: fx.GraphModule, task: Any, batches: Any, images: int,
     for batch in batches:
         given = (batch,) if isinstance(batch, Tensor) else tuple(batch)
         if [list(value.shape[1:]) for value in given] != shape:
-            raise InputError(f"calibration batch of shape {[list(value.shape) for value in given]}: the model takes (N, {', '.join(map(str, shape[0]))})")
+            raise InputError(
+                f"calibration batch of shape {[list(value.shape) for value in given]}: the model takes (N, {', '.join(map(str, shape[0]))})"
+            )
         yield given
 
 
@@ -170,8 +185,8 @@ def _take(batches: Iterable[tuple[Tensor, ...]], count: int) -> tuple[Tensor, ..
 
 def _own_bias(graph: fx.GraphModule, node: fx.Node) -> None:
     """Every integer layer has a weight and a bias of its own."""
-    weight = attribute(graph, node.args[1].target).detach()  # type: ignore[union-attr]
-    bias = attribute(graph, node.args[2].target).detach() if len(node.args) > 2 and node.args[2] is not None else weight.new_zeros(weight.shape[0])  # type: ignore[union-attr]
+    weight = attribute(graph, node.args[1]).detach()
+    bias = attribute(graph, node.args[2]).detach() if len(node.args) > 2 and node.args[2] is not None else weight.new_zeros(weight.shape[0])
     put(graph, node, weight.clone(), bias.clone())
 
 
@@ -187,7 +202,9 @@ def _clipped(placement: Placement, value: fx.Node, lo: float, hi: float) -> tupl
     return lo, hi
 
 
-def _insert(graph: fx.GraphModule, placement: Placement, ranges: dict[fx.Node, tuple[float, float]], grid: grids.Grid) -> dict[fx.Node, Tensor]:
+def _insert(
+    graph: fx.GraphModule, placement: Placement, ranges: dict[fx.Node, tuple[float, float]], grid: grids.Grid
+) -> dict[fx.Node, Tensor]:
     """Put quantize/dequantize after every value; returns the scale that each value's readers see."""
     seen_scale: dict[fx.Node, Tensor] = {}
     sources: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
@@ -201,7 +218,7 @@ def _insert(graph: fx.GraphModule, placement: Placement, ranges: dict[fx.Node, t
             seen_scale[value] = _open_gate(graph, value, scale, grid)
     for carrier, value in placement.carried.items():
         if not _yields_tuple(carrier):
-            scale, zero = seen_scale[value], attribute(graph, sources[value][1].target)
+            scale, zero = seen_scale[value], attribute(graph, sources[value][1])
             _after(graph, carrier, value, scale, zero, grid)
     for clip, source in placement.fused.items():
         clip.replace_all_uses_with(source)
@@ -256,11 +273,18 @@ def _open_gate(graph: fx.GraphModule, gate: fx.Node, scale: Tensor, grid: grids.
 
 
 def _round_weights(
-    graph: fx.GraphModule, placement: Placement, scales: dict[fx.Node, Tensor], grid: grids.Grid, rule: Any, rounder: Any, generator: torch.Generator
+    graph: fx.GraphModule,
+    placement: Placement,
+    scales: dict[fx.Node, Tensor],
+    grid: grids.Grid,
+    activation_bits: int,
+    rule: Any,
+    rounder: Any,
+    generator: torch.Generator,
 ) -> list[dict[str, Any]]:
     """Codes in place of weights and biases; one fact a layer."""
     facts = []
-    values = {name: value for value in placement.values for name in (value.name,)}
+    values = {value.name: value for value in placement.values}
     for node in placement.layers:
         entry = node.args[0]
         assert isinstance(entry, fx.Node) and isinstance(entry.args[1], fx.Node)
@@ -268,7 +292,7 @@ def _round_weights(
         input_scale = scales[root].double()
         weight_node, bias_node = node.args[1], node.args[2]
         assert isinstance(weight_node, fx.Node) and isinstance(bias_node, fx.Node)
-        weight, bias = attribute(graph, weight_node.target).detach(), attribute(graph, bias_node.target).detach()
+        weight, bias = attribute(graph, weight_node).detach(), attribute(graph, bias_node).detach()
         rows = weight.reshape(weight.shape[0], -1)
         scale = rule.weight_scale(rows, grid).to(torch.float32)
         least = (bias.double().abs() / (input_scale * _BIAS_LIMIT)).float().clamp_min(1e-12)  # so that the bias fits 32 bits
@@ -283,30 +307,34 @@ def _round_weights(
             number = _decoded(graph, name, codes, scale, torch.zeros((), dtype=grid.dtype))
             constant = _decoded(graph, bias_name, bias_codes, products, torch.zeros((), dtype=torch.int32))
         node.args = (node.args[0], number, constant, *node.args[3:])
-        lo_hi = attribute(graph, f"quantization.{root.name}.zero_point")
         facts.append(
             {
-                "name": layer_name_of(name), "weight": name, "bits": grid.bits, "activation_bits": 8 if lo_hi is not None else None,
-                "error": float(error), "input": root.name,
+                "name": name.rpartition(".")[0] or name,
+                "weight": name,
+                "bits": grid.bits,
+                "activation_bits": activation_bits,
+                "error": float(error),
+                "input": root.name,
             }
         )
     return facts
 
 
-def layer_name_of(weight: str) -> str:
-    return weight.rpartition(".")[0] or weight
-
-
 def _root_of(entry: fx.Node, values: dict[str, fx.Node]) -> fx.Node:
     """The value whose grid a dequantize node reads, found by the name of its scale."""
-    name = str(entry.args[1].target).split(".")[1]  # type: ignore[union-attr]
+    name = str(entry.args[1].target).split(".")[1]
     return values[name]
 
 
 def _decoded(graph: fx.GraphModule, name: str, codes: Tensor, scale: Tensor, zero: Tensor) -> fx.Node:
     return graph.graph.call_function(
         OPERATORS.dequantize.default,
-        (_constant(graph, f"{name}_codes", codes), _constant(graph, f"{name}_scale", scale), _constant(graph, f"{name}_zero_point", zero), 0),
+        (
+            _constant(graph, f"{name}_codes", codes),
+            _constant(graph, f"{name}_scale", scale),
+            _constant(graph, f"{name}_zero_point", zero),
+            0,
+        ),
     )
 
 
@@ -317,10 +345,10 @@ def _correct_biases(float_graph: fx.GraphModule, graph: fx.GraphModule, names: l
         node = nodes[name]
         axis = 1 if node.target is not aten.linear.default else value.dim() - 1
         over = [dim for dim in range(value.dim()) if dim != axis]
-        moved = (wanted.double() - value.double()).mean(over)
+        moved = (wanted - value).mean(over, dtype=torch.float64)
         bias = node.args[2]
         assert isinstance(bias, fx.Node)
-        codes, scale = (attribute(graph, source.target) for source in bias.args[:2])  # type: ignore[union-attr]
+        codes, scale = (attribute(graph, source) for source in bias.args[:2])
         mended = (codes.double() + torch.round(moved / scale.double())).clamp_(-_BIAS_LIMIT, _BIAS_LIMIT).to(torch.int32)
         change = (mended.double() - codes.double()) * scale.double()
         codes.copy_(mended)

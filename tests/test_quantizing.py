@@ -107,7 +107,13 @@ def test_stochastic_rounding_is_unbiased_and_follows_the_seed() -> None:
 def test_every_calibration_covers_a_range_inside_what_was_seen(name: str, kind: str) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(20_000, generator=generator)
-    x = {"normal": x, "relu": x.relu(), "outlier": torch.cat([x, torch.tensor([60.0])]), "negative": -x.abs() - 1, "constant": torch.full((100,), 2.5)}[kind]
+    x = {
+        "normal": x,
+        "relu": x.relu(),
+        "outlier": torch.cat([x, torch.tensor([60.0])]),
+        "negative": -x.abs() - 1,
+        "constant": torch.full((100,), 2.5),
+    }[kind]
     histogram, grid = Histogram.of(x[: len(x) // 2]), Grid(8, False, False)
     histogram.add(x[len(x) // 2 :])
     lo, hi = plugins.resolve("calibration", name).activation_range(histogram, grid)
@@ -193,7 +199,10 @@ def test_bias_correction_mends_the_mean(block: nn.Module, batches: list[torch.Te
     graph = capture(block, batches[0])
     everything = torch.cat(batches)
     shift = {
-        mend: (quantize(graph, batches=batches, weights="int4", correct_bias=mend, progress=False)(everything) - graph(everything)).mean(0).abs().mean()
+        mend: (quantize(graph, batches=batches, weights="int4", correct_bias=mend, progress=False)(everything) - graph(everything))
+        .mean(0)
+        .abs()
+        .mean()
         for mend in (False, True)
     }
     assert shift[True] < shift[False] / 2
@@ -213,7 +222,9 @@ def test_fewer_bits_more_noise_and_packed_bits_are_told(block: nn.Module, batche
 
 def test_the_same_seed_gives_the_same_bytes(block: nn.Module, batches: list[torch.Tensor]) -> None:
     graph = capture(block, batches[0])
-    one, two, other = (quantize(graph, batches=batches, rounding="stochastic", seed=seed, progress=False).state_dict() for seed in (1, 1, 2))
+    one, two, other = (
+        quantize(graph, batches=batches, rounding="stochastic", seed=seed, progress=False).state_dict() for seed in (1, 1, 2)
+    )
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
@@ -230,7 +241,9 @@ def test_onnxruntime_computes_what_is_simulated(block: nn.Module, batches: list[
     assert len(found["layers"]) >= 12
     kernels = runtime.integer_islands(first)
     assert not kernels["float_islands"]
-    assert kernels["integer"]["QLinearConv"] == 6 and {"QLinearAdd", "QLinearMul", "QLinearGlobalAveragePool", "QGemm"} <= set(kernels["integer"])
+    assert kernels["integer"]["QLinearConv"] == 6 and {"QLinearAdd", "QLinearMul", "QLinearGlobalAveragePool", "QGemm"} <= set(
+        kernels["integer"]
+    )
     wrong = copy.deepcopy(small)  # a file of another model: the layer is named
     dict(wrong.named_buffers())["depthwise.0.bias_codes"].add_(10_000)
     broken = runtime.compare(wrong, first, batches[0])

@@ -54,14 +54,15 @@ _library.impl("quantize", quantize, "CompositeExplicitAutograd")
 _library.impl("dequantize", dequantize, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("rarefy::quantize")
-def _(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, qmin: int, qmax: int, dtype: torch.dtype) -> Tensor:
+def _quantize_shape(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, qmin: int, qmax: int, dtype: torch.dtype) -> Tensor:
     return x.new_empty(x.shape, dtype=dtype)
 
 
-@torch.library.register_fake("rarefy::dequantize")
-def _(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
+def _dequantize_shape(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
     return q.new_empty(q.shape, dtype=scale.dtype)
 
+
+torch.library.register_fake("rarefy::quantize", _quantize_shape)
+torch.library.register_fake("rarefy::dequantize", _dequantize_shape)
 
 OPERATORS = (torch.ops.rarefy.quantize.default, torch.ops.rarefy.dequantize.default)

@@ -73,7 +73,9 @@ class OnnxRuntime:
             model = _translated(graph)
         except Exception as error:
             why = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-            raise InputError(f"the graph can't be written as ONNX: {why[:300]}; leave that layer out with core=, or choose another runtime") from error
+            raise InputError(
+                f"the graph can't be written as ONNX: {why[:300]}; leave that layer out with core=, or choose another runtime"
+            ) from error
         _tidy(onnx, model)
         target = Path(path)
         target.write_bytes(model.SerializeToString(deterministic=True))
@@ -94,9 +96,7 @@ class OnnxRuntime:
         onnx = _needs("onnx")
         model = onnx.load(os.fspath(path))
         seen_by_file = _codes_in(model)
-        codes = {
-            _value_name(node): node for node in reversed(list(graph.graph.nodes)) if node.target is torch.ops.rarefy.quantize.default
-        }
+        codes = {_value_name(node): node for node in reversed(list(graph.graph.nodes)) if node.target is torch.ops.rarefy.quantize.default}
         shared = [name for name in reversed(codes) if name in seen_by_file]
         for name in shared:
             model.graph.output.append(onnx.helper.make_empty_tensor_value_info(seen_by_file[name]))
@@ -122,7 +122,10 @@ class OnnxRuntime:
             largest = max(largest, float((answer - theirs).abs().max()))
             same += int((answer.flatten(1).argmax(1) == theirs.flatten(1).argmax(1)).sum()) if answer.dim() > 1 else 0
         stacks = {name: codes[name].meta.get("stack") or name for name in shared}
-        layers = [{"name": stacks[name], "value": name, "difference": entry[0], "share": entry[1] / max(entry[2], 1)} for name, entry in tally.items()]
+        layers: list[dict[str, Any]] = [
+            {"name": stacks[name], "value": name, "difference": entry[0], "share": entry[1] / max(entry[2], 1)}
+            for name, entry in tally.items()
+        ]
         first = next((layer["name"] for layer in layers if layer["difference"] > 1), None)
         agreement = same / len(inputs)
         return {
@@ -150,7 +153,8 @@ class OnnxRuntime:
         islands = [
             f"{node.op_type} {node.name}"
             for node in graph.node
-            if node.op_type not in _MOVING and not _is_integer(node)
+            if node.op_type not in _MOVING
+            and not _is_integer(node)
             and any(maker.get(name) is not None and maker[name].op_type == "DequantizeLinear" for name in node.input)
             and any(reader.op_type == "QuantizeLinear" for name in node.output for reader in readers.get(name, ()))
         ]
@@ -229,7 +233,11 @@ def _translated(graph: fx.GraphModule) -> Any:
         return operators.QuantizeLinear(x, scale, zero_point) if axis is None else operators.QuantizeLinear(x, scale, zero_point, axis=axis)
 
     def dequantized(q: Any, scale: Any, zero_point: Any, axis: Any) -> Any:
-        return operators.DequantizeLinear(q, scale, zero_point) if axis is None else operators.DequantizeLinear(q, scale, zero_point, axis=axis)
+        return (
+            operators.DequantizeLinear(q, scale, zero_point)
+            if axis is None
+            else operators.DequantizeLinear(q, scale, zero_point, axis=axis)
+        )
 
     examples = example_inputs(graph)
     # an axis in DequantizeLinear wants a zero point as long as the scale
@@ -256,7 +264,7 @@ def _full_zero_points(graph: fx.GraphModule) -> Iterator[fx.GraphModule]:
     ready = copy.deepcopy(graph).eval().cpu()
     for node in ready.graph.nodes:
         if node.target is torch.ops.rarefy.dequantize.default and node.args[3] is not None:
-            scale, zero = (attribute(ready, source.target) for source in node.args[1:3])
+            scale, zero = (attribute(ready, source) for source in node.args[1:3])
             if zero.dim() != scale.dim():
                 set_attribute(ready, node.args[2].target, zero.expand(scale.shape).contiguous())
     yield ready
@@ -279,7 +287,9 @@ def _tidy(onnx: Any, model: Any) -> None:
     """Global pooling by its name; no metadata; the batch axis named."""
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    constants |= {node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant" and node.attribute[0].name == "value"}
+    constants |= {
+        node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant" and node.attribute[0].name == "value"
+    }
     ranks = {info.name: len(info.type.tensor_type.shape.dim) for info in [*graph.value_info, *graph.input]}
     for node in graph.node:
         if node.op_type == "ReduceMean" and len(node.input) == 2 and node.input[1] in constants:
@@ -308,7 +318,7 @@ def _tidy(onnx: Any, model: Any) -> None:
 
 def _value_name(node: fx.Node) -> str:
     """``conv2d_3`` for the node that quantises with ``quantization.conv2d_3.scale``."""
-    return str(node.args[1].target).split(".")[1]  # type: ignore[union-attr]
+    return str(node.args[1].target).split(".")[1]
 
 
 def _codes_in(model: Any) -> dict[str, str]:
