@@ -958,6 +958,13 @@ def _show_report(facts: Mapping[str, Any], folder: str, as_json: bool) -> None:
         raise GoalMissed(
             f"{shown['verdict']['sentence']} The best model found is in {folder}{'; try: ' + '; '.join(advice) if advice else ''}"
         )
+    parity = facts.get("parity") or {}
+    if parity.get("passed") is False:
+        layer = parity.get("first_diverging_layer")
+        raise SelfCheckFailed(
+            f"{Path(folder) / 'model.onnx'}: gives the same answer as the model on {parity['agreement']:.1%} of {parity['samples']} images only"
+            f"{f', and {layer} is the first layer that differs' if layer else ''}; do not deploy it; name the layer in ignore= and run again"
+        )
 
 
 def _show_comparison(facts: Mapping[str, Any]) -> None:

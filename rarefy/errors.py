@@ -19,6 +19,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class RarefyError(Exception):
     exit_code = 2
@@ -64,4 +66,6 @@ class SignatureRefused(CheckFailed):
 
 
 class TrainingDiverged(CheckFailed):
-    pass
+    """``graph``: the last good state."""
+
+    graph: Any = None
