@@ -6,7 +6,8 @@ without a float operator between them:
 * a *layer* (convolution, linear) is integer wherever its weights are stored;
 * a *join* (add, multiply, concatenate, average, sigmoid) is integer where all it reads comes from integers and somebody reads it as integers;
 * a *clip* (ReLU, ReLU6) after an integer operator costs nothing: the grid of the result ends where the clip does, and the node goes;
-* a *carrier* (reshape, max pooling, slice) moves codes as they are, on the grid of what it reads.
+* a *carrier* (reshape, max pooling, slice) moves codes as they are, on the grid of what it reads;
+* *padding* with zeros is a carrier too, done on the codes (zero is one of them); where only layers read it, it melts into their own padding.
 
 The model's answers stay float: the last layer's sums are not rounded.
 """
@@ -34,6 +35,7 @@ class Capabilities:
     layers: frozenset[Any]
     joins: frozenset[Any]
     carriers: frozenset[Any]
+    paddings: frozenset[Any]
     clips: frozenset[Any]
     float_result: frozenset[Any]
 
@@ -92,7 +94,10 @@ def place(graph: fx.GraphModule, can: Capabilities, ignore: Sequence[str] = (), 
     def is_carrier(node: fx.Node) -> bool:
         if node.target is operator.getitem:
             return isinstance(node.args[0], fx.Node) and is_carrier(node.args[0])
-        return node.op == "call_function" and node.target in can.carriers
+        return node.op == "call_function" and (node.target in can.carriers or (node.target in can.paddings and pads_with_zeros(node)))
+
+    def melts(node: fx.Node) -> bool:
+        return node.target in can.paddings and all(user in layers for user in node.users)
 
     def source_of(node: fx.Node) -> fx.Node:
         while is_carrier(node):
@@ -126,7 +131,9 @@ def place(graph: fx.GraphModule, can: Capabilities, ignore: Sequence[str] = (), 
         elif result is not node:
             del fused[result]  # the clip stays: the sums before it are float
     carried = {
-        node: source_of(node) for node in nodes if is_carrier(node) and source_of(node) in values and leads_to_integers(node, integer)
+        node: source_of(node)
+        for node in nodes
+        if is_carrier(node) and not melts(node) and source_of(node) in values and leads_to_integers(node, integer)
     }
     return Placement(
         layers=[node for node in nodes if node in layers],
@@ -135,6 +142,13 @@ def place(graph: fx.GraphModule, can: Capabilities, ignore: Sequence[str] = (), 
         carried=carried,
         integer=integer,
     )
+
+
+def pads_with_zeros(node: fx.Node) -> bool:
+    """aten.pad(x, sizes, mode="constant", value=None)."""
+    mode, value = (*node.args[2:4], *("constant", None)[len(node.args[2:4]) :])
+    mode, value = node.kwargs.get("mode", mode), node.kwargs.get("value", value)
+    return mode == "constant" and not value
 
 
 def _tensors(node: fx.Node) -> list[fx.Node]:

@@ -217,12 +217,24 @@ def _insert(
         if value.target is aten.hardsigmoid.default:
             seen_scale[value] = _open_gate(graph, value, scale, grid)
     for carrier, value in placement.carried.items():
-        if not _yields_tuple(carrier):
+        if carrier.target is aten.pad.default:
+            _pad_codes(graph, carrier)
+        elif not _yields_tuple(carrier):
             scale, zero = seen_scale[value], attribute(graph, sources[value][1])
             _after(graph, carrier, value, scale, zero, grid)
     for clip, source in placement.fused.items():
         clip.replace_all_uses_with(source)
     return seen_scale
+
+
+def _pad_codes(graph: fx.GraphModule, pad: fx.Node) -> None:
+    """Padding with zeros, done on the codes: zero is the code of the zero point."""
+    number = pad.args[0]
+    codes, scale, zero, axis = number.args
+    pad.args, pad.kwargs = (codes, pad.args[1], "constant", int(attribute(graph, zero))), {}
+    with graph.graph.inserting_after(pad):
+        padded = graph.graph.call_function(OPERATORS.dequantize.default, (pad, scale, zero, axis))
+    pad.replace_all_uses_with(padded, delete_user_cb=lambda user: user is not padded)
 
 
 def _yields_tuple(node: fx.Node) -> bool:
@@ -322,6 +334,8 @@ def _round_weights(
 
 def _root_of(entry: fx.Node, values: dict[str, fx.Node]) -> fx.Node:
     """The value whose grid a dequantize node reads, found by the name of its scale."""
+    while entry.target is not OPERATORS.dequantize.default:
+        entry = entry.args[0]  # padding that melts into the layer
     name = str(entry.args[1].target).split(".")[1]
     return values[name]
 
