@@ -39,7 +39,7 @@ from rarefy.progress import track
 aten = torch.ops.aten
 OPERATORS = torch.ops.rarefy
 
-CORRECTION_IMAGES = 64
+CORRECTION_IMAGES = 32
 _BIAS_LIMIT = 2.0**30
 
 
@@ -54,7 +54,7 @@ def quantize(
     weights: str | grids.Grid = "int8",
     activations: str | grids.Grid = "uint8",
     calibration: Any = "mse",
-    weight_calibration: Any = "mse",
+    weight_calibration: Any = None,
     rounding: Any = "nearest",
     runtime: Any = "onnxruntime",
     ignore: Sequence[str] = (),
@@ -68,14 +68,16 @@ def quantize(
     task: where calibration images come from (its training split; labels are not read); or batches: (N, ...) inputs themselves.
     inputs: an example batch, where ``model`` is not captured yet.
     weights, activations: number formats, ``"int8"``, ``"uint8"``, ``"int4"``.
+    weight_calibration: the rule for weight scales; None: minmax at 8 bits, where clipping the largest weights costs more than it saves, else mse.
     ignore: globs of layer names that stay float.
 
     Raises InputError for a contradiction, DataError without images, CheckFailed where the float model yields NaN.
     """
     runtime = plugins.resolve("runtimes", runtime)
-    rule, weight_rule = plugins.resolve("calibration", calibration), plugins.resolve("calibration", weight_calibration)
-    rounder = plugins.resolve("rounding", rounding)
     weight_grid = grids.parse(weights, symmetric=True, axis=0)
+    rule = plugins.resolve("calibration", calibration)
+    weight_rule = plugins.resolve("calibration", weight_calibration or ("minmax" if weight_grid.bits == 8 else "mse"))
+    rounder = plugins.resolve("rounding", rounding)
     grid = grids.parse(activations, symmetric=False)
     if images < 1 or batch_size < 1:
         raise InputError(f"images={images}, batch_size={batch_size}: both must be at least 1")
@@ -299,7 +301,7 @@ def _round_weights(
     values = {value.name: value for value in placement.values}
     for node in placement.layers:
         entry = node.args[0]
-        assert isinstance(entry, fx.Node) and isinstance(entry.args[1], fx.Node)
+        assert isinstance(entry, fx.Node)
         root = _root_of(entry, values)
         input_scale = scales[root].double()
         weight_node, bias_node = node.args[1], node.args[2]

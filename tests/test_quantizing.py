@@ -250,6 +250,41 @@ def test_onnxruntime_computes_what_is_simulated(block: nn.Module, batches: list[
     assert not broken["passed"] and broken["first_diverging_layer"].startswith("depthwise")
 
 
+def test_zero_padding_stays_in_integers_and_narrow_layers_are_written_wide(batches: list[torch.Tensor], tmp_path) -> None:
+    """The option-A shortcut pads channels; a static stride-2 pad melts into its convolution; 8 channels are written as 16."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 16, 3, 2), nn.Conv2d(16, 8, 3, padding=1), nn.Conv2d(8, 32, 3, padding=1)
+            self.head = nn.Linear(32, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.a(nn.functional.pad(x, (0, 1, 0, 1))).relu()
+            y = self.c(self.b(x).relu())
+            x = (y + nn.functional.pad(x, (0, 0, 0, 0, 8, 8))).relu()
+            return self.head(x.mean((2, 3)))
+
+    torch.manual_seed(0)
+    graph = capture(Padded().eval(), batches[0])
+    small = quantize(graph, batches=batches, progress=False)
+    assert noise_db(graph(batches[0]), small(batches[0])) > 20
+    runtime = plugins.resolve("runtimes", "onnxruntime:threads=1")
+    path = runtime.export(small, tmp_path / "padded.onnx")
+    found = runtime.compare(small, path, torch.cat(batches))
+    assert found["passed"] and found["ulp"] <= 1
+    assert not runtime.integer_islands(path)["float_islands"]
+    nodes = onnx.load(str(path)).graph
+    convolutions = [node for node in nodes.node if node.op_type == "Conv"]
+    pads = [list(attribute.ints) for node in convolutions for attribute in node.attribute if attribute.name == "pads"]
+    assert pads[0] == [0, 0, 1, 1] and [node.op_type for node in nodes.node].count("Pad") == 1
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in nodes.initializer}
+    assert (16, 16, 3, 3) in shapes.values() and (32, 16, 3, 3) in shapes.values()
+    assert dict(small.named_buffers())["b.weight_codes"].shape[0] == 8  # only the file is wider
+
+
 def test_float_islands_are_found(batches: list[torch.Tensor], tmp_path) -> None:
     """A network with an operator that has no integer kernel shows one, so that the test above can fail."""
     pytest.importorskip("onnxruntime")
