@@ -146,9 +146,9 @@ def place(graph: fx.GraphModule, can: Capabilities, ignore: Sequence[str] = (), 
 
 def pads_with_zeros(node: fx.Node) -> bool:
     """aten.pad(x, sizes, mode="constant", value=None)."""
-    mode, value = (*node.args[2:4], *("constant", None)[len(node.args[2:4]) :])
-    mode, value = node.kwargs.get("mode", mode), node.kwargs.get("value", value)
-    return mode == "constant" and not value
+    mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
+    value: Any = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
+    return bool(mode == "constant" and value in (None, 0))
 
 
 def _tensors(node: fx.Node) -> list[fx.Node]:

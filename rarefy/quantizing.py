@@ -10,7 +10,8 @@ In order, each on the one graph:
    integers on the grid of the products, s_x s_w, as integer kernels add them;
 5. put ``quantize``/``dequantize`` nodes into the graph; weights are stored as codes;
 6. sequential bias correction (1906.04721, sec. 4.2): layer by layer, with everything before it already integer, the mean that the layer's
-   output moved by, a channel, is taken out of its bias before its successors run.
+   output moved by, a channel, is taken out of its bias before its successors run;
+7. write the layers as what an integer kernel computes (``rarefy.lowering``).
 
 What is simulated is what runs: round half to even, saturation, and clips done by the grid's end.
 """
@@ -32,6 +33,7 @@ from rarefy.capturing import as_graph, attribute, finish, set_attribute
 from rarefy.errors import InputError
 from rarefy.folding import equalize as equalize_ranges
 from rarefy.folding import fold, layer_name, put, simplify
+from rarefy.lowering import to_integers
 from rarefy.observing import in_lockstep, observe
 from rarefy.placing import Placement, clip_bounds, place
 from rarefy.progress import track
@@ -111,6 +113,7 @@ def quantize(
     del kept, stored
     if correct_bias:
         _correct_biases(float_graph, graph, [node.name for node in placement.layers], correction)
+    graph = to_integers(graph)
     if weight_grid.bits < 8:
         graph.meta["bits"] = {f"{fact['weight']}_codes": weight_grid.bits for fact in facts}
     names = {node.name for node in placement.layers}
@@ -334,7 +337,7 @@ def _round_weights(
     return facts
 
 
-def _root_of(entry: fx.Node, values: dict[str, fx.Node]) -> fx.Node:
+def _root_of(entry: Any, values: dict[str, fx.Node]) -> fx.Node:
     """The value whose grid a dequantize node reads, found by the name of its scale."""
     while entry.target is not OPERATORS.dequantize.default:
         entry = entry.args[0]  # padding that melts into the layer

@@ -32,6 +32,7 @@ from torch import Tensor, fx
 import rarefy.kernels  # noqa: F401  registers torch.ops.rarefy
 from rarefy.capturing import attribute, example_inputs, set_attribute
 from rarefy.errors import FormatError, InputError, MissingDependency
+from rarefy.lowering import is_decoded, to_integers, to_numbers
 from rarefy.placing import Capabilities
 
 aten = torch.ops.aten
@@ -76,7 +77,7 @@ class OnnxRuntime:
         """Write ``graph`` (in eval mode) as an ONNX file. Raises InputError for an operator ONNX has no form of."""
         onnx = _needs("onnx")
         try:
-            model = _translated(_widened(graph))
+            model = _translated(_widened(to_numbers(graph)))
         except Exception as error:
             why = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
             raise InputError(
@@ -101,7 +102,7 @@ class OnnxRuntime:
         """
         onnx = _needs("onnx")
         model = onnx.load(os.fspath(path))
-        graph = _widened(graph)
+        graph = to_integers(_widened(to_numbers(graph)))
         seen_by_file = _codes_in(model)
         codes = {_value_name(node): node for node in reversed(list(graph.graph.nodes)) if node.target is torch.ops.rarefy.quantize.default}
         shared = [name for name in reversed(codes) if name in seen_by_file]
@@ -231,9 +232,10 @@ def _widened(graph: fx.GraphModule) -> fx.GraphModule:
         if channels >= TILE:
             continue
         for parameter in (node.args[1], node.args[2]):
-            codes, scale = parameter.args[:2]
+            codes, scale, zero = parameter.args[:3]
             _grow(wide, codes, 0, TILE - channels)
             _grow(wide, scale, 0, TILE - channels, like_first=True)  # a bias's scale must stay that of the products
+            _grow(wide, zero, 0, TILE - channels)
         for reader in readers:
             _grow(wide, reader.args[1].args[0], 1, TILE - channels)
     return wide
@@ -242,8 +244,7 @@ def _widened(graph: fx.GraphModule) -> fx.GraphModule:
 def _is_integer_convolution(node: fx.Node) -> bool:
     if node.target is not aten.conv2d.default or len(node.args) < 3:
         return False
-    decoded = all(isinstance(source, fx.Node) and source.target is torch.ops.rarefy.dequantize.default for source in node.args[:3])
-    return decoded and (len(node.args) < 7 or node.args[6] == 1)
+    return all(map(is_decoded, node.args[:3])) and node.args[6:7] in ((), (1,))
 
 
 def _convolutions_reading(node: fx.Node) -> list[fx.Node]:
@@ -288,10 +289,9 @@ def _translated(graph: fx.GraphModule) -> Any:
         )
 
     examples = example_inputs(graph)
-    # an axis in DequantizeLinear wants a zero point as long as the scale
-    with _quiet(), _full_zero_points(graph) as ready:
+    with _quiet():
         program = torch.onnx.export(
-            ready,
+            graph.cpu(),
             examples,
             dynamo=True,
             dynamic_shapes=tuple({0: torch.export.Dim.DYNAMIC} for _ in examples),
@@ -305,17 +305,6 @@ def _translated(graph: fx.GraphModule) -> Any:
         )
     assert program is not None
     return program.model_proto
-
-
-@contextlib.contextmanager
-def _full_zero_points(graph: fx.GraphModule) -> Iterator[fx.GraphModule]:
-    ready = copy.deepcopy(graph).eval().cpu()
-    for node in ready.graph.nodes:
-        if node.target is torch.ops.rarefy.dequantize.default and node.args[3] is not None:
-            scale, zero = (attribute(ready, source) for source in node.args[1:3])
-            if zero.dim() != scale.dim():
-                set_attribute(ready, node.args[2].target, zero.expand(scale.shape).contiguous())
-    yield ready
 
 
 @contextlib.contextmanager

@@ -1,0 +1,88 @@
+"""The two forms of a quantised layer, and the passes between them; both give the same answers but for float rounding.
+
+numbers   conv2d(dequantize(x), dequantize(w), dequantize(b))     what ONNX writes, and runtimes fuse
+integers  rarefy.conv2d(x, w, b, scales)                          what they then compute; the form a graph is kept in
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import fx
+
+from rarefy.capturing import attribute, finish, set_attribute
+
+aten = torch.ops.aten
+OPERATORS = torch.ops.rarefy
+
+_CONVOLUTION_DEFAULTS: tuple[Any, ...] = ([1, 1], [0, 0], [1, 1], 1)
+
+
+def is_decoded(node: Any) -> bool:
+    """Does ``node`` turn codes into numbers?"""
+    return isinstance(node, fx.Node) and node.target is OPERATORS.dequantize.default
+
+
+def to_integers(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose layers on codes are integer operators."""
+    graph = copy.deepcopy(graph)
+    for node in list(graph.graph.nodes):
+        if node.target not in (aten.conv2d.default, aten.linear.default) or not all(map(is_decoded, node.args[1:3])) or len(node.args) < 3:
+            continue
+        entry = node.args[0]
+        padded = isinstance(entry, fx.Node) and entry.target is aten.pad.default and is_decoded(entry.args[0])
+        source = entry.args[0] if padded else entry
+        if not is_decoded(source):
+            continue
+        (weight, weight_scale, *_), (bias, *_) = node.args[1].args, node.args[2].args
+        codes, scale, zero, _ = source.args
+        with graph.graph.inserting_before(node):
+            if padded:
+                codes = graph.graph.call_function(aten.pad.default, (codes, entry.args[1], "constant", int(attribute(graph, zero))))
+            arguments = (codes, weight, bias, scale, zero, weight_scale)
+            if node.target is aten.conv2d.default:
+                options = tuple(_pair(value) for value in (*node.args[3:], *_CONVOLUTION_DEFAULTS[len(node.args[3:]) :]))
+                layer = graph.graph.call_function(OPERATORS.conv2d.default, (*arguments, *options))
+            else:
+                layer = graph.graph.call_function(OPERATORS.linear.default, arguments)
+        layer.meta = dict(node.meta)
+        node.replace_all_uses_with(layer)
+    return finish(graph)
+
+
+def to_numbers(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose integer layers are float layers of decoded numbers."""
+    graph = copy.deepcopy(graph)
+    for node in list(graph.graph.nodes):
+        if node.target not in (OPERATORS.conv2d.default, OPERATORS.linear.default):
+            continue
+        codes, weight, bias, scale, zero, weight_scale = node.args[:6]
+        set_attribute(graph, f"{bias.target}_scale", attribute(graph, scale) * attribute(graph, weight_scale))
+        with graph.graph.inserting_before(node):
+            around = codes.target is aten.pad.default and all(user.target is OPERATORS.conv2d.default for user in codes.users)
+            number = graph.graph.call_function(OPERATORS.dequantize.default, (codes.args[0] if around else codes, scale, zero, None))
+            if around:
+                number = graph.graph.call_function(aten.pad.default, (number, codes.args[1]))
+            parts = []
+            for source, step in ((weight, weight_scale), (bias, graph.graph.get_attr(f"{bias.target}_scale"))):
+                set_attribute(
+                    graph, f"{source.target}_zero_point", torch.zeros_like(attribute(graph, step), dtype=attribute(graph, source).dtype)
+                )
+                zeros = graph.graph.get_attr(f"{source.target}_zero_point")
+                parts.append(graph.graph.call_function(OPERATORS.dequantize.default, (source, step, zeros, 0)))
+            target = aten.conv2d.default if node.target is OPERATORS.conv2d.default else aten.linear.default
+            layer = graph.graph.call_function(target, (number, *parts, *node.args[6:]))
+        layer.meta = dict(node.meta)
+        node.replace_all_uses_with(layer)
+    return finish(graph)
+
+
+def _pair(value: Any) -> Any:
+    """A stride, padding or dilation for both sides."""
+    return (
+        list(value) * 2
+        if isinstance(value, (list, tuple)) and len(value) == 1
+        else (list(value) if isinstance(value, (list, tuple)) else value)
+    )
