@@ -50,6 +50,7 @@ class Mode(NamedTuple):
     macs: float
     steps: int
     lr: float
+    precision: str
     compile: str
     batch_size: int
     top1: float
@@ -60,9 +61,11 @@ class Mode(NamedTuple):
 
 
 EPOCH = 50_000 // 128
+# What the additions join, 16, 32 and 64 channels wide: whole, the option-A shortcuts stay exact and integer kernels keep full tiles.
+STREAM = ("conv1", "layer*.conv2")
 MODES = {
-    "cpu": Mode(0.45, 3 * EPOCH, 0.05, "no", 128, 0.915, 2.0, 3.0, 7.0, MINUTES),
-    "cuda": Mode(0.476, 100 * EPOCH, 0.1, "reduce-overhead", 128, 0.934, 2.1, None, None, None),
+    "cpu": Mode(0.476, 2 * EPOCH, 0.03, "bf16", "no", 128, 0.915, 2.0, 3.0, 7.0, MINUTES),
+    "cuda": Mode(0.476, 106 * EPOCH, 0.1, "auto", "reduce-overhead", 128, 0.934, 2.1, None, None, None),
 }
 
 
@@ -185,17 +188,17 @@ def arguments() -> argparse.Namespace:
     option("--device", choices=("cpu", "cuda"), default="cpu", help="where to train")
     option("--goals", choices=tuple(MODES), help="what --check compares with; default: those of the device")
     option("--macs", type=float, help="share of the MACs that may stay")
-    option("--round-to", type=int, default=4, help="channels are a multiple of it")
+    option("--round-to", type=int, default=8, help="channels are a multiple of it")
     option("--criterion", default="magnitude", help="magnitude, taylor, taylor:batches=50, ...")
-    option("--ranking", default="global", help="global, local or isomorphic")
-    option("--ignore", action="append", default=[], metavar="GLOB", help="leave these layers whole")
+    option("--ranking", default="local", help="global, local or isomorphic")
+    option("--ignore", action="append", metavar="GLOB", help="leave these layers whole; default: the residual stream")
     option("--loss", default="lskd", help="lskd, kl, 'lskd + 50*mse:on=stages', ...")
     option("--epochs", type=float, help="of 390 steps of 128 images; fractions too")
     option("--batch-size", type=int)
     option("--lr", type=float)
     option("--weight-decay", type=float, default=5e-4)
     option("--ema", type=float, default=0.0)
-    option("--precision", default="auto", choices=("auto", "fp32", "bf16"))
+    option("--precision", choices=("auto", "fp32", "bf16"))
     option("--compile", choices=("no", "default", "reduce-overhead"))
     option("--calibration", default="mse")
     option("--validate-every", type=int, default=0, metavar="EPOCHS", help="look at the test images while training (only looks)")
@@ -212,7 +215,8 @@ def arguments() -> argparse.Namespace:
     mode = MODES[given.device]
     given.goals = given.goals or given.device
     given.steps = mode.steps if given.epochs is None else max(1, math.ceil(given.epochs * EPOCH))
-    for name in ("macs", "lr", "compile", "batch_size"):
+    given.ignore = list(STREAM) if given.ignore is None else given.ignore
+    for name in ("macs", "lr", "precision", "compile", "batch_size"):
         if getattr(given, name) is None:
             setattr(given, name, getattr(mode, name))
     if given.stop_after_training and not given.save:
