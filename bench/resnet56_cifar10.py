@@ -80,7 +80,7 @@ def trained(original: fx.GraphModule, task: Classification, given: argparse.Name
     checkpoint = given.work / f"seed{seed}" if given.work else None
     return distill(
         small, original, task, loss=given.loss, device=given.device, checkpoint=checkpoint, steps=given.steps, lr=given.lr, optimizer="sgd",
-        batch_size=given.batch_size, weight_decay=given.weight_decay, ema=given.ema, precision=given.precision, compile=given.compile,
+        batch_size=given.batch_size, weight_decay=given.weight_decay, ema=given.ema, mixup=given.mixup, cutmix=given.cutmix, precision=given.precision, compile=given.compile,
         validate_every=given.validate_every, keep="last", seed=seed,
     )  # fmt: skip
 
@@ -198,6 +198,8 @@ def arguments() -> argparse.Namespace:
     option("--lr", type=float)
     option("--weight-decay", type=float, default=5e-4)
     option("--ema", type=float, default=0.0)
+    option("--mixup", type=float, default=0.0)
+    option("--cutmix", type=float, default=0.0)
     option("--precision", choices=("auto", "fp32", "bf16"))
     option("--compile", choices=("no", "default", "reduce-overhead"))
     option("--calibration", default="mse")
