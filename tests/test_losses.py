@@ -14,9 +14,17 @@ from rarefy.capturing import capture
 from rarefy.distilling import terms
 from rarefy.errors import InputError
 from rarefy.losses import FeatureLoss, Loss
+from rarefy.losses.at import At
+from rarefy.losses.dist import Dist
+from rarefy.losses.dkd import Dkd
 from rarefy.losses.kl import Kl
 from rarefy.losses.lskd import Lskd
+from rarefy.losses.mlkd import Mlkd
 from rarefy.losses.mse import Mse
+from rarefy.losses.reviewkd import Reviewkd
+from rarefy.losses.rkd import Rkd
+from rarefy.losses.skd import Skd
+from rarefy.losses.wkd import Wkd
 from rarefy.tapping import cuts, matched, tapped
 
 NAMES = plugins.available("losses")
@@ -175,6 +183,101 @@ def test_mse_projects_only_where_channels_differ() -> None:
     assert Mse().adapter({"same": ((8, 6, 6), (8, 6, 6))}) is None
     with pytest.raises(InputError, match=r"early.*equal resolution"):
         Mse().adapter({"early": ((8, 6, 6), (8, 3, 3))})
+
+
+def test_dkd_with_the_weights_of_kl_is_kl() -> None:
+    """KL = TCKD + (1 - p_label of the teacher) NCKD, the paper's equation 6, one sample at a time."""
+    teacher, student = pictures(0)[0].double(), pictures(1)[0].double()
+    label = torch.arange(len(teacher)) % 5
+    for i in range(len(teacher)):
+        rest = 1 - float((teacher[i] / 4).softmax(0)[label[i]])
+        found = Dkd(alpha=1, beta=rest)(student[i : i + 1], teacher[i : i + 1], label[i : i + 1], {})
+        torch.testing.assert_close(found, Kl(temperature=4)(student[i : i + 1], teacher[i : i + 1], None, {}))
+
+
+def test_dkd_takes_the_teachers_answer_where_there_are_no_labels() -> None:
+    teacher, student = pictures(0)[0], pictures(1)[0]
+    assert Dkd()(student, teacher, None, {}) == Dkd()(student, teacher, teacher.argmax(1), {})
+    assert Dkd()(student, teacher, F.one_hot(teacher.argmax(1), 5).float(), {}) == Dkd()(student, teacher, teacher.argmax(1), {})
+
+
+def test_dist_is_one_minus_the_correlations() -> None:
+    teacher, student = pictures(0)[0].double(), pictures(1)[0].double()
+    p, q = (student / 4).softmax(1), (teacher / 4).softmax(1)
+    rows = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(p, q)])
+    columns = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(p.T, q.T)])
+    torch.testing.assert_close(Dist(beta=2, gamma=3)(student, teacher, None, {}), 16 * (2 * (1 - rows).mean() + 3 * (1 - columns).mean()))
+
+
+def test_mlkd_is_the_mean_over_temperatures() -> None:
+    teacher, student = pictures(0)[0].double(), pictures(1)[0].double()
+    expected = []
+    for T in (2, 3):
+        p, q = (teacher / T).softmax(1), (student / T).softmax(1)
+        instance = T**2 * (p * (p.log() - q.log())).sum(1).mean()
+        expected.append(instance + (p @ p.T - q @ q.T).square().sum() / len(p) + (p.T @ p - q.T @ q).square().sum() / p.shape[1])
+    torch.testing.assert_close(Mlkd(lowest=2, highest=3)(student, teacher, None, {}), torch.stack(expected).mean())
+
+
+def test_skd_adds_mahalanobis_distances_to_kl() -> None:
+    teacher, student = pictures(0)[0].double(), pictures(1)[0].double()
+    s, t = (one / one.norm(dim=1, keepdim=True) for one in (student, teacher))
+    apart = s @ s.T - t @ t.T
+    inverse = torch.linalg.inv(torch.cov(apart.T) + 0.1 * torch.eye(len(s), dtype=s.dtype))
+    distance = (apart @ inverse @ apart.T).diagonal().sqrt().mean()
+    found = Skd(direction=2)(student, teacher, None, {}) - Kl(temperature=4)(student, teacher, None, {})
+    torch.testing.assert_close(found, 2 * distance, atol=1e-3, rtol=0)
+
+
+def test_at_does_not_see_the_channels_and_their_scale() -> None:
+    _, ours = pictures(1)
+    _, theirs = pictures(0)
+    doubled = {name: torch.cat([3 * one, 3 * one.flip(1)], 1) for name, one in ours.items()}
+    logits = torch.zeros(6, 5)
+    torch.testing.assert_close(value(At(), logits, logits, doubled, theirs), value(At(), logits, logits, ours, theirs))
+    with pytest.raises(InputError, match="equal resolution"):
+        At().adapter({"early": ((8, 6, 6), (8, 3, 3))})
+    with pytest.raises(InputError, match="no positions"):
+        At(on="embedding")
+
+
+def test_rkd_is_distances_and_angles_and_sees_no_rotation() -> None:
+    draw = torch.Generator().manual_seed(3)
+    s, t = torch.randn(5, 4, generator=draw).double(), torch.randn(5, 7, generator=draw).double()
+
+    def relations(x: Tensor) -> tuple[Tensor, Tensor]:
+        distances = torch.cdist(x, x)
+        apart = x[None] - x[:, None]
+        unit = F.normalize(apart, dim=-1)
+        return distances / (distances.sum() / 20), torch.einsum("jic,jkc->jik", unit, unit)
+
+    (a, b), (c, d) = relations(s), relations(t)
+    logits = torch.zeros(5, 3)
+    found = Rkd(distance=25, angle=50)(logits, logits, None, {"x": (s, t)})
+    torch.testing.assert_close(found, 25 * F.smooth_l1_loss(a, c) + 50 * F.smooth_l1_loss(b, d), rtol=1e-5, atol=1e-5)
+    turn = torch.linalg.qr(torch.randn(4, 4, generator=draw).double()).Q
+    torch.testing.assert_close(Rkd()(logits, logits, None, {"x": (2 * s @ turn + 1, t)}), found, rtol=1e-5, atol=1e-5)
+
+
+def test_wkd_compares_moments_and_no_positions() -> None:
+    s, t = torch.randn(3, 4, 5, 5).double(), torch.randn(3, 4, 2, 2).double()
+    expected = (s.mean((2, 3)) - t.mean((2, 3))).square() + (s.std((2, 3), correction=0) - t.std((2, 3), correction=0)).square()
+    logits = torch.zeros(3, 5)
+    torch.testing.assert_close(Wkd()(logits, logits, None, {"x": (s, t)}), expected.mean())
+    torch.testing.assert_close(Wkd()(logits, logits, None, {"x": (s.flip(2).mT, t)}), expected.mean())
+
+
+def test_reviewkd_fuses_from_the_deepest_stage_up() -> None:
+    shapes = {"early": ((4, 8, 8), (6, 8, 8)), "late": ((5, 4, 4), (7, 4, 4))}
+    adapter = Reviewkd(width=3).adapter(shapes)
+    assert adapter is not None
+    early, late = torch.randn(2, 4, 8, 8, requires_grad=True), torch.randn(2, 5, 4, 4, requires_grad=True)
+    seen = adapter({"early": early, "late": late})
+    assert {name: tuple(one.shape) for name, one in seen.items()} == {"early": (2, 6, 8, 8), "late": (2, 7, 4, 4)}
+    assert not torch.autograd.grad(seen["late"].sum(), early, retain_graph=True, allow_unused=True)[0]  # deep does not read shallow
+    assert torch.autograd.grad(seen["early"].square().sum(), late)[0].abs().sum() > 0  # shallow reads deep
+    with pytest.raises(InputError, match="equal resolution"):
+        Reviewkd().adapter({"early": ((8, 6), (8, 6))})
 
 
 # -- sums as text

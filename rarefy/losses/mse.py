@@ -9,7 +9,6 @@ themselves (Ba and Caruana, 1312.6184): no temperature to choose, at the price t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from rarefy.errors import InputError
 from rarefy.losses import Features, Shapes
+from rarefy.losses._maps import projection
 
 
 @dataclass(frozen=True)
@@ -30,29 +30,9 @@ class Mse:
         for name, (ours, theirs) in shapes.items():
             if ours[1:] != theirs[1:]:
                 raise InputError(f"mse: {name} is {ours} in the student and {theirs} in the teacher; match features of equal resolution")
-        differ = {name: pair for name, pair in shapes.items() if pair[0][0] != pair[1][0]}
-        return _Projection(differ) if differ else None
+        return projection(shapes)
 
     def __call__(self, student: Tensor, teacher: Tensor, targets: Tensor | None, features: Features) -> Tensor:
         if self.on == "logits":
             return F.mse_loss(student, teacher)
         return torch.stack([F.mse_loss(ours, theirs) for ours, theirs in features.values()]).mean()
-
-
-class _Projection(nn.Module):
-    """1x1: a linear map of the channels, the same at every position."""
-
-    def __init__(self, shapes: Shapes):
-        super().__init__()
-        self.maps = nn.ModuleDict({name: _BY_RANK[len(ours)](ours[0], theirs[0]) for name, (ours, theirs) in shapes.items()})
-
-    def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: self.maps[name](value) if name in self.maps else value for name, value in features.items()}
-
-
-# (channels), (channels, positions), (channels, height, width)
-_BY_RANK: dict[int, Callable[[int, int], nn.Module]] = {
-    1: nn.Linear,
-    2: lambda ours, theirs: nn.Conv1d(ours, theirs, 1),
-    3: lambda ours, theirs: nn.Conv2d(ours, theirs, 1),
-}

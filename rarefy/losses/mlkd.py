@@ -1,0 +1,43 @@
+"""Multi-level logit distillation (Jin et al., CVPR 2023): samples, batch and classes, at several temperatures.
+
+    instance  T² · KL(pᵗ ‖ pˢ)          each sample's probabilities
+    batch     |pᵗ pᵗᵀ - pˢ pˢᵀ|² / N     which samples are alike
+    class     |pᵗᵀ pᵗ - pˢᵀ pˢ|² / C     which classes are taken for each other
+    loss = sum of the three, mean over the temperatures
+
+The paper's second view of each picture, strongly augmented, is the task's ``augment`` here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rarefy.errors import InputError
+from rarefy.losses import Features
+
+
+@dataclass(frozen=True)
+class Mlkd:
+    """KL, alike samples and alike classes, at temperatures from ``lowest`` to ``highest``."""
+
+    lowest: int = 2
+    highest: int = 6
+    on: ClassVar[str] = "logits"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.lowest <= self.highest:
+            raise InputError(f"mlkd: temperatures from {self.lowest} to {self.highest}: lowest must be at least 1, and highest no less")
+
+    def __call__(self, student: Tensor, teacher: Tensor, targets: Tensor | None, features: Features) -> Tensor:
+        T = torch.arange(self.lowest, self.highest + 1, device=student.device, dtype=student.dtype).view(-1, 1, 1)
+        ours, theirs = (F.log_softmax(logits / T, dim=-1) for logits in (student, teacher))  # (temperatures, N, classes)
+        instance = (T**2 * F.kl_div(ours, theirs, reduction="none", log_target=True)).sum((1, 2)) / len(student)
+        s, t = ours.exp(), theirs.exp()
+        batch = (s @ s.mT - t @ t.mT).square().sum((1, 2)) / len(student)
+        classes = (s.mT @ s - t.mT @ t).square().sum((1, 2)) / student.shape[-1]
+        return (instance + batch + classes).mean()

@@ -1,0 +1,48 @@
+"""Spherical distillation (SKD, CVPR 2026): beside KL, the directions of the logits are to stand to each other as the teacher's do.
+
+    z = logits / |logits|,  G = z zᵀ over the batch,  D = Gˢ - Gᵗ,  Σ = cov(rows of D) + ridge · I
+    loss = T² · KL(pᵗ ‖ pˢ)  +  direction · mean over i of sqrt(Dᵢ Σ⁻¹ Dᵢᵀ)
+
+The distance is Mahalanobis': a deviation that all rows share counts less than one of its own. The root is taken as sqrt(x + eps) - sqrt(eps), which has a
+gradient at 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rarefy.errors import InputError
+from rarefy.losses import Features
+
+EPS = 1e-8
+
+
+@dataclass(frozen=True)
+class Skd:
+    """KL, and the angles between the logits of a batch by Mahalanobis' distance."""
+
+    temperature: float = 4.0
+    direction: float = 1.0
+    ridge: float = 0.1
+    on: ClassVar[str] = "logits"
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0 or not self.ridge > 0:
+            raise InputError(f"skd: temperature={self.temperature} and ridge={self.ridge} must be positive; 4 and 0.1 are usual")
+
+    def __call__(self, student: Tensor, teacher: Tensor, targets: Tensor | None, features: Features) -> Tensor:
+        T = self.temperature
+        ours, theirs = (F.log_softmax(logits / T, dim=-1) for logits in (student, teacher))
+        divergence = T**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+        s, t = (F.normalize(logits, dim=-1) for logits in (student, teacher))
+        apart = s @ s.mT - t @ t.mT
+        centred = apart - apart.mean(0)
+        spread = centred.mT @ centred / max(len(apart) - 1, 1) + self.ridge * torch.eye(len(apart), device=apart.device, dtype=apart.dtype)
+        factor = torch.linalg.cholesky_ex(spread).L
+        squares = torch.linalg.solve_triangular(factor, apart.mT, upper=False).square().sum(0)
+        return divergence + self.direction * ((squares + EPS).sqrt() - EPS**0.5).mean()
