@@ -123,24 +123,28 @@ def in_lockstep(
 
 
 def _values(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> Iterator[tuple[fx.Node, Any]]:
-    """Each node and its value, in the order of the graph; a value is let go after its last reader."""
+    """Each node and its value, in the order of the graph; a value is let go after its last reader.
+
+    No gradient is wanted, but ``no_grad`` must not span a ``yield``: it would hold for the caller, and end whenever the generator is collected,
+    with the mode of when it began.
+    """
     left = {node: len(node.users) for node in graph.graph.nodes}
     environment: dict[fx.Node, Any] = {}
     arguments = iter(inputs)
-    with torch.no_grad():
-        for node in graph.graph.nodes:
-            if node.op == "output":
-                return
-            if node.op == "placeholder":
-                value = next(arguments)
-            elif node.op == "get_attr":
-                value = attribute(graph, node.target)
-            else:
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: environment[source])
+    for node in graph.graph.nodes:
+        if node.op == "output":
+            return
+        if node.op == "placeholder":
+            value = next(arguments)
+        elif node.op == "get_attr":
+            value = attribute(graph, node.target)
+        else:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: environment[source])
+            with torch.no_grad():
                 value = node.target(*args, **kwargs)
-            environment[node] = value
-            yield node, value
-            for source in node.all_input_nodes:
-                left[source] -= 1
-                if not left[source]:
-                    environment.pop(source, None)
+        environment[node] = value
+        yield node, value
+        for source in node.all_input_nodes:
+            left[source] -= 1
+            if not left[source]:
+                environment.pop(source, None)

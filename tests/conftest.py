@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _seeds_and_globals() -> Iterator[None]:
-    """Each test starts from the same seeds and leaves torch's global settings as it found them."""
+    """Each test starts from the same seeds and leaves torch's global settings as it found them; one that leaves gradients off has found a bug."""
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 (the libraries under test use it)
     torch.manual_seed(0)
@@ -46,6 +46,9 @@ def _seeds_and_globals() -> Iterator[None]:
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
     torch.use_deterministic_algorithms(deterministic)
+    recording = torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    assert recording, "gradients are off after the test: no_grad() was left open, perhaps across a yield"
 
 
 @pytest.fixture(scope="session")
