@@ -64,7 +64,7 @@ def batches() -> list[torch.Tensor]:
 
 def noise_db(wanted: torch.Tensor, got: torch.Tensor) -> float:
     """Signal to noise, of what differs from image to image (the answers of an untrained network are mostly a constant)."""
-    wanted, got = wanted - wanted.mean(0), got - got.mean(0)
+    wanted, got = (answer.detach() - answer.detach().mean(0) for answer in (wanted, got))
     return float(10 * torch.log10(wanted.square().sum() / (wanted - got).square().sum()))
 
 
