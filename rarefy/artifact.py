@@ -1,7 +1,7 @@
 """save() and load(): a compressed model is a folder that says all there is to know, and holds no code.
 
     graph.json            the graph: nodes, their arguments, what each tensor is
-    weights.safetensors   the tensors; codes below 8 bits without gaps, entropy-coded where that is smaller
+    weights.safetensors   the tensors; codes below 8 bits without gaps, entropy-coded where that is smaller; masked weights without zeros
     manifest.json         recipe, seeds, hashes of data and teacher, measurements, environment; size and sha256 of every other file
     model.onnx, report.html, ...   what the caller adds
     model.sig             the signature (rarefy.signing)
@@ -167,6 +167,7 @@ def _described(graph: fx.GraphModule, entropy: bool) -> tuple[str, dict[str, Ten
     """graph.json, and the tensors of weights.safetensors."""
     found = {**dict(graph.named_parameters(remove_duplicate=False)), **dict(graph.named_buffers(remove_duplicate=False))}
     bits = {name: width for name, width in graph.meta.get("bits", {}).items() if name in found}
+    sparse = {id(found[name]) for name in graph.meta.get("sparse", []) if name in found}
     entries: dict[str, dict[str, Any]] = {}
     stored: dict[str, Tensor] = {}
     first: dict[int, str] = {}
@@ -178,7 +179,10 @@ def _described(graph: fx.GraphModule, entropy: bool) -> tuple[str, dict[str, Ten
             continue
         if value.dtype not in DTYPES or value.layout != torch.strided:
             raise FormatError(f"{name}: a tensor of {value.dtype} ({value.layout}) has no place in safetensors; convert it first")
-        stored[name] = _stored(name, value, bits.get(name), entry, entropy)
+        small = id(value) in sparse and value.is_floating_point() and packing.sparse_size(value) < value.nbytes
+        if small:
+            entry["stored"] = "sparse"
+        stored[name] = packing.sparse_pack(value) if small else _stored(name, value, bits.get(name), entry, entropy)
     return structure.write(graph, entries), stored
 
 
@@ -249,6 +253,9 @@ def _place(at: str, entry: Mapping[str, Any], header: Mapping[str, Any]) -> tupl
     dtype, shape = BY_NAME[entry["dtype"]], entry["shape"]
     if "stored" in entry:
         count = header["shape"][0] if header["shape"] else 0
+        if entry["stored"] == "sparse":
+            least = packing.packed_size(math.prod(shape), 1)
+            expect(count >= least, at, f"has {count} bytes, the bits of its shape alone take {least}")
         if entry["stored"] == "packed":
             count = packing.packed_size(math.prod(shape), entry["bits"])
         dtype, shape = torch.uint8, [count]
@@ -262,7 +269,9 @@ def _place(at: str, entry: Mapping[str, Any], header: Mapping[str, Any]) -> tupl
 
 def _unstored(at: str, entry: Mapping[str, Any], raw: Tensor) -> Tensor:
     dtype, shape = BY_NAME[entry["dtype"]], entry["shape"]
-    if "stored" in entry:
+    if entry.get("stored") == "sparse":
+        raw = located(at, packing.sparse_unpack, raw, shape, dtype)
+    elif "stored" in entry:
         decode = packing.unpack if entry["stored"] == "packed" else packing.entropy_decode
         raw = located(at, decode, raw, entry["bits"], shape, dtype)
     if dtype == torch.bool and raw.numel():

@@ -2,7 +2,7 @@
 
     nodes      one object a node, in order: op, name, target, args, kwargs, and the module that made it (stack)
     tensors    one object a parameter or buffer: dtype, shape, whether it trains, how it is stored, which it is the same as
-    meta       the graph's own (inputs, core, history, bits)
+    meta       the graph's own (inputs, core, history, bits, sparse)
 
 An argument that JSON has a form for is written as it is; any other is an object of one key that names its type:
 ``{"node": "conv2d"}``, ``{"dtype": "float32"}``, ``{"tuple": [...]}``. docs/format.md lists them.
@@ -64,6 +64,8 @@ def write(graph: fx.GraphModule, tensors: Mapping[str, Mapping[str, Any]]) -> st
     meta = dict(graph.meta)
     if "bits" in meta:
         meta["bits"] = {name: width for name, width in meta["bits"].items() if name in tensors}
+    if "sparse" in meta:
+        meta["sparse"] = [name for name in meta["sparse"] if name in tensors]
     lines = [
         "{",
         '"format":"rarefy",',
@@ -189,7 +191,9 @@ def _check_tensor_entry(name: str, entry: Any, tensors: Mapping[str, Any], where
     floats = dtype.is_floating_point or dtype.is_complex
     expect(floats or entry.get("requires_grad") is not True, at, f"of {entry['dtype']} can't require gradients")
     expect(entry.get("channels_last", True) is True and (len(shape) == 4 or "channels_last" not in entry), at, "can't be channels_last")
-    if "stored" in entry or "bits" in entry:
+    if entry.get("stored") == "sparse":
+        expect(dtype.is_floating_point and "bits" not in entry, at, f"of {entry['dtype']} can't be stored as sparse weights")
+    elif "stored" in entry or "bits" in entry:
         good = entry.get("stored") in ("packed", "zstd") and type(entry.get("bits")) is int and entry["bits"] in packing.WIDTHS
         what = f"is stored as {said(entry.get('stored'))} of {said(entry.get('bits'))} bits"
         expect(good and dtype in (torch.int8, torch.uint8), at, what)
@@ -207,6 +211,10 @@ def _check_meta(meta: Any, tensors: Mapping[str, Any], where: str) -> None:
     history = meta.get("history", [])
     good = isinstance(history, list) and all(isinstance(record, dict) for record in history)
     expect(good, where, "meta.history is not a list of records")
+    sparse = meta.get("sparse", [])
+    expect(isinstance(sparse, list), where, "meta.sparse is not a list")
+    for name in sparse:
+        expect(isinstance(name, str) and name in tensors, where, f"meta.sparse has {said(name)}, which is no tensor of the file")
     bits = meta.get("bits", {})
     expect(isinstance(bits, dict), where, "meta.bits is not an object")
     for name, width in bits.items():
