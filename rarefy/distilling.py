@@ -12,6 +12,9 @@ and ``train()`` is the same loop without a teacher. Choices made:
 * The device is read every ``CHECK_STEPS`` steps and at the end of an epoch, not each step; a loss that is not finite is found then. The state
   of the last epoch's end is kept for that case.
 * One ``nn.Module`` maps (inputs, targets) to the loss, teacher included: what DDP wraps and ``torch.compile`` compiles, as one piece.
+* Where a masked weight (``meta["sparse"]``, see masking.py) is zero, its gradient is set to zero before anything sees it: so it, its momentum and
+  its average stay zero, and a checkpoint needs no mask.
+* A penalty (``schedules/group_sparse.py``) adds a gradient of its own in each step; what it knows is in the checkpoint.
 * EMA (``ema=0.999``) is the bias-corrected mean, θ̄ₜ = Σ dᵗ⁻ⁱ θᵢ / Σ dᵗ⁻ⁱ, so it needs no warm-up; running statistics are averaged like weights.
 * Under ``torchrun`` (accelerate finds it) a batch is split over the processes: ``batch_size`` is the whole. Batch norm's statistics are each
   process's own, as in DDP; every process reads the whole batch from the task, and takes its share.
@@ -81,6 +84,16 @@ class Task(Protocol):
     def loss(self, outputs: Any, targets: Any, label_smoothing: float = 0.0) -> Tensor: ...
     def fingerprint(self, split: Any) -> str: ...
     def describe(self) -> dict[str, Any]: ...
+
+
+class Penalty(Protocol):
+    """What else pulls at the weights. The loop calls ``begin`` at each epoch's start, ``add`` in each step, once the gradients are there."""
+
+    def describe(self) -> str: ...  # two penalties that pull differently differ in it
+    def begin(self, parameters: Mapping[str, nn.Parameter]) -> None: ...
+    def add(self, parameters: Mapping[str, nn.Parameter]) -> None: ...  # to .grad, in place
+    def state(self) -> dict[str, Tensor]: ...  # for a checkpoint in the middle of an epoch
+    def restore(self, state: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -164,6 +177,7 @@ def distill(
     checkpoint: str | Path | None = None,
     checkpoint_seconds: float = 60.0,
     validate: Callable[[fx.GraphModule], float] | None = None,
+    penalty: Penalty | None = None,
     progress: bool = True,
     **options: Any,
 ) -> fx.GraphModule:
@@ -174,11 +188,14 @@ def distill(
     checkpoint: a folder; the run is saved there at each epoch's end and every ``checkpoint_seconds``, and goes on from there when it is called
         again with the same arguments. A finished run is returned at once.
     validate: graph -> a number that should rise, in place of top-1 on the val split.
+    penalty: a gradient to add in each step (``Penalty``).
 
     Raises InputError for options, models or checkpoints that do not fit; TrainingDiverged when the loss is not finite, whose ``graph`` is the
     last good state.
     """
-    return _run("distill", student, teacher, task, loss, training, device, checkpoint, checkpoint_seconds, validate, progress, options)
+    return _run(
+        "distill", student, teacher, task, loss, training, device, checkpoint, checkpoint_seconds, validate, penalty, progress, options
+    )
 
 
 def train(
@@ -190,11 +207,12 @@ def train(
     checkpoint: str | Path | None = None,
     checkpoint_seconds: float = 60.0,
     validate: Callable[[fx.GraphModule], float] | None = None,
+    penalty: Penalty | None = None,
     progress: bool = True,
     **options: Any,
 ) -> fx.GraphModule:
     """``distill`` without a teacher: the model's graph trained from labels alone."""
-    return _run("train", model, None, task, None, training, device, checkpoint, checkpoint_seconds, validate, progress, options)
+    return _run("train", model, None, task, None, training, device, checkpoint, checkpoint_seconds, validate, penalty, progress, options)
 
 
 def terms(loss: Losses) -> list[Term]:
@@ -232,6 +250,7 @@ def _run(
     checkpoint: str | Path | None,
     checkpoint_seconds: float,
     validate: Callable[[fx.GraphModule], float] | None,
+    penalty: Penalty | None,
     progress: bool,
     options: Mapping[str, Any],
 ) -> fx.GraphModule:
@@ -257,6 +276,7 @@ def _run(
     described = {
         **dataclasses.asdict(training),
         "loss": " + ".join(f"{weight:g}*{plugins.describe(one)}" for weight, one in sum_of) or None,
+        **({"penalty": penalty.describe()} if penalty is not None else {}),
     }
     accelerator = _accelerator(device, any(one.on == "logits" for _, one in sum_of) or training.hard_weight > 0)
     if accelerator.num_processes > 1 or device is None:
@@ -280,7 +300,7 @@ def _run(
             return graph
 
     with _seeded(training.seed, device):
-        run = _Run(graph, guide, task, training, sum_of, accelerator, device)
+        run = _Run(graph, guide, task, training, sum_of, accelerator, device, penalty)
         if store is not None:
             run.restore(store)
             accelerator.wait_for_everyone()
@@ -357,6 +377,7 @@ class _Run:
     sum_of: list[Term]
     accelerator: Accelerator
     device: torch.device
+    penalty: Penalty | None = None
     step: int = 0
     accumulate: int = 1
     curve: list[dict[str, Any]] = field(default_factory=list)
@@ -391,6 +412,8 @@ class _Run:
         if not self.learned:
             raise InputError("the student has no parameter that requires a gradient; call requires_grad_() on it first")
         self.optimizer = _optimizer(self.learned.values(), training, self.device)
+        self.parameters = {name: one for name, one in self.graph.named_parameters() if one.requires_grad}
+        self.masks = {name: self.parameters[name].detach() != 0 for name in self.graph.meta.get("sparse", []) if name in self.parameters}
         self.average = copy.deepcopy(self.graph).requires_grad_(False) if training.ema else None
         self.averaged = _Averaged.of(self.average, self.graph) if self.average is not None else None
         self.result = self.average if self.average is not None else self.graph
@@ -481,12 +504,19 @@ class _Run:
 
     def _advance(self, inputs: Tensor, targets: Tensor | None, rate: float) -> None:
         """One step of the optimizer."""
+        if self.penalty is not None and self.step % self.per_epoch == 0:
+            self.penalty.begin(self.parameters)
         torch.manual_seed(_step_seed(self.training.seed, self.step, self.accelerator.process_index))
         loss = self._gradients(inputs, targets)
         while loss is None:
             self._halve(len(inputs))
             loss = self._gradients(inputs, targets)
         self.loss_sum += loss
+        if self.penalty is not None:
+            self.penalty.add(self.parameters)
+        masked = [(parameter.grad, mask) for name, mask in self.masks.items() if (parameter := self.parameters[name]).grad is not None]
+        if masked:
+            torch._foreach_mul_(*map(list, zip(*masked)))
         if self.training.clip:
             nn.utils.clip_grad_norm_(self.learned.values(), self.training.clip)
         for group in self.optimizer.param_groups:
@@ -628,6 +658,8 @@ class _Run:
             found |= {
                 f"optimizer.{key}.{name}": value for key, value in self.optimizer.state[parameter].items() if isinstance(value, Tensor)
             }
+        if self.penalty is not None:
+            found |= {f"penalty.{name}": value for name, value in self.penalty.state().items()}
         return {**found, "loss_sum": self.loss_sum}
 
     def numbers(self) -> dict[str, Any]:
@@ -651,6 +683,8 @@ class _Run:
                 parameter = self.learned[owner]
                 like = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value, device=self.device)
                 self.optimizer.state[parameter][key] = like.detach().copy_(value)
+            if self.penalty is not None:
+                self.penalty.restore(store.tensors("penalty."), self.parameters)
             self.loss_sum.copy_(store.tensors("loss_sum")[""])
         except (KeyError, RuntimeError) as error:
             raise FormatError(f"{store.file}: is incomplete ({error}); delete it to start anew") from error

@@ -1,0 +1,202 @@
+"""mask(): single weights become zero and stay so: a sparse network of the same shape.
+
+    score (saliency/*) ─▶ choose: so many of each set, or the best N of every M ─▶ zero
+
+A sparsity of 0.5 takes half of all weights of a set (``scope``: all layers, a layer, an output), "2:4" leaves 2 of each 4 that follow each other
+along the inputs, at the same output and place of the kernel (arXiv 2104.08378); the last, shorter block keeps 2 at most too. Only weights of
+convolutions and linear layers count; biases and norms stay dense.
+
+What it is good for, and what not: ``save`` stores one bit for a zero, so the folder is smaller; NVIDIA's tensor cores (Ampere on) run 2:4 faster
+with their own kernels. ONNX Runtime's and PyTorch's dense kernels multiply by zeros as by any number: nothing gets faster. ``prune`` is what
+makes a model faster.
+
+The names of the masked weights stand in ``meta["sparse"]``; wherever one of them is zero, training leaves it zero (``distilling.py``).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from rarefy import plugins
+from rarefy.capturing import as_graph
+from rarefy.counting import operator_name
+from rarefy.errors import InputError
+
+# operator -> axis of the weight along which it is summed; the other of the first two axes makes the outputs
+INPUT_AXIS = {
+    "linear": 1,
+    **{f"conv{rank}d": 1 for rank in (1, 2, 3)},
+    **{f"conv_transpose{rank}d": 0 for rank in (1, 2, 3)},
+}
+SCOPES = ("global", "layer", "output")
+NOTE = "sparse weights: smaller on disk, no faster on onnxruntime"
+
+
+def mask(
+    model: nn.Module,
+    *,
+    sparsity: float | str,
+    criterion: Any = "magnitude",
+    scope: str | None = None,
+    ignore: Sequence[str] = (),
+    inputs: Tensor | Sequence[Tensor] | None = None,
+    task: Any = None,
+    seed: int = 0,
+) -> fx.GraphModule:
+    """A new graph with zeros among its weights; ``model`` is left as it is.
+
+    model: a graph, or a module with ``inputs`` (an example batch) to capture it.
+    sparsity: share of the weights that become zero, 0.5; or "N:M", 2:4, of each M along the inputs N stay.
+    criterion: what a weight is worth (``rarefy/saliency``), an object or text such as "wanda:images=64".
+    scope: where a share is taken: "global", "layer" or "output"; None: as the criterion's authors do. N:M has none.
+    ignore: globs on dotted names of weights or modules to leave dense.
+    task, seed: for criteria that look at data.
+
+    The record in ``meta["history"]`` says how many zeros there are, and in which layers. Weights that were zero come first.
+    Raises InputError for a sparsity that is none, or a model without weights to mask.
+    """
+    pattern = parse(sparsity)
+    if scope is not None and (scope not in SCOPES or pattern.n):
+        raise InputError(
+            f"scope={scope!r} {'goes with a share, not with ' + str(pattern) if pattern.n else 'is not one of ' + ', '.join(SCOPES)}"
+        )
+    rule = plugins.resolve("saliency", criterion)
+    graph = as_graph(model, inputs)
+    training = graph.training
+    graph.eval()
+    found = weights_of(graph, (ignore,) if isinstance(ignore, str) else tuple(ignore))
+    scores = {
+        name: score.float() for name, score in rule.scores(graph, {name: nodes for name, (_, nodes) in found.items()}, task, seed).items()
+    }
+    _check_scores(graph, found, scores, plugins.describe(rule))
+    axes = {name: axis for name, (axis, _) in found.items()}
+    within = None if pattern.n else scope or rule.scope
+    kept = _blocks(scores, axes, pattern) if within is None else _shares(scores, axes, pattern.share, within)
+    with torch.no_grad():
+        for name, alive in kept.items():
+            weight = graph.get_parameter(name)
+            weight.copy_(torch.where(alive, weight, 0.0))
+    graph.meta["sparse"] = sorted({*graph.meta.get("sparse", []), *kept})
+    zeros = {name: int((graph.get_parameter(name) == 0).sum()) for name in kept}
+    sizes = {name: alive.numel() for name, alive in kept.items()}
+    total = sum(sizes.values())
+    options = {"sparsity": str(pattern), "criterion": plugins.describe(rule), "scope": within, "ignore": list(ignore), "seed": seed}
+    facts = {
+        "sparsity": sum(zeros.values()) / total,
+        "weights": total,
+        "nonzero": total - sum(zeros.values()),
+        "note": NOTE,
+        "layers": [{"name": name.removesuffix(".weight"), "sparsity": zeros[name] / sizes[name]} for name in kept],
+    }
+    graph.meta.setdefault("history", []).append({"step": "mask", "options": options, "facts": facts})
+    return graph.train(training)
+
+
+# --------------------------------------------------------------------------------------------------------------- pattern
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A share of zeros, or (n > 0) n of each m that stay."""
+
+    share: float
+    n: int = 0
+    m: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}" if self.n else f"{self.share:g}"
+
+
+def parse(sparsity: float | str) -> Pattern:
+    """0.5, "0.5" or "2:4". Raises InputError."""
+    text = str(sparsity).strip()
+    pair = re.fullmatch(r"(\d{1,4}):(\d{1,4})", text)
+    if pair:
+        n, m = int(pair[1]), int(pair[2])
+        if 1 <= n < m:
+            return Pattern(1 - n / m, n, m)
+    try:
+        share = math.nan if isinstance(sparsity, bool) else float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 < share < 1:
+        raise InputError(f"sparsity={sparsity!r} is neither a share between 0 and 1 nor N:M with N below M; write 0.5 or 2:4")
+    return Pattern(share)
+
+
+def weights_of(graph: fx.GraphModule, ignore: Sequence[str] = ()) -> dict[str, tuple[int, list[fx.Node]]]:
+    """The weights that can be masked: name -> (the axis along which they are summed, the nodes that multiply by them)."""
+    parameters = {name: one for name, one in graph.named_parameters(remove_duplicate=False) if one.is_floating_point()}
+    first = {id(one): name for name, one in reversed(parameters.items())}
+    found: dict[str, tuple[int, list[fx.Node]]] = {}
+    for node in graph.graph.nodes:
+        source = node.args[1] if operator_name(node) in INPUT_AXIS and len(node.args) > 1 else None
+        if isinstance(source, fx.Node) and source.op == "get_attr" and str(source.target) in parameters:
+            name = first[id(parameters[str(source.target)])]
+            found.setdefault(name, (INPUT_AXIS[operator_name(node)], []))[1].append(node)
+    for glob in ignore:
+        named = [name for name in found if fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(name, f"{glob}.*")]
+        if not named:
+            raise InputError(f"ignore={glob!r} matches no weight of a layer; names look like {next(iter(found), 'nothing')}")
+        for name in named:
+            del found[name]
+    if not found:
+        raise InputError(
+            "nothing can be masked: the model has no convolution and no linear layer with a float weight (mask before quantize)"
+        )
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------- choice
+
+
+def _shares(scores: dict[str, Tensor], axes: dict[str, int], share: float, scope: str) -> dict[str, Tensor]:
+    """name -> which weights stay, bool: of each set the best, as many as round(share * its size) leaves. The first of equals stays."""
+    if scope == "global":
+        whole = _best(torch.cat([score.reshape(-1) for score in scores.values()])[None], share)[0]
+        parts = whole.split([score.numel() for score in scores.values()])
+        return {name: part.reshape_as(score) for (name, score), part in zip(scores.items(), parts, strict=True)}
+    if scope == "layer":
+        return {name: _best(score.reshape(1, -1), share).reshape_as(score) for name, score in scores.items()}
+    found = {}
+    for name, score in scores.items():
+        rows = score.movedim(1 - axes[name], 0)
+        found[name] = _best(rows.reshape(len(rows), -1), share).reshape_as(rows).movedim(0, 1 - axes[name])
+    return found
+
+
+def _best(rows: Tensor, share: float) -> Tensor:
+    """(sets, size) bool."""
+    order = rows.argsort(dim=1, descending=True, stable=True)
+    stays = torch.arange(rows.shape[1], device=rows.device) < rows.shape[1] - round(share * rows.shape[1])
+    return torch.zeros_like(rows, dtype=torch.bool).scatter_(1, order, stays.expand_as(order))
+
+
+def _blocks(scores: dict[str, Tensor], axes: dict[str, int], pattern: Pattern) -> dict[str, Tensor]:
+    """name -> which weights stay, bool: the best n of each m that follow each other along the inputs."""
+    found = {}
+    for name, score in scores.items():
+        last = score.movedim(axes[name], -1)
+        size = last.shape[-1]
+        blocks = nn.functional.pad(last, (0, -size % pattern.m), value=-math.inf).unflatten(-1, (-1, pattern.m))
+        order = blocks.argsort(dim=-1, descending=True, stable=True)[..., : pattern.n]
+        alive = torch.zeros_like(blocks, dtype=torch.bool).scatter_(-1, order, True)
+        found[name] = alive.flatten(-2)[..., :size].movedim(-1, axes[name])
+    return found
+
+
+def _check_scores(graph: fx.GraphModule, found: dict[str, Any], scores: dict[str, Tensor], criterion: str) -> None:
+    for name in found:
+        shape = tuple(graph.get_parameter(name).shape)
+        if name not in scores or tuple(scores[name].shape) != shape:
+            raise InputError(f"criterion {criterion}: returned no scores of shape {shape} for {name}")
+        if not bool(scores[name].isfinite().all()):
+            raise InputError(f"criterion {criterion}: scores of {name} are NaN or infinite; load sound weights, or look at the data")

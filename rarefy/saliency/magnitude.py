@@ -1,0 +1,19 @@
+"""Magnitude: |w|, all layers in one ranking (arXiv 1902.09574 finds little that beats it once the network trains on)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, fx
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """|w|: needs no data; all layers compete."""
+
+    scope: ClassVar[str] = "global"
+
+    def scores(self, graph: fx.GraphModule, weights: Mapping[str, Sequence[fx.Node]], task: Any, seed: int) -> dict[str, Tensor]:
+        return {name: graph.get_parameter(name).detach().abs() for name in weights}
