@@ -20,9 +20,11 @@ Given up: the ranking knows nothing of cost (a channel that saves little is rank
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,10 +38,14 @@ from rarefy.counting import MACS, operator_name, products
 from rarefy.coupling import Coupling, couple
 from rarefy.errors import InputError
 from rarefy.labels import Value, compact
+from rarefy.schedules import Setting
+from rarefy.selection import Selection
+from rarefy.selection.best import Best
 from rarefy.surgery import cut, share_copy
 from rarefy.twin import check as self_check
 
 RANKINGS = ("global", "local", "isomorphic")
+TARGETS = ("keep", "macs", "params")
 
 
 def prune(
@@ -54,9 +60,14 @@ def prune(
     round_to: int = 1,
     floor: float = 0.1,
     ignore: Sequence[str] = (),
+    select: Any = "best",
+    schedule: Any = "oneshot",
     task: Any = None,
     seed: int = 0,
     check: bool = True,
+    device: str | torch.device | None = None,
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
 ) -> fx.GraphModule:
     """A new graph with fewer channels; ``model`` is left as it is.
 
@@ -68,13 +79,29 @@ def prune(
     round_to: each family of channels is cut to a multiple of this; one narrower than this stays whole.
     floor: fraction of the channels of any layer that stays in any case.
     ignore: globs on dotted names of parameters or modules whose outputs all stay.
-    task, seed: for criteria that need data or chance.
+    select: how scores decide (``rarefy/selection``): "best", or "sample:temperature=0.5" to draw by them.
+    schedule: all at once, or with training (``rarefy/schedules``): "oneshot", "iterative:rounds=5", "group_sparse:epochs=10".
+    task, seed: for criteria that need data or chance, and schedules that train.
+    device, checkpoint, progress: of such a schedule's training, as ``distill`` takes them; a killed run goes on from the checkpoint.
     check: compare with the masked original (in float64) and refuse to return anything that differs.
 
     The record in ``meta["history"]`` says what was asked and reached, channels before and after, and what could not be pruned and why.
     Raises InputError for a target that is malformed or out of reach; SelfCheckFailed if the check fails.
     """
+    given = dict(locals())
     target = _target(keep, macs, params)
+    if schedule is not None:
+        how = plugins.resolve("schedules", schedule)
+        left = ("model", "inputs", "device", "checkpoint", "progress", *TARGETS)
+        once = functools.partial(prune, **{name: value for name, value in given.items() if name not in left} | {"schedule": None})
+        whole = model if is_graph(model) else as_graph(model, inputs)
+        done: fx.GraphModule = how.run(
+            whole,
+            once,
+            target.asked,
+            Setting(task, seed, (ignore,) if isinstance(ignore, str) else tuple(ignore), device, checkpoint, progress),
+        )
+        return done
     if ranking not in RANKINGS:
         raise InputError(f"ranking={ranking!r} is not one of {', '.join(RANKINGS)}")
     if not (isinstance(round_to, int) and round_to >= 1):
@@ -83,6 +110,7 @@ def prune(
         raise InputError(f"floor={floor!r} must lie between 0 and 1")
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     rule = plugins.resolve("criteria", criterion)
+    selection = plugins.resolve("selection", select)
     graph = model if is_graph(model) else as_graph(model, inputs)
     assert isinstance(graph, fx.GraphModule)
     full = share_copy(graph).eval()
@@ -92,7 +120,7 @@ def prune(
         raise InputError(f"nothing can be pruned ({why})")
     scores = rule.scores(full, coupling, task, seed)
     _check_scores(coupling, scores, plugins.describe(rule))
-    plan = choose(coupling, scores, target, ranking=ranking, round_to=round_to, floor=floor)
+    plan = choose(coupling, scores, target, ranking=ranking, round_to=round_to, floor=floor, select=selection, seed=seed)
     small = cut(coupling, plan.alive)
     difference = self_check(coupling, small, plan.alive, seed) if check else None
     small.train(graph.training)
@@ -104,6 +132,7 @@ def prune(
         "floor": floor,
         "ignore": list(ignore),
         "seed": seed,
+        **({} if selection == Best() else {"select": plugins.describe(selection)}),
     }
     facts = {
         "asked": target.asked,
@@ -257,12 +286,22 @@ class Plan:
     whole: list[str]
 
 
-def choose(coupling: Coupling, scores: Tensor, target: Target, *, ranking: str = "global", round_to: int = 1, floor: float = 0.1) -> Plan:
+def choose(
+    coupling: Coupling,
+    scores: Tensor,
+    target: Target,
+    *,
+    ranking: str = "global",
+    round_to: int = 1,
+    floor: float = 0.1,
+    select: Selection | None = None,
+    seed: int = 0,
+) -> Plan:
     """Which classes stay. Raises InputError if the target is out of reach."""
     count = coupling.count
     producer = _producers(coupling)
     family = _families(coupling, producer, round_to)
-    key = _ranked(coupling, scores.double().cpu().numpy(), producer, ranking)
+    key = _ranked(coupling, scores.double().cpu().numpy(), producer, ranking, select or Best(), seed)
     widths = _Widths(count)
     macs, params = _costs(coupling, widths)
     _add_activations(coupling, widths)
@@ -343,15 +382,15 @@ def _families(coupling: Coupling, producer: np.ndarray, round_to: int) -> np.nda
     return np.unique(chosen, return_inverse=True)[1]
 
 
-def _ranked(coupling: Coupling, scores: np.ndarray, producer: np.ndarray, ranking: str) -> np.ndarray:
+def _ranked(coupling: Coupling, scores: np.ndarray, producer: np.ndarray, ranking: str, select: Selection, seed: int) -> np.ndarray:
     """A key for each class, to be compared between all of them."""
     _, group = np.unique(producer, return_inverse=True)
     if ranking == "global":
         mean = np.bincount(group, scores) / np.bincount(group)
-        return scores / np.where(mean == 0, 1, mean)[group]
+        return select.keys(scores / np.where(mean == 0, 1, mean)[group], seed)
     if ranking == "isomorphic":
         group = _isomorphic(coupling, producer)
-    order = np.lexsort((np.arange(len(scores)), -scores, group))
+    order = np.lexsort((np.arange(len(scores)), -select.keys(scores, seed), group))
     rank = np.empty(len(scores))
     rank[order] = _place_in_group(group[order])
     return -(rank + 0.5) / np.bincount(group)[group]

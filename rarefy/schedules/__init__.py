@@ -1,0 +1,104 @@
+"""Schedules: when to prune, and what to train meanwhile. One a file; the file name is what ``prune(schedule="...")`` takes.
+
+A schedule is a frozen dataclass with one method,
+
+    run(graph, once, asked, setting) -> the pruned graph, with one new record in meta["history"]
+
+where ``once(graph, keep=0.5)`` prunes at once with all the caller's other options, ``asked`` is the target, such as {"macs": 0.5}, and
+``setting`` is what training needs. A schedule that trains does so by the one loop (``distilling.py``), each training in a folder of its own
+below ``setting.checkpoint``: pruning depends on nothing but the weights and the seed, so a killed run that is started again finds the
+trainings it had finished, goes on in the middle of the next one, and ends with the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+from rarefy.errors import InputError
+
+Once = Callable[..., fx.GraphModule]
+Asked = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """task, device, checkpoint, progress: as ``distill`` takes them. ignore: globs of what is not pruned."""
+
+    task: Any
+    seed: int
+    ignore: Sequence[str]
+    device: str | torch.device | None
+    checkpoint: str | Path | None
+    progress: bool
+
+
+class Schedule(Protocol):
+    def run(self, graph: fx.GraphModule, once: Once, asked: Asked, setting: Setting) -> fx.GraphModule: ...
+
+
+def trained(
+    name: str,
+    graph: fx.GraphModule,
+    teacher: fx.GraphModule,
+    loss: str,
+    setting: Setting,
+    *,
+    part: str,
+    penalty: Any = None,
+    **options: Any,
+) -> fx.GraphModule:
+    """``graph``, trained by schedule ``name``: taught by ``teacher`` with that loss, or, where the loss is "none", by the labels.
+
+    part: the folder below the checkpoint. options: fields of ``Training``. Raises InputError without training data.
+    """
+    from rarefy.distilling import distill, train  # once asked for: `prune` alone needs no training loop
+
+    if setting.task is None or setting.task.train is None:
+        raise InputError(f"schedule {name!r} trains, so it needs data: pass task= with a train split, or use schedule='oneshot'")
+    common: dict[str, Any] = {
+        "device": setting.device,
+        "checkpoint": None if setting.checkpoint is None else Path(setting.checkpoint) / part,
+        "progress": setting.progress,
+        "penalty": penalty,
+        "seed": setting.seed,
+        "validate_every": 0,
+        **options,
+        "batch_size": min(options["batch_size"], setting.task.length("train")),
+    }
+    if loss == "none":
+        return train(graph, setting.task, **common)
+    return distill(graph, teacher, setting.task, loss=loss, **common)
+
+
+def check_training(schedule: Any) -> None:
+    """Are ``epochs``, ``batch_size``, ``lr`` and ``loss`` of a schedule such as training takes? Raises ValueError."""
+    if schedule.epochs < 1 or schedule.batch_size < 1:
+        raise ValueError(f"epochs={schedule.epochs} and batch_size={schedule.batch_size} must be at least 1")
+    if not 0 < schedule.lr < float("inf"):
+        raise ValueError(f"lr={schedule.lr} must be positive")
+
+
+def record_of(graph: fx.GraphModule) -> dict[str, Any]:
+    """The facts of the last step of ``graph``."""
+    facts: dict[str, Any] = graph.meta["history"][-1]["facts"]
+    return facts
+
+
+def joined(
+    before: fx.GraphModule, after: fx.GraphModule, schedule: str, trainings: Sequence[Mapping[str, Any]], facts: Any
+) -> fx.GraphModule:
+    """``after`` with one record in place of those that the schedule's prunings and trainings left since ``before``."""
+    known = list(before.meta.get("history", []))
+    last = after.meta["history"][-1]
+    points = [point for one in trainings for point in one["curve"]]
+    curve = [{**point, "epoch": index} for index, point in enumerate(points, 1)]
+    timing = {"seconds": sum(one["timing"]["seconds"] for one in trainings)}
+    told = {**last["facts"], **facts, "curve": curve, "timing": timing}
+    after.meta["history"] = [*known, {"step": "prune", "options": {**last["options"], "schedule": schedule}, "facts": told}]
+    return after
