@@ -2,7 +2,8 @@
 
 The public names stand below, one a line. They are imported when first used, so that ``import rarefy`` and ``rarefy --help``
 answer at once. Tasks are in ``rarefy.tasks``; what comes in several kinds lies in a folder each: ``rarefy.criteria``,
-``rarefy.losses``, ``rarefy.rounding``, ``rarefy.calibration``, ``rarefy.runtimes``.
+``rarefy.losses``, ``rarefy.rounding``, ``rarefy.calibration``, ``rarefy.runtimes``, ``rarefy.schedules``, ``rarefy.selection``,
+``rarefy.saliency``.
 """
 
 import importlib
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "capture": "capturing",
     "prune": "pruning",
+    "mask": "masking",
     "distill": "distilling",
     "quantize": "quantizing",
     "evaluate": "evaluating",
@@ -39,6 +41,7 @@ __all__ = [
     "evaluate",
     "export",
     "load",
+    "mask",
     "measure",
     "prune",
     "quantize",
@@ -56,6 +59,7 @@ if TYPE_CHECKING:
     from rarefy.errors import RarefyError
     from rarefy.evaluating import evaluate
     from rarefy.exporting import export
+    from rarefy.masking import mask
     from rarefy.measuring import measure
     from rarefy.pruning import prune
     from rarefy.quantizing import quantize

@@ -173,7 +173,7 @@ def compress(
         list[str] | None,
         typer.Option(
             metavar="TEXT",
-            help="A step of your own recipe, in order: 'prune macs=0.5', 'distill epochs=3', 'quantize'. May be given more than once.",
+            help="A step of your own recipe, in order: 'prune macs=0.5', 'mask sparsity=2:4', 'distill epochs=3', 'quantize'. May be given more than once.",
         ),
     ] = None,
     runtime: Runtime = "onnxruntime",
@@ -265,14 +265,22 @@ def prune(
     round_to: Annotated[int, typer.Option(metavar="N", min=1, help="Channels left are a multiple of this.")] = 1,
     floor: Annotated[float, typer.Option(metavar="SHARE", help="Share of any layer that stays in any case.")] = 0.1,
     ignore: Ignore = None,
+    select: Annotated[
+        str, typer.Option(metavar="CHOICE", help="How scores decide: best, or sample:temperature=1; see `rarefy list selection`.")
+    ] = "best",
+    schedule: Annotated[
+        str, typer.Option(metavar="CHOICE", help="oneshot, iterative:rounds=5, group_sparse:epochs=10; see `rarefy list schedules`.")
+    ] = "oneshot",
     check: Annotated[bool, typer.Option(help="Compare with the masked original.")] = True,
     seed: Seed = 0,
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Remove whole channels. Data is only needed by criteria that look at it."""
+    """Remove whole channels. Data is only needed by criteria that look at it, and by schedules that train: these go on after a kill."""
     from rarefy import plugins
 
-    plugins.resolve("criteria", criterion)
+    for kind, choice in (("criteria", criterion), ("selection", select), ("schedules", schedule)):
+        plugins.resolve(kind, choice)
     folder = _claim_folder(output)
     source, graph, task = _prepared(model, data, needed=False)
     from rarefy.pruning import prune as verb
@@ -287,11 +295,44 @@ def prune(
         round_to=round_to,
         floor=floor,
         ignore=tuple(ignore or ()),
+        select=select,
+        schedule=schedule,
         task=task,
         seed=seed,
         check=check,
+        device=_device(device),
+        checkpoint=f"{folder}.work",
     )
     _save(small, folder, source, task, as_json)
+    shutil.rmtree(f"{folder}.work", ignore_errors=True)
+
+
+@app.command()
+@grouped
+def mask(
+    model: ModelOptions,
+    data: DataOptions,
+    output: Output,
+    sparsity: Annotated[str, typer.Option(metavar="SHARE|N:M", help="0.5: half of the weights become zero; 2:4: of each 4, 2 stay.")],
+    criterion: Annotated[str, typer.Option(metavar="CHOICE", help="What a weight is worth; see `rarefy list saliency`.")] = "magnitude",
+    scope: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Where a share is taken: global, layer or output; default: the criterion's.")
+    ] = None,
+    ignore: Ignore = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Make single weights zero, and keep them so in training: smaller on disk, no faster on ONNX Runtime. wanda needs data."""
+    from rarefy import plugins
+    from rarefy.masking import mask as verb
+    from rarefy.masking import parse
+
+    parse(sparsity)
+    plugins.resolve("saliency", criterion)
+    folder = _claim_folder(output)
+    source, graph, task = _prepared(model, data, needed=False)
+    sparse = verb(graph, sparsity=sparsity, criterion=criterion, scope=scope, ignore=tuple(ignore or ()), task=task, seed=seed)
+    _save(sparse, folder, source, task, as_json)
 
 
 @app.command()
@@ -673,7 +714,7 @@ def demo(
 
 @app.command("list")
 def list_choices(
-    kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help="criteria, losses, rounding, calibration, runtimes.")] = None,
+    kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help="criteria, losses, rounding, ...: without one, all.")] = None,
     as_json: Json = False,
 ) -> None:
     """The choices that come with rarefy, a line each, with their options."""

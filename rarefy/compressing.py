@@ -6,7 +6,7 @@ share), ``distill`` (the original teaches), ``quantize``. Each starts from the l
 **Gates.** After each step the model is exported, and the exported file is judged: top-1 on the validation images, paired with the original's, and
 latency in one interleaved run with the original and the model the step started from. A step is undone if it does not pay:
 
-* prune, quantize: clearly slower than before; or neither smaller (by 1 %) nor clearly faster. *Clearly*: by 10 %, in three of four rounds. A difference
+* prune, mask, quantize: clearly slower than before; or neither smaller (by 1 %) nor clearly faster. *Clearly*: by 10 %, in three of four rounds. A difference
   inside the noise never decides, so that two runs decide alike.
 * distill: top-1 did not rise.
 * all: the drop is above ``max_drop``. What is followed by a distillation is judged together with it, since that is what repairs it;
@@ -52,6 +52,7 @@ from rarefy.distilling import distill
 from rarefy.doctor import examine
 from rarefy.errors import CheckFailed, FormatError, InputError
 from rarefy.evaluating import evaluate
+from rarefy.masking import mask
 from rarefy.pruning import prune
 from rarefy.quantizing import quantize
 from rarefy.tasks.corruptions import fits
@@ -563,7 +564,19 @@ class _Run:
 
 
 def _prune(run: _Run, graph: fx.GraphModule, options: dict[str, Any], checkpoint: Path) -> fx.GraphModule:
-    return prune(graph.to(run.device or "cpu"), task=run.task, seed=run.seed, **options)
+    return prune(
+        graph.to(run.device or "cpu"),
+        task=run.task,
+        seed=run.seed,
+        device=run.device,
+        checkpoint=checkpoint,
+        progress=run.progress,
+        **options,
+    )
+
+
+def _mask(run: _Run, graph: fx.GraphModule, options: dict[str, Any], checkpoint: Path) -> fx.GraphModule:
+    return mask(graph.to(run.device or "cpu"), task=run.task, seed=run.seed, **options)
 
 
 def _distill(run: _Run, graph: fx.GraphModule, options: dict[str, Any], checkpoint: Path) -> fx.GraphModule:
@@ -578,10 +591,11 @@ def _quantize(run: _Run, graph: fx.GraphModule, options: dict[str, Any], checkpo
 
 VERBS: dict[str, Callable[[_Run, fx.GraphModule, dict[str, Any], Path], fx.GraphModule]] = {
     "prune": _prune,
+    "mask": _mask,
     "distill": _distill,
     "quantize": _quantize,
 }
-_GIVEN = ("model", "student", "teacher", "task", "seed", "device", "checkpoint", "runtime", "progress")
+_GIVEN = ("model", "student", "teacher", "task", "seed", "device", "checkpoint", "runtime", "progress", "penalty")
 
 
 def _check_steps(steps: Sequence[Step]) -> None:
@@ -592,7 +606,7 @@ def _check_steps(steps: Sequence[Step]) -> None:
         verb = step.get("do")
         if verb not in VERBS:
             raise InputError(f"step {number}: do={verb!r} is no step; have {', '.join(VERBS)}")
-        functions: dict[str, Callable[..., Any]] = {"prune": prune, "distill": distill, "quantize": quantize}
+        functions: dict[str, Callable[..., Any]] = {"prune": prune, "mask": mask, "distill": distill, "quantize": quantize}
         parameters = inspect.signature(functions[verb]).parameters
         known = {name for name, one in parameters.items() if one.kind is not one.VAR_KEYWORD} - set(_GIVEN)
         unknown = sorted(step.keys() - known - {"do"})

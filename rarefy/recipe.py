@@ -57,7 +57,7 @@ from rarefy import plugins, sources
 from rarefy.errors import InputError
 
 # verb -> where it is
-VERBS = {"prune": "rarefy.pruning", "distill": "rarefy.distilling", "quantize": "rarefy.quantizing"}
+VERBS = {"prune": "rarefy.pruning", "mask": "rarefy.masking", "distill": "rarefy.distilling", "quantize": "rarefy.quantizing"}
 TASKS = {"classification": ("rarefy.tasks", "Classification")}
 
 # What the runner hands to a verb, and a recipe therefore does not.
@@ -73,13 +73,17 @@ GIVEN = {
     "checkpoint",
     "checkpoint_seconds",
     "validate",
+    "penalty",
     "seed",
     "runtime",
 }
 
-# option -> kind of choice its text names
+# option, or verb and option -> kind of choice its text names
 CHOICES = {
     "criterion": "criteria",
+    "mask criterion": "saliency",
+    "schedule": "schedules",
+    "select": "selection",
     "loss": "losses",
     "rounding": "rounding",
     "calibration": "calibration",
@@ -149,7 +153,7 @@ def step(content: Mapping[str, Any] | str, where: str = "step") -> dict[str, Any
         raise InputError(f"{where}: do = {verb!r} is no step; have {', '.join(VERBS)}")
     options = _validated(_verb_options(verb), {key: value for key, value in content.items() if key != "do"}, f"{where} ({verb})")
     for name, value in options.items():
-        choice(name, value, f"{where} ({verb}): {name}")
+        choice(f"{verb} {name}" if f"{verb} {name}" in CHOICES else name, value, f"{where} ({verb}): {name}")
     targets = [name for name in ("keep", "macs", "params") if name in options]
     if verb == "prune" and len(targets) != 1:
         raise InputError(f"{where} (prune): give one of keep, macs, params; got {', '.join(targets) or 'none'}")

@@ -17,7 +17,7 @@ import typer
 from torch import Tensor, nn
 
 import rarefy
-from rarefy import cli, doctor, recipe, terminal
+from rarefy import cli, doctor, plugins, recipe, terminal
 from rarefy.errors import GoalMissed, InputError, SignatureRefused
 
 COMMANDS = [
@@ -218,7 +218,7 @@ def test_report_of_a_folder_measured_again(capsys: pytest.CaptureFixture[str], s
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     found = as_json(capsys, "list")
-    assert set(found) == {"criteria", "losses", "rounding", "calibration", "runtimes"}
+    assert set(found) == set(plugins.KINDS) and len(found) >= 5
     assert {"name", "summary", "options"} == set(found["criteria"][0])
     assert "lskd" in run(capsys, "list", "losses") and "magnitude" not in run(capsys, "list", "losses")
 
