@@ -386,7 +386,7 @@ def _ranked(coupling: Coupling, scores: np.ndarray, producer: np.ndarray, rankin
     """A key for each class, to be compared between all of them."""
     _, group = np.unique(producer, return_inverse=True)
     if ranking == "global":
-        mean = np.bincount(group, scores) / np.bincount(group)
+        mean = np.abs(np.bincount(group, scores)) / np.bincount(group)
         return select.keys(scores / np.where(mean == 0, 1, mean)[group], seed)
     if ranking == "isomorphic":
         group = _isomorphic(coupling, producer)

@@ -4,7 +4,8 @@
 
 Much goes early, when what is left can still make up for it, and little at the end. The share is of the original's MACs, parameters or
 channels, whatever the target counts. Scores are taken anew in each round, from weights that have adapted. Each training is taught by the
-original (``loss="none"``: by labels alone). After the last round nothing is trained: that is ``distill``'s to do.
+original (``loss="none"``: by labels alone). After the last round nothing is trained: that is ``distill``'s to do. Given up: ``floor`` is of
+a layer as each round finds it, so over several rounds a layer can get narrower than ``floor`` of the original.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Iterative:
             raise InputError(f"schedule 'iterative' goes by keep, macs or params, not by {kind}; give one of these")
         target = value if value <= 1 else value / whole[kind](graph)
         if target > 1:
-            return once(graph, **asked)  # which says why not
+            return once(graph, **asked)  # nothing has to go
+        once(graph, **asked)  # a target out of reach is told before the first training, not after
         small, rounds, trainings = graph, [], []
         reached: dict[str, float] = {}
         first: dict[str, list[int]] = {}
