@@ -45,7 +45,6 @@ from rarefy.surgery import cut, share_copy
 from rarefy.twin import check as self_check
 
 RANKINGS = ("global", "local", "isomorphic")
-TARGETS = ("keep", "macs", "params")
 
 
 def prune(
@@ -92,7 +91,7 @@ def prune(
     target = _target(keep, macs, params)
     if schedule is not None:
         how = plugins.resolve("schedules", schedule)
-        left = ("model", "inputs", "device", "checkpoint", "progress", *TARGETS)
+        left = ("model", "inputs", "device", "checkpoint", "progress")
         once = functools.partial(prune, **{name: value for name, value in given.items() if name not in left} | {"schedule": None})
         whole = model if is_graph(model) else as_graph(model, inputs)
         done: fx.GraphModule = how.run(

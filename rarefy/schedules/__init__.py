@@ -84,21 +84,30 @@ def check_training(schedule: Any) -> None:
         raise ValueError(f"lr={schedule.lr} must be positive")
 
 
-def record_of(graph: fx.GraphModule) -> dict[str, Any]:
-    """The facts of the last step of ``graph``."""
-    facts: dict[str, Any] = graph.meta["history"][-1]["facts"]
-    return facts
+def last(graph: fx.GraphModule, *steps: str) -> dict[str, Any]:
+    """The last record of one of ``steps`` in the graph's history."""
+    found: dict[str, Any] = next(record for record in reversed(graph.meta["history"]) if record["step"] in steps)
+    return found
 
 
 def joined(
     before: fx.GraphModule, after: fx.GraphModule, schedule: str, trainings: Sequence[Mapping[str, Any]], facts: Any
 ) -> fx.GraphModule:
-    """``after`` with one record in place of those that the schedule's prunings and trainings left since ``before``."""
-    known = list(before.meta.get("history", []))
-    last = after.meta["history"][-1]
+    """``after`` with one record of pruning in place of those that the schedule left since ``before``, and what came behind the last of them.
+
+    trainings: facts of the trainings. facts: go before those of the last pruning.
+    """
+    history = after.meta["history"]
+    known = len(before.meta.get("history", []))
+    place = max(index for index, record in enumerate(history) if record["step"] == "prune")
+    final, behind = history[place], history[place + 1 :]
     points = [point for one in trainings for point in one["curve"]]
     curve = [{**point, "epoch": index} for index, point in enumerate(points, 1)]
     timing = {"seconds": sum(one["timing"]["seconds"] for one in trainings)}
-    told = {**last["facts"], **facts, "curve": curve, "timing": timing}
-    after.meta["history"] = [*known, {"step": "prune", "options": {**last["options"], "schedule": schedule}, "facts": told}]
+    told = {**final["facts"], **facts, "curve": curve, "timing": timing}
+    after.meta["history"] = [
+        *history[:known],
+        {"step": "prune", "options": {**final["options"], "schedule": schedule}, "facts": told},
+        *behind,
+    ]
     return after

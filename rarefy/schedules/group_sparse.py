@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from rarefy import plugins
 from rarefy.coupling import Coupling, Row, couple
-from rarefy.schedules import Asked, Once, Setting, check_training, joined, record_of, trained
+from rarefy.schedules import Asked, Once, Setting, check_training, joined, last, trained
 from rarefy.surgery import share_copy
 
 
@@ -49,7 +49,7 @@ class GroupSparse:
         penalty = Pull(couple(share_copy(graph).eval(), setting.ignore), self.reg, self.alpha)
         options = {"epochs": self.epochs, "batch_size": self.batch_size, "lr": self.lr}
         shrunk = trained("group_sparse", graph, graph, self.loss, setting, part="group-sparse", penalty=penalty, **options)
-        training = record_of(shrunk)
+        training = last(shrunk, "train", "distill")["facts"]
         small = once(shrunk.train(graph.training), **asked)
         return joined(graph, small, plugins.describe(self), [training], {"weight_left": penalty.share(shrunk, graph)})
 

@@ -17,7 +17,7 @@ from torch import fx
 from rarefy import plugins
 from rarefy.counting import count_macs, count_parameters
 from rarefy.errors import InputError
-from rarefy.schedules import Asked, Once, Setting, check_training, joined, record_of, trained
+from rarefy.schedules import Asked, Once, Setting, check_training, joined, last, trained
 
 
 @dataclass(frozen=True)
@@ -56,18 +56,21 @@ class Iterative:
         reached: dict[str, float] = {}
         first: dict[str, list[int]] = {}
         for index, share in enumerate(self.shares(target), 1):
-            last = index == self.rounds
-            small = once(small, **{kind: value if last and value > 1 else min(1.0, share / reached.get(kind, 1.0))})
-            facts = record_of(small)
+            final = index == self.rounds
+            small = once(small, **{kind: value if final and value > 1 else min(1.0, share / reached.get(kind, 1.0))})
+            facts = last(small, "prune")["facts"]
             reached = {name: reached.get(name, 1.0) * left for name, left in facts["reached"].items()}
             first = first or {name: facts[name] for name in ("macs", "params")} | {"channels": facts["channels"]}
             rounds.append({"asked": share, "reached": reached[kind], "macs": facts["macs"][1], "params": facts["params"][1]})
-            if not last:
+            if not final:
                 options = {"epochs": self.epochs, "batch_size": self.batch_size, "lr": self.lr}
                 small = trained("iterative", small, graph, self.loss, setting, part=f"round-{index}", **options)
-                trainings.append(record_of(small))
+                trainings.append(last(small, "train", "distill")["facts"])
                 small.train(graph.training)
-        facts = record_of(small)
+        record = last(small, "prune")
+        record["options"] = {**asked, **{key: option for key, option in record["options"].items() if key != kind}}
+        facts = record["facts"]
+        facts.pop("kept", None)  # places in the network of the last round say nothing of the original
         told = {
             "asked": dict(asked),
             "reached": reached,
@@ -75,6 +78,4 @@ class Iterative:
             "channels": {name: [first["channels"][name][0], after] for name, (_, after) in facts["channels"].items()},
             "rounds": rounds,
         }
-        record = small.meta["history"][-1]
-        record["options"] = {**asked, **{key: option for key, option in record["options"].items() if key != kind}}
         return joined(graph, small, plugins.describe(self), trainings, told)
