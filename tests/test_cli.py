@@ -23,6 +23,7 @@ from rarefy.errors import GoalMissed, InputError, SignatureRefused
 COMMANDS = [
     "compress",
     "prune",
+    "mask",
     "distill",
     "quantize",
     "evaluate",
@@ -95,7 +96,11 @@ def test_every_option_of_a_verb_is_an_option_of_its_command(verb: str) -> None:
     have = {parameter.name: parameter for parameter in command.params}
     for name, field in recipe._verb_options(verb).model_fields.items():
         assert renamed.get(name, name) in have, f"{verb} has no --{name.replace('_', '-')}"
-        given = have[renamed.get(name, name)].default
+        parameter = have[renamed.get(name, name)]
+        assert parameter.required == field.is_required(), f"{verb} --{name}: required by one of command and verb only"
+        if parameter.required:
+            continue
+        given = parameter.default
         assert given == field.default or not (given or field.default), (
             f"{verb} --{name}: default {given!r}, the verb's is {field.default!r}"
         )

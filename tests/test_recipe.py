@@ -118,7 +118,7 @@ def test_a_step_as_text(text: str, step: dict[str, Any]) -> None:
         (("speedup = 3", "spedup = 3"), "recipe.toml: [budget]: unknown key 'spedup'; did you mean 'speedup'?"),
         (('max_drop = "0.5%"', 'max_drop = "a bit"'), "recipe.toml: [budget] max_drop: 'a bit' is no share; write 0.5% or 0.005"),
         (('max_drop = "0.5%"', "max_drop = 0.5"), "recipe.toml: [budget] max_drop: 0.5 would be 50 %"),
-        (('do = "prune"', 'do = "prun"'), "recipe.toml: step 1: do = 'prun' is no step; have prune, distill, quantize"),
+        (('do = "prune"', 'do = "prun"'), "recipe.toml: step 1: do = 'prun' is no step; have prune, mask, distill, quantize"),
         (("macs = 0.5", "mac = 0.5"), "recipe.toml: step 1 (prune): unknown key 'mac'; did you mean 'macs'?"),
         (("macs = 0.5", "macs = 0.5\nkeep = 0.5"), "recipe.toml: step 1 (prune): give one of keep, macs, params; got keep, macs"),
         (("macs = 0.5", ""), "recipe.toml: step 1 (prune): give one of keep, macs, params; got none"),
