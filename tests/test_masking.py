@@ -17,8 +17,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from rarefy import artifact, cli, packing
+from rarefy import artifact, cli, packing, reporting
 from rarefy.capturing import capture
+from rarefy.compressing import Budget, compress
 from rarefy.distilling import distill, train
 from rarefy.errors import FormatError, InputError
 from rarefy.masking import _blocks, _shares, mask, parse, weights_of
@@ -417,7 +418,26 @@ def test_a_damaged_list_of_sparse_tensors_is_refused(tmp_path: Path, sparse: Any
         artifact.load(_damaged(folder, lambda header, tensors, body: body))
 
 
-# -- on the command line
+# -- within compress, and on the command line
+
+
+@pytest.mark.slow
+def test_compress_prunes_by_rounds_masks_and_keeps_the_zeros(tmp_path: Path) -> None:
+    dense = train(net(), digits(), **{**QUICK, "epochs": 4})
+    steps = [
+        {"do": "prune", "macs": 0.7, "schedule": "iterative:rounds=2,epochs=1,batch_size=96"},
+        {"do": "mask", "sparsity": 0.6},
+        {"do": "distill", "epochs": 2, "batch_size": 96},
+    ]
+    result = compress(dense, digits(), budget=Budget(max_drop=0.9), steps=steps, corruptions=(), workdir=tmp_path / "w", progress=False)
+    assert [step["kept"] for step in result.report["steps"]][1] is True, result.report["steps"]
+    masked = artifact.load(tmp_path / "w" / "2-mask")
+    assert same(zeros(artifact.load(tmp_path / "w" / "3-distill")), zeros(masked)) and masked.meta["sparse"]
+    assert masked.meta["history"][-2]["options"]["schedule"].startswith("iterative")
+    sizes = [(tmp_path / "w" / name / "weights.safetensors").stat().st_size for name in ("1-prune", "2-mask", "3-distill")]
+    assert sizes[1] < 0.85 * sizes[0] and sizes[2] == sizes[1]
+    note = [fact for step in reporting.view(result.report)["steps"] for fact in step["facts"] if fact[0] == "note"]
+    assert note and "no faster" in note[0][1]
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
