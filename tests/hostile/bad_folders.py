@@ -36,13 +36,14 @@ class Small(nn.Module):
         self.conv = nn.Conv2d(3, 4, 3)
         self.norm = nn.BatchNorm2d(4)
         self.linear = nn.Linear(4, 5)
+        self.few = nn.Parameter(torch.tensor([0.0, 1.5, 0, 0, -2.0, 0, 0, 0, 0.25, 0]).repeat(3))
         self.register_buffer("four", torch.arange(-8, 7, dtype=torch.int8).reshape(5, 3))
         self.register_buffer("eight", (10 * torch.randn(50, 100)).clamp(-100, 100).to(torch.int8))
         self.register_buffer("mask", torch.tensor([True, False, True, True, False]), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.linear(self.norm(self.conv(x)).relu().mean((2, 3)))
-        y = y + self.four.to(torch.float32).mean(1) + self.eight.to(torch.float32).mean()
+        y = y + self.four.to(torch.float32).mean(1) + self.eight.to(torch.float32).mean() + self.few.mean()
         return torch.where(self.mask, y, -y)
 
 
@@ -50,6 +51,7 @@ def small_graph() -> torch.fx.GraphModule:
     torch.manual_seed(0)
     graph = capture(Small(), torch.zeros(2, 3, 8, 8))
     graph.meta["bits"] = {"four": 4}
+    graph.meta["sparse"] = ["few"]
     return graph
 
 
@@ -384,6 +386,13 @@ _graph: dict[str, Callable[[dict[str, Any]], Any]] = {
     "packed_codes_have_their_width": lambda graph: graph["tensors"]["four"].update(bits=5),
     "coded_codes_have_their_length": lambda graph: graph["tensors"]["eight"].update(shape=[50, 101]),
     "coded_codes_fit_memory": lambda graph: graph["tensors"]["eight"].update(shape=[HUGE]),
+    "only_floats_are_sparse": lambda graph: graph["tensors"]["few"].update(dtype="int32", requires_grad=False),
+    "sparse_weights_have_no_bits": lambda graph: graph["tensors"]["few"].update(bits=4),
+    "sparse_weights_fit_memory": lambda graph: graph["tensors"]["few"].update(shape=[HUGE]),
+    "sparse_weights_have_their_length": lambda graph: graph["tensors"]["few"].update(shape=[33]),
+    "sparse_weights_are_not_read_as_they_are": lambda graph: graph["tensors"]["few"].pop("stored"),
+    "what_is_sparse_is_a_list": lambda graph: graph["meta"].update(sparse="few"),
+    "what_is_sparse_is_there": lambda graph: graph["meta"].update(sparse=["fewer"]),
     "a_shared_tensor_is_there": lambda graph: graph["tensors"].update({"norm.bias": {"kind": "parameter", "same_as": "x"}}),
     "a_shared_tensor_is_not_itself": lambda graph: graph["tensors"].update(mask={"kind": "buffer", "same_as": "mask"}),
     "a_shared_tensor_is_of_one_kind": lambda graph: graph["tensors"].update(mask={"kind": "buffer", "same_as": "conv.bias"}),
@@ -512,6 +521,30 @@ def a_flag_is_0_or_1(header, data):
 def packed_codes_end_in_zero_bits(header, data):
     end = header["four"]["data_offsets"][1]
     return header, data[: end - 1] + b"\xff" + data[end:]
+
+
+@in_weights
+def sparse_weights_end_with_the_last_value(header, data):
+    begin, end = header["few"]["data_offsets"]
+    return with_bytes(header, data, "few", data[begin:end] + bytes(4))
+
+
+@in_weights
+def sparse_weights_are_as_many_as_their_bits(header, data):
+    begin, end = header["few"]["data_offsets"]
+    return with_bytes(header, data, "few", bytes([data[begin] | 1]) + data[begin + 1 : end])
+
+
+@in_weights
+def sparse_bits_end_in_zero_bits(header, data):
+    begin, end = header["few"]["data_offsets"]
+    return with_bytes(header, data, "few", data[begin : begin + 3] + bytes([data[begin + 3] | 0x80]) + data[begin + 4 : end])
+
+
+@in_weights
+def a_sparse_value_is_not_zero(header, data):
+    begin, end = header["few"]["data_offsets"]
+    return with_bytes(header, data, "few", data[begin : end - 4] + bytes(4))
 
 
 @in_weights

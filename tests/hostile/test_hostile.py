@@ -45,6 +45,7 @@ def test_the_good_folder_is_good(good):
     assert torch.equal(graph(x), loaded(x))
     entries = json.loads((good / "graph.json").read_text())["tensors"]
     assert entries["four"]["stored"] == "packed" and entries["eight"]["stored"] == "zstd"
+    assert entries["few"]["stored"] == "sparse"
 
 
 @pytest.mark.parametrize("promise", KINDS)
