@@ -266,10 +266,11 @@ def prune(
     floor: Annotated[float, typer.Option(metavar="SHARE", help="Share of any layer that stays in any case.")] = 0.1,
     ignore: Ignore = None,
     check: Annotated[bool, typer.Option(help="Compare with the masked original.")] = True,
+    repair: Annotated[bool, typer.Option(help="Mend it on 512 training images, without training.")] = False,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Remove whole channels. Data is only needed by criteria that look at it."""
+    """Remove whole channels. Data is only needed to repair, and by criteria that look at it."""
     from rarefy import plugins
 
     plugins.resolve("criteria", criterion)
@@ -290,6 +291,7 @@ def prune(
         task=task,
         seed=seed,
         check=check,
+        repair=repair,
     )
     _save(small, folder, source, task, as_json)
 

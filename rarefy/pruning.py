@@ -36,6 +36,8 @@ from rarefy.counting import MACS, operator_name, products
 from rarefy.coupling import Coupling, couple
 from rarefy.errors import InputError
 from rarefy.labels import Value, compact
+from rarefy.repairing import packed
+from rarefy.repairing import repair as mended
 from rarefy.surgery import cut, share_copy
 from rarefy.twin import check as self_check
 
@@ -57,6 +59,7 @@ def prune(
     task: Any = None,
     seed: int = 0,
     check: bool = True,
+    repair: bool = False,
 ) -> fx.GraphModule:
     """A new graph with fewer channels; ``model`` is left as it is.
 
@@ -70,6 +73,7 @@ def prune(
     ignore: globs on dotted names of parameters or modules whose outputs all stay.
     task, seed: for criteria that need data or chance.
     check: compare with the masked original (in float64) and refuse to return anything that differs.
+    repair: then mend weights and batch norm on 512 training images of ``task``, without labels or training (``repairing.py``).
 
     The record in ``meta["history"]`` says what was asked and reached, channels before and after, and what could not be pruned and why.
     Raises InputError for a target that is malformed or out of reach; SelfCheckFailed if the check fails.
@@ -83,6 +87,8 @@ def prune(
         raise InputError(f"floor={floor!r} must lie between 0 and 1")
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     rule = plugins.resolve("criteria", criterion)
+    if repair and task is None:
+        raise InputError("repair=True needs images: pass task=, or call rarefy.repairing.repair() with batches of your own")
     graph = model if is_graph(model) else as_graph(model, inputs)
     assert isinstance(graph, fx.GraphModule)
     full = share_copy(graph).eval()
@@ -104,6 +110,7 @@ def prune(
         "floor": floor,
         "ignore": list(ignore),
         "seed": seed,
+        "repair": repair,
     }
     facts = {
         "asked": target.asked,
@@ -111,6 +118,7 @@ def prune(
         "macs": plan.macs,
         "params": plan.params,
         "channels": _channels(coupling, plan.alive),
+        "kept": {row.names[0]: packed(mask) for row in coupling.rows if row.produces and not bool((mask := plan.alive[row.classes]).all())},
         "frozen": coupling.frozen,
         "unknown_operators": coupling.unknown,
         "kept_whole": plan.whole,
@@ -123,6 +131,9 @@ def prune(
         },
     }
     small.meta.setdefault("history", []).append({"step": "prune", "options": options, "facts": facts})
+    if repair:
+        small = mended(small, graph, task, seed=seed)
+        facts["repair"] = small.meta["history"].pop()["facts"]  # one record a verb
     return small
 
 
