@@ -39,7 +39,7 @@ from rarefy.surgery import share_copy
 aten = torch.ops.aten
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-PATCHES = 256  # places of an image whose patches are looked at, at most
+PATCHES = 64  # places of an image whose patches are looked at, at most: 256 took twice as long on ResNet-56 and were no better
 _JUDGE = 4  # every so many images, one judges
 
 
