@@ -182,6 +182,7 @@ class _Repair:
         self.judges = [
             torch.arange(start, start + len(batch[0])) % _JUDGE == _JUDGE - 1 for start, batch in zip(starts, batches, strict=False)
         ]
+        self.axes = _image_axes(small)
         self.layers: list[dict[str, Any]] = []
         self.norms: list[str] = []
 
@@ -192,7 +193,7 @@ class _Repair:
         for node in track(list(self.small.graph.nodes), None, "repair", progress):
             if node.op == "output":
                 return
-            layer = reconstruct and node in changed and weighted(node) and _alone(self.small, node)
+            layer = reconstruct and node in changed and node in self.axes and _alone(self.small, node)
             theirs: list[Any] | None = None
             if node.name in last and (layer or node.op == "placeholder"):
                 for other in waiting:
@@ -240,9 +241,10 @@ class _Repair:
         fit, judge = _Normal(own, bias), _Normal(own, bias)
         sources = self.ours.values[node.args[0]]  # type: ignore[index]
         for source, wanted, judges in zip(sources, theirs, self.judges, strict=True):
+            source, wanted = (value.movedim(self.axes[node], 0) for value in (source, wanted))
             wanted = wanted if kept is None else wanted.index_select(axis, kept.to(wanted.device))
             x, y = _pairs(node, source, wanted, weight.shape, groups, self.generator)
-            judges = judges.to(x.device)
+            judges = judges.repeat_interleave(len(x) // len(judges)).to(x.device)  # (windows of an image lie side by side)
             fit.add(x[~judges], y[~judges])
             judge.add(x[judges], y[judges])
         where = layer_name(node)
@@ -285,6 +287,7 @@ class _Normal:
             self.cross.new_zeros(groups, outputs),
             self.cross.new_zeros(groups, outputs),
         )
+        self.around: Tensor | None = None
         self.squares = self.total = 0.0
         self.count = 0
 
@@ -294,9 +297,13 @@ class _Normal:
         e = y - self.weight.float() @ x
         if self.bias is not None:
             e = e - self.bias.float().reshape(len(e), -1, 1)
-        self.gram += x @ x.mT
-        self.cross += e @ x.mT
-        self.x, self.e, self.y = self.x + x.double().sum(2), self.e + e.double().sum(2), self.y + y.double().sum(2)
+        # Around the first batch's mean, so that products in float32 keep what varies; then moved back in float64.
+        self.around = x.mean(2, keepdim=True) if self.around is None else self.around
+        near, far = x - self.around, self.around.double()
+        moved, sum_e = near.double().sum(2, keepdim=True), e.double().sum(2)
+        self.gram += (near @ near.mT).double() + far @ moved.mT + moved @ far.mT + x.shape[2] * far @ far.mT
+        self.cross += (e @ near.mT).double() + sum_e.unsqueeze(2) @ far.mT
+        self.x, self.e, self.y = self.x + x.double().sum(2), self.e + sum_e, self.y + y.double().sum(2)
         self.total += float(e.double().square().sum())
         self.squares += float(y.double().square().sum())
         self.count += x.shape[2]
@@ -311,7 +318,7 @@ class _Normal:
         return (self.squares - float(self.y.square().sum()) / max(self.count, 1)) / max(self.count, 1)
 
     def solve(self, ridge: float, shifts: bool) -> tuple[Tensor, Tensor | None]:
-        """D (groups, outputs, K), and the shift (outputs,) of the output, if there may be one."""
+        """D (groups, outputs, K), and the shift (outputs,) of the output, if there may be one. Equations that can't be solved ask for no change."""
         count = max(self.count, 1)
         mean_x, mean_e = self.x / count, self.e / count
         gram, cross = self.gram / count, self.cross / count
@@ -321,7 +328,8 @@ class _Normal:
         size = gram.shape[-1]
         level = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
         damped = gram + (ridge * level).view(-1, 1, 1) * torch.eye(size, dtype=gram.dtype, device=gram.device)
-        change = torch.cholesky_solve(cross.mT, torch.linalg.cholesky(damped)).mT
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        change = torch.cholesky_solve(cross.mT, factor).mT if not bool(failed.any()) else torch.zeros_like(cross)
         return change, (mean_e - (change @ mean_x.unsqueeze(2)).squeeze(2)).reshape(-1) if shifts else None
 
     def error(self, change: Tensor | None, shift: Tensor | None) -> float:
@@ -334,6 +342,17 @@ class _Normal:
             moved = self.e if change is None else self.e - (change @ self.x.unsqueeze(2)).squeeze(2)
             total += float(self.count * own.square().sum() - 2 * (own * moved).sum())
         return max(total, 0.0) / max(self.count, 1)
+
+
+def _image_axes(graph: fx.GraphModule) -> dict[fx.Node, int]:
+    """For the output of each layer, the axis that grows with the number of images; layers that have not one such axis are left out."""
+    two, three = shapes(graph, 2), shapes(graph, 3)
+    found = {}
+    for node in filter(weighted, graph.graph.nodes):
+        grows = [axis for axis, (one, other) in enumerate(zip(two[node].shape, three[node].shape, strict=True)) if one != other]
+        if len(grows) == 1 and grows[0] < two[node].dim() - 1 and (grows[0] == 0 or node.target is aten.linear.default):
+            found[node] = grows[0]
+    return found
 
 
 def _pairs(
