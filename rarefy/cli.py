@@ -272,11 +272,12 @@ def prune(
         str, typer.Option(metavar="CHOICE", help="oneshot, iterative:rounds=5, group_sparse:epochs=10; see `rarefy list schedules`.")
     ] = "oneshot",
     check: Annotated[bool, typer.Option(help="Compare with the masked original.")] = True,
+    repair: Annotated[bool, typer.Option(help="Mend it on 512 training images, without training.")] = False,
     seed: Seed = 0,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Remove whole channels. Data is only needed by criteria that look at it, and by schedules that train: these go on after a kill."""
+    """Remove whole channels. Data is only needed to repair, by criteria that look at it, and by schedules that train: these go on after a kill."""
     from rarefy import plugins
 
     for kind, choice in (("criteria", criterion), ("selection", select), ("schedules", schedule)):
@@ -302,6 +303,7 @@ def prune(
         check=check,
         device=_device(device),
         checkpoint=f"{folder}.work",
+        repair=repair,
     )
     _save(small, folder, source, task, as_json)
     shutil.rmtree(f"{folder}.work", ignore_errors=True)

@@ -38,6 +38,8 @@ from rarefy.counting import MACS, operator_name, products
 from rarefy.coupling import Coupling, couple
 from rarefy.errors import InputError
 from rarefy.labels import Value, compact
+from rarefy.repairing import packed
+from rarefy.repairing import repair as mended
 from rarefy.schedules import Setting
 from rarefy.selection import Selection
 from rarefy.selection.best import Best
@@ -67,6 +69,7 @@ def prune(
     device: str | torch.device | None = None,
     checkpoint: str | Path | None = None,
     progress: bool = True,
+    repair: bool = False,
 ) -> fx.GraphModule:
     """A new graph with fewer channels; ``model`` is left as it is.
 
@@ -83,6 +86,7 @@ def prune(
     task, seed: for criteria that need data or chance, and schedules that train.
     device, checkpoint, progress: of such a schedule's training, as ``distill`` takes them; a killed run goes on from the checkpoint.
     check: compare with the masked original (in float64) and refuse to return anything that differs.
+    repair: then mend weights and batch norm on 512 training images of ``task``, without labels or training (``repairing.py``).
 
     The record in ``meta["history"]`` says what was asked and reached, channels before and after, and what could not be pruned and why.
     Raises InputError for a target that is malformed or out of reach; SelfCheckFailed if the check fails.
@@ -110,6 +114,8 @@ def prune(
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     rule = plugins.resolve("criteria", criterion)
     selection = plugins.resolve("selection", select)
+    if repair and task is None:
+        raise InputError("repair=True needs images: pass task=, or call rarefy.repairing.repair() with batches of your own")
     graph = model if is_graph(model) else as_graph(model, inputs)
     assert isinstance(graph, fx.GraphModule)
     full = share_copy(graph).eval()
@@ -132,6 +138,7 @@ def prune(
         "ignore": list(ignore),
         "seed": seed,
         **({} if selection == Best() else {"select": plugins.describe(selection)}),
+        "repair": repair,
     }
     facts = {
         "asked": target.asked,
@@ -139,6 +146,7 @@ def prune(
         "macs": plan.macs,
         "params": plan.params,
         "channels": _channels(coupling, plan.alive),
+        "kept": {row.names[0]: packed(mask) for row in coupling.rows if row.produces and not bool((mask := plan.alive[row.classes]).all())},
         "frozen": coupling.frozen,
         "unknown_operators": coupling.unknown,
         "kept_whole": plan.whole,
@@ -151,6 +159,9 @@ def prune(
         },
     }
     small.meta.setdefault("history", []).append({"step": "prune", "options": options, "facts": facts})
+    if repair:
+        small = mended(small, graph, task, seed=seed)
+        facts["repair"] = small.meta["history"].pop()["facts"]  # one record a verb
     return small
 
 

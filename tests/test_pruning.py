@@ -330,7 +330,10 @@ def test_prunes_again(resnet: fx.GraphModule) -> None:
         ({"keep": 0.5, "ranking": "best"}, "ranking='best' is not one of global, local, isomorphic"),
         ({"keep": 0.5, "round_to": 0}, "round_to=0 must be a whole number from 1"),
         ({"keep": 0.5, "floor": 2}, "floor=2 must lie between 0 and 1"),
-        ({"keep": 0.5, "criterion": "beauty"}, "criteria: unknown choice 'beauty'; have magnitude, random, taylor"),
+        (
+            {"keep": 0.5, "criterion": "beauty"},
+            "criteria: unknown choice 'beauty'; have activation, bn_scale, fpgm, hessian, magnitude, random, taylor",
+        ),
         ({"keep": 0.5, "criterion": "taylor"}, "criterion 'taylor' needs data: pass task="),
         ({"keep": 0.5, "criterion": "magnitude:p=0"}, "p=0"),
         ({"keep": 0.5, "ignore": ["backbone.*"]}, "ignore='backbone.*' matches no parameter or module"),
@@ -444,7 +447,10 @@ class FakeTask:
         return F.cross_entropy(outputs, targets)
 
 
-@pytest.mark.parametrize("name", plugins.available("criteria"))
+FORMS = ["taylor:form=fisher", "hessian:group=True", "activation:statistic=variance", "magnitude:p=1,reduce=max", "fpgm:reduce=sum"]
+
+
+@pytest.mark.parametrize("name", [*plugins.available("criteria"), *FORMS])
 def test_every_criterion(name: str, resnet: fx.GraphModule) -> None:
     """Contract: finite float64 scores, one a class; the same for the same seed; the graph untouched; prunes."""
     graph = copy.deepcopy(resnet).eval()
