@@ -63,7 +63,15 @@ def torchvision_model(name: str) -> Made:
     options: dict[str, Any] = {}
     if name.endswith(("googlenet", "inception_v3")):
         options = {"aux_logits": False, "init_weights": False}
-    if "deeplab" in name or "fcn_resnet" in name or "lraspp" in name or "rcnn" in name or "ssd" in name or "retina" in name or "fcos" in name:
+    if (
+        "deeplab" in name
+        or "fcn_resnet" in name
+        or "lraspp" in name
+        or "rcnn" in name
+        or "ssd" in name
+        or "retina" in name
+        or "fcos" in name
+    ):
         options = {"weights_backbone": None}
     model = torchvision.models.get_model(name, weights=None, **options)
     if hasattr(model, "backbone") and (hasattr(model, "rpn") or hasattr(model, "anchor_generator")):
@@ -190,7 +198,7 @@ def guarded(make: Callable[[str], Made], name: str, pipe: Connection, memory: fl
     resource.setrlimit(resource.RLIMIT_DATA, (int(memory * 2**30),) * 2)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    sys.stdout = sys.stderr = open(os.devnull, "w")
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (as long as the process lives)
     pipe.send(examined(make, name))
 
 
@@ -277,7 +285,14 @@ def main() -> int:
     passed = len(names) - len(failed)
     print(f"{passed} of {len(names)} pass")
     line = json.dumps(
-        {"bench": "pruning_coverage", "library": given.library, "torch": torch.__version__, "passed": passed, "of": len(names), "models": found}
+        {
+            "bench": "pruning_coverage",
+            "library": given.library,
+            "torch": torch.__version__,
+            "passed": passed,
+            "of": len(names),
+            "models": found,
+        }
     )
     print(line)
     if given.out:

@@ -131,9 +131,58 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def shapes(graph: fx.GraphModule, batch: int = 2) -> dict[fx.Node, Any]:
-    """What every node yields for that batch size, without computing: a fake tensor (``.shape``, ``.dtype``), or a plain value."""
+    """What every node yields for that batch size, without computing: a tensor of no device (``.shape``, ``.dtype``), or a plain value."""
+    with torch.no_grad():
+        try:
+            return _meta_shapes(graph, batch)
+        except Exception:  # an operator that needs real devices or numbers: slower, and knows more of them
+            return _fake_shapes(graph, batch)
+
+
+def _meta_shapes(graph: fx.GraphModule, batch: int) -> dict[fx.Node, Any]:
+    """Every operator on the meta device, with no bookkeeping around it."""
+    inputs = iter(
+        [torch.empty((batch, *spec["shape"]), dtype=getattr(torch, spec["dtype"]), device="meta") for spec in graph.meta["inputs"]]
+    )
+    found: dict[fx.Node, Any] = {}
+    for node in graph.graph.nodes:
+        if node.op == "placeholder":
+            found[node] = next(inputs)
+        elif node.op == "get_attr":
+            value = attribute(graph, str(node.target))
+            found[node] = value.detach().to("meta") if isinstance(value, Tensor) else value
+        elif node.op == "call_function":
+            args, kwargs = fx.map_arg((node.args, node.kwargs), found.__getitem__)
+            args, kwargs = fx.node.map_aggregate((args, kwargs), _nowhere)
+            if "device" in kwargs or node.target in _CREATORS:
+                kwargs = {**kwargs, "device": _META}
+            found[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return found
+
+
+_META = torch.device("meta")
+_CREATORS = {
+    aten.arange.default,
+    aten.arange.start,
+    aten.arange.start_step,
+    aten.zeros.default,
+    aten.ones.default,
+    aten.full.default,
+    aten.empty.memory_format,
+    aten.linspace.default,
+    aten.eye.default,
+    aten.eye.m,
+    aten.scalar_tensor.default,
+}
+
+
+def _nowhere(value: Any) -> Any:
+    return _META if isinstance(value, torch.device) else value
+
+
+def _fake_shapes(graph: fx.GraphModule, batch: int) -> dict[fx.Node, Any]:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode, torch.no_grad():
+    with mode:
         fakes = [mode.from_tensor(example) for example in example_inputs(graph, batch)]
     found: dict[fx.Node, Any] = {}
 
@@ -142,8 +191,7 @@ def shapes(graph: fx.GraphModule, batch: int = 2) -> dict[fx.Node, Any]:
             found[node] = fx.Interpreter.run_node(self, node)
             return found[node]
 
-    with torch.no_grad():
-        Recorder(graph, mode).propagate_dont_convert_inputs(*fakes)
+    Recorder(graph, mode).propagate_dont_convert_inputs(*fakes)
     return found
 
 
