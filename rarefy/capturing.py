@@ -316,6 +316,7 @@ def _explain(model: nn.Module, error: Exception) -> str:
 
 def _plain(unlifted: fx.GraphModule, exported: torch.export.ExportedProgram) -> fx.GraphModule:
     """The same nodes without pytree code: positional tensors in, a tensor or plain containers out, own parameters."""
+    _inline_regions(unlifted)
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     tensors: dict[str, Any] = {}
@@ -350,6 +351,34 @@ def _plain(unlifted: fx.GraphModule, exported: torch.export.ExportedProgram) -> 
     module = fx.GraphModule({}, graph) if not tensors else fx.GraphModule(_tree_of(tensors), graph)
     module.meta = {}
     return module
+
+
+def _inline_regions(module: fx.GraphModule) -> None:
+    """``with torch.no_grad():`` and ``with torch.autocast(..., enabled=False):`` around a part of the model: the part itself.
+
+    The trace keeps them as an operator on a submodule. Autocast that is on would change what the part computes, and stays for the error.
+    """
+    graph = module.graph
+    for node in list(graph.nodes):
+        held = [part for part in node.args if isinstance(part, fx.Node) and part.op == "get_attr"] if node.op == "call_function" else []
+        regions = [part for part in held if isinstance(attribute(module, part), fx.GraphModule)]
+        if len(regions) != 1 or str(node.target) not in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
+            continue
+        settings, operands = node.args[: node.args.index(regions[0])], node.args[node.args.index(regions[0]) + 1 :]
+        if str(node.target) == "wrap_with_autocast" and settings[2]:
+            continue
+        region = attribute(module, regions[0])
+        _inline_regions(region)
+        copied = dict(zip((inner for inner in region.graph.nodes if inner.op == "placeholder"), operands, strict=True))
+        with graph.inserting_before(node):
+            outputs = graph.graph_copy(region.graph, copied)  # type: ignore[arg-type]
+        assert isinstance(outputs, (list, tuple))
+        for user in list(node.users):  # the region returns a tuple, of which only getitem reads
+            user.replace_all_uses_with(outputs[user.args[1]])  # type: ignore[index,arg-type]
+            graph.erase_node(user)
+        graph.erase_node(node)
+        if not regions[0].users:
+            graph.erase_node(regions[0])
 
 
 def _clone(original: Tensor, clones: dict[int, Tensor]) -> Tensor:
