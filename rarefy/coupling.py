@@ -121,16 +121,19 @@ class Coupling:
                 members[present] += 1
         return total / members.clamp_min(1) if reduce == "mean" else total
 
+    def groups(self) -> list[tuple[int, list[str]]]:
+        """Channels and members of each group that prunes together; a member is "name[axis]"."""
+        found: dict[bytes, tuple[int, list[str]]] = {}
+        for row in self.rows:
+            own = row.classes.unique()
+            if bool((own > 0).any()):
+                _, members = found.setdefault(own.numpy().tobytes(), (int((own > 0).sum()), []))
+                members.append(f"{row.names[0]}[{row.axis}]")
+        return list(found.values())
+
     def explain(self) -> list[str]:
         """Lines for people: the groups that prune together, then what is frozen and by which operator."""
-        groups: dict[bytes, list[Row]] = {}
-        for row in self.rows:
-            if bool((row.classes > 0).any()):
-                groups.setdefault(row.classes.unique().numpy().tobytes(), []).append(row)
-        lines = []
-        for rows in groups.values():
-            width = int((rows[0].classes.unique() > 0).sum())
-            lines.append(f"{width} channels: " + ", ".join(f"{row.names[0]}[{row.axis}]" for row in rows))
+        lines = [f"{width} channels: {', '.join(members)}" for width, members in self.groups()]
         lines += [f"frozen {name}: {why}" for name, why in self.frozen.items()]
         lines += [f"unknown operator {name}: {', '.join(nodes)}" for name, nodes in self.unknown.items()]
         return lines
