@@ -85,9 +85,10 @@ def torchvision_model(name: str) -> Made:
 
 
 def timm_model(module: str) -> Made:
+    """Of a module the smallest variant, or the model of that name."""
     import timm
 
-    model = timm.create_model(smallest(module))
+    model = timm.create_model(smallest(module) if module in timm.models.list_modules() else module)
     channels, side, _ = model.default_cfg["input_size"]
     sizes = [side] if model.default_cfg.get("fixed_input_size") else [size for size in (96, 128, 160, 192, 224) if size < side] + [side]
     return model, [images(size, channels) for size in sizes]
@@ -258,6 +259,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--library", choices=sorted(MOST_FAILURES), default="torchvision")
     parser.add_argument("--only", metavar="GLOB", action="append", help="models (torchvision) or modules (timm) by name; may be repeated")
+    parser.add_argument("--model", action="append", help="this model instead, by its own name; may be repeated")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--seconds", type=float, default=600, help="limit for a model")
     parser.add_argument("--memory", type=float, default=16, help="limit for a model, in GiB")
@@ -265,7 +267,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write the JSON there too")
     given = parser.parse_args()
     try:
-        names = [name for name in listed(given.library) if not given.only or any(fnmatch.fnmatch(name, glob) for glob in given.only)]
+        names = given.model or [name for name in listed(given.library) if not given.only or any(fnmatch.fnmatch(name, glob) for glob in given.only)]
     except ImportError:
         print(f"skipped: {given.library} is not installed")
         return 1 if given.check else 0
