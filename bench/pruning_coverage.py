@@ -267,7 +267,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write the JSON there too")
     given = parser.parse_args()
     try:
-        names = given.model or [name for name in listed(given.library) if not given.only or any(fnmatch.fnmatch(name, glob) for glob in given.only)]
+        names = given.model or [
+            name for name in listed(given.library) if not given.only or any(fnmatch.fnmatch(name, glob) for glob in given.only)
+        ]
     except ImportError:
         print(f"skipped: {given.library} is not installed")
         return 1 if given.check else 0

@@ -85,7 +85,7 @@ def prune(
     rule = plugins.resolve("criteria", criterion)
     graph = model if is_graph(model) else as_graph(model, inputs)
     assert isinstance(graph, fx.GraphModule)
-    full = share_copy(graph).eval()
+    full = share_copy(graph).eval() if any(module.training for module in graph.modules()) else graph
     coupling = couple(full, ignore)
     if coupling.count == 1:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(coupling.frozen.items())[:3]) or "it has no layer with channels"
