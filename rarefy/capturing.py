@@ -131,9 +131,91 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def shapes(graph: fx.GraphModule, batch: int = 2) -> dict[fx.Node, Any]:
-    """What every node yields for that batch size, without computing: a fake tensor (``.shape``, ``.dtype``), or a plain value."""
+    """What every node yields for that batch size, without computing: a tensor of no device (``.shape``, ``.dtype``), or a plain value."""
+    with torch.no_grad():
+        try:
+            return _meta_shapes(graph, batch)
+        except Exception:  # an operator that needs real devices or numbers: slower, and knows more of them
+            return _fake_shapes(graph, batch)
+
+
+def _meta_shapes(graph: fx.GraphModule, batch: int) -> dict[fx.Node, Any]:
+    """Every operator on the meta device, with no bookkeeping around it."""
+    inputs = iter(
+        [torch.empty((batch, *spec["shape"]), dtype=getattr(torch, spec["dtype"]), device="meta") for spec in graph.meta["inputs"]]
+    )
+    found: dict[fx.Node, Any] = {}
+    for node in graph.graph.nodes:
+        if node.op == "placeholder":
+            found[node] = next(inputs)
+        elif node.op == "get_attr":
+            value = attribute(graph, str(node.target))
+            found[node] = value.detach().to("meta") if isinstance(value, Tensor) else value
+        elif node.op == "call_function":
+            args, kwargs = fx.map_arg((node.args, node.kwargs), found.__getitem__)
+            if _keeps_shape(node, args):
+                found[node] = args[0]
+                continue
+            args, kwargs = fx.node.map_aggregate((args, kwargs), _nowhere)
+            if "device" in kwargs or node.target in _CREATORS:
+                kwargs = {**kwargs, "device": _META}
+            found[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return found
+
+
+def _keeps_shape(node: fx.Node, args: tuple[Any, ...]) -> bool:
+    """Does the node plainly yield a tensor like its first argument? Asking the operator takes a millisecond, and these are most of a network."""
+    first = args[0] if args else None
+    if not isinstance(first, Tensor) or not first.is_floating_point() or node.kwargs:
+        return False
+    if node.target in _LIKE_FIRST:
+        return True
+    return (
+        node.target in _LIKE_BOTH
+        and len(args) == 2
+        and isinstance(args[1], Tensor)
+        and (args[1].shape, args[1].dtype) == (first.shape, first.dtype)
+    )
+
+
+_LIKE_FIRST = {
+    aten.batch_norm.default,
+    aten.relu.default,
+    aten.relu6.default,
+    aten.hardswish.default,
+    aten.hardsigmoid.default,
+    aten.hardtanh.default,
+    aten.silu.default,
+    aten.sigmoid.default,
+    aten.gelu.default,
+    aten.dropout.default,
+    aten.layer_norm.default,
+    aten.group_norm.default,
+}
+_LIKE_BOTH = {aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor}
+_META = torch.device("meta")
+_CREATORS = {
+    aten.arange.default,
+    aten.arange.start,
+    aten.arange.start_step,
+    aten.zeros.default,
+    aten.ones.default,
+    aten.full.default,
+    aten.empty.memory_format,
+    aten.linspace.default,
+    aten.eye.default,
+    aten.eye.m,
+    aten.scalar_tensor.default,
+}
+
+
+def _nowhere(value: Any) -> Any:
+    return _META if isinstance(value, torch.device) else value
+
+
+def _fake_shapes(graph: fx.GraphModule, batch: int) -> dict[fx.Node, Any]:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode, torch.no_grad():
+    with mode:
         fakes = [mode.from_tensor(example) for example in example_inputs(graph, batch)]
     found: dict[fx.Node, Any] = {}
 
@@ -142,8 +224,7 @@ def shapes(graph: fx.GraphModule, batch: int = 2) -> dict[fx.Node, Any]:
             found[node] = fx.Interpreter.run_node(self, node)
             return found[node]
 
-    with torch.no_grad():
-        Recorder(graph, mode).propagate_dont_convert_inputs(*fakes)
+    Recorder(graph, mode).propagate_dont_convert_inputs(*fakes)
     return found
 
 
@@ -268,6 +349,7 @@ def _explain(model: nn.Module, error: Exception) -> str:
 
 def _plain(unlifted: fx.GraphModule, exported: torch.export.ExportedProgram) -> fx.GraphModule:
     """The same nodes without pytree code: positional tensors in, a tensor or plain containers out, own parameters."""
+    _inline_regions(unlifted)
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     tensors: dict[str, Any] = {}
@@ -302,6 +384,34 @@ def _plain(unlifted: fx.GraphModule, exported: torch.export.ExportedProgram) -> 
     module = fx.GraphModule({}, graph) if not tensors else fx.GraphModule(_tree_of(tensors), graph)
     module.meta = {}
     return module
+
+
+def _inline_regions(module: fx.GraphModule) -> None:
+    """``with torch.no_grad():`` and ``with torch.autocast(..., enabled=False):`` around a part of the model: the part itself.
+
+    The trace keeps them as an operator on a submodule. Autocast that is on would change what the part computes, and stays for the error.
+    """
+    graph = module.graph
+    for node in list(graph.nodes):
+        held = [part for part in node.args if isinstance(part, fx.Node) and part.op == "get_attr"] if node.op == "call_function" else []
+        regions = [part for part in held if isinstance(attribute(module, part), fx.GraphModule)]
+        if len(regions) != 1 or str(node.target) not in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
+            continue
+        settings, operands = node.args[: node.args.index(regions[0])], node.args[node.args.index(regions[0]) + 1 :]
+        if str(node.target) == "wrap_with_autocast" and settings[2]:
+            continue
+        region = attribute(module, regions[0])
+        _inline_regions(region)
+        copied = dict(zip((inner for inner in region.graph.nodes if inner.op == "placeholder"), operands, strict=True))
+        with graph.inserting_before(node):
+            outputs = graph.graph_copy(region.graph, copied)  # type: ignore[arg-type]
+        assert isinstance(outputs, (list, tuple))
+        for user in list(node.users):  # the region returns a tuple, of which only getitem reads
+            user.replace_all_uses_with(outputs[user.args[1]])  # type: ignore[index,arg-type]
+            graph.erase_node(user)
+        graph.erase_node(node)
+        if not regions[0].users:
+            graph.erase_node(regions[0])
 
 
 def _clone(original: Tensor, clones: dict[int, Tensor]) -> Tensor:

@@ -256,7 +256,7 @@ def _compress(asked: Any, key: str | None, as_json: bool) -> None:
 def prune(
     model: ModelOptions,
     data: DataOptions,
-    output: Output,
+    output: Annotated[str | None, typer.Option("-o", "--output", metavar="PATH", help="Where the result goes.")] = None,
     keep: Annotated[float | None, typer.Option(metavar="SHARE", help="Share of the channels to keep.")] = None,
     macs: Annotated[float | None, typer.Option(metavar="SHARE", help="MACs that may remain: a share, or a number above 1.")] = None,
     params: Annotated[float | None, typer.Option(metavar="SHARE", help="Parameters that may remain: a share, or a number above 1.")] = None,
@@ -273,6 +273,7 @@ def prune(
     ] = "oneshot",
     check: Annotated[bool, typer.Option(help="Compare with the masked original.")] = True,
     repair: Annotated[bool, typer.Option(help="Mend it on 512 training images, without training.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Only show what would leave together, and what can't leave and why.")] = False,
     seed: Seed = 0,
     device: Device = None,
     as_json: Json = False,
@@ -282,6 +283,11 @@ def prune(
 
     for kind, choice in (("criteria", criterion), ("selection", select), ("schedules", schedule)):
         plugins.resolve(kind, choice)
+    if explain:
+        _, graph, _ = _prepared(model, data, needed=False)
+        return _show_coupling(graph, tuple(ignore or ()), as_json)
+    if output is None:
+        raise InputError("no output is given; pass -o PATH, or --explain to only look")
     folder = _claim_folder(output)
     source, graph, task = _prepared(model, data, needed=False)
     from rarefy.pruning import prune as verb
@@ -839,6 +845,28 @@ def _completed(options: Mapping[str, Any], source: Any) -> dict[str, Any]:
     if not files and not is_graph(source.model):
         known.pop("size", None)
     return {**known, **options}
+
+
+def _show_coupling(graph: Any, ignore: tuple[str, ...], as_json: bool) -> None:
+    from rarefy.coupling import couple
+
+    coupling = couple(graph, ignore)
+    groups = coupling.groups()
+    if as_json:
+        show_json(
+            {
+                "groups": [{"channels": width, "members": members} for width, members in groups],
+                "frozen": coupling.frozen,
+                "unknown_operators": coupling.unknown,
+            }
+        )
+        return
+    show_table("leave together", ("group", "channels", "tensors[axis]"), [(number, width, ", ".join(members)) for number, (width, members) in enumerate(groups, 1)], (0, 1))  # fmt: skip
+    show_table("outputs that stay", ("layer", "because"), list(coupling.frozen.items()))
+    if coupling.unknown:
+        show_table(
+            "operators without a rule", ("operator", "nodes"), [(name, ", ".join(nodes)) for name, nodes in coupling.unknown.items()]
+        )
 
 
 def _prepared(model: ModelOptions, data: DataOptions, needed: bool = True) -> tuple[Any, Any, Any]:

@@ -14,8 +14,9 @@ that it works through any view and index, is this file's. Given up: a recurrent 
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,42 +86,54 @@ class Coupling:
             found[axes[0]] = mask.flatten().nonzero().flatten()
         return found
 
-    def gather(self, elements: dict[str, Tensor], position: Callable[[Tensor], Tensor] | None = None, reduce: str = "mean") -> Tensor:
+    def gather(
+        self,
+        elements: Mapping[str, Tensor],
+        position: Callable[[Tensor], Tensor] | None = None,
+        reduce: str = "mean",
+        element: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """Scores of classes (count,) float64 from scores of the elements of parameters.
 
         elements: parameter name -> tensor of its shape; parameters that are left out do not count.
         position: applied to the sums over one position of one axis (``torch.abs`` for a signed score).
         reduce: how the axes that leave together make one score: "mean", "sum" or "max".
+        element: applied to each tensor first, one at a time.
         """
         total = torch.zeros(self.count, dtype=torch.float64)
         members = torch.zeros(self.count, dtype=torch.float64)
-        for row in self.rows:
-            name = next((name for name in row.names if name in elements), None)
+        for names, rows in itertools.groupby(self.rows, key=lambda row: row.names):
+            name = next((name for name in names if name in elements), None)
             if name is None:
                 continue
             values = elements[name].detach()
-            others = [axis for axis in range(values.dim()) if axis != row.axis]
-            values = (values.sum(others) if others else values).double().cpu()
-            present, where = row.classes.unique(return_inverse=True)
-            per_class = torch.zeros(len(present), dtype=torch.float64).index_add_(0, where, values)
-            per_class = position(per_class) if position is not None else per_class
-            if reduce == "max":
-                total[present] = torch.maximum(total[present], per_class)
-            else:
-                total[present] += per_class
-            members[present] += 1
+            values = element(values) if element is not None else values
+            for row in rows:
+                others = [axis for axis in range(values.dim()) if axis != row.axis]
+                summed = (values.sum(others) if others else values).double().cpu()
+                present, where = row.classes.unique(return_inverse=True)
+                per_class = torch.zeros(len(present), dtype=torch.float64).index_add_(0, where, summed)
+                per_class = position(per_class) if position is not None else per_class
+                if reduce == "max":
+                    total[present] = torch.maximum(total[present], per_class)
+                else:
+                    total[present] += per_class
+                members[present] += 1
         return total / members.clamp_min(1) if reduce == "mean" else total
+
+    def groups(self) -> list[tuple[int, list[str]]]:
+        """Channels and members of each group that prunes together; a member is "name[axis]"."""
+        found: dict[bytes, tuple[int, list[str]]] = {}
+        for row in self.rows:
+            own = row.classes.unique()
+            if bool((own > 0).any()):
+                _, members = found.setdefault(own.numpy().tobytes(), (int((own > 0).sum()), []))
+                members.append(f"{row.names[0]}[{row.axis}]")
+        return list(found.values())
 
     def explain(self) -> list[str]:
         """Lines for people: the groups that prune together, then what is frozen and by which operator."""
-        groups: dict[bytes, list[Row]] = {}
-        for row in self.rows:
-            if bool((row.classes > 0).any()):
-                groups.setdefault(row.classes.unique().numpy().tobytes(), []).append(row)
-        lines = []
-        for rows in groups.values():
-            width = int((rows[0].classes.unique() > 0).sum())
-            lines.append(f"{width} channels: " + ", ".join(f"{row.names[0]}[{row.axis}]" for row in rows))
+        lines = [f"{width} channels: {', '.join(members)}" for width, members in self.groups()]
         lines += [f"frozen {name}: {why}" for name, why in self.frozen.items()]
         lines += [f"unknown operator {name}: {', '.join(nodes)}" for name, nodes in self.unknown.items()]
         return lines

@@ -118,7 +118,7 @@ def prune(
         raise InputError("repair=True needs images: pass task=, or call rarefy.repairing.repair() with batches of your own")
     graph = model if is_graph(model) else as_graph(model, inputs)
     assert isinstance(graph, fx.GraphModule)
-    full = share_copy(graph).eval()
+    full = share_copy(graph).eval() if any(module.training for module in graph.modules()) else graph
     coupling = couple(full, ignore)
     if coupling.count == 1:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(coupling.frozen.items())[:3]) or "it has no layer with channels"

@@ -50,7 +50,7 @@ MOST_AXES = 16
 LONGEST_TEXT = 10_000
 LONGEST_NAME = 500
 
-_PART = re.compile(r"(?!__)[A-Za-z0-9_]{1,200}")
+_PART = re.compile(r"(?!__)[A-Za-z0-9_-]{1,200}")  # RegNet's stages are named block1-0
 _IDENTIFIER = re.compile(r"(?!__)[A-Za-z_][A-Za-z0-9_]{0,200}")
 _MODULE_ATTRIBUTES = {*dir(nn.Module), *vars(nn.Module())}
 _GRAPH_ATTRIBUTES = {*dir(fx.GraphModule), *vars(fx.GraphModule(nn.Module(), fx.Graph()))}

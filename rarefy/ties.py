@@ -66,7 +66,11 @@ def _moves(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Any:
         rest = {"shape": rest.get("size", rest.get("shape"))}
     result = trace.found[node]
     whole = blank(result)
+    sliced = a["dim"] % source.rank if operator_name(node) in ("slice", "narrow") else None
     for layer in source.layers:
+        if sliced is not None and layer.shape[sliced] == 1:  # also where nothing is left: an empty part keeps its other axes
+            whole.layers.append(layer)
+            continue
         full = layer.expand(source.shape)
         moved = target(full, **rest)  # type: ignore[operator]
         if isinstance(whole, list):

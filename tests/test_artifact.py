@@ -578,3 +578,14 @@ while True:
         process.communicate()
         artifact.load(folder)
         assert artifact.content_hash(folder) in allowed
+
+
+def test_a_name_with_a_hyphen_is_kept(tmp_path):
+    """As torchvision's RegNet has them: trunk_output.block1.block1-0."""
+    net = nn.Sequential()
+    net.add_module("block1-0", nn.Linear(4, 3))
+    graph = capture(net, torch.randn(2, 4))
+    loaded = artifact.load(artifact.save(graph, tmp_path / "model"))
+    assert dict(loaded.named_parameters()).keys() == {"block1-0.weight", "block1-0.bias"}
+    x = torch.randn(5, 4)
+    assert torch.equal(loaded(x), graph(x))

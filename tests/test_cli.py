@@ -123,6 +123,19 @@ def test_public_names_are_all_there() -> None:
 # ------------------------------------------------------------------ verbs
 
 
+def test_prune_explains_and_writes_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = as_json(capsys, "prune", f"{HERE}:Tiny", "--input", "1,8,8", "--explain")
+    assert found["groups"] and all(group["channels"] > 0 and "[" in group["members"][0] for group in found["groups"])
+    assert any("output of the network" in why for why in found["frozen"].values())
+    assert cli.run(["prune", f"{HERE}:Tiny", "--input", "1,8,8", "--explain"]) == 0
+    shown = capsys.readouterr().out
+    assert "leave together" in shown and "output of the network" in shown
+    assert not list(tmp_path.iterdir())
+    assert cli.run(["prune", f"{HERE}:Tiny", "--input", "1,8,8", "--keep", "0.5"]) == 2
+    assert "pass -o PATH" in capsys.readouterr().err
+
+
 def test_prune_measures_saves_and_loads(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     found = as_json(capsys, "prune", f"{HERE}:Tiny", "--input", "1,8,8", "--macs", 0.5, "-o", tmp_path / "small")
     assert found["step"] == "prune" and found["options"]["macs"] == 0.5

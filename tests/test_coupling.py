@@ -231,6 +231,31 @@ def test_convolution_through_unfold() -> None:
     cut_half(found)
 
 
+def test_an_empty_slice_keeps_its_other_axes() -> None:
+    """Rotary embedding leaves the first ``k`` tokens alone, and k may be 0."""
+    found = coupled(
+        Net(lambda s, x: s.head(torch.cat(((y := s.stem(x))[:, :, :0], y[:, :, 0:].sin()), 2)), stem=conv(3, 6), head=conv(6, 2)), IMAGE
+    )
+    assert len(set(classes(found, "stem.weight", 0))) == 6 and 0 not in classes(found, "stem.weight", 0)
+    cut_half(found)
+
+
+def test_regions_without_autocast_or_gradients_are_inlined() -> None:
+    def forward(s: nn.Module, x: Tensor) -> Tensor:
+        x = s.stem(x)
+        with torch.autocast("cpu", enabled=False):
+            y = s.inner(x.float())
+        with torch.no_grad():
+            gate = torch.sigmoid(y)
+        return s.head(y * gate)
+
+    net = Net(forward, stem=conv(3, 6), inner=conv(6, 5), head=conv(5, 2))
+    found = coupled(net, IMAGE)
+    assert torch.equal(found.graph(IMAGE), net(IMAGE))
+    assert len(set(classes(found, "stem.weight", 0)) | set(classes(found, "inner.weight", 0))) == 11
+    cut_half(found)
+
+
 class Attention(nn.Module):
     """timm's way: fused qkv, heads by reshape."""
 

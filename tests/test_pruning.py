@@ -186,6 +186,39 @@ def test_family_at_half_its_channels(make, size: int, most: float) -> None:  # t
     assert all(torch.equal(value, before[name]) for name, value in graph.state_dict().items())
 
 
+def maxvit() -> nn.Module:
+    return torchvision.models.MaxVit((64, 64), 16, 2, [16, 32], [1, 1], 8, 0.0, num_classes=10)
+
+
+# family: how to make it, input size, a layer of its main stream, and one of its attention or grouped layers
+STREAMS = [
+    pytest.param(swin, 32, "features.0.0.weight", "features.1.0.attn.qkv.weight", id="swin"),
+    pytest.param(vit, 32, "conv_proj.weight", "encoder.layers.encoder_layer_0.self_attention.in_proj_weight", id="vit"),
+    pytest.param(convnext, 32, "features.0.0.weight", "features.1.0.block.0.weight", id="convnext"),
+    pytest.param(maxvit, 64, "stem.0.0.weight", "blocks.0.layers.0.layers.window_attention.attn_layer.1.to_qkv.weight", id="maxvit"),
+    pytest.param(torchvision_model("shufflenet_v2_x0_5"), 32, "conv1.0.weight", "stage2.1.branch2.3.weight", id="shufflenet"),
+    pytest.param(
+        torchvision_model("regnet_x_400mf"),
+        32,
+        "trunk_output.block1.block1-0.proj.0.weight",
+        "trunk_output.block1.block1-0.f.b.0.weight",
+        id="regnet",
+    ),
+    pytest.param(torchvision_model("resnext50_32x4d"), 32, "conv1.weight", "layer1.0.conv2.weight", id="resnext", marks=slow),
+]
+
+
+@pytest.mark.parametrize(("make", "size", "stream", "inner"), STREAMS)
+def test_every_layer_loses_width_in_its_main_stream_too(make, size: int, stream: str, inner: str) -> None:  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    found = facts(prune(make().eval(), inputs=torch.randn(2, 3, size, size), keep=0.5, ranking="local"))["channels"]
+    for name in (stream, inner):
+        before, after = found[name]
+        assert 0.4 * before <= after <= 0.6 * before, (name, before, after)
+    whole = [name for name, (before, after) in found.items() if after == before and before > 1]
+    assert len(whole) == 1, whole  # the classifier
+
+
 @pytest.mark.parametrize("make", [CifarResNet, torchvision_model("mobilenet_v3_small"), densenet], ids=["resnet", "mobilenet", "densenet"])
 def test_equals_the_original_model_with_those_channels_zeroed(make) -> None:  # type: ignore[no-untyped-def]
     """The oracle knows no graph: the caller's own eager module, zeros in its parameters, in float64."""

@@ -34,5 +34,6 @@ class Magnitude:
 
     def scores(self, graph: fx.GraphModule, coupling: Coupling, task: Any, seed: int) -> Tensor:
         weights = {name: weight.detach() for name, weight in graph.named_parameters() if weight.dim() > 1}
-        powers = {name: weight.square() if self.p == 2 else weight.abs() ** self.p for name, weight in weights.items()}
-        return coupling.gather(powers, reduce=self.reduce)
+        return coupling.gather(
+            weights, reduce=self.reduce, element=lambda weight: weight.square() if self.p == 2 else weight.abs() ** self.p
+        )

@@ -1,0 +1,308 @@
+"""Structural pruning, model by model: every image model of torchvision, and one small variant of every architecture module of timm.
+
+    python bench/pruning_coverage.py --library torchvision|timm [--only GLOB] [--check] [--jobs N]
+
+Random weights (nothing left at its neutral value: norms, layer scales and running statistics are made alive), half of the channels of every family
+removed (keep=0.5, ranking local), the result compared with its masked twin in float64, run forwards at another batch size and backwards in training
+mode, saved, loaded, and compared bit for bit. A model passes if all of that works and its parameters shrink by a quarter at least; one with layers
+that are frozen by something else than the output of the network must shrink too, and these are listed with the operator. Detectors and video models
+go through the part that is tensors: backbone and head. Of timm the variant with the fewest parameters is taken, counted on the meta device.
+``--check`` exits 1 if a torchvision model fails, or more than 2 % of timm's. Each model has a process of its own, with a limit of time and memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import math
+import multiprocessing
+import os
+import resource
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rarefy import artifact, capture, prune
+from rarefy.capturing import example_inputs
+from rarefy.counting import count_parameters
+from rarefy.terminal import show_table
+
+SHRINK, MOST_FAILURES = 0.25, {"torchvision": 0.0, "timm": 0.02}
+Made = tuple[nn.Module, list[tuple[Tensor, ...]]]  # a model and inputs to try, the cheapest first
+
+
+class Core(nn.Module):
+    """A detector without anchors, decoding and NMS: backbone, and the dense head if there is one."""
+
+    def __init__(self, detector: Any):
+        super().__init__()
+        self.backbone = detector.backbone
+        self.head = detector.rpn.head if hasattr(detector, "rpn") else detector.head
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(list(self.backbone(x).values()))
+
+
+def torchvision_model(name: str) -> Made:
+    import torchvision
+
+    options: dict[str, Any] = {}
+    if name.endswith(("googlenet", "inception_v3")):
+        options = {"aux_logits": False, "init_weights": False}
+    if (
+        "deeplab" in name
+        or "fcn_resnet" in name
+        or "lraspp" in name
+        or "rcnn" in name
+        or "ssd" in name
+        or "retina" in name
+        or "fcos" in name
+    ):
+        options = {"weights_backbone": None}
+    model = torchvision.models.get_model(name, weights=None, **options)
+    if hasattr(model, "backbone") and (hasattr(model, "rpn") or hasattr(model, "anchor_generator")):
+        return Core(model), [images(320), images(300)]
+    if name.startswith("raft"):
+        return model, [(*images(128), *images(128))]
+    owner = type(model).__module__
+    if ".video." in owner or name.startswith("swin3d"):
+        return model, [(torch.randn(2, 3, frames, size, size),) for frames, size in ((8, 64), (16, 64), (16, 224))]
+    return model, [images(size) for size in (96, 224, 299)]
+
+
+def timm_model(module: str) -> Made:
+    """Of a module the smallest variant, or the model of that name."""
+    import timm
+
+    model = timm.create_model(smallest(module) if module in timm.models.list_modules() else module)
+    channels, side, _ = model.default_cfg["input_size"]
+    sizes = [side] if model.default_cfg.get("fixed_input_size") else [size for size in (96, 128, 160, 192, 224) if size < side] + [side]
+    return model, [images(size, channels) for size in sizes]
+
+
+def smallest(module: str) -> str:
+    """The variant with the fewest parameters."""
+    import timm
+
+    def count(name: str) -> float:
+        try:
+            with torch.device("meta"):
+                return sum(parameter.numel() for parameter in timm.create_model(name).parameters())
+        except (RuntimeError, NotImplementedError):  # computes with its weights while it is made
+            return math.inf
+
+    return min(timm.list_models(module=module), key=count)
+
+
+def images(side: int, channels: int = 3) -> tuple[Tensor, ...]:
+    return (torch.randn(2, channels, side, side),)
+
+
+def alive(model: nn.Module) -> nn.Module:
+    """Nothing neutral: a constant vector (a norm's weight, a layer scale, a bias of zeros) or running statistic gets noise of its own."""
+    statistics = [buffer for name, buffer in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *statistics]:
+            if tensor.is_floating_point() and tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all()):
+                tensor.add_(torch.rand_like(tensor).mul_(0.5))
+    return model
+
+
+def usable(model: nn.Module, candidates: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The first inputs the model takes."""
+    failure: Exception | None = None
+    for inputs in candidates:
+        try:
+            with torch.no_grad():
+                model(*(one[:1] for one in inputs))
+            return inputs
+        except Exception as error:
+            failure = error
+    raise RuntimeError(f"takes none of the inputs: {failure}")
+
+
+def examined(make: Callable[[str], Made], name: str) -> dict[str, Any]:
+    torch.manual_seed(0)
+    stage, began = "make", time.perf_counter()
+    facts: dict[str, Any] = {}
+    try:
+        model, candidates = make(name)
+        inputs = usable(alive(model).eval(), candidates)
+        facts["input"] = [list(one.shape[1:]) for one in inputs]
+        stage = "capture"
+        graph = capture(model, inputs)
+        del model
+        before = count_parameters(graph)
+        stage, start = "prune", time.perf_counter()
+        small = prune(graph, keep=0.5, ranking="local")
+        facts["prune_seconds"] = time.perf_counter() - start
+        own = small.meta["history"][-1]["facts"]
+        frozen = {key: why for key, why in own["frozen"].items() if not why.startswith("output of the network")}
+        facts |= {"before": before, "after": count_parameters(small), "frozen": frozen, "unknown": own["unknown_operators"]}
+        facts["channels"] = [sum(width[index] for width in own["channels"].values()) for index in (0, 1)]
+        del graph
+        stage = "forward"
+        check_run(small)
+        stage = "save and load"
+        with tempfile.TemporaryDirectory() as folder:
+            loaded = artifact.load(artifact.save(small, Path(folder) / "small"))
+        stage = "loaded forward"
+        sample = example_inputs(small, 3)
+        small.eval()
+        with torch.no_grad():
+            for one, other in zip(pytree.tree_leaves(small(*sample)), pytree.tree_leaves(loaded(*sample)), strict=True):
+                if not torch.equal(one, other):
+                    raise RuntimeError(f"differs from what was saved by {float((one - other).abs().max()):.3g}")
+        stage = "shrink"
+        least = 0.0 if frozen else SHRINK
+        if facts["after"] >= before or 1 - facts["after"] / before < least:
+            raise RuntimeError(f"{before:,} parameters became {facts['after']:,}")
+    except Exception as error:
+        facts["error"] = f"{stage}: {' '.join(str(error).split())[:400] or type(error).__name__}"
+        facts["traceback"] = traceback.format_exc()[-3000:]
+    facts["seconds"] = time.perf_counter() - began
+    facts["gigabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return facts
+
+
+def check_run(small: nn.Module) -> None:
+    """Forwards in eval at batch 3, backwards in training mode at batch 2."""
+    with torch.no_grad():
+        outputs = pytree.tree_leaves(small.eval()(*example_inputs(small, 3)))
+    if not all(bool(output.isfinite().all()) for output in outputs):
+        raise RuntimeError("outputs are not finite")
+    small.train()
+    loss = sum(output.float().square().mean() for output in pytree.tree_leaves(small(*example_inputs(small, 2))))
+    assert isinstance(loss, Tensor)
+    loss.backward()
+    gradients = [parameter.grad for parameter in small.parameters() if parameter.grad is not None]
+    if not gradients or not all(bool(gradient.isfinite().all()) for gradient in gradients):
+        raise RuntimeError("no gradients, or not finite ones")
+    small.zero_grad(set_to_none=True)
+
+
+def guarded(make: Callable[[str], Made], name: str, pipe: Connection, memory: float) -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (int(memory * 2**30),) * 2)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (as long as the process lives)
+    pipe.send(examined(make, name))
+
+
+def each(make: Callable[[str], Made], names: list[str], jobs: int, seconds: float, memory: float) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every model in a process of its own; what is killed, or takes too long, is a failure like any other."""
+    context = multiprocessing.get_context("fork")
+    waiting = list(reversed(names))
+    running: dict[Connection, tuple[str, Any, float]] = {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            name = waiting.pop()
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=guarded, args=(make, name, sender, memory), daemon=True)
+            process.start()
+            sender.close()
+            running[receiver] = (name, process, time.monotonic())
+        ready = wait(list(running), timeout=1)
+        for receiver in list(running):
+            name, process, began = running[receiver]
+            late = time.monotonic() - began > seconds
+            if receiver not in ready and not late:
+                continue
+            try:
+                facts = receiver.recv() if receiver in ready else {"error": f"takes more than {seconds:.0f} s"}
+            except EOFError:
+                process.join()
+                facts = {"error": f"its process died (exit code {process.exitcode})"}
+            process.kill()
+            process.join()
+            del running[receiver]
+            yield name, facts
+
+
+def listed(library: str) -> list[str]:
+    if library == "torchvision":
+        import torchvision
+
+        return list(torchvision.models.list_models())
+    import timm
+
+    return list(timm.models.list_modules())
+
+
+def summary(name: str, facts: dict[str, Any]) -> list[str]:
+    left = f"{facts['after'] / facts['before']:.0%}" if "after" in facts else ""
+    frozen = "; ".join(f"{count} {why}" for why, count in reasons(facts).most_common(2))
+    unknown = ", ".join(facts.get("unknown", {}))
+    notes = facts.get("error") or " ".join(filter(None, [frozen, f"unknown: {unknown}" if unknown else ""]))
+    return [name, "fails" if "error" in facts else "ok", left, f"{facts.get('seconds', 0):.0f}", f"{facts.get('gigabytes', 0):.1f}", notes]
+
+
+def reasons(facts: dict[str, Any]) -> Counter[str]:
+    return Counter(facts.get("frozen", {}).values())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--library", choices=sorted(MOST_FAILURES), default="torchvision")
+    parser.add_argument("--only", metavar="GLOB", action="append", help="models (torchvision) or modules (timm) by name; may be repeated")
+    parser.add_argument("--model", action="append", help="this model instead, by its own name; may be repeated")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument("--seconds", type=float, default=600, help="limit for a model")
+    parser.add_argument("--memory", type=float, default=16, help="limit for a model, in GiB")
+    parser.add_argument("--check", action="store_true", help="exit 1 where it falls short")
+    parser.add_argument("--out", type=Path, help="write the JSON there too")
+    given = parser.parse_args()
+    try:
+        names = given.model or [
+            name for name in listed(given.library) if not given.only or any(fnmatch.fnmatch(name, glob) for glob in given.only)
+        ]
+    except ImportError:
+        print(f"skipped: {given.library} is not installed")
+        return 1 if given.check else 0
+    torch.set_num_threads(1)
+    found: dict[str, dict[str, Any]] = {}
+    make = torchvision_model if given.library == "torchvision" else timm_model
+    for name, facts in each(make, names, given.jobs, given.seconds, given.memory):
+        found[name] = facts
+        print("  ".join(summary(name, facts)), file=sys.stderr, flush=True)
+    failed = {name: facts["error"] for name, facts in found.items() if "error" in facts}
+    show_table(
+        f"{given.library}: half of the channels, torch {torch.__version__}",
+        ["model", "", "parameters left", "s", "GiB", "frozen, or cause"],
+        [summary(name, found[name]) for name in names],
+        (2, 3, 4),
+    )
+    passed = len(names) - len(failed)
+    print(f"{passed} of {len(names)} pass")
+    line = json.dumps(
+        {
+            "bench": "pruning_coverage",
+            "library": given.library,
+            "torch": torch.__version__,
+            "passed": passed,
+            "of": len(names),
+            "models": found,
+        }
+    )
+    print(line)
+    if given.out:
+        given.out.write_text(line + "\n")
+    return 1 if given.check and len(failed) > MOST_FAILURES[given.library] * len(names) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
