@@ -412,7 +412,9 @@ def quantize(
     weight_grid: Annotated[str, typer.Option(metavar="GRID", help="int8, int4, ...")] = "int8",
     activation_grid: Annotated[str, typer.Option(metavar="GRID", help="uint8 or int8.")] = "uint8",
     calibration: Annotated[str, typer.Option(metavar="CHOICE", help="Range of the activations; see `rarefy list calibration`.")] = "mse",
-    weight_calibration: Annotated[str, typer.Option(metavar="CHOICE", help="Range of the weights; the same choices.")] = "mse",
+    weight_calibration: Annotated[
+        str | None, typer.Option(metavar="CHOICE", help="Range of the weights; the same choices; default: minmax at 8 bits, mse below.")
+    ] = None,
     rounding: Annotated[str, typer.Option(metavar="CHOICE", help="See `rarefy list rounding`.")] = "nearest",
     runtime: Runtime = "onnxruntime",
     ignore: Ignore = None,
