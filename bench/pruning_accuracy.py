@@ -96,7 +96,7 @@ def compared(given: argparse.Namespace) -> dict[str, Any]:
     task = task_of(given.train_images, given.test_images)
     original = capture(real_data.resnet56(), EXAMPLE)
     before = evaluate(original, task, batch_size=500).to_json()["value"]
-    texts = [text for name in plugins.available("criteria") for text in FORMS.get(name, [name])]
+    texts = given.only or [text for name in plugins.available("criteria") for text in FORMS.get(name, [name])]
     cells: dict[str, dict[str, Any]] = {}
 
     def run(name: str, ranking: str, make: Callable[[int], fx.GraphModule]) -> None:
@@ -114,7 +114,7 @@ def compared(given: argparse.Namespace) -> dict[str, Any]:
     for text in texts:
         for ranking in RANKINGS:
             run(text, ranking, lambda seed, text=text, ranking=ranking: prune(
-                original, macs=given.macs, criterion=text, ranking=ranking, task=task, seed=seed, ignore=ignore, check=False,
+                original, macs=given.macs, criterion=text, ranking=ranking, task=task, seed=seed, ignore=ignore, check=False, repair=given.repair,
             ))  # fmt: skip
     peer, why = None, ""
     try:
@@ -212,6 +212,8 @@ def arguments() -> argparse.Namespace:
     option("--lr", type=float, default=0.02, help="of B")
     option("--seeds", type=int, nargs="+", help="default: 0 1 2 for B")
     option("--same-layers", action="store_true", help="prune only what Torch-Pruning can (B)")
+    option("--only", nargs="+", metavar="CHOICE", help="these criteria in place of all (B)")
+    option("--repair", action="store_true", help="repair what rarefy prunes before it is trained (B)")
     option("--quick", action="store_true", help="B with one seed, half of the images")
     option("--out", type=Path, metavar="FILE", help="write the JSON there too")
     option("--check", action="store_true", help="exit 1 where repair gives back less than two thirds (A)")

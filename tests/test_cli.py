@@ -145,6 +145,15 @@ def test_prune_measures_saves_and_loads(capsys: pytest.CaptureFixture[str], tmp_
     assert graph(torch.randn(3, 1, 8, 8)).shape == (3, 10)
 
 
+def test_prune_repairs_with_data(capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path) -> None:
+    found = as_json(capsys, "prune", saved, "--keep", 0.5, "--repair", "--data", "sklearn:digits", "-o", tmp_path / "mended")
+    assert found["options"]["repair"] is True
+    (record,) = [one for one in rarefy.load(tmp_path / "mended").meta["history"][-1:] if one["step"] == "prune"]
+    assert record["facts"]["repair"]["images"] == 512 and record["facts"]["repair"]["reconstructed"]
+    assert cli.run(["prune", str(saved), "--keep", "0.5", "--repair", "-o", str(tmp_path / "none")]) == 2
+    assert "repair=True needs images: pass task=" in capsys.readouterr().err
+
+
 def test_a_verb_takes_a_saved_folder(capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path) -> None:
     before = as_json(capsys, "measure", saved)[str(saved)]
     again = as_json(capsys, "prune", saved, "--keep", 0.5, "-o", tmp_path / "smaller")

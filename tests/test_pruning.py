@@ -22,6 +22,10 @@ from rarefy import plugins
 from rarefy.capturing import capture
 from rarefy.counting import count_macs, count_parameters, layer_macs
 from rarefy.coupling import couple
+from rarefy.criteria.activation import Activation
+from rarefy.criteria.bn_scale import BnScale
+from rarefy.criteria.fpgm import Fpgm
+from rarefy.criteria.hessian import Hessian
 from rarefy.criteria.magnitude import Magnitude
 from rarefy.criteria.taylor import Taylor
 from rarefy.errors import CaptureError, InputError, SelfCheckFailed
@@ -542,6 +546,110 @@ def test_taylor_is_the_first_order_change_by_hand() -> None:
     for batches in (1, 3):
         scores = Taylor(batches=batches, batch_size=2).scores(graph, coupling, Task(), 0)[own]
         assert torch.allclose(scores, per_batch[:batches].abs().sum(0), rtol=1e-4)
+
+
+# ... of f = v . relu(W x + c), by hand
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Batches of the given inputs; the loss is the mean of all outputs."""
+
+    inputs: Tensor
+
+    def batches(self, split: str, batch_size: int, **_: object) -> Iterator[tuple[Tensor, Tensor]]:
+        assert split == "train"
+        for start in range(0, len(self.inputs), batch_size):
+            yield self.inputs[start : start + batch_size], torch.zeros(len(self.inputs[start : start + batch_size]))
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return outputs.mean()
+
+
+def by_hand() -> tuple[fx.GraphModule, Tensor, Tensor, Tensor, Tensor]:
+    """graph, classes of the 5 hidden units, inputs (12, 3), what is read (12, 5), v (1, 5)."""
+    net = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 1))
+    graph, inputs = capture(net, torch.randn(2, 3)), torch.randn(12, 3)
+    own = next(row.classes for row in couple(graph).rows if row.names[0] == "0.weight" and row.axis == 0)
+    hidden = F.relu(net[0](inputs)).detach().double()
+    return graph, own, inputs, hidden, net[2].weight.detach().double()
+
+
+def test_activation_by_hand() -> None:
+    graph, own, inputs, hidden, _ = by_hand()
+    for statistic, expected in (("mean", hidden.abs().mean(0)), ("variance", hidden.var(0, correction=0))):
+        scores = Activation(statistic, batches=4, batch_size=3).scores(graph, couple(graph), Sums(inputs), 0)
+        assert torch.allclose(scores[own], expected, rtol=1e-4)
+
+
+def test_group_forms_by_hand() -> None:
+    """With one output, and a loss whose gradient is 1, both are the sum or mean over samples of (v_k h_k)^2."""
+    graph, own, inputs, hidden, out = by_hand()
+    squares = (hidden * out).square()
+    fisher = Taylor(form="fisher", batches=4, batch_size=3).scores(graph, couple(graph), Sums(inputs), 0)[own]
+    group = Hessian(group=True, batches=4, batch_size=3).scores(graph, couple(graph), Sums(inputs), 0)[own]
+    assert torch.allclose(fisher, squares.sum(0), rtol=1e-4) and torch.allclose(group, squares.mean(0), rtol=1e-4)
+
+
+def test_group_forms_see_what_cancels() -> None:
+    """Two readers that undo each other for the first unit: it is worth nothing to the group, much to each weight alone."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.one, self.two = nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(4, 2)
+            with torch.no_grad():
+                self.two.weight[:, 0] = -self.one.weight[:, 0]
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.one(x) + self.two(x)
+
+    graph, inputs = capture(Twice(), torch.randn(2, 3)), torch.randn(12, 3)
+    coupling = couple(graph)
+    own = next(row.classes for row in coupling.rows if row.names[0] == "first.weight" and row.axis == 0)
+    for rule in (Taylor(form="fisher"), Hessian(group=True)):
+        scores = rule.scores(graph, coupling, Sums(inputs), 0)[own]
+        assert float(scores[0]) < 1e-9 * float(scores.max())
+    assert float(Hessian().scores(graph, coupling, Sums(inputs), 0)[own][0]) > 1e-6
+
+
+def test_diagonal_hessian_by_hand() -> None:
+    """Batches of one: F is the mean square of the gradient, exactly."""
+    graph, own, inputs, hidden, out = by_hand()
+    active = (hidden > 0).double()
+    fisher_first = torch.einsum("nk,ni->ki", (active * out).square(), inputs.double().square()) / 12
+    first = (graph.get_parameter("0.weight").detach().double().square() * fisher_first).sum(1) / 2
+    second = out.square().squeeze(0) * hidden.square().mean(0) / 2
+    scores = Hessian(batches=12, batch_size=1).scores(graph, couple(graph), Sums(inputs), 0)[own]
+    assert torch.allclose(scores, (first + second) / 2, rtol=1e-4)
+
+
+def test_batch_norm_scale_by_hand(resnet: fx.GraphModule) -> None:
+    coupling = couple(resnet)
+    scores = BnScale("sum").scores(resnet, coupling, None, 0)
+    inner = next(row.classes for row in coupling.rows if row.names[0] == "layer2.0.conv1.weight" and row.axis == 0)
+    assert torch.allclose(scores[inner], resnet.get_parameter("layer2.0.bn1.weight").detach().abs().double())
+    with pytest.raises(
+        InputError, match="criterion 'bn_scale': the channels of 1 layers pass no batch norm with a scale, such as 0.weight"
+    ):
+        prune(by_hand()[0], keep=0.5, criterion="bn_scale")
+
+
+def test_fpgm_by_hand() -> None:
+    """The filter nearest to all others leaves first, and the weights that read it don't count."""
+    graph, own, *_ = by_hand()
+    weight = graph.get_parameter("0.weight").detach().double()
+    expected = (weight.unsqueeze(0) - weight.unsqueeze(1)).norm(dim=2).sum(1)
+    assert torch.allclose(Fpgm().scores(graph, couple(graph), None, 0)[own], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "text", ["taylor:form=third", "activation:statistic=sum", "hessian:draws=0", "fpgm:reduce=no", "bn_scale:reduce=no"]
+)
+def test_criteria_refuse_options(text: str) -> None:
+    with pytest.raises(InputError, match=text.partition("=")[0].partition(":")[2]):
+        plugins.resolve("criteria", text)
 
 
 def test_magnitude_beats_chance_on_real_weights(real_data: Path) -> None:
