@@ -79,7 +79,7 @@ class Coupling:
         for layer in value.layers:
             mask = compact(alive[self.classes[layer]])
             axes = axes_of(mask)
-            if mask.numel() == 1 and bool(mask):
+            if mask.numel() == 0 or (mask.numel() == 1 and bool(mask)):
                 continue
             if len(axes) != 1 or found[axes[0]] is not None:
                 raise InputError(f"an activation of shape {value.shape} would not stay a rectangle along axes {axes}")
