@@ -11,8 +11,9 @@ follows which axis of the network is read off the sizes over the samples, rounde
 name. Kernels alike (operator, fixed sizes) share their samples; their time is fitted as ``a + b i + c o + d i o + ...`` of their widths, coefficients
 not negative, by relative error. A network's time is thus one quadratic form of its widths.
 
-**Damage.** A family that loses the share r of its importance, of n channels, is damaged by ``n r^2``: the errors of a layer's lost channels add up, so the
-last tenth of a layer is worth more than ten first ones, and no layer becomes a bottleneck because its channels are dear.
+**Damage.** A layer of n outputs that loses the share r of their importance is damaged by ``n r^2``: the errors of a layer's lost channels add up, so its last
+channels are worth more than its first, and no layer becomes a bottleneck because its channels are dear. A family that several layers make
+(a residual stream) is damaged in each of them.
 
 **Path.** From the whole network, the step of a family that does least damage for a microsecond saved is taken, its saving evaluated exactly with all other
 widths as they are, until nothing can go. Steps of several tiles are tried too, so that a block boundary is crossed where a single tile saves nothing. The

@@ -427,6 +427,10 @@ def _for_speed(coupling: Coupling, ranked: _Ranked, build: Callable[[Tensor], fx
     families = families[families > 0]
     widths, damages, parts = [], [], []
     fixed = ranked.counted @ (~np.isin(ranked.family, families)).astype(np.float64)
+    made = np.zeros(coupling.count)  # outputs of layers that leave with a class
+    for row in coupling.rows:
+        if row.produces:
+            np.add.at(made, row.classes.numpy(), 1.0)
     value = ranked.key if ranked.key.min() >= 0 else ranked.key - math.floor(ranked.key.min())
     for index in families:
         members = np.flatnonzero(ranked.family == index)
@@ -434,7 +438,7 @@ def _for_speed(coupling: Coupling, ranked: _Ranked, build: Callable[[Tensor], fx
         stride = ranked.round_to * max(1, round(len(members) / (OPTIONS * ranked.round_to)))
         own = np.unique(np.append(np.arange(ranked.least[index], len(members), stride), len(members)))
         widths.append(own)
-        damages.append(latency.damage(value[members], own))
+        damages.append(latency.damage(value[members], own) * max(1.0, made[members].mean()))
         parts.append(np.cumsum(ranked.counted[:, members].toarray(), 1)[:, own - 1].T)
     space = latency.Space(widths, damages, parts, fixed)
 

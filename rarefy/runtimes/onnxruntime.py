@@ -99,7 +99,7 @@ class OnnxRuntime:
     def kernel_times(
         self, path: str | os.PathLike[str], inputs: Tensor, seconds: float = 1.5
     ) -> list[tuple[str, str, list[list[int]], float]]:
-        """The kernels of one run, in order: name, operator, sizes of all it reads and makes, microseconds (median over ``seconds`` of runs).
+        """The kernels of one run, in order: name, operator, sizes of all it reads and makes, microseconds (median of the quiet runs of ``seconds``).
 
         A name is the same in files of other widths, if ONNX Runtime makes the same kernels of them.
         """
@@ -115,6 +115,9 @@ class OnnxRuntime:
         kernels = [event for event in events if event.get("cat") == "Node" and event["name"].endswith(suffix)]
         kernels.sort(key=lambda event: event["ts"])
         by_run = [kernels[start : start + len(kernels) // runs] for start in range(0, len(kernels), len(kernels) // runs)][3:]
+        totals = [sum(event["dur"] for event in run) for run in by_run]
+        calm = max(1.1 * min(totals), sorted(totals)[4])  # a slower run was disturbed by another process
+        by_run = [run for run, total in zip(by_run, totals, strict=True) if total <= calm]
         found, seen = [], collections.Counter[str]()
         for events in zip(*by_run, strict=True):
             about = events[0]["args"]
