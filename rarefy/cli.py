@@ -261,7 +261,8 @@ def prune(
     macs: Annotated[float | None, typer.Option(metavar="SHARE", help="MACs that may remain: a share, or a number above 1.")] = None,
     params: Annotated[float | None, typer.Option(metavar="SHARE", help="Parameters that may remain: a share, or a number above 1.")] = None,
     speedup: Annotated[
-        float | None, typer.Option(metavar="RATIO", help="Times as fast as the original, measured on --runtime; widths follow its kernels' times.")
+        float | None,
+        typer.Option(metavar="RATIO", help="Times as fast as the original, measured on --runtime; widths follow its kernels' times."),
     ] = None,
     runtime: Runtime = "onnxruntime",
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="Of the runtime, for --speedup; default 1.")] = None,
@@ -269,9 +270,13 @@ def prune(
     criterion: Annotated[str, typer.Option(metavar="CHOICE", help="What a channel is worth; see `rarefy list criteria`.")] = "magnitude",
     ranking: Annotated[
         str,
-        typer.Option(metavar="NAME", help="global: layers compete; local: each loses its share; isomorphic: layers of like structure compete."),
+        typer.Option(
+            metavar="NAME", help="global: layers compete; local: each loses its share; isomorphic: layers of like structure compete."
+        ),
     ] = "global",
-    round_to: Annotated[int, typer.Option(metavar="N", min=1, help="Channels left are a multiple of this; with --speedup 8 unless given.")] = 1,
+    round_to: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Channels left are a multiple of this; with --speedup 8 unless given.")
+    ] = 1,
     floor: Annotated[float, typer.Option(metavar="SHARE", help="Share of any layer that stays in any case.")] = 0.1,
     ignore: Ignore = None,
     select: Annotated[

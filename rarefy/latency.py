@@ -56,6 +56,7 @@ from rarefy.strictjson import parse
 SAMPLES = 6  # of the table: the whole network and five smaller ones
 BLOCKS = (1, 4, 8, 16, 32)  # what layouts round channels up to
 JUMPS = (1, 2, 4, 8)  # steps of a family that are tried at once
+TURNS = 20  # of a sample and the whole network
 ROUNDS = 5
 AIM = 1.02  # of what is asked: a measurement has an error, and what is asked is a least
 ACCEPTED = (1.0, 1.05)  # times what is asked: no further round
@@ -170,7 +171,9 @@ def fit(samples: Sequence[Sequence[Kernel]], sizes: Array) -> Table:
         pools.setdefault(tuple(structure), []).append((list(own), np.stack(rows, 1) if rows else np.zeros((len(times), 0)), times))
     form = np.zeros((len(features) + 1, len(features) + 1))
     for members in pools.values():
-        one, other, coefficients = _fitted(np.concatenate([rows for _, rows, _ in members]), np.concatenate([times for *_, times in members]))
+        one, other, coefficients = _fitted(
+            np.concatenate([rows for _, rows, _ in members]), np.concatenate([times for *_, times in members])
+        )
         for own, _, _ in members:
             names = np.array([*own, len(features)])
             np.add.at(form, (names[one], names[other]), coefficients)
@@ -178,7 +181,9 @@ def fit(samples: Sequence[Sequence[Kernel]], sizes: Array) -> Table:
     rest = [sum(kernel.us for kernel in sample if kernel.name not in set(common)) for sample in samples[1:]] or [0.0]
     form[-1, -1] += float(np.mean(rest))
     pairs = np.array(list(features), dtype=np.int64).reshape(-1, 2)
-    table = Table(pairs[:, 0], pairs[:, 1], form, 0.0, 1 - float(np.mean(rest)) / float(totals[1:].mean() if len(totals) > 1 else totals[0]))
+    table = Table(
+        pairs[:, 0], pairs[:, 1], form, 0.0, 1 - float(np.mean(rest)) / float(totals[1:].mean() if len(totals) > 1 else totals[0])
+    )
     apart = np.abs(table(sizes) / totals - 1)
     return Table(table.axes, table.blocks, form, float(np.median(apart)), table.modelled)
 
@@ -288,15 +293,22 @@ def search(
     with tempfile.TemporaryDirectory(prefix="rarefy-") as temporary:
         files = {"original": chosen.export(original, Path(temporary) / "original.onnx"), "pruned": Path(temporary) / "pruned.onnx"}
 
-        def times_of(option: Array) -> list[Kernel]:
-            return _kernels(chosen, chosen.export(build(space.kept(option)), files["pruned"]), example, settings["runtime"])
+        whole_run = _kernels(chosen, files["original"], example, settings["runtime"])
+
+        def tried(option: Array, repeats: int | None = None) -> tuple[list[Kernel], dict[str, Any]]:
+            """Its kernels, their sum in the proportion that the two networks have when they take turns: a machine's speed drifts between profiles."""
+            kernels = _kernels(chosen, chosen.export(build(space.kept(option)), files["pruned"]), example, settings["runtime"])
+            times = measuring.timed(files, example, runtime=chosen, repeats=repeats, warmup=5)
+            share = _total(whole_run) / times["pruned"]["speedup"]["original"]["median"] / _total(kernels)
+            return [kernel._replace(us=share * kernel.us) for kernel in kernels], times
 
         samples = _cached(file)
         from_cache = samples is not None
         if samples is None:
-            samples = [_kernels(chosen, files["original"], example, settings["runtime"])]
-            samples += [times_of(option) for option in track(options[1:], len(options) - 1, f"latency table on {settings['runtime']}")]
+            smaller = track(options[1:], len(options) - 1, f"latency table on {settings['runtime']}")
+            samples = [whole_run, *(tried(option, TURNS)[0] for option in smaller)]
             _keep(file, samples)
+        whole_run = samples[0]
         turns = track(range(ROUNDS), ROUNDS, f"prune to {speedup:g}x")
         for _ in turns:
             table = fit(samples, np.stack([space.axes(option) for option in options]))
@@ -309,8 +321,8 @@ def search(
             if any((option == one.option).all() for one in rounds):
                 break
             predicted = reference / float(table(space.axes(option)[None])[0])
-            samples, options = [*samples, times_of(option)], [*options, option]
-            times = measuring.timed(files, example, runtime=chosen)
+            kernels, times = tried(option)
+            samples, options = [*samples, kernels], [*options, option]
             milliseconds = {name: one["latency_ms"]["median"] for name, one in times.items()}
             rounds.append(Round(option, predicted, times["pruned"]["speedup"]["original"], milliseconds, table.error))
             turns.update(f"{rounds[-1].speedup:.2f}x")
@@ -340,6 +352,10 @@ def _design(space: Space, seed: int) -> list[Array]:
     whole, smaller = space.whole, SAMPLES - 1
     strata = np.stack([random.permutation(smaller) for _ in whole], 1) if len(whole) else np.zeros((smaller, 0))
     return [whole, *(((strata + 0.5) / smaller * whole).astype(np.int64))]
+
+
+def _total(kernels: Sequence[Kernel]) -> float:
+    return sum(kernel.us for kernel in kernels)
 
 
 def _kernels(runtime: Any, file: Path, example: Tensor, name: str) -> list[Kernel]:

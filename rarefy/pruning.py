@@ -419,7 +419,9 @@ def _plan(coupling: Coupling, ranked: _Ranked, alive: np.ndarray) -> Plan:
     )
 
 
-def _for_speed(coupling: Coupling, ranked: _Ranked, build: Callable[[Tensor], fx.GraphModule], speedup: float, **where: Any) -> tuple[Plan, Any]:
+def _for_speed(
+    coupling: Coupling, ranked: _Ranked, build: Callable[[Tensor], fx.GraphModule], speedup: float, **where: Any
+) -> tuple[Plan, Any]:
     """The plan that is ``speedup`` times as fast, and what was measured; ``build``: (classes,) bool -> the graph."""
     from rarefy import latency
 

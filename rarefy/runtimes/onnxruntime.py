@@ -124,7 +124,9 @@ class OnnxRuntime:
             shapes = [shape for tensor in (*about["input_type_shape"], *about["output_type_shape"]) for shape in tensor.values()]
             name = events[0]["name"].removesuffix(suffix).partition("_token_")[0]
             seen[name] += 1
-            found.append((f"{name}#{seen[name]}", str(about["op_name"]), shapes, float(statistics.median(event["dur"] for event in events))))
+            found.append(
+                (f"{name}#{seen[name]}", str(about["op_name"]), shapes, float(statistics.median(event["dur"] for event in events)))
+            )
         return found
 
     def compare(self, graph: fx.GraphModule, path: str | os.PathLike[str], inputs: Tensor, batch: int = 32) -> dict[str, Any]:
