@@ -20,7 +20,8 @@ widths as they are, until nothing can go. Steps of several tiles are tried too, 
 goal is a point on that path.
 
 **Correction.** What is promised is a measurement: the network at that point is exported and timed against the original (``measuring.latency``, taking turns), its
-kernels join the table, and the goal is moved by what was missed, for a few rounds.
+kernels join the table, and the goal is moved by what was missed, for a few rounds. A measurement whose quartiles lie far apart (a busy machine) moves nothing, and
+if none is better the pruning is refused.
 
 The idea of a knapsack of importance under a latency table is HALP's (arXiv 2110.10811). Given up: the same file from the same seed, since clocks
 differ; and what the table cannot see, which the rounds correct. Samples are kept in the user's cache, by runtime, version, processor, threads,
@@ -57,6 +58,7 @@ SAMPLES = 6  # of the table: the whole network and five smaller ones
 BLOCKS = (1, 4, 8, 16, 32)  # what layouts round channels up to
 JUMPS = (1, 2, 4, 8)  # steps of a family that are tried at once
 TURNS = 20  # of a sample and the whole network
+SPREAD = 1.3  # between the quartiles of a ratio, from which on it tells nothing
 ROUNDS = 5
 AIM = 1.02  # of what is asked: a measurement has an error, and what is asked is a least
 ACCEPTED = (1.0, 1.05)  # times what is asked: no further round
@@ -174,8 +176,8 @@ def fit(samples: Sequence[Sequence[Kernel]], sizes: Array) -> Table:
         one, other, coefficients = _fitted(
             np.concatenate([rows for _, rows, _ in members]), np.concatenate([times for *_, times in members])
         )
-        for own, _, _ in members:
-            names = np.array([*own, len(features)])
+        for places, _, _ in members:
+            names = np.array([*places, len(features)])
             np.add.at(form, (names[one], names[other]), coefficients)
     totals = np.array([sum(kernel.us for kernel in sample) for sample in samples])
     rest = [sum(kernel.us for kernel in sample if kernel.name not in set(common)) for sample in samples[1:]] or [0.0]
@@ -299,7 +301,8 @@ def search(
             """Its kernels, their sum in the proportion that the two networks have when they take turns: a machine's speed drifts between profiles."""
             kernels = _kernels(chosen, chosen.export(build(space.kept(option)), files["pruned"]), example, settings["runtime"])
             times = measuring.timed(files, example, runtime=chosen, repeats=repeats, warmup=5)
-            share = _total(whole_run) / times["pruned"]["speedup"]["original"]["median"] / _total(kernels)
+            ratio = times["pruned"]["speedup"]["original"]
+            share = _total(whole_run) / ratio["median"] / _total(kernels) if _is_calm(ratio) else 1.0
             return [kernel._replace(us=share * kernel.us) for kernel in kernels], times
 
         samples = _cached(file)
@@ -314,7 +317,7 @@ def search(
             table = fit(samples, np.stack([space.axes(option) for option in options]))
             whole, *before = table(np.stack([space.axes(option) for option in (space.whole, *(one.option for one in rounds[-1:]))]))
             # What the last round missed, the table misses for its neighbours too.
-            reference = before[0] * rounds[-1].speedup if rounds else whole
+            reference = before[0] * rounds[-1].speedup if rounds and _is_calm(rounds[-1].measured) else whole
             path = descend(space, table)
             point = path.within(reference / (AIM * speedup))
             option = path.options[-1 if point is None else point]
@@ -326,13 +329,20 @@ def search(
             milliseconds = {name: one["latency_ms"]["median"] for name, one in times.items()}
             rounds.append(Round(option, predicted, times["pruned"]["speedup"]["original"], milliseconds, table.error))
             turns.update(f"{rounds[-1].speedup:.2f}x")
-            if ACCEPTED[0] * speedup <= rounds[-1].speedup <= ACCEPTED[1] * speedup:
+            if _is_calm(rounds[-1].measured) and ACCEPTED[0] * speedup <= rounds[-1].speedup <= ACCEPTED[1] * speedup:
                 break
-    best = min(rounds, key=lambda one: (one.speedup < LEAST * speedup, abs(math.log(one.speedup / (AIM * speedup)))))
+    calm = [one for one in rounds if _is_calm(one.measured)]
+    if not calm:
+        spread = rounds[-1].measured
+        raise InputError(
+            f"speedup={speedup:g}: no measurement could be trusted, half of the last one's lay outside {spread['low']:.2f}x to {spread['high']:.2f}x; "
+            f"other processes use the processor, run it again when it is free, or prune to macs="
+        )
+    best = min(calm, key=lambda one: (one.speedup < LEAST * speedup, abs(math.log(one.speedup / (AIM * speedup)))))
     if best.speedup < LEAST * speedup:
         raise InputError(
             f"speedup={speedup:g} is out of reach on {settings['runtime']} (threads={chosen.threads}, batch={batch}): the smallest network tried runs "
-            f"{max(one.speedup for one in rounds):.2f}x as fast; ask for less, or lower floor or round_to"
+            f"{max(one.speedup for one in calm):.2f}x as fast; ask for less, or lower floor or round_to"
         )
     facts = {
         **settings,
@@ -352,6 +362,10 @@ def _design(space: Space, seed: int) -> list[Array]:
     whole, smaller = space.whole, SAMPLES - 1
     strata = np.stack([random.permutation(smaller) for _ in whole], 1) if len(whole) else np.zeros((smaller, 0))
     return [whole, *(((strata + 0.5) / smaller * whole).astype(np.int64))]
+
+
+def _is_calm(ratio: dict[str, float]) -> bool:
+    return ratio["high"] <= SPREAD * ratio["low"]
 
 
 def _total(kernels: Sequence[Kernel]) -> float:
