@@ -103,6 +103,10 @@ def prune(
     target = _target(keep, macs, params, speedup)
     if schedule is not None:
         how = plugins.resolve("schedules", schedule)
+        if target.kind == "speedup" and plugins.describe(how).startswith("iterative"):
+            raise InputError(
+                "speedup= has no rounds in between: take schedule='oneshot' or 'group_sparse', or a target of keep, macs or params"
+            )
         left = ("model", "inputs", "device", "checkpoint", "progress")
         once = functools.partial(prune, **{name: value for name, value in given.items() if name not in left} | {"schedule": None})
         whole = model if is_graph(model) else as_graph(model, inputs)
@@ -384,9 +388,7 @@ class _Ranked:
         return {"keep": int(alive[1:].sum()), "macs": self.macs(own), "params": self.params(own)}
 
 
-def _order(
-    coupling: Coupling, scores: Tensor, ranking: str, round_to: int, floor: float, select: Selection, seed: int
-) -> _Ranked:
+def _order(coupling: Coupling, scores: Tensor, ranking: str, round_to: int, floor: float, select: Selection, seed: int) -> _Ranked:
     count = coupling.count
     producer = _producers(coupling)
     family = _families(coupling, producer, round_to)
