@@ -260,9 +260,23 @@ def prune(
     keep: Annotated[float | None, typer.Option(metavar="SHARE", help="Share of the channels to keep.")] = None,
     macs: Annotated[float | None, typer.Option(metavar="SHARE", help="MACs that may remain: a share, or a number above 1.")] = None,
     params: Annotated[float | None, typer.Option(metavar="SHARE", help="Parameters that may remain: a share, or a number above 1.")] = None,
+    speedup: Annotated[
+        float | None,
+        typer.Option(metavar="RATIO", help="Times as fast as the original, measured on --runtime; widths follow its kernels' times."),
+    ] = None,
+    runtime: Runtime = "onnxruntime",
+    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="Of the runtime, for --speedup; default 1.")] = None,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Samples a run, for --speedup.")] = 1,
     criterion: Annotated[str, typer.Option(metavar="CHOICE", help="What a channel is worth; see `rarefy list criteria`.")] = "magnitude",
-    ranking: Annotated[str, typer.Option(metavar="NAME", help="global: layers compete; local: each loses its share.")] = "global",
-    round_to: Annotated[int, typer.Option(metavar="N", min=1, help="Channels left are a multiple of this.")] = 1,
+    ranking: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="global: layers compete; local: each loses its share; isomorphic: layers of like structure compete."
+        ),
+    ] = "global",
+    round_to: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Channels left are a multiple of this; with --speedup 8 unless given.")
+    ] = 1,
     floor: Annotated[float, typer.Option(metavar="SHARE", help="Share of any layer that stays in any case.")] = 0.1,
     ignore: Ignore = None,
     select: Annotated[
@@ -281,7 +295,7 @@ def prune(
     """Remove whole channels. Data is only needed to repair, by criteria that look at it, and by schedules that train: these go on after a kill."""
     from rarefy import plugins
 
-    for kind, choice in (("criteria", criterion), ("selection", select), ("schedules", schedule)):
+    for kind, choice in (("criteria", criterion), ("runtimes", runtime), ("selection", select), ("schedules", schedule)):
         plugins.resolve(kind, choice)
     if explain:
         _, graph, _ = _prepared(model, data, needed=False)
@@ -297,6 +311,10 @@ def prune(
         keep=keep,
         macs=_share_or_count(macs),
         params=_share_or_count(params),
+        speedup=speedup,
+        runtime=runtime,
+        threads=threads,
+        batch=batch_size,
         criterion=criterion,
         ranking=ranking,
         round_to=round_to,

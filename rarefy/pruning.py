@@ -15,14 +15,15 @@ cost is exact: the MACs of a layer are a product of widths, and the widths are s
 largest prefix of the ranking, each family rounded down to ``round_to``, that is within the target; so it misses it by less than a step.
 
 In every tensor the best ``floor`` of the classes are safe, and at least one, so no layer disappears.
-Given up: the ranking knows nothing of cost (a channel that saves little is ranked as one that saves much).
+Given up: the ranking knows nothing of cost (a channel that saves little is ranked as one that saves much). ``speedup=`` does: there the same ranking
+says which channels of a family go first, and ``latency.py`` how many of each family, by time measured on the runtime.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ from rarefy.surgery import cut, share_copy
 from rarefy.twin import check as self_check
 
 RANKINGS = ("global", "local", "isomorphic")
+TILE = 8  # channels, where a family's width is chosen by time: what kernels compute together, or half of it
+OPTIONS = 64  # widths of a family that are tried, about
 
 
 def prune(
@@ -56,6 +59,7 @@ def prune(
     keep: float | None = None,
     macs: float | int | None = None,
     params: float | int | None = None,
+    speedup: float | None = None,
     criterion: Any = "magnitude",
     ranking: str = "global",
     round_to: int = 1,
@@ -70,15 +74,18 @@ def prune(
     checkpoint: str | Path | None = None,
     progress: bool = True,
     repair: bool = False,
+    runtime: Any = "onnxruntime",
+    threads: int | None = None,
+    batch: int = 1,
 ) -> fx.GraphModule:
     """A new graph with fewer channels; ``model`` is left as it is.
 
     model: a graph, or a module with ``inputs`` (an example batch) to capture it.
     keep: fraction of prunable channels to keep;  macs, params: what may remain, a fraction up to 1.0 of the original or (int) a number.
-        Exactly one of the three.
+    speedup: how many times as fast as the original the result runs, measured on ``runtime`` (``rarefy/latency.py``). Exactly one of the four.
     criterion: what a channel is worth (``rarefy/criteria``), an object or text such as "taylor:batches=50".
     ranking: "global", "local" or "isomorphic".
-    round_to: each family of channels is cut to a multiple of this; one narrower than this stays whole.
+    round_to: each family of channels is cut to a multiple of this; one narrower than this stays whole. With speedup at least 8, unless given.
     floor: fraction of the channels of any layer that stays in any case.
     ignore: globs on dotted names of parameters or modules whose outputs all stay.
     select: how scores decide (``rarefy/selection``): "best", or "sample:temperature=0.5" to draw by them.
@@ -87,14 +94,19 @@ def prune(
     device, checkpoint, progress: of such a schedule's training, as ``distill`` takes them; a killed run goes on from the checkpoint.
     check: compare with the masked original (in float64) and refuse to return anything that differs.
     repair: then mend weights and batch norm on 512 training images of ``task``, without labels or training (``repairing.py``).
+    runtime, threads, batch: what speedup is measured on, as in ``measure``; threads None: one.
 
     The record in ``meta["history"]`` says what was asked and reached, channels before and after, and what could not be pruned and why.
     Raises InputError for a target that is malformed or out of reach; SelfCheckFailed if the check fails.
     """
     given = dict(locals())
-    target = _target(keep, macs, params)
+    target = _target(keep, macs, params, speedup)
     if schedule is not None:
         how = plugins.resolve("schedules", schedule)
+        if target.kind == "speedup" and plugins.describe(how).startswith("iterative"):
+            raise InputError(
+                "speedup= has no rounds in between: take schedule='oneshot' or 'group_sparse', or a target of keep, macs or params"
+            )
         left = ("model", "inputs", "device", "checkpoint", "progress")
         once = functools.partial(prune, **{name: value for name, value in given.items() if name not in left} | {"schedule": None})
         whole = model if is_graph(model) else as_graph(model, inputs)
@@ -125,7 +137,14 @@ def prune(
         raise InputError(f"nothing can be pruned ({why})")
     scores = rule.scores(full, coupling, task, seed)
     _check_scores(coupling, scores, plugins.describe(rule))
-    plan = choose(coupling, scores, target, ranking=ranking, round_to=round_to, floor=floor, select=selection, seed=seed)
+    measured: dict[str, Any] = {}
+    if target.kind == "speedup":
+        round_to = TILE if round_to == 1 else round_to
+        ranked = _order(coupling, scores, ranking, round_to, floor, selection, seed)
+        where = {"runtime": runtime, "threads": threads, "batch": batch, "seed": seed}
+        plan, measured["latency"] = _for_speed(coupling, ranked, lambda alive: cut(coupling, alive).eval(), target.value, **where)
+    else:
+        plan = choose(coupling, scores, target, ranking=ranking, round_to=round_to, floor=floor, select=selection, seed=seed)
     small = cut(coupling, plan.alive)
     difference = self_check(coupling, small, plan.alive, seed) if check else None
     small.train(graph.training)
@@ -139,9 +158,11 @@ def prune(
         "seed": seed,
         **({} if selection == Best() else {"select": plugins.describe(selection)}),
         "repair": repair,
+        **({name: measured["latency"][name] for name in ("runtime", "threads", "batch")} if measured else {}),
     }
     facts = {
         "asked": target.asked,
+        **measured,
         "reached": plan.reached,
         "macs": plan.macs,
         "params": plan.params,
@@ -170,7 +191,7 @@ def prune(
 
 @dataclass(frozen=True)
 class Target:
-    """``kind``: keep, macs or params; ``value``: a fraction, or a number above 1."""
+    """``kind``: keep, macs, params or speedup; ``value``: a fraction, or a number above 1."""
 
     kind: str
     value: float
@@ -183,13 +204,17 @@ class Target:
         return f"{self.kind}={self.value}"
 
 
-def _target(keep: float | None, macs: float | int | None, params: float | int | None) -> Target:
-    given = {name: value for name, value in (("keep", keep), ("macs", macs), ("params", params)) if value is not None}
+def _target(keep: float | None, macs: float | int | None, params: float | int | None, speedup: float | None = None) -> Target:
+    asked = (("keep", keep), ("macs", macs), ("params", params), ("speedup", speedup))
+    given = {name: value for name, value in asked if value is not None}
     if len(given) != 1:
-        raise InputError(f"give one of keep=, macs=, params=, such as macs=0.5; got {', '.join(given) or 'none'}")
+        raise InputError(f"give one of keep=, macs=, params=, speedup=, such as macs=0.5; got {', '.join(given) or 'none'}")
     ((kind, value),) = given.items()
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or value <= 0 or (value > 1 and (kind == "keep" or not float(value).is_integer())):
+    if kind == "speedup":
+        if not number or value <= 1:
+            raise InputError(f"speedup={value!r} is not a ratio above 1; twice as fast is 2")
+    elif not number or value <= 0 or (value > 1 and (kind == "keep" or not float(value).is_integer())):
         allowed = "a fraction in (0, 1]" if kind == "keep" else "a fraction in (0, 1] or a whole number"
         raise InputError(f"{kind}={value!r} is not {allowed}")
     return Target(kind, value)
@@ -308,40 +333,16 @@ def choose(
     seed: int = 0,
 ) -> Plan:
     """Which classes stay. Raises InputError if the target is out of reach."""
-    count = coupling.count
-    producer = _producers(coupling)
-    family = _families(coupling, producer, round_to)
-    key = _ranked(coupling, scores.double().cpu().numpy(), producer, ranking, select or Best(), seed)
-    widths = _Widths(count)
-    macs, params = _costs(coupling, widths)
-    _add_activations(coupling, widths)
-    matrix = widths.matrix()
-    safe = _protected(widths.vectors, key, floor)
-    sizes = np.bincount(family, minlength=int(family.max()) + 1)  # family 0 holds class 0, the frozen one
-    # The best first: class 0, then the protected ones.
-    order = np.lexsort((np.arange(count), -key, ~safe, np.arange(count) != 0))
-    place = np.empty(count, dtype=np.int64)
-    place[order] = _place_in_group(family[order])
-    least = np.bincount(family[safe], minlength=len(sizes))
-    least = np.minimum(np.maximum(-(-least // round_to) * round_to, round_to), sizes)
-    whole = sizes < round_to
-    least[whole] = sizes[whole]
+    ranked = _order(coupling, scores, ranking, round_to, floor, select or Best(), seed)
+    count, order, sizes, least, whole, cost = coupling.count, ranked.order, ranked.sizes, ranked.least, ranked.whole, ranked.cost
 
-    def alive_of(kept: int | np.ndarray) -> np.ndarray:
-        counts = np.bincount(family[order[:kept]], minlength=len(sizes)) if isinstance(kept, int) else kept
-        rounded = np.where(counts == sizes, sizes, counts // round_to * round_to)
-        alive: np.ndarray = place < np.maximum(rounded, least)[family]
-        alive[0] = True
-        return alive
-
-    def cost(alive: np.ndarray) -> dict[str, int]:
-        own = matrix @ alive.astype(np.float64)
-        return {"keep": int(alive[1:].sum()), "macs": macs(own), "params": params(own)}
+    def alive_of(kept: int) -> np.ndarray:
+        return ranked.alive(np.bincount(ranked.family[order[:kept]], minlength=len(sizes)))
 
     everything = cost(np.ones(count, dtype=bool))
     limit = target.value if target.value > 1 else target.value * everything[target.kind]
     if target.kind == "keep" and ranking == "local":
-        alive = alive_of(_fractions(coupling, sizes, family, producer, target, round_to, least))
+        alive = ranked.alive(_fractions(coupling, sizes, ranked.family, ranked.producer, target, round_to, least))
     else:
         low, high = 0, count  # alive_of(low) is as small as can be, alive_of(high) is everything
         smallest = cost(alive_of(0))[target.kind]
@@ -351,15 +352,107 @@ def choose(
             middle = (low + high) // 2
             low, high = (middle, high) if cost(alive_of(middle))[target.kind] <= limit + 1e-6 else (low, middle)
         alive = alive_of(high) if cost(alive_of(high))[target.kind] <= limit + 1e-6 else alive_of(low)
-    after = cost(alive)
-    names = [coupling.rows[index - 1].names[0] for index in dict.fromkeys(producer[whole[family]].tolist()) if index > 0]
+    return _plan(coupling, ranked, alive)
+
+
+@dataclass(frozen=True, eq=False)
+class _Ranked:
+    """Classes in families, in the order in which they stay.
+
+    order: (classes,) the best first.  family, producer, place: (classes,), place counts the better ones of the same family.  key: (classes,) what
+    ranks them.  sizes, least, whole: (families,), family 0 holds class 0, the frozen one.  counted: (axes, classes), positions of an axis.
+    """
+
+    order: np.ndarray
+    family: np.ndarray
+    producer: np.ndarray
+    place: np.ndarray
+    key: np.ndarray
+    sizes: np.ndarray
+    least: np.ndarray
+    whole: np.ndarray
+    round_to: int
+    counted: csr_matrix
+    macs: Polynomial
+    params: Polynomial
+
+    def alive(self, counts: np.ndarray) -> np.ndarray:
+        """(families,) classes kept -> (classes,) bool, rounded down to ``round_to`` but to no less than ``least``."""
+        rounded = np.where(counts == self.sizes, self.sizes, counts // self.round_to * self.round_to)
+        alive: np.ndarray = self.place < np.maximum(rounded, self.least)[self.family]
+        alive[0] = True
+        return alive
+
+    def cost(self, alive: np.ndarray) -> dict[str, int]:
+        own = self.counted @ alive.astype(np.float64)
+        return {"keep": int(alive[1:].sum()), "macs": self.macs(own), "params": self.params(own)}
+
+
+def _order(coupling: Coupling, scores: Tensor, ranking: str, round_to: int, floor: float, select: Selection, seed: int) -> _Ranked:
+    count = coupling.count
+    producer = _producers(coupling)
+    family = _families(coupling, producer, round_to)
+    key = _ranked(coupling, scores.double().cpu().numpy(), producer, ranking, select, seed)
+    widths = _Widths(count)
+    macs, params = _costs(coupling, widths)
+    _add_activations(coupling, widths)
+    safe = _protected(widths.vectors, key, floor)
+    sizes = np.bincount(family, minlength=int(family.max()) + 1)
+    # The best first: class 0, then the protected ones.
+    order = np.lexsort((np.arange(count), -key, ~safe, np.arange(count) != 0))
+    place = np.empty(count, dtype=np.int64)
+    place[order] = _place_in_group(family[order])
+    least = np.bincount(family[safe], minlength=len(sizes))
+    least = np.minimum(np.maximum(-(-least // round_to) * round_to, round_to), sizes)
+    whole = sizes < round_to
+    least[whole] = sizes[whole]
+    return _Ranked(order, family, producer, place, key, sizes, least, whole, round_to, widths.matrix(), macs, params)
+
+
+def _plan(coupling: Coupling, ranked: _Ranked, alive: np.ndarray) -> Plan:
+    everything, after = ranked.cost(np.ones(coupling.count, dtype=bool)), ranked.cost(alive)
+    stay = dict.fromkeys(ranked.producer[ranked.whole[ranked.family]].tolist())
     return Plan(
         torch.from_numpy(alive),
         {kind: after[kind] / everything[kind] for kind in after if everything[kind]},
         [everything["macs"], after["macs"]],
         [everything["params"], after["params"]],
-        names,
+        [coupling.rows[index - 1].names[0] for index in stay if index > 0],
     )
+
+
+def _for_speed(
+    coupling: Coupling, ranked: _Ranked, build: Callable[[Tensor], fx.GraphModule], speedup: float, **where: Any
+) -> tuple[Plan, Any]:
+    """The plan that is ``speedup`` times as fast, and what was measured; ``build``: (classes,) bool -> the graph."""
+    from rarefy import latency
+
+    families = np.flatnonzero(ranked.least < ranked.sizes)
+    families = families[families > 0]
+    widths, damages, parts = [], [], []
+    fixed = ranked.counted @ (~np.isin(ranked.family, families)).astype(np.float64)
+    made = np.zeros(coupling.count)  # outputs of layers that leave with a class
+    for row in coupling.rows:
+        if row.produces:
+            np.add.at(made, row.classes.numpy(), 1.0)
+    value = ranked.key if ranked.key.min() >= 0 else ranked.key - math.floor(ranked.key.min())
+    for index in families:
+        members = np.flatnonzero(ranked.family == index)
+        members = members[np.argsort(ranked.place[members])]
+        stride = ranked.round_to * max(1, round(len(members) / (OPTIONS * ranked.round_to)))
+        own = np.unique(np.append(np.arange(ranked.least[index], len(members), stride), len(members)))
+        widths.append(own)
+        damages.append(latency.damage(value[members], own) * max(1.0, made[members].mean()))
+        parts.append(np.cumsum(ranked.counted[:, members].toarray(), 1)[:, own - 1].T)
+    space = latency.Space(widths, damages, parts, fixed)
+
+    def alive(kept: np.ndarray) -> np.ndarray:
+        counts = ranked.sizes.copy()
+        counts[families] = kept
+        return ranked.alive(counts)
+
+    kept, facts = latency.search(space, lambda kept: build(torch.from_numpy(alive(kept))), speedup, **where)
+    return _plan(coupling, ranked, alive(kept)), facts
 
 
 def _producers(coupling: Coupling) -> np.ndarray:

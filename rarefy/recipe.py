@@ -154,9 +154,9 @@ def step(content: Mapping[str, Any] | str, where: str = "step") -> dict[str, Any
     options = _validated(_verb_options(verb), {key: value for key, value in content.items() if key != "do"}, f"{where} ({verb})")
     for name, value in options.items():
         choice(f"{verb} {name}" if f"{verb} {name}" in CHOICES else name, value, f"{where} ({verb}): {name}")
-    targets = [name for name in ("keep", "macs", "params") if name in options]
+    targets = [name for name in ("keep", "macs", "params", "speedup") if name in options]
     if verb == "prune" and len(targets) != 1:
-        raise InputError(f"{where} (prune): give one of keep, macs, params; got {', '.join(targets) or 'none'}")
+        raise InputError(f"{where} (prune): give one of keep, macs, params, speedup; got {', '.join(targets) or 'none'}")
     return {"do": verb, **options}
 
 

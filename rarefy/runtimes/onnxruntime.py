@@ -14,13 +14,17 @@ The file: opset 20, batch free, int8 codes as initialisers, no metadata, so that
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import dataclasses
 import importlib
+import json
 import logging
 import os
+import statistics
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,6 +95,39 @@ class OnnxRuntime:
     def open(self, path: str | os.PathLike[str]) -> Session:
         """The file, ready to run."""
         return Session(path, self.threads)
+
+    def kernel_times(
+        self, path: str | os.PathLike[str], inputs: Tensor, seconds: float = 1.5
+    ) -> list[tuple[str, str, list[list[int]], float]]:
+        """The kernels of one run, in order: name, operator, sizes of all it reads and makes, microseconds (median of the quiet runs of ``seconds``).
+
+        A name is the same in files of other widths, if ONNX Runtime makes the same kernels of them.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            session = Session(path, self.threads, profile=Path(folder) / "profile")
+            begun = time.perf_counter()
+            runs = 0
+            while runs < 15 or (time.perf_counter() - begun < seconds and runs < 300):
+                session(inputs)
+                runs += 1
+            events = json.loads(Path(session.session.end_profiling()).read_bytes())
+        suffix = "_kernel_time"
+        kernels = [event for event in events if event.get("cat") == "Node" and event["name"].endswith(suffix)]
+        kernels.sort(key=lambda event: event["ts"])
+        by_run = [kernels[start : start + len(kernels) // runs] for start in range(0, len(kernels), len(kernels) // runs)][3:]
+        totals = [sum(event["dur"] for event in run) for run in by_run]
+        calm = max(1.1 * min(totals), sorted(totals)[4])  # a slower run was disturbed by another process
+        by_run = [run for run, total in zip(by_run, totals, strict=True) if total <= calm]
+        found, seen = [], collections.Counter[str]()
+        for events in zip(*by_run, strict=True):
+            about = events[0]["args"]
+            shapes = [shape for tensor in (*about["input_type_shape"], *about["output_type_shape"]) for shape in tensor.values()]
+            name = events[0]["name"].removesuffix(suffix).partition("_token_")[0]
+            seen[name] += 1
+            found.append(
+                (f"{name}#{seen[name]}", str(about["op_name"]), shapes, float(statistics.median(event["dur"] for event in events)))
+            )
+        return found
 
     def compare(self, graph: fx.GraphModule, path: str | os.PathLike[str], inputs: Tensor, batch: int = 32) -> dict[str, Any]:
         """Parity of ``graph`` and the file it was exported to.
@@ -176,7 +213,7 @@ class OnnxRuntime:
 class Session:
     """An opened file: called with a CPU tensor (N, ...), it returns the model's first output as a tensor. ``threads``, ``name`` (of the input)."""
 
-    def __init__(self, path: str | os.PathLike[str], threads: int = 0, optimized: Path | None = None):
+    def __init__(self, path: str | os.PathLike[str], threads: int = 0, optimized: Path | None = None, profile: Path | None = None):
         runtime = _needs("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
@@ -184,6 +221,8 @@ class Session:
         options.log_severity_level = 3
         if optimized is not None:
             options.optimized_model_filepath = os.fspath(optimized)
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, os.fspath(profile)
         try:
             self.session = runtime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
