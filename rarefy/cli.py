@@ -301,7 +301,7 @@ def prune(
         _, graph, _ = _prepared(model, data, needed=False)
         return _show_coupling(graph, tuple(ignore or ()), as_json)
     if output is None:
-        raise InputError("no output is given; pass --output PATH (-o), or --explain to only look")
+        raise InputError("no --output is given; pass -o PATH, or --explain to only look (rarefy prune --help)")
     folder = _claim_folder(output)
     source, graph, task = _prepared(model, data, needed=False)
     from rarefy.pruning import prune as verb

@@ -91,7 +91,8 @@ def test_help_does_not_import_torch() -> None:
 
 @pytest.mark.parametrize("verb", list(recipe.VERBS))
 def test_every_option_of_a_verb_is_an_option_of_its_command(verb: str) -> None:
-    renamed = {"weights": "weight_grid", "activations": "activation_grid"} if verb == "quantize" else {}
+    names = {"quantize": {"weights": "weight_grid", "activations": "activation_grid"}, "prune": {"batch": "batch_size"}}
+    renamed = names.get(verb, {})
     command = typer.main.get_command(cli.app).commands[verb]  # type: ignore[attr-defined]
     have = {parameter.name: parameter for parameter in command.params}
     for name, field in recipe._verb_options(verb).model_fields.items():
