@@ -29,7 +29,7 @@ def to_integers(graph: fx.GraphModule) -> fx.GraphModule:
     """A copy whose layers on codes are integer operators."""
     graph = copy.deepcopy(graph)
     for node in list(graph.graph.nodes):
-        if node.target not in (aten.conv2d.default, aten.linear.default) or not all(map(is_decoded, node.args[1:3])) or len(node.args) < 3:
+        if node.target not in (aten.conv2d.default, aten.linear.default) or len(node.args) < 3 or not all(map(is_decoded, node.args[1:3])):
             continue
         entry = node.args[0]
         padded = isinstance(entry, fx.Node) and entry.target is aten.pad.default and is_decoded(entry.args[0])
@@ -80,9 +80,7 @@ def to_numbers(graph: fx.GraphModule) -> fx.GraphModule:
 
 
 def _pair(value: Any) -> Any:
-    """A stride, padding or dilation for both sides."""
-    return (
-        list(value) * 2
-        if isinstance(value, (list, tuple)) and len(value) == 1
-        else (list(value) if isinstance(value, (list, tuple)) else value)
-    )
+    """A stride, padding or dilation for both sides; ``groups`` stays a number."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    return list(value) * 2 if len(value) == 1 else list(value)

@@ -14,8 +14,8 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from rarefy.errors import InputError
 from rarefy.losses import Features
+from rarefy.losses._logits import check_temperature
 
 EPS = 1e-12
 
@@ -30,8 +30,7 @@ class Dist:
     on: ClassVar[str] = "logits"
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise InputError(f"dist: temperature={self.temperature} is not positive; 1 to 4 is usual")
+        check_temperature("dist", self.temperature, "1 to 4")
 
     def __call__(self, student: Tensor, teacher: Tensor, targets: Tensor | None, features: Features) -> Tensor:
         ours, theirs = ((logits / self.temperature).softmax(-1) for logits in (student, teacher))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rarefy.errors import InputError
 from rarefy.losses import Features
+from rarefy.losses._logits import check_temperature
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,7 @@ class Dkd:
     on: ClassVar[str] = "logits"
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise InputError(f"dkd: temperature={self.temperature} is not positive; 4 is usual")
+        check_temperature("dkd", self.temperature, "4")
         if self.alpha < 0 or self.beta < 0:
             raise InputError(f"dkd: alpha={self.alpha}, beta={self.beta} must not be negative")
 

@@ -10,11 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from rarefy.errors import InputError
 from rarefy.losses import Features
+from rarefy.losses._logits import check_temperature, divergence
 
 
 @dataclass(frozen=True)
@@ -25,12 +24,7 @@ class Kl:
     on: ClassVar[str] = "logits"
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise InputError(f"kl: temperature={self.temperature} is not positive; 1 to 10 is usual")
+        check_temperature("kl", self.temperature, "1 to 10")
 
     def __call__(self, student: Tensor, teacher: Tensor, targets: Tensor | None, features: Features) -> Tensor:
-        T = self.temperature
-        divergence = F.kl_div(
-            F.log_softmax(student / T, dim=-1), F.log_softmax(teacher / T, dim=-1), reduction="batchmean", log_target=True
-        )
-        return T**2 * divergence
+        return divergence(student, teacher, self.temperature)

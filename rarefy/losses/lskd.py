@@ -13,11 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from rarefy.errors import InputError
 from rarefy.losses import Features
+from rarefy.losses._logits import check_temperature, divergence
 
 EPS = 1e-12
 
@@ -31,13 +30,10 @@ class Lskd:
     on: ClassVar[str] = "logits"
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise InputError(f"lskd: temperature={self.temperature} is not positive; 2 is usual")
+        check_temperature("lskd", self.temperature, "2")
 
     def __call__(self, student: Tensor, teacher: Tensor, targets: Tensor | None, features: Features) -> Tensor:
-        T = self.temperature
-        ours, theirs = (F.log_softmax(_standardised(logits) / T, dim=-1) for logits in (student, teacher))
-        return self.weight * T**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+        return self.weight * divergence(_standardised(student), _standardised(teacher), self.temperature)
 
 
 def _standardised(logits: Tensor) -> Tensor:

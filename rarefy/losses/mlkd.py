@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rarefy.errors import InputError
 from rarefy.losses import Features
+from rarefy.losses._logits import divergence
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,11 @@ class Mlkd:
             raise InputError(f"mlkd: temperatures from {self.lowest} to {self.highest}: lowest must be at least 1, and highest no less")
 
     def __call__(self, student: Tensor, teacher: Tensor, targets: Tensor | None, features: Features) -> Tensor:
-        T = torch.arange(self.lowest, self.highest + 1, device=student.device, dtype=student.dtype).view(-1, 1, 1)
-        ours, theirs = (F.log_softmax(logits / T, dim=-1) for logits in (student, teacher))  # (temperatures, N, classes)
-        instance = (T**2 * F.kl_div(ours, theirs, reduction="none", log_target=True)).sum((1, 2)) / len(student)
-        s, t = ours.exp(), theirs.exp()
-        batch = (s @ s.mT - t @ t.mT).square().sum((1, 2)) / len(student)
-        classes = (s.mT @ s - t.mT @ t).square().sum((1, 2)) / student.shape[-1]
-        return (instance + batch + classes).mean()
+        return torch.stack([_at(student, teacher, temperature) for temperature in range(self.lowest, self.highest + 1)]).mean()
+
+
+def _at(student: Tensor, teacher: Tensor, temperature: int) -> Tensor:
+    s, t = ((logits / temperature).softmax(-1) for logits in (student, teacher))
+    batch = (s @ s.mT - t @ t.mT).square().sum() / len(s)
+    classes = (s.mT @ s - t.mT @ t).square().sum() / s.shape[-1]
+    return divergence(student, teacher, temperature) + batch + classes

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rarefy.errors import InputError
 from rarefy.losses import Features
+from rarefy.losses._logits import check_temperature, divergence
 
 EPS = 1e-8
 
@@ -32,17 +33,15 @@ class Skd:
     on: ClassVar[str] = "logits"
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0 or not self.ridge > 0:
-            raise InputError(f"skd: temperature={self.temperature} and ridge={self.ridge} must be positive; 4 and 0.1 are usual")
+        check_temperature("skd", self.temperature, "4")
+        if not self.ridge > 0:
+            raise InputError(f"skd: ridge={self.ridge} is not positive; 0.1 is usual")
 
     def __call__(self, student: Tensor, teacher: Tensor, targets: Tensor | None, features: Features) -> Tensor:
-        T = self.temperature
-        ours, theirs = (F.log_softmax(logits / T, dim=-1) for logits in (student, teacher))
-        divergence = T**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
         s, t = (F.normalize(logits, dim=-1) for logits in (student, teacher))
         apart = s @ s.mT - t @ t.mT
         centred = apart - apart.mean(0)
         spread = centred.mT @ centred / max(len(apart) - 1, 1) + self.ridge * torch.eye(len(apart), device=apart.device, dtype=apart.dtype)
         factor = torch.linalg.cholesky_ex(spread).L
         squares = torch.linalg.solve_triangular(factor, apart.mT, upper=False).square().sum(0)
-        return divergence + self.direction * ((squares + EPS).sqrt() - EPS**0.5).mean()
+        return divergence(student, teacher, self.temperature) + self.direction * ((squares + EPS).sqrt() - EPS**0.5).mean()
