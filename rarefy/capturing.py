@@ -365,7 +365,6 @@ def _plain(unlifted: fx.GraphModule, exported: torch.export.ExportedProgram) -> 
         if node.op == "call_function" and node.target in (
             aten.lift_fresh_copy.default,
             aten.detach_.default,
-            aten.detach.default,
             aten.alias.default,
         ):
             copied[node] = copied[node.args[0]]
@@ -389,7 +388,8 @@ def _plain(unlifted: fx.GraphModule, exported: torch.export.ExportedProgram) -> 
 def _inline_regions(module: fx.GraphModule) -> None:
     """``with torch.no_grad():`` and ``with torch.autocast(..., enabled=False):`` around a part of the model: the part itself.
 
-    The trace keeps them as an operator on a submodule. Autocast that is on would change what the part computes, and stays for the error.
+    What comes out of ``no_grad`` is detached, so that gradients stop there as in the model. The trace keeps such a part as an operator on a
+    submodule. Autocast that is on would change what the part computes, and stays for the error.
     """
     graph = module.graph
     for node in list(graph.nodes):
@@ -405,7 +405,9 @@ def _inline_regions(module: fx.GraphModule) -> None:
         copied = dict(zip((inner for inner in region.graph.nodes if inner.op == "placeholder"), operands, strict=True))
         with graph.inserting_before(node):
             outputs = graph.graph_copy(region.graph, copied)  # type: ignore[arg-type]
-        assert isinstance(outputs, (list, tuple))
+            assert isinstance(outputs, (list, tuple))
+            if str(node.target) == "wrap_with_set_grad_enabled" and not settings[0]:
+                outputs = [graph.call_function(aten.detach.default, (one,)) if isinstance(one, fx.Node) else one for one in outputs]
         for user in list(node.users):  # the region returns a tuple, of which only getitem reads
             user.replace_all_uses_with(outputs[user.args[1]])  # type: ignore[index,arg-type]
             graph.erase_node(user)

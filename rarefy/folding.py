@@ -23,7 +23,13 @@ from rarefy.capturing import attribute, finish, set_attribute, shapes
 
 aten = torch.ops.aten
 WEIGHTED = {aten.conv2d.default, aten.conv2d.padding, aten.conv1d.default, aten.linear.default}
-_DROPOUT = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.feature_alpha_dropout.default}
+_TRAINING_ONLY = {
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.alpha_dropout.default,
+    aten.feature_alpha_dropout.default,
+    aten.detach.default,
+}
 
 
 def weighted(node: fx.Node) -> bool:
@@ -42,10 +48,10 @@ def layer_name(node: fx.Node) -> str:
 
 
 def fold(graph: fx.GraphModule) -> fx.GraphModule:
-    """A copy without batch norm and dropout that answers as ``graph`` does in eval mode."""
+    """A copy without batch norm, dropout and detach that answers as ``graph`` does in eval mode."""
     graph = copy.deepcopy(graph).eval()
     for node in list(graph.graph.nodes):
-        if node.op == "call_function" and node.target in _DROPOUT:
+        if node.op == "call_function" and node.target in _TRAINING_ONLY:
             node.replace_all_uses_with(node.args[0])
         elif node.op == "call_function" and node.target is aten.batch_norm.default and node.args[3] is not None:
             _fold_batch_norm(graph, node)

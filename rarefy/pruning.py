@@ -103,10 +103,6 @@ def prune(
     target = _target(keep, macs, params, speedup)
     if schedule is not None:
         how = plugins.resolve("schedules", schedule)
-        if target.kind == "speedup" and plugins.describe(how).startswith("iterative"):
-            raise InputError(
-                "speedup= has no rounds in between: take schedule='oneshot' or 'group_sparse', or a target of keep, macs or params"
-            )
         left = ("model", "inputs", "device", "checkpoint", "progress")
         once = functools.partial(prune, **{name: value for name, value in given.items() if name not in left} | {"schedule": None})
         whole = model if is_graph(model) else as_graph(model, inputs)

@@ -252,6 +252,10 @@ def test_regions_without_autocast_or_gradients_are_inlined() -> None:
     net = Net(forward, stem=conv(3, 6), inner=conv(6, 5), head=conv(5, 2))
     found = coupled(net, IMAGE)
     assert torch.equal(found.graph(IMAGE), net(IMAGE))
+    for one in (net, found.graph):
+        one(IMAGE).square().sum().backward()
+    mine = dict(found.graph.named_parameters())
+    assert all(torch.equal(mine[name].grad, one.grad) for name, one in net.named_parameters())  # they stop at the gate
     assert len(set(classes(found, "stem.weight", 0)) | set(classes(found, "inner.weight", 0))) == 11
     cut_half(found)
 
