@@ -15,18 +15,14 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
-import math
-import multiprocessing
-import os
 import resource
 import sys
 import tempfile
 import time
 import traceback
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from multiprocessing.connection import Connection, wait
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,103 +32,13 @@ from torch.utils import _pytree as pytree
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench.zoo import MAKERS, Made, alive, each, listed, usable
 from rarefy import artifact, capture, prune
 from rarefy.capturing import example_inputs
 from rarefy.counting import count_parameters
 from rarefy.terminal import show_table
 
 SHRINK, MOST_FAILURES = 0.25, {"torchvision": 0.0, "timm": 0.02}
-Made = tuple[nn.Module, list[tuple[Tensor, ...]]]  # a model and inputs to try, the cheapest first
-
-
-class Core(nn.Module):
-    """A detector without anchors, decoding and NMS: backbone, and the dense head if there is one."""
-
-    def __init__(self, detector: Any):
-        super().__init__()
-        self.backbone = detector.backbone
-        self.head = detector.rpn.head if hasattr(detector, "rpn") else detector.head
-
-    def forward(self, x: Tensor) -> Any:
-        return self.head(list(self.backbone(x).values()))
-
-
-def torchvision_model(name: str) -> Made:
-    import torchvision
-
-    options: dict[str, Any] = {}
-    if name.endswith(("googlenet", "inception_v3")):
-        options = {"aux_logits": False, "init_weights": False}
-    if (
-        "deeplab" in name
-        or "fcn_resnet" in name
-        or "lraspp" in name
-        or "rcnn" in name
-        or "ssd" in name
-        or "retina" in name
-        or "fcos" in name
-    ):
-        options = {"weights_backbone": None}
-    model = torchvision.models.get_model(name, weights=None, **options)
-    if hasattr(model, "backbone") and (hasattr(model, "rpn") or hasattr(model, "anchor_generator")):
-        return Core(model), [images(320), images(300)]
-    if name.startswith("raft"):
-        return model, [(*images(128), *images(128))]
-    owner = type(model).__module__
-    if ".video." in owner or name.startswith("swin3d"):
-        return model, [(torch.randn(2, 3, frames, size, size),) for frames, size in ((8, 64), (16, 64), (16, 224))]
-    return model, [images(size) for size in (96, 224, 299)]
-
-
-def timm_model(module: str) -> Made:
-    """Of a module the smallest variant, or the model of that name."""
-    import timm
-
-    model = timm.create_model(smallest(module) if module in timm.models.list_modules() else module)
-    channels, side, _ = model.default_cfg["input_size"]
-    sizes = [side] if model.default_cfg.get("fixed_input_size") else [size for size in (96, 128, 160, 192, 224) if size < side] + [side]
-    return model, [images(size, channels) for size in sizes]
-
-
-def smallest(module: str) -> str:
-    """The variant with the fewest parameters."""
-    import timm
-
-    def count(name: str) -> float:
-        try:
-            with torch.device("meta"):
-                return sum(parameter.numel() for parameter in timm.create_model(name).parameters())
-        except (RuntimeError, NotImplementedError):  # computes with its weights while it is made
-            return math.inf
-
-    return min(timm.list_models(module=module), key=count)
-
-
-def images(side: int, channels: int = 3) -> tuple[Tensor, ...]:
-    return (torch.randn(2, channels, side, side),)
-
-
-def alive(model: nn.Module) -> nn.Module:
-    """Nothing neutral: a constant vector (a norm's weight, a layer scale, a bias of zeros) or running statistic gets noise of its own."""
-    statistics = [buffer for name, buffer in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
-    with torch.no_grad():
-        for tensor in [*model.parameters(), *statistics]:
-            if tensor.is_floating_point() and tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all()):
-                tensor.add_(torch.rand_like(tensor).mul_(0.5))
-    return model
-
-
-def usable(model: nn.Module, candidates: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """The first inputs the model takes."""
-    failure: Exception | None = None
-    for inputs in candidates:
-        try:
-            with torch.no_grad():
-                model(*(one[:1] for one in inputs))
-            return inputs
-        except Exception as error:
-            failure = error
-    raise RuntimeError(f"takes none of the inputs: {failure}")
 
 
 def examined(make: Callable[[str], Made], name: str) -> dict[str, Any]:
@@ -195,54 +101,6 @@ def check_run(small: nn.Module) -> None:
     small.zero_grad(set_to_none=True)
 
 
-def guarded(make: Callable[[str], Made], name: str, pipe: Connection, memory: float) -> None:
-    resource.setrlimit(resource.RLIMIT_DATA, (int(memory * 2**30),) * 2)
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (as long as the process lives)
-    pipe.send(examined(make, name))
-
-
-def each(make: Callable[[str], Made], names: list[str], jobs: int, seconds: float, memory: float) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every model in a process of its own; what is killed, or takes too long, is a failure like any other."""
-    context = multiprocessing.get_context("fork")
-    waiting = list(reversed(names))
-    running: dict[Connection, tuple[str, Any, float]] = {}
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            name = waiting.pop()
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=guarded, args=(make, name, sender, memory), daemon=True)
-            process.start()
-            sender.close()
-            running[receiver] = (name, process, time.monotonic())
-        ready = wait(list(running), timeout=1)
-        for receiver in list(running):
-            name, process, began = running[receiver]
-            late = time.monotonic() - began > seconds
-            if receiver not in ready and not late:
-                continue
-            try:
-                facts = receiver.recv() if receiver in ready else {"error": f"takes more than {seconds:.0f} s"}
-            except EOFError:
-                process.join()
-                facts = {"error": f"its process died (exit code {process.exitcode})"}
-            process.kill()
-            process.join()
-            del running[receiver]
-            yield name, facts
-
-
-def listed(library: str) -> list[str]:
-    if library == "torchvision":
-        import torchvision
-
-        return list(torchvision.models.list_models())
-    import timm
-
-    return list(timm.models.list_modules())
-
-
 def summary(name: str, facts: dict[str, Any]) -> list[str]:
     left = f"{facts['after'] / facts['before']:.0%}" if "after" in facts else ""
     frozen = "; ".join(f"{count} {why}" for why, count in reasons(facts).most_common(2))
@@ -275,8 +133,7 @@ def main() -> int:
         return 1 if given.check else 0
     torch.set_num_threads(1)
     found: dict[str, dict[str, Any]] = {}
-    make = torchvision_model if given.library == "torchvision" else timm_model
-    for name, facts in each(make, names, given.jobs, given.seconds, given.memory):
+    for name, facts in each(partial(examined, MAKERS[given.library]), names, given.jobs, given.seconds, given.memory):
         found[name] = facts
         print("  ".join(summary(name, facts)), file=sys.stderr, flush=True)
     failed = {name: facts["error"] for name, facts in found.items() if "error" in facts}

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.pruning_coverage import torchvision_model, usable
+from bench.zoo import torchvision_model, usable
 from rarefy import capture, prune
 from rarefy.terminal import show_table
 
