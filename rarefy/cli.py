@@ -400,9 +400,10 @@ def distill(
 ) -> None:
     """Train MODEL to answer like the teacher. Killed and started again, it goes on where it was."""
     from rarefy import sources
-    from rarefy.distilling import Training, terms
     from rarefy.distilling import distill as verb
     from rarefy.distilling import train as without_teacher
+    from rarefy.objective import terms
+    from rarefy.training import Training
 
     given = locals()
     training = Training(**{field.name: given[field.name] for field in dataclasses.fields(Training)})

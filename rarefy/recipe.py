@@ -167,7 +167,7 @@ def choice(option: str, value: Any, where: str) -> None:
         return
     try:
         if option == "loss":  # a weighted sum of choices
-            importlib.import_module("rarefy.distilling").terms(value)
+            importlib.import_module("rarefy.objective").terms(value)
         else:
             plugins.resolve(kind, value)
     except InputError as error:

@@ -25,10 +25,13 @@ from sklearn.datasets import load_digits
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from rarefy import distilling, progress
+from rarefy import checkpoint, distilling, objective, progress
 from rarefy.capturing import capture, is_graph
-from rarefy.distilling import STATE_FILE, Training, distill, mix, train
+from rarefy.checkpoint import STATE_FILE
+from rarefy.distilling import distill, train
 from rarefy.errors import FormatError, InputError, TrainingDiverged
+from rarefy.mixing import mix
+from rarefy.training import Training
 
 torch.set_num_threads(1)  # as in the process that test_killed_run starts: bits depend on it
 
@@ -260,20 +263,20 @@ def test_out_of_memory_halves_the_parts_and_goes_on(monkeypatch: pytest.MonkeyPa
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     whole = train(model, Digits(), **QUICK)
-    forward = distilling._Objective.forward
+    forward = objective.Objective.forward
 
     def small(self: Any, inputs: Tensor, targets: Tensor) -> Tensor:
         if len(inputs) > 12:
             raise torch.OutOfMemoryError("no room")
         return forward(self, inputs, targets)
 
-    monkeypatch.setattr(distilling._Objective, "forward", small)
+    monkeypatch.setattr(objective.Objective, "forward", small)
     parts = train(model, Digits(), **QUICK)
     assert facts(parts)["accumulate"] == 4
     for name, one in tensors(whole).items():
         torch.testing.assert_close(tensors(parts)[name], one, rtol=1e-4, atol=1e-6)
 
-    monkeypatch.setattr(distilling._Objective, "forward", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none at all")))
+    monkeypatch.setattr(objective.Objective, "forward", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none at all")))
     with pytest.raises(InputError, match="out of memory with 1 images"):
         train(model, Digits(), **QUICK)
 
@@ -405,7 +408,7 @@ def test_both_kinds_take_turns_and_none_changes_nothing() -> None:
 
 def test_teacher_sees_the_student_s_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Tensor, Tensor]] = []
-    forward = distilling._Objective.forward
+    forward = objective.Objective.forward
 
     def spied(self: Any, inputs: Tensor, targets: Tensor) -> Tensor:
         handles = [one.register_forward_pre_hook(lambda _, args: taken.append(args[0])) for one in (self.student, self.teacher)]
@@ -419,7 +422,7 @@ def test_teacher_sees_the_student_s_picture(monkeypatch: pytest.MonkeyPatch) -> 
         return loss
 
     originals: list[Tensor] = []
-    monkeypatch.setattr(distilling._Objective, "forward", spied)
+    monkeypatch.setattr(objective.Objective, "forward", spied)
     task = Digits(watch=lambda epoch, step, inputs: originals.append(inputs))
     distill(student(), teacher(), task, mixup=0.5, cutmix=0.5, **QUICK)
     assert len(seen) == 8
@@ -467,8 +470,8 @@ def test_finished_run_is_returned_without_training(tmp_path: Path) -> None:
 
 def test_saving_by_time_does_not_save_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saves = []
-    save = distilling._Store.save
-    monkeypatch.setattr(distilling._Store, "save", lambda self, run: (saves.append(run.step), save(self, run)))
+    save = checkpoint.Store.save
+    monkeypatch.setattr(checkpoint.Store, "save", lambda self, state, numbers: (saves.append(numbers["step"]), save(self, state, numbers)))
     distill(student(), teacher(), Digits(), checkpoint=tmp_path, checkpoint_seconds=3600, **QUICK)
     assert saves == [4, 8]
 

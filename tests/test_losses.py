@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from rarefy import plugins
 from rarefy.capturing import capture
-from rarefy.distilling import terms
 from rarefy.errors import InputError
 from rarefy.losses import FeatureLoss, Loss
 from rarefy.losses.at import At
@@ -25,6 +24,7 @@ from rarefy.losses.reviewkd import Reviewkd
 from rarefy.losses.rkd import Rkd
 from rarefy.losses.skd import Skd
 from rarefy.losses.wkd import Wkd
+from rarefy.objective import terms
 from rarefy.tapping import cuts, matched, tapped
 
 NAMES = plugins.available("losses")
