@@ -8,39 +8,32 @@ addition that saturates (``rarefy.quantizing``), and a mean over the plane must 
 Width: its integer convolution handles 16 output channels at a time and the rest one by one, so that fewer than 16 cost more than 16 (3x3,
 16 channels in, 32x32: 37 us for 8 out, 25 us for 16). Such a layer, where only convolutions read it, is written with zero filters up to 16, and
 its readers with zero weights for them: the same answers.
-
-The file: opset 20, batch free, int8 codes as initialisers, no metadata, so that the same graph gives the same bytes.
 """
 
 from __future__ import annotations
 
 import collections
-import contextlib
 import copy
 import dataclasses
-import importlib
 import json
-import logging
 import os
 import statistics
 import tempfile
 import time
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-import rarefy.kernels  # noqa: F401  registers torch.ops.rarefy
-from rarefy.capturing import attribute, example_inputs, set_attribute
-from rarefy.errors import FormatError, InputError, MissingDependency
-from rarefy.lowering import is_decoded, to_integers, to_numbers
+from rarefy import onnxfile, parity
+from rarefy.capturing import attribute, set_attribute
+from rarefy.errors import FormatError
+from rarefy.lowering import is_decoded, to_numbers
+from rarefy.onnxfile import needs
 from rarefy.placing import Capabilities
 
 aten = torch.ops.aten
-OPSET = 20
 TILE = 16  # output channels of an integer convolution that are computed together
 
 # Nodes of an optimised file that compute with integers, or only move or convert values.
@@ -79,18 +72,7 @@ class OnnxRuntime:
 
     def export(self, graph: fx.GraphModule, path: str | os.PathLike[str]) -> Path:
         """Write ``graph`` (in eval mode) as an ONNX file. Raises InputError for an operator ONNX has no form of."""
-        onnx = _needs("onnx")
-        try:
-            model = _translated(_widened(to_numbers(graph)))
-        except Exception as error:
-            why = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-            raise InputError(
-                f"the graph can't be written as ONNX: {why[:300]}; leave that layer out with core=, or choose another runtime"
-            ) from error
-        _tidy(onnx, model)
-        target = Path(path)
-        target.write_bytes(model.SerializeToString(deterministic=True))
-        return target
+        return onnxfile.write(_widened(to_numbers(graph)), path)
 
     def open(self, path: str | os.PathLike[str]) -> Session:
         """The file, ready to run."""
@@ -130,62 +112,12 @@ class OnnxRuntime:
         return found
 
     def compare(self, graph: fx.GraphModule, path: str | os.PathLike[str], inputs: Tensor, batch: int = 32) -> dict[str, Any]:
-        """Parity of ``graph`` and the file it was exported to.
-
-        agreement: share of equal most likely classes. largest_difference: of the answers. layers: what each rounded value differs by in units of
-        the last place (codes) when both start from the file's own inputs of that layer, and the share of codes that differ; ulp: the
-        largest of them. first_diverging_layer: the first by more than one unit, which rounding a sum in another order can't explain.
-        passed: agreement of at least 99.5 % and no such layer.
-        """
-        onnx = _needs("onnx")
-        model = onnx.load(os.fspath(path))
-        graph = to_integers(_widened(to_numbers(graph)))
-        seen_by_file = _codes_in(model)
-        codes = {_value_name(node): node for node in reversed(list(graph.graph.nodes)) if node.target is torch.ops.rarefy.quantize.default}
-        shared = [name for name in reversed(codes) if name in seen_by_file]
-        for name in shared:
-            model.graph.output.append(onnx.helper.make_empty_tensor_value_info(seen_by_file[name]))
-        with tempfile.TemporaryDirectory() as folder:
-            tapped = Path(folder) / "tapped.onnx"
-            tapped.write_bytes(model.SerializeToString())
-            session = Session(tapped, self.threads)
-        tally = {name: [0, 0, 0] for name in shared}
-        same = 0
-        largest = 0.0
-        outputs = len(session.session.get_outputs()) - len(shared)
-        for part in inputs.split(batch):
-            found = session.session.run(None, {session.name: part.numpy()})
-            theirs = torch.from_numpy(found[0])
-            runtime_codes = {codes[name]: torch.from_numpy(value) for name, value in zip(shared, found[outputs:], strict=True)}
-            with torch.no_grad():
-                answer = _first(graph(part))
-                for name, difference in _Following(graph, runtime_codes).differences(part):
-                    entry = tally[name]
-                    entry[0] = max(entry[0], int(difference.max()))
-                    entry[1] += int((difference > 0).sum())
-                    entry[2] += difference.numel()
-            largest = max(largest, float((answer - theirs).abs().max()))
-            same += int((answer.flatten(1).argmax(1) == theirs.flatten(1).argmax(1)).sum()) if answer.dim() > 1 else 0
-        stacks = {name: codes[name].meta.get("stack") or name for name in shared}
-        layers: list[dict[str, Any]] = [
-            {"name": stacks[name], "value": name, "difference": entry[0], "share": entry[1] / max(entry[2], 1)}
-            for name, entry in tally.items()
-        ]
-        first = next((layer["name"] for layer in layers if layer["difference"] > 1), None)
-        agreement = same / len(inputs)
-        return {
-            "agreement": agreement,
-            "samples": len(inputs),
-            "largest_difference": largest,
-            "ulp": max((layer["difference"] for layer in layers), default=0),
-            "first_diverging_layer": first,
-            "layers": layers,
-            "passed": agreement >= 0.995 and first is None,
-        }
+        """Parity of ``graph`` and the file it was exported to; see ``rarefy.parity``."""
+        return parity.compare(_widened(to_numbers(graph)), path, inputs, self.open, batch)
 
     def integer_islands(self, path: str | os.PathLike[str]) -> dict[str, Any]:
         """What ONNX Runtime made of the file: integer kernels by type, and float operators fed by and feeding integers (there should be none)."""
-        onnx = _needs("onnx")
+        onnx = needs("onnx")
         with tempfile.TemporaryDirectory() as folder:
             optimized = Path(folder) / "optimized.onnx"
             Session(path, 1, optimized=optimized)
@@ -214,7 +146,7 @@ class Session:
     """An opened file: called with a CPU tensor (N, ...), it returns the model's first output as a tensor. ``threads``, ``name`` (of the input)."""
 
     def __init__(self, path: str | os.PathLike[str], threads: int = 0, optimized: Path | None = None, profile: Path | None = None):
-        runtime = _needs("onnxruntime")
+        runtime = needs("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -231,35 +163,11 @@ class Session:
         self.name = self.session.get_inputs()[0].name
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        return torch.from_numpy(self.session.run(None, {self.name: inputs.detach().cpu().contiguous().numpy()})[0])
+        return self.outputs(inputs)[0]
 
-
-class _Following(fx.Interpreter):
-    """Runs a graph, but goes on from the runtime's codes after each rounded value, so that a difference is one layer's own."""
-
-    def __init__(self, graph: fx.GraphModule, codes: dict[fx.Node, Tensor]):
-        super().__init__(graph)
-        self.codes = codes
-        self.found: list[tuple[str, Tensor]] = []
-
-    def run_node(self, node: fx.Node) -> Any:
-        value = super().run_node(node)
-        theirs = self.codes.get(node)
-        if theirs is None:
-            return value
-        self.found.append((_value_name(node), (value.to(torch.int32) - theirs.to(torch.int32)).abs()))
-        return theirs
-
-    def differences(self, inputs: Tensor) -> list[tuple[str, Tensor]]:
-        self.run(inputs)
-        return self.found
-
-
-def _needs(package: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise MissingDependency(package, "onnx") from error
+    def outputs(self, inputs: Tensor) -> list[Tensor]:
+        """All outputs of the file."""
+        return [torch.from_numpy(value) for value in self.session.run(None, {self.name: inputs.detach().cpu().contiguous().numpy()})]
 
 
 def _widened(graph: fx.GraphModule) -> fx.GraphModule:
@@ -301,133 +209,6 @@ def _grow(graph: fx.GraphModule, source: fx.Node, axis: int, by: int, like_first
     tensor = attribute(graph, source)
     first = tensor.narrow(axis, 0, 1).expand([by if dim == axis else size for dim, size in enumerate(tensor.shape)])
     set_attribute(graph, str(source.target), torch.cat([tensor, first if like_first else torch.zeros_like(first)], axis))
-
-
-def _first(answer: Any) -> Tensor:
-    while not isinstance(answer, Tensor):
-        answer = next(iter(answer.values() if isinstance(answer, dict) else answer))
-    return answer
-
-
-def _translated(graph: fx.GraphModule) -> Any:
-    """The ONNX model, by torch's exporter, with our two operators as ONNX's."""
-    _needs("onnxruntime")
-    _needs("onnxscript")
-    import onnxscript
-
-    operators = getattr(onnxscript, f"opset{OPSET}")
-
-    def quantized(x: Any, scale: Any, zero_point: Any, axis: Any, qmin: int, qmax: int, dtype: int) -> Any:
-        return operators.QuantizeLinear(x, scale, zero_point) if axis is None else operators.QuantizeLinear(x, scale, zero_point, axis=axis)
-
-    def dequantized(q: Any, scale: Any, zero_point: Any, axis: Any) -> Any:
-        return (
-            operators.DequantizeLinear(q, scale, zero_point)
-            if axis is None
-            else operators.DequantizeLinear(q, scale, zero_point, axis=axis)
-        )
-
-    examples = example_inputs(graph)
-    with _quiet():
-        program = torch.onnx.export(
-            graph.cpu(),
-            examples,
-            dynamo=True,
-            dynamic_shapes=tuple({0: torch.export.Dim.DYNAMIC} for _ in examples),
-            opset_version=OPSET,
-            optimize=True,
-            verbose=False,
-            custom_translation_table={
-                torch.ops.rarefy.quantize.default: quantized,
-                torch.ops.rarefy.dequantize.default: dequantized,
-            },
-        )
-    assert program is not None
-    return program.model_proto
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export", "torch.fx.experimental.symbolic_shapes")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        warnings.simplefilter("ignore")
-        yield
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
-
-
-def _tidy(onnx: Any, model: Any) -> None:
-    """Global pooling by its name; no metadata; the batch axis named."""
-    graph = model.graph
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    constants |= {
-        node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant" and node.attribute[0].name == "value"
-    }
-    ranks = {info.name: len(info.type.tensor_type.shape.dim) for info in [*graph.value_info, *graph.input]}
-    for node in graph.node:
-        if node.op_type == "ReduceMean" and len(node.input) == 2 and node.input[1] in constants:
-            axes = sorted(int(axis) for axis in onnx.numpy_helper.to_array(constants[node.input[1]]).reshape(-1))
-            keeps = all(attribute.i for attribute in node.attribute if attribute.name == "keepdims")
-            if keeps and (axes == [-2, -1] or (axes == [2, 3] and ranks.get(node.input[0], 4) == 4)):
-                node.op_type = "GlobalAveragePool"
-                del node.input[1:], node.attribute[:]
-    _melt_padding(onnx, graph, constants)
-    read = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
-    for node in [node for node in graph.node if node.op_type == "Constant" and node.output[0] not in read]:
-        graph.node.remove(node)
-    for tensor in [tensor for tensor in graph.initializer if tensor.name not in read]:
-        graph.initializer.remove(tensor)
-    del graph.value_info[:]
-    for item in [model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer]:
-        del item.metadata_props[:]
-        item.doc_string = ""
-    for info in graph.input:
-        info.type.tensor_type.shape.dim[0].dim_param = "batch"
-    for info in graph.output:
-        dims = info.type.tensor_type.shape.dim
-        if len(dims) and dims[0].dim_param:
-            dims[0].dim_param = "batch"
-    model.producer_name, model.producer_version = "rarefy", ""
-
-
-def _melt_padding(onnx: Any, graph: Any, constants: dict[str, Any]) -> None:
-    """Zeros around the plane that only convolutions read become the convolutions' own padding."""
-    for pad in [node for node in graph.node if node.op_type == "Pad" and node.input[1] in constants]:
-        mode = next((attribute.s.decode() for attribute in pad.attribute if attribute.name == "mode"), "constant")
-        sizes = [int(size) for size in onnx.numpy_helper.to_array(constants[pad.input[1]]).reshape(-1)]
-        value = pad.input[2] if len(pad.input) > 2 else ""
-        zero = not value or (value in constants and not onnx.numpy_helper.to_array(constants[value]).any())
-        readers = [node for node in graph.node if pad.output[0] in node.input]
-        plain = all(node.op_type == "Conv" and node.input[0] == pad.output[0] for node in readers)
-        if mode != "constant" or not zero or not plain or len(sizes) != 8 or any(sizes[:2] + sizes[4:6]) or min(sizes) < 0:
-            continue
-        around = sizes[2:4] + sizes[6:8]
-        for node in readers:
-            present = {attribute.name: attribute for attribute in node.attribute}
-            own = list(present["pads"].ints) if "pads" in present else [0] * 4
-            for name in ("pads", "auto_pad"):
-                if name in present:
-                    node.attribute.remove(present[name])
-            node.attribute.append(onnx.helper.make_attribute("pads", [one + two for one, two in zip(own, around, strict=True)]))
-            node.input[0] = pad.input[0]
-        graph.node.remove(pad)
-
-
-def _value_name(node: fx.Node) -> str:
-    """``conv2d_3`` for the node that quantises with ``quantization.conv2d_3.scale``."""
-    return str(node.args[1].target).split(".")[1]
-
-
-def _codes_in(model: Any) -> dict[str, str]:
-    """Value name -> the first tensor of codes made with its scale."""
-    found: dict[str, str] = {}
-    for node in model.graph.node:
-        if node.op_type == "QuantizeLinear" and node.input[1].startswith("quantization."):
-            found.setdefault(node.input[1].split(".")[1], node.output[0])
-    return found
 
 
 def _is_integer(node: Any) -> bool:

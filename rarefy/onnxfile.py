@@ -1,0 +1,154 @@
+"""The ONNX file that runtimes read: the graph in torch's exporter, our quantize and dequantize as ONNX's QuantizeLinear and DequantizeLinear.
+
+Opset 20, batch free, int8 codes as initialisers, no metadata, so that the same graph gives the same bytes. A mean over the plane is
+GlobalAveragePool (runtimes have no integer ReduceMean), and zeros that only convolutions read are their own padding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+import rarefy.kernels  # noqa: F401  registers torch.ops.rarefy
+from rarefy.capturing import example_inputs
+from rarefy.errors import InputError, MissingDependency
+
+OPSET = 20
+
+
+def write(graph: fx.GraphModule, path: str | os.PathLike[str]) -> Path:
+    """Write ``graph`` (in eval mode, layers as numbers: ``lowering.to_numbers``). Raises InputError for an operator ONNX has no form of."""
+    onnx = needs("onnx")
+    try:
+        model = _translated(graph)
+    except Exception as error:
+        why = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+        raise InputError(
+            f"the graph can't be written as ONNX: {why[:300]}; leave that layer out with core=, or choose another runtime"
+        ) from error
+    _tidy(onnx, model)
+    target = Path(path)
+    target.write_bytes(model.SerializeToString(deterministic=True))
+    return target
+
+
+def needs(package: str, extra: str = "onnx") -> Any:
+    """The package, imported; MissingDependency with the pip line of ``extra`` where it is not installed."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise MissingDependency(package, extra) from error
+
+
+def _translated(graph: fx.GraphModule) -> Any:
+    """The ONNX model, by torch's exporter, with our two operators as ONNX's."""
+    onnxscript = needs("onnxscript")
+
+    operators = getattr(onnxscript, f"opset{OPSET}")
+
+    def quantized(x: Any, scale: Any, zero_point: Any, axis: Any, qmin: int, qmax: int, dtype: int) -> Any:
+        return operators.QuantizeLinear(x, scale, zero_point) if axis is None else operators.QuantizeLinear(x, scale, zero_point, axis=axis)
+
+    def dequantized(q: Any, scale: Any, zero_point: Any, axis: Any) -> Any:
+        return (
+            operators.DequantizeLinear(q, scale, zero_point)
+            if axis is None
+            else operators.DequantizeLinear(q, scale, zero_point, axis=axis)
+        )
+
+    examples = example_inputs(graph)
+    with _quiet():
+        program = torch.onnx.export(
+            graph.cpu(),
+            examples,
+            dynamo=True,
+            dynamic_shapes=tuple({0: torch.export.Dim.DYNAMIC} for _ in examples),
+            opset_version=OPSET,
+            optimize=True,
+            verbose=False,
+            custom_translation_table={
+                torch.ops.rarefy.quantize.default: quantized,
+                torch.ops.rarefy.dequantize.default: dequantized,
+            },
+        )
+    assert program is not None
+    return program.model_proto
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export", "torch.fx.experimental.symbolic_shapes")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        warnings.simplefilter("ignore")
+        yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
+def _tidy(onnx: Any, model: Any) -> None:
+    """Global pooling by its name; no metadata; the batch axis named."""
+    graph = model.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    constants |= {
+        node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant" and node.attribute[0].name == "value"
+    }
+    ranks = {info.name: len(info.type.tensor_type.shape.dim) for info in [*graph.value_info, *graph.input]}
+    for node in graph.node:
+        if node.op_type == "ReduceMean" and len(node.input) == 2 and node.input[1] in constants:
+            axes = sorted(int(axis) for axis in onnx.numpy_helper.to_array(constants[node.input[1]]).reshape(-1))
+            keeps = all(attribute.i for attribute in node.attribute if attribute.name == "keepdims")
+            if keeps and (axes == [-2, -1] or (axes == [2, 3] and ranks.get(node.input[0], 4) == 4)):
+                node.op_type = "GlobalAveragePool"
+                del node.input[1:], node.attribute[:]
+    _melt_padding(onnx, graph, constants)
+    read = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+    for node in [node for node in graph.node if node.op_type == "Constant" and node.output[0] not in read]:
+        graph.node.remove(node)
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in read]:
+        graph.initializer.remove(tensor)
+    del graph.value_info[:]
+    for item in [model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer]:
+        del item.metadata_props[:]
+        item.doc_string = ""
+    for info in graph.input:
+        info.type.tensor_type.shape.dim[0].dim_param = "batch"
+    for info in graph.output:
+        dims = info.type.tensor_type.shape.dim
+        if len(dims) and dims[0].dim_param:
+            dims[0].dim_param = "batch"
+    model.producer_name, model.producer_version = "rarefy", ""
+
+
+def _melt_padding(onnx: Any, graph: Any, constants: dict[str, Any]) -> None:
+    """Zeros around the plane that only convolutions read become the convolutions' own padding."""
+    for pad in [node for node in graph.node if node.op_type == "Pad" and node.input[1] in constants]:
+        mode = next((attribute.s.decode() for attribute in pad.attribute if attribute.name == "mode"), "constant")
+        sizes = [int(size) for size in onnx.numpy_helper.to_array(constants[pad.input[1]]).reshape(-1)]
+        value = pad.input[2] if len(pad.input) > 2 else ""
+        zero = not value or (value in constants and not onnx.numpy_helper.to_array(constants[value]).any())
+        readers = [node for node in graph.node if pad.output[0] in node.input]
+        plain = all(node.op_type == "Conv" and node.input[0] == pad.output[0] for node in readers)
+        if mode != "constant" or not zero or not plain or len(sizes) != 8 or any(sizes[:2] + sizes[4:6]) or min(sizes) < 0:
+            continue
+        around = sizes[2:4] + sizes[6:8]
+        for node in readers:
+            present = {attribute.name: attribute for attribute in node.attribute}
+            own = list(present["pads"].ints) if "pads" in present else [0] * 4
+            for name in ("pads", "auto_pad"):
+                if name in present:
+                    node.attribute.remove(present[name])
+            node.attribute.append(onnx.helper.make_attribute("pads", [one + two for one, two in zip(own, around, strict=True)]))
+            node.input[0] = pad.input[0]
+        graph.node.remove(pad)

@@ -1,0 +1,118 @@
+"""compare(): do the graph in PyTorch and the file in its runtime give the same answers, and which layer is the first to differ?
+
+Each value that the model rounds is read out of the runtime and compared in codes. The simulation goes on from the runtime's codes after each
+of them, so that a difference is that of one layer, and not of all before it.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+import rarefy.kernels  # noqa: F401  registers torch.ops.rarefy
+from rarefy.lowering import to_integers
+from rarefy.onnxfile import needs
+
+LEAST_AGREEMENT = 0.995
+
+
+def compare(
+    written: fx.GraphModule, path: str | os.PathLike[str], inputs: Tensor, open_file: Callable[[Path], Any], batch: int = 32
+) -> dict[str, Any]:
+    """Parity of a graph and the ONNX file it was ``written`` to (its layers as numbers), which ``open_file`` makes a session of.
+
+    agreement: share of equal most likely classes. largest_difference: of the answers. layers: what each rounded value differs by in units of
+    the last place (codes) when both start from the file's own inputs of that layer, and the share of codes that differ; ulp: the
+    largest of them. first_diverging_layer: the first by more than one unit, which rounding a sum in another order can't explain.
+    passed: agreement of at least 99.5 % and no such layer.
+    """
+    onnx = needs("onnx")
+    model = onnx.load(os.fspath(path))
+    graph = to_integers(written)
+    seen_by_file = _codes_in(model)
+    codes = {_value_name(node): node for node in reversed(list(graph.graph.nodes)) if node.target is torch.ops.rarefy.quantize.default}
+    shared = [name for name in reversed(codes) if name in seen_by_file]
+    for name in shared:
+        model.graph.output.append(onnx.helper.make_empty_tensor_value_info(seen_by_file[name]))
+    with tempfile.TemporaryDirectory() as folder:
+        tapped = Path(folder) / "tapped.onnx"
+        tapped.write_bytes(model.SerializeToString())
+        session = open_file(tapped)
+    tally = {name: [0, 0, 0] for name in shared}
+    same = 0
+    largest = 0.0
+    for part in inputs.split(batch):
+        found = session.outputs(part)
+        theirs = found[0]
+        runtime_codes = {codes[name]: value for name, value in zip(shared, found[len(found) - len(shared) :], strict=True)}
+        with torch.no_grad():
+            answer = _first(graph(part))
+            for name, difference in _Following(graph, runtime_codes).differences(part):
+                entry = tally[name]
+                entry[0] = max(entry[0], int(difference.max()))
+                entry[1] += int((difference > 0).sum())
+                entry[2] += difference.numel()
+        largest = max(largest, float((answer - theirs).abs().max()))
+        same += int((answer.flatten(1).argmax(1) == theirs.flatten(1).argmax(1)).sum()) if answer.dim() > 1 else 0
+    stacks = {name: codes[name].meta.get("stack") or name for name in shared}
+    layers: list[dict[str, Any]] = [
+        {"name": stacks[name], "value": name, "difference": entry[0], "share": entry[1] / max(entry[2], 1)} for name, entry in tally.items()
+    ]
+    first = next((layer["name"] for layer in layers if layer["difference"] > 1), None)
+    agreement = same / len(inputs)
+    return {
+        "agreement": agreement,
+        "samples": len(inputs),
+        "largest_difference": largest,
+        "ulp": max((layer["difference"] for layer in layers), default=0),
+        "first_diverging_layer": first,
+        "layers": layers,
+        "passed": agreement >= LEAST_AGREEMENT and first is None,
+    }
+
+
+class _Following(fx.Interpreter):
+    """Runs a graph, but goes on from the runtime's codes after each rounded value, so that a difference is one layer's own."""
+
+    def __init__(self, graph: fx.GraphModule, codes: dict[fx.Node, Tensor]):
+        super().__init__(graph)
+        self.codes = codes
+        self.found: list[tuple[str, Tensor]] = []
+
+    def run_node(self, node: fx.Node) -> Any:
+        value = super().run_node(node)
+        theirs = self.codes.get(node)
+        if theirs is None:
+            return value
+        self.found.append((_value_name(node), (value.to(torch.int32) - theirs.to(torch.int32)).abs()))
+        return theirs
+
+    def differences(self, inputs: Tensor) -> list[tuple[str, Tensor]]:
+        self.run(inputs)
+        return self.found
+
+
+def _first(answer: Any) -> Tensor:
+    while not isinstance(answer, Tensor):
+        answer = next(iter(answer.values() if isinstance(answer, dict) else answer))
+    return answer
+
+
+def _value_name(node: fx.Node) -> str:
+    """``conv2d_3`` for the node that quantises with ``quantization.conv2d_3.scale``."""
+    return str(node.args[1].target).split(".")[1]
+
+
+def _codes_in(model: Any) -> dict[str, str]:
+    """Value name -> the first tensor of codes made with its scale."""
+    found: dict[str, str] = {}
+    for node in model.graph.node:
+        if node.op_type == "QuantizeLinear" and node.input[1].startswith("quantization."):
+            found.setdefault(node.input[1].split(".")[1], node.output[0])
+    return found
