@@ -48,8 +48,7 @@ class Mse:
         best, least = widest.clone(), torch.full_like(widest, torch.inf)
         for share in torch.linspace(1.0, self.smallest, self.steps).tolist():
             scale = widest * share
-            codes = torch.round(rows / scale[:, None]).clamp_(grid.qmin, grid.qmax)
-            error = codes.mul_(scale[:, None]).sub_(rows).square_().sum(1)
+            error = grid.snap(rows / scale[:, None]).mul_(scale[:, None]).sub_(rows).square_().sum(1)
             better = error < least
             least, best = torch.where(better, error, least), torch.where(better, scale, best)
         return best

@@ -1,64 +1,107 @@
-"""Uniform affine quantization as two operators of the graph.
+"""Quantization on a scale as two operators of the graph, and the differentiable pair of both.
 
     quantize    q = clip(round(x / s) + z, qmin, qmax)      round: half to even, as ONNX's QuantizeLinear
     dequantize  x = s (q - z)
 
-``s`` (float32) and ``z`` (the type of ``q``) are of shape () for the whole tensor, or (n,) for the n positions of ``axis``, or
-(..., n_groups, ...) for groups of equal size along ``axis``: the axis is then as long in ``s`` as there are groups.
+``s`` (float32) and ``z`` (the type of ``q``) are of shape () for the whole tensor, (n,) for the n positions of ``axis``, or, with ``group`` above 0,
+(..., ceil(n / group), ...) for groups of that many neighbours along ``axis``, of which the last may be shorter (ONNX's blocks); their other axes are
+the tensor's or 1. Where the type of ``q`` is an 8-bit float, rounding is that to the type, and z is 0.
 
-The gradient is the straight-through estimator: ``quantize`` followed by ``dequantize`` lets the gradient pass where x was not
-clipped. It goes through the float ``x`` only, since codes carry none: use ``fake_quantize`` to train.
+``fake_quantize`` is the two in one, for training: LSQ (1902.08153). With v = x / s + z and q its code,
+
+    dy/dx = 1 where qmin <= v <= qmax, else 0 (straight through)      dy/ds = gradient * (q - v inside, q - z outside)
+
+``gradient`` is the paper's 1 / sqrt(N qmax), N the numbers that share a scale, which makes a step move scales and weights by like shares. It is no
+operator of a saved graph: a graph in training is not a file.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 _library = torch.library.Library("rarefy", "FRAGMENT")
-_library.define("quantize(Tensor x, Tensor scale, Tensor zero_point, int? axis, int qmin, int qmax, ScalarType dtype) -> Tensor")
-_library.define("dequantize(Tensor q, Tensor scale, Tensor zero_point, int? axis) -> Tensor")
+_library.define(
+    "quantize(Tensor x, Tensor scale, Tensor zero_point, int? axis, int qmin, int qmax, ScalarType dtype, int group=0) -> Tensor"
+)
+_library.define("dequantize(Tensor q, Tensor scale, Tensor zero_point, int? axis, int group=0) -> Tensor")
 
 
-def along(parameter: Tensor, x: Tensor, axis: int | None) -> Tensor:
+def along(parameter: Tensor, x: Tensor, axis: int | None, group: int = 0) -> Tensor:
     """``parameter`` shaped so that it broadcasts against ``x``."""
     if axis is None or parameter.dim() == 0:
         return parameter
-    if parameter.dim() == 1:
-        return parameter.view([-1 if dim == axis % x.dim() else 1 for dim in range(x.dim())])
     axis = axis % x.dim()
-    if parameter.shape[axis] != x.shape[axis]:
-        parameter = parameter.repeat_interleave(x.shape[axis] // parameter.shape[axis], axis)
-    return parameter
+    if group:
+        return parameter.repeat_interleave(group, axis).narrow(axis, 0, x.shape[axis])
+    return parameter.view([-1 if dim == axis else 1 for dim in range(x.dim())])
 
 
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, qmin: int, qmax: int, dtype: torch.dtype) -> Tensor:
+def quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, qmin: int, qmax: int, dtype: torch.dtype, group: int = 0
+) -> Tensor:
     """Codes of ``x``, in ``dtype``."""
-    scaled = torch.round(x / along(scale, x, axis)) + along(zero_point, x, axis).to(x.dtype)
-    return scaled.clamp_(qmin, qmax).to(dtype)
+    scaled = x / along(scale, x, axis, group)
+    if dtype.is_floating_point:
+        return scaled.clamp_(qmin, qmax).to(dtype)
+    return torch.round(scaled).add_(along(zero_point, x, axis, group).to(x.dtype)).clamp_(qmin, qmax).to(dtype)
 
 
-def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
+def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, group: int = 0) -> Tensor:
     """The numbers the codes stand for, in the type of ``scale``."""
-    return (q.to(scale.dtype) - along(zero_point, q, axis).to(scale.dtype)) * along(scale, q, axis)
+    return (q.to(scale.dtype) - along(zero_point, q, axis, group).to(scale.dtype)) * along(scale, q, axis, group)
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, qmin: int, qmax: int) -> Tensor:
-    """``dequantize(quantize(x))``, differentiable in ``x`` (straight through, zero where clipped) and in ``scale`` (LSQ, 1902.08153)."""
-    s, z = along(scale, x, axis), along(zero_point, x, axis).to(x.dtype)
-    scaled = (x / s + z).clamp(qmin, qmax)
-    return (scaled + (torch.round(scaled) - scaled).detach() - z) * s
+class _FakeQuantize(torch.autograd.Function):
+    """x, scale and zero broadcast. Kept for the gradients: x and the scale, which is less than the graph of the formula would keep."""
+
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, gradient: float) -> Tensor:
+        return torch.round(x / scale).add_(zero).clamp_(qmin, qmax).sub_(zero).mul_(scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, scale, zero, ctx.qmin, ctx.qmax, ctx.gradient = inputs
+        ctx.save_for_backward(x, scale, zero)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, zero = ctx.saved_tensors
+        (given,) = gradients
+        scaled = x / scale
+        codes = torch.round(scaled)
+        low, high = ctx.qmin - zero, ctx.qmax - zero
+        inside = (scaled >= low) & (scaled <= high)
+        to_x = given * inside
+        to_scale = None
+        if ctx.needs_input_grad[1]:
+            slope = torch.minimum(torch.maximum(codes, low), high).sub_(scaled.mul_(inside))
+            to_scale = slope.mul_(given).sum_to_size(scale.shape).mul_(ctx.gradient)
+        return to_x, to_scale, None, None, None, None
+
+
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, qmin: int, qmax: int, gradient: float = 1.0, group: int = 0
+) -> Tensor:
+    """``dequantize(quantize(x))``, differentiable in ``x`` and in ``scale``."""
+    step, zero = along(scale, x, axis, group), along(zero_point, x, axis, group).to(scale.dtype)
+    answer: Tensor = _FakeQuantize.apply(x.to(scale.dtype), step, zero, qmin, qmax, gradient)
+    return answer
 
 
 _library.impl("quantize", quantize, "CompositeExplicitAutograd")
 _library.impl("dequantize", dequantize, "CompositeExplicitAutograd")
 
 
-def _quantize_shape(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, qmin: int, qmax: int, dtype: torch.dtype) -> Tensor:
+def _quantize_shape(
+    x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, qmin: int, qmax: int, dtype: torch.dtype, group: int = 0
+) -> Tensor:
     return x.new_empty(x.shape, dtype=dtype)
 
 
-def _dequantize_shape(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
+def _dequantize_shape(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, group: int = 0) -> Tensor:
     return q.new_empty(q.shape, dtype=scale.dtype)
 
 

@@ -7,12 +7,12 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from rarefy.grids import Grid
+from rarefy.grids import Format
 
 
 @dataclasses.dataclass(frozen=True)
 class Nearest:
     """Deterministic, half to even."""
 
-    def codes(self, scaled: Tensor, grid: Grid, generator: torch.Generator) -> Tensor:
-        return torch.round(scaled).clamp_(grid.qmin, grid.qmax).to(grid.dtype)
+    def codes(self, scaled: Tensor, grid: Format, generator: torch.Generator) -> Tensor:
+        return grid.codes(grid.snap(scaled))
