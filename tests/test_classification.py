@@ -237,6 +237,22 @@ def test_any_step_can_be_resumed_and_the_global_state_is_left_alone(kind: str, f
     assert not torch.equal(other[0], whole[0][0])
 
 
+def test_erased_squares_lie_everywhere_and_are_the_same_after_a_resume() -> None:
+    images = np.full((400, 3, 12, 10), 255, np.uint8)
+    task = Classification(train=(images, np.zeros(400, np.int64)), augment="erase=5")
+    x = stacked(task, "train", batch_size=100, shuffle_seed=0, augment=True)[0]
+    erased = (x == 0).all(1)
+    assert torch.equal(erased, (x == 0).any(1)) and torch.equal(
+        x[~erased.unsqueeze(1).expand_as(x)].unique(), stacked(task, "train")[0].unique()
+    )
+    areas = erased.sum((1, 2))
+    assert areas.max() == 25 and areas.min() == 9  # a square around a corner shows 3 by 3 of it
+    assert erased.float().mean(0).min() > 0.03
+    rest = torch.cat([part for part, _ in task.batches("train", 100, shuffle_seed=0, augment=True, start=2)])
+    assert torch.equal(rest, x[200:])
+    assert not (stacked(task, "train")[0] == 0).any()  # evaluation erases nothing
+
+
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_workers_change_nothing(folder_task: Classification) -> None:
     in_process = stacked(folder_task, "train", shuffle_seed=1, augment=True)
@@ -353,6 +369,7 @@ ZEROS = np.zeros((4, 1, 8, 8), np.uint8)
         ({"val": (ZEROS, np.arange(4)), "size": 0}, "size=0"),
         ({"val": (ZEROS, np.arange(4)), "augment": "spin"}, "'spin' is not"),
         ({"val": (ZEROS, np.arange(4)), "augment": "crop=many"}, "'crop=many' is not"),
+        ({"val": (ZEROS, np.arange(4)), "augment": "erase=0"}, "'erase=0' is not"),
         ({"val": (ZEROS, np.arange(4)), "interpolation": "sinc"}, "sinc"),
         ({"val": (ZEROS, np.arange(4)), "workers": -1}, "workers=-1"),
         ({"val": [(torch.zeros(3, 8, 8), 0), (torch.zeros(3, 9, 9), 1)], "size": None}, None),

@@ -365,6 +365,7 @@ def test_compiled_is_the_same_training() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_cuda_graphs_are_the_same_training(accumulate: int) -> None:
     """A graph writes each part's gradients to the same memory; their sum needs its own."""

@@ -7,7 +7,9 @@ Where the data comes from is in ``sources.py``. What is done to it here:
   resized to ``size`` (GoogLeNet's, arXiv 1409.4842), ``flip`` mirrors half of them. Decoded by ``workers`` processes, and sent on as uint8.
 * **Arrays.** They stay uint8 in memory. Of a batch, ``crop=4`` shifts each image by -4..4 pixels both ways, black where it came from outside,
   and ``flip`` mirrors half, on the device, for the whole batch at once (He et al., arXiv 1512.03385). Without a number it is an eighth of
-  the image: 4 pixels of 32. Images of another size than ``size`` are resized as they are, without cropping.
+  the image: 4 pixels of 32. Images of another size than ``size`` are resized as they are, without cropping. On a GPU they are sent there once
+  where they take no more than a quarter of its free memory, and indexed there; else batch by batch, without waiting.
+* **Both.** ``erase=PIXELS`` leaves a square of that side, around a random point, without content, zero after normalisation (cutout, arXiv 1708.04552).
 * **Normalisation.** ``(x - mean) / std`` with x in [0, 1]. Defaults: ImageNet's for three channels, 0.5 and 0.5 for any other number. Float images must
   lie in [0, 1]; those that are normalised already need ``mean=0, std=1`` to be said, and can't be corrupted.
 
@@ -53,12 +55,13 @@ _MOST_SCANNED = 10_000  # images looked at to count the unreadable ones
 
 
 class Augmentation(NamedTuple):
-    """``"crop=4,flip"``: crop: pixels of shift (None: an eighth of the image); scale: least area of a random crop of a file."""
+    """``"crop=4,flip"``: crop: pixels of shift (None: an eighth of the image); scale: least area of a random crop of a file; erase: side of a square."""
 
     cropped: bool = False
     crop: int | None = None
     flip: bool = False
     scale: float = 0.35
+    erase: int = 0
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -71,7 +74,7 @@ class Classification:
     class_count: number of classes, where it is not the number of folders or the largest label + 1.
     mean, std: one value a channel, or one for all.
     crop: fraction of the resized image that evaluation sees (files only), 0.875 as usual.
-    augment: comma-separated ``crop``, ``crop=PIXELS``, ``flip``, ``scale=LEAST_AREA``; or "none".
+    augment: comma-separated ``crop``, ``crop=PIXELS``, ``flip``, ``scale=LEAST_AREA``, ``erase=PIXELS``; or "none".
     interpolation: nearest, bilinear or bicubic.
     workers: processes that decode files; 0: this one.
     strict: an unreadable image is an error, not left out.
@@ -281,11 +284,13 @@ class Classification:
                     found = found._replace(flip=True)
                 elif key == "scale":
                     found = found._replace(scale=float(value))
+                elif key == "erase" and int(value) > 0:
+                    found = found._replace(erase=int(value))
                 elif part != "none":
                     raise ValueError
             except ValueError as error:
                 raise DataError(
-                    f"classification: augment={self.augment!r}: {part!r} is not crop, crop=PIXELS, flip, scale=LEAST_AREA or none"
+                    f"classification: augment={self.augment!r}: {part!r} is not crop, crop=PIXELS, flip, scale=LEAST_AREA, erase=PIXELS or none"
                 ) from error
         if not 0 < found.scale <= 1 or (found.crop or 0) < 0:
             raise DataError(f"classification: augment={self.augment!r}: scale is an area above 0 and up to 1, crop a number of pixels")
@@ -402,8 +407,25 @@ class Classification:
         return found[0], found[1]
 
     def _constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        mean, std = (torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1) for values in self._mean_std)
-        return mean, std
+        if device not in self._constants_on:  # made anew in each step, they would make the host wait for the device
+            mean, std = (torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1) for values in self._mean_std)
+            self._constants_on[device] = (mean, std)
+        return self._constants_on[device]
+
+    @functools.cached_property
+    def _constants_on(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
+        return {}
+
+    @functools.cached_property
+    def _arrays_on(self) -> dict[tuple[str, torch.device], tuple[Tensor, Tensor | None]]:
+        return {}
+
+    def _arrays(self, source: Arrays, split: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """The split's images and labels, on the device if they fit there well."""
+        key = (split, device)
+        if device.type == "cuda" and key not in self._arrays_on and source.images.nbytes <= torch.cuda.mem_get_info(device)[0] / 4:
+            self._arrays_on[key] = (source.images.to(device), None if source.labels is None else source.labels.to(device))
+        return self._arrays_on.get(key, (source.images, source.labels))
 
     def _indices(self, source: Source, batch_size: int, limit: int | None) -> Tensor:
         if batch_size < 1:
@@ -426,12 +448,14 @@ class Classification:
         self, source: Source, split: str, chunks: list[Tensor], start: int, seeds: tuple[int, int] | None, device: torch.device
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         if isinstance(source, Arrays):
+            all_images, all_labels = self._arrays(source, split, device)
             for step, chunk in enumerate(chunks[start:], start):
-                images = source.images[chunk].contiguous().to(device)
-                labels = None if source.labels is None else source.labels[chunk].to(device)
+                places = _sent(chunk, all_images.device)
+                images = _sent(all_images[places].contiguous(), device)
+                labels = None if all_labels is None else _sent(all_labels[places], device)
                 if seeds is not None:
                     images = _shifted(images, self._augmentation, _generator(*seeds, step)).contiguous()
-                yield self.normalize(self._fitted(images)), labels
+                yield self._erased(self.normalize(self._fitted(images)), seeds, step), labels
             return
         decoder = _Decoder(source, self.input_shape, self.crop, _RESAMPLING[self.interpolation], self._augmentation)
         loader: DataLoader[Any] = DataLoader(
@@ -443,7 +467,7 @@ class Classification:
             pin_memory=device.type == "cuda",
             generator=torch.Generator().manual_seed(0),  # else it draws a number from the global one
         )
-        for images, labels, broken in _uninterrupted(loader, source.where):
+        for step, (images, labels, broken) in enumerate(_uninterrupted(loader, source.where), start):
             if broken:
                 self._tell(source, split, broken)
             if images is None:
@@ -456,7 +480,21 @@ class Classification:
                 raise DataError(
                     f"{source.where}: float images leave [0, 1] ({float(images.min()):.3g} to {float(images.max()):.3g}); yield uint8 or [0, 1], or say mean=0, std=1 if they are normalised already"
                 )
-            yield self.normalize(images.to(device, non_blocking=True)), None if labels is None else labels.to(device)
+            inputs = self._erased(self.normalize(images.to(device, non_blocking=True)), seeds, step)
+            yield inputs, None if labels is None else labels.to(device, non_blocking=True)
+
+    def _erased(self, inputs: Tensor, seeds: tuple[int, int] | None, step: int) -> Tensor:
+        """Without a square of each picture, where that is asked for."""
+        side = self._augmentation.erase
+        if seeds is None or not side:
+            return inputs
+        count, _, height, width = inputs.shape
+        centre = torch.rand(2, count, 1, generator=_generator(*seeds, step, 1))
+        down, across = _sent((centre * torch.tensor([height, width]).view(2, 1, 1)).floor() - side // 2, inputs.device)
+        rows = torch.arange(height, device=inputs.device) - down
+        columns = torch.arange(width, device=inputs.device) - across
+        inside = ((rows >= 0) & (rows < side)).unsqueeze(2) & ((columns >= 0) & (columns < side)).unsqueeze(1)
+        return inputs.masked_fill(inside.unsqueeze(1), 0.0)
 
     def _fitted(self, images: Tensor) -> Tensor:
         """Of the model's size and channels."""
@@ -597,14 +635,19 @@ def _shifted(images: Tensor, augmentation: Augmentation, generator: torch.Genera
     pad = 0
     if augmentation.cropped:
         pad = augmentation.crop if augmentation.crop is not None else max(1, height // 8)
-    down, across = torch.randint(0, 2 * pad + 1, (2, count), generator=generator).to(images.device).unsqueeze(2)
-    mirror = torch.rand(count, 1, generator=generator).to(images.device) < (0.5 if augmentation.flip else 0.0)
+    down, across = _sent(torch.randint(0, 2 * pad + 1, (2, count), generator=generator), images.device).unsqueeze(2)
+    mirror = _sent(torch.rand(count, 1, generator=generator) < (0.5 if augmentation.flip else 0.0), images.device)
     rows = torch.arange(height, device=images.device) + down
     straight = torch.arange(width, device=images.device)
     columns = torch.where(mirror, width - 1 - straight, straight) + across
     batch = torch.arange(count, device=images.device).view(-1, 1, 1)
     padded = F.pad(images, (pad,) * 4)
     return padded.permute(0, 2, 3, 1)[batch, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device; a GPU takes it when it gets there, and the host goes on."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and tensor.device.type == "cpu" else tensor.to(device)
 
 
 def _resized(images: Tensor, size: tuple[int, ...], interpolation: str) -> Tensor:
