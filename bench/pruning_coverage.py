@@ -1,13 +1,14 @@
 """Structural pruning, model by model: every image model of torchvision, and one small variant of every architecture module of timm.
 
-    python bench/pruning_coverage.py --library torchvision|timm [--only GLOB] [--check] [--jobs N]
+    python bench/pruning_coverage.py --library torchvision|timm [--only GLOB] [--check] [--jobs N] [--resume] [--for SECONDS]
 
 Random weights (nothing left at its neutral value: norms, layer scales and running statistics are made alive), half of the channels of every family
 removed (keep=0.5, ranking local), the result compared with its masked twin in float64, run forwards at another batch size and backwards in training
 mode, saved, loaded, and compared bit for bit. A model passes if all of that works and its parameters shrink by a quarter at least; one with layers
 that are frozen by something else than the output of the network must shrink too, and these are listed with the operator. Detectors and video models
 go through the part that is tensors: backbone and head. Of timm the variant with the fewest parameters is taken, counted on the meta device.
-``--check`` exits 1 if a torchvision model fails, or more than 2 % of timm's. Each model has a process of its own, with a limit of time and memory.
+``--check`` exits 1 if a torchvision model fails, or more than 2 % of timm's. Each model has a process of its own, with a limit of time and memory; what it
+found is kept below out/, so that a run may be cut off (``--resume``). "prune s" is from the captured graph to the checked smaller one.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from torch.utils import _pytree as pytree
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench.cells import Cells, add_options
 from bench.zoo import MAKERS, Made, alive, each, listed, usable
 from rarefy import artifact, capture, prune
 from rarefy.capturing import example_inputs
@@ -106,7 +108,9 @@ def summary(name: str, facts: dict[str, Any]) -> list[str]:
     frozen = "; ".join(f"{count} {why}" for why, count in reasons(facts).most_common(2))
     unknown = ", ".join(facts.get("unknown", {}))
     notes = facts.get("error") or " ".join(filter(None, [frozen, f"unknown: {unknown}" if unknown else ""]))
-    return [name, "fails" if "error" in facts else "ok", left, f"{facts.get('seconds', 0):.0f}", f"{facts.get('gigabytes', 0):.1f}", notes]
+    prune_seconds = f"{facts['prune_seconds']:.1f}" if "prune_seconds" in facts else ""
+    outcome = "fails" if "error" in facts else "ok"
+    return [name, outcome, left, prune_seconds, f"{facts.get('seconds', 0):.0f}", f"{facts.get('gigabytes', 0):.1f}", notes]
 
 
 def reasons(facts: dict[str, Any]) -> Counter[str]:
@@ -123,6 +127,7 @@ def main() -> int:
     parser.add_argument("--memory", type=float, default=16, help="limit for a model, in GiB")
     parser.add_argument("--check", action="store_true", help="exit 1 where it falls short")
     parser.add_argument("--out", type=Path, help="write the JSON there too")
+    add_options(parser)
     given = parser.parse_args()
     try:
         names = given.model or [
@@ -132,19 +137,22 @@ def main() -> int:
         print(f"skipped: {given.library} is not installed")
         return 1 if given.check else 0
     torch.set_num_threads(1)
-    found: dict[str, dict[str, Any]] = {}
-    for name, facts in each(partial(examined, MAKERS[given.library]), names, given.jobs, given.seconds, given.memory):
-        found[name] = facts
+    options = {"library": given.library, "torch": torch.__version__, "seconds": given.seconds, "memory": given.memory}
+    cells = Cells("pruning_coverage", options, given)
+    found: dict[str, dict[str, Any]] = {name: kept for name in names if (kept := cells.found(name)) is not None}
+    job = partial(examined, MAKERS[given.library])
+    for name, facts in each(job, cells.missing(names), given.jobs, given.seconds, given.memory):
+        found[name] = cells.keep(name, facts)
         print("  ".join(summary(name, facts)), file=sys.stderr, flush=True)
     failed = {name: facts["error"] for name, facts in found.items() if "error" in facts}
     show_table(
         f"{given.library}: half of the channels, torch {torch.__version__}",
-        ["model", "", "parameters left", "s", "GiB", "frozen, or cause"],
-        [summary(name, found[name]) for name in names],
-        (2, 3, 4),
+        ["model", "", "parameters left", "prune s", "s", "GiB", "frozen, or cause"],
+        [summary(name, found[name]) for name in names if name in found],
+        (2, 3, 4, 5),
     )
-    passed = len(names) - len(failed)
-    print(f"{passed} of {len(names)} pass")
+    passed = len(found) - len(failed)
+    print(f"{passed} of {len(names)} pass" + (f", {cells.left} not run yet: --resume goes on" if cells.left else ""))
     line = json.dumps(
         {
             "bench": "pruning_coverage",
@@ -158,7 +166,7 @@ def main() -> int:
     print(line)
     if given.out:
         given.out.write_text(line + "\n")
-    return 1 if given.check and len(failed) > MOST_FAILURES[given.library] * len(names) else 0
+    return 1 if given.check and len(names) - passed > MOST_FAILURES[given.library] * len(names) else 0
 
 
 if __name__ == "__main__":

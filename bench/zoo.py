@@ -133,20 +133,21 @@ def guarded(job: Callable[[str], dict[str, Any]], name: str, pipe: Connection, m
 
 
 def each(
-    job: Callable[[str], dict[str, Any]], names: list[str], jobs: int, seconds: float, memory: float
+    job: Callable[[str], dict[str, Any]], names: Iterable[str], jobs: int, seconds: float, memory: float
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, what ``job`` found of it), every model in a process of its own with so many seconds and GiB."""
     context = multiprocessing.get_context("fork")
-    waiting = list(reversed(names))
+    waiting = iter(names)
     running: dict[Connection, tuple[str, Any, float]] = {}
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            name = waiting.pop()
+    while True:
+        while len(running) < jobs and (name := next(waiting, "")):
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(target=guarded, args=(job, name, sender, memory), daemon=True)
             process.start()
             sender.close()
             running[receiver] = (name, process, time.monotonic())
+        if not running:
+            return
         ready = wait(list(running), timeout=1)
         for receiver in list(running):
             name, process, began = running[receiver]

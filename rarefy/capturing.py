@@ -106,6 +106,14 @@ def as_graph(model: nn.Module, inputs: Tensor | Sequence[Tensor] | None = None) 
     return capture(model, inputs)
 
 
+def share_copy(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph that shares its tensors."""
+    tensors = itertools.chain(graph.parameters(), graph.buffers())
+    copied = copy.deepcopy(graph, {id(tensor): tensor for tensor in tensors})
+    copied.train(graph.training)
+    return copied
+
+
 def example_inputs(graph: fx.GraphModule, batch: int = 2, seed: int = 0) -> tuple[Tensor, ...]:
     """Random inputs of the captured shape, on the graph's device: normal for floats, zeros for integers."""
     generator = torch.Generator().manual_seed(seed)

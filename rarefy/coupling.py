@@ -4,7 +4,7 @@ Labels (``labels.py``) go through the graph; every operator ties some of them (`
 it touches: unknown is never wrong, only unpruned. Ties are edges; their connected components, found once at the end, turn labels into
 **classes**, and a class is what leaves as one.
 
-A layer of labels that varies along two axes (channels viewed as blocks: heads, channel shuffle, fused q, k and v) must keep a rectangle, so
+A layer of labels that varies along two axes (channels viewed as blocks: heads, fused q, k and v) must keep a rectangle, so
 its labels are tied across all axes but the one that offers most classes: the same positions leave every block.
 
 The idea of the dependency group is DepGraph's (arXiv 2301.12900). Finding it by labels instead of by rules for each kind of layer, so
@@ -30,6 +30,7 @@ from rarefy.capturing import attribute, is_tensor, shapes
 from rarefy.counting import operator_name
 from rarefy.errors import InputError
 from rarefy.labels import Trace, Value, axes_of, compact
+from rarefy.shuffling import indexed
 from rarefy.ties import RULES, Unknown, blank, pointwise
 
 Kept = list["Tensor | None"]  # for each axis, the positions that survive, or None for all
@@ -140,13 +141,15 @@ class Coupling:
 
 
 def couple(graph: fx.GraphModule, ignore: Sequence[str] = ()) -> Coupling:
-    """The coupling of a graph.
+    """The coupling of a graph, in which channel shuffles became indices (``shuffling.py``): the result's own ``graph``, if there are any.
 
     ignore: globs on the dotted names of parameters or modules whose outputs must all stay.
     Raises InputError if a glob matches nothing.
     """
-    trace = Trace(graph, shapes(graph, 1))
-    for node in graph.graph.nodes:
+    found = shapes(graph, 1)
+    direct = indexed(graph, found)
+    trace = Trace(direct, found if direct is graph else shapes(direct, 1))
+    for node in direct.graph.nodes:
         _run(trace, node)
     _ignore(trace, ignore)
     return _settle(trace)

@@ -34,7 +34,7 @@ from scipy.sparse import csr_matrix
 from torch import Tensor, fx, nn
 
 from rarefy import plugins
-from rarefy.capturing import as_graph, is_graph
+from rarefy.capturing import as_graph, is_graph, share_copy
 from rarefy.counting import MACS, operator_name, products
 from rarefy.coupling import Coupling, couple
 from rarefy.errors import InputError
@@ -44,7 +44,7 @@ from rarefy.repairing import repair as mended
 from rarefy.schedules import Setting
 from rarefy.selection import Selection
 from rarefy.selection.best import Best
-from rarefy.surgery import cut, share_copy
+from rarefy.surgery import cut
 from rarefy.twin import check as self_check
 
 RANKINGS = ("global", "local", "isomorphic")
@@ -128,6 +128,7 @@ def prune(
     assert isinstance(graph, fx.GraphModule)
     full = share_copy(graph).eval() if any(module.training for module in graph.modules()) else graph
     coupling = couple(full, ignore)
+    full = coupling.graph
     if coupling.count == 1:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(coupling.frozen.items())[:3]) or "it has no layer with channels"
         raise InputError(f"nothing can be pruned ({why})")

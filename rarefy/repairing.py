@@ -30,11 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from rarefy.capturing import as_graph, attribute, device_of, is_tensor, set_attribute, shapes
+from rarefy.capturing import as_graph, attribute, device_of, is_tensor, set_attribute, shapes, share_copy
 from rarefy.errors import CheckFailed, DataError, InputError
 from rarefy.folding import layer_name, weighted
 from rarefy.progress import track
-from rarefy.surgery import share_copy
 
 aten = torch.ops.aten
 

@@ -7,7 +7,6 @@ so no row knows what a layer is. Whether the result is right is not believed but
 
 from __future__ import annotations
 
-import copy
 import itertools
 import operator
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy.capturing import attribute, finish, set_attribute
+from rarefy.capturing import attribute, finish, set_attribute, share_copy
 from rarefy.counting import operator_name
 from rarefy.coupling import Coupling, Kept
 from rarefy.errors import InputError
@@ -42,14 +41,6 @@ def cut(coupling: Coupling, alive: Tensor) -> fx.GraphModule:
                 raise InputError(f"{old.meta.get('stack') or old.name}: {error}") from error
     _cut_tensors(coupling, alive, small)
     return finish(small)
-
-
-def share_copy(graph: fx.GraphModule) -> fx.GraphModule:
-    """A copy of the graph that shares its tensors."""
-    tensors = itertools.chain(graph.parameters(), graph.buffers())
-    copied = copy.deepcopy(graph, {id(tensor): tensor for tensor in tensors})
-    copied.train(graph.training)
-    return copied
 
 
 def _cut_tensors(coupling: Coupling, alive: Tensor, small: fx.GraphModule) -> None:

@@ -369,17 +369,6 @@ def _glu(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value:
     return Value(shape, trace.meet(halves, source.rank))
 
 
-def _blocks_tied(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value:
-    """channel_shuffle(x, groups): the same channels in each group."""
-    source, groups = a["self"], a["groups"]
-    labels, rest = trace.channel(source, 1)
-    if labels is None:
-        return Value(source.shape, rest)
-    blocks = labels.reshape(groups, -1)
-    trace.tie(blocks, blocks[:1])
-    return Value(source.shape, [*rest, along(blocks.t().reshape(-1), 1, source.rank)])
-
-
 def _unfold(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value:
     """im2col: (n, c, h, w) -> (n, c * kh * kw, places)."""
     source, kernel = a["self"], a["kernel_size"]
@@ -540,7 +529,7 @@ RULES: dict[str, Rule] = {
         (
             "view _unsafe_view reshape permute transpose t swapaxes swapdims movedim moveaxis numpy_T mT adjoint chunk split "
             "split_with_sizes tensor_split unsafe_chunk unsafe_split slice select narrow flatten unflatten squeeze unsqueeze unbind "
-            "flip repeat tile repeat_interleave pixel_shuffle pixel_unshuffle"
+            "flip repeat tile repeat_interleave pixel_shuffle pixel_unshuffle channel_shuffle"
         ).split(),
         _moves,
     ),
@@ -564,7 +553,6 @@ RULES: dict[str, Rule] = {
     "group_norm": _group_norm,
     "prelu": _prelu,
     "glu": _glu,
-    "channel_shuffle": _blocks_tied,
     "im2col": _unfold,
     **dict.fromkeys(
         (

@@ -162,18 +162,44 @@ def test_padded_shortcut_prunes_in_its_residual_stream() -> None:
         cut_half(found, seed)
 
 
-def test_channel_shuffle_keeps_equal_counts() -> None:
+def shuffled(x: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+    n, c, h, w = x.shape
+    rows = x.view(n, blocks, c // blocks, h, w)
+    return rows, rows.transpose(1, 2).contiguous().view(n, c, h, w)
+
+
+@pytest.mark.parametrize("shuffle", [lambda x: shuffled(x, 2)[1], nn.ChannelShuffle(2)], ids=["views", "operator"])
+def test_channel_shuffle_ties_nothing(shuffle) -> None:  # type: ignore[no-untyped-def]
+    found = coupled(Net(lambda s, x: s.head(shuffle(s.stem(x))), stem=conv(3, 8), head=conv(8, 2)), IMAGE)
+    own = classes(found, "stem.weight", 0)
+    assert len(set(own)) == 8
+    assert classes(found, "head.weight", 1) == [own[place] for place in (0, 4, 1, 5, 2, 6, 3, 7)]
+    for seed in range(3):
+        cut_half(found, seed)
+
+
+def test_blocks_that_are_looked_at_keep_equal_counts() -> None:
     def forward(s: nn.Module, x: Tensor) -> Tensor:
-        x = s.stem(x)
-        n, c, h, w = x.shape
-        return s.head(x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w))
+        rows, x = shuffled(s.stem(x), 2)
+        return s.head(x) + rows.mean((2, 3, 4)).sum(1)[:, None, None, None]
 
     found = coupled(Net(forward, stem=conv(3, 8), head=conv(8, 2)), IMAGE)
     own = classes(found, "stem.weight", 0)
     assert own[:4] == own[4:] and len(set(own)) == 4
     assert classes(found, "head.weight", 1) == [label for label in own[:4] for _ in range(2)]
     cut_half(found)
-    cut_half(coupled(nn.Sequential(conv(3, 8), nn.ChannelShuffle(2), conv(8, 2)), IMAGE))
+
+
+def test_views_that_mix_the_batch_are_no_shuffle() -> None:
+    """At a batch of one this is a permutation of the channels, at two it is not."""
+
+    def forward(s: nn.Module, x: Tensor) -> Tensor:
+        x = s.stem(x)
+        n, c, h, w = x.shape
+        return s.head(x.reshape(n * 2, c // 2, h * w).transpose(0, 1).reshape(n, c, h, w))
+
+    graph = capture(Net(forward, stem=conv(3, 8), head=conv(8, 2)), IMAGE)
+    assert couple(graph).graph is graph
 
 
 def test_chunk_and_split_become_unequal() -> None:

@@ -62,7 +62,7 @@ class OnnxRuntime:
             {
                 aten.max_pool2d.default, aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.permute.default,
                 aten.transpose.int, aten.squeeze.dim, aten.unsqueeze.default, aten.contiguous.default, aten.clone.default, aten.slice.Tensor,
-                aten.select.int, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default,
+                aten.select.int, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.index_select.default,
             }
         ),
         paddings=frozenset({aten.pad.default}),

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from rarefy import plugins
+from rarefy.capturing import share_copy
 from rarefy.coupling import Coupling, Row, couple
 from rarefy.schedules import Asked, Once, Setting, check_training, joined, last, trained
-from rarefy.surgery import share_copy
 
 
 @dataclass(frozen=True)
