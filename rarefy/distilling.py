@@ -29,6 +29,7 @@ import itertools
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,7 +164,7 @@ def _run(
             graph.meta.setdefault("history", []).append(finished)
             return graph
 
-    with _seeded(training.seed, device):
+    with _seeded(training.seed, device), _compiler_keeps_its_hints():
         run = _Run(graph, guide, task, training, sum_of, accelerator, device, penalty)
         if store is not None:
             run.restore(store)
@@ -572,6 +573,15 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     devices = [device.index if device.index is not None else torch.cuda.current_device()] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad():  # the caller may be inside no_grad
         torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def _compiler_keeps_its_hints() -> Iterator[None]:
+    """It tells whoever compiles in fp32 of TF32, and the like; precision is the caller's choice here, and was made."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"torch\._inductor\.")
+        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
         yield
 
 

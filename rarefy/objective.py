@@ -20,6 +20,7 @@ from rarefy import plugins
 from rarefy.errors import InputError
 from rarefy.losses import FeatureLoss, Loss
 from rarefy.tapping import Tap, matched, tapped
+from rarefy.teaching import frozen
 from rarefy.training import Task, Training
 
 Losses = str | Loss | Sequence[tuple[float, Loss]] | None
@@ -71,7 +72,7 @@ class Objective(nn.Module):
                     adapters[str(index)] = adapter
         self.matched = [[term_name, theirs[b].node.name] for _, _, places in self.terms for term_name, (_, b) in places.items()]
         self.student = tapped(student, ours)
-        self.teacher = tapped(teacher, theirs) if teacher is not None else None
+        self.teacher = frozen(tapped(teacher, theirs), bf16) if teacher is not None else None
         self.adapters = nn.ModuleDict(adapters)
         self.task, self.bf16 = task, bf16
         self.hard_weight, self.label_smoothing = training.hard_weight, training.label_smoothing

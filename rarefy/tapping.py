@@ -46,7 +46,9 @@ def tapped(graph: fx.GraphModule, taps: Sequence[Tap]) -> fx.GraphModule:
         for tap in taps
     ]
     nodes.output((output, tuple(values)))
-    return fx.GraphModule(graph, nodes)
+    made = fx.GraphModule(graph, nodes)
+    made.meta["inputs"] = graph.meta["inputs"]
+    return made
 
 
 def matched(student: fx.GraphModule, teacher: fx.GraphModule, on: str) -> list[tuple[Tap, Tap]]:

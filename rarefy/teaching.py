@@ -1,0 +1,34 @@
+"""A teacher is frozen, so what its answers cost can be paid once.
+
+* Its batch norm goes into the layers before it (``folding.fold``): the same answers but for rounding, and a third of the passes over memory.
+* In bf16 its weights are rounded once, not in every step. Autocast would round each to the same value.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from rarefy.capturing import set_attribute
+from rarefy.folding import fold, weighted
+
+
+def frozen(teacher: fx.GraphModule, bf16: bool) -> fx.GraphModule:
+    """A copy of ``teacher`` that only answers: without gradients, always in eval mode, folded; its layers' weights in bf16 if asked."""
+    folded = fold(teacher).requires_grad_(False)
+    if bf16:
+        for name in _weights(folded):
+            set_attribute(folded, name, torch.nn.Parameter(folded.get_parameter(name).to(torch.bfloat16), requires_grad=False))
+    return folded.eval()
+
+
+def _weights(graph: fx.GraphModule) -> list[str]:
+    """Floating-point parameters that layers alone read, as weight or bias: autocast rounds those, and nothing else sees them."""
+    parameters = dict(graph.named_parameters(remove_duplicate=False))
+    read: dict[str, list[bool]] = {}
+    for node in graph.graph.nodes:
+        if node.op == "get_attr" and node.target in parameters:
+            read.setdefault(node.target, []).extend(
+                weighted(user) and node in user.args[1:3] and node is not user.args[0] for user in node.users
+            )
+    return [name for name, alone in read.items() if all(alone) and parameters[name].dtype == torch.float32]

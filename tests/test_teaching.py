@@ -1,0 +1,55 @@
+"""A frozen teacher answers as the network it was made of."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from rarefy.capturing import aten, capture
+from rarefy.tapping import cuts, tapped
+from rarefy.teaching import frozen
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.depthwise = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, groups=8)
+        self.token, self.mix, self.head = nn.Parameter(torch.randn(8, 4, 4)), nn.LayerNorm(8), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.depthwise(self.norm(self.conv(x)).relu()) + self.token
+        return self.head(self.mix(x.mean((2, 3))))
+
+
+def made() -> nn.Module:
+    torch.manual_seed(0)
+    model = Small()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+def test_folded_and_tapped_it_answers_the_same() -> None:
+    graph = capture(made(), torch.zeros(2, 3, 8, 8))
+    with_taps = tapped(graph, [tap for tap in cuts(graph) if tap.resolution])
+    quick = frozen(with_taps, bf16=False)
+    assert not [node for node in quick.graph.nodes if node.target is aten.batch_norm.default]
+    assert not any(one.requires_grad for one in quick.parameters()) and all(one.requires_grad for one in graph.parameters())
+    x = torch.randn(16, 3, 8, 8)
+    (answer, features), (expected, wanted) = quick(x), with_taps(x)
+    assert len(features) == len(wanted) > 1
+    for ours, theirs in zip((answer, *features), (expected, *wanted)):  # float32 sums of at most 27 products, reordered
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_rounded_once_are_those_that_autocast_rounds_in_each_step() -> None:
+    graph = tapped(capture(made(), torch.zeros(2, 3, 8, 8)), [])
+    x = torch.randn(16, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        (ours, _), (expected, _) = frozen(graph, bf16=True)(x), frozen(graph, bf16=False)(x)
+    assert torch.equal(ours, expected)
+    kept = {name: one.dtype for name, one in frozen(graph, bf16=True).named_parameters()}
+    assert kept["conv.weight"] == kept["head.weight"] == torch.bfloat16
+    assert kept["token"] == kept["mix.weight"] == torch.float32  # read by what computes in float32
