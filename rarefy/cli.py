@@ -428,7 +428,9 @@ def quantize(
     output: Output,
     images: Annotated[int, typer.Option(metavar="N", min=1, help="Images to calibrate on; they need no labels.")] = 128,
     batch_size: Batch = 16,
-    weight_grid: Annotated[str, typer.Option(metavar="GRID", help="int8, int4, ...")] = "int8",
+    weight_grid: Annotated[
+        str, typer.Option(metavar="GRID", help="int8, int4, ...; by layer: 'int4;stem.*=int8;head=float', the last that matches holds.")
+    ] = "int8",
     activation_grid: Annotated[str, typer.Option(metavar="GRID", help="uint8 or int8.")] = "uint8",
     calibration: Annotated[str, typer.Option(metavar="CHOICE", help="Range of the activations; see `rarefy list calibration`.")] = "mse",
     weight_calibration: Annotated[

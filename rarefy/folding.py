@@ -47,6 +47,11 @@ def layer_name(node: fx.Node) -> str:
     return str(source.target).rpartition(".")[0] or str(source.target)
 
 
+def names(node: fx.Node) -> list[str]:
+    """What a user may call a node by: its layer, itself, its module."""
+    return [name for name in (layer_name(node) if weighted(node) else "", node.name, node.meta.get("stack", "")) if name]
+
+
 def fold(graph: fx.GraphModule) -> fx.GraphModule:
     """A copy without batch norm, dropout and detach that answers as ``graph`` does in eval mode."""
     graph = copy.deepcopy(graph).eval()

@@ -14,7 +14,9 @@ colon: ``"int4:group=32"``, ``"int8:symmetric=no"``. Floats below 8 bits are for
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import re
+from collections.abc import Iterable, Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -214,3 +216,53 @@ def shaped(scale: Tensor, weight: Tensor, grid: Format) -> Tensor:
     if grid.group is None:
         return scale if grid.axis is not None else scale.reshape(())
     return scale.reshape(weight.shape[0], -1, *[1] * (weight.dim() - 2))
+
+
+# -- which layer has which format
+
+
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """A grid for each layer: (glob of layer names, grid, or None for float); the last that matches holds, else ``default``."""
+
+    default: Format | None
+    rules: tuple[tuple[str, Format | None], ...] = ()
+
+    def of(self, names: Iterable[str]) -> Format | None:
+        """The grid of a layer that goes by these names; None: float."""
+        names = list(names)
+        for glob, grid in reversed(self.rules):
+            if any(fnmatch.fnmatch(name, glob) for name in names):
+                return grid
+        return self.default
+
+    def __str__(self) -> str:
+        rules = [f"{glob}={FLOAT if grid is None else grid}" for glob, grid in self.rules]
+        return ";".join([FLOAT if self.default is None else str(self.default), *rules])
+
+
+FLOAT = "float"
+
+
+def assign(
+    given: str | Format | Mapping[str, str | Format], *, symmetric: bool, axis: int | None = None, default: str | Format = "int8"
+) -> Assignment:
+    """``"int4"``, ``"int4;stem.*=int8;fc=float"`` or ``{"*": "int4", "stem.*": "int8", "fc": "float"}``; layers that nothing matches get ``default``."""
+
+    def grid(value: str | Format) -> Format | None:
+        return None if isinstance(value, str) and value.strip().lower() == FLOAT else parse(value, symmetric=symmetric, axis=axis)
+
+    if isinstance(given, Mapping):
+        return Assignment(grid(default), tuple((glob, grid(value)) for glob, value in given.items()))
+    if not isinstance(given, str):
+        return Assignment(given)
+    chosen, rules = grid(default), []
+    for index, part in enumerate(given.split(";")):
+        glob, equals, value = part.partition("=")
+        if equals and ":" not in glob:
+            rules.append((glob.strip(), grid(value)))
+        elif index == 0:
+            chosen = grid(part)
+        else:
+            raise InputError(f"number formats {given!r}: {part.strip()!r} names no layer; write glob=format, such as layer1.*=int4")
+    return Assignment(chosen, tuple(rules))

@@ -1,13 +1,15 @@
-"""observe(): one pass over the calibration images, streaming what every chosen node yields into a histogram.
+"""observe(): one pass over the calibration images, streaming what every chosen node yields into a histogram, and layers' mean outputs.
 
-Memory is one batch's activations and ``BINS`` counts a node, whatever the number of images. The histogram's range starts at the first
-batch's and doubles towards the side that a later batch exceeds (neighbouring bins are merged), so that no value is ever clipped and the
-bins stay at most twice as wide as they need be.
+Memory is one batch's activations, ``BINS`` counts a node and two numbers a batch, whatever the number of images. The histogram's range starts at
+the first batch's and doubles towards the side that a later batch exceeds (neighbouring bins are merged), so that no value is ever clipped and the
+bins stay at most twice as wide as they need be. Extremes are those of all values; of a large batch, the bins count ``COUNTED`` values spread evenly
+(with a step that shares no factor with the size, so that no channel or column is preferred), since counting all took half of the whole time.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -18,27 +20,28 @@ from rarefy.capturing import attribute
 from rarefy.errors import CheckFailed, DataError
 
 BINS = 2048
+COUNTED = 2**18
+
+aten = torch.ops.aten
 
 
 @dataclasses.dataclass
 class Histogram:
-    """counts: (BINS,) over [lo, hi]; minimum, maximum: exact; mean_minimum, mean_maximum: averages of the batches' extremes."""
+    """counts: (BINS,) over [lo, hi]; minimum, maximum: exact; extremes: (minimum, maximum) of each batch, in order."""
 
     counts: Tensor
     lo: float
     hi: float
     minimum: float
     maximum: float
-    mean_minimum: float
-    mean_maximum: float
-    batches: int = 1
+    extremes: list[tuple[float, float]]
 
     @classmethod
     def of(cls, x: Tensor) -> Histogram:
         lo, hi = (float(value) for value in torch.aminmax(x))
         width = max(hi - lo, 1e-12, abs(hi) * 1e-6, abs(lo) * 1e-6)
-        counts = torch.histc(x, BINS, lo, lo + width).double()
-        return cls(counts, lo, lo + width, lo, hi, lo, hi)
+        counts = torch.histc(_spread(x), BINS, lo, lo + width).double()
+        return cls(counts, lo, lo + width, lo, hi, [(lo, hi)])
 
     def add(self, x: Tensor) -> None:
         lo, hi = (float(value) for value in torch.aminmax(x))
@@ -48,11 +51,9 @@ class Histogram:
         while lo < self.lo:
             self.counts = torch.cat([self.counts.new_zeros(BINS // 2), self.counts.view(-1, 2).sum(1)])
             self.lo -= self.hi - self.lo
-        self.counts += torch.histc(x, BINS, self.lo, self.hi).double()
+        self.counts += torch.histc(_spread(x), BINS, self.lo, self.hi).double()
         self.minimum, self.maximum = min(self.minimum, lo), max(self.maximum, hi)
-        self.batches += 1
-        self.mean_minimum += (lo - self.mean_minimum) / self.batches
-        self.mean_maximum += (hi - self.mean_maximum) / self.batches
+        self.extremes.append((lo, hi))
 
     @property
     def centers(self) -> Tensor:
@@ -75,14 +76,37 @@ class Taps(fx.Interpreter):
         return value
 
 
-def observe(graph: fx.GraphModule, nodes: Iterable[fx.Node], batches: Iterable[tuple[Tensor, ...]]) -> dict[fx.Node, Histogram]:
-    """Histogram of each node's values over all batches.
+@dataclasses.dataclass
+class Observed:
+    """histograms: of each node. means: (channels,) float64, the mean output of each layer on ``batches``, the first of all, which are kept."""
 
+    histograms: dict[fx.Node, Histogram]
+    means: dict[fx.Node, Tensor]
+    batches: list[tuple[Tensor, ...]]
+
+
+def observe(
+    graph: fx.GraphModule,
+    nodes: Iterable[fx.Node],
+    batches: Iterable[tuple[Tensor, ...]],
+    layers: Iterable[fx.Node] = (),
+    keep: Callable[[int], bool] = lambda samples: False,
+) -> Observed:
+    """Histograms of the nodes over all batches, mean outputs of the layers over the batches that are kept.
+
+    keep: whether a batch is kept when that many samples are, with it; the first always is.
     Raises CheckFailed where a node yields NaN or infinity, and DataError where there is no batch.
     """
     found: dict[fx.Node, Histogram] = {}
+    averages: dict[fx.Node, Average] = {node: Average() for node in layers}
+    kept: list[tuple[Tensor, ...]] = []
+    observed, keeping = set(nodes), True
 
     def see(node: fx.Node, value: Tensor) -> None:
+        if keeping and node in averages:
+            averages[node].add(node, value)
+        if node not in observed:
+            return
         value = value.detach().float().reshape(-1)
         if not bool(torch.isfinite(value.sum())):
             raise CheckFailed(
@@ -93,15 +117,44 @@ def observe(graph: fx.GraphModule, nodes: Iterable[fx.Node], batches: Iterable[t
         else:
             found[node] = Histogram.of(value)
 
-    taps = Taps(graph, nodes, see)
-    count = 0
+    taps = Taps(graph, observed | averages.keys(), see)
+    count = samples = 0
     with torch.no_grad():
         for batch in batches:
+            samples += len(batch[0])
+            keeping = keeping and (not kept or keep(samples))
+            if keeping:
+                kept.append(batch)
             taps.run(*batch)
             count += 1
     if not count:
         raise DataError("no calibration images; give at least one batch (128 images are a good number)")
-    return found
+    return Observed(found, {node: average.mean for node, average in averages.items()}, kept)
+
+
+class Average:
+    """Mean of a layer's output over images and places, a channel; streaming, (channels,) float64."""
+
+    def __init__(self) -> None:
+        self.sum, self.count = torch.zeros((), dtype=torch.float64), 0
+
+    def add(self, layer: fx.Node, value: Tensor) -> None:
+        axis = value.dim() - 1 if layer.target is aten.linear.default else 1
+        own = value.detach().sum([dim for dim in range(value.dim()) if dim != axis], dtype=torch.float32).double()
+        self.sum = self.sum.to(own.device) + own
+        self.count += value.numel() // value.shape[axis]
+
+    @property
+    def mean(self) -> Tensor:
+        return self.sum / max(self.count, 1)
+
+
+def _spread(x: Tensor) -> Tensor:
+    """At most ``COUNTED`` of the values."""
+    step = -(-x.numel() // COUNTED)
+    while math.gcd(step, x.numel()) > 1:
+        step += 1
+    return x[::step]
 
 
 def in_lockstep(

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from rarefy.folding import layer_name, weighted
+from rarefy.folding import names, weighted
 
 aten = torch.ops.aten
 
@@ -72,12 +72,7 @@ def place(graph: fx.GraphModule, can: Capabilities, ignore: Sequence[str] = (), 
     """Choose. ignore: globs of layer names that stay float."""
 
     def ignored(node: fx.Node) -> bool:
-        return any(
-            fnmatch.fnmatch(name, glob)
-            for glob in ignore
-            for name in (layer_name(node) if weighted(node) else "", node.name, node.meta.get("stack", ""))
-            if name
-        )
+        return any(fnmatch.fnmatch(name, glob) for glob in ignore for name in names(node))
 
     nodes = list(graph.graph.nodes)
     layers = {node for node in nodes if weighted(node) and node.target in can.layers and not ignored(node)}

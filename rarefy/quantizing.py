@@ -5,44 +5,38 @@ In order, each on the one graph:
 1. fold batch norm, write operators in one form, equalise ranges across layers where that is exact (``rarefy.folding``);
 2. choose which values become integers, from the runtime's table (``rarefy.placing``);
 3. run the calibration images once and stream every such value into a histogram (``rarefy.observing``), from which the calibration rule
-   chooses the range: affine, unsigned, one scale a tensor, and 0 is always a code;
-4. weights: symmetric, one scale an output channel, by the same kind of rule, then rounded by the rounding rule; biases become 32-bit
-   integers on the grid of the products, s_x s_w, as integer kernels add them;
-5. put ``quantize``/``dequantize`` nodes into the graph; weights are stored as codes;
-6. sequential bias correction (1906.04721, sec. 4.2): layer by layer, with everything before it already integer, the mean that the layer's
-   output moved by, a channel, is taken out of its bias before its successors run;
-7. write the layers as what an integer kernel computes (``rarefy.lowering``).
+   chooses the range: affine, unsigned, one scale a tensor, and 0 is always a code; put them into the graph (``rarefy.rewriting``);
+4. layer by layer, on what the rounded layers before it yield (``rarefy.prefix``): the weights, symmetric, one scale an output channel by the same kind
+   of rule, are rounded by the rounding rule, on a grid of the layer's own; then the mean that the layer's output moved by, a channel, is taken
+   out of its bias before its successors run (sequential bias correction, 1906.04721, sec. 4.2);
+5. write the layers as what an integer kernel computes (``rarefy.lowering``).
 
 What is simulated is what runs: round half to even, saturation, and clips done by the grid's end.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 import rarefy.kernels
-from rarefy import grids, plugins
-from rarefy.capturing import as_graph, attribute, finish, set_attribute
+from rarefy import grids, patches, plugins, rewriting
+from rarefy.capturing import as_graph, attribute, device_of, finish, share_copy
 from rarefy.errors import InputError
 from rarefy.folding import equalize as equalize_ranges
-from rarefy.folding import fold, layer_name, put, simplify
+from rarefy.folding import fold, layer_name, names, simplify, weighted
 from rarefy.lowering import to_integers
-from rarefy.observing import in_lockstep, observe
-from rarefy.placing import Placement, clip_bounds, place
+from rarefy.observing import Average, Observed, observe
+from rarefy.placing import place
+from rarefy.prefix import Prefix
 from rarefy.progress import track
+from rarefy.rounding import Layer, OfLayers, Sample
 
-aten = torch.ops.aten
-OPERATORS = torch.ops.rarefy
-
-CORRECTION_IMAGES = 32
-_BIAS_LIMIT = 2.0**30
+MEMORY = 5e8  # bytes of activations of all images that the rounding of layers may keep
 
 
 def quantize(
@@ -53,8 +47,8 @@ def quantize(
     batches: Iterable[Tensor | tuple[Tensor, ...]] | None = None,
     images: int = 128,
     batch_size: int = 16,
-    weights: str | grids.Grid = "int8",
-    activations: str | grids.Grid = "uint8",
+    weights: str | grids.Format | Mapping[str, str] = "int8",
+    activations: str | grids.Format = "uint8",
     calibration: Any = "mse",
     weight_calibration: Any = None,
     rounding: Any = "nearest",
@@ -69,16 +63,17 @@ def quantize(
 
     task: where calibration images come from (its training split; labels are not read); or batches: (N, ...) inputs themselves.
     inputs: an example batch, where ``model`` is not captured yet.
-    weights, activations: number formats, ``"int8"``, ``"uint8"``, ``"int4"``.
+    weights, activations: number formats, ``"int8"``, ``"uint8"``, ``"int4"``; weights also a layer, by globs of names of which the last that
+    matches holds: ``"int4;stem.*=int8;head=float"`` or ``{"*": "int4", "stem.*": "int8", "head": "float"}``.
     weight_calibration: the rule for weight scales; None: minmax at 8 bits, where clipping the largest weights costs more than it saves, else mse.
     ignore: globs of layer names that stay float.
 
     Raises InputError for a contradiction, DataError without images, CheckFailed where the float model yields NaN.
     """
     runtime = plugins.resolve("runtimes", runtime)
-    weight_grid = grids.parse(weights, symmetric=True, axis=0)
+    assigned = grids.assign(weights, symmetric=True, axis=0)
     rule = plugins.resolve("calibration", calibration)
-    weight_rule = plugins.resolve("calibration", weight_calibration or ("minmax" if weight_grid.bits == 8 else "mse"))
+    given_rule = None if weight_calibration is None else plugins.resolve("calibration", weight_calibration)
     rounder = plugins.resolve("rounding", rounding)
     grid = grids.parse(activations, symmetric=False)
     if images < 1 or batch_size < 1:
@@ -88,44 +83,57 @@ def quantize(
     graph = simplify(fold(as_graph(model, inputs)))
     for parameter in graph.parameters():
         parameter.requires_grad_(False)
-    placement = place(graph, runtime.capabilities, ignore)
+    own_grid = {node: assigned.of(names(node)) for node in graph.graph.nodes if weighted(node)}
+    placement = place(graph, runtime.capabilities, [*ignore, *(layer_name(node) for node, own in own_grid.items() if own is None)])
     if not placement.layers:
         raise InputError(
-            f"no layer can be quantised for {plugins.describe(runtime)}; ignore={list(ignore)} leaves none, or the model has no convolution or linear layer"
+            f"no layer can be quantised for {plugins.describe(runtime)}; ignore={list(ignore)} and weights={assigned} leave none, "
+            "or the model has no convolution or linear layer"
         )
     for node in placement.layers:
-        _own_bias(graph, node)
+        if not isinstance(own := own_grid[node], grids.Grid) or own.group is not None or not own.symmetric or not own.signed:
+            raise InputError(
+                f"{layer_name(node)}: weights={own}: integer kernels take int2 to int8 with one scale a channel; write int4, say"
+            )
+        rewriting.own_bias(graph, node)
     pairs = equalize_ranges(graph) if equalize else 0
-    stored = _stored_batches(graph, task, batches, images, batch_size, seed)
+    walks = correct_bias or isinstance(rounder, OfLayers)
     total = math.ceil(images / batch_size) if batches is None else None
-    seen, kept = itertools.tee(stored)
-    histograms = observe(graph, placement.values, track(seen, total, "calibrate", progress))
-    float_graph = _copy(graph)
+    seen = observe(
+        graph,
+        placement.values,
+        track(_checked_batches(graph, task, batches, images, batch_size, seed), total, "calibrate", progress),
+        placement.layers if correct_bias else (),
+        lambda samples: walks and samples * _input_bytes(graph) <= MEMORY / 2,
+    )
+    float_graph = share_copy(graph)
     ranges = {}
     for value in placement.values:
-        lo, hi = rule.activation_range(histograms[value], grid)
-        ranges[value] = _clipped(placement, value, min(lo, 0.0), max(hi, 0.0))
-    generator = torch.Generator().manual_seed(seed)
-    scales = _insert(graph, placement, ranges, grid)
-    facts = _round_weights(graph, placement, scales, weight_grid, grid.bits, weight_rule, rounder, generator)
-    finish(graph)
-    correction = _take(kept, CORRECTION_IMAGES)
-    del kept, stored
-    if correct_bias:
-        _correct_biases(float_graph, graph, [node.name for node in placement.layers], correction)
-    graph = to_integers(graph)
-    if weight_grid.bits < 8:
-        graph.meta["bits"] = {f"{fact['weight']}_codes": weight_grid.bits for fact in facts}
-    names = {node.name for node in placement.layers}
+        lo, hi = rule.activation_range(seen.histograms[value], grid)
+        ranges[value] = rewriting.clipped(placement, value, min(lo, 0.0), max(hi, 0.0))
+    rewriting.insert(graph, placement, ranges, grid)
+    run = _Rounding(graph, float_graph, seen, rounder, torch.Generator().manual_seed(seed))
+    facts = []
+    for node in track(placement.layers, len(placement.layers), "round", progress and walks):
+        own = own_grid[node]
+        assert own is not None
+        weight_rule = given_rule or plugins.resolve("calibration", "minmax" if own.bits == 8 else "mse")
+        facts.append(run.round(node, own, weight_rule) | {"activation_bits": grid.bits})
+        if correct_bias:
+            run.correct_bias(node)
+    graph = to_integers(finish(graph))
+    if any(fact["bits"] < 8 for fact in facts):
+        graph.meta["bits"] = {f"{fact['weight']}_codes": fact["bits"] for fact in facts if fact["bits"] < 8}
+    integer = {node.name for node in placement.layers}
     graph.meta.setdefault("history", []).append(
         {
             "step": "quantize",
             "options": {
                 "images": images,
-                "weights": str(weight_grid),
+                "weights": str(assigned),
                 "activations": str(grid),
                 "calibration": plugins.describe(rule),
-                "weight_calibration": plugins.describe(weight_rule),
+                "weight_calibration": None if given_rule is None else plugins.describe(given_rule),
                 "rounding": plugins.describe(rounder),
                 "runtime": plugins.describe(runtime),
                 "ignore": list(ignore),
@@ -135,240 +143,112 @@ def quantize(
             },
             "facts": {
                 "layers": [{key: value for key, value in fact.items() if key != "weight"} for fact in facts],
+                "images_of_rounding": sum(len(batch[0]) for batch in seen.batches) if walks else 0,
                 "equalized": pairs,
-                "float": sorted(layer_name(node) for node in float_graph.graph.nodes if _is_layer(node) and node.name not in names),
-                "ranges": {value.name: list(ranges[value]) for value in placement.values if value in ranges},
+                "float": sorted(layer_name(node) for node in float_graph.graph.nodes if weighted(node) and node.name not in integer),
+                "ranges": {value.name: list(ranges[value]) for value in placement.values},
             },
         }
     )
     return graph.eval()
 
 
-def _is_layer(node: fx.Node) -> bool:
-    return (
-        node.op == "call_function"
-        and node.target in (aten.conv2d.default, aten.conv2d.padding, aten.linear.default)
-        and isinstance(node.args[1], fx.Node)
-        and node.args[1].op == "get_attr"
-    )
+class _Rounding:
+    """Layers of ``graph`` one after the other, each on what the layers before it, rounded, make of the images that were kept."""
+
+    def __init__(self, graph: fx.GraphModule, float_graph: fx.GraphModule, seen: Observed, rounder: Any, generator: torch.Generator):
+        self.graph, self.rounder, self.generator = graph, rounder, generator
+        device = device_of(graph)
+        self.prefix = Prefix(graph, seen.batches, MEMORY / 2, device)
+        self.float_prefix = Prefix(float_graph, seen.batches, MEMORY / 2, device)
+        self.twins = {node.name: node for node in float_graph.graph.nodes}
+        self.means = {node.name: mean for node, mean in seen.means.items()}
+
+    def round(self, node: fx.Node, grid: grids.Format, rule: Any) -> dict[str, Any]:
+        """Codes in place of the layer's weight and bias; facts about it."""
+        source = node.args[1]
+        weight = attribute(self.graph, source).detach()
+        scale = rule.weight_scale(grids.rows(weight, grid), grid).float().expand(weight.shape[0])
+        scale = torch.maximum(scale, rewriting.least_scale(self.graph, node))
+        wide = scale.view(-1, *[1] * (weight.dim() - 1))
+        name = str(source.target).rpartition(".")[0] or str(source.target)
+        if isinstance(self.rounder, OfLayers):
+            groups = patches.groups_of(node)
+            rows = weight.float().reshape(groups, weight.shape[0] // groups, -1)
+            layer = Layer(name, rows, scale.view(groups, -1, 1), grid, self._samples(node, weight.shape, groups, self.rounder.reads))
+            codes = self.rounder.layer_codes(layer, self.generator).reshape(weight.shape).to(grid.dtype)
+        else:
+            codes = self.rounder.codes(weight.float() / wide, grid, self.generator)
+        error = (codes.float() * wide - weight).double().square().sum() / weight.double().square().sum().clamp_min(1e-30)
+        rewriting.put_codes(self.graph, node, codes, scale)
+        return {
+            "name": name,
+            "weight": str(source.target),
+            "bits": grid.bits,
+            "error": float(error),
+            "input": rewriting.value_name(node),
+        }
+
+    def correct_bias(self, node: fx.Node) -> None:
+        for _ in self.prefix.run(node, ()):
+            pass
+        average = Average()
+        for (value,) in self.prefix.run(node.next, (node,), keep=False):
+            average.add(node, value)
+        rewriting.shift_bias(self.graph, node, self.means[node.name] - average.mean)
+
+    def _samples(self, node: fx.Node, shape: Sequence[int], groups: int, reads: frozenset[str]) -> Any:
+        """``samples`` of a ``Layer``: what the layer reads in both graphs and makes in float, at the same few places."""
+        twin = self.twins[node.name]
+        drawn: list[Tensor] = []
+
+        def gathered() -> Iterator[Sample]:
+            entry = node.args[0]
+            exact: Iterator[Any] = iter(lambda: (None, None), 0)
+            if reads:
+                exact = self.float_prefix.run(twin.next, (twin.args[0], twin))
+            for index, ((inputs,), (float_inputs, float_outputs)) in enumerate(zip(self.prefix.run(node, (entry,)), exact)):
+                if index == len(drawn):
+                    drawn.append(patches.draw(patches.plane(node, inputs, shape), self.generator, inputs.device))
+                place = drawn[index]
+                x = _columns(patches.read(node, inputs, shape, groups, place))
+                other = _columns(patches.read(twin, float_inputs, shape, groups, place)) if "float_inputs" in reads else None
+                y = None
+                if "float_outputs" in reads:
+                    bias = attribute(self.float_prefix.graph, twin.args[2]).detach().float().view(groups, -1, 1)
+                    y = _columns(patches.made(twin, float_outputs, groups, place)) - bias
+                yield Sample(x, other, y)
+
+        return gathered
 
 
-def _copy(graph: fx.GraphModule) -> fx.GraphModule:
-    """Same nodes by name; the tensors are shared (they are replaced, never changed)."""
-    nodes = fx.Graph()
-    output = nodes.graph_copy(graph.graph, {})
-    nodes.output(output)
-    copied = fx.GraphModule(graph, nodes)
-    copied.meta = dict(graph.meta)
-    return copied
+def _columns(x: Tensor) -> Tensor:
+    """(N, groups, K, places) -> (groups, K, N places)"""
+    return x.permute(1, 2, 0, 3).flatten(2).float()
 
 
-def _stored_batches(
+def _input_bytes(graph: fx.GraphModule) -> int:
+    """Of one sample."""
+    return sum(math.prod(spec["shape"]) * getattr(torch, spec["dtype"]).itemsize for spec in graph.meta["inputs"])
+
+
+def _checked_batches(
     graph: fx.GraphModule, task: Any, batches: Any, images: int, batch_size: int, seed: int
 ) -> Iterator[tuple[Tensor, ...]]:
+    """The first ``images`` samples."""
     if batches is None:
         if task is None:
             raise InputError("no calibration images: pass a task, or batches=")
         batches = task.inputs("train", images, batch_size, seed=seed)
     shape = [spec["shape"] for spec in graph.meta["inputs"]]
+    left, device = images, device_of(graph)
     for batch in batches:
         given = (batch,) if isinstance(batch, Tensor) else tuple(batch)
         if [list(value.shape[1:]) for value in given] != shape:
             raise InputError(
                 f"calibration batch of shape {[list(value.shape) for value in given]}: the model takes (N, {', '.join(map(str, shape[0]))})"
             )
-        yield given
-
-
-def _take(batches: Iterable[tuple[Tensor, ...]], count: int) -> tuple[Tensor, ...]:
-    """The first ``count`` samples as one batch."""
-    taken: list[tuple[Tensor, ...]] = []
-    while sum(len(batch[0]) for batch in taken) < count and (batch := next(iter(batches), None)) is not None:  # type: ignore[call-overload]
-        taken.append(batch)
-    return tuple(torch.cat(parts)[:count] for parts in zip(*taken, strict=True))
-
-
-def _own_bias(graph: fx.GraphModule, node: fx.Node) -> None:
-    """Every integer layer has a weight and a bias of its own."""
-    weight = attribute(graph, node.args[1]).detach()
-    bias = attribute(graph, node.args[2]).detach() if len(node.args) > 2 and node.args[2] is not None else weight.new_zeros(weight.shape[0])
-    put(graph, node, weight.clone(), bias.clone())
-
-
-def _clipped(placement: Placement, value: fx.Node, lo: float, hi: float) -> tuple[float, float]:
-    """A range no wider than the clip whose work the grid's ends do."""
-    if value in placement.fused:
-        least, most = clip_bounds(value)
-        lo, hi = max(lo, min(least, 0.0)), min(hi, max(most, 0.0))
-    if value.target is aten.sigmoid.default:
-        lo, hi = 0.0, 1.0
-    if value.target is aten.hardsigmoid.default:
-        lo, hi = 0.0, 6.0  # of x + 3, read as a sixth of it: see _open_gate
-    return lo, hi
-
-
-def _insert(
-    graph: fx.GraphModule, placement: Placement, ranges: dict[fx.Node, tuple[float, float]], grid: grids.Grid
-) -> dict[fx.Node, Tensor]:
-    """Put quantize/dequantize after every value; returns the scale that each value's readers see."""
-    seen_scale: dict[fx.Node, Tensor] = {}
-    sources: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
-    for value in placement.values:
-        lo, hi = ranges[value]
-        scale = torch.tensor(max((hi - lo) / grid.levels, 1e-8), dtype=torch.float32)
-        zero = torch.tensor(min(max(round(grid.qmin - lo / float(scale)), grid.qmin), grid.qmax), dtype=grid.dtype)
-        sources[value] = _after(graph, value, value, scale, zero, grid)
-        seen_scale[value] = scale
-        if value.target is aten.hardsigmoid.default:
-            seen_scale[value] = _open_gate(graph, value, scale, grid)
-    for carrier, value in placement.carried.items():
-        if carrier.target is aten.pad.default:
-            _pad_codes(graph, carrier)
-        elif not _yields_tuple(carrier):
-            scale, zero = seen_scale[value], attribute(graph, sources[value][1])
-            _after(graph, carrier, value, scale, zero, grid)
-    for clip, source in placement.fused.items():
-        clip.replace_all_uses_with(source)
-    return seen_scale
-
-
-def _pad_codes(graph: fx.GraphModule, pad: fx.Node) -> None:
-    """Padding with zeros, done on the codes: zero is the code of the zero point."""
-    number = pad.args[0]
-    codes, scale, zero, axis = number.args
-    pad.args, pad.kwargs = (codes, pad.args[1], "constant", int(attribute(graph, zero))), {}
-    with graph.graph.inserting_after(pad):
-        padded = graph.graph.call_function(OPERATORS.dequantize.default, (pad, scale, zero, axis))
-    pad.replace_all_uses_with(padded, delete_user_cb=lambda user: user is not padded)
-
-
-def _yields_tuple(node: fx.Node) -> bool:
-    return any(user.target is operator.getitem for user in node.users)
-
-
-def _after(graph: fx.GraphModule, node: fx.Node, value: fx.Node, scale: Tensor, zero: Tensor, grid: grids.Grid) -> tuple[fx.Node, fx.Node]:
-    """quantize and dequantize ``node``; everybody who read it reads the result. The grid's tensors are named after ``value``."""
-    name = f"quantization.{value.name}"
-    place_after = node
-    with graph.graph.inserting_after(place_after):
-        scale_node = _constant(graph, f"{name}.scale", scale)
-    with graph.graph.inserting_after(scale_node):
-        zero_node = _constant(graph, f"{name}.zero_point", zero)
-    with graph.graph.inserting_after(zero_node):
-        codes = graph.graph.call_function(OPERATORS.quantize.default, (node, scale_node, zero_node, None, grid.qmin, grid.qmax, grid.dtype))
-    with graph.graph.inserting_after(codes):
-        number = graph.graph.call_function(OPERATORS.dequantize.default, (codes, scale_node, zero_node, None))
-    codes.meta["stack"] = number.meta["stack"] = node.meta.get("stack", "")
-    node.replace_all_uses_with(number, delete_user_cb=lambda user: user is not codes)
-    return scale_node, zero_node
-
-
-def _constant(graph: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
-    set_attribute(graph, name, value)
-    return graph.graph.get_attr(name)
-
-
-def _open_gate(graph: fx.GraphModule, gate: fx.Node, scale: Tensor, grid: grids.Grid) -> Tensor:
-    """hardsigmoid(x) = clip(x + 3, 0, 6) / 6 as an integer addition: the grid of x + 3 clips it, and its codes are read on a grid six times finer."""
-    name = f"quantization.{gate.name}"
-    finer = scale / 6
-    three = torch.tensor(grid.qmax, dtype=grid.dtype)
-    with graph.graph.inserting_before(gate):
-        codes = _constant(graph, f"{name}.three_codes", three)
-        step = _constant(graph, f"{name}.three_scale", torch.tensor(3 / grid.qmax, dtype=torch.float32))
-        zero = _constant(graph, f"{name}.three_zero_point", torch.zeros((), dtype=grid.dtype))
-        number = graph.graph.call_function(OPERATORS.dequantize.default, (codes, step, zero, None))
-        moved = graph.graph.call_function(aten.add.Tensor, (gate.args[0], number))
-    moved.meta["stack"] = gate.meta.get("stack", "")
-    gate.replace_all_uses_with(moved)
-    quantized = next(user for user in moved.users if user.target is OPERATORS.quantize.default)
-    read = next(user for user in quantized.users if user.target is OPERATORS.dequantize.default)
-    with graph.graph.inserting_before(read):
-        fine = _constant(graph, f"{name}.gate_scale", finer)
-    read.args = (read.args[0], fine, *read.args[2:])
-    return finer
-
-
-def _round_weights(
-    graph: fx.GraphModule,
-    placement: Placement,
-    scales: dict[fx.Node, Tensor],
-    grid: grids.Grid,
-    activation_bits: int,
-    rule: Any,
-    rounder: Any,
-    generator: torch.Generator,
-) -> list[dict[str, Any]]:
-    """Codes in place of weights and biases; one fact a layer."""
-    facts = []
-    values = {value.name: value for value in placement.values}
-    for node in placement.layers:
-        entry = node.args[0]
-        assert isinstance(entry, fx.Node)
-        root = _root_of(entry, values)
-        input_scale = scales[root].double()
-        weight_node, bias_node = node.args[1], node.args[2]
-        assert isinstance(weight_node, fx.Node) and isinstance(bias_node, fx.Node)
-        weight, bias = attribute(graph, weight_node).detach(), attribute(graph, bias_node).detach()
-        rows = weight.reshape(weight.shape[0], -1)
-        scale = rule.weight_scale(rows, grid).to(torch.float32)
-        least = (bias.double().abs() / (input_scale * _BIAS_LIMIT)).float().clamp_min(1e-12)  # so that the bias fits 32 bits
-        scale = torch.maximum(scale, least)
-        wide = scale.view(-1, *[1] * (weight.dim() - 1))
-        codes = rounder.codes(weight.float() / wide, grid, generator)
-        error = (codes.float() * wide - weight).double().square().sum() / weight.double().square().sum().clamp_min(1e-30)
-        products = (input_scale * scale.double()).float()
-        bias_codes = torch.round(bias.double() / products.double()).clamp(-_BIAS_LIMIT, _BIAS_LIMIT).to(torch.int32)
-        name, bias_name = str(weight_node.target), str(bias_node.target)
-        with graph.graph.inserting_before(node):
-            number = _decoded(graph, name, codes, scale, torch.zeros((), dtype=grid.dtype))
-            constant = _decoded(graph, bias_name, bias_codes, products, torch.zeros((), dtype=torch.int32))
-        node.args = (node.args[0], number, constant, *node.args[3:])
-        facts.append(
-            {
-                "name": name.rpartition(".")[0] or name,
-                "weight": name,
-                "bits": grid.bits,
-                "activation_bits": activation_bits,
-                "error": float(error),
-                "input": root.name,
-            }
-        )
-    return facts
-
-
-def _root_of(entry: Any, values: dict[str, fx.Node]) -> fx.Node:
-    """The value whose grid a dequantize node reads, found by the name of its scale."""
-    while entry.target is not OPERATORS.dequantize.default:
-        entry = entry.args[0]  # padding that melts into the layer
-    name = str(entry.args[1].target).split(".")[1]
-    return values[name]
-
-
-def _decoded(graph: fx.GraphModule, name: str, codes: Tensor, scale: Tensor, zero: Tensor) -> fx.Node:
-    return graph.graph.call_function(
-        OPERATORS.dequantize.default,
-        (
-            _constant(graph, f"{name}_codes", codes),
-            _constant(graph, f"{name}_scale", scale),
-            _constant(graph, f"{name}_zero_point", zero),
-            0,
-        ),
-    )
-
-
-def _correct_biases(float_graph: fx.GraphModule, graph: fx.GraphModule, names: list[str], inputs: tuple[Tensor, ...]) -> None:
-    """Take out of each layer's bias what its output's mean moved by, a channel, before its successors run."""
-    nodes = {node.name: node for node in graph.graph.nodes}
-    for name, wanted, value in in_lockstep(float_graph, graph, names, inputs):
-        node = nodes[name]
-        axis = 1 if node.target is not aten.linear.default else value.dim() - 1
-        over = [dim for dim in range(value.dim()) if dim != axis]
-        moved = (wanted - value).mean(over, dtype=torch.float64)
-        bias = node.args[2]
-        assert isinstance(bias, fx.Node)
-        codes, scale = (attribute(graph, source) for source in bias.args[:2])
-        mended = (codes.double() + torch.round(moved / scale.double())).clamp_(-_BIAS_LIMIT, _BIAS_LIMIT).to(torch.int32)
-        change = (mended.double() - codes.double()) * scale.double()
-        codes.copy_(mended)
-        value += change.to(value.dtype).view([-1 if dim == axis else 1 for dim in range(value.dim())])
+        yield tuple(value[:left].to(device) for value in given)
+        left -= len(given[0])
+        if left <= 0:
+            return

@@ -27,9 +27,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from rarefy import patches
 from rarefy.capturing import as_graph, attribute, device_of, is_tensor, set_attribute, shapes, share_copy
 from rarefy.errors import CheckFailed, DataError, InputError
 from rarefy.folding import layer_name, weighted
@@ -38,7 +38,6 @@ from rarefy.progress import track
 aten = torch.ops.aten
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-PATCHES = 64  # places of an image whose patches are looked at, at most: 256 took twice as long on ResNet-56 and were no better
 _JUDGE = 4  # every so many images, one judges
 
 
@@ -234,7 +233,7 @@ class _Repair:
         shifts = norm is not None or (bias_node is not None and _alone(self.small, node, 2))
         axis = -1 if node.target is aten.linear.default else 1
         kept = self.kept.get(str(node.args[1].target))  # type: ignore[union-attr]
-        groups = _groups(node)
+        groups = patches.groups_of(node)
         own = weight.reshape(groups, weight.shape[0] // groups, -1)
         bias = None if bias_node is None else attribute(self.small, bias_node).detach()
         fit, judge = _Normal(own, bias), _Normal(own, bias)
@@ -358,64 +357,11 @@ def _pairs(
     node: fx.Node, source: Tensor, wanted: Tensor, shape: Sequence[int], groups: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """What the layer reads, (N, groups, K, places), and what it should make of it, (N, groups, outputs, places), at places drawn once a batch."""
-    count = len(source)
-    if node.target is aten.linear.default:
-        x, y = (value.reshape(count, -1, value.shape[-1]).mT for value in (source, wanted))
-        place = _places(x.shape[-1], generator, x.device)
-        return x.index_select(-1, place).unsqueeze(1), y.index_select(-1, place).unsqueeze(1)
-    spatial = len(shape) - 2
-    kernel = list(shape[2:])
-    stride, dilation = (_each(_argument(node, name), spatial) for name in ("stride", "dilation"))
-    padding = _argument(node, "padding")
-    if isinstance(padding, str):
-        ends = [(0, 0) if padding == "valid" else _same_ends(d * (k - 1)) for d, k in zip(dilation, kernel, strict=True)]
-    else:
-        ends = [(p, p) for p in _each(padding, spatial)]
-    padded = F.pad(source, [end for pair in reversed(ends) for end in pair]).contiguous()
-    plane = list(wanted.shape[2:])
-    steps = padded.stride()
-    view = padded.as_strided(
-        (count, padded.shape[1], *plane, *kernel),
-        (
-            *steps[:2],
-            *(s * step for s, step in zip(stride, steps[2:], strict=True)),
-            *(d * step for d, step in zip(dilation, steps[2:], strict=True)),
-        ),
-    )
-    place = _places(math.prod(plane), generator, source.device)
-    where: tuple[Any, ...] = (slice(None), slice(None), *torch.unravel_index(place, plane))
-    x = view[where]  # (N, channels, places, *kernel)
-    x = x.movedim(2, -1).reshape(count, groups, -1, len(place))
-    y = wanted.flatten(2).index_select(-1, place)
-    return x, y.reshape(count, groups, -1, len(place))
-
-
-def _same_ends(total: int) -> tuple[int, int]:
-    """``padding="same"``: the odd one at the end."""
-    return total // 2, total - total // 2
-
-
-def _places(count: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    chosen = torch.randperm(count, generator=generator)[:PATCHES].sort().values if count > PATCHES else torch.arange(count)
-    return chosen.to(device)
+    place = patches.draw(patches.plane(node, source, shape), generator, source.device)
+    return patches.read(node, source, shape, groups, place), patches.made(node, wanted, groups, place)
 
 
 # ------------------------------------------------------------------------------------------------------------------- graphs
-
-
-def _argument(node: fx.Node, name: str) -> Any:
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    place = next(index for index, argument in enumerate(schema) if argument.name == name)
-    return node.args[place] if place < len(node.args) else node.kwargs.get(name, schema[place].default_value)
-
-
-def _each(value: Any, count: int) -> list[int]:
-    values = list(value) if isinstance(value, (list, tuple)) else [value]
-    return values * count if len(values) == 1 else values
-
-
-def _groups(node: fx.Node) -> int:
-    return 1 if node.target is aten.linear.default else int(_argument(node, "groups"))
 
 
 def _alone(graph: fx.GraphModule, node: fx.Node, place: int = 1) -> bool:
@@ -453,7 +399,7 @@ def _changed(small: fx.GraphModule, wide: fx.GraphModule) -> set[fx.Node]:
 
 def _reads_less(small: fx.GraphModule, wide: fx.GraphModule, node: fx.Node) -> bool:
     """A layer of which input channels are gone. One that only makes fewer outputs makes those as before, and so does batch norm."""
-    if not weighted(node) or _groups(node) > 1:
+    if not weighted(node) or patches.groups_of(node) > 1:
         return False
     name = str(node.args[1].target)  # type: ignore[union-attr]
     try:

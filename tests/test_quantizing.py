@@ -17,8 +17,10 @@ from rarefy.folding import equalize, fold, simplify
 from rarefy.grids import Grid
 from rarefy.kernels.affine import dequantize, fake_quantize
 from rarefy.kernels.affine import quantize as to_codes
-from rarefy.observing import BINS, Histogram, observe
+from rarefy.observing import BINS, Histogram, Taps, observe
+from rarefy.prefix import Prefix
 from rarefy.quantizing import quantize
+from rarefy.rounding import OfLayers, OfWeights
 
 
 class Block(nn.Module):
@@ -82,7 +84,13 @@ def test_nearest_is_within_half_a_step(bits: int, signed: bool, seed: int) -> No
     assert ((w - back).abs() <= scale[:, None] / 2 * (1 + 1e-5)).all()
 
 
-@pytest.mark.parametrize("name", plugins.available("rounding"))
+OF_WEIGHTS, OF_LAYERS = (
+    [name for name in plugins.available("rounding") if isinstance(plugins.resolve("rounding", name), kind)]
+    for kind in (OfWeights, OfLayers)
+)
+
+
+@pytest.mark.parametrize("name", OF_WEIGHTS)
 def test_every_rounding_gives_neighbouring_codes_and_repeats(name: str) -> None:
     rule, grid = plugins.resolve("rounding", name), Grid(4)
     scaled = torch.linspace(-9, 9, 1001)
@@ -309,6 +317,7 @@ def test_wrong_requests_are_refused(block: nn.Module, batches: list[torch.Tensor
         "quantised already": lambda: quantize(small, batches=batches),
         "no calibration images": lambda: quantize(graph),
         "number format": lambda: quantize(graph, batches=batches, weights="int9"),
+        "integer kernels take": lambda: quantize(graph, batches=batches, weights="int4:group=8"),
         "the model takes": lambda: quantize(graph, batches=[torch.randn(2, 1, 32, 32)]),
         "no layer can be quantised": lambda: quantize(graph, batches=batches, ignore=["*"]),
         "unknown choice": lambda: quantize(graph, batches=batches, calibration="nonsense"),
@@ -335,3 +344,39 @@ def test_observe_refuses_nan(block: nn.Module) -> None:
     node = next(node for node in graph.graph.nodes if "conv2d" in node.name)
     with pytest.raises(CheckFailed, match="NaN"):
         observe(graph, [node], [(torch.full((2, 3, 32, 32), torch.nan),)])
+
+
+def test_each_layer_has_the_grid_it_is_given(block: nn.Module, batches: list[torch.Tensor]) -> None:
+    graph = capture(block, batches[0])
+    as_text = quantize(graph, batches=batches, weights="int4;stem.*=int8;squeeze=int3;head=float", progress=False)
+    as_table = quantize(graph, batches=batches, weights={"*": "int4", "stem.*": "int8", "squeeze": "int3", "head": "float"}, progress=False)
+    for small in (as_text, as_table):
+        facts = small.meta["history"][-1]["facts"]
+        bits = {layer["name"]: layer["bits"] for layer in facts["layers"]}
+        assert bits["stem.0"] == 8 and bits["squeeze"] == 3 and bits["excite"] == 4 and facts["float"] == ["head"]
+        assert small.meta["bits"]["squeeze.weight_codes"] == 3 and "stem.0.weight_codes" not in small.meta["bits"]
+    assert all(torch.equal(value, as_table.state_dict()[name]) for name, value in as_text.state_dict().items())
+    with pytest.raises(InputError, match="names no layer"):
+        grids.assign("int4;int8", symmetric=True)
+    assert grids.assign("float; a.*=int4 ;a.b=int8:symmetric=no", symmetric=True).of(["a.b"]) == Grid(8, True, False)
+
+
+@pytest.mark.parametrize("memory", [0, 10**5, 10**9])
+def test_a_prefix_gives_each_place_its_values_whatever_it_may_keep(block: nn.Module, batches: list[torch.Tensor], memory: int) -> None:
+    """Values equal those of a run of the whole graph, and what is changed behind the place is seen."""
+    graph = capture(block, batches[0])
+    nodes = [node for node in graph.graph.nodes if node.op == "call_function"]
+    wanted: dict[torch.fx.Node, list[torch.Tensor]] = {}
+    with torch.no_grad():
+        for batch in batches:
+            Taps(graph, nodes, lambda node, value: wanted.setdefault(node, []).append(value)).run(batch)
+    prefix = Prefix(graph, [(batch,) for batch in batches], memory, torch.device("cpu"))
+    for node in nodes[::3]:
+        source = node.all_input_nodes[0]
+        if source.op == "call_function":
+            found = [value for (value,) in prefix.run(node, (source,))]
+            assert all(torch.equal(one, other) for one, other in zip(found, wanted[source], strict=True))
+    with torch.no_grad():
+        dict(graph.named_parameters())["head.bias"].add_(1)
+    answers = [value for (value,) in prefix.run(nodes[-1].next, (nodes[-1],), keep=False)]
+    assert all(torch.allclose(one, other + 1, atol=1e-5) for one, other in zip(answers, wanted[nodes[-1]], strict=True))

@@ -1,1 +1,60 @@
-"""Rules that turn scaled weights into codes, one a file: ``codes(scaled, grid, generator) -> codes`` with scaled = w / s + z."""
+"""Rules that turn weights into codes, one a file; the file name is what ``rounding="..."`` takes. A rule is a frozen dataclass with one of
+
+    codes(scaled, grid, generator) -> codes                  looks at the weights only: scaled = w / s
+    layer_codes(layer, generator) -> codes                   looks at what a layer reads and should make (``Layer``)
+    reconstruct(block, generator)                            rounds all layers of a block together (``rarefy.rounding.brecq``)
+
+The layers before have been rounded already, so that each rule mends their errors along with its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from rarefy.grids import Format
+
+
+class Sample(NamedTuple):
+    """Of a batch, at a few places of each image. inputs: (groups, K, n) from the rounded layers before. float_inputs: the same from the
+    float model. float_outputs: (groups, outputs, n), what the float layer makes, without its bias."""
+
+    inputs: Tensor
+    float_inputs: Tensor | None
+    float_outputs: Tensor | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A convolution or linear layer in its unfolded form. weight: (groups, outputs, K) float32; scale: its step, which broadcasts to that.
+
+    samples: the batches anew at every call, the same places each time.
+    """
+
+    name: str
+    weight: Tensor
+    scale: Tensor
+    grid: Format
+    samples: Callable[[], Iterator[Sample]]
+
+    def nearest(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """The nearest multiples of ``scale`` to the numbers ``weight``, in float32."""
+        return self.grid.snap(weight / scale)
+
+
+@runtime_checkable
+class OfWeights(Protocol):
+    def codes(self, scaled: Tensor, grid: Format, generator: torch.Generator) -> Tensor: ...
+
+
+@runtime_checkable
+class OfLayers(Protocol):
+    """reads: which of the optional fields of ``Sample`` the rule wants."""
+
+    reads: frozenset[str]
+
+    def layer_codes(self, layer: Layer, generator: torch.Generator) -> Tensor: ...

@@ -1,0 +1,78 @@
+"""Prefix: a graph run up to a moving place over many batches, so that what lies behind the place can be changed before it runs.
+
+Layers are rounded in order, each on what the rounded layers before it yield. The values at the place are kept for all batches where they fit into
+``memory``; where they don't, the place they were last kept at is run from again. So memory is bounded whatever the number of images, and the cost of
+that is time: twice the network for a classifier of which only the ends of blocks fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from rarefy.capturing import attribute
+
+
+class Prefix:
+    """batches: inputs on any device; they are moved to the graph's when they are run. memory: bytes for values that are kept."""
+
+    def __init__(self, graph: fx.GraphModule, batches: Sequence[tuple[Tensor, ...]], memory: float, device: torch.device):
+        self.graph, self.batches, self.memory, self.device = graph, batches, memory, device
+        self.kept: list[dict[fx.Node, Any]] = [{} for _ in batches]
+        self.at: fx.Node | None = None  # the first node that has not run, where values are kept; None: the graph's first
+
+    def run(self, until: fx.Node, wanted: Sequence[fx.Node], keep: bool = True) -> Iterator[tuple[Any, ...]]:
+        """For each batch, the values of ``wanted`` (they run before ``until``), once all before ``until`` has run.
+
+        keep: whether the place may move to ``until``: not where something before it is still to be changed. It moves when the last batch is done.
+        """
+        nodes = list(self.graph.graph.nodes)
+        place = {node: index for index, node in enumerate(nodes)}
+        begun, end = (place[self.at] if self.at is not None else 0), place[until]
+        last = {node: max((place[user] for user in node.users), default=-1) for node in nodes}
+        held = set(wanted)
+        runnable = self._carrying(nodes, begun, end)
+        moved: list[dict[fx.Node, Any]] = []
+        for index, batch in enumerate(self.batches):
+            values = dict(self.kept[index])
+            arguments = iter(batch)
+            for node in nodes[begun:end]:
+                if node.op == "placeholder":
+                    values[node] = next(arguments).to(self.device)
+                elif node in runnable:
+                    values[node] = self._value(node, values)
+                    for source in node.all_input_nodes:
+                        if last[source] <= place[node] and source not in held:
+                            values.pop(source, None)
+            live = {node: value for node, value in values.items() if last[node] >= end}
+            keep = keep and (bool(moved) or _bytes(live) * len(self.batches) <= self.memory)
+            if keep:
+                moved.append(live)
+            yield tuple(self._value(node, values) for node in wanted)
+        if keep:
+            self.kept, self.at = moved, until
+
+    def _carrying(self, nodes: list[fx.Node], begun: int, end: int) -> set[fx.Node]:
+        """Nodes whose values depend on the inputs; the others are constants, computed where they are read."""
+        found = {node for node in nodes[:begun] if any(node in values for values in self.kept[:1])}
+        found |= {node for node in nodes if node.op == "placeholder"}
+        for node in nodes[begun:end]:
+            if node.op == "call_function" and any(source in found for source in node.all_input_nodes):
+                found.add(node)
+        return found
+
+    def _value(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        if node in values:
+            return values[node]
+        if node.op == "get_attr":
+            return attribute(self.graph, node)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: self._value(source, values))
+        with torch.no_grad():
+            return node.target(*args, **kwargs)
+
+
+def _bytes(values: dict[fx.Node, Any]) -> int:
+    return sum(value.numel() * value.element_size() for value in values.values() if isinstance(value, Tensor))
