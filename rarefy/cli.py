@@ -279,6 +279,9 @@ def prune(
     ] = 1,
     floor: Annotated[float, typer.Option(metavar="SHARE", help="Share of any layer that stays in any case.")] = 0.1,
     ignore: Ignore = None,
+    heads: Annotated[
+        str, typer.Option(metavar="NAME", help="Of attention: dims, the same of each head leave; whole: heads leave.")
+    ] = "dims",
     select: Annotated[
         str, typer.Option(metavar="CHOICE", help="How scores decide: best, or sample:temperature=1; see `rarefy list selection`.")
     ] = "best",
@@ -299,7 +302,7 @@ def prune(
         plugins.resolve(kind, choice)
     if explain:
         _, graph, _ = _prepared(model, data, needed=False)
-        return _show_coupling(graph, tuple(ignore or ()), as_json)
+        return _show_coupling(graph, tuple(ignore or ()), heads, as_json)
     if output is None:
         raise InputError("no --output is given; pass -o PATH, or --explain to only look (rarefy prune --help)")
     folder = _claim_folder(output)
@@ -320,6 +323,7 @@ def prune(
         round_to=round_to,
         floor=floor,
         ignore=tuple(ignore or ()),
+        heads=heads,
         select=select,
         schedule=schedule,
         task=task,
@@ -870,10 +874,10 @@ def _completed(options: Mapping[str, Any], source: Any) -> dict[str, Any]:
     return {**known, **options}
 
 
-def _show_coupling(graph: Any, ignore: tuple[str, ...], as_json: bool) -> None:
+def _show_coupling(graph: Any, ignore: tuple[str, ...], heads: str, as_json: bool) -> None:
     from rarefy.coupling import couple
 
-    coupling = couple(graph, ignore)
+    coupling = couple(graph, ignore, heads)
     groups = coupling.groups()
     if as_json:
         show_json(

@@ -33,6 +33,7 @@ from rarefy.labels import Trace, Value, axes_of, compact
 from rarefy.shuffling import indexed
 from rarefy.ties import RULES, Unknown, blank, pointwise
 
+HEADS = ("dims", "whole")
 Kept = list["Tensor | None"]  # for each axis, the positions that survive, or None for all
 
 
@@ -140,15 +141,18 @@ class Coupling:
         return lines
 
 
-def couple(graph: fx.GraphModule, ignore: Sequence[str] = ()) -> Coupling:
+def couple(graph: fx.GraphModule, ignore: Sequence[str] = (), heads: str = "dims") -> Coupling:
     """The coupling of a graph, in which channel shuffles became indices (``shuffling.py``): the result's own ``graph``, if there are any.
 
     ignore: globs on the dotted names of parameters or modules whose outputs must all stay.
+    heads: attention loses the same "dims" of each head, or "whole" heads.
     Raises InputError if a glob matches nothing.
     """
+    if heads not in HEADS:
+        raise InputError(f"heads={heads!r} is not one of {', '.join(HEADS)}")
     found = shapes(graph, 1)
     direct = indexed(graph, found)
-    trace = Trace(direct, found if direct is graph else shapes(direct, 1))
+    trace = Trace(direct, found if direct is graph else shapes(direct, 1), heads == "whole")
     for node in direct.graph.nodes:
         _run(trace, node)
     _ignore(trace, ignore)

@@ -34,10 +34,13 @@ class Value:
 
 
 class Trace:
-    """The state of one run on labels: what every node carries, the edges found, and what froze what."""
+    """The state of one run on labels: what every node carries, the edges found, and what froze what.
 
-    def __init__(self, graph: fx.GraphModule, found: dict[fx.Node, Any]):
-        self.graph, self.found = graph, found
+    whole_heads: a product of blocks (attention) ties the dims of each block, so that whole blocks leave, in place of the same dims of all.
+    """
+
+    def __init__(self, graph: fx.GraphModule, found: dict[fx.Node, Any], whole_heads: bool = False):
+        self.graph, self.found, self.whole_heads = graph, found, whole_heads
         self.values: dict[fx.Node, Any] = {}
         self.count = 1  # label 0 is frozen
         self.edges: list[tuple[Tensor, Tensor]] = []

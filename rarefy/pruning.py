@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from rarefy import plugins
 from rarefy.capturing import as_graph, is_graph, share_copy
 from rarefy.counting import MACS, operator_name, products
 from rarefy.coupling import Coupling, couple
+from rarefy.criteria import Criterion
 from rarefy.errors import InputError
 from rarefy.labels import Value, compact
 from rarefy.repairing import packed
@@ -65,6 +66,7 @@ def prune(
     round_to: int = 1,
     floor: float = 0.1,
     ignore: Sequence[str] = (),
+    heads: str = "dims",
     select: Any = "best",
     schedule: Any = "oneshot",
     task: Any = None,
@@ -88,6 +90,7 @@ def prune(
     round_to: each family of channels is cut to a multiple of this; one narrower than this stays whole. With speedup at least 8, unless given.
     floor: fraction of the channels of any layer that stays in any case.
     ignore: globs on dotted names of parameters or modules whose outputs all stay.
+    heads: attention loses the same "dims" of each head, or "whole" heads.
     select: how scores decide (``rarefy/selection``): "best", or "sample:temperature=0.5" to draw by them.
     schedule: all at once, or with training (``rarefy/schedules``): "oneshot", "iterative:rounds=5", "group_sparse:epochs=10".
     task, seed: for criteria that need data or chance, and schedules that train.
@@ -99,47 +102,75 @@ def prune(
     The record in ``meta["history"]`` says what was asked and reached, channels before and after, and what could not be pruned and why.
     Raises InputError for a target that is malformed or out of reach; SelfCheckFailed if the check fails.
     """
-    given = dict(locals())
     target = _target(keep, macs, params, speedup)
-    if schedule is not None:
-        how = plugins.resolve("schedules", schedule)
-        left = ("model", "inputs", "device", "checkpoint", "progress")
-        once = functools.partial(prune, **{name: value for name, value in given.items() if name not in left} | {"schedule": None})
-        whole = model if is_graph(model) else as_graph(model, inputs)
-        done: fx.GraphModule = how.run(
-            whole,
-            once,
-            target.asked,
-            Setting(task, seed, (ignore,) if isinstance(ignore, str) else tuple(ignore), device, checkpoint, progress),
-        )
-        return done
+    how = plugins.resolve("schedules", schedule)
     if ranking not in RANKINGS:
         raise InputError(f"ranking={ranking!r} is not one of {', '.join(RANKINGS)}")
     if not (isinstance(round_to, int) and round_to >= 1):
         raise InputError(f"round_to={round_to!r} must be a whole number from 1")
     if not 0 <= floor <= 1:
         raise InputError(f"floor={floor!r} must lie between 0 and 1")
-    ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-    rule = plugins.resolve("criteria", criterion)
-    selection = plugins.resolve("selection", select)
     if repair and task is None:
         raise InputError("repair=True needs images: pass task=, or call rarefy.repairing.repair() with batches of your own")
+    ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    once = functools.partial(
+        _at_once,
+        criterion=plugins.resolve("criteria", criterion),
+        ranking=ranking,
+        round_to=round_to,
+        floor=floor,
+        ignore=ignore,
+        heads=heads,
+        selection=plugins.resolve("selection", select),
+        task=task,
+        seed=seed,
+        check=check,
+        repair=repair,
+        where={"runtime": runtime, "threads": threads, "batch": batch},
+    )
     graph = model if is_graph(model) else as_graph(model, inputs)
-    assert isinstance(graph, fx.GraphModule)
+    setting = Setting(task, seed, ignore, heads, device, checkpoint, progress)
+    done: fx.GraphModule = how.run(graph, once, target.asked, setting)
+    return done
+
+
+def _at_once(
+    graph: fx.GraphModule,
+    *,
+    keep: float | None = None,
+    macs: float | int | None = None,
+    params: float | int | None = None,
+    speedup: float | None = None,
+    criterion: Criterion,
+    ranking: str,
+    round_to: int,
+    floor: float,
+    ignore: Sequence[str],
+    heads: str,
+    selection: Selection,
+    task: Any,
+    seed: int,
+    check: bool,
+    repair: bool,
+    where: Mapping[str, Any],
+) -> fx.GraphModule:
+    """``prune`` without a schedule; its choices resolved. where: what speedup is measured on."""
+    target = _target(keep, macs, params, speedup)
     full = share_copy(graph).eval() if any(module.training for module in graph.modules()) else graph
-    coupling = couple(full, ignore)
+    coupling = couple(full, ignore, heads)
     full = coupling.graph
     if coupling.count == 1:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(coupling.frozen.items())[:3]) or "it has no layer with channels"
         raise InputError(f"nothing can be pruned ({why})")
-    scores = rule.scores(full, coupling, task, seed)
-    _check_scores(coupling, scores, plugins.describe(rule))
+    scores = criterion.scores(full, coupling, task, seed)
+    _check_scores(coupling, scores, plugins.describe(criterion))
     measured: dict[str, Any] = {}
     if target.kind == "speedup":
         round_to = TILE if round_to == 1 else round_to
         ranked = _order(coupling, scores, ranking, round_to, floor, selection, seed)
-        where = {"runtime": runtime, "threads": threads, "batch": batch, "seed": seed}
-        plan, measured["latency"] = _for_speed(coupling, ranked, lambda alive: cut(coupling, alive).eval(), target.value, **where)
+        plan, measured["latency"] = _for_speed(
+            coupling, ranked, lambda alive: cut(coupling, alive).eval(), target.value, seed=seed, **where
+        )
     else:
         plan = choose(coupling, scores, target, ranking=ranking, round_to=round_to, floor=floor, select=selection, seed=seed)
     small = cut(coupling, plan.alive)
@@ -147,11 +178,12 @@ def prune(
     small.train(graph.training)
     options = {
         **target.asked,
-        "criterion": plugins.describe(rule),
+        "criterion": plugins.describe(criterion),
         "ranking": ranking,
         "round_to": round_to,
         "floor": floor,
         "ignore": list(ignore),
+        **({} if heads == "dims" else {"heads": heads}),
         "seed": seed,
         **({} if selection == Best() else {"select": plugins.describe(selection)}),
         "repair": repair,

@@ -7,8 +7,7 @@
 
 A rule takes the labels so far, the node and its arguments by name, and returns the ``Value`` (or list of them) the node yields, or
 ``Unknown``.
-Given up: attention loses the same dims in every head rather than whole heads, a convolution the same channels in every group rather than
-whole groups.
+Given up: a convolution loses the same channels in every group, never whole groups.
 """
 
 from __future__ import annotations
@@ -396,24 +395,34 @@ def _spatial_rank(node: fx.Node) -> int:
 
 
 def _reduces(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value | list[Value]:
-    """Sums, means, norms, maxima: over a pruned axis they run over what is kept; of blocks (dims of heads), the same is kept in each."""
+    """Sums, means, norms, maxima: over a pruned axis they run over what is kept.
+
+    Of blocks, summed as they stand (branches), the same is kept in each, and so in the sum; of dims of heads the same dims, or whole heads.
+    """
     source = a["self"]
     dim = a.get("dim")
     axes = [axis % max(source.rank, 1) for axis in ([dim] if isinstance(dim, int) else dim or range(source.rank))]
     layers = []
     for layer in source.layers:
         varying = axes_of(layer)
-        if set(varying) & set(axes):
+        outer = [axis for axis in varying if axis not in axes]
+        if len(outer) == len(varying):
+            layers.append(layer)
+        elif outer and (trace.whole_heads or (operator_name(node) == "sum" and _size(layer, outer) > _size(layer, axes))):
+            layers.append(trace.only(layer, outer))
+        else:
             trace.statistics.add(node)
             trace.only(layer, axes)
-        else:
-            layers.append(layer)
     if not a.get("keepdim", False):
         layers = [layer.squeeze(tuple(axes)) for layer in layers]
     result = trace.found[node]
     if isinstance(result, (list, tuple)):
         return [Value(tuple(item.shape), list(layers)) for item in result]
     return Value(tuple(result.shape), layers)
+
+
+def _size(layer: Tensor, axes: Sequence[int]) -> int:
+    return math.prod(layer.shape[axis] for axis in axes)
 
 
 def _mixes(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value:
@@ -488,10 +497,17 @@ def _attention(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value:
 def _contract(trace: Trace, operands: list[Value], letters: list[list[str]], out: list[str]) -> list[Tensor]:
     """Layers of an einsum. Labels of a letter are met; those of summed letters leave the sum together and the result does not see them.
 
-    A layer along a summed and another letter (dims of heads) is tied across the other: the same dims leave each head.
+    A layer along a summed and another letter (dims of heads) is tied across the other: the same dims leave each head. With ``whole_heads`` it is
+    tied across the summed one, if all operands have the other: whole heads leave, and the result sees them.
     """
     names = [*out, *sorted({letter for own in letters for letter in own} - set(out))]
     summed = [index for index, letter in enumerate(names) if letter not in out]
+    shared = [
+        index
+        for index, letter in enumerate(names)
+        if index not in summed
+        and all(letter in own and value.shape[own.index(letter)] > 1 for value, own in zip(operands, letters, strict=True))
+    ]
     spread = []
     for value, own in zip(operands, letters, strict=True):
         order = sorted(range(len(own)), key=lambda axis: names.index(own[axis]))
@@ -507,7 +523,8 @@ def _contract(trace: Trace, operands: list[Value], letters: list[list[str]], out
         for layer in value.layers:
             layer = layer.permute(order).reshape(placed(layer.shape))
             inner = [axis for axis in axes_of(layer) if axis in summed]
-            layers.append(trace.only(layer, inner) if inner else layer)
+            outer = [axis for axis in axes_of(layer) if axis in shared] if trace.whole_heads and inner else []
+            layers.append(trace.only(layer, outer or inner) if inner else layer)
         spread.append(Value(tuple(placed(value.shape)), layers))
     met = trace.meet(spread, len(names))
     return [layer.squeeze(tuple(summed)) for layer in met if not any(layer.shape[axis] > 1 for axis in summed)]

@@ -27,7 +27,7 @@ class Net(nn.Module):
         return self.function(self, *inputs)
 
 
-def coupled(net: nn.Module, *inputs: Tensor) -> Coupling:
+def coupled(net: nn.Module, *inputs: Tensor, heads: str = "dims") -> Coupling:
     torch.manual_seed(0)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -35,7 +35,7 @@ def coupled(net: nn.Module, *inputs: Tensor) -> Coupling:
             nn.init.normal_(module.bias)
             nn.init.normal_(module.running_mean)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
-    return couple(capture(net, inputs))
+    return couple(capture(net, inputs), heads=heads)
 
 
 def classes(coupling: Coupling, name: str, axis: int) -> list[int]:
@@ -361,6 +361,29 @@ def test_transformer_stream_and_heads(attention: nn.Module) -> None:
         cut_half(found, seed)
 
 
+@pytest.mark.parametrize(
+    "attention", [Attention(12, 3), Attention(12, 3, fused=False), Multihead(12, 3)], ids=["sdpa", "plain", "multihead"]
+)
+def test_whole_heads(attention: nn.Module) -> None:
+    found = coupled(Tokens(attention), IMAGE, heads="whole")
+    stream = classes(found, "patches.weight", 0)
+    assert len(set(stream)) == 12 and 0 not in stream
+    name = "attention.inner.in_proj_weight" if isinstance(attention, Multihead) else "attention.qkv.weight"
+    heads = classes(found, name, 0)
+    assert 0 not in heads and len(set(heads)) == 3
+    assert heads == [own for own in heads[::4][:3] for _ in range(4)] * 3  # q, k and v of one head leave as one
+    for seed in range(3):
+        cut_half(found, seed)
+
+
+def test_whole_heads_of_grouped_queries() -> None:
+    """A head of keys and values leaves with the two of queries that read it."""
+    found = coupled(Tokens(Grouped(12)), IMAGE, heads="whole")
+    q, k, v = (classes(found, f"attention.{name}.weight", 0) for name in "qkv")
+    assert k == v and q == [k[0]] * 8 + [k[4]] * 8 and len(set(k)) == 2 and 0 not in k
+    cut_half(found)
+
+
 def test_grouped_query_attention() -> None:
     found = coupled(Tokens(Grouped(12)), IMAGE)
     q, k, v = (classes(found, f"attention.{name}.weight", 0) for name in "qkv")
@@ -445,6 +468,22 @@ def test_softmax_over_branches_ties_them() -> None:
     found = coupled(Net(forward, a=conv(3, 6), b=conv(3, 6), select=nn.Linear(6, 12), head=conv(6, 2)), IMAGE)
     own = classes(found, "a.weight", 0)
     assert len(set(own)) == 6 and classes(found, "b.weight", 0) == own and classes(found, "select.weight", 0) == own * 2
+    cut_half(found)
+
+
+def test_split_attention_loses_the_same_channels_of_each_branch() -> None:
+    """ResNeSt: (n, 2, c) branches of one grouped convolution, weighted and summed."""
+
+    def forward(s: nn.Module, x: Tensor) -> Tensor:
+        x = s.stem(x)
+        x = s.wide(x).reshape(x.shape[0], 2, 6, 8, 8)
+        select = s.select(x.sum(1).mean((2, 3))).view(-1, 1, 2, 6).transpose(1, 2).softmax(1).reshape(-1, 12)
+        return s.head((x * select.reshape(-1, 2, 6, 1, 1)).sum(1))
+
+    found = coupled(Net(forward, stem=conv(3, 6), wide=conv(6, 12, groups=2), select=nn.Linear(6, 12), head=conv(6, 2)), IMAGE)
+    own = classes(found, "wide.weight", 0)
+    assert own[:6] == own[6:] and len(set(own)) == 6 and 0 not in own
+    assert classes(found, "select.weight", 0) == own and classes(found, "head.weight", 1) == own[:6]
     cut_half(found)
 
 

@@ -223,6 +223,25 @@ def test_every_layer_loses_width_in_its_main_stream_too(make, size: int, stream:
     assert len(whole) == 1, whole  # the classifier
 
 
+@pytest.mark.parametrize(
+    ("make", "size"), [(vit, 32), (swin, 32), (lambda: swin("v2"), 32), (maxvit, 64)], ids=["vit", "swin", "swin_v2", "maxvit"]
+)
+def test_whole_heads_leave_with_their_position_tables(make, size: int) -> None:  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    small = prune(alive_statistics(make()).eval(), inputs=torch.randn(2, 3, size, size), keep=0.5, ranking="local", heads="whole")
+    found = facts(small)["channels"]
+    heads = {name.rpartition(".")[0]: after / 24 for name, (_, after) in found.items() if name.endswith(("qkv.weight", "in_proj_weight"))}
+    assert heads and all(number in (1, 2, 3) for number in heads.values()), heads  # of 8 dims, for q, k and v each
+    for name, tensor in small.state_dict().items():
+        owner, _, leaf = name.rpartition(".")
+        if leaf in ("relative_position_bias_table", "logit_scale"):
+            expected = next(number for layer, number in heads.items() if layer.startswith(owner))
+            assert tensor.shape[1 if leaf.endswith("table") else 0] == expected
+    assert [name for name, (before, after) in found.items() if before == after] == [list(found)[-1]]  # the classifier
+    for batch in (1, 3):
+        assert bool(small(torch.randn(batch, 3, size, size)).isfinite().all())
+
+
 @pytest.mark.parametrize("make", [CifarResNet, torchvision_model("mobilenet_v3_small"), densenet], ids=["resnet", "mobilenet", "densenet"])
 def test_equals_the_original_model_with_those_channels_zeroed(make) -> None:  # type: ignore[no-untyped-def]
     """The oracle knows no graph: the caller's own eager module, zeros in its parameters, in float64."""

@@ -28,11 +28,12 @@ Asked = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Setting:
-    """task, device, checkpoint, progress: as ``distill`` takes them. ignore: globs of what is not pruned."""
+    """task, device, checkpoint, progress: as ``distill`` takes them. ignore, heads: as ``couple`` takes them."""
 
     task: Any
     seed: int
     ignore: Sequence[str]
+    heads: str
     device: str | torch.device | None
     checkpoint: str | Path | None
     progress: bool

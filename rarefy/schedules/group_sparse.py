@@ -46,7 +46,7 @@ class GroupSparse:
     def run(self, graph: fx.GraphModule, once: Once, asked: Asked, setting: Setting) -> fx.GraphModule:
         """Raises InputError where there is no training data, or for what ``prune`` refuses."""
         once(graph, **asked)  # a target out of reach is told before the training, not after
-        penalty = Pull(couple(share_copy(graph).eval(), setting.ignore), self.reg, self.alpha)
+        penalty = Pull(couple(share_copy(graph).eval(), setting.ignore, setting.heads), self.reg, self.alpha)
         options = {"epochs": self.epochs, "batch_size": self.batch_size, "lr": self.lr}
         shrunk = trained("group_sparse", graph, graph, self.loss, setting, part="group-sparse", penalty=penalty, **options)
         training = last(shrunk, "train", "distill")["facts"]
