@@ -1,5 +1,7 @@
 """Rewrites that leave a network's answers as they are and make it ready for few bits.
 
+* ``fold_constants``: what follows from parameters alone (a weight that is standardised, a table of relative positions, embeddings that are
+  resized) is computed and stored, so that a layer with a computed weight is a layer like any other.
 * ``fold``: batch norm goes into the convolution or linear layer before it, w <- w g / sqrt(v + e), b <- (b - m) g / sqrt(v + e) + beta;
   one that stands alone (after a concatenation, say) becomes a depthwise 1x1 convolution of the same factors, which every runtime has in
   integers. Dropout goes. The result is for inference only.
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rarefy.capturing import attribute, finish, set_attribute, shapes
+from rarefy.kernels import OPERATORS
 
 aten = torch.ops.aten
 WEIGHTED = {aten.conv2d.default, aten.conv2d.padding, aten.conv1d.default, aten.linear.default}
@@ -53,8 +56,8 @@ def names(node: fx.Node) -> list[str]:
 
 
 def fold(graph: fx.GraphModule) -> fx.GraphModule:
-    """A copy without batch norm, dropout and detach that answers as ``graph`` does in eval mode."""
-    graph = copy.deepcopy(graph).eval()
+    """A copy without batch norm, dropout and detach, constants computed, that answers as ``graph`` does in eval mode."""
+    graph = fold_constants(graph)
     for node in list(graph.graph.nodes):
         if node.op == "call_function" and node.target in _TRAINING_ONLY:
             node.replace_all_uses_with(node.args[0])
@@ -63,15 +66,66 @@ def fold(graph: fx.GraphModule) -> fx.GraphModule:
     return finish(graph)
 
 
-def simplify(graph: fx.GraphModule, keep: frozenset[Any] = frozenset()) -> fx.GraphModule:
-    """A copy in which what can be written in several ways is written in one, but for the operators in ``keep``."""
+def fold_constants(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy, in eval mode, that stores what no input has a part in. What comes of codes stays computed, and so does what is drawn at random."""
+    graph = copy.deepcopy(graph).eval()
+    constant: set[fx.Node] = set()
+    for node in graph.graph.nodes:
+        if node.op == "get_attr" or (node.op == "call_function" and constant.issuperset(node.all_input_nodes) and _repeatable(node.target)):
+            constant.add(node)
+    values: dict[fx.Node, Any] = {}
+    for node in list(graph.graph.nodes):
+        if node not in constant or node.op == "get_attr" or constant.issuperset(node.users):
+            continue
+        with torch.no_grad():
+            value = _computed(graph, node, values)
+        if isinstance(value, Tensor):
+            owner = str(node.meta.get("stack") or "")
+            with graph.graph.inserting_before(node):
+                set_attribute(
+                    graph, name := f"{owner}.{node.name}".lstrip("."), nn.Parameter(value.clone().contiguous(), requires_grad=False)
+                )
+                stored = graph.graph.get_attr(name)
+            stored.meta = dict(node.meta)
+            node.replace_all_uses_with(stored)
+        elif isinstance(value, (int, float, bool)):
+            numbers = {node: value}
+            for user in list(node.users):
+                user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), lambda source, numbers=numbers: numbers.get(source, source))  # type: ignore[misc]
+    return finish(graph)
+
+
+def _repeatable(target: Any) -> bool:
+    return target not in OPERATORS and torch.Tag.nondeterministic_seeded not in getattr(target, "tags", ())
+
+
+def _computed(graph: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    """The value of a node that depends on stored tensors only."""
+    waiting = [node]
+    while waiting:
+        one = waiting[-1]
+        missing = [source for source in one.all_input_nodes if source not in values]
+        waiting += missing
+        if missing:
+            continue
+        waiting.pop()
+        if one.op == "get_attr":
+            values[one] = attribute(graph, one)
+        elif one not in values:
+            args, kwargs = fx.map_arg((one.args, one.kwargs), values.__getitem__)
+            values[one] = one.target(*args, **kwargs)  # type: ignore[operator]
+    return values[node]
+
+
+def simplify(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy in which what can be written in several ways is written in one."""
     graph = copy.deepcopy(graph)
     found = shapes(graph)
     for node in list(graph.graph.nodes):
         if node.op != "call_function":
             continue
         with graph.graph.inserting_before(node):
-            rule = None if node.target in keep else _SIMPLER.get(node.target)
+            rule = _SIMPLER.get(node.target)
             simpler = rule(graph.graph, node, found) if rule else None
         if simpler is not None:
             node.replace_all_uses_with(simpler)

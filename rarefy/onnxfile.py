@@ -1,4 +1,4 @@
-"""The ONNX file that runtimes read: the graph in torch's exporter, our quantize and dequantize as ONNX's QuantizeLinear and DequantizeLinear.
+"""The ONNX file that runtimes read: the graph by the table of ``translating``, or, where an operator has no row there, by torch's exporter.
 
 Opset 20, batch free, int8 codes as initialisers, no metadata, so that the same graph gives the same bytes. A mean over the plane is
 GlobalAveragePool (runtimes have no integer ReduceMean), and zeros that only convolutions read are their own padding.
@@ -21,25 +21,24 @@ from torch import fx
 import rarefy.kernels  # noqa: F401  registers torch.ops.rarefy
 from rarefy.capturing import example_inputs
 from rarefy.errors import InputError, MissingDependency
+from rarefy.folding import fold_constants
+from rarefy.translating import OPSET, Untranslated, onnx_model
 
-OPSET = 20
 
-
-def write(graph: fx.GraphModule, path: str | os.PathLike[str], zero_points: bool = True) -> Path:
-    """Write ``graph`` (in eval mode, layers as numbers: ``lowering.to_numbers``); returns the path.
-
-    zero_points: False leaves those out that are 0 throughout, as weights' are. Raises InputError for an operator ONNX has no form of.
-    """
+def write(graph: fx.GraphModule, path: str | os.PathLike[str]) -> Path:
+    """Write ``graph`` (in eval mode, layers as numbers: ``lowering.to_numbers``). Raises InputError for an operator ONNX has no form of."""
     onnx = needs("onnx")
+    graph = fold_constants(graph).cpu()
     try:
-        model = _translated(graph)
+        try:
+            model = onnx_model(onnx, graph)
+        except Untranslated:
+            model = _exported(graph)
     except Exception as error:
         why = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
         raise InputError(
             f"the graph can't be written as ONNX: {why[:300]}; leave that layer out with core=, or choose another runtime"
         ) from error
-    if not zero_points:
-        _drop_zero_points(onnx, model.graph)
     _tidy(onnx, model)
     target = Path(path)
     target.write_bytes(model.SerializeToString(deterministic=True))
@@ -54,7 +53,7 @@ def needs(package: str, extra: str = "onnx") -> Any:
         raise MissingDependency(package, extra) from error
 
 
-def _translated(graph: fx.GraphModule) -> Any:
+def _exported(graph: fx.GraphModule) -> Any:
     """The ONNX model, by torch's exporter, with our two operators as ONNX's."""
     onnxscript = needs("onnxscript")
 
@@ -73,7 +72,7 @@ def _translated(graph: fx.GraphModule) -> Any:
     examples = example_inputs(graph)
     with _quiet():
         program = torch.onnx.export(
-            graph.cpu(),
+            graph,
             examples,
             dynamo=True,
             dynamic_shapes=tuple({0: torch.export.Dim.DYNAMIC} for _ in examples),
@@ -134,16 +133,6 @@ def _tidy(onnx: Any, model: Any) -> None:
         if len(dims) and dims[0].dim_param:
             dims[0].dim_param = "batch"
     model.producer_name, model.producer_version = "rarefy", ""
-
-
-def _drop_zero_points(onnx: Any, graph: Any) -> None:
-    """Of stored codes: those of weights and biases."""
-    stored = {tensor.name: tensor for tensor in graph.initializer}
-    for node in graph.node:
-        if node.op_type == "DequantizeLinear" and node.input[0] in stored and len(node.input) > 2 and node.input[2] in stored:
-            zero_point = onnx.numpy_helper.to_array(stored[node.input[2]])
-            if not zero_point.any():
-                del node.input[2]
 
 
 def _melt_padding(onnx: Any, graph: Any, constants: dict[str, Any]) -> None:
