@@ -1,0 +1,268 @@
+"""int8 and ONNX, model by model: every torchvision classifier, one small variant of every timm module, and the models that have real weights here.
+
+    python bench/quantization_breadth.py --library torchvision|timm|real [--only GLOB] [--float | --pruned] [--resume] [--for SECONDS] [--check]
+
+Each is captured, quantised (defaults; calibrated on a few natural images of $RAREFY_DATA at the model's size, on noise where there are none), exported, opened
+in ONNX Runtime and compared with its simulation: the same most likely class, the largest difference of the answers (absolute, and in units of the
+answers' standard deviation), signal-to-noise of the simulation against the float model and of the file against the simulation in dB, and layer by layer, both
+starting from the file's own codes, by how many codes a value differs. ``--float`` exports the model as it is; ``--pruned`` prunes half of the channels first.
+
+``torchvision`` and ``timm`` have random weights, of which nothing is left neutral (bench/zoo.py); they fail by an error, or by a layer that differs by more
+than one code. ``real`` are EfficientNet-Lite0 to 2 and the CIFAR ResNets on 256 natural images; simulation and file must agree on 99.9 % of them, and the
+margin between the two most likely classes, in units of their difference, is told where they don't. Each model has a process of its own with a limit of time and
+memory; what is known of it is kept in ``out/``, and ``--resume`` goes on from there. ``--for`` starts no model that might not end in time.
+``--check`` exits 1 if a model with real weights falls short, or more than 5 % of the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import resource
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench import real_data
+from bench.efficientnet_lite0 import sqnr
+from bench.zoo import MAKERS, Made, alive, each, images, usable
+from rarefy import capture, prune, quantize
+from rarefy.errors import DataError
+from rarefy.tasks import Classification
+from rarefy.terminal import show_table
+
+AGREEMENT, MOST_FAILURES, LARGEST_FLOAT = 0.999, 0.05, 1e-3
+SAMPLES, CALIBRATION, BATCH = {"real": 256}, {"real": 128}, {"real": 16}  # others: 8 images, 8, batches of 4
+REAL = [*(f"efficientnet_lite{number}" for number in range(3)), *(f"resnet{depth}" for depth in real_data.DEPTHS)]
+
+
+def real_model(name: str) -> Made:
+    if name.startswith("efficientnet"):
+        number = int(name[-1])
+        return real_data.efficientnet_lite(number), [images(real_data.LITE_SIZES[number])]
+    return real_data.resnet_cifar(int(name.removeprefix("resnet"))), [images(32)]
+
+
+def task_for(name: str, side: int) -> Classification:
+    if side == 32:
+        return Classification(train="bench.real_data:cifar10", val="bench.real_data:cifar10")
+    lite = name.startswith("efficientnet_lite")
+    return Classification(
+        train=real_data.imagenet_calib(),
+        val=real_data.imagenet_val(),
+        size=side,
+        class_count=1000,
+        mean=real_data.LITE_MEAN if lite else None,
+        std=real_data.LITE_STD if lite else None,
+    )
+
+
+def natural(name: str, like: tuple[Tensor, ...], split: Any, count: int, batch: int) -> Iterator[tuple[Tensor, ...]]:
+    """Images of the size of ``like``; noise where there are none, or the model takes something else than an image."""
+    if len(like) == 1 and like[0].dim() == 4 and like[0].shape[1] == 3:
+        try:
+            yield from ((one,) for one in task_for(name, like[0].shape[-1]).inputs(split, count, batch))
+            return
+        except DataError:
+            pass
+    for _ in range(count // batch):
+        yield tuple(torch.randn((batch, *one.shape[1:])) for one in like)
+
+
+def examined(library: str, kind: str, name: str) -> dict[str, Any]:
+    from rarefy.runtimes.onnxruntime import OnnxRuntime
+
+    torch.manual_seed(0)
+    facts: dict[str, Any] = {"seconds": {}}
+    stage, began = "make", time.perf_counter()
+
+    def start(following: str) -> None:
+        nonlocal stage, began
+        now = time.perf_counter()
+        facts["seconds"][stage], stage, began = now - began, following, now
+
+    batch = BATCH.get(library, 4)
+    try:
+        model, candidates = real_model(name) if library == "real" else MAKERS[library](name)
+        model = model.eval() if library == "real" else alive(model).eval()
+        inputs = usable(model, candidates)
+        facts["input"] = [list(one.shape[1:]) for one in inputs]
+        start("capture")
+        graph = capture(model, inputs)
+        del model
+        if kind == "pruned":
+            start("prune")
+            graph = prune(graph, keep=0.5, ranking="local")
+        small: fx.GraphModule = graph
+        if kind != "float":
+            start("quantize")
+            batches = natural(name, inputs, "train", CALIBRATION.get(library, 8), batch)
+            small = quantize(graph, batches=batches, progress=False)
+            own = small.meta["history"][-1]["facts"]
+            facts |= {"integer_layers": len(own["layers"]), "float_layers": own["float"]}
+        samples = tuple(torch.cat(parts) for parts in zip(*natural(name, inputs, "val", SAMPLES.get(library, 8), batch), strict=True))
+        runtime = OnnxRuntime(threads=1)
+        with tempfile.TemporaryDirectory() as folder:
+            start("export")
+            path = runtime.export(small, Path(folder) / "model.onnx")
+            facts["bytes"] = path.stat().st_size
+            start("open")
+            session = runtime.open(path)
+            start("run")
+            answers = answered(session, samples, batch)
+            start("simulate")
+            simulated = answered(small, samples, batch)
+            facts |= compared(answers, simulated)
+            if kind != "float":
+                facts["sqnr_db"] = sqnr(answered(graph, samples, batch), simulated)
+            start("compare")
+            found = runtime.compare(small, path, *samples[:1], batch=batch)
+            layers = found["layers"]
+            differing = max(layers, key=lambda layer: layer["share"], default={"share": 0.0, "value": ""})
+            facts |= {"ulp": found["ulp"], "first_diverging": found["first_diverging_layer"], "values": len(layers)}
+            facts |= {"most_codes": differing["share"], "most_codes_in": differing["value"]}
+        start("judge")
+        judge(facts, library, kind)
+    except Exception as error:
+        facts["error"] = f"{stage}: {' '.join(str(error).split())[:400] or type(error).__name__}"
+        facts["traceback"] = traceback.format_exc()[-6000:]
+    start("done")
+    facts["gigabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return facts
+
+
+def answered(model: Any, samples: tuple[Tensor, ...], batch: int) -> Tensor:
+    """The first answer to all samples, (N, ...)."""
+    with torch.no_grad():
+        return torch.cat([pytree.tree_leaves(model(*part))[0] for part in zip(*(one.split(batch) for one in samples), strict=True)])
+
+
+def compared(answers: Tensor, simulated: Tensor) -> dict[str, Any]:
+    if not bool(answers.isfinite().all()):
+        raise RuntimeError("the file's answers are not finite")
+    if answers.shape != simulated.shape:
+        raise RuntimeError(f"the file answers {tuple(answers.shape)}, the simulation {tuple(simulated.shape)}")
+    difference = (answers - simulated).abs()
+    facts: dict[str, Any] = {
+        "difference": float(difference.max()),
+        "relative_difference": float(difference.max() / simulated.std().clamp_min(1e-30)),
+        "file_db": sqnr(simulated, answers),
+    }
+    if answers.dim() == 2:
+        same = answers.argmax(1) == simulated.argmax(1)
+        best = simulated.topk(2, 1).values
+        margins = ((best[:, 0] - best[:, 1]) / difference.amax(1).clamp_min(1e-30))[~same]
+        facts |= {"agreement": float(same.float().mean()), "samples": len(answers), "margins": margins.tolist()}
+    return facts
+
+
+def judge(facts: dict[str, Any], library: str, kind: str) -> None:
+    if facts["ulp"] > 1:
+        raise RuntimeError(f"{facts['first_diverging']}: differs by {facts['ulp']} codes at most")
+    if kind == "float" and facts["relative_difference"] > LARGEST_FLOAT:
+        raise RuntimeError(f"answers differ by {facts['relative_difference']:.2g} of their standard deviation")
+    if library == "real" and facts["agreement"] < AGREEMENT:
+        raise RuntimeError(f"the same class for {facts['agreement']:.2%} of {facts['samples']}")
+
+
+def listed(library: str) -> list[str]:
+    if library == "real":
+        return REAL
+    if library == "torchvision":
+        import torchvision
+
+        return list(torchvision.models.list_models(module=torchvision.models))
+    import timm
+
+    return list(timm.models.list_modules())
+
+
+def summary(name: str, facts: dict[str, Any]) -> list[str]:
+    def told(key: str, form: str) -> str:
+        return format(facts[key], form) if key in facts else ""
+
+    layers = f"{facts['integer_layers']}+{len(facts['float_layers'])}" if "integer_layers" in facts else ""
+    return [
+        name,
+        "fails" if "error" in facts else "ok",
+        layers,
+        told("sqnr_db", ".1f"),
+        told("agreement", ".2%"),
+        told("difference", ".1e"),
+        told("relative_difference", ".1e"),
+        told("file_db", ".0f"),
+        told("ulp", "d"),
+        told("most_codes", ".0e"),
+        f"{sum(facts.get('seconds', {}).values()):.0f}",
+        told("gigabytes", ".1f"),
+        facts.get("error", ""),
+    ]
+
+
+HEADINGS = ["model", "", "int8+float", "SQNR dB", "same top-1", "largest", "in std", "file dB", "codes", "share", "s", "GiB", "cause"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    option = parser.add_argument
+    option("--library", choices=["torchvision", "timm", "real"], default="torchvision")
+    option("--only", metavar="GLOB", action="append", help="models (of timm: modules) by name; may be repeated")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--float", dest="kind", action="store_const", const="float", default="int8", help="export the model as it is")
+    kind.add_argument("--pruned", dest="kind", action="store_const", const="pruned", help="prune half of the channels first")
+    option("--jobs", type=int, default=1, help="processes at a time")
+    option("--seconds", type=float, default=250, help="limit for a model")
+    option("--memory", type=float, default=8, help="limit for a model, in GiB")
+    option("--for", dest="span", type=float, metavar="SECONDS", help="start no model that might end later")
+    option("--resume", action="store_true", help="keep what is known and passed or failed; without it every model is looked at anew")
+    option("--retry", action="store_true", help="with --resume: look at those that failed again")
+    option("--out", type=Path, default=Path("out/quantization_breadth"), help="folder of what is known")
+    option("--check", action="store_true", help="exit 1 where it falls short")
+    given = parser.parse_args()
+    began = time.monotonic()
+    try:
+        names = [name for name in listed(given.library) if not given.only or any(fnmatch.fnmatch(name, glob) for glob in given.only)]
+    except ImportError:
+        print(f"skipped: {given.library} is not installed")
+        return 1 if given.check else 0
+    torch.set_num_threads(1)
+    folder = given.out / f"{given.library}-{given.kind}"
+    folder.mkdir(parents=True, exist_ok=True)
+    found: dict[str, dict[str, Any]] = {}
+    for name in names if given.resume else []:
+        if (file := folder / f"{name}.json").exists():
+            facts = json.loads(file.read_text())
+            if not (given.retry and "error" in facts):
+                found[name] = facts
+    left = [name for name in names if name not in found]
+    while left and (given.span is None or time.monotonic() - began + given.seconds / 2 < given.span):
+        now, left = left[: given.jobs], left[given.jobs :]
+        for name, facts in each(partial(examined, given.library, given.kind), now, given.jobs, given.seconds, given.memory):
+            found[name] = facts
+            (folder / f"{name}.json").write_text(json.dumps(facts, indent=1))
+            print("  ".join(summary(name, facts)), file=sys.stderr, flush=True)
+    failed = {name: facts["error"] for name, facts in found.items() if "error" in facts}
+    title = f"{given.library}, {given.kind}: simulation and ONNX Runtime, torch {torch.__version__}"
+    show_table(title, HEADINGS, [summary(name, found[name]) for name in names if name in found], tuple(range(2, 12)))
+    print(f"{len(found) - len(failed)} of {len(found)} pass" + (f"; {len(left)} not looked at yet" if left else ""))
+    plain = {name: {key: value for key, value in facts.items() if key != "traceback"} for name, facts in found.items()}
+    line = {"bench": "quantization_breadth", "library": given.library, "kind": given.kind, "torch": torch.__version__}
+    print(json.dumps({**line, "passed": len(found) - len(failed), "of": len(found), "left": len(left), "models": plain}))
+    most = 0 if given.library == "real" else MOST_FAILURES
+    return 1 if given.check and (left or len(failed) > most * len(names)) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
