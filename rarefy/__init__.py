@@ -3,7 +3,7 @@
 The public names stand below, one a line. They are imported when first used, so that ``import rarefy`` and ``rarefy --help``
 answer at once. Tasks are in ``rarefy.tasks``; what comes in several kinds lies in a folder each: ``rarefy.criteria``,
 ``rarefy.losses``, ``rarefy.rounding``, ``rarefy.calibration``, ``rarefy.runtimes``, ``rarefy.schedules``, ``rarefy.selection``,
-``rarefy.saliency``.
+``rarefy.saliency``, ``rarefy.students``.
 """
 
 import importlib

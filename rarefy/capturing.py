@@ -147,6 +147,13 @@ def shapes(graph: fx.GraphModule, batch: int = 2) -> dict[fx.Node, Any]:
             return _fake_shapes(graph, batch)
 
 
+def output_shapes(graph: fx.GraphModule) -> list[tuple[int, ...]]:
+    """Shape of each output, without the batch."""
+    values = shapes(graph)
+    outputs = [node for node in pytree.tree_leaves(next(iter(reversed(graph.graph.nodes))).args[0]) if isinstance(node, fx.Node)]
+    return [tuple(values[node].shape[1:]) for node in outputs]
+
+
 def _meta_shapes(graph: fx.GraphModule, batch: int) -> dict[fx.Node, Any]:
     """Every operator on the meta device, with no bookkeeping around it."""
     inputs = iter(

@@ -375,6 +375,13 @@ def distill(
         str | None, typer.Option(metavar="MODEL", help="Who teaches: a source, like MODEL. Without one, labels alone do.")
     ] = None,
     teacher_weights: Annotated[str | None, typer.Option(metavar="FILE", help="The teacher's weights.")] = None,
+    student: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CHOICE",
+            help="Train a student made of MODEL, which teaches it: depth:keep=0.5, timm:resnet18; see `rarefy list students`.",
+        ),
+    ] = None,
     loss: Annotated[
         str, typer.Option(metavar="CHOICE", help="Distillation loss, or a sum: 'lskd + 50*mse:on=stages'; see `rarefy list losses`.")
     ] = "lskd",
@@ -402,8 +409,8 @@ def distill(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Train MODEL to answer like the teacher. Killed and started again, it goes on where it was."""
-    from rarefy import sources
+    """Train MODEL, or with --student one made of it, to answer like the teacher. Killed and started again, it goes on where it was."""
+    from rarefy import sources, students
     from rarefy.distilling import distill as verb
     from rarefy.distilling import train as without_teacher
     from rarefy.objective import terms
@@ -412,14 +419,20 @@ def distill(
     given = locals()
     training = Training(**{field.name: given[field.name] for field in dataclasses.fields(Training)})
     terms(loss)
+    if student is not None:
+        students.resolve(student)
     folder = _claim_folder(output)
     source, graph, task = _prepared(model, data)
     common: dict[str, Any] = {"training": training, "device": _device(device), "checkpoint": f"{folder}.work"}
-    if teacher is None:
+    guide = None
+    if teacher is not None:
+        guide = sources.graph_of(sources.load(teacher, weights=teacher_weights, classes=model.classes), task.input_shape)
+    if student is not None:
+        graph, guide = students.made(student, graph, task=task, seed=seed), guide or graph
+    if guide is None:
         trained = without_teacher(graph, task, **common)
     else:
-        guide = sources.load(teacher, weights=teacher_weights, classes=model.classes)
-        trained = verb(graph, sources.graph_of(guide, task.input_shape), task, loss=loss, **common)
+        trained = verb(graph, guide, task, loss=loss, **common)
     _save(trained, folder, source, task, as_json)
     shutil.rmtree(f"{folder}.work", ignore_errors=True)
 

@@ -8,7 +8,8 @@ latency in one interleaved run with the original and the model the step started 
 
 * prune, mask, quantize: clearly slower than before; or neither smaller (by 1 %) nor clearly faster. *Clearly*: by 10 %, in three of four rounds. A difference
   inside the noise never decides, so that two runs decide alike.
-* distill: top-1 did not rise.
+* distill: top-1 did not rise. With ``student="depth:keep=0.5"`` (rarefy/students) it puts another network, made of the original, in place of what was
+  there before, and is judged like prune.
 * all: the drop is above ``max_drop``. What is followed by a distillation is judged together with it, since that is what repairs it;
   then both are undone.
 
@@ -406,10 +407,10 @@ class _Run:
             if isinstance(made, str):
                 outcomes.append(Outcome(step, None, False, made))
             else:
-                kept, why = self._pays(step["do"], current, made)
+                kept, why = self._pays(step, current, made)
                 outcomes.append(Outcome(step, made, kept, why))
                 current = made if kept else current
-            if index < len(self.steps) and self.steps[index]["do"] == "distill":
+            if index < len(self.steps) and self.steps[index]["do"] == "distill" and "student" not in self.steps[index]:
                 continue
             most = self.budget.max_drop
             if most is not None and current.drop > most:
@@ -423,8 +424,8 @@ class _Run:
                 self._say(f"{'kept' if outcome.kept else 'undone'}: {outcome.step['do']}: {outcome.why}")
         return outcomes, accepted
 
-    def _pays(self, verb: str, before: Candidate, after: Candidate) -> tuple[bool, str]:
-        if verb == "distill":
+    def _pays(self, step: Step, before: Candidate, after: Candidate) -> tuple[bool, str]:
+        if step["do"] == "distill" and "student" not in step:
             change = f"top-1 {before.value:.2%} before, {after.value:.2%} after"
             return after.value > before.value, change
         ratio = after.found["speedup"][before.name]
@@ -580,8 +581,9 @@ def _mask(run: _Run, graph: fx.GraphModule, options: dict[str, Any], checkpoint:
 
 
 def _distill(run: _Run, graph: fx.GraphModule, options: dict[str, Any], checkpoint: Path) -> fx.GraphModule:
+    student, options = options.get("student", graph), {name: value for name, value in options.items() if name != "student"}
     return distill(
-        graph, run.original.graph(), run.task, device=run.device, checkpoint=checkpoint, progress=run.progress, seed=run.seed, **options
+        student, run.original.graph(), run.task, device=run.device, checkpoint=checkpoint, progress=run.progress, seed=run.seed, **options
     )
 
 
@@ -595,7 +597,7 @@ VERBS: dict[str, Callable[[_Run, fx.GraphModule, dict[str, Any], Path], fx.Graph
     "distill": _distill,
     "quantize": _quantize,
 }
-_GIVEN = ("model", "student", "teacher", "task", "seed", "device", "checkpoint", "runtime", "progress", "penalty")
+_GIVEN = ("model", "teacher", "task", "seed", "device", "checkpoint", "runtime", "progress", "penalty")
 
 
 def _check_steps(steps: Sequence[Step]) -> None:

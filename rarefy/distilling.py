@@ -40,10 +40,9 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, fx, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils import _pytree as pytree
 
-from rarefy import plugins
-from rarefy.capturing import as_graph, aten, device_of, shapes
+from rarefy import plugins, students
+from rarefy.capturing import as_graph, aten, device_of, output_shapes
 from rarefy.checkpoint import Store, digest, load_into, tensors_of
 from rarefy.errors import FormatError, InputError, TrainingDiverged
 from rarefy.mixing import mix
@@ -56,7 +55,7 @@ NUMBERS = ("step", "accumulate", "curve", "best_value", "best_epoch", "seconds",
 
 
 def distill(
-    student: nn.Module,
+    student: nn.Module | str | students.Student,
     teacher: nn.Module | None,
     task: Task,
     *,
@@ -72,6 +71,7 @@ def distill(
 ) -> fx.GraphModule:
     """The student's graph with trained weights; student and teacher stay as they are.
 
+    student: a network, or a word for one made from the teacher (``"depth:keep=0.5"``, ``"timm:resnet18"``; rarefy/students).
     loss: text (``"lskd"``, ``"lskd + 50*mse:on=stages"``), a loss, or [(weight, loss), ...].
     training, options: see Training; options are its fields and go before it.
     checkpoint: a folder; the run is saved there at each epoch's end and every ``checkpoint_seconds``, and goes on from there when it is called
@@ -106,7 +106,7 @@ def train(
 
 def _run(
     step_name: str,
-    student: nn.Module,
+    student: nn.Module | str | students.Student,
     teacher: nn.Module | None,
     task: Task,
     loss: Losses,
@@ -129,11 +129,15 @@ def _run(
         raise InputError("distill: a loss needs a teacher, and a teacher a loss; train() learns from labels alone")
     if not sum_of and not training.hard_weight:
         raise InputError("train: hard_weight=0 leaves nothing to learn from; give it a weight, or distil from a teacher")
+    guide = _graph(teacher, task, "teacher") if teacher is not None else None
+    if not isinstance(student, nn.Module):
+        if guide is None:
+            raise InputError(f"student={student!r}: is made from a teacher; pass one, or a network")
+        student = students.made(student, guide, task=task, seed=training.seed)
     home = device_of(student)
     graph = _graph(student, task, "student")
-    guide = _graph(teacher, task, "teacher") if teacher is not None else None
     if guide is not None and any(one.on == "logits" for _, one in sum_of):
-        ours, theirs = _answers(graph), _answers(guide)
+        ours, theirs = output_shapes(graph), output_shapes(guide)
         if ours != theirs:
             raise InputError(
                 f"student answers {ours}, the teacher {theirs}; give both the same classes, or compare features alone (loss='mse')"
@@ -516,13 +520,6 @@ def _graph(model: nn.Module, task: Task, which: str) -> fx.GraphModule:
             f"{which}: takes inputs of shape {wanted}, the task gives {tuple(task.input_shape)}; give the task that size=, or capture it anew"
         )
     return graph
-
-
-def _answers(graph: fx.GraphModule) -> list[tuple[int, ...]]:
-    """Shape of each output, without the batch."""
-    values = shapes(graph)
-    outputs = [node for node in pytree.tree_leaves(next(iter(reversed(graph.graph.nodes))).args[0]) if isinstance(node, fx.Node)]
-    return [tuple(values[node].shape[1:]) for node in outputs]
 
 
 def _accelerator(device: torch.device | str | None, logits: bool) -> Accelerator:

@@ -22,7 +22,7 @@ from typing import Any
 
 from rarefy.errors import InputError
 
-KINDS = ("criteria", "losses", "rounding", "calibration", "runtimes", "schedules", "selection", "saliency")
+KINDS = ("criteria", "losses", "rounding", "calibration", "runtimes", "schedules", "selection", "saliency", "students")
 
 
 def available(kind: str) -> list[str]:

@@ -63,7 +63,6 @@ TASKS = {"classification": ("rarefy.tasks", "Classification")}
 # What the runner hands to a verb, and a recipe therefore does not.
 GIVEN = {
     "model",
-    "student",
     "teacher",
     "task",
     "inputs",
@@ -78,6 +77,9 @@ GIVEN = {
     "runtime",
 }
 
+# What the runner hands to a verb too, unless the recipe says something else.
+REPLACED = {"student"}
+
 # option, or verb and option -> kind of choice its text names
 CHOICES = {
     "criterion": "criteria",
@@ -85,6 +87,7 @@ CHOICES = {
     "schedule": "schedules",
     "select": "selection",
     "loss": "losses",
+    "student": "students",
     "rounding": "rounding",
     "calibration": "calibration",
     "weight_calibration": "calibration",
@@ -168,6 +171,8 @@ def choice(option: str, value: Any, where: str) -> None:
     try:
         if option == "loss":  # a weighted sum of choices
             importlib.import_module("rarefy.objective").terms(value)
+        elif option == "student":  # or the source of a model
+            importlib.import_module("rarefy.students").resolve(value)
         else:
             plugins.resolve(kind, value)
     except InputError as error:
@@ -283,7 +288,7 @@ def _fields(function: Any) -> dict[str, Any]:
             fields |= _fields(packed)
             continue
         hint = str if parameter.name in CHOICES else _plain(annotation)
-        default = ... if parameter.default is parameter.empty else parameter.default
+        default = None if parameter.name in REPLACED else ... if parameter.default is parameter.empty else parameter.default
         fields[parameter.name] = (Annotated[hint, BeforeValidator(_split)] if _is_list(hint) else hint, default)
     return fields
 

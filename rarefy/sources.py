@@ -73,16 +73,16 @@ class Source:
         return torch.randn((batch, *chosen), generator=torch.Generator().manual_seed(0))
 
 
-def load(text: str, *, weights: str | os.PathLike[str] | None = None, classes: int | None = None) -> Source:
+def load(text: str, *, weights: str | os.PathLike[str] | None = None, classes: int | None = None, seed: int = 0) -> Source:
     """The model that ``text`` names (the forms stand at the top of this file), with ``weights`` from a file.
 
     classes: outputs of the classifier, for sources that build one (timm, torchvision, a function that takes ``num_classes``).
-    Raises InputError, FormatError or MissingDependency.
+    seed: of the weights of a model that comes without. Raises InputError, FormatError or MissingDependency.
     """
     text = str(text).strip()
     prefix, _, rest = text.partition(":")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # a model without weights is the same one every time
+        torch.manual_seed(seed)  # a model without weights is the same one every time
         source = _made_from(text, prefix, rest, weights, classes)
     if weights is not None:
         load_weights(source.model, weights)

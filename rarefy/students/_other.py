@@ -1,0 +1,50 @@
+"""Another model: any that ``rarefy/sources.py`` can name, with the teacher's input and number of classes."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from rarefy import plugins, sources
+from rarefy.capturing import as_graph, device_of, output_shapes
+from rarefy.errors import InputError
+
+
+@dataclass(frozen=True)
+class Other:
+    """text: as ``sources.load`` takes it."""
+
+    text: str
+
+    @classmethod
+    def of(cls, text: str) -> Any:
+        """``package.module:Name`` may be a kind of student of the user's own, a dataclass; all else is a model."""
+        module, _, name = text.strip().partition(":")
+        name = name.partition(":")[0]
+        if "." in module and re.fullmatch(r"[A-Za-z_][\w.]*", module) and name.isidentifier():
+            found = sources.imported(module, name, text)
+            if isinstance(found, type) and dataclasses.is_dataclass(found):
+                return plugins.resolve("students", text)
+        return cls(text.strip())
+
+    def make(self, teacher: fx.GraphModule, task: Any, seed: int) -> fx.GraphModule:
+        try:
+            built = any(self.text.startswith(prefix) for prefix in ("timm:", "torchvision:"))
+            source = sources.load(self.text, classes=_classes(teacher) if built else None, seed=seed)
+        except InputError as error:
+            kinds = ", ".join(plugins.available("students"))
+            raise InputError(f"student={self.text!r}: neither one of {kinds}, nor a model ({error})") from error
+        specs = teacher.meta["inputs"]
+        graph = as_graph(sources.graph_of(source, tuple(specs[0]["shape"])))
+        return graph.train(teacher.training).to(device_of(teacher))
+
+
+def _classes(teacher: fx.GraphModule) -> int:
+    shapes = output_shapes(teacher)
+    if len(shapes) != 1 or len(shapes[0]) != 1:
+        raise InputError(f"the teacher answers {shapes}, not one number a class; give a student of your own as a module")
+    return shapes[0][0]
