@@ -368,13 +368,17 @@ def mask(
 @app.command()
 @grouped
 def distill(
+    context: typer.Context,
     model: ModelOptions,
     data: DataOptions,
     output: Output,
     teacher: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Who teaches: a source, like MODEL. Without one, labels alone do.")
+        list[str] | None,
+        typer.Option(metavar="MODEL", help="Who teaches: a source, like MODEL, or several, also as 2*MODEL. Without one, labels alone do."),
     ] = None,
-    teacher_weights: Annotated[str | None, typer.Option(metavar="FILE", help="The teacher's weights.")] = None,
+    teacher_weights: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="The teacher's weights; one for each, in their order.")
+    ] = None,
     student: Annotated[
         str | None,
         typer.Option(
@@ -385,6 +389,7 @@ def distill(
     loss: Annotated[
         str, typer.Option(metavar="CHOICE", help="Distillation loss, or a sum: 'lskd + 50*mse:on=stages'; see `rarefy list losses`.")
     ] = "lskd",
+    preset: Annotated[str | None, typer.Option(metavar="NAME", help="fast, normal or patient; what else you say goes before it.")] = None,
     epochs: Annotated[int, typer.Option(metavar="N", min=1, help="Times through the training data.")] = 30,
     steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="In place of epochs.")] = None,
     batch_size: Batch = 128,
@@ -396,15 +401,21 @@ def distill(
     warmup: Annotated[float, typer.Option(metavar="SHARE", help="Share of the run with a rising rate.")] = 0.05,
     clip: Annotated[float, typer.Option(metavar="NORM", help="Greatest norm of the gradient; 0: none.")] = 0.0,
     label_smoothing: Annotated[float, typer.Option(metavar="SHARE", help="Of the labels.")] = 0.0,
-    hard_weight: Annotated[float, typer.Option(metavar="WEIGHT", help="Of the loss against labels.")] = 1.0,
+    hard_weight: Annotated[float, typer.Option(metavar="WEIGHT", help="Of the loss against labels; 0: unlabelled images do.")] = 1.0,
     mixup: Annotated[float, typer.Option(metavar="ALPHA", help="0: off.")] = 0.0,
     cutmix: Annotated[float, typer.Option(metavar="ALPHA", help="0: off.")] = 0.0,
     ema: Annotated[float, typer.Option(metavar="DECAY", help="Moving average of the weights; 0: off.")] = 0.0,
     precision: Annotated[str, typer.Option(metavar="NAME", help="auto, fp32 or bf16.")] = "auto",
     channels_last: Annotated[str, typer.Option(metavar="WHEN", help="auto, yes or no.")] = "auto",
-    compile: Annotated[str, typer.Option(metavar="HOW", help="no, default or reduce-overhead.")] = "no",
+    compile: Annotated[str, typer.Option(metavar="HOW", help="auto, no, default or reduce-overhead.")] = "auto",
     validate_every: Annotated[int, typer.Option(metavar="EPOCHS", min=0, help="0: never.")] = 1,
     keep: Annotated[str, typer.Option(metavar="WHICH", help="The last or the best state.")] = "last",
+    patience: Annotated[int, typer.Option(metavar="EPOCHS", min=0, help="Stop after so many without a better state; 0: never.")] = 0,
+    dot: Annotated[
+        float, typer.Option(metavar="SHARE", help="More momentum for the teacher's gradient, less for the labels'; 0: off.")
+    ] = 0.0,
+    cache: Annotated[str | None, typer.Option(metavar="FOLDER", help="Keep the teacher's answers there.")] = None,
+    logs: Annotated[str | None, typer.Option(metavar="FOLDER", help="For TensorBoard.")] = None,
     seed: Seed = 0,
     device: Device = None,
     as_json: Json = False,
@@ -414,25 +425,34 @@ def distill(
     from rarefy.distilling import distill as verb
     from rarefy.distilling import train as without_teacher
     from rarefy.objective import terms
-    from rarefy.training import Training
+    from rarefy.training import Training, training_of
 
     given = locals()
-    training = Training(**{field.name: given[field.name] for field in dataclasses.fields(Training)})
+    sources_of = {field.name: context.get_parameter_source(field.name) for field in dataclasses.fields(Training)}
+    said = {name: given[name] for name, source in sources_of.items() if source is not None and source.name != "DEFAULT"}
+    training = training_of(preset, said, "distill")
     terms(loss)
     if student is not None:
         students.resolve(student)
+    if teacher and len(teacher_weights or ()) not in (0, len(teacher)):
+        raise InputError(f"--teacher-weights: {len(teacher_weights or ())} files for {len(teacher)} teachers; give one for each, or none")
+    if cache is not None and not teacher and student is None:
+        raise InputError("--cache: keeps a teacher's answers, and there is none; pass --teacher, or leave it out")
     folder = _claim_folder(output)
     source, graph, task = _prepared(model, data)
-    common: dict[str, Any] = {"training": training, "device": _device(device), "checkpoint": f"{folder}.work"}
-    guide = None
-    if teacher is not None:
-        guide = sources.graph_of(sources.load(teacher, weights=teacher_weights, classes=model.classes), task.input_shape)
+    common: dict[str, Any] = {"training": training, "device": _device(device), "checkpoint": f"{folder}.work", "logs": logs}
+    guides = []
+    for text, weights in zip(teacher or (), teacher_weights or [""] * len(teacher or ())):
+        number, star, name = text.partition("*")
+        share = _number_of(number, f"--teacher {text}") if star else 1.0
+        guide = sources.load(name if star else text, weights=weights or None, classes=model.classes)
+        guides.append((share, sources.graph_of(guide, task.input_shape)))
     if student is not None:
-        graph, guide = students.made(student, graph, task=task, seed=seed), guide or graph
-    if guide is None:
+        graph, guides = students.made(student, graph, task=task, seed=seed), guides or [(1.0, graph)]
+    if not guides:
         trained = without_teacher(graph, task, **common)
     else:
-        trained = verb(graph, guide, task, loss=loss, **common)
+        trained = verb(graph, guides, task, loss=loss, cache=cache, **common)
     _save(trained, folder, source, task, as_json)
     shutil.rmtree(f"{folder}.work", ignore_errors=True)
 
@@ -923,6 +943,13 @@ def _prepared(model: ModelOptions, data: DataOptions, needed: bool = True) -> tu
         task = recipe.make_task(recipe.data_options(_completed(options, source)))
     graph = sources.graph_of(source, shape or (task.input_shape if task is not None else None), model.core)
     return source, graph, task
+
+
+def _number_of(text: str, where: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"{where}: {text!r} is not a number; write 2*MODEL") from None
 
 
 def _device(text: str | None) -> str | None:

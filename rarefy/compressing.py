@@ -222,7 +222,12 @@ def usual_steps(budget: Budget, size_bytes: int, task: Any) -> list[dict[str, An
     if share < 0.9:
         steps += [
             {"do": "prune", target: round(max(0.1, share), 3), "round_to": 8},
-            {"do": "distill", "epochs": 10, "batch_size": min(128, task.length("train"))},
+            {
+                "do": "distill",
+                "epochs": 10,
+                "batch_size": min(128, task.length("train")),
+                **({} if task.labelled("train") else {"hard_weight": 0.0}),
+            },
         ]
     return [*steps, {"do": "quantize"}]
 

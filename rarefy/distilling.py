@@ -25,12 +25,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import importlib.util
 import itertools
+import logging
 import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,103 +42,119 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, fx, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree as pytree
 
 from rarefy import plugins, students
+from rarefy.answers import Answers
 from rarefy.capturing import as_graph, aten, device_of, output_shapes
 from rarefy.checkpoint import Store, digest, load_into, tensors_of
-from rarefy.errors import FormatError, InputError, TrainingDiverged
+from rarefy.dot import Dot
+from rarefy.errors import FormatError, InputError, RarefyError, TrainingDiverged
+from rarefy.logs import Logs
 from rarefy.mixing import mix
-from rarefy.objective import Losses, Objective, Term, terms
+from rarefy.objective import Answer, Losses, Objective, Term, terms
 from rarefy.progress import track
-from rarefy.training import Penalty, Task, Training
+from rarefy.teaching import Teachers, teachers_of
+from rarefy.training import AUTO_STEPS, Penalty, Task, Training, training_of
 
 CHECK_STEPS = 50
-NUMBERS = ("step", "accumulate", "curve", "best_value", "best_epoch", "seconds", "waited")
+NUMBERS = ("step", "accumulate", "halved", "curve", "best_value", "best_epoch", "seconds", "waited")
 
 
 def distill(
     student: nn.Module | str | students.Student,
-    teacher: nn.Module | None,
+    teacher: Teachers,
     task: Task,
     *,
     loss: Losses = "lskd",
-    training: Training | None = None,
+    training: Training | str | None = None,
     device: torch.device | str | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_seconds: float = 60.0,
     validate: Callable[[fx.GraphModule], float] | None = None,
     penalty: Penalty | None = None,
+    cache: str | Path | None = None,
+    logs: str | Path | None = None,
     progress: bool = True,
     **options: Any,
 ) -> fx.GraphModule:
     """The student's graph with trained weights; student and teacher stay as they are.
 
-    student: a network, or a word for one made from the teacher (``"depth:keep=0.5"``, ``"timm:resnet18"``; rarefy/students).
+    student: a network, or a word for one made from the (first) teacher (``"depth:keep=0.5"``, ``"timm:resnet18"``; rarefy/students).
+    teacher: a module, several, or [(weight, module), ...]: the mean of their losses. The student itself may be one.
     loss: text (``"lskd"``, ``"lskd + 50*mse:on=stages"``), a loss, or [(weight, loss), ...].
-    training, options: see Training; options are its fields and go before it.
+    training, options: a Training, or the name of one: fast, normal, patient; options are its fields and go before it. Where images have no labels,
+        hard_weight=0 learns from the teacher alone.
     checkpoint: a folder; the run is saved there at each epoch's end and every ``checkpoint_seconds``, and goes on from there when it is called
         again with the same arguments. A finished run is returned at once.
     validate: graph -> a number that should rise, in place of top-1 on the val split.
     penalty: a gradient to add in each step (``Penalty``).
+    cache: a folder for the teacher's answers (``answers.py``): each picture is shown to the teacher once.
+    logs: a folder for TensorBoard.
 
     Raises InputError for options, models or checkpoints that do not fit; TrainingDiverged when the loss is not finite, whose ``graph`` is the
     last good state.
     """
     return _run(
-        "distill", student, teacher, task, loss, training, device, checkpoint, checkpoint_seconds, validate, penalty, progress, options
-    )
+        "distill", student, teacher, task, loss, training, device, checkpoint, checkpoint_seconds, validate, penalty, cache, logs, progress, options
+    )  # fmt: skip
 
 
 def train(
     model: nn.Module,
     task: Task,
     *,
-    training: Training | None = None,
+    training: Training | str | None = None,
     device: torch.device | str | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_seconds: float = 60.0,
     validate: Callable[[fx.GraphModule], float] | None = None,
     penalty: Penalty | None = None,
+    logs: str | Path | None = None,
     progress: bool = True,
     **options: Any,
 ) -> fx.GraphModule:
     """``distill`` without a teacher: the model's graph trained from labels alone."""
-    return _run("train", model, None, task, None, training, device, checkpoint, checkpoint_seconds, validate, penalty, progress, options)
+    return _run(
+        "train", model, None, task, None, training, device, checkpoint, checkpoint_seconds, validate, penalty, None, logs, progress, options
+    )
 
 
 def _run(
     step_name: str,
     student: nn.Module | str | students.Student,
-    teacher: nn.Module | None,
+    teacher: Teachers,
     task: Task,
     loss: Losses,
-    training: Training | None,
+    given: Training | str | None,
     device: torch.device | str | None,
     checkpoint: str | Path | None,
     checkpoint_seconds: float,
     validate: Callable[[fx.GraphModule], float] | None,
     penalty: Penalty | None,
+    cache: str | Path | None,
+    logs: str | Path | None,
     progress: bool,
     options: Mapping[str, Any],
 ) -> fx.GraphModule:
-    known = {one.name for one in dataclasses.fields(Training)}
-    unknown = sorted(options.keys() - known)
-    if unknown:
-        raise InputError(f"{step_name}: unknown option {unknown[0]!r}; have {', '.join(sorted(known))}")
-    training = dataclasses.replace(training or Training(), **options)
+    training = training_of(given, options, step_name)
     sum_of = terms(loss)
     if bool(sum_of) != (teacher is not None):
         raise InputError("distill: a loss needs a teacher, and a teacher a loss; train() learns from labels alone")
     if not sum_of and not training.hard_weight:
         raise InputError("train: hard_weight=0 leaves nothing to learn from; give it a weight, or distil from a teacher")
-    guide = _graph(teacher, task, "teacher") if teacher is not None else None
+    if training.dot and not (sum_of and training.hard_weight):
+        raise InputError(f"{step_name}: dot={training.dot} weighs labels and teacher apart, so it needs both; pass dot=0")
+    if training.patience and validate is None and task.val is None:
+        raise InputError(f"{step_name}: patience={training.patience} needs a val split to look at, or validate=; pass patience=0")
+    guides = [(share, _graph(one, task, "teacher")) for share, one in teachers_of(teacher)]
     if not isinstance(student, nn.Module):
-        if guide is None:
+        if not guides:
             raise InputError(f"student={student!r}: is made from a teacher; pass one, or a network")
-        student = students.made(student, guide, task=task, seed=training.seed)
+        student = students.made(student, guides[0][1], task=task, seed=training.seed)
     home = device_of(student)
     graph = _graph(student, task, "student")
-    if guide is not None and any(one.on == "logits" for _, one in sum_of):
+    for _, guide in guides if any(one.on == "logits" for _, one in sum_of) else ():
         ours, theirs = output_shapes(graph), output_shapes(guide)
         if ours != theirs:
             raise InputError(
@@ -146,8 +164,12 @@ def _run(
         **dataclasses.asdict(training),
         "loss": " + ".join(f"{weight:g}*{plugins.describe(one)}" for weight, one in sum_of) or None,
         **({"penalty": penalty.describe()} if penalty is not None else {}),
+        **({"shares": [share for share, _ in guides]} if len(guides) > 1 else {}),
+        **({"cache": True} if cache is not None else {}),
     }
     accelerator = _accelerator(device, any(one.on == "logits" for _, one in sum_of) or training.hard_weight > 0)
+    if accelerator.num_processes > 1 and training.dot:
+        raise InputError(f"{step_name}: dot={training.dot} takes two passes backwards, which several processes can't share; pass dot=0")
     if accelerator.num_processes > 1 or device is None:
         device = accelerator.device
     device = torch.device(device)
@@ -157,7 +179,7 @@ def _run(
         identity = {
             "options": described,
             "student": digest(graph),
-            "teacher": digest(guide) if guide is not None else None,
+            "teacher": " ".join(digest(guide) for _, guide in guides) or None,
             "data": {split: task.fingerprint(split) for split in splits},
             "task": {key: value for key, value in task.describe().items() if key not in splits},  # those name places, not content
         }
@@ -169,10 +191,15 @@ def _run(
             return graph
 
     with _seeded(training.seed, device), _compiler_keeps_its_hints():
-        run = _Run(graph, guide, task, training, sum_of, accelerator, device, penalty)
+        known = [digest(guide) for _, guide in guides] if cache is not None else []
+        run = _Run(graph, guides, task, training, sum_of, accelerator, device, penalty)
         if store is not None:
             run.restore(store)
             accelerator.wait_for_everyone()
+        if cache is not None:
+            run.remember(cache, known)
+        if logs is not None and accelerator.is_main_process:
+            run.logs = Logs(logs, run.step)
         facts = run.fit(step_name, store, validate, progress)
     record = {"step": step_name, "options": described, "facts": facts}
     graph.to(home)
@@ -188,15 +215,21 @@ class _Run:
     """Everything that changes while training. A checkpoint holds ``state()`` and the NUMBERS."""
 
     graph: fx.GraphModule
-    guide: fx.GraphModule | None
+    guides: list[tuple[float, fx.GraphModule]]
     task: Task
     training: Training
     sum_of: list[Term]
     accelerator: Accelerator
     device: torch.device
     penalty: Penalty | None = None
+    memory: Answers | None = None
+    fixed: bool = False  # an image is the same picture in every epoch
+    logs: Logs | None = None
+    compiled: str = "no"
+    trusted: bool = False  # the compiled step has run
     step: int = 0
     accumulate: int = 1
+    halved: list[dict[str, int]] = field(default_factory=list)
     curve: list[dict[str, Any]] = field(default_factory=list)
     best_value: float | None = None
     best_epoch: int | None = None
@@ -218,16 +251,18 @@ class _Run:
         convolves = any(node.target in (aten.conv2d.default, aten.conv2d.padding) for node in self.graph.graph.nodes)
         self.channels_last = training.channels_last == "yes" or (training.channels_last == "auto" and convolves)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        for one in filter(None, (self.graph, self.guide)):
+        self.graph.to(self.device).to(memory_format=layout)
+        self.objective = Objective(self.graph, self.guides, self.task, training, self.sum_of, self.bf16)
+        self.guides = []  # the objective has copies of its own
+        for one in (self.objective.teachers, self.objective.adapters):
             one.to(self.device).to(memory_format=layout)
-        if self.guide is not None:
-            self.guide.requires_grad_(False)
-        self.objective = Objective(self.graph, self.guide, self.task, training, self.sum_of, self.bf16)
-        self.objective.adapters.to(self.device).to(memory_format=layout)
-        self.learner: Any = self._wrapped()
+        self.plain: Any = self._wrapped()
+        self.compiled = self._compiling()
+        self.learner: Any = self.plain if self.compiled == "no" else torch.compile(self.plain, mode=self.compiled, dynamic=False)
         self.learned = {name: one for name, one in self.objective.named_parameters() if one.requires_grad}
         if not self.learned:
             raise InputError("the student has no parameter that requires a gradient; call requires_grad_() on it first")
+        self.dot = Dot(self.learned, training.momentum, training.dot, training.weight_decay) if training.dot else None
         self.optimizer = _optimizer(self.learned.values(), training, self.device)
         self.parameters = {name: one for name, one in self.graph.named_parameters() if one.requires_grad}
         self.masks = {name: self.parameters[name].detach() != 0 for name in self.graph.meta.get("sparse", []) if name in self.parameters}
@@ -240,23 +275,48 @@ class _Run:
 
     def _wrapped(self) -> Any:
         if self.accelerator.num_processes > 1:
-            fixed = [f"teacher.{name}" for name in tensors_of(self.objective.teacher)] if self.objective.teacher is not None else []
+            fixed = [f"teachers.{name}" for name in tensors_of(self.objective.teachers)]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.objective, fixed)
-        learner: Any = self.accelerator.prepare_model(self.objective, device_placement=False)
-        if self.training.compile != "no":
-            learner = torch.compile(learner, mode=self.training.compile, dynamic=False)
-        return learner
+        return self.accelerator.prepare_model(self.objective, device_placement=False)
+
+    def _compiling(self) -> str:
+        """The compiler's mode, or no."""
+        if self.training.compile != "auto":
+            return self.training.compile
+        pays = self.device.type == "cuda" and self.total >= AUTO_STEPS and self.dot is None
+        return "reduce-overhead" if pays and importlib.util.find_spec("triton") is not None else "no"
+
+    def remember(self, folder: str | Path, teachers: list[str]) -> None:
+        """From now on each picture's answers are looked up in that folder. teachers: their digests."""
+        training = self.training
+        rows = self.task.rows("train", training.batch_size, shuffle_seed=training.seed, epoch=0)
+        self.fixed = rows is not None and not (training.mixup or training.cutmix)
+        draws = {name: getattr(training, name) for name in ("seed", "batch_size", "mixup", "cutmix")}
+        identity = {
+            "teachers": teachers,
+            "taps": self.objective.matched,
+            "data": self.task.fingerprint("train"),
+            "task": {key: value for key, value in self.task.describe().items() if key not in ("train", "val")},
+            "layout": [self.bf16, self.channels_last, self.device.type],
+            "draws": None if self.fixed else draws,
+        }
+        self.memory = Answers(
+            folder, identity, self.objective.answers(self._laid(torch.zeros(2, *self.task.input_shape, device=self.device))), self.device
+        )
+
+    def _laid(self, inputs: Tensor) -> Tensor:
+        return inputs.contiguous(memory_format=torch.channels_last) if self.channels_last and inputs.dim() == 4 else inputs
 
     # -- the loop
 
     def fit(self, label: str, store: Store | None, validate: Callable[[fx.GraphModule], float] | None, progress: bool) -> dict[str, Any]:
         """Train from the step the run is at to the last; leave the result in ``graph``; the facts of the record."""
         begun, resumed, before = time.monotonic(), self.step, self.seconds
-        self.learner.train()
+        self.plain.train()
         steps = track(self._batches(), self.total, label, progress and self.accelerator.is_main_process, done=self.step)
-        for inputs, targets in steps:
+        for inputs, targets, taught in steps:
             rate = self.training.rate(self.step, self.total)
-            self._advance(inputs, targets, rate)
+            self._advance(inputs, targets, taught, rate)
             self.step += 1
             ends = self.step % self.per_epoch == 0 or self.step == self.total
             if ends or self.step % CHECK_STEPS == 0:
@@ -266,17 +326,21 @@ class _Run:
                 )
                 if ends:
                     self._end_epoch(mean, rate, validate)
+                self._log(mean, rate, (self.step - resumed) * self.training.batch_size / (time.monotonic() - begun), ends)
             self.seconds = before + time.monotonic() - begun
             if store is not None and (ends or store.due()):
                 if not ends:
                     self._checked(rate, whole=True, together=False)
                 store.save(self.state(), self.numbers())
+        if self.logs is not None:
+            self.logs.close()
         self._settle()
-        images = (self.total - resumed) * self.training.batch_size
+        images = (self.step - resumed) * self.training.batch_size
         spent = self.seconds - before
         return {
-            "epochs": math.ceil(self.total / self.per_epoch),
-            "steps": self.total,
+            "epochs": math.ceil(self.step / self.per_epoch),
+            "steps": self.step,
+            "stopped": {"epoch": self.curve[-1]["epoch"], "of": math.ceil(self.total / self.per_epoch)} if self.step < self.total else None,
             "curve": self.curve,
             "best": None if self.best_value is None else {"epoch": self.best_epoch, "val": self.best_value},
             "kept": self.training.keep if self.best_value is not None else "last",
@@ -284,6 +348,8 @@ class _Run:
             "device": str(self.device.type),
             "processes": self.accelerator.num_processes,
             "accumulate": self.accumulate,
+            "halved": self.halved,
+            "compiled": self.compiled,
             "precision": "bf16" if self.bf16 else "fp32",
             "timing": {
                 "seconds": self.seconds,
@@ -292,49 +358,85 @@ class _Run:
             },
         }
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Batches from the current step to the last: mixed, in the networks' layout, this process's share."""
-        training, share = self.training, slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+    @property
+    def stopped(self) -> bool:
+        """Has the val split seen no better state for so many epochs?"""
+        patience = self.training.patience
+        return bool(patience and self.best_epoch is not None and self.curve[-1]["epoch"] - self.best_epoch >= patience)
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor | None, Answer | None]]:
+        """Batches from the current step to the last: mixed, in the networks' layout, this process's share; and the teachers' answers, if they are kept."""
+        share = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
         for epoch in itertools.count(self.step // self.per_epoch):
             start = self.step % self.per_epoch
-            source = iter(
-                self.task.batches(
-                    "train", training.batch_size, shuffle_seed=training.seed, augment=True, epoch=epoch, start=start, device=self.device
-                )
-            )
-            for _ in range(start, self.per_epoch):
-                if self.step == self.total:
+            if self.step == self.total or self.stopped:
+                return
+            part, rows = self._known(epoch)
+            source = self._mixed(epoch, start)
+            for index in range(start, self.per_epoch):
+                if self.step == self.total or self.stopped:
                     return
                 begun = time.perf_counter()
-                batch = next(source, None)
-                if batch is None:
-                    raise InputError(
-                        f"the data ended at step {self.step % self.per_epoch} of epoch {epoch}, {self.per_epoch} were announced; task.length is wrong"
-                    )
-                inputs, targets = mix(*batch, training, self.task.classes, self.step)
+                inputs, targets = next(source)
                 if self.accelerator.num_processes > 1:
                     inputs, targets = inputs[share], targets[share] if targets is not None else None
-                if self.channels_last and inputs.dim() == 4:
-                    inputs = inputs.contiguous(memory_format=torch.channels_last)
+                taught = self.memory.read(part, rows[index][share]) if self.memory is not None else None
+                inputs = self._laid(inputs)
                 self.waited += time.perf_counter() - begun
-                yield inputs, targets
+                yield inputs, targets, taught
 
-    def _advance(self, inputs: Tensor, targets: Tensor | None, rate: float) -> None:
+    def _mixed(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """An epoch's batches from that step on."""
+        training, fitting = self.training, {} if self.training.hard_weight else {"labelled": False}
+        batches = self.task.batches(
+            "train", training.batch_size, shuffle_seed=training.seed, augment=True, epoch=epoch, start=start, device=self.device, **fitting
+        )
+        step = start
+        for inputs, targets in batches:
+            yield mix(inputs, targets, training, self.task.classes if targets is not None else 0, epoch * self.per_epoch + step)
+            step += 1
+        raise InputError(f"the data ended at step {step} of epoch {epoch}, {self.per_epoch} were announced; task.length is wrong")
+
+    def _known(self, epoch: int) -> tuple[str, Sequence[Tensor]]:
+        """Where the answers to that epoch's pictures are kept, and in which rows; written now if they are not there yet."""
+        if self.memory is None:
+            return "", ()
+        training, size = self.training, self.training.batch_size
+        part = "all" if self.fixed else f"epoch {epoch}"
+        ordered = self.task.rows("train", size, shuffle_seed=training.seed, epoch=epoch) if self.fixed else None
+        rows = ordered if ordered is not None else list(torch.arange(self.per_epoch * size).split(size))
+        if not self.memory.file(part).exists() and self.accelerator.is_main_process:
+            labels = {"labelled": False}
+            pictures = (
+                self.task.batches("train", size, device=self.device, **labels)
+                if self.fixed
+                else itertools.islice(self._mixed(epoch, 0), self.per_epoch)
+            )
+            count = self.task.length("train") if self.fixed else self.per_epoch * size
+            self.memory.write(part, count, (self.objective.answers(self._laid(inputs)) for inputs, _ in pictures))
+        self.accelerator.wait_for_everyone()
+        return part, rows
+
+    def _advance(self, inputs: Tensor, targets: Tensor | None, taught: Answer | None, rate: float) -> None:
         """One step of the optimizer."""
         if self.penalty is not None and self.step % self.per_epoch == 0:
             self.penalty.begin(self.parameters)
         torch.manual_seed(_step_seed(self.training.seed, self.step, self.accelerator.process_index))
-        loss = self._gradients(inputs, targets)
+        loss = self._gradients(inputs, targets, taught)
         while loss is None:
             self._halve(len(inputs))
-            loss = self._gradients(inputs, targets)
+            loss = self._gradients(inputs, targets, taught)
         self.loss_sum += loss
         if self.penalty is not None:
             self.penalty.add(self.parameters)
         masked = [(parameter.grad, mask) for name, mask in self.masks.items() if (parameter := self.parameters[name]).grad is not None]
         if masked:
             torch._foreach_mul_(*map(list, zip(*masked)))
-        if self.training.clip:
+        if self.dot is not None:
+            if self.masks:
+                self.dot.mask({f"student.{name}": mask for name, mask in self.masks.items()})
+            self.dot.step(self.training.clip)
+        elif self.training.clip:
             nn.utils.clip_grad_norm_(self.learned.values(), self.training.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -342,35 +444,67 @@ class _Run:
         if self.averaged is not None:
             self.averaged.update(self.training.ema, self.step + 1)
 
-    def _gradients(self, inputs: Tensor, targets: Tensor | None) -> Tensor | None:
+    def _gradients(self, inputs: Tensor, targets: Tensor | None, taught: Answer | None) -> Tensor | None:
         """Gradients of the batch's mean loss, and that loss; None if the device's memory did not suffice."""
-        graphs = self.training.compile == "reduce-overhead"
+        graphs = self.compiled == "reduce-overhead"
         self._forget_gradients(own=graphs and self.accumulate > 1)
         try:
-            if self.accumulate == 1:
-                if graphs:
-                    torch.compiler.cudagraph_mark_step_begin()
-                loss = self.learner(inputs, targets)
-                loss.backward()
-                return loss.detach()
-            total = torch.zeros((), device=self.device)
-            parts = inputs.chunk(self.accumulate)
-            labels = targets.chunk(self.accumulate) if targets is not None else itertools.repeat(None)
-            for index, (part, label) in enumerate(zip(parts, labels)):
+            total = None
+            parts = self._parts(inputs, targets, taught)
+            for index, part in enumerate(parts):
                 if graphs:
                     torch.compiler.cudagraph_mark_step_begin()
                 apart = index + 1 < len(parts) and self.accelerator.num_processes > 1
                 with self.accelerator.no_sync(self.learner) if apart else contextlib.nullcontext():
-                    loss = self.learner(part, label) * (len(part) / len(inputs))
-                    loss.backward()
-                total += loss.detach()
+                    loss = self._backward(self.learner(*part), len(part[0]) / len(inputs))
+                total = loss if total is None else total + loss
+            self.trusted = True
             return total
-        except torch.OutOfMemoryError:
-            return None
+        except RuntimeError as error:
+            if _out_of_memory(error):
+                return None
+            if not self._falls_back(error):
+                raise
+        except Exception as error:
+            if not self._falls_back(error):
+                raise
+        return self._gradients(inputs, targets, taught)
+
+    def _parts(self, inputs: Tensor, targets: Tensor | None, taught: Answer | None) -> list[tuple[Any, ...]]:
+        """What the objective is called with, part by part."""
+        whole = (inputs, targets) if taught is None else (inputs, targets, taught)
+        if self.accumulate == 1:
+            return [whole]
+        leaves, shape = pytree.tree_flatten(whole)
+        pieces = zip(*(one.chunk(self.accumulate) if isinstance(one, Tensor) else itertools.repeat(one) for one in leaves))
+        return [pytree.tree_unflatten(list(piece), shape) for piece in pieces]
+
+    def _backward(self, loss: Tensor, share: float) -> Tensor:
+        """Adds the gradients of that share of a batch."""
+        loss = loss * share if share < 1 else loss
+        if self.dot is None:
+            loss.backward()
+            return loss.detach()
+        hard, soft = loss.unbind()
+        self.dot.add(torch.autograd.grad(soft, list(self.learned.values()), retain_graph=True, allow_unused=True))
+        hard.backward()
+        return loss.detach().sum()
+
+    def _falls_back(self, error: Exception) -> bool:
+        """With compile=auto, a network that the compiler can't do is trained without it: True. Only a first step tells of the compiler."""
+        if self.training.compile != "auto" or self.compiled == "no" or self.trusted or isinstance(error, RarefyError):
+            return False
+        self.compiled, self.learner = "no", self.plain
+        logging.getLogger("rarefy").warning(
+            "not compiled (%s: %s)", type(error).__name__, (str(error).strip().splitlines() or [""])[0][:200]
+        )
+        return True
 
     def _forget_gradients(self, own: bool) -> None:
         """own: sums of several parts need memory of their own, for a CUDA graph writes each part's gradients to the same place."""
         self.optimizer.zero_grad(set_to_none=not own)
+        if self.dot is not None:
+            self.dot.forget()
         if own:
             for parameter in self.learned.values():
                 if parameter.grad is None:
@@ -383,6 +517,7 @@ class _Run:
                 f"{self.device}: out of memory with {-(-images // self.accumulate)} images at once; pass a smaller batch_size or accumulate={2 * self.accumulate}"
             )
         self.accumulate = min(2 * self.accumulate, images)
+        self.halved.append({"step": self.step, "accumulate": self.accumulate})
         self.optimizer.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -422,6 +557,14 @@ class _Run:
             self.best_value, self.best_epoch = value, epoch
             if self.training.keep == "best":
                 self.best = {name: tensor.clone() for name, tensor in self.good.items()}
+
+    def _log(self, loss: float, rate: float, speed: float, ends: bool) -> None:
+        if self.logs is not None:
+            self.logs.add(
+                self.step, loss=loss, lr=rate, images_per_second=speed, data_share=self.waited / self.seconds if self.seconds > 0 else None
+            )
+            if ends:
+                self.logs.add(self.step, val=self.curve[-1]["val"])
 
     def _agree(self) -> None:
         """Running statistics are each process's own; the first one's are kept."""
@@ -477,6 +620,8 @@ class _Run:
             }
         if self.penalty is not None:
             found |= {f"penalty.{name}": value for name, value in self.penalty.state().items()}
+        if self.dot is not None:
+            found |= {f"dot.{name}": value for name, value in self.dot.state().items()}
         return {**found, "loss_sum": self.loss_sum}
 
     def numbers(self) -> dict[str, Any]:
@@ -502,6 +647,8 @@ class _Run:
                 self.optimizer.state[parameter][key] = like.detach().copy_(value)
             if self.penalty is not None:
                 self.penalty.restore(store.tensors("penalty."), self.parameters)
+            if self.dot is not None:
+                self.dot.restore(store.tensors("dot."))
             self.loss_sum.copy_(store.tensors("loss_sum")[""])
         except (KeyError, RuntimeError) as error:
             raise FormatError(f"{store.file}: is incomplete ({error}); delete it to start anew") from error
@@ -537,6 +684,8 @@ def _optimizer(parameters: Any, training: Training, device: torch.device) -> tor
         {"params": [one for one in parameters if one.dim() <= 1], "weight_decay": 0.0},
     ]
     fused = device.type in ("cpu", "cuda") and all(one.is_floating_point() for one in parameters)
+    if training.dot:  # whose update is the gradient
+        return torch.optim.SGD([{"params": parameters, "weight_decay": 0.0}], lr=0.0, fused=fused)
     if training.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=training.momentum, nesterov=training.momentum > 0, fused=fused)
     return torch.optim.AdamW(groups, lr=0.0, fused=fused)
@@ -580,6 +729,11 @@ def _compiler_keeps_its_hints() -> Iterator[None]:
         warnings.filterwarnings("ignore", module=r"torch\._inductor\.")
         warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
         yield
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """CUDA has a class for it; the CPU's allocator says so in words."""
+    return isinstance(error, torch.OutOfMemoryError) or ("DefaultCPUAllocator" in str(error) and "memory" in str(error))
 
 
 def _step_seed(seed: int, step: int, process: int) -> int:

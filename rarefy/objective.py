@@ -1,6 +1,9 @@
 """What a step of training minimises: the task's loss against labels, and a weighted sum of distillation losses.
 
-    loss = hard_weight · task(student, labels) + Σ weight · distillation(student, teacher)
+    loss = hard_weight · task(student, labels) + Σ share · Σ weight · distillation(student, teacher)
+
+Several teachers: the mean of their losses (by their shares, which sum to 1), not the loss of their mean. For KL the two have the same gradient; features of
+networks that differ have no mean, and each teacher is matched with the student on its own.
 
 One ``nn.Module`` maps (inputs, targets) to it, teacher included: what DDP wraps and ``torch.compile`` compiles, as one piece.
 """
@@ -10,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,6 +28,7 @@ from rarefy.training import Task, Training
 
 Losses = str | Loss | Sequence[tuple[float, Loss]] | None
 Term = tuple[float, Loss]
+Answer = tuple[tuple[Any, tuple[Tensor, ...]], ...]  # of each teacher: its output, and the values of its taps
 
 
 def terms(loss: Losses) -> list[Term]:
@@ -51,56 +55,75 @@ def terms(loss: Losses) -> list[Term]:
     return pairs
 
 
+class Lesson(NamedTuple):
+    """One loss from one teacher. places: student's node -> (index of its tap, index of the teacher's)."""
+
+    weight: float
+    loss: Loss
+    teacher: int
+    places: dict[str, tuple[int, int]]
+
+
 class Objective(nn.Module):
-    """(inputs (N, ...), targets) -> the loss of that batch, a scalar."""
+    """(inputs (N, ...), targets) -> the loss of that batch, a scalar; with ``apart``, (2,): against labels, and against the teachers.
+
+    taught: the teachers' answers, where they are known already.
+    """
 
     def __init__(
-        self, student: fx.GraphModule, teacher: fx.GraphModule | None, task: Task, training: Training, sum_of: list[Term], bf16: bool
-    ):
+        self, student: fx.GraphModule, teachers: Sequence[tuple[float, fx.GraphModule]], task: Task, training: Training, sum_of: list[Term], bf16: bool
+    ):  # fmt: skip
         super().__init__()
         ours: list[Tap] = []
-        theirs: list[Tap] = []
-        self.terms: list[tuple[float, Loss, dict[str, tuple[int, int]]]] = []
-        adapters: dict[str, nn.Module] = {}
-        for index, (weight, one) in enumerate(sum_of):
-            assert teacher is not None
-            pairs = matched(student, teacher, one.on)
-            self.terms.append((weight, one, {a.node.name: (_place(ours, a), _place(theirs, b)) for a, b in pairs}))
-            if isinstance(one, FeatureLoss) and pairs:
-                adapter = one.adapter({a.node.name: (a.shape, b.shape) for a, b in pairs})
+        theirs: list[list[Tap]] = [[] for _ in teachers]
+        self.lessons: list[Lesson] = []
+        self.adapters = nn.ModuleDict()
+        for number, (share, teacher) in enumerate(teachers):
+            for weight, one in sum_of:
+                pairs = matched(student, teacher, one.on)
+                places = {a.node.name: (_place(ours, a), _place(theirs[number], b)) for a, b in pairs}
+                adapter = (
+                    one.adapter({a.node.name: (a.shape, b.shape) for a, b in pairs}) if isinstance(one, FeatureLoss) and pairs else None
+                )
                 if adapter is not None:
-                    adapters[str(index)] = adapter
-        self.matched = [[term_name, theirs[b].node.name] for _, _, places in self.terms for term_name, (_, b) in places.items()]
+                    self.adapters[str(len(self.lessons))] = adapter
+                self.lessons.append(Lesson(share * weight, one, number, places))
+        self.matched = [[name, theirs[lesson.teacher][b].node.name] for lesson in self.lessons for name, (_, b) in lesson.places.items()]
         self.student = tapped(student, ours)
-        self.teacher = frozen(tapped(teacher, theirs), bf16) if teacher is not None else None
-        self.adapters = nn.ModuleDict(adapters)
-        self.task, self.bf16 = task, bf16
+        self.teachers = nn.ModuleList(frozen(tapped(teacher, taps), bf16) for (_, teacher), taps in zip(teachers, theirs))
+        self.task, self.bf16, self.apart = task, bf16, training.dot > 0
         self.hard_weight, self.label_smoothing = training.hard_weight, training.label_smoothing
 
     def train(self, mode: bool = True) -> Objective:
         super().train(mode)
-        if self.teacher is not None:
-            self.teacher.eval()
+        self.teachers.eval()
         return self
 
-    def forward(self, inputs: Tensor, targets: Tensor | None) -> Tensor:
+    def forward(self, inputs: Tensor, targets: Tensor | None, taught: Answer | None = None) -> Tensor:
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.bf16):
             outputs, ours = self.student(inputs)
-            taught, theirs = None, ()
-            if self.teacher is not None:
-                with torch.no_grad():
-                    taught, theirs = self.teacher(inputs)
-        outputs, taught, ours, theirs = pytree.tree_map(_float, (outputs, taught, ours, theirs))
-        parts = []
-        if self.hard_weight:
-            parts.append(self.hard_weight * self.task.loss(outputs, targets, label_smoothing=self.label_smoothing))
-        for index, (weight, one, places) in enumerate(self.terms):
+        taught = self.answers(inputs) if taught is None else taught
+        outputs, ours, taught = pytree.tree_map(_float, (outputs, ours, taught))
+        hard = [self.hard_weight * self.task.loss(outputs, targets, label_smoothing=self.label_smoothing)] if self.hard_weight else []
+        soft = []
+        for index, (weight, one, teacher, places) in enumerate(self.lessons):
+            answer, theirs = taught[teacher]
             seen = {name: ours[a] for name, (a, _) in places.items()}
             if str(index) in self.adapters:
                 seen = self.adapters[str(index)](seen)
             features = {name: (seen[name], theirs[b]) for name, (_, b) in places.items()}
-            parts.append(weight * one(outputs, taught, targets, features))
-        return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
+            soft.append(weight * one(outputs, answer, targets, features))
+        return torch.stack([_sum(hard), _sum(soft)]) if self.apart else _sum(hard + soft)
+
+    @torch.no_grad()
+    def answers(self, inputs: Tensor) -> Answer:
+        """(output, (value of each tap)) of each teacher."""
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.bf16):
+            return tuple(teacher(inputs) for teacher in self.teachers)
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
 
 def _place(taps: list[Tap], tap: Tap) -> int:

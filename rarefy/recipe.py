@@ -278,15 +278,20 @@ def _options(name: str, function: Any) -> type[BaseModel]:
 def _fields(function: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(function)
     fields: dict[str, Any] = {}
+    loose = any(one.kind is one.VAR_KEYWORD for one in inspect.signature(function).parameters.values())
     for parameter in inspect.signature(function).parameters.values():
         if parameter.name in GIVEN or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         annotation = hints.get(parameter.name, Any)
         parts = (annotation, *typing.get_args(annotation))
         packed = next((part for part in parts if dataclasses.is_dataclass(part)), None)
-        if packed is not None and str not in parts:  # options that the verb takes one by one, or packed in an object
+        if packed is not None and (
+            loose or str not in parts
+        ):  # options that the verb takes one by one, or packed in an object, or by its name
             fields |= _fields(packed)
-            continue
+            if str not in parts:
+                continue
+            annotation = str | None
         hint = str if parameter.name in CHOICES else _plain(annotation)
         default = None if parameter.name in REPLACED else ... if parameter.default is parameter.empty else parameter.default
         fields[parameter.name] = (Annotated[hint, BeforeValidator(_split)] if _is_list(hint) else hint, default)

@@ -1,9 +1,10 @@
-"""How to train: the options, and what the loop (``distilling.py``) asks of a task and of a penalty."""
+"""How to train: the options, presets of them, and what the loop (``distilling.py``) asks of a task and of a penalty."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from rarefy.errors import InputError
 
 DEFAULT_LR = {"sgd": 0.05, "adamw": 1e-3}
+AUTO_STEPS = 2000
 
 
 class Task(Protocol):
@@ -29,8 +31,12 @@ class Task(Protocol):
     def length(self, split: Any) -> int: ...
     def batches(
         self, split: Any, batch_size: int, *, shuffle_seed: int | None = None, augment: bool = False, epoch: int = 0, start: int = 0,
-        device: torch.device | str = "cpu",
-    ) -> Iterator[tuple[Tensor, Tensor]]: ...  # fmt: skip
+        device: torch.device | str = "cpu", labelled: bool = True,
+    ) -> Iterator[tuple[Tensor, Any]]: ...  # fmt: skip
+    def rows(self, split: Any, batch_size: int, *, shuffle_seed: int | None = None, epoch: int = 0) -> Sequence[Tensor] | None:
+        """Which images each training batch holds, if an image is the same picture in every epoch; asked for by the cache of a teacher's answers alone."""
+        ...
+
     def loss(self, outputs: Any, targets: Any, label_smoothing: float = 0.0) -> Tensor: ...
     def fingerprint(self, split: Any) -> str: ...
     def describe(self) -> dict[str, Any]: ...
@@ -54,8 +60,10 @@ class Training:
     lr: peak learning rate; None: 0.05 for sgd, 0.001 for adamw. warmup: share of the steps with rising lr. clip: greatest norm of the
     gradient, 0: none. hard_weight: weight of the loss against labels. mixup, cutmix: α of Beta(α, α), 0: off; with both on, one of them at
     random a step. ema: decay, 0: off. precision: fp32, bf16 or auto (bf16 on CUDA). channels_last: yes, no or auto (for convolutions).
-    compile: no, default or reduce-overhead (CUDA graphs). validate_every: epochs between two looks at the val split, 0: never. keep: the
-    last state or the best on the val split (whose figure is then optimistic: it was chosen by it).
+    compile: no, default, reduce-overhead (CUDA graphs) or auto: the last on CUDA from AUTO_STEPS steps on, where it has paid for the minute
+    it takes, and back to no where the compiler can't. validate_every: epochs between two looks at the val split, 0: never. keep: the last state
+    or the best on the val split (whose figure is then optimistic: it was chosen by it). patience: stop once the val split saw no better state for so
+    many epochs, 0: never. dot: Δ of the two momenta (``dot.py``), 0: off.
     """
 
     epochs: int = 30
@@ -75,9 +83,11 @@ class Training:
     ema: float = 0.0
     precision: str = "auto"
     channels_last: str = "auto"
-    compile: str = "no"
+    compile: str = "auto"
     validate_every: int = 1
     keep: str = "last"
+    patience: int = 0
+    dot: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -99,13 +109,25 @@ class Training:
             ("ema", 0 <= self.ema < 1, "0 (off) up to, not including, 1"),
             ("precision", self.precision in ("auto", "fp32", "bf16"), "auto, fp32 or bf16"),
             ("channels_last", self.channels_last in ("auto", "yes", "no"), "auto, yes or no"),
-            ("compile", self.compile in ("no", "default", "reduce-overhead"), "no, default or reduce-overhead"),
+            ("compile", self.compile in ("auto", "no", "default", "reduce-overhead"), "auto, no, default or reduce-overhead"),
             ("validate_every", self.validate_every >= 0, "0 (never) or more"),
             ("keep", self.keep in ("last", "best"), "last or best"),
+            ("patience", self.patience >= 0, "0 (never) or more epochs"),
+            (
+                "dot",
+                0 <= self.dot <= min(self.momentum, 1 - self.momentum) and (self.dot < 1 - self.momentum or not self.dot),
+                "0 (off) up to momentum, and below 1 - momentum",
+            ),
         ]
         for name, holds, allowed in rules:
             if not holds:
                 raise InputError(f"training: {name}={getattr(self, name)!r} is not {allowed}")
+        if self.patience and not self.validate_every:
+            raise InputError(f"training: patience={self.patience} needs validation; pass validate_every=1")
+        if self.dot and (self.optimizer != "sgd" or self.compile not in ("auto", "no")):
+            raise InputError(
+                f"training: dot={self.dot} is of sgd, and takes two passes backwards, which can't be compiled; pass optimizer=sgd, compile=no"
+            )
 
     def rate(self, step: int, total: int) -> float:
         """Learning rate of that step: linear up to the peak, then a cosine to zero."""
@@ -114,3 +136,23 @@ class Training:
         if step < rising:
             return peak * (step + 1) / (rising + 1)
         return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / (total - rising)))
+
+
+PRESETS = {
+    "fast": Training(epochs=10),  # a look at what distillation will give
+    "normal": Training(),
+    "patient": Training(epochs=200, mixup=0.2),  # a long run on varied pictures lifts the end most (2106.05237)
+}
+
+
+def training_of(given: Training | str | None, options: Mapping[str, Any], verb: str) -> Training:
+    """The training meant by an object, a preset's name or nothing, with ``options`` in place of its fields. Raises InputError."""
+    known = [one.name for one in dataclasses.fields(Training)]
+    unknown = sorted(options.keys() - set(known))
+    if unknown:
+        raise InputError(f"{verb}: unknown option {unknown[0]!r}; have {', '.join(sorted(known))}")
+    if isinstance(given, str):
+        if given not in PRESETS:
+            raise InputError(f"{verb}: training={given!r} is no preset; have {', '.join(PRESETS)}, or pass a Training")
+        given = PRESETS[given]
+    return dataclasses.replace(given or Training(), **options)

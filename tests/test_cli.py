@@ -91,7 +91,11 @@ def test_help_does_not_import_torch() -> None:
 
 @pytest.mark.parametrize("verb", list(recipe.VERBS))
 def test_every_option_of_a_verb_is_an_option_of_its_command(verb: str) -> None:
-    names = {"quantize": {"weights": "weight_grid", "activations": "activation_grid"}, "prune": {"batch": "batch_size"}}
+    names = {
+        "quantize": {"weights": "weight_grid", "activations": "activation_grid"},
+        "prune": {"batch": "batch_size"},
+        "distill": {"training": "preset"},
+    }
     renamed = names.get(verb, {})
     command = typer.main.get_command(cli.app).commands[verb]  # type: ignore[attr-defined]
     have = {parameter.name: parameter for parameter in command.params}
@@ -170,6 +174,16 @@ def test_distill_with_and_without_a_teacher(capsys: pytest.CaptureFixture[str], 
     )
     assert found["step"] == "distill" and "kl" in found["options"]["loss"]
     assert not (tmp_path / "taught.work").exists()
+    teachers = ("--teacher", f"3*{tmp_path / 'trained'}", "--teacher", saved, "--cache", tmp_path / "cache")
+    found = as_json(capsys, "distill", saved, *data, *teachers, "--preset", "patient", "--lr", 0.2, "-o", tmp_path / "by two")
+    options = found["options"]
+    assert options["shares"] == [0.75, 0.25] and list((tmp_path / "cache").iterdir())
+    assert (options["epochs"], options["mixup"], options["lr"], options["steps"]) == (
+        200,
+        0.2,
+        0.2,
+        3,
+    )  # the preset's, but for what was said
     assert not torch.equal(rarefy.load(tmp_path / "taught").get_parameter("one.weight"), rarefy.load(saved).get_parameter("one.weight"))
 
 

@@ -61,13 +61,17 @@ class Digits:
     classes: int = 10
     input_shape: tuple[int, int, int] = (1, 8, 8)
     watch: Callable[[int, int, Tensor], None] | None = None
+    noise: float = 0.1
+    labels: bool = True
 
     def length(self, split: str) -> int:
         return self.images if split == "train" else 300
 
     def batches(
-        self, split: str, batch_size: int, *, shuffle_seed: int | None = None, augment: bool = False, epoch: int = 0, start: int = 0, device: Any = "cpu"
+        self, split: str, batch_size: int, *, shuffle_seed: int | None = None, augment: bool = False, epoch: int = 0, start: int = 0, device: Any = "cpu",
+        labelled: bool = True,
     ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+        assert self.labels or not labelled or split == "val", "no labels, and they were asked for"
         x, y = digits()
         x, y = (x[: self.images], y[: self.images]) if split == "train" else (x[-300:], y[-300:])
         order = torch.arange(len(y))
@@ -78,12 +82,20 @@ class Digits:
                 raise Stopped
             inputs = x[rows]
             if augment:
-                inputs = inputs + 0.1 * torch.randn(inputs.shape, generator=torch.Generator().manual_seed(1000 * epoch + step))
+                inputs = inputs + self.noise * torch.randn(inputs.shape, generator=torch.Generator().manual_seed(1000 * epoch + step))
                 if self.spoil is not None and self.spoil <= (epoch, step):
                     inputs = inputs * float("nan")
                 if self.watch is not None:
                     self.watch(epoch, step, inputs)
-            yield inputs.to(device), y[rows].to(device)
+            yield inputs.to(device), y[rows].to(device) if self.labels or split == "val" else None
+
+    def rows(self, split: str, batch_size: int, *, shuffle_seed: int | None = None, epoch: int = 0) -> list[Tensor] | None:
+        if self.noise:
+            return None
+        order = torch.arange(self.images)
+        if shuffle_seed is not None:
+            order = torch.randperm(self.images, generator=torch.Generator().manual_seed(1000 * shuffle_seed + epoch))
+        return list(order.split(batch_size))
 
     def loss(self, outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         return F.cross_entropy(outputs, targets, label_smoothing=label_smoothing)
@@ -418,13 +430,13 @@ def test_teacher_sees_the_student_s_picture(monkeypatch: pytest.MonkeyPatch) -> 
     forward = objective.Objective.forward
 
     def spied(self: Any, inputs: Tensor, targets: Tensor) -> Tensor:
-        handles = [one.register_forward_pre_hook(lambda _, args: taken.append(args[0])) for one in (self.student, self.teacher)]
+        handles = [one.register_forward_pre_hook(lambda _, args: taken.append(args[0])) for one in (self.student, self.teachers[0])]
         taken: list[Tensor] = []
         loss = forward(self, inputs, targets)
         for handle in handles:
             handle.remove()
         seen.append((taken[0], taken[1]))
-        assert self.student.training and not self.teacher.training
+        assert self.student.training and not self.teachers[0].training
         assert targets.shape == (40, 10)
         return loss
 
@@ -611,8 +623,8 @@ def test_infinite_weights_after_a_finite_loss_are_not_accepted(monkeypatch: pyte
     """The last step's gradient may break the weights when no loss is left to show it."""
     advance = distilling._Run._advance
 
-    def broken(self: Any, inputs: Tensor, targets: Tensor, rate: float) -> None:
-        advance(self, inputs, targets, rate)
+    def broken(self: Any, inputs: Tensor, targets: Tensor, taught: Any, rate: float) -> None:
+        advance(self, inputs, targets, taught, rate)
         if self.step == 3:
             with torch.no_grad():
                 next(self.graph.parameters()).view(-1)[0] = float("inf")

@@ -181,4 +181,5 @@ def test_a_step_has_the_verbs_own_options(verb: str) -> None:
         if parameter.kind is not parameter.VAR_KEYWORD and parameter.name not in recipe.GIVEN and parameter.name != "training":
             assert parameter.name in fields
     if verb == "distill":
-        assert {field.name for field in dataclasses.fields(module.Training)} - recipe.GIVEN <= fields
+        assert {field.name for field in dataclasses.fields(module.Training)} - recipe.GIVEN | {"training"} <= fields
+        assert recipe.step("distill training=fast lr=0.1") == {"do": "distill", "training": "fast", "lr": 0.1}

@@ -50,6 +50,9 @@ from rarefy.tasks.sources import Arrays, Items, Source, Split, load
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _RESAMPLING = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_UNLABELLED = (
+    "{}: has no labels, which training and evaluation need; only calibration and learning from a teacher alone (hard_weight=0) do without"
+)
 _FILE_SIZE = 224  # pixels, where a source of files is given no size
 _MOST_SCANNED = 10_000  # images looked at to count the unreadable ones
 
@@ -221,16 +224,17 @@ class Classification:
         epoch: int = 0,
         start: int = 0,
         device: torch.device | str = "cpu",
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+        labelled: bool = True,
+    ) -> Iterator[tuple[Tensor, Any]]:
         """Yield (inputs (N, C, H, W) float32, normalised; targets (N,) int64) on ``device``.
 
         limit: so many images of the split only, always the same. shuffle_seed: None keeps the order of the data. augment: as in training,
-        and the last batch is dropped if it is not full. start: the first step to yield.
+        and the last batch is dropped if it is not full. start: the first step to yield. labelled: without labels it is an error; else targets are None.
         Raises DataError for whatever is wrong with the data, at the call where it can be known there.
         """
         source = self._source(split)
-        if source.labels is None and isinstance(source, Arrays):
-            raise DataError(f"{source.where}: has no labels, which training and evaluation need; only calibration does without")
+        if labelled and source.labels is None and isinstance(source, Arrays):
+            raise DataError(_UNLABELLED.format(source.where))
         indices = self._indices(source, batch_size, limit)
         if augment and len(indices) < batch_size:
             raise DataError(f"{source.where}: {len(indices)} images are less than one batch of {batch_size}; pass a smaller batch size")
@@ -238,7 +242,23 @@ class Classification:
             indices = indices[torch.randperm(len(indices), generator=_generator(shuffle_seed, epoch))]
         chunks = [chunk for chunk in indices.split(batch_size) if not augment or len(chunk) == batch_size]
         seeds = (0 if shuffle_seed is None else shuffle_seed, epoch) if augment else None
+        if not labelled:
+            return self._prepared(source, split, chunks, start, seeds, torch.device(device))
         return self._labelled(source, split, chunks, start, seeds, torch.device(device))
+
+    def rows(self, split: Split, batch_size: int, *, shuffle_seed: int | None = None, epoch: int = 0) -> Sequence[Tensor] | None:
+        """Indices of the images in each batch that ``batches(augment=True)`` yields; None where augmentation makes each image another picture every time."""
+        if self._augmentation._replace(scale=Augmentation().scale) != Augmentation():
+            return None
+        indices = torch.arange(self.length(split))
+        if shuffle_seed is not None:
+            indices = torch.randperm(len(indices), generator=_generator(shuffle_seed, epoch))
+        return [chunk for chunk in indices.split(batch_size) if len(chunk) == batch_size]
+
+    def labelled(self, split: Split) -> bool:
+        """Has the split labels? Looks at one item where they are not known beforehand."""
+        source = self._source(split)
+        return source.labels is not None or (isinstance(source, Items) and _label_or_none(source, 0) is not None)
 
     def inputs(self, split: Split, count: int, batch_size: int, seed: int = 0, device: torch.device | str = "cpu") -> Iterator[Tensor]:
         """Yield ``count`` images (all, if there are fewer), chosen by the seed, as (N, C, H, W) float32, prepared as for evaluation. Needs no labels."""
@@ -441,7 +461,7 @@ class Classification:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         for inputs, targets in self._prepared(source, split, chunks, start, seeds, device):
             if targets is None:
-                raise DataError(f"{source.where}: has no labels, which training and evaluation need; only calibration does without")
+                raise DataError(_UNLABELLED.format(source.where))
             yield inputs, targets
 
     def _prepared(

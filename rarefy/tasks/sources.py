@@ -4,6 +4,7 @@
 ``imagefolder:PATH``               one folder a class, sorted by name, images at any depth below; a folder of images only is
                                    unlabelled. A folder that holds ``train`` and ``val`` (or ``validation``, ``valid``, ``test``)
                                    is entered at the right one
+``images:PATH``                    all images below a folder, unlabelled, whatever its folders are called
 ``torchvision:NAME?root=PATH``     any dataset of ``torchvision.datasets``, as found on disk (nothing is downloaded); further options
                                    go to it, such as ``&split=letters``; ``train=`` and ``split=`` are filled in where not given
 ``sklearn:digits``                 1,797 grey images of 8x8, part of scikit-learn; levels 0..16 become 0..255
@@ -203,6 +204,16 @@ def _imagefolder(text: str, rest: str, split: Split) -> tuple[Source, bool]:
     return Items(text, [file for file, _ in found], torch.arange(len(found)), labels, names), divided
 
 
+def _unlabelled(text: str, rest: str, split: Split) -> tuple[Source, bool]:
+    root = Path(rest).expanduser()
+    if not root.is_dir():
+        raise DataError(f"{text}: {'is a file, not a folder' if root.exists() else 'no such folder'}; give a folder of images")
+    files = _images(root)
+    if not files:
+        raise DataError(f"{text}: {root} has no images ({' '.join(EXTENSIONS)}); give a folder of images")
+    return Items(text, files, torch.arange(len(files)), None), False
+
+
 def _folders(root: Path) -> list[Path]:
     return sorted(Path(entry.path) for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
 
@@ -290,6 +301,7 @@ def _function(text: str, rest: str, split: Split) -> tuple[Any, bool]:
 
 _READERS: dict[str, Callable[[str, str, Split], tuple[Any, bool]]] = {
     "imagefolder": _imagefolder,
+    "images": _unlabelled,
     "torchvision": _torchvision,
     "sklearn": _sklearn,
 }
