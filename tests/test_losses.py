@@ -215,8 +215,12 @@ def test_mlkd_is_the_mean_over_temperatures() -> None:
     for T in (2, 3):
         p, q = (teacher / T).softmax(1), (student / T).softmax(1)
         instance = T**2 * (p * (p.log() - q.log())).sum(1).mean()
-        expected.append(instance + (p @ p.T - q @ q.T).square().sum() / len(p) + (p.T @ p - q.T @ q).square().sum() / p.shape[1])
-    torch.testing.assert_close(Mlkd(lowest=2, highest=3)(student, teacher, None, {}), torch.stack(expected).mean())
+        batch, classes = (p @ p.T - q @ q.T).square().sum() / len(p), (p.T @ p - q.T @ q).square().sum() / p.shape[1]
+        expected.append(instance + batch * (64 / len(p)) + classes * (64 / len(p)) ** 2)
+    found = Mlkd(lowest=2, highest=3)(student, teacher, None, {})
+    torch.testing.assert_close(found, torch.stack(expected).mean())
+    eight_times = Mlkd(lowest=2, highest=3)(student.repeat(8, 1), teacher.repeat(8, 1), None, {})
+    torch.testing.assert_close(eight_times, found)  # a batch of the same samples again is no other loss
 
 
 def test_skd_adds_mahalanobis_distances_to_kl() -> None:
