@@ -18,6 +18,7 @@ from typing import Any
 # extra -> distributions it brings
 EXTRAS = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("openvino",),
     "vision": ("torchvision", "timm"),
     "sign": ("model-signing", "pyOpenSSL"),
     "demo": ("scikit-learn",),
@@ -53,7 +54,7 @@ def examine() -> dict[str, Any]:
         "memory_bytes": _memory(),
         "torch": {"version": torch.__version__, "threads": torch.get_num_threads(), "vector": torch.backends.cpu.get_cpu_capability()},
         "gpus": _gpus(torch),
-        "runtimes": {name: _version(name) for name in plugins.available("runtimes")},
+        "runtimes": {name: _version(plugins.choice_class("runtimes", name).package) for name in plugins.available("runtimes")},
         "packages": packages,
         "advice": _advice(flags, packages, _gpus(torch)),
     }

@@ -117,15 +117,15 @@ def _computed(graph: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) 
     return values[node]
 
 
-def simplify(graph: fx.GraphModule) -> fx.GraphModule:
-    """A copy in which what can be written in several ways is written in one."""
+def simplify(graph: fx.GraphModule, keep: frozenset[Any] = frozenset()) -> fx.GraphModule:
+    """A copy in which what can be written in several ways is written in one, but for the operators in ``keep``."""
     graph = copy.deepcopy(graph)
     found = shapes(graph)
     for node in list(graph.graph.nodes):
         if node.op != "call_function":
             continue
         with graph.graph.inserting_before(node):
-            rule = _SIMPLER.get(node.target)
+            rule = None if node.target in keep else _SIMPLER.get(node.target)
             simpler = rule(graph.graph, node, found) if rule else None
         if simpler is not None:
             node.replace_all_uses_with(simpler)

@@ -290,10 +290,13 @@ def search(
     original = build(space.kept(space.whole))
     example = example_inputs(original, batch=batch, seed=seed)[0]
     options = _design(space, seed)
-    file = _cache_file(cache, original, [space.kept(option).tolist() for option in options], settings)
+    file = _cache_file(cache, original, [space.kept(option).tolist() for option in options], settings, chosen.package)
     rounds: list[Round] = []
     with tempfile.TemporaryDirectory(prefix="rarefy-") as temporary:
-        files = {"original": chosen.export(original, Path(temporary) / "original.onnx"), "pruned": Path(temporary) / "pruned.onnx"}
+        files = {
+            "original": chosen.export(original, Path(temporary) / f"original{chosen.suffix}"),
+            "pruned": Path(temporary) / f"pruned{chosen.suffix}",
+        }
 
         whole_run = _kernels(chosen, files["original"], example, settings["runtime"])
 
@@ -395,7 +398,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "rarefy"
 
 
-def _cache_file(cache: str | os.PathLike[str] | None, graph: fx.GraphModule, widths: list[list[int]], settings: dict[str, Any]) -> Path:
+def _cache_file(
+    cache: str | os.PathLike[str] | None, graph: fx.GraphModule, widths: list[list[int]], settings: dict[str, Any], package: str
+) -> Path:
     """The file's name is a hash of all that the times depend on."""
     layers = [
         [node.op, str(node.target), str(node.args), str(node.kwargs), list(attribute(graph, str(node.target)).shape)]
@@ -404,7 +409,7 @@ def _cache_file(cache: str | os.PathLike[str] | None, graph: fx.GraphModule, wid
         for node in graph.graph.nodes
     ]
     with suppress(importlib.metadata.PackageNotFoundError):
-        settings = {**settings, "version": importlib.metadata.version(settings["runtime"])}
+        settings = {**settings, "version": importlib.metadata.version(package)}
     known = {**settings, "format": FORMAT, "processor": _processor(), "layers": layers, "inputs": graph.meta["inputs"], "widths": widths}
     digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
     return (cache_folder() / "latency" if cache is None else Path(cache)) / f"{digest}.json"

@@ -88,7 +88,7 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="rarefy-") as temporary:
         home = Path(folder if folder is not None else temporary)
         home.mkdir(parents=True, exist_ok=True)
-        files = {name: home / f"{index}.onnx" for index, name in enumerate(models)}
+        files = {name: home / f"{index}{chosen.suffix}" for index, name in enumerate(models)}
         for name, graph in models.items():
             chosen.export(graph, files[name])
         example = example_inputs(next(iter(models.values())), batch=batch, seed=seed)[0]
@@ -217,8 +217,7 @@ def _child(runtime: str, file: str, example: str) -> None:
     kind = getattr(torch, dtype)
     chosen = plugins.resolve("runtimes", runtime)
     given = torch.zeros(shape, dtype=kind) if not kind.is_floating_point else torch.rand(shape, dtype=kind)
-    if plugins.describe(chosen).startswith("onnxruntime"):
-        importlib.import_module("onnxruntime")  # opening would load it, and the library is no cost of the model's
+    importlib.import_module(chosen.package)  # opening would load it, and the library is no cost of the model's
     gc.collect()
     before = _peak_bytes(reset=True)
     session = chosen.open(Path(file))

@@ -25,8 +25,11 @@ from rarefy.folding import fold_constants
 from rarefy.translating import OPSET, Untranslated, onnx_model
 
 
-def write(graph: fx.GraphModule, path: str | os.PathLike[str]) -> Path:
-    """Write ``graph`` (in eval mode, layers as numbers: ``lowering.to_numbers``). Raises InputError for an operator ONNX has no form of."""
+def write(graph: fx.GraphModule, path: str | os.PathLike[str], zero_points: bool = True) -> Path:
+    """Write ``graph`` (in eval mode, layers as numbers: ``lowering.to_numbers``); returns the path.
+
+    zero_points: False leaves those out that are 0 throughout, as weights' are. Raises InputError for an operator ONNX has no form of.
+    """
     onnx = needs("onnx")
     graph = fold_constants(graph).cpu()
     try:
@@ -39,6 +42,8 @@ def write(graph: fx.GraphModule, path: str | os.PathLike[str]) -> Path:
         raise InputError(
             f"the graph can't be written as ONNX: {why[:300]}; leave that layer out with core=, or choose another runtime"
         ) from error
+    if not zero_points:
+        _drop_zero_points(onnx, model.graph)
     _tidy(onnx, model)
     target = Path(path)
     target.write_bytes(model.SerializeToString(deterministic=True))
@@ -133,6 +138,16 @@ def _tidy(onnx: Any, model: Any) -> None:
         if len(dims) and dims[0].dim_param:
             dims[0].dim_param = "batch"
     model.producer_name, model.producer_version = "rarefy", ""
+
+
+def _drop_zero_points(onnx: Any, graph: Any) -> None:
+    """Of stored codes: those of weights and biases."""
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in stored and len(node.input) > 2 and node.input[2] in stored:
+            zero_point = onnx.numpy_helper.to_array(stored[node.input[2]])
+            if not zero_point.any():
+                del node.input[2]
 
 
 def _melt_padding(onnx: Any, graph: Any, constants: dict[str, Any]) -> None:

@@ -16,16 +16,25 @@ import torch
 from torch import Tensor, fx
 
 import rarefy.kernels  # noqa: F401  registers torch.ops.rarefy
+from rarefy.capturing import attribute
 from rarefy.lowering import to_integers
 from rarefy.onnxfile import needs
 
 LEAST_AGREEMENT = 0.995
+_LAYERS = (torch.ops.rarefy.conv2d.default, torch.ops.rarefy.linear.default)
 
 
 def compare(
-    written: fx.GraphModule, path: str | os.PathLike[str], inputs: Tensor, open_file: Callable[[Path], Any], batch: int = 32
+    written: fx.GraphModule,
+    path: str | os.PathLike[str],
+    inputs: Tensor,
+    open_file: Callable[[Path], Any],
+    batch: int = 32,
+    decoded: bool = False,
 ) -> dict[str, Any]:
     """Parity of a graph and the ONNX file it was ``written`` to (its layers as numbers), which ``open_file`` makes a session of.
+
+    decoded: read the numbers that codes stand for out of the runtime, where reading the codes would change what it makes of the file.
 
     agreement: share of equal most likely classes. largest_difference: of the answers. layers: what each rounded value differs by in units of
     the last place (codes) when both start from the file's own inputs of that layer, and the share of codes that differ; ulp: the
@@ -35,7 +44,7 @@ def compare(
     onnx = needs("onnx")
     model = onnx.load(os.fspath(path))
     graph = to_integers(written)
-    seen_by_file = _codes_in(model)
+    seen_by_file = _values_in(model, "DequantizeLinear" if decoded else "QuantizeLinear")
     codes = {_value_name(node): node for node in reversed(list(graph.graph.nodes)) if node.target is torch.ops.rarefy.quantize.default}
     shared = [name for name in reversed(codes) if name in seen_by_file]
     for name in shared:
@@ -50,7 +59,8 @@ def compare(
     for part in inputs.split(batch):
         found = session.outputs(part)
         theirs = found[0]
-        runtime_codes = {codes[name]: value for name, value in zip(shared, found[len(found) - len(shared) :], strict=True)}
+        tapped_values = zip(shared, found[len(found) - len(shared) :], strict=True)
+        runtime_codes = {codes[name]: _encoded(graph, codes[name], value) if decoded else value for name, value in tapped_values}
         with torch.no_grad():
             answer = _first(graph(part))
             for name, difference in _Following(graph, runtime_codes).differences(part):
@@ -60,7 +70,7 @@ def compare(
                 entry[2] += difference.numel()
         largest = max(largest, float((answer - theirs).abs().max()))
         same += int((answer.flatten(1).argmax(1) == theirs.flatten(1).argmax(1)).sum()) if answer.dim() > 1 else 0
-    stacks = {name: codes[name].meta.get("stack") or name for name in shared}
+    stacks = {name: _layer(codes[name]) for name in shared}
     layers: list[dict[str, Any]] = [
         {"name": stacks[name], "value": name, "difference": entry[0], "share": entry[1] / max(entry[2], 1)} for name, entry in tally.items()
     ]
@@ -75,6 +85,27 @@ def compare(
         "layers": layers,
         "passed": agreement >= LEAST_AGREEMENT and first is None,
     }
+
+
+def _encoded(graph: fx.GraphModule, node: fx.Node, values: Tensor) -> Tensor:
+    """The codes that ``values`` were decoded from."""
+    scale, zero = (attribute(graph, source) for source in node.args[1:3])
+    return torch.round(values / scale + zero.float()).to(node.args[6])
+
+
+def _layer(node: fx.Node) -> str:
+    """The module that made what ``node`` rounds; where a function did, the layer it follows."""
+    name = _value_name(node)
+    while node.op == "call_function":
+        if node.target in _LAYERS:
+            return str(node.args[1].target).rpartition(".")[0] or name
+        if node.meta.get("stack"):
+            return str(node.meta["stack"])
+        sources = [source for source in node.all_input_nodes if source.op == "call_function"]
+        if len(sources) != 1:
+            break
+        node = sources[0]
+    return name
 
 
 class _Following(fx.Interpreter):
@@ -109,10 +140,10 @@ def _value_name(node: fx.Node) -> str:
     return str(node.args[1].target).split(".")[1]
 
 
-def _codes_in(model: Any) -> dict[str, str]:
-    """Value name -> the first tensor of codes made with its scale."""
+def _values_in(model: Any, kind: str) -> dict[str, str]:
+    """Value name -> the first tensor that a node of ``kind`` makes with its scale."""
     found: dict[str, str] = {}
     for node in model.graph.node:
-        if node.op_type == "QuantizeLinear" and node.input[1].startswith("quantization."):
+        if node.op_type == kind and node.input[1].startswith("quantization."):
             found.setdefault(node.input[1].split(".")[1], node.output[0])
     return found

@@ -6,6 +6,7 @@ without a float operator between them:
 * a *layer* (convolution, linear) is integer wherever its weights are stored;
 * a *join* (add, multiply, concatenate, average, sigmoid) is integer where all it reads comes from integers and somebody reads it as integers;
 * a *clip* (ReLU, ReLU6) after an integer operator costs nothing: the grid of the result ends where the clip does, and the node goes;
+* a *post* (hardswish, GELU) right after a layer is computed on the layer's own sums before these are rounded, where the runtime melts it into the kernel;
 * a *carrier* (reshape, max pooling, slice) moves codes as they are, on the grid of what it reads;
 * *padding* with zeros is a carrier too, done on the codes (zero is one of them); where only layers read it, it melts into their own padding.
 
@@ -30,7 +31,8 @@ aten = torch.ops.aten
 
 @dataclasses.dataclass(frozen=True)
 class Capabilities:
-    """Operators a runtime runs in integers. float_result: layers whose sums may stay float (others are rounded in any case)."""
+    """Operators a runtime runs in integers. float_result: layers whose sums may stay float (others are rounded in any case).
+    posts: operators that it computes within the layer before them."""
 
     layers: frozenset[Any]
     joins: frozenset[Any]
@@ -38,6 +40,7 @@ class Capabilities:
     paddings: frozenset[Any]
     clips: frozenset[Any]
     float_result: frozenset[Any]
+    posts: frozenset[Any] = frozenset()
 
 
 @dataclasses.dataclass
@@ -79,12 +82,12 @@ def place(graph: fx.GraphModule, can: Capabilities, ignore: Sequence[str] = (), 
     joins = {node for node in nodes if node.op == "call_function" and node.target in can.joins and _joinable(node) and not ignored(node)}
     fused: dict[fx.Node, fx.Node] = {}
     for node in nodes:
-        if node.op == "call_function" and node.target in can.clips:
+        if node.op == "call_function" and node.target in can.clips | can.posts:
             source = node.args[0]
-            if (source in layers or source in joins) and len(source.users) == 1:
+            if (source in layers or (source in joins and node.target in can.clips)) and len(source.users) == 1:
                 fused[node] = source
-                continue
-            joins.add(node)
+            elif node.target in can.clips:
+                joins.add(node)
 
     def is_carrier(node: fx.Node) -> bool:
         if node.target is operator.getitem:
@@ -125,6 +128,7 @@ def place(graph: fx.GraphModule, can: Capabilities, ignore: Sequence[str] = (), 
             values.add(result)
         elif result is not node:
             del fused[result]  # the clip stays: the sums before it are float
+    fused = {clip: source for clip, source in fused.items() if clip.target in can.clips}
     carried = {
         node: source_of(node)
         for node in nodes

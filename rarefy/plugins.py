@@ -31,7 +31,7 @@ def available(kind: str) -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_"))
 
 
-def choice_class(kind: str, name: str) -> type:
+def choice_class(kind: str, name: str) -> Any:
     """The dataclass in ``rarefy/<kind>/<name>.py``."""
     if name not in available(kind):
         raise InputError(f"{kind}: unknown choice {name!r}; have {', '.join(available(kind))}, or give package.module:Class")

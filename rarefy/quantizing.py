@@ -80,7 +80,7 @@ def quantize(
         raise InputError(f"images={images}, batch_size={batch_size}: both must be at least 1")
     if isinstance(model, fx.GraphModule) and any(node.target in rarefy.kernels.OPERATORS for node in model.graph.nodes):
         raise InputError("the model is quantised already; start from its float original")
-    graph = simplify(fold(as_graph(model, inputs)))
+    graph = simplify(fold(as_graph(model, inputs)), runtime.capabilities.posts)
     for parameter in graph.parameters():
         parameter.requires_grad_(False)
     own_grid = {node: assigned.of(names(node)) for node in graph.graph.nodes if weighted(node)}

@@ -38,7 +38,7 @@ def clipped(placement: Placement, value: fx.Node, lo: float, hi: float) -> tuple
         lo, hi = max(lo, min(least, 0.0)), min(hi, max(most, 0.0))
     if value.target is aten.sigmoid.default:
         lo, hi = 0.0, 1.0
-    if value.target is aten.hardsigmoid.default:
+    if value.target is aten.hardsigmoid.default and value in placement.integer:
         lo, hi = 0.0, 6.0  # of x + 3, read as a sixth of it: see _open_gate
     return lo, hi
 
@@ -53,7 +53,7 @@ def insert(graph: fx.GraphModule, placement: Placement, ranges: dict[fx.Node, tu
         zero = torch.tensor(min(max(round(grid.qmin - lo / float(scale)), grid.qmin), grid.qmax), dtype=grid.dtype)
         sources[value] = _after(graph, value, value, scale, zero, grid)
         seen_scale[value] = scale
-        if value.target is aten.hardsigmoid.default:
+        if value.target is aten.hardsigmoid.default and value in placement.integer:
             seen_scale[value] = _open_gate(graph, value, scale, grid)
     for carrier, value in placement.carried.items():
         if carrier.target is aten.pad.default:

@@ -3,8 +3,11 @@
 A runtime is a frozen dataclass with
 
     capabilities                      what it runs in integers (``rarefy.placing.Capabilities``)
+    threads                           of one operator; 0: one a core
     suffix                            of its files
+    package                           it needs: what is imported, and whose version counts
     export(graph, path)               write the file
     open(path) -> session             a callable, tensor to tensor
     compare(graph, path, inputs)      parity of graph and file
+    kernel_times(path, inputs)        of one run, kernel by kernel; where it has none, nothing is pruned to a latency
 """

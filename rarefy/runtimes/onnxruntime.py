@@ -50,6 +50,7 @@ class OnnxRuntime:
     threads: int = 0
 
     suffix = ".onnx"
+    package = "onnxruntime"
     capabilities = Capabilities(
         layers=frozenset({aten.conv2d.default, aten.conv2d.padding, aten.linear.default}),
         joins=frozenset(

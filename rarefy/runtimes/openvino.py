@@ -1,0 +1,193 @@
+"""OpenVINO on the CPU: the same ONNX file, its QuantizeLinear/DequantizeLinear pairs becoming oneDNN's integer primitives.
+
+A model is compiled for the shape it is first called with (a batch left open costs speed), and once more for each other shape, the last few of
+which are kept. ``precision`` is the type of what is not integer: ``bf16`` halves the time of a float network on a processor that has it, so that
+"never slower" is judged against both.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import operator
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from rarefy import onnxfile, parity
+from rarefy.capturing import attribute, finish
+from rarefy.errors import FormatError, InputError
+from rarefy.lowering import to_numbers
+from rarefy.onnxfile import needs
+from rarefy.placing import Capabilities
+
+aten = torch.ops.aten
+OPERATORS = torch.ops.rarefy
+KEPT = 3  # shapes a session stays compiled for
+_CARRIERS = frozenset(
+    {
+        aten.max_pool2d.default, aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.permute.default,
+        aten.transpose.int, aten.squeeze.dim, aten.unsqueeze.default, aten.contiguous.default, aten.clone.default, aten.slice.Tensor,
+        aten.select.int, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default,
+    }
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenVINO:
+    """OpenVINO, CPU. threads: 0 is one a core. precision: of what is not integer, f32 or bf16."""
+
+    threads: int = 0
+    precision: str = "f32"
+
+    suffix = ".onnx"
+    package = "openvino"
+    capabilities = Capabilities(
+        layers=frozenset({aten.conv2d.default, aten.conv2d.padding, aten.linear.default}),
+        joins=frozenset(
+            {
+                aten.add.Tensor, aten.mul.Tensor, aten.cat.default, aten.adaptive_avg_pool2d.default, aten.avg_pool2d.default,
+            }
+        ),
+        carriers=_CARRIERS,
+        paddings=frozenset({aten.pad.default}),
+        clips=frozenset({aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default}),
+        float_result=frozenset({aten.conv2d.default, aten.conv2d.padding, aten.linear.default}),
+        posts=frozenset(
+            {aten.hardswish.default, aten.silu.default, aten.gelu.default, aten.sigmoid.default, aten.hardsigmoid.default, aten.tanh.default}
+        ),
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("f32", "bf16"):
+            raise InputError(f"openvino: precision={self.precision!r}: choose f32 or bf16")
+
+    def export(self, graph: fx.GraphModule, path: str | os.PathLike[str]) -> Path:
+        """Write ``graph`` (in eval mode) as an ONNX file. Raises InputError for an operator ONNX has no form of."""
+        return onnxfile.write(_written(graph), path, zero_points=False)
+
+    def open(self, path: str | os.PathLike[str]) -> Session:
+        """The file, ready to run."""
+        return Session(path, self.threads, self.precision)
+
+    def compare(self, graph: fx.GraphModule, path: str | os.PathLike[str], inputs: Tensor, batch: int = 32) -> dict[str, Any]:
+        """Parity of ``graph`` and the file it was exported to; see ``rarefy.parity``."""
+        return parity.compare(_written(graph), path, inputs, self.open, batch, decoded=True)
+
+    def kernel_times(
+        self, path: str | os.PathLike[str], inputs: Tensor, seconds: float = 1.5
+    ) -> list[tuple[str, str, list[list[int]], float]]:
+        """The kernels of one run, in order: name, operator, sizes of all it reads and makes, microseconds (median of the quiet runs of ``seconds``)."""
+        session = Session(path, self.threads, self.precision, profile=True)
+        request = session.request(inputs)
+        runs: list[dict[str, float]] = []
+        begun = time.perf_counter()
+        while len(runs) < 15 or (time.perf_counter() - begun < seconds and len(runs) < 300):
+            request.infer([inputs.numpy()], share_inputs=True, share_outputs=True)
+            runs.append({info.node_name: info.real_time.total_seconds() * 1e6 for info in request.get_profiling_info()})
+        runs = runs[3:]
+        totals = [sum(run.values()) for run in runs]
+        calm = max(1.1 * min(totals), sorted(totals)[4])  # a slower run was disturbed by another process
+        runs = [run for run, total in zip(runs, totals, strict=True) if total <= calm]
+        found = []
+        for node in _executed(request.get_compiled_model()):
+            name = node.get_friendly_name()
+            shapes = [list(port.get_shape()) for port in (*node.inputs(), *node.outputs())]
+            found.append(
+                (name, str(node.get_rt_info()["layerType"].astype(str)), shapes, statistics.median(run.get(name, 0.0) for run in runs))
+            )
+        return found
+
+    def integer_islands(self, path: str | os.PathLike[str], inputs: Tensor) -> dict[str, Any]:
+        """What OpenVINO made of the file: integer primitives by type, the float ones, and conversions between them."""
+        compiled = Session(path, self.threads, self.precision).request(inputs).get_compiled_model()
+        integer, other = collections.Counter[str](), collections.Counter[str]()
+        for node in _executed(compiled):
+            about = node.get_rt_info()
+            precision = about["runtimePrecision"].astype(str)
+            (integer if precision in ("u8", "i8") else other)[about["layerType"].astype(str)] += 1
+        return {"integer": dict(integer), "float": dict(other)}
+
+
+def _written(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy with its layers as numbers, in which what is read on the grid it is already on is not rounded again."""
+    graph = to_numbers(graph)
+    for node in list(graph.graph.nodes):
+        if node.target is OPERATORS.dequantize.default and node.args[0].target is OPERATORS.quantize.default:
+            moved = node.args[0].args[0]
+            source = moved
+            while source.op == "call_function" and (source.target in _CARRIERS or source.target is operator.getitem):
+                source = source.args[0]
+            if source is not moved and source.target is OPERATORS.dequantize.default and _same_grid(graph, source, node):
+                node.replace_all_uses_with(moved)
+    return finish(graph)
+
+
+def _same_grid(graph: fx.GraphModule, one: fx.Node, other: fx.Node) -> bool:
+    return all(torch.equal(attribute(graph, a), attribute(graph, b)) for a, b in zip(one.args[1:3], other.args[1:3], strict=True))
+
+
+class Session:
+    """An opened file: called with a CPU tensor (N, ...), it returns the model's first output as a tensor. ``threads``, ``name`` (of the input)."""
+
+    def __init__(self, path: str | os.PathLike[str], threads: int = 0, precision: str = "f32", profile: bool = False):
+        openvino = needs("openvino", "openvino")
+        self.core = openvino.Core()
+        self.threads = threads or os.cpu_count() or 1
+        self.options = {
+            "INFERENCE_NUM_THREADS": self.threads,
+            "NUM_STREAMS": 1,
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": precision,
+            "PERF_COUNT": profile,
+        }
+        try:
+            self.model = self.core.read_model(os.fspath(path))
+        except Exception as error:
+            raise FormatError(f"{path}: OpenVINO can't open it ({_told(error)})") from error
+        self.path = path
+        self.name = self.model.input(0).get_any_name()
+        self.requests: collections.OrderedDict[tuple[int, ...], Any] = collections.OrderedDict()
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        return self.outputs(inputs)[0]
+
+    def outputs(self, inputs: Tensor) -> list[Tensor]:
+        """All outputs of the file."""
+        request = self.request(inputs)
+        found = request.infer([inputs.detach().cpu().contiguous().numpy()], share_inputs=True)
+        return [torch.from_numpy(value) for value in found.values()]
+
+    def request(self, inputs: Tensor) -> Any:
+        """Compiled for the shape of ``inputs``."""
+        shape = tuple(inputs.shape)
+        if shape not in self.requests:
+            model = self.model.clone()
+            try:
+                model.reshape({self.name: list(shape)})
+                self.requests[shape] = self.core.compile_model(model, "CPU", self.options).create_infer_request()
+            except Exception as error:
+                raise FormatError(f"{self.path}: OpenVINO can't run it on inputs of {list(shape)} ({_told(error)})") from error
+            if len(self.requests) > KEPT:
+                self.requests.popitem(last=False)
+        self.requests.move_to_end(shape)
+        return self.requests[shape]
+
+
+def _executed(compiled: Any) -> list[Any]:
+    """Nodes of the compiled model in the order they run, those that do no work left out."""
+    return [
+        node
+        for node in compiled.get_runtime_model().get_ordered_ops()
+        if node.get_rt_info()["layerType"].astype(str) not in ("Input", "Output", "Const", "Result")
+    ]
+
+
+def _told(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and "Exception from" not in line]
+    return (lines or [type(error).__name__])[0][:200]

@@ -1,0 +1,131 @@
+"""Every runtime: what is exported runs, answers like the graph, is compared layer by layer, and tells the time of its kernels."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from rarefy import measuring, plugins
+from rarefy.capturing import capture
+from rarefy.errors import FormatError, InputError
+from rarefy.quantizing import quantize
+
+RUNTIMES = plugins.available("runtimes")
+
+
+class Gated(nn.Module):
+    """Hardswish, a squeeze-and-excite gate, a residual, a depthwise layer, a flattened stream of tokens with GELU and attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, stride=2, padding=1)
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.squeeze, self.excite = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1)
+        self.project = nn.Conv2d(16, 16, 1)
+        self.norm = nn.LayerNorm(16)
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.wide, self.narrow, self.head = nn.Linear(16, 64), nn.Linear(64, 16), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.hardswish(self.stem(x))
+        y = nn.functional.relu(self.depthwise(x))
+        gate = self.excite(nn.functional.relu(self.squeeze(y.mean((2, 3), keepdim=True))))
+        x = x + self.project(y * nn.functional.hardsigmoid(gate))
+        x = x.flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(self.norm(x)).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+        x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x = x + self.narrow(nn.functional.gelu(self.wide(x)))
+        answer: Tensor = self.head(x.mean(1))
+        return answer
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(8, 3, 16, 16, generator=generator) for _ in range(3)]
+
+
+@pytest.fixture(scope="module")
+def graph(batches: list[Tensor]) -> fx.GraphModule:
+    torch.manual_seed(0)
+    return capture(Gated().eval(), batches[0])
+
+
+@pytest.fixture(params=RUNTIMES)
+def runtime(request: pytest.FixtureRequest) -> Any:
+    found = plugins.resolve("runtimes", f"{request.param}:threads=1")
+    pytest.importorskip(found.package)
+    return found
+
+
+def test_float_model_runs_at_any_batch_and_answers_like_the_graph(
+    runtime: Any, graph: fx.GraphModule, batches: list[Tensor], tmp_path: Path
+) -> None:
+    assert importlib.import_module(runtime.package) is not None
+    session = runtime.open(runtime.export(graph, tmp_path / f"model{runtime.suffix}"))
+    assert session.threads == 1
+    for size in (1, 5, 8, 1):
+        found = session(batches[0][:size])
+        assert found.shape == (size, 10)
+        assert torch.allclose(found, graph(batches[0][:size]), atol=1e-4)
+
+
+def test_integer_model_is_compared_and_a_wrong_layer_is_named(
+    runtime: Any, graph: fx.GraphModule, batches: list[Tensor], tmp_path: Path
+) -> None:
+    small = quantize(graph, batches=batches, runtime=runtime, progress=False)
+    first, second = (runtime.export(small, tmp_path / f"{name}{runtime.suffix}") for name in "ab")
+    assert first.read_bytes() == second.read_bytes()
+    found = runtime.compare(small, first, torch.cat(batches))
+    assert found["passed"] and found["ulp"] <= 1 and found["first_diverging_layer"] is None and found["agreement"] > 0.99
+    assert len(found["layers"]) >= 8
+    wrong = copy.deepcopy(small)
+    dict(wrong.named_buffers())["depthwise.bias_codes"].add_(10_000)
+    broken = runtime.compare(wrong, first, batches[0])
+    assert not broken["passed"] and broken["first_diverging_layer"].startswith("depthwise")
+
+
+def test_kernel_times_name_every_kernel_once(runtime: Any, graph: fx.GraphModule, batches: list[Tensor], tmp_path: Path) -> None:
+    kernels = runtime.kernel_times(runtime.export(graph, tmp_path / f"model{runtime.suffix}"), batches[0], seconds=0.1)
+    assert len({name for name, *_ in kernels}) == len(kernels) > 5
+    assert all(us >= 0 and all(isinstance(size, int) for shape in shapes for size in shape) for _, _, shapes, us in kernels)
+    assert any([16, 3, 3, 3] in shapes for _, _, shapes, _ in kernels)
+    assert sum(us for *_, us in kernels) > 10
+
+
+def test_a_file_that_is_none_is_refused(runtime: Any, tmp_path: Path) -> None:
+    broken = tmp_path / f"broken{runtime.suffix}"
+    broken.write_bytes(b"\x08not a model")
+    with pytest.raises(FormatError, match=r"broken\S*: .* can't open it"):
+        runtime.open(broken)
+
+
+def test_measured_by_name(runtime: Any, graph: fx.GraphModule) -> None:
+    found = measuring.measure({"a": graph}, runtime=runtime, repeats=5, memory=True)["a"]
+    assert found["latency_ms"]["runtime"] == plugins.describe(runtime).partition(":")[0]
+    assert found["peak_memory_bytes"] is None or found["peak_memory_bytes"] < 500e6
+
+
+def test_openvino_keeps_integers_together(graph: fx.GraphModule, batches: list[Tensor], tmp_path: Path) -> None:
+    """Activations melt into the layers before them, and all nine layers but the head's sums yield codes or are integer."""
+    pytest.importorskip("openvino")
+    runtime = plugins.resolve("runtimes", "openvino:threads=1")
+    small = quantize(graph, batches=batches, runtime=runtime, progress=False)
+    found = runtime.integer_islands(runtime.export(small, tmp_path / "model.onnx"), batches[0])
+    assert found["integer"]["Convolution"] == 5 and found["integer"]["FullyConnected"] == 5
+    assert "Convolution" not in found["float"] and "FullyConnected" not in found["float"]
+
+
+def test_openvino_in_bf16_is_another_precision(graph: fx.GraphModule, batches: list[Tensor], tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    with pytest.raises(InputError, match="choose f32 or bf16"):
+        plugins.resolve("runtimes", "openvino:precision=fp16")
+    runtime = plugins.resolve("runtimes", "openvino:threads=1,precision=bf16")
+    found = runtime.open(runtime.export(graph, tmp_path / "model.onnx"))(batches[0])
+    assert torch.allclose(found, graph(batches[0]), atol=0.05)
