@@ -453,6 +453,8 @@ def distill(
         trained = without_teacher(graph, task, **common)
     else:
         trained = verb(graph, guides, task, loss=loss, cache=cache, **common)
+    if int(os.environ.get("RANK", "0")):  # under torchrun the first process saves for all
+        return
     _save(trained, folder, source, task, as_json)
     shutil.rmtree(f"{folder}.work", ignore_errors=True)
 

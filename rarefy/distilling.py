@@ -30,6 +30,9 @@ import itertools
 import logging
 import math
 import os
+import re
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,7 +52,7 @@ from rarefy.answers import Answers
 from rarefy.capturing import as_graph, aten, device_of, output_shapes
 from rarefy.checkpoint import Store, digest, load_into, tensors_of
 from rarefy.dot import Dot
-from rarefy.errors import FormatError, InputError, RarefyError, TrainingDiverged
+from rarefy.errors import FormatError, InputError, RarefyError, TrainingDiverged, WorkerLost
 from rarefy.logs import Logs
 from rarefy.mixing import mix
 from rarefy.objective import Answer, Losses, Objective, Term, terms
@@ -190,7 +193,7 @@ def _run(
             graph.meta.setdefault("history", []).append(finished)
             return graph
 
-    with _seeded(training.seed, device), _compiler_keeps_its_hints():
+    with _seeded(training.seed, device), _compiler_keeps_its_hints(), _all_or_none(accelerator, checkpoint):
         known = [digest(guide) for _, guide in guides] if cache is not None else []
         run = _Run(graph, guides, task, training, sum_of, accelerator, device, penalty)
         if store is not None:
@@ -720,6 +723,33 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices), torch.enable_grad():  # the caller may be inside no_grad
         torch.manual_seed(seed)
         yield
+
+
+@contextlib.contextmanager
+def _all_or_none(accelerator: Accelerator, checkpoint: str | Path | None) -> Iterator[None]:
+    """Where one of several processes ends, the others' next exchange fails, or torchrun ends them: either is told in one line."""
+    if accelerator.num_processes == 1:
+        yield
+        return
+    again = f"start it again the same way, and it goes on from {checkpoint}" if checkpoint is not None else "pass checkpoint= to lose less"
+    lost = WorkerLost(
+        f"process {accelerator.process_index} of {accelerator.num_processes}: another one ended, so this one does too; {again}"
+    )
+
+    def told_to_end(*_: Any) -> None:
+        raise lost
+
+    mine = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, told_to_end) if mine else None
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search("gloo|nccl|Connection (reset|closed)|peer", str(error), re.IGNORECASE):
+            raise
+        raise lost from error
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@
      │    ├── DataError            the data is missing, broken or does not fit the model
      │    ├── FormatError          a file or folder is not what it claims to be
      │    └── MissingDependency    an extra is not installed; carries the pip line
+     ├── WorkerLost                one of several processes ended, so the others do too  exit 2
      └── CheckFailed               a check said no                                       exit 1
           ├── SelfCheckFailed      a step's result differs from what it must equal
           ├── GoalMissed           a budget was not reached; what was found is kept
@@ -47,6 +48,10 @@ class MissingDependency(InputError):
 
     def __init__(self, package: str, extra: str):
         super().__init__(f"{package} is not installed; pip install 'rarefy[{extra}]'")
+
+
+class WorkerLost(RarefyError):
+    pass
 
 
 class CheckFailed(RarefyError):
