@@ -58,6 +58,7 @@ from rarefy.mixing import mix
 from rarefy.objective import Answer, Losses, Objective, Term, terms
 from rarefy.progress import track
 from rarefy.teaching import Teachers, teachers_of
+from rarefy.trainable import is_quantized, suited, to_codes, to_trainable
 from rarefy.training import AUTO_STEPS, Penalty, Task, Training, training_of
 
 CHECK_STEPS = 50
@@ -81,7 +82,8 @@ def distill(
     progress: bool = True,
     **options: Any,
 ) -> fx.GraphModule:
-    """The student's graph with trained weights; student and teacher stay as they are.
+    """The student's graph with trained weights; student and teacher stay as they are. A quantised student is trained in its codes
+    (quantization-aware training, ``trainable.py``) and comes back quantised.
 
     student: a network, or a word for one made from the (first) teacher (``"depth:keep=0.5"``, ``"timm:resnet18"``; rarefy/students).
     teacher: a module, several, or [(weight, module), ...]: the mean of their losses. The student itself may be one.
@@ -141,6 +143,15 @@ def _run(
     options: Mapping[str, Any],
 ) -> fx.GraphModule:
     training = training_of(given, options, step_name)
+    if isinstance(student, fx.GraphModule) and is_quantized(student):
+        common: Any = (
+            teacher, task, loss, suited(training), device, checkpoint, checkpoint_seconds, validate, penalty, cache, logs, progress, {}
+        )  # fmt: skip
+        try:
+            return to_codes(student, _run(step_name, to_trainable(student), *common))
+        except TrainingDiverged as error:
+            error.graph = to_codes(student, error.graph)  # type: ignore[attr-defined]
+            raise
     sum_of = terms(loss)
     if bool(sum_of) != (teacher is not None):
         raise InputError("distill: a loss needs a teacher, and a teacher a loss; train() learns from labels alone")

@@ -141,9 +141,10 @@ def _value_name(node: fx.Node) -> str:
 
 
 def _values_in(model: Any, kind: str) -> dict[str, str]:
-    """Value name -> the first tensor that a node of ``kind`` makes with its scale."""
+    """Value name -> the first tensor that a node of ``kind`` makes with its scale; codes once they are clipped, where the grid ends before the type."""
+    clipped = {node.input[0]: node.output[0] for node in model.graph.node if node.op_type == "Clip" and kind == "QuantizeLinear"}
     found: dict[str, str] = {}
     for node in model.graph.node:
         if node.op_type == kind and node.input[1].startswith("quantization."):
-            found.setdefault(node.input[1].split(".")[1], node.output[0])
+            found.setdefault(node.input[1].split(".")[1], clipped.get(node.output[0], node.output[0]))
     return found

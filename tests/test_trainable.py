@@ -1,0 +1,105 @@
+"""Quantization-aware training: the trainable form answers as the codes do, comes back to the same codes untrained, and learns."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from rarefy import distill, plugins
+from rarefy.artifact import load, save
+from rarefy.capturing import capture
+from rarefy.distilling import train
+from rarefy.errors import TrainingDiverged
+from rarefy.quantizing import quantize
+from rarefy.tasks import Classification
+from rarefy.trainable import is_quantized, to_codes, to_trainable
+
+
+class Net(nn.Module):
+    """A gate read on two grids, an addition, a concatenation, codes that are padded and pooled, a layer that narrow files widen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.Hardswish())
+        self.left = nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        self.right = nn.Conv2d(16, 16, 3, padding=1, groups=4)
+        self.head = nn.Linear(96, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        y = self.left(x)
+        z = (self.right(y) + nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4))).relu()
+        z = torch.cat([z, nn.functional.max_pool2d(x, 2)], 1)
+        return self.head(nn.functional.avg_pool2d(z, 2).flatten(1))
+
+
+@pytest.fixture(scope="module")
+def task() -> Classification:
+    return Classification(train="sklearn:digits", val="sklearn:digits")
+
+
+@pytest.fixture(scope="module")
+def teacher(task: Classification):
+    torch.manual_seed(0)
+    return train(
+        capture(Net(), torch.zeros(2, 1, 8, 8)), task, steps=200, batch_size=64, lr=0.1, progress=False, device="cpu", validate_every=0
+    )
+
+
+def right(model: nn.Module, task: Classification) -> float:
+    with torch.no_grad():
+        return float(torch.cat([model(x).argmax(1) == y for x, y in task.batches("val", 256)]).float().mean())
+
+
+def apart(model: nn.Module, teacher: nn.Module, task: Classification) -> float:
+    """Kullback-Leibler divergence of the answers on the val split."""
+    with torch.no_grad():
+        x = next(iter(task.batches("val", 1000)))[0]
+        answers = [one(x).log_softmax(1) for one in (model, teacher)]
+    return float(nn.functional.kl_div(*answers, log_target=True, reduction="batchmean"))
+
+
+@pytest.mark.parametrize("weights, activations", [("int8", "uint8"), ("int4", "uint4"), ("int2", "uint8")])
+def test_both_forms_answer_alike_and_untrained_tensors_come_back_as_they_were(weights: str, activations: str, teacher, task) -> None:
+    small = quantize(teacher, task, images=64, weights=weights, activations=activations, progress=False)
+    before = {name: value.clone() for name, value in small.state_dict().items()}
+    learns = to_trainable(small)
+    x = next(iter(task.batches("val", 64)))[0]
+    assert torch.allclose(small(x), learns(x), atol=1e-5)
+    assert is_quantized(small) and not is_quantized(learns)
+    back = to_codes(small, learns)
+    assert back.code == small.code and back.meta["bits"] == small.meta["bits"] if weights != "int8" else "bits" not in back.meta
+    assert all(torch.equal(value, back.state_dict()[name]) for name, value in before.items())
+    assert all(torch.equal(value, small.state_dict()[name]) for name, value in before.items())
+    learns(x).square().sum().backward()
+    silent = {name for name, parameter in learns.named_parameters() if parameter.grad is None}
+    assert not silent  # everything learns
+
+
+def test_training_mends_what_few_bits_broke_and_the_file_computes_it(teacher, task, tmp_path) -> None:
+    runtime = plugins.resolve("runtimes", "onnxruntime:threads=1")
+    small = quantize(teacher, task, images=64, weights="int2", activations="uint4", progress=False)
+    options = {"steps": 120, "batch_size": 64, "lr": 0.02, "loss": "kl", "hard_weight": 0.0, "validate_every": 0}
+    taught = distill(small, teacher, task, device="cpu", progress=False, **options)
+    assert right(teacher, task) > 0.85
+    assert apart(taught, teacher, task) < 0.6 * apart(small, teacher, task)
+    assert [record["step"] for record in taught.meta["history"]][-2:] == ["quantize", "distill"]
+    codes = {name: value for name, value in taught.named_buffers() if name.endswith("weight_codes")}
+    assert len(codes) == 4 and all(int(value.abs().max()) <= 1 for value in codes.values())
+    assert any(not torch.equal(value, dict(small.named_buffers())[name]) for name, value in codes.items())
+    x = next(iter(task.batches("val", 128)))[0]
+    found = runtime.compare(taught, runtime.export(taught, tmp_path / "taught.onnx"), x)
+    assert found["passed"] and found["ulp"] <= 1, found
+    assert torch.equal(load(save(taught, tmp_path / "taught"))(x), taught(x))
+
+
+def test_a_checkpoint_and_labels_alone_do(teacher, task, tmp_path) -> None:
+    small = quantize(teacher, task, images=64, weights="int3", progress=False)
+    options = {"steps": 9, "batch_size": 64, "device": "cpu", "progress": False, "checkpoint": tmp_path / "run"}
+    first = train(small, task, **options)
+    again = train(small, task, **options)  # finished: read from the checkpoint
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in first.state_dict().items())
+    with pytest.raises(TrainingDiverged) as caught:
+        train(small, task, **{**options, "lr": 1e12, "checkpoint": None, "steps": 60})
+    assert is_quantized(caught.value.graph)
