@@ -480,6 +480,9 @@ def quantize(
     ignore: Ignore = None,
     equalize: Annotated[bool, typer.Option(help="Equalise ranges across layers where that is exact.")] = True,
     correct_bias: Annotated[bool, typer.Option(help="Mend the mean that rounding moves.")] = True,
+    gate: Annotated[
+        str | None, typer.Option(metavar="latency", help="Time each stretch of layers in integers and in float, and keep only what pays.")
+    ] = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -506,6 +509,7 @@ def quantize(
         ignore=tuple(ignore or ()),
         equalize=equalize,
         correct_bias=correct_bias,
+        gate=gate,
         seed=seed,
     )
     _save(small, folder, source, task, as_json)

@@ -60,6 +60,12 @@ def examine() -> dict[str, Any]:
     }
 
 
+def exact_int8() -> bool | None:
+    """Does this processor sum 8-bit products exactly? None where the system does not say."""
+    flags = cpu_flags()
+    return None if flags is None else any(flags.get(name) for name in _EXACT_INT8)
+
+
 def cpu_flags() -> dict[str, bool] | None:
     """Which of the instructions that matter here this processor has; None where the system does not say."""
     try:
@@ -91,8 +97,8 @@ def _advice(flags: dict[str, bool] | None, packages: dict[str, str | None], gpus
         said.append("this system does not say which instructions the processor has; trust the latencies that `rarefy measure` finds")
     elif not any(flags.get(name) for name in _EXACT_INT8):
         said.append(
-            "no VNNI: int8 gains little over float here, and products of large weights saturate, "
-            "so that answers can differ from those on a machine with VNNI; measure before you quantise for speed"
+            "no VNNI: int8 gains little over float here, and sums of two products of 8 by 8 bits saturate; weights are quantised to 7 bits, where none can "
+            "(onnxruntime:vnni=yes if the file is for a machine with VNNI); quantise with --gate latency"
         )
     elif not flags.get("amx_int8") and not flags.get("dot_product"):
         said.append("VNNI: int8 layers run exactly, and about two to three times as fast as float ones")

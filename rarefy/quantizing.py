@@ -16,6 +16,7 @@ What is simulated is what runs: round half to even, saturation, and clips done b
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -24,18 +25,19 @@ import torch
 from torch import Tensor, fx, nn
 
 import rarefy.kernels
-from rarefy import grids, patches, plugins, rewriting
+from rarefy import gating, grids, patches, plugins, rewriting
 from rarefy.capturing import as_graph, attribute, device_of, finish, share_copy
 from rarefy.errors import InputError
 from rarefy.folding import equalize as equalize_ranges
 from rarefy.folding import fold, layer_name, names, simplify, weighted
 from rarefy.lowering import to_integers
 from rarefy.observing import Average, Observed, observe
-from rarefy.placing import place
+from rarefy.placing import Placement, place
 from rarefy.prefix import Prefix
 from rarefy.progress import track
 from rarefy.rounding import Layer, OfLayers, Sample
 
+GATES = (None, "latency")
 MEMORY = 5e8  # bytes of activations of all images that the rounding of layers may keep
 
 
@@ -56,6 +58,7 @@ def quantize(
     ignore: Sequence[str] = (),
     equalize: bool = True,
     correct_bias: bool = True,
+    gate: str | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> fx.GraphModule:
@@ -67,6 +70,8 @@ def quantize(
     matches holds: ``"int4;stem.*=int8;head=float"`` or ``{"*": "int4", "stem.*": "int8", "head": "float"}``.
     weight_calibration: the rule for weight scales; None: minmax at 8 bits, where clipping the largest weights costs more than it saves, else mse.
     ignore: globs of layer names that stay float.
+    gate: "latency" times each stretch of layers in integers and in float on the runtime, and keeps only what pays (``rarefy.gating``); where nothing does, the
+    model comes back in float, and its history says so.
 
     Raises InputError for a contradiction, DataError without images, CheckFailed where the float model yields NaN.
     """
@@ -76,6 +81,8 @@ def quantize(
     given_rule = None if weight_calibration is None else plugins.resolve("calibration", weight_calibration)
     rounder = plugins.resolve("rounding", rounding)
     grid = grids.parse(activations, symmetric=False)
+    if gate not in GATES:
+        raise InputError(f"gate={gate!r}: choose latency, or none")
     if images < 1 or batch_size < 1:
         raise InputError(f"images={images}, batch_size={batch_size}: both must be at least 1")
     if isinstance(model, fx.GraphModule) and any(node.target in rarefy.kernels.OPERATORS for node in model.graph.nodes):
@@ -84,7 +91,8 @@ def quantize(
     for parameter in graph.parameters():
         parameter.requires_grad_(False)
     own_grid = {node: assigned.of(names(node)) for node in graph.graph.nodes if weighted(node)}
-    placement = place(graph, runtime.capabilities, [*ignore, *(layer_name(node) for node, own in own_grid.items() if own is None)])
+    left_out = [*ignore, *(layer_name(node) for node, own in own_grid.items() if own is None)]
+    placement = place(graph, runtime.capabilities, left_out)
     if not placement.layers:
         raise InputError(
             f"no layer can be quantised for {plugins.describe(runtime)}; ignore={list(ignore)} and weights={assigned} leave none, "
@@ -95,6 +103,7 @@ def quantize(
             raise InputError(
                 f"{layer_name(node)}: weights={own}: integer kernels take int2 to int8 with one scale a channel; write int4, say"
             )
+        own_grid[node] = dataclasses.replace(own, bits=min(own.bits, runtime.weight_bits))
         rewriting.own_bias(graph, node)
     pairs = equalize_ranges(graph) if equalize else 0
     walks = correct_bias or isinstance(rounder, OfLayers)
@@ -107,10 +116,13 @@ def quantize(
         lambda samples: walks and samples * _input_bytes(graph) <= MEMORY / 2,
     )
     float_graph = share_copy(graph)
-    ranges = {}
-    for value in placement.values:
-        lo, hi = rule.activation_range(seen.histograms[value], grid)
-        ranges[value] = rewriting.clipped(placement, value, min(lo, 0.0), max(hi, 0.0))
+    ranges = _ranges(placement, seen, rule, grid)
+    verdict = None
+    if gate is not None:
+        by_name = {value.name: span for value, span in ranges.items()}
+        verdict = gating.judge(graph, placement, by_name, left_out, runtime, grid, progress)
+        placement = place(graph, runtime.capabilities, [*left_out, *verdict["undone"]])
+        ranges = _ranges(placement, seen, rule, grid)
     rewriting.insert(graph, placement, ranges, grid)
     run = _Rounding(graph, float_graph, seen, rounder, torch.Generator().manual_seed(seed))
     facts = []
@@ -139,6 +151,7 @@ def quantize(
                 "ignore": list(ignore),
                 "equalize": equalize,
                 "correct_bias": correct_bias,
+                "gate": gate,
                 "seed": seed,
             },
             "facts": {
@@ -147,10 +160,19 @@ def quantize(
                 "equalized": pairs,
                 "float": sorted(layer_name(node) for node in float_graph.graph.nodes if weighted(node) and node.name not in integer),
                 "ranges": {value.name: list(ranges[value]) for value in placement.values},
+                **({} if verdict is None else {"gate": verdict, "timing": {"gate": verdict.pop("timed")}}),
             },
         }
     )
     return graph.eval()
+
+
+def _ranges(placement: Placement, seen: Observed, rule: Any, grid: grids.Grid) -> dict[fx.Node, tuple[float, float]]:
+    found = {}
+    for value in placement.values:
+        lo, hi = rule.activation_range(seen.histograms[value], grid)
+        found[value] = rewriting.clipped(placement, value, min(lo, 0.0), max(hi, 0.0))
+    return found
 
 
 class _Rounding:

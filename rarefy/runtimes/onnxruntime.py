@@ -28,6 +28,7 @@ from torch import Tensor, fx
 
 from rarefy import onnxfile, parity
 from rarefy.capturing import attribute, set_attribute
+from rarefy.doctor import exact_int8
 from rarefy.errors import FormatError
 from rarefy.lowering import is_decoded, to_numbers
 from rarefy.onnxfile import needs
@@ -45,9 +46,10 @@ _MOVING = {
 
 @dataclasses.dataclass(frozen=True)
 class OnnxRuntime:
-    """ONNX Runtime, CPU. threads: of one operator; 0 is one a core."""
+    """ONNX Runtime, CPU. threads: of one operator; 0 is one a core. vnni: of the processor it is for; none is this one."""
 
     threads: int = 0
+    vnni: bool | None = None
 
     suffix = ".onnx"
     package = "onnxruntime"
@@ -70,6 +72,17 @@ class OnnxRuntime:
         clips=frozenset({aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default}),
         float_result=frozenset({aten.linear.default}),
     )  # fmt: skip
+
+    @property
+    def weight_bits(self) -> int:
+        """What weights may have: 255 (2^6 - 1) 2 < 2^15, so that no sum of two products saturates."""
+        exact = exact_int8() if self.vnni is None else self.vnni
+        return 7 if exact is False else 8
+
+    @property
+    def floats(self) -> tuple[OnnxRuntime, ...]:
+        """Ways to run a float network."""
+        return (self,)
 
     def export(self, graph: fx.GraphModule, path: str | os.PathLike[str]) -> Path:
         """Write ``graph`` (in eval mode) as an ONNX file. Raises InputError for an operator ONNX has no form of."""
@@ -152,6 +165,7 @@ class Session:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # else its idle threads take the cores of what runs next
         if optimized is not None:
             options.optimized_model_filepath = os.fspath(optimized)
         if profile is not None:

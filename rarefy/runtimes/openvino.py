@@ -21,6 +21,7 @@ from torch import Tensor, fx
 
 from rarefy import onnxfile, parity
 from rarefy.capturing import attribute, finish
+from rarefy.doctor import exact_int8
 from rarefy.errors import FormatError, InputError
 from rarefy.lowering import to_numbers
 from rarefy.onnxfile import needs
@@ -40,10 +41,11 @@ _CARRIERS = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class OpenVINO:
-    """OpenVINO, CPU. threads: 0 is one a core. precision: of what is not integer, f32 or bf16."""
+    """OpenVINO, CPU. threads: 0 is one a core. precision: of what is not integer, f32 or bf16. vnni: of the processor it is for; none is this one."""
 
     threads: int = 0
     precision: str = "f32"
+    vnni: bool | None = None
 
     suffix = ".onnx"
     package = "openvino"
@@ -66,6 +68,17 @@ class OpenVINO:
     def __post_init__(self) -> None:
         if self.precision not in ("f32", "bf16"):
             raise InputError(f"openvino: precision={self.precision!r}: choose f32 or bf16")
+
+    @property
+    def weight_bits(self) -> int:
+        """What weights may have: 255 (2^6 - 1) 2 < 2^15, so that no sum of two products saturates."""
+        exact = exact_int8() if self.vnni is None else self.vnni
+        return 7 if exact is False else 8
+
+    @property
+    def floats(self) -> tuple[OpenVINO, ...]:
+        """Ways to run a float network; bf16 on a processor without it is slower, and loses by that."""
+        return tuple(dataclasses.replace(self, precision=precision) for precision in ("f32", "bf16"))
 
     def export(self, graph: fx.GraphModule, path: str | os.PathLike[str]) -> Path:
         """Write ``graph`` (in eval mode) as an ONNX file. Raises InputError for an operator ONNX has no form of."""

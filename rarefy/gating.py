@@ -1,0 +1,174 @@
+"""Never slower: which layers of a network pay for being integers, timed on the runtime.
+
+    float ─▶ all that can be integer ─▶ without one kind of layers at a time ─▶ without all that did not pay ─▶ the fastest of them, float included
+
+A *stretch* is a set of integer layers that hand codes to each other, with no float operator between. Stretches of the same layers (the blocks of a
+transformer) are one candidate, and where a candidate holds layers of several kinds (depthwise, 1x1, other convolutions, linear), so is each kind of it. What is timed
+is the whole network with the candidate in float, since a stretch alone would pay neither for the conversions that its neighbours no longer need
+nor for the caches it finds. All files take turns in one run (``rarefy.measuring``); the weights are rounded to the nearest code for it, as time does not
+depend on them.
+
+A candidate goes back to float where the network without it is faster by 1 %, and in three of four rounds. Those that do go together, and the result is
+the fastest of: all integer, all but these, float in any precision of the runtime (``floats``: bf16 on OpenVINO). A tie is decided for more integers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from rarefy import grids, measuring, plugins, rewriting
+from rarefy.capturing import attribute, example_inputs, finish, share_copy
+from rarefy.folding import layer_name
+from rarefy.lowering import to_integers
+from rarefy.placing import Placement, place
+from rarefy.progress import track
+
+CLEARLY = 1.01  # a gain that is more than noise, of a median over rounds that take turns
+CANDIDATES = 12  # at most, in the order of the network
+INTEGER, MIXED = "all integer", "without what did not pay"
+
+Ranges = Mapping[str, tuple[float, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """name: for people. layers: names of the layers that would go back to float."""
+
+    name: str
+    layers: tuple[str, ...]
+
+
+def candidates(graph: fx.GraphModule, placement: Placement) -> list[Candidate]:
+    """Stretches, alike ones together, and their kinds; none that holds all layers."""
+    alike: dict[Any, list[fx.Node]] = {}
+    for stretch in _stretches(placement):
+        alike.setdefault(tuple(_shape(graph, node) for node in stretch), []).extend(stretch)
+    found: dict[tuple[str, ...], str] = {}
+    for stretch in alike.values():
+        kinds: dict[str, list[fx.Node]] = {}
+        for node in stretch:
+            kinds.setdefault(_kind(graph, node), []).append(node)
+        told = f"{layer_name(stretch[0])} and {len(stretch) - 1} more" if len(stretch) > 1 else layer_name(stretch[0])
+        for name, nodes in ((told, stretch), *((f"{kind} layers of {told}", nodes) for kind, nodes in kinds.items())):
+            found.setdefault(tuple(layer_name(node) for node in nodes), name)
+    everything = {layer_name(node) for node in placement.layers}
+    return [Candidate(name, layers) for layers, name in found.items() if set(layers) != everything][:CANDIDATES]
+
+
+def judge(
+    graph: fx.GraphModule,
+    placement: Placement,
+    ranges: Ranges,
+    ignore: Sequence[str],
+    runtime: Any,
+    grid: grids.Grid,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """What was found, timed with a batch of one: ``{"undone": [layer names], "why": str, "timed": [...], "batch", "threads", "runtime"}``.
+
+    graph: float, folded, with the biases that layers in codes need. ranges: of all values, by name. ignore: globs that stay float in any case.
+    undone: all integer layers where the whole network is faster in float.
+    """
+    chosen = measuring.with_threads(runtime)
+    example = example_inputs(graph, batch=1)[0]
+    tried = candidates(graph, placement)
+    everything = sorted(layer_name(node) for node in placement.layers)
+    with tempfile.TemporaryDirectory(prefix="rarefy-") as folder:
+
+        def opened(model: fx.GraphModule, on: Any = chosen) -> Any:
+            return on.open(on.export(model, Path(folder) / f"{len(os.listdir(folder))}{on.suffix}"))
+
+        def without(layers: Sequence[str]) -> Any:
+            return opened(_rounded(graph, ranges, [*ignore, *layers], chosen, grid))
+
+        floats = {f"float on {plugins.describe(form)}": opened(graph, form) for form in chosen.floats}
+        whole = {INTEGER: without(())}
+        parts = {f"{one.name} in float": without(one.layers) for one in track(tried, len(tried), "gate", progress)}
+        found = measuring.latency({**whole, **parts, **floats}, example, warmup=3)
+        slow = [one for one, name in zip(tried, parts, strict=True) if _faster(found, name, INTEGER)]
+        undone = sorted({layer for one in slow for layer in one.layers})
+        timed = {name: one["ms"]["median"] for name, one in found.items()}
+        if undone and undone != everything:
+            whole[MIXED] = without(undone)
+            found = measuring.latency({**whole, **floats}, example, warmup=3)
+            timed |= {name: one["ms"]["median"] for name, one in found.items()}
+    best = MIXED if MIXED in whole and _faster(found, MIXED, INTEGER) else INTEGER
+    faster = [name for name in floats if _faster(found, name, best)]
+    if faster:
+        best, undone = min(faster, key=timed.__getitem__), everything
+    elif best == INTEGER:
+        undone = []
+    return {
+        "undone": undone,
+        "why": _why(best, slow),
+        "timed": [{"what": name, "latency_ms": ms} for name, ms in timed.items()],
+        "batch": 1,
+        "threads": chosen.threads,
+        "runtime": plugins.describe(chosen),
+    }
+
+
+def _faster(found: Mapping[str, Any], one: str, other: str) -> bool:
+    """Clearly, in one run in which both took turns."""
+    ratio = found[one]["speedup"][other]
+    return bool(ratio["median"] > CLEARLY and ratio["low"] > 1)
+
+
+def _why(best: str, slow: Sequence[Candidate]) -> str:
+    if best == INTEGER:
+        return "every stretch pays"
+    return f"faster in float: {', '.join(one.name for one in slow)}" if best == MIXED else f"the whole network is faster in {best}"
+
+
+def _rounded(graph: fx.GraphModule, ranges: Ranges, ignore: Sequence[str], runtime: Any, grid: grids.Grid) -> fx.GraphModule:
+    """A copy in integers, weights at the nearest of 8 bits."""
+    copied = share_copy(graph)
+    placement = place(copied, runtime.capabilities, ignore)
+    rewriting.insert(copied, placement, {value: ranges[value.name] for value in placement.values}, grid)
+    for node in placement.layers:
+        weight = attribute(copied, node.args[1]).detach()
+        scale = torch.maximum(weight.abs().flatten(1).amax(1) / 127, rewriting.least_scale(copied, node))
+        codes = torch.round(weight / scale.view(-1, *[1] * (weight.dim() - 1))).to(torch.int8)
+        rewriting.put_codes(copied, node, codes, scale)
+    return to_integers(finish(copied)).eval()
+
+
+def _stretches(placement: Placement) -> list[list[fx.Node]]:
+    """The layers of each, in order."""
+    held = placement.integer | set(placement.values) | set(placement.fused) | set(placement.carried)
+    group = {node: node for node in held}
+
+    def root(node: fx.Node) -> fx.Node:
+        while group[node] is not node:
+            node = group[node]
+        return node
+
+    for node in held:
+        for user in node.users:
+            if user in held:
+                group[root(user)] = root(node)
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node in placement.layers:
+        found.setdefault(root(node), []).append(node)
+    return list(found.values())
+
+
+def _shape(graph: fx.GraphModule, node: fx.Node) -> tuple[Any, ...]:
+    return (node.target, tuple(attribute(graph, node.args[1]).shape), str(node.args[3:]))
+
+
+def _kind(graph: fx.GraphModule, node: fx.Node) -> str:
+    size = attribute(graph, node.args[1]).shape
+    if len(size) == 2:
+        return "linear"
+    if size[1] == 1 and size[0] > 1:
+        return "depthwise"
+    return "1x1" if all(side == 1 for side in size[2:]) else "spatial"
