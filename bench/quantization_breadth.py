@@ -1,6 +1,6 @@
 """int8 and ONNX, model by model: every torchvision classifier, one small variant of every timm module, and the models that have real weights here.
 
-    python bench/quantization_breadth.py --library torchvision|timm|real [--only GLOB] [--float | --pruned] [--resume] [--for SECONDS] [--check]
+    python bench/quantization_breadth.py --library torchvision|timm|real [--only GLOB] [--int8] [--float] [--pruned] [--resume] [--for SECONDS] [--check]
 
 Each is captured, quantised (defaults; calibrated on a few natural images of $RAREFY_DATA at the model's size, on noise where there are none), exported, opened
 in ONNX Runtime and compared with its simulation: the same most likely class, the largest difference of the answers (absolute, and in units of the
@@ -10,7 +10,7 @@ starting from the file's own codes, by how many codes a value differs. ``--float
 ``torchvision`` and ``timm`` have random weights, of which nothing is left neutral (bench/zoo.py); they fail by an error, or by a layer that differs by more
 than one code. ``real`` are EfficientNet-Lite0 to 2 and the CIFAR ResNets on 256 natural images; simulation and file must agree on 99.9 % of them, and the
 margin between the two most likely classes, in units of their difference, is told where they don't. Each model has a process of its own with a limit of time and
-memory; what is known of it is kept in ``out/``, and ``--resume`` goes on from there. ``--for`` starts no model that might not end in time.
+memory; what is known of it is kept in ``out/``, and ``--resume`` goes on from there. ``--for`` ends in time.
 ``--check`` exits 1 if a model with real weights falls short, or more than 5 % of the others.
 """
 
@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,8 @@ from rarefy.tasks import Classification
 from rarefy.terminal import show_table
 
 AGREEMENT, MOST_FAILURES, LARGEST_FLOAT = 0.999, 0.05, 1e-3
-SAMPLES, CALIBRATION, BATCH = {"real": 256}, {"real": 128}, {"real": 16}  # others: 8 images, 8, batches of 4
+SAMPLES, CALIBRATION, BATCH = {"real": 256}, {"real": 128}, {"real": 16}  # others: 2 images each
+COMPARED = 32  # images compared layer by layer, at most
 REAL = [*(f"efficientnet_lite{number}" for number in range(3)), *(f"resnet{depth}" for depth in real_data.DEPTHS)]
 
 
@@ -81,66 +82,87 @@ def natural(name: str, like: tuple[Tensor, ...], split: Any, count: int, batch: 
         yield tuple(torch.randn((batch, *one.shape[1:])) for one in like)
 
 
-def examined(library: str, kind: str, name: str) -> dict[str, Any]:
-    from rarefy.runtimes.onnxruntime import OnnxRuntime
-
+def examined(library: str, kinds: Sequence[str], name: str) -> dict[str, Any]:
+    """{kind: facts}; the model is made and captured once."""
     torch.manual_seed(0)
-    facts: dict[str, Any] = {"seconds": {}}
-    stage, began = "make", time.perf_counter()
-
-    def start(following: str) -> None:
-        nonlocal stage, began
-        now = time.perf_counter()
-        facts["seconds"][stage], stage, began = now - began, following, now
-
-    batch = BATCH.get(library, 4)
+    made, watch = Stages("make"), {}
     try:
         model, candidates = real_model(name) if library == "real" else MAKERS[library](name)
         model = model.eval() if library == "real" else alive(model).eval()
         inputs = usable(model, candidates)
-        facts["input"] = [list(one.shape[1:]) for one in inputs]
-        start("capture")
+        made.begin("capture")
         graph = capture(model, inputs)
         del model
-        if kind == "pruned":
-            start("prune")
-            graph = prune(graph, keep=0.5, ranking="local")
-        small: fx.GraphModule = graph
+    except Exception as error:
+        return {kind: {"seconds": made.seconds, "error": made.failure(error)} for kind in kinds}
+    made.begin("done")
+    for kind in kinds:
+        facts: dict[str, Any] = {"input": [list(one.shape[1:]) for one in inputs]}
+        stages = Stages("begin", dict(made.seconds))
+        try:
+            examine(facts, stages, library, kind, name, graph, inputs)
+        except Exception as error:
+            facts |= {"error": stages.failure(error), "traceback": traceback.format_exc()[-6000:]}
+        stages.begin("done")
+        watch[kind] = facts | {"seconds": stages.seconds, "gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    return watch
+
+
+class Stages:
+    """What is going on, and how long each part took."""
+
+    def __init__(self, stage: str, seconds: dict[str, float] | None = None):
+        self.stage, self.began, self.seconds = stage, time.perf_counter(), seconds or {}
+
+    def begin(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[self.stage], self.stage, self.began = now - self.began, stage, now
+
+    def failure(self, error: Exception) -> str:
+        return f"{self.stage}: {' '.join(str(error).split())[:400] or type(error).__name__}"
+
+
+def examine(
+    facts: dict[str, Any], stages: Stages, library: str, kind: str, name: str, graph: fx.GraphModule, inputs: tuple[Tensor, ...]
+) -> None:
+    from rarefy.runtimes.onnxruntime import OnnxRuntime
+
+    batch = BATCH.get(library, 2)
+    if kind == "pruned":
+        stages.begin("prune")
+        graph = prune(graph, keep=0.5, ranking="local")
+    small = graph
+    if kind != "float":
+        stages.begin("quantize")
+        small = quantize(graph, batches=natural(name, inputs, "train", CALIBRATION.get(library, 2), batch), progress=False)
+        own = small.meta["history"][-1]["facts"]
+        facts |= {"integer_layers": len(own["layers"]), "float_layers": own["float"]}
+    samples = tuple(torch.cat(parts) for parts in zip(*natural(name, inputs, "val", SAMPLES.get(library, 2), batch), strict=True))
+    runtime = OnnxRuntime(threads=1)
+    with tempfile.TemporaryDirectory() as folder:
+        stages.begin("export")
+        path = runtime.export(small, Path(folder) / "model.onnx")
+        facts["bytes"] = path.stat().st_size
+        stages.begin("open")
+        session = runtime.open(path)
+        stages.begin("run")
+        answers = answered(session, samples, batch)
+        stages.begin("simulate")
+        simulated = answered(small, samples, batch)
+        stages.begin("judge")
+        facts |= compared(answers, simulated)
         if kind != "float":
-            start("quantize")
-            batches = natural(name, inputs, "train", CALIBRATION.get(library, 8), batch)
-            small = quantize(graph, batches=batches, progress=False)
-            own = small.meta["history"][-1]["facts"]
-            facts |= {"integer_layers": len(own["layers"]), "float_layers": own["float"]}
-        samples = tuple(torch.cat(parts) for parts in zip(*natural(name, inputs, "val", SAMPLES.get(library, 8), batch), strict=True))
-        runtime = OnnxRuntime(threads=1)
-        with tempfile.TemporaryDirectory() as folder:
-            start("export")
-            path = runtime.export(small, Path(folder) / "model.onnx")
-            facts["bytes"] = path.stat().st_size
-            start("open")
-            session = runtime.open(path)
-            start("run")
-            answers = answered(session, samples, batch)
-            start("simulate")
-            simulated = answered(small, samples, batch)
-            facts |= compared(answers, simulated)
-            if kind != "float":
-                facts["sqnr_db"] = sqnr(answered(graph, samples, batch), simulated)
-            start("compare")
-            found = runtime.compare(small, path, *samples[:1], batch=batch)
+            stages.begin("float")
+            facts["sqnr_db"] = sqnr(answered(graph, samples, batch), simulated)
+            stages.begin("compare")
+            found = runtime.compare(small, path, samples[0][:COMPARED], batch=batch)
             layers = found["layers"]
             differing = max(layers, key=lambda layer: layer["share"], default={"share": 0.0, "value": ""})
             facts |= {"ulp": found["ulp"], "first_diverging": found["first_diverging_layer"], "values": len(layers)}
             facts |= {"most_codes": differing["share"], "most_codes_in": differing["value"]}
-        start("judge")
-        judge(facts, library, kind)
-    except Exception as error:
-        facts["error"] = f"{stage}: {' '.join(str(error).split())[:400] or type(error).__name__}"
-        facts["traceback"] = traceback.format_exc()[-6000:]
-    start("done")
-    facts["gigabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return facts
+            facts["diverging"] = [layer["value"] for layer in layers if layer["difference"] > 1]
+    stages.begin("judge")
+    judge(facts, library, kind)
 
 
 def answered(model: Any, samples: tuple[Tensor, ...], batch: int) -> Tensor:
@@ -169,7 +191,7 @@ def compared(answers: Tensor, simulated: Tensor) -> dict[str, Any]:
 
 
 def judge(facts: dict[str, Any], library: str, kind: str) -> None:
-    if facts["ulp"] > 1:
+    if facts.get("ulp", 0) > 1:
         raise RuntimeError(f"{facts['first_diverging']}: differs by {facts['ulp']} codes at most")
     if kind == "float" and facts["relative_difference"] > LARGEST_FLOAT:
         raise RuntimeError(f"answers differ by {facts['relative_difference']:.2g} of their standard deviation")
@@ -219,13 +241,14 @@ def main() -> int:
     option = parser.add_argument
     option("--library", choices=["torchvision", "timm", "real"], default="torchvision")
     option("--only", metavar="GLOB", action="append", help="models (of timm: modules) by name; may be repeated")
-    kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--float", dest="kind", action="store_const", const="float", default="int8", help="export the model as it is")
-    kind.add_argument("--pruned", dest="kind", action="store_const", const="pruned", help="prune half of the channels first")
+    option("--float", dest="kinds", action="append_const", const="float", help="the model as it is, as well as or instead of int8")
+    option("--pruned", dest="kinds", action="append_const", const="pruned", help="half of the channels pruned, then int8")
+    option("--int8", dest="kinds", action="append_const", const="int8", help="int8 (the default)")
     option("--jobs", type=int, default=1, help="processes at a time")
     option("--seconds", type=float, default=250, help="limit for a model")
     option("--memory", type=float, default=8, help="limit for a model, in GiB")
     option("--for", dest="span", type=float, metavar="SECONDS", help="start no model that might end later")
+    option("--slack", type=float, default=60, help="with --for: start nothing when so few seconds are left")
     option("--resume", action="store_true", help="keep what is known and passed or failed; without it every model is looked at anew")
     option("--retry", action="store_true", help="with --resume: look at those that failed again")
     option("--out", type=Path, default=Path("out/quantization_breadth"), help="folder of what is known")
@@ -233,35 +256,49 @@ def main() -> int:
     given = parser.parse_args()
     began = time.monotonic()
     try:
-        names = [name for name in listed(given.library) if not given.only or any(fnmatch.fnmatch(name, glob) for glob in given.only)]
+        everything = listed(given.library)
+        names = list(dict.fromkeys(name for glob in given.only or ["*"] for name in everything if fnmatch.fnmatch(name, glob)))
     except ImportError:
         print(f"skipped: {given.library} is not installed")
         return 1 if given.check else 0
     torch.set_num_threads(1)
-    folder = given.out / f"{given.library}-{given.kind}"
-    folder.mkdir(parents=True, exist_ok=True)
-    found: dict[str, dict[str, Any]] = {}
-    for name in names if given.resume else []:
-        if (file := folder / f"{name}.json").exists():
-            facts = json.loads(file.read_text())
-            if not (given.retry and "error" in facts):
-                found[name] = facts
-    left = [name for name in names if name not in found]
-    while left and (given.span is None or time.monotonic() - began + given.seconds / 2 < given.span):
+    kinds = given.kinds or ["int8"]
+    found: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in kinds}
+    for kind in kinds:
+        (given.out / f"{given.library}-{kind}").mkdir(parents=True, exist_ok=True)
+        for name in names if given.resume else []:
+            if (file := given.out / f"{given.library}-{kind}" / f"{name}.json").exists():
+                facts = json.loads(file.read_text())
+                if not (given.retry and "error" in facts):
+                    found[kind][name] = facts
+    left = [name for name in names if any(name not in found[kind] for kind in kinds)]
+    while left and (given.span is None or time.monotonic() - began + given.slack < given.span):
         now, left = left[: given.jobs], left[given.jobs :]
-        for name, facts in each(partial(examined, given.library, given.kind), now, given.jobs, given.seconds, given.memory):
-            found[name] = facts
-            (folder / f"{name}.json").write_text(json.dumps(facts, indent=1))
-            print("  ".join(summary(name, facts)), file=sys.stderr, flush=True)
-    failed = {name: facts["error"] for name, facts in found.items() if "error" in facts}
-    title = f"{given.library}, {given.kind}: simulation and ONNX Runtime, torch {torch.__version__}"
-    show_table(title, HEADINGS, [summary(name, found[name]) for name in names if name in found], tuple(range(2, 12)))
-    print(f"{len(found) - len(failed)} of {len(found)} pass" + (f"; {len(left)} not looked at yet" if left else ""))
-    plain = {name: {key: value for key, value in facts.items() if key != "traceback"} for name, facts in found.items()}
-    line = {"bench": "quantization_breadth", "library": given.library, "kind": given.kind, "torch": torch.__version__}
-    print(json.dumps({**line, "passed": len(found) - len(failed), "of": len(found), "left": len(left), "models": plain}))
-    most = 0 if given.library == "real" else MOST_FAILURES
-    return 1 if given.check and (left or len(failed) > most * len(names)) else 0
+        limit = given.seconds if given.span is None else min(given.seconds, given.span - (time.monotonic() - began))
+        for name, results in each(partial(examined, given.library, kinds), now, given.jobs, limit, given.memory):
+            if "error" in results:  # killed before it could tell
+                if limit < given.seconds and "takes more" in results["error"]:
+                    left.append(name)
+                    continue
+                results = dict.fromkeys(kinds, results)
+            for kind in kinds:
+                found[kind][name] = results[kind]
+                (given.out / f"{given.library}-{kind}" / f"{name}.json").write_text(json.dumps(results[kind], indent=1))
+                print("  ".join([kind, *summary(name, results[kind])]), file=sys.stderr, flush=True)
+    short = False
+    for kind in kinds:
+        failed = [name for name, facts in found[kind].items() if "error" in facts]
+        title = f"{given.library}, {kind}: simulation and ONNX Runtime, torch {torch.__version__}"
+        show_table(title, HEADINGS, [summary(name, found[kind][name]) for name in names if name in found[kind]], tuple(range(2, 12)))
+        print(f"{len(found[kind]) - len(failed)} of {len(found[kind])} pass" + (f"; {len(left)} not looked at yet" if left else ""))
+        short |= bool(left) or len(failed) > (0 if given.library == "real" else MOST_FAILURES) * len(names)
+    models = {
+        kind: {name: {key: value for key, value in facts.items() if key != "traceback"} for name, facts in found[kind].items()}
+        for kind in kinds
+    }
+    line = {"bench": "quantization_breadth", "library": given.library, "torch": torch.__version__, "left": len(left), "kinds": models}
+    print(json.dumps(line))
+    return 1 if given.check and short else 0
 
 
 if __name__ == "__main__":
