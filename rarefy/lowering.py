@@ -2,6 +2,8 @@
 
 numbers   conv2d(dequantize(x), dequantize(w), dequantize(b))     what ONNX writes, and runtimes fuse
 integers  rarefy.conv2d(x, w, b, scales)                          what they then compute; the form a graph is kept in
+
+Sums and products of two decoded tensors that are rounded (``quantize(dequantize(a) + dequantize(b))``) are one operator on codes likewise.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ def is_decoded(node: Any) -> bool:
 
 
 def to_integers(graph: fx.GraphModule) -> fx.GraphModule:
-    """A copy whose layers on codes are integer operators."""
+    """A copy whose layers and joins on codes are integer operators."""
     graph = copy.deepcopy(graph)
+    _join_codes(graph)
     for node in list(graph.graph.nodes):
         if node.target not in (aten.conv2d.default, aten.linear.default) or len(node.args) < 3 or not all(map(is_decoded, node.args[1:3])):
             continue
@@ -53,8 +56,9 @@ def to_integers(graph: fx.GraphModule) -> fx.GraphModule:
 
 
 def to_numbers(graph: fx.GraphModule) -> fx.GraphModule:
-    """A copy whose integer layers are float layers of decoded numbers."""
+    """A copy whose integer layers and joins are float ones of decoded numbers."""
     graph = copy.deepcopy(graph)
+    _join_numbers(graph)
     for node in list(graph.graph.nodes):
         if node.target not in (OPERATORS.conv2d.default, OPERATORS.linear.default):
             continue
@@ -77,6 +81,40 @@ def to_numbers(graph: fx.GraphModule) -> fx.GraphModule:
         layer.meta = dict(node.meta)
         node.replace_all_uses_with(layer)
     return finish(graph)
+
+
+_JOINS = {aten.add.Tensor: OPERATORS.add.default, aten.mul.Tensor: OPERATORS.mul.default}
+
+
+def _join_codes(graph: fx.GraphModule) -> None:
+    """quantize(dequantize(a) + dequantize(b)) -> rarefy.add(a, b), for one scale a tensor."""
+    for node in list(graph.graph.nodes):
+        if node.target is not OPERATORS.quantize.default or node.args[3] is not None:
+            continue
+        join = node.args[0]
+        if join.target not in _JOINS or len(join.users) != 1 or join.kwargs or not all(map(is_decoded, join.args)):
+            continue
+        if any(attribute(graph, source.args[1]).dim() for source in join.args):
+            continue
+        parts = [part for source in join.args for part in source.args[:3]]
+        with graph.graph.inserting_before(node):
+            joined = graph.graph.call_function(_JOINS[join.target], (*parts, *node.args[1:3], *node.args[4:]))
+        joined.meta = dict(node.meta)
+        node.replace_all_uses_with(joined)
+
+
+def _join_numbers(graph: fx.GraphModule) -> None:
+    targets = {codes: numbers for numbers, codes in _JOINS.items()}
+    for node in list(graph.graph.nodes):
+        if node.target not in targets:
+            continue
+        with graph.graph.inserting_before(node):
+            numbers = [graph.graph.call_function(OPERATORS.dequantize.default, (*node.args[at : at + 3], None)) for at in (0, 3)]
+            join = graph.graph.call_function(targets[node.target], tuple(numbers))
+            join.meta = dict(node.meta)
+            codes = graph.graph.call_function(OPERATORS.quantize.default, (join, *node.args[6:8], None, *node.args[8:]))
+        codes.meta = dict(node.meta)
+        node.replace_all_uses_with(codes)
 
 
 def _pair(value: Any) -> Any:

@@ -21,6 +21,11 @@ from rarefy.lowering import to_integers
 from rarefy.onnxfile import needs
 
 LEAST_AGREEMENT = 0.995
+_SCALE: dict[Any, int] = {
+    torch.ops.rarefy.quantize.default: 1,
+    torch.ops.rarefy.add.default: 6,
+    torch.ops.rarefy.mul.default: 6,
+}  # makes codes: place of their scale
 _LAYERS = (torch.ops.rarefy.conv2d.default, torch.ops.rarefy.linear.default)
 
 
@@ -45,7 +50,7 @@ def compare(
     model = onnx.load(os.fspath(path))
     graph = to_integers(written)
     seen_by_file = _values_in(model, "DequantizeLinear" if decoded else "QuantizeLinear")
-    codes = {_value_name(node): node for node in reversed(list(graph.graph.nodes)) if node.target is torch.ops.rarefy.quantize.default}
+    codes = {_value_name(node): node for node in reversed(list(graph.graph.nodes)) if node.target in _SCALE}
     shared = [name for name in reversed(codes) if name in seen_by_file]
     for name in shared:
         model.graph.output.append(onnx.helper.make_empty_tensor_value_info(seen_by_file[name]))
@@ -89,8 +94,9 @@ def compare(
 
 def _encoded(graph: fx.GraphModule, node: fx.Node, values: Tensor) -> Tensor:
     """The codes that ``values`` were decoded from."""
-    scale, zero = (attribute(graph, source) for source in node.args[1:3])
-    return torch.round(values / scale + zero.float()).to(node.args[6])
+    place = _SCALE[node.target]
+    scale, zero = (attribute(graph, source) for source in node.args[place : place + 2])
+    return torch.round(values / scale + zero.float()).to(node.args[-1])
 
 
 def _layer(node: fx.Node) -> str:
@@ -137,7 +143,7 @@ def _first(answer: Any) -> Tensor:
 
 def _value_name(node: fx.Node) -> str:
     """``conv2d_3`` for the node that quantises with ``quantization.conv2d_3.scale``."""
-    return str(node.args[1].target).split(".")[1]
+    return str(node.args[_SCALE[node.target]].target).split(".")[1]
 
 
 def _values_in(model: Any, kind: str) -> dict[str, str]:

@@ -1,0 +1,88 @@
+"""Sum and product of two tensors of codes, rounded as an integer kernel rounds them: each operand's factor is taken relative to the result's scale.
+
+    add   q = clip( fma(a, s_a/s, fma(b, s_b/s, z - fma(s_a/s, z_a, s_b/s z_b))) )
+    mul   q = clip( (a - z_a) (b - z_b) (s_a s_b / s) + z )
+
+in float32, to the nearest code, half to even. ``fma`` rounds once, after product and sum. These are the sequences of ONNX Runtime's QLinearAdd and QLinearMul on x86
+(2.6 million pairs of codes on 40 random grids: all equal), where the sum of the decoded numbers flips one code in ten thousand, and many more where the
+grids make ties (x + 3 of a hard sigmoid: 3 lies halfway between two codes). An operand a that is one number along the rows changes places with b.
+
+Given up: kernels of other machines differ from this by as much as from each other.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("rarefy", "FRAGMENT")
+_GRIDS = (
+    "Tensor a, Tensor a_scale, Tensor a_zero_point, Tensor b, Tensor b_scale, Tensor b_zero_point, "
+    "Tensor scale, Tensor zero_point, int qmin, int qmax, ScalarType dtype"
+)
+_library.define(f"add({_GRIDS}) -> Tensor")
+_library.define(f"mul({_GRIDS}) -> Tensor")
+
+
+def add(
+    a: Tensor,
+    a_scale: Tensor,
+    a_zero_point: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_zero_point: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """a, b: codes that broadcast. Scales and zero points: of shape (). Returns the codes of the sum, in ``dtype``."""
+    terms = [(a, a_zero_point, a_scale / scale), (b, b_zero_point, b_scale / scale)]
+    if _is_one_a_row(a, b):
+        terms.reverse()
+    (last, last_zero, last_factor), (first, first_zero, first_factor) = terms
+    offset = zero_point.to(scale.dtype) - _fma(last_factor, last_zero, first_factor * first_zero)
+    return torch.round(_fma(last, last_factor, _fma(first, first_factor, offset))).clamp_(qmin, qmax).to(dtype)
+
+
+def mul(
+    a: Tensor,
+    a_scale: Tensor,
+    a_zero_point: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_zero_point: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """a, b: codes that broadcast. Scales and zero points: of shape (). Returns the codes of the product, in ``dtype``."""
+    kind = scale.dtype
+    products = (a.to(kind) - a_zero_point.to(kind)) * (b.to(kind) - b_zero_point.to(kind))
+    return products.mul_(a_scale * b_scale / scale).add_(zero_point.to(kind)).round_().clamp_(qmin, qmax).to(dtype)
+
+
+def _fma(x: Tensor, factor: Tensor, added: Tensor) -> Tensor:
+    """x factor + added, rounded once; the product of a code and a float32 is exact in float64."""
+    return (x.to(torch.float64) * factor.to(torch.float64) + added.to(torch.float64)).to(torch.float32)
+
+
+def _is_one_a_row(a: Tensor, b: Tensor) -> bool:
+    """Is ``a`` the same along the last axis, where ``b`` is not?"""
+    return (a.shape[-1] if a.dim() else 1) == 1 and b.dim() > 0 and b.shape[-1] != 1
+
+
+def _shape(a: Tensor, a_scale: Tensor, a_zero_point: Tensor, b: Tensor, *rest: object) -> Tensor:
+    dtype = rest[-1]
+    assert isinstance(dtype, torch.dtype)
+    return a.new_empty(torch.broadcast_shapes(a.shape, b.shape), dtype=dtype)
+
+
+for _name, _kernel in (("add", add), ("mul", mul)):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rarefy::{_name}", _shape)
+
+OPERATORS = (torch.ops.rarefy.add.default, torch.ops.rarefy.mul.default)
