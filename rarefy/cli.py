@@ -470,7 +470,9 @@ def quantize(
     weight_grid: Annotated[
         str, typer.Option(metavar="GRID", help="int8, int4, ...; by layer: 'int4;stem.*=int8;head=float', the last that matches holds.")
     ] = "int8",
-    activation_grid: Annotated[str, typer.Option(metavar="GRID", help="uint8 or int8.")] = "uint8",
+    activation_grid: Annotated[
+        str, typer.Option(metavar="GRID", help="uint8, uint4 (simulated), a layer's input with 'uint4;fc=uint8'.")
+    ] = "uint8",
     calibration: Annotated[str, typer.Option(metavar="CHOICE", help="Range of the activations; see `rarefy list calibration`.")] = "mse",
     weight_calibration: Annotated[
         str | None, typer.Option(metavar="CHOICE", help="Range of the weights; the same choices; default: minmax at 8 bits, mse below.")

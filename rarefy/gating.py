@@ -132,7 +132,7 @@ def _rounded(graph: fx.GraphModule, ranges: Ranges, ignore: Sequence[str], runti
     """A copy in integers, weights at the nearest of 8 bits."""
     copied = share_copy(graph)
     placement = place(copied, runtime.capabilities, ignore)
-    rewriting.insert(copied, placement, {value: ranges[value.name] for value in placement.values}, grid)
+    rewriting.insert(copied, placement, {value: ranges[value.name] for value in placement.values}, dict.fromkeys(placement.values, grid))
     for node in placement.layers:
         weight = attribute(copied, node.args[1]).detach()
         scale = torch.maximum(weight.abs().flatten(1).amax(1) / 127, rewriting.least_scale(copied, node))

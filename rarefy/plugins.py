@@ -72,7 +72,7 @@ def resolve(kind: str, choice: Any) -> Any:
         cls = _imported(head, name)
     else:
         cls = choice_class(kind, head.replace("-", "_"))
-    return _build(cls, tail, text)
+    return build(cls, tail, text)
 
 
 def describe(choice: Any) -> str:
@@ -98,7 +98,7 @@ def _imported(module: str, name: str) -> Any:
         raise InputError(f"{module}:{name}: can't be imported ({error}); give package.module:Class") from error
 
 
-def _build(cls: Any, options: str, text: str) -> Any:
+def build(cls: Any, options: str, text: str) -> Any:
     fields = {field.name for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
     hints = typing.get_type_hints(cls) if fields else {}
     values = {}

@@ -17,6 +17,7 @@ What is simulated is what runs: round half to even, saturation, and clips done b
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import rarefy.kernels
-from rarefy import gating, grids, patches, plugins, rewriting
+from rarefy import allocating, gating, grids, patches, plugins, rewriting
 from rarefy.capturing import as_graph, attribute, device_of, finish, share_copy
 from rarefy.errors import InputError
 from rarefy.folding import equalize as equalize_ranges
@@ -49,8 +50,8 @@ def quantize(
     batches: Iterable[Tensor | tuple[Tensor, ...]] | None = None,
     images: int = 128,
     batch_size: int = 16,
-    weights: str | grids.Format | Mapping[str, str] = "int8",
-    activations: str | grids.Format = "uint8",
+    weights: str | grids.Format | Mapping[str, str] | allocating.Mixed = "int8",
+    activations: str | grids.Format | Mapping[str, str] = "uint8",
     calibration: Any = "mse",
     weight_calibration: Any = None,
     rounding: Any = "nearest",
@@ -67,7 +68,8 @@ def quantize(
     task: where calibration images come from (its training split; labels are not read); or batches: (N, ...) inputs themselves.
     inputs: an example batch, where ``model`` is not captured yet.
     weights, activations: number formats, ``"int8"``, ``"uint8"``, ``"int4"``; weights also a layer, by globs of names of which the last that
-    matches holds: ``"int4;stem.*=int8;head=float"`` or ``{"*": "int4", "stem.*": "int8", "head": "float"}``.
+    matches holds: ``"int4;stem.*=int8;head=float"`` or ``{"*": "int4", "stem.*": "int8", "head": "float"}``; or ``"mixed:bits=4"``: widths chosen a layer
+        for an average, a size or bit-operations (``rarefy.allocating``). Activations go by their own names or those of layers that read them.
     weight_calibration: the rule for weight scales; None: minmax at 8 bits, where clipping the largest weights costs more than it saves, else mse.
     ignore: globs of layer names that stay float.
     gate: "latency" times each stretch of layers in integers and in float on the runtime, and keeps only what pays (``rarefy.gating``); where nothing does, the
@@ -76,11 +78,15 @@ def quantize(
     Raises InputError for a contradiction, DataError without images, CheckFailed where the float model yields NaN.
     """
     runtime = plugins.resolve("runtimes", runtime)
-    assigned = grids.assign(weights, symmetric=True, axis=0)
+    mixed = allocating.parse(weights)
+    assigned = grids.assign("int8" if mixed is not None else weights, symmetric=True, axis=0)  # type: ignore[arg-type]
     rule = plugins.resolve("calibration", calibration)
     given_rule = None if weight_calibration is None else plugins.resolve("calibration", weight_calibration)
     rounder = plugins.resolve("rounding", rounding)
-    grid = grids.parse(activations, symmetric=False)
+    activation_grids = grids.assign(activations, symmetric=False, default="uint8")
+    grid = activation_grids.default
+    if not isinstance(grid, grids.Grid):
+        raise InputError(f"activations={activation_grids}: integer kernels take uint8 or int8, and simulation fewer bits; write uint4, say")
     if gate not in GATES:
         raise InputError(f"gate={gate!r}: choose latency, or none")
     if images < 1 or batch_size < 1:
@@ -90,6 +96,11 @@ def quantize(
     graph = simplify(fold(as_graph(model, inputs)), runtime.capabilities.posts)
     for parameter in graph.parameters():
         parameter.requires_grad_(False)
+    allocation = None
+    if mixed is not None:
+        first, batches = _first(graph, task, batches, mixed.images, seed)
+        open_to = place(graph, runtime.capabilities, ignore).layers
+        assigned, allocation = allocating.allocate(graph, open_to, first, mixed, grid.bits)
     own_grid = {node: assigned.of(names(node)) for node in graph.graph.nodes if weighted(node)}
     left_out = [*ignore, *(layer_name(node) for node, own in own_grid.items() if own is None)]
     placement = place(graph, runtime.capabilities, left_out)
@@ -116,21 +127,25 @@ def quantize(
         lambda samples: walks and samples * _input_bytes(graph) <= MEMORY / 2,
     )
     float_graph = share_copy(graph)
-    ranges = _ranges(placement, seen, rule, grid)
+    value_grids = _value_grids(placement, activation_grids)
+    ranges = _ranges(placement, seen, rule, value_grids)
     verdict = None
     if gate is not None:
         by_name = {value.name: span for value, span in ranges.items()}
         verdict = gating.judge(graph, placement, by_name, left_out, runtime, grid, progress)
         placement = place(graph, runtime.capabilities, [*left_out, *verdict["undone"]])
-        ranges = _ranges(placement, seen, rule, grid)
-    rewriting.insert(graph, placement, ranges, grid)
+        value_grids = _value_grids(placement, activation_grids)
+        ranges = _ranges(placement, seen, rule, value_grids)
+    rewriting.insert(graph, placement, ranges, value_grids)
     run = _Rounding(graph, float_graph, seen, rounder, torch.Generator().manual_seed(seed))
     facts = []
+    bits_of = {value.name: own.bits for value, own in value_grids.items()}
     for node in track(placement.layers, len(placement.layers), "round", progress and walks):
         own = own_grid[node]
         assert own is not None
         weight_rule = given_rule or plugins.resolve("calibration", "minmax" if own.bits == 8 else "mse")
-        facts.append(run.round(node, own, weight_rule) | {"activation_bits": grid.bits})
+        fact = run.round(node, own, weight_rule)
+        facts.append(fact | {"activation_bits": bits_of[fact["input"]]})
         if correct_bias:
             run.correct_bias(node)
     graph = to_integers(finish(graph))
@@ -143,7 +158,7 @@ def quantize(
             "options": {
                 "images": images,
                 "weights": str(assigned),
-                "activations": str(grid),
+                "activations": str(activation_grids),
                 "calibration": plugins.describe(rule),
                 "weight_calibration": None if given_rule is None else plugins.describe(given_rule),
                 "rounding": plugins.describe(rounder),
@@ -158,6 +173,7 @@ def quantize(
                 "layers": [{key: value for key, value in fact.items() if key != "weight"} for fact in facts],
                 "images_of_rounding": sum(len(batch[0]) for batch in seen.batches) if walks else 0,
                 "equalized": pairs,
+                **({"allocation": allocation} if allocation is not None else {}),
                 "float": sorted(layer_name(node) for node in float_graph.graph.nodes if weighted(node) and node.name not in integer),
                 "ranges": {value.name: list(ranges[value]) for value in placement.values},
                 **({} if verdict is None else {"gate": verdict, "timing": {"gate": verdict.pop("timed")}}),
@@ -167,10 +183,10 @@ def quantize(
     return graph.eval()
 
 
-def _ranges(placement: Placement, seen: Observed, rule: Any, grid: grids.Grid) -> dict[fx.Node, tuple[float, float]]:
+def _ranges(placement: Placement, seen: Observed, rule: Any, own: Mapping[fx.Node, grids.Grid]) -> dict[fx.Node, tuple[float, float]]:
     found = {}
     for value in placement.values:
-        lo, hi = rule.activation_range(seen.histograms[value], grid)
+        lo, hi = rule.activation_range(seen.histograms[value], own[value])
         found[value] = rewriting.clipped(placement, value, min(lo, 0.0), max(hi, 0.0))
     return found
 
@@ -247,6 +263,31 @@ class _Rounding:
 def _columns(x: Tensor) -> Tensor:
     """(N, groups, K, places) -> (groups, K, N places)"""
     return x.permute(1, 2, 0, 3).flatten(2).float()
+
+
+def _value_grids(placement: Placement, assigned: grids.Assignment) -> dict[fx.Node, grids.Grid]:
+    """The grid of each rounded value: by its own name, or by that of a layer that reads it. Raises InputError for a value in float."""
+    values = set(placement.values)
+    readers: dict[fx.Node, list[str]] = {value: [value.name] for value in placement.values}
+    for layer in placement.layers:
+        source: Any = layer.args[0]
+        while source not in values:
+            source = placement.carried.get(source, source.args[0])
+        readers[source] += names(layer)
+    found = {value: assigned.of(known) for value, known in readers.items()}
+    for value, grid in found.items():
+        if not isinstance(grid, grids.Grid):
+            raise InputError(f"{value.name}: activations={assigned}: integer kernels take uint8 or int8, and simulation fewer bits")
+    return found  # type: ignore[return-value]
+
+
+def _first(graph: fx.GraphModule, task: Any, batches: Any, images: int, seed: int) -> tuple[tuple[Tensor, ...], Any]:
+    """A few samples, and batches that still begin with them."""
+    if batches is None:
+        return next(_checked_batches(graph, task, None, images, images, seed)), None
+    left = iter(batches)
+    taken = list(itertools.islice(left, 1))
+    return next(_checked_batches(graph, task, taken, images, images, seed)), itertools.chain(taken, left)
 
 
 def _input_bytes(graph: fx.GraphModule) -> int:

@@ -43,12 +43,12 @@ def clipped(placement: Placement, value: fx.Node, lo: float, hi: float) -> tuple
     return lo, hi
 
 
-def insert(graph: fx.GraphModule, placement: Placement, ranges: dict[fx.Node, tuple[float, float]], grid: grids.Grid) -> None:
+def insert(graph: fx.GraphModule, placement: Placement, ranges: dict[fx.Node, tuple[float, float]], own: dict[fx.Node, grids.Grid]) -> None:
     """Put quantize/dequantize after every value and every carrier of one."""
     seen_scale: dict[fx.Node, Tensor] = {}
     sources: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
     for value in placement.values:
-        lo, hi = ranges[value]
+        (lo, hi), grid = ranges[value], own[value]
         scale = torch.tensor(max((hi - lo) / grid.levels, 1e-8), dtype=torch.float32)
         zero = torch.tensor(min(max(round(grid.qmin - lo / float(scale)), grid.qmin), grid.qmax), dtype=grid.dtype)
         sources[value] = _after(graph, value, value, scale, zero, grid)
@@ -60,7 +60,7 @@ def insert(graph: fx.GraphModule, placement: Placement, ranges: dict[fx.Node, tu
             _pad_codes(graph, carrier)
         elif not _yields_tuple(carrier):
             scale, zero = seen_scale[value], attribute(graph, sources[value][1])
-            _after(graph, carrier, value, scale, zero, grid)
+            _after(graph, carrier, value, scale, zero, own[value])
     for clip, source in placement.fused.items():
         clip.replace_all_uses_with(source)
 

@@ -1,0 +1,88 @@
+"""Mixed precision: the program is exact, the errors rank layers, and the widths beat one width for all at the same size."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from rarefy.allocating import Mixed, parse, program
+from rarefy.capturing import capture
+from rarefy.errors import InputError
+from rarefy.quantizing import quantize
+
+
+@given(st.integers(0, 10_000), st.integers(1, 5), st.floats(0.0, 1.0))
+@settings(max_examples=40, deadline=None)
+def test_the_program_finds_what_trying_everything_finds(seed: int, layers: int, share: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    errors = torch.rand(layers, 3, generator=generator).sort(1, descending=True).values.tolist()
+    costs = torch.rand(layers, 3, generator=generator).sort(1).values.tolist()
+    least, most = sum(map(min, costs)), sum(map(max, costs))
+    budget = least + share * (most - least) + 1e-6
+    chosen = program(errors, costs, budget)
+    total = sum(row[index] for row, index in zip(errors, chosen))
+    assert sum(row[index] for row, index in zip(costs, chosen)) <= budget * (1 + 1e-6)
+    best = min(
+        sum(row[index] for row, index in zip(errors, picked))
+        for picked in itertools.product(range(3), repeat=layers)
+        if sum(row[index] for row, index in zip(costs, picked)) <= budget
+    )
+    assert total <= best * (1 + 1e-5) + 1e-6
+
+
+def test_text_and_wrong_requests() -> None:
+    assert parse("mixed") == Mixed() and parse("mixed:bits=3,choices=2/4/float").widths == (2, 4, 32) and parse("int4") is None
+    for wrong in ("mixed:bits=3,size=10", "mixed:choices=9", "mixed:bits=0", "mixed:depth=3"):
+        with pytest.raises(InputError):
+            parse(wrong)
+    with pytest.raises(InputError, match="cheapest"):
+        program([[1.0]], [[2.0]], 1.0)
+
+
+class Uneven(nn.Module):
+    """A layer that hardly matters, and one whose error is all that shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.idle, self.last = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1), nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x).relu()
+        x = x + 0.001 * self.idle(x)
+        return self.last(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("budget", ["bits=4", "size=1500", "bitops=0.5"])
+def test_mixed_beats_uniform_at_the_same_cost(budget: str) -> None:
+    torch.manual_seed(0)
+    model = Uneven().eval()
+    batches = [torch.randn(16, 3, 12, 12) * torch.rand(16, 1, 1, 1) * 4 for _ in range(3)]
+    graph = capture(model, batches[0])
+    x = torch.cat(batches)
+    mixed, again = (quantize(graph, batches=iter(batches), weights=f"mixed:{budget},choices=2/3/4/6/8", progress=False) for _ in range(2))
+    uniform = quantize(graph, batches=batches, weights="int4", progress=False)
+    facts = mixed.meta["history"][-1]["facts"]["allocation"]
+    assert facts["used"] <= 1 + 1e-6 and facts["bits"]["idle"] == 2 and facts["bits"]["first"] > 4
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in mixed.state_dict().items())
+    wanted = graph(x)
+    assert (mixed(x) - wanted).square().sum() < 0.5 * (uniform(x) - wanted).square().sum()
+    assert mixed.meta["bits"]["idle.weight_codes"] == 2
+    replayed = quantize(graph, batches=batches, weights=mixed.meta["history"][-1]["options"]["weights"], progress=False)
+    assert all(torch.equal(value, replayed.state_dict()[name]) for name, value in mixed.state_dict().items())
+
+
+def test_float_is_a_choice_and_values_have_grids_of_their_own() -> None:
+    torch.manual_seed(0)
+    batches = [torch.randn(16, 3, 12, 12)]
+    graph = capture(Uneven().eval(), batches[0])
+    small = quantize(graph, batches=batches, weights="mixed:bits=12,choices=2/float", progress=False)
+    facts = small.meta["history"][-1]["facts"]
+    assert "first" in facts["float"] and facts["allocation"]["bits"]["first"] == 32
+    small = quantize(graph, batches=batches, weights="int4", activations="uint4;first=uint8", progress=False)
+    widths = {layer["name"]: layer["activation_bits"] for layer in small.meta["history"][-1]["facts"]["layers"]}
+    assert widths == {"first": 8, "idle": 4, "last": 4}
