@@ -60,7 +60,7 @@ class DataOptions:
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="Training and validation data of one source: imagefolder:PATH, torchvision:NAME?root=PATH, sklearn:digits, package.module:function.",
+            help="Training and validation data of one source: imagefolder:PATH, tar:PATH, parquet:PATH, torchvision:NAME?root=PATH, sklearn:digits, package.module:function.",
             rich_help_panel=_DATA,
         ),
     ] = None
@@ -85,9 +85,14 @@ class DataOptions:
     ] = None
     interpolation: Annotated[str | None, typer.Option(metavar="NAME", help="nearest, bilinear or bicubic.", rich_help_panel=_DATA)] = None
     workers: Annotated[int | None, typer.Option(metavar="N", min=0, help="Processes that decode images.", rich_help_panel=_DATA)] = None
-    skip_unreadable: Annotated[
-        bool, typer.Option("--skip-unreadable", help="Leave out images that can't be read, in place of stopping.", rich_help_panel=_DATA)
-    ] = False
+    strict: Annotated[
+        bool | None,
+        typer.Option(
+            "--strict/--skip-unreadable",
+            help="Stop at an image that can't be read, or leave it out; default: stop, but in shards and Parquet files.",
+            rich_help_panel=_DATA,
+        ),
+    ] = None
 
     def options(self) -> dict[str, Any]:
         """The options of the task, as far as they are given."""
@@ -105,7 +110,7 @@ class DataOptions:
             augment=self.augment,
             interpolation=self.interpolation,
             workers=self.workers,
-            strict=False if self.skip_unreadable else None,
+            strict=self.strict,
         )
 
 
@@ -909,7 +914,7 @@ def _completed(options: Mapping[str, Any], source: Any) -> dict[str, Any]:
     from rarefy.capturing import is_graph
 
     known = dict(source.preprocessing)
-    files = any(str(options.get(split, "")).startswith("imagefolder:") for split in ("train", "val"))
+    files = any(str(options.get(split, "")).startswith(("imagefolder:", "tar:", "parquet:")) for split in ("train", "val"))
     if not files and not is_graph(source.model):
         known.pop("size", None)
     return {**known, **options}
@@ -1080,9 +1085,17 @@ def _save(graph: Any, folder: str, source: Any, task: Any, as_json: bool) -> Non
         ("MACs", f"{found['macs']:,}"),
         ("weights", size_text(found["weight_bytes"])),
         *facts,
+        *_left_out(task),
         ("saved in", folder),
     ]
     show_table(f"{step['step']}: {source.text}", ("what", "found"), rows)
+
+
+def _left_out(task: Any) -> list[tuple[str, str]]:
+    """Of each split, what could not be read."""
+    said = task.describe() if task is not None else {}
+    found = {split: said[split]["unreadable"] for split in ("train", "val") if "unreadable" in said.get(split, {})}
+    return [(f"left out of {split}", f"{one['count']:,}, the first is {one['first']}") for split, one in found.items()]
 
 
 # ------------------------------------------------------------------ printing

@@ -20,8 +20,8 @@ that draws random numbers of its own is out of reach; pass it without augmentati
 
 ``limit`` takes a random subset by a fixed seed (a prefix of a sorted folder would be one class), and a larger limit contains a smaller one's.
 
-An image that can't be read is an error that names the first and counts the rest; with ``strict=False`` such images are left out, counted, and
-told by ``describe()``.
+An image that can't be read is an error that names the first and counts the rest; with ``strict=False``, and in shards and Parquet files unless ``strict``,
+such images are left out, counted, and told by ``describe()``. In training the next sound one of the batch stands in for it, so that batches keep their size.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import io
 import logging
 import math
 import warnings
@@ -54,6 +55,8 @@ _UNLABELLED = (
     "{}: has no labels, which training and evaluation need; only calibration and learning from a teacher alone (hard_weight=0) do without"
 )
 _FILE_SIZE = 224  # pixels, where a source of files is given no size
+_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # others run programs (EPS) or are rarely what is meant
+_MOST_PIXELS = 2**26  # of one image: a few bytes can declare gigabytes
 _MOST_SCANNED = 10_000  # images looked at to count the unreadable ones
 
 
@@ -80,7 +83,7 @@ class Classification:
     augment: comma-separated ``crop``, ``crop=PIXELS``, ``flip``, ``scale=LEAST_AREA``, ``erase=PIXELS``; or "none".
     interpolation: nearest, bilinear or bicubic.
     workers: processes that decode files; 0: this one.
-    strict: an unreadable image is an error, not left out.
+    strict: an unreadable image is an error, not left out; None: so it is, but in shards and Parquet files.
 
     Raises DataError where an option makes no sense, and, at first use of the data, for everything wrong with it.
     """
@@ -96,7 +99,7 @@ class Classification:
     augment: str = "crop,flip"
     interpolation: str = "bilinear"
     workers: int = 0
-    strict: bool = True
+    strict: bool | None = None
 
     def __post_init__(self) -> None:
         if self.train is None and self.val is None:
@@ -200,9 +203,16 @@ class Classification:
         for split in ("train", "val"):
             if getattr(self, split) is not None:
                 said[split] = {"source": _said(getattr(self, split)), "images": self.length(split)}
-                if self._unreadable.get(split):
-                    said[split]["unreadable"] = {"count": len(self._unreadable[split]), "first": min(self._unreadable[split].items())[1]}
+                if self.unreadable(split):
+                    said[split]["unreadable"] = self.unreadable(split)
         return said
+
+    def unreadable(self, split: Split) -> dict[str, Any]:
+        """What was left out so far: ``count``, and ``first``, by name and with why; empty if nothing was."""
+        source, met = self._source(split), self._unreadable.get(split, {})
+        left_out = source.store.left_out if isinstance(source, Items) and source.store is not None else None
+        names = [*(left_out.first if left_out else []), *(text for _, text in sorted(met.items()))]
+        return {"count": (left_out.count if left_out else 0) + len(met), "first": names[0]} if names else {}
 
     def fingerprint(self, split: Split) -> str:
         """SHA-256 of the split's files (or pixels) and labels, as hex. Reads all of it, once."""
@@ -239,7 +249,8 @@ class Classification:
         if augment and len(indices) < batch_size:
             raise DataError(f"{source.where}: {len(indices)} images are less than one batch of {batch_size}; pass a smaller batch size")
         if shuffle_seed is not None:
-            indices = indices[torch.randperm(len(indices), generator=_generator(shuffle_seed, epoch))]
+            draw = _generator(shuffle_seed, epoch)
+            indices = source.shuffled(indices, draw) if isinstance(source, Items) else indices[torch.randperm(len(indices), generator=draw)]
         chunks = [chunk for chunk in indices.split(batch_size) if not augment or len(chunk) == batch_size]
         seeds = (0 if shuffle_seed is None else shuffle_seed, epoch) if augment else None
         if not labelled:
@@ -348,6 +359,11 @@ class Classification:
     def _checked(self, source: Source, split: Split) -> Source:
         """The source, if it fits the other split and the options."""
         other = self._loaded.get("val" if split == "train" else "train")
+        if isinstance(source, Items) and source.store is not None and self.strict and source.store.left_out.count:
+            left_out = source.store.left_out
+            raise DataError(
+                f"{source.where}: {left_out.count} members can't be used, the first is {left_out.first[0]}; mend the files, or leave strict out to do without them"
+            )
         if isinstance(source, Arrays):
             channels = source.images.shape[1]
             if self.channels not in (None, channels) and (channels, self.channels) != (1, 3):
@@ -405,7 +421,7 @@ class Classification:
             source = self._source(split)
             if source.labels is not None:
                 highest.append(int(source.labels.max()))
-            elif isinstance(source, Items):
+            elif isinstance(source, Items) and source.store is None:
                 labels = [label for label in (_label_or_none(source, index) for index in range(len(source))) if label is not None]
                 highest.extend([max(labels)] if labels else [])
         if not highest:
@@ -480,9 +496,9 @@ class Classification:
         decoder = _Decoder(source, self.input_shape, self.crop, _RESAMPLING[self.interpolation], self._augmentation)
         loader: DataLoader[Any] = DataLoader(
             decoder,  # type: ignore[arg-type]
-            batch_sampler=[[(index, seeds) for index in chunk.tolist()] for chunk in chunks[start:]],
+            batch_sampler=_Keys(chunks[start:], seeds),  # type: ignore[arg-type]
             num_workers=self.workers,
-            collate_fn=functools.partial(_collated, source.where),
+            collate_fn=functools.partial(_collated, source.where, seeds is not None),
             worker_init_fn=_quiet_pictures,
             pin_memory=device.type == "cuda",
             generator=torch.Generator().manual_seed(0),  # else it draws a number from the global one
@@ -491,6 +507,10 @@ class Classification:
             if broken:
                 self._tell(source, split, broken)
             if images is None:
+                if seeds is not None:  # a step less would end the epoch before it was announced to
+                    raise DataError(
+                        f"{source.where}: none of the images of step {step} can be read, the first is {min(broken.items())[1]}; mend the data"
+                    )
                 continue
             if isinstance(images, str):
                 raise DataError(images)
@@ -524,7 +544,7 @@ class Classification:
         return images if images.shape[2:] == (height, width) else _resized(images, (height, width), self.interpolation)
 
     def _tell(self, source: Items, split: str, broken: dict[int, str]) -> None:
-        if self.strict:
+        if self.strict or (self.strict is None and source.store is None):
             broken = _all_broken(source) or broken
             seen = min(len(source), _MOST_SCANNED)
             first = min(broken.items())[1]
@@ -547,6 +567,20 @@ class _Decoded(NamedTuple):
     refused: str | None = None
 
 
+class _Keys:
+    """What a step's workers are asked for, made when its turn comes: a million tuples would be 200 MB."""
+
+    def __init__(self, chunks: Sequence[Tensor], seeds: tuple[int, int] | None):
+        self.chunks, self.seeds = chunks, seeds
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __iter__(self) -> Iterator[list[tuple[int, tuple[int, int] | None]]]:
+        for chunk in self.chunks:
+            yield [(index, self.seeds) for index in chunk.tolist()]
+
+
 class _Decoder:
     """Items of a source as tensors of one shape, for a DataLoader's workers."""
 
@@ -567,13 +601,14 @@ class _Decoder:
         except DataError as error:
             return _Decoded(index, refused=str(error))
         except Exception as error:
-            what = str(image) if isinstance(image, str | Path) else f"item {index}"
-            return _Decoded(index, broken=f"{what} ({_why(error)})")
+            return _Decoded(index, broken=f"{self.source.name(index, image)} ({_why(error)})")
 
     def _decoded(self, image: Any, draw: np.random.Generator | None) -> Tensor:
         channels, size = self.shape[0], self.shape[1:]
-        if isinstance(image, str | Path):
-            with Image.open(image) as opened:
+        if isinstance(image, str | Path | bytes):
+            with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=_FORMATS) as opened:
+                if opened.width * opened.height > _MOST_PIXELS:
+                    raise ValueError(f"declares {opened.width} x {opened.height} pixels, more than {_MOST_PIXELS:,}")
                 return self._from_pil(_converted(opened, channels), draw)
         if isinstance(image, Image.Image):
             return self._from_pil(_converted(image, channels), draw)
@@ -679,14 +714,18 @@ def _resized(images: Tensor, size: tuple[int, ...], interpolation: str) -> Tenso
     return done.clamp(images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True))  # bicubic overshoots
 
 
-def _collated(where: str, found: list[_Decoded]) -> tuple[Tensor | str | None, Tensor | None, dict[int, str]]:
-    """Images, labels, and index -> what is broken; an error's text in place of images that can't be one batch."""
+def _collated(where: str, full: bool, found: list[_Decoded]) -> tuple[Tensor | str | None, Tensor | None, dict[int, str]]:
+    """Images, labels, and index -> what is broken; an error's text in place of images that can't be one batch. full: keep the batch's size."""
     broken = {one.position: one.broken for one in found if one.broken is not None}
     refused = next((one.refused for one in found if one.refused is not None), None)
     if refused is not None:
         return refused, None, broken
-    images = [one.image for one in found if one.image is not None]
-    labels = [one.label for one in found if one.image is not None and one.label is not None]
+    good = [one for one in found if one.image is not None]
+    if full and good:  # the next sound one stands in, round the end
+        places = np.flatnonzero([one.image is not None for one in found])
+        good = [good[place % len(good)] for place in np.searchsorted(places, np.arange(len(found))).tolist()]
+    images = [one.image for one in good if one.image is not None]
+    labels = [one.label for one in good if one.label is not None]
     if not images:
         return None, None, broken
     kinds = sorted({f"{tuple(image.shape)} {image.dtype}" for image in images})

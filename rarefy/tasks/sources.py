@@ -5,6 +5,10 @@
                                    unlabelled. A folder that holds ``train`` and ``val`` (or ``validation``, ``valid``, ``test``)
                                    is entered at the right one
 ``images:PATH``                    all images below a folder, unlabelled, whatever its folders are called
+``tar:PATH``                       shards of ``key.jpg`` with ``key.cls``, as webdataset lays them out: a folder of them, ``train-{000..099}.tar``, or
+                                   ``train-*.tar`` (``shards.py``)
+``parquet:PATH``                   files of a Hugging Face dataset of images, named likewise; ``?image=NAME&label=NAME`` where the columns are not
+                                   plain (``parquet.py``)
 ``torchvision:NAME?root=PATH``     any dataset of ``torchvision.datasets``, as found on disk (nothing is downloaded); further options
                                    go to it, such as ``&split=letters``; ``train=`` and ``split=`` are filled in where not given
 ``sklearn:digits``                 1,797 grey images of 8x8, part of scikit-learn; levels 0..16 become 0..255
@@ -16,7 +20,7 @@ a map-style dataset                items are (image, label) or image; an image i
 
 A text source that knows no splits and is named for both ``train`` and ``val`` is cut in two: a fifth of each class, chosen by a fixed
 seed, is for validation (``sklearn:digits`` always is). Arrays stay as they are (uint8 stays uint8, nothing is copied);
-items are decoded when asked for. Hidden files and folders are passed over, which torchvision's ImageFolder does not.
+items are decoded when asked for. A folder of shards is divided by its files' names, if they begin with ``train`` and ``val`` (or a word like it). Hidden files and folders are passed over, which torchvision's ImageFolder does not.
 """
 
 from __future__ import annotations
@@ -40,13 +44,13 @@ from PIL import Image
 from torch import Tensor
 
 from rarefy.errors import DataError, MissingDependency
+from rarefy.tasks.parquet import Parquet
+from rarefy.tasks.shards import Shards, files_of, shuffled
 
 Split = Literal["train", "val"]
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
-_FORMS = (
-    "give imagefolder:PATH, torchvision:NAME?root=PATH, sklearn:digits, package.module:function, (images, labels) or a map-style dataset"
-)
+_FORMS = "give imagefolder:PATH, tar:PATH, parquet:PATH, torchvision:NAME?root=PATH, sklearn:digits, package.module:function, (images, labels) or a map-style dataset"
 # Datasets of torchvision that lie in memory as uint8: the attributes that hold images and labels.
 _IN_MEMORY = {
     "CIFAR10": ("data", "targets"),
@@ -89,16 +93,32 @@ class Arrays:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Items:
-    """Images that are decoded when asked for. items: what a dataset yields; labels: (N,) int64 where known without decoding."""
+    """Images that are decoded when asked for. items: what a dataset yields; labels: (N,) int64 where known without decoding.
+
+    store: the same, where the items lie together in large files: it knows their places, and what in the files is no item.
+    """
 
     where: str
     items: Any
     indices: Tensor
     labels: Tensor | None
     names: tuple[str, ...] | None = None
+    store: Shards | Parquet | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def shuffled(self, places: Tensor, generator: torch.Generator) -> Tensor:
+        """These places in random order; of a store, what lies together stays near each other."""
+        if self.store is None:
+            return places[torch.randperm(len(places), generator=generator)]
+        return places[shuffled(self.store.blocks[self.indices[places]], self.store.window, generator)]
+
+    def name(self, index: int, image: Any = None) -> str:
+        """What a message calls the item at ``index``, whose image may be known."""
+        if self.store is not None:
+            return self.store.name(int(self.indices[index]))
+        return str(image) if isinstance(image, str | Path) else f"item {index}"
 
     def take(self, indices: Tensor) -> Items:
         labels = None if self.labels is None else self.labels[indices]
@@ -114,6 +134,9 @@ class Items:
 
     def fingerprint(self) -> str:
         """Of the files' bytes (or the decoded pixels, where there are no files) and the labels; not of where the files lie."""
+        if self.store is not None:
+            chosen = f"{self.indices.tolist()} {self.labels.tolist() if self.labels is not None else None}"
+            return hashlib.sha256(f"{self.store.fingerprint()} {chosen}".encode()).hexdigest()
         on_disk = isinstance(self.items, list)
 
         def one(index: int) -> bytes:
@@ -228,6 +251,25 @@ def _images(root: Path) -> list[str]:
     ]
 
 
+def _tar(text: str, rest: str, split: Split) -> tuple[Source, bool]:
+    files, divided = files_of(text, rest, split, ".tar")
+    return _of_store(text, Shards(text, files)), divided
+
+
+def _parquet(text: str, rest: str, split: Split) -> tuple[Source, bool]:
+    path, _, query = rest.partition("?")
+    options = dict(parse_qsl(query))
+    unknown = sorted(options.keys() - {"image", "label"})
+    if unknown:
+        raise DataError(f"{text}: unknown option {unknown[0]!r}; have image and label, the names of the columns")
+    files, divided = files_of(text, path, split, ".parquet")
+    return _of_store(text, Parquet(text, files, **options)), divided
+
+
+def _of_store(text: str, store: Shards | Parquet) -> Items:
+    return Items(text, store, torch.arange(len(store)), store.labels, store.names, store)
+
+
 def _torchvision(text: str, rest: str, split: Split) -> tuple[Source, bool]:
     try:
         from torchvision import datasets
@@ -302,6 +344,8 @@ def _function(text: str, rest: str, split: Split) -> tuple[Any, bool]:
 _READERS: dict[str, Callable[[str, str, Split], tuple[Any, bool]]] = {
     "imagefolder": _imagefolder,
     "images": _unlabelled,
+    "tar": _tar,
+    "parquet": _parquet,
     "torchvision": _torchvision,
     "sklearn": _sklearn,
 }

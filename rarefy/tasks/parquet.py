@@ -1,0 +1,162 @@
+"""Parquet files of images, as Hugging Face datasets are stored: a column of ``{bytes, path}`` (or of bytes) and a column of labels.
+
+Labels are read at once, images a row group at a time, when one of its rows is asked for; the last few row groups are kept, ``CACHE`` bytes of them a process. So
+an epoch's order keeps to few row groups at a time (``shards.shuffled``, with a window of what the cache holds), and memory does not grow with what was read.
+Class names come from the file's own description, where it has one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rarefy.errors import DataError, MissingDependency
+from rarefy.tasks.shards import MOST_BYTES, LeftOut, digest_of, plain
+
+CACHE = 128 * 2**20  # bytes of row groups kept, a process
+MOST_IN_A_GROUP = 2**30
+MOST_OPEN = 16
+
+
+class Parquet:
+    """The rows of Parquet files. labels: (N,) int64 or None; blocks: (N,) int64, the row group of each; window: see ``shards.shuffled``.
+
+    image, label: names of the columns; None: found by type, and by the name "label". Raises DataError for a file that has none, or is none.
+    """
+
+    def __init__(self, where: str, files: Sequence[str], image: str | None = None, label: str | None = None):
+        self.where, self.files, self.left_out = where, list(files), LeftOut()
+        self._opened: dict[tuple[int, int], Any] = {}
+        self._cached: dict[tuple[int, int], Any] = {}
+        groups: list[tuple[int, int, int]] = []  # file, row group in it, first row in it
+        counts: list[int] = []
+        labels: list[np.ndarray] = []
+        stored = 0
+        for index, file in enumerate(self.files):
+            opened = self._file(index)
+            schema = opened.schema_arrow
+            self._image = _image_column(file, schema, image)
+            self._label = _label_column(file, schema, label)
+            self.names = _names(schema, self._label)
+            row = 0
+            for group in range(opened.num_row_groups):
+                about = opened.metadata.row_group(group)
+                if about.total_byte_size > MOST_IN_A_GROUP:
+                    raise DataError(
+                        f"{file}: row group {group} takes {about.total_byte_size:,} bytes; write the file with row_group_size=1000 or so"
+                    )
+                groups.append((index, group, row))
+                counts.append(about.num_rows)
+                stored += about.total_byte_size
+                row += about.num_rows
+                if self._label is not None:
+                    column = opened.read_row_group(group, columns=[self._label], use_threads=False).column(0)
+                    labels.append(np.array([-1 if value is None else value for value in column.to_pylist()], dtype=np.int64))
+        self._groups = torch.tensor(groups, dtype=torch.int64).reshape(-1, 3)
+        sizes = torch.tensor(counts, dtype=torch.int64)
+        self.blocks = torch.arange(len(counts)).repeat_interleave(sizes)
+        self._row = torch.arange(len(self.blocks)) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+        self.labels: Tensor | None = None
+        found = torch.from_numpy(np.concatenate(labels)) if labels else torch.zeros(0, dtype=torch.int64)
+        if bool((found >= 0).any()):  # else none has one
+            for place in (found < 0).nonzero().flatten().tolist():
+                self.left_out.add(self.name(place), "has no class index")
+            self.blocks, self._row, self.labels = (one[found >= 0] for one in (self.blocks, self._row, found))
+        self.window = max(1, int(CACHE * len(self.blocks) / max(1, stored)))
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> bytes:
+        """The image as stored. Raises OSError where there is none."""
+        value = self._column(int(self.blocks[index]))[int(self._row[index])].as_py()
+        data = value.get("bytes") if isinstance(value, dict) else value
+        if data is None:
+            raise OSError("the row holds no bytes of an image")
+        if len(data) > MOST_BYTES:
+            raise OSError(f"{len(data):,} bytes are too many for an image")
+        return bytes(data)
+
+    def name(self, index: int) -> str:
+        file, _, first = self._groups[int(self.blocks[index])].tolist()
+        return plain(f"{self.files[file]}: row {first + int(self._row[index])}")
+
+    def fingerprint(self) -> str:
+        return digest_of(self.files)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_opened": {}, "_cached": {}}
+
+    def _file(self, index: int) -> Any:
+        """The open file, of this process."""
+        try:
+            import pyarrow
+            from pyarrow import parquet
+        except ImportError as error:
+            raise MissingDependency("pyarrow", "parquet") from error
+        key = (os.getpid(), index)
+        if key not in self._opened:
+            while len(self._opened) >= MOST_OPEN:
+                del self._opened[next(iter(self._opened))]
+            try:
+                self._opened[key] = parquet.ParquetFile(self.files[index])
+            except (pyarrow.ArrowException, OSError) as error:
+                raise DataError(f"{self.files[index]}: is no Parquet file that can be read ({plain(str(error))}); restore it or take it off the list") from error  # fmt: skip
+        return self._opened[key]
+
+    def _column(self, block: int) -> Any:
+        """The images of a row group; the ones used longest ago make room."""
+        key = (os.getpid(), block)
+        if key in self._cached:
+            self._cached[key] = self._cached.pop(key)
+            return self._cached[key]
+        file, group, _ = self._groups[block].tolist()
+        column = self._file(file).read_row_group(group, columns=[self._image], use_threads=False).column(0)
+        self._cached = {one: held for one, held in self._cached.items() if one[0] == key[0]}
+        while self._cached and sum(held.nbytes for held in self._cached.values()) + column.nbytes > CACHE:
+            del self._cached[next(iter(self._cached))]
+        self._cached[key] = column
+        return column
+
+
+def _image_column(file: str, schema: Any, asked: str | None) -> str:
+    import pyarrow.types as kinds
+
+    def holds(kind: Any) -> bool:
+        return kinds.is_binary(kind) or kinds.is_large_binary(kind) or (kinds.is_struct(kind) and kind.get_field_index("bytes") >= 0)
+
+    fit = [field.name for field in schema if holds(field.type)]
+    if asked is not None and asked not in fit:
+        raise DataError(f"{file}: {asked!r} is no column of images; have {', '.join(fit) or 'none'}")
+    if asked is None and len(fit) != 1:
+        raise DataError(
+            f"{file}: has {len(fit)} columns of bytes ({', '.join(fit) or ', '.join(schema.names)}); name that of the images with ?image=NAME"
+        )
+    return asked or str(fit[0])
+
+
+def _label_column(file: str, schema: Any, asked: str | None) -> str | None:
+    import pyarrow.types as kinds
+
+    fit = [field.name for field in schema if kinds.is_integer(field.type)]
+    if asked is not None and asked not in fit:
+        raise DataError(f"{file}: {asked!r} is no column of whole numbers; have {', '.join(fit) or 'none'}")
+    if asked is None and len(fit) > 1 and "label" not in fit:
+        raise DataError(f"{file}: has {len(fit)} columns of whole numbers ({', '.join(fit)}); name that of the labels with ?label=NAME")
+    return asked or ("label" if "label" in fit else fit[0] if fit else None)
+
+
+def _names(schema: Any, label: str | None) -> tuple[str, ...] | None:
+    """Class names as ``datasets`` writes them into the file."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        names = features[label]["names"]
+    except (KeyError, ValueError, TypeError):
+        return None
+    return tuple(map(str, names)) if isinstance(names, list) else None
