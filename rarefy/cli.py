@@ -914,7 +914,7 @@ def _completed(options: Mapping[str, Any], source: Any) -> dict[str, Any]:
     from rarefy.capturing import is_graph
 
     known = dict(source.preprocessing)
-    files = any(str(options.get(split, "")).startswith(("imagefolder:", "tar:", "parquet:")) for split in ("train", "val"))
+    files = any(str(options.get(split, "")).startswith(("imagefolder:", "images:", "tar:", "parquet:")) for split in ("train", "val"))
     if not files and not is_graph(source.model):
         known.pop("size", None)
     return {**known, **options}
