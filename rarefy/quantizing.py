@@ -137,7 +137,7 @@ def quantize(
         value_grids = _value_grids(placement, activation_grids)
         ranges = _ranges(placement, seen, rule, value_grids)
     rewriting.insert(graph, placement, ranges, value_grids)
-    run = _Rounding(graph, float_graph, seen, rounder, torch.Generator().manual_seed(seed))
+    run = _Rounding(graph, float_graph, seen, rounder, correct_bias, torch.Generator().manual_seed(seed))
     facts = []
     bits_of = {value.name: own.bits for value, own in value_grids.items()}
     for node in track(placement.layers, len(placement.layers), "round", progress and walks):
@@ -194,8 +194,10 @@ def _ranges(placement: Placement, seen: Observed, rule: Any, own: Mapping[fx.Nod
 class _Rounding:
     """Layers of ``graph`` one after the other, each on what the layers before it, rounded, make of the images that were kept."""
 
-    def __init__(self, graph: fx.GraphModule, float_graph: fx.GraphModule, seen: Observed, rounder: Any, generator: torch.Generator):
-        self.graph, self.rounder, self.generator = graph, rounder, generator
+    def __init__(
+        self, graph: fx.GraphModule, float_graph: fx.GraphModule, seen: Observed, rounder: Any, centered: bool, generator: torch.Generator
+    ):
+        self.graph, self.rounder, self.centered, self.generator = graph, rounder, centered, generator
         device = device_of(graph)
         self.prefix = Prefix(graph, seen.batches, MEMORY / 2, device)
         self.float_prefix = Prefix(float_graph, seen.batches, MEMORY / 2, device)
@@ -213,7 +215,8 @@ class _Rounding:
         if isinstance(self.rounder, OfLayers):
             groups = patches.groups_of(node)
             rows = weight.float().reshape(groups, weight.shape[0] // groups, -1)
-            layer = Layer(name, rows, scale.view(groups, -1, 1), grid, self._samples(node, weight.shape, groups, self.rounder.reads))
+            samples = self._samples(node, weight.shape, groups, self.rounder.reads)
+            layer = Layer(name, rows, scale.view(groups, -1, 1), grid, samples, self.centered)
             codes = self.rounder.layer_codes(layer, self.generator).reshape(weight.shape).to(grid.dtype)
         else:
             codes = self.rounder.codes(weight.float() / wide, grid, self.generator)

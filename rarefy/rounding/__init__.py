@@ -32,7 +32,7 @@ class Sample(NamedTuple):
 class Layer:
     """A convolution or linear layer in its unfolded form. weight: (groups, outputs, K) float32; scale: its step, which broadcasts to that.
 
-    samples: the batches anew at every call, the same places each time.
+    samples: the batches anew at every call, the same places each time. centered: the mean of the output's error goes into the bias afterwards.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Layer:
     scale: Tensor
     grid: Format
     samples: Callable[[], Iterator[Sample]]
+    centered: bool = False
 
     def nearest(self, weight: Tensor, scale: Tensor) -> Tensor:
         """The nearest multiples of ``scale`` to the numbers ``weight``, in float32."""

@@ -1,0 +1,161 @@
+"""Rounding rules that look at what a layer reads: their guarantees, on layers small enough to compare with the formula, and in a network."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from rarefy import plugins
+from rarefy.capturing import capture
+from rarefy.errors import InputError
+from rarefy.grids import Grid
+from rarefy.quantizing import quantize
+from rarefy.rounding import Layer, OfLayers, Sample
+from rarefy.rounding._quadratic import Moments, Quadratic, inverse_factor
+from rarefy.rounding.gptq import rounded
+
+OF_LAYERS = [name for name in plugins.available("rounding") if isinstance(plugins.resolve("rounding", name), OfLayers)]
+FEW = {"adaround": "adaround:steps=400,lr=0.03"}
+
+
+def a_layer(seed: int = 0, groups: int = 1, outputs: int = 6, inputs: int = 20, bits: int = 4, drift: float = 0.0, **options) -> Layer:
+    """Correlated, one-sided inputs, as behind a ReLU; drift: how far the float model's inputs are from the rounded layers'."""
+    generator = torch.Generator().manual_seed(seed)
+    grid = Grid(bits, axis=0)
+    weight = torch.randn(groups, outputs, inputs, generator=generator)
+    mixed = torch.randn(groups, inputs, inputs, generator=generator) * torch.linspace(1, 0, inputs) ** 2
+    batches = []
+    for _ in range(3):
+        x = (mixed @ torch.randn(groups, inputs, 100, generator=generator)).relu()
+        other = x + drift * torch.randn(x.shape, generator=generator)
+        batches.append(Sample(x, other, weight @ other))
+
+    def samples() -> Iterator[Sample]:
+        return iter(batches)
+
+    return Layer("layer", weight, weight.abs().amax(2, keepdim=True) / grid.qmax, grid, samples, **options)
+
+
+def squared_error(layer: Layer, codes: torch.Tensor) -> torch.Tensor:
+    """(groups, outputs), by the definition, of the float layer's output."""
+    errors = torch.cat([sample.float_outputs - (codes * layer.scale) @ sample.inputs for sample in layer.samples()], 2)
+    return ((errors - errors.mean(2, keepdim=True)) if layer.centered else errors).square().mean(2)
+
+
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("groups", [1, 5])
+def test_the_quadratic_form_is_the_mean_squared_error(groups: int, centered: bool) -> None:
+    layer = a_layer(groups=groups, drift=0.3, centered=centered)
+    moments = Moments.of(layer, "float_outputs")
+    error = Quadratic(moments.gram, moments.cross)
+    codes = [layer.nearest(layer.weight * factor, layer.scale) for factor in (1.0, 0.7)]
+    difference = error.loss(codes[0] * layer.scale) - error.loss(codes[1] * layer.scale)
+    assert torch.allclose(difference, squared_error(layer, codes[0]) - squared_error(layer, codes[1]), rtol=1e-3, atol=1e-3)
+    factor = inverse_factor(moments.gram)
+    damped = moments.gram + 0.01 * moments.gram.diagonal(dim1=1, dim2=2).mean(1).view(-1, 1, 1) * torch.eye(20)
+    assert torch.allclose((factor.mT @ factor) @ damped, torch.eye(20).expand_as(damped), atol=1e-2)
+
+
+@pytest.mark.parametrize("name", OF_LAYERS)
+@given(seed=st.integers(0, 10_000), bits=st.sampled_from([2, 3, 4, 8]), centered=st.booleans(), groups=st.sampled_from([1, 3]))
+@settings(max_examples=8, deadline=None)
+def test_no_output_has_more_error_than_nearest_gives(name: str, seed: int, bits: int, centered: bool, groups: int) -> None:
+    """GPTQ on its own Hessian, where float inputs are the rounded ones; all of them there."""
+    layer = a_layer(seed, groups, bits=bits, centered=centered)
+    codes = plugins.resolve("rounding", FEW.get(name, name)).layer_codes(layer, torch.Generator())
+    assert codes.shape == layer.weight.shape and torch.equal(codes, codes.round())
+    assert codes.min() >= layer.grid.qmin and codes.max() <= layer.grid.qmax
+    nearest = squared_error(layer, layer.nearest(layer.weight, layer.scale))
+    assert (squared_error(layer, codes) <= nearest * 1.001 + 1e-5).all()
+
+
+@pytest.mark.parametrize("name", OF_LAYERS)
+def test_each_rule_is_much_better_than_nearest_on_correlated_inputs(name: str) -> None:
+    layer = a_layer(3, outputs=32, inputs=40, centered=True)
+    codes = plugins.resolve("rounding", FEW.get(name, name)).layer_codes(layer, torch.Generator())
+    nearest = squared_error(layer, layer.nearest(layer.weight, layer.scale)).sum()
+    assert squared_error(layer, codes).sum() < 0.65 * nearest
+
+
+@pytest.mark.parametrize("name", [name for name in OF_LAYERS if plugins.resolve("rounding", name).reads])
+def test_rules_that_see_the_float_model_mend_earlier_errors(name: str) -> None:
+    layer = a_layer(4, outputs=32, inputs=40, bits=8, drift=0.5)
+    gptq, rule = (plugins.resolve("rounding", one).layer_codes(layer, torch.Generator()) for one in ("gptq", FEW.get(name, name)))
+    assert squared_error(layer, rule).sum() < squared_error(layer, gptq).sum()
+
+
+def test_gptq_is_the_paper_s_loop() -> None:
+    """Blocks change nothing; and without them it is the update written out with the inverse Hessian itself."""
+    layer = a_layer(5, outputs=3, inputs=12)
+    gram = Moments.of(layer).gram
+    error = Quadratic(gram, torch.full_like(layer.weight, torch.nan))  # never better: what the loop made is not replaced by nearest
+    error.better = lambda one, other: one  # type: ignore[method-assign]
+    by_block = [rounded(layer, error, None, block, False) for block in (1, 5, 128)]
+    assert torch.equal(by_block[0], by_block[1]) and torch.equal(by_block[0], by_block[2])
+    damped = (gram[0] + 0.01 * gram[0].diagonal().mean() * torch.eye(12)).double()
+    weight, made = layer.weight[0].double(), torch.zeros(3, 12, dtype=torch.double)
+    left = list(range(12))
+    for j in range(12):
+        inverse = torch.linalg.inv(damped[j:, j:])
+        made[:, j] = layer.nearest(weight[:, j], layer.scale[0, :, 0].double()) * layer.scale[0, :, 0].double()
+        change = (weight[:, j] - made[:, j]) / inverse[0, 0]
+        weight[:, left[j:]] -= change[:, None] * inverse[0]
+    assert torch.allclose(by_block[0][0].double() * layer.scale[0].double(), made, atol=1e-5)
+
+
+def test_gptaq_without_drift_is_gptq_and_a_dead_input_breaks_neither() -> None:
+    layer = a_layer(6, drift=0.0)
+    gptq, gptaq = (plugins.resolve("rounding", name).layer_codes(layer, torch.Generator()) for name in ("gptq", "gptaq"))
+    assert torch.equal(gptq, gptaq)
+    for name, constant in itertools.product(OF_LAYERS, (0.0, 1.0)):
+        batches = [sample._replace(inputs=sample.inputs.clone(), float_inputs=sample.float_inputs.clone()) for sample in layer.samples()]
+        for sample in batches:
+            sample.inputs[:, 3] = sample.float_inputs[:, 3] = constant
+        dead = Layer("dead", layer.weight, layer.scale, layer.grid, lambda given=batches: iter(given), True)
+        codes = plugins.resolve("rounding", FEW.get(name, name)).layer_codes(dead, torch.Generator())
+        assert torch.isfinite(codes).all() and ((codes[..., 3] - layer.weight[..., 3] / layer.scale[..., 0]).abs() <= 1.001).all()
+
+
+class Net(nn.Module):
+    """Convolution with stride, padding and dilation, grouped, depthwise, linear: each in its unfolded form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, 1, 2, 2, groups=16), nn.ReLU(), nn.Conv2d(16, 32, 3, padding="same", groups=4),
+            nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
+        )  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("name", OF_LAYERS)
+def test_a_network_answers_better_than_with_nearest_and_the_same_each_time(name: str) -> None:
+    torch.manual_seed(0)
+    graph = capture(Net().eval(), torch.randn(2, 3, 16, 16))
+    batches = [torch.randn(16, 3, 16, 16) for _ in range(6)]
+    wanted = graph(torch.cat(batches)).detach()
+
+    def error(rounding: str) -> tuple[float, dict[str, torch.Tensor]]:
+        small = quantize(graph, batches=batches, weights="int3", rounding=rounding, progress=False)
+        assert small.meta["history"][-1]["facts"]["images_of_rounding"] == 96
+        assert small.meta["history"][-1]["options"]["rounding"] == rounding
+        return float((small(torch.cat(batches)) - wanted).square().mean()), small.state_dict()
+
+    text = FEW.get(name, name)
+    (ours, first), (_, second), (nearest, _) = error(text), error(text), error("nearest")
+    assert ours < 0.95 * nearest
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("text", ["gptq:block=0", "gptaq:share=2", "adaround:steps=0", "descent:sweeps=0"])
+def test_options_out_of_range_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match=text.partition(":")[0]):
+        plugins.resolve("rounding", text)
