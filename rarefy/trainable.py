@@ -90,9 +90,10 @@ def to_codes(graph: fx.GraphModule, trained: fx.GraphModule) -> fx.GraphModule:
                 _recode(graph, bias, learned, attribute(graph, scale) * attribute(graph, weight_scale), 0, 0)
             elif is_decoded(node) and node.args[0].op == "get_attr":
                 _recode(graph, node.args[0], learned, attribute(graph, node.args[1]), node.args[3], (*node.args[4:5], 0)[0])
-            elif is_decoded(node) and (source := _scale_of(node.args[0])).target != node.args[1].target:
-                share = _ratio(before, node.args[1], source)
-                attribute(graph, node.args[1]).copy_(attribute(graph, source) * share)
+        numbers = to_numbers(before)
+        for node in numbers.graph.nodes:  # codes that are read on another grid than they were made on
+            if is_decoded(node) and node.args[0].op != "get_attr" and (source := _scale_of(node.args[0])).target != node.args[1].target:
+                attribute(graph, node.args[1]).copy_(attribute(graph, source) * _ratio(before, node.args[1], source))
     graph.meta = {**copy.deepcopy(trained.meta), **{key: graph.meta[key] for key in ("bits",) if key in graph.meta}}
     return graph.eval()
 
