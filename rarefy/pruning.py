@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import functools
 import math
+import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,12 +41,12 @@ from rarefy.coupling import Coupling, couple
 from rarefy.criteria import Criterion
 from rarefy.errors import InputError
 from rarefy.labels import Value, compact
-from rarefy.repairing import packed
 from rarefy.repairing import repair as mended
 from rarefy.schedules import Setting
 from rarefy.selection import Selection
 from rarefy.selection.best import Best
 from rarefy.surgery import cut
+from rarefy.survivors import packed
 from rarefy.twin import check as self_check
 
 RANKINGS = ("global", "local", "isomorphic")
@@ -153,8 +154,12 @@ def _at_once(
     check: bool,
     repair: bool,
     where: Mapping[str, Any],
+    was: Mapping[str, int] = types.MappingProxyType({}),
 ) -> fx.GraphModule:
-    """``prune`` without a schedule; its choices resolved. where: what speedup is measured on."""
+    """``prune`` without a schedule; its choices resolved.
+
+    where: what speedup is measured on.  was: outputs that layers had before earlier prunings, of which ``floor`` is a share.
+    """
     target = _target(keep, macs, params, speedup)
     full = share_copy(graph).eval() if any(module.training for module in graph.modules()) else graph
     coupling = couple(full, ignore, heads)
@@ -167,12 +172,12 @@ def _at_once(
     measured: dict[str, Any] = {}
     if target.kind == "speedup":
         round_to = TILE if round_to == 1 else round_to
-        ranked = _order(coupling, scores, ranking, round_to, floor, selection, seed)
+        ranked = _order(coupling, scores, ranking, round_to, floor, selection, seed, was)
         plan, measured["latency"] = _for_speed(
             coupling, ranked, lambda alive: cut(coupling, alive).eval(), target.value, seed=seed, **where
         )
     else:
-        plan = choose(coupling, scores, target, ranking=ranking, round_to=round_to, floor=floor, select=selection, seed=seed)
+        plan = choose(coupling, scores, target, ranking=ranking, round_to=round_to, floor=floor, select=selection, seed=seed, was=was)
     small = cut(coupling, plan.alive)
     difference = self_check(coupling, small, plan.alive, seed) if check else None
     small.train(graph.training)
@@ -360,9 +365,10 @@ def choose(
     floor: float = 0.1,
     select: Selection | None = None,
     seed: int = 0,
+    was: Mapping[str, int] = types.MappingProxyType({}),
 ) -> Plan:
     """Which classes stay. Raises InputError if the target is out of reach."""
-    ranked = _order(coupling, scores, ranking, round_to, floor, select or Best(), seed)
+    ranked = _order(coupling, scores, ranking, round_to, floor, select or Best(), seed, was)
     count, order, sizes, least, whole, cost = coupling.count, ranked.order, ranked.sizes, ranked.least, ranked.whole, ranked.cost
 
     def alive_of(kept: int) -> np.ndarray:
@@ -417,7 +423,9 @@ class _Ranked:
         return {"keep": int(alive[1:].sum()), "macs": self.macs(own), "params": self.params(own)}
 
 
-def _order(coupling: Coupling, scores: Tensor, ranking: str, round_to: int, floor: float, select: Selection, seed: int) -> _Ranked:
+def _order(
+    coupling: Coupling, scores: Tensor, ranking: str, round_to: int, floor: float, select: Selection, seed: int, was: Mapping[str, int]
+) -> _Ranked:
     count = coupling.count
     producer = _producers(coupling)
     family = _families(coupling, producer, round_to)
@@ -425,7 +433,10 @@ def _order(coupling: Coupling, scores: Tensor, ranking: str, round_to: int, floo
     widths = _Widths(count)
     macs, params = _costs(coupling, widths)
     _add_activations(coupling, widths)
-    safe = _protected(widths.vectors, key, floor)
+    first = {
+        row.classes.numpy().tobytes(): was[row.names[0]] / len(row.classes) for row in coupling.rows if row.produces and row.names[0] in was
+    }
+    safe = _protected(widths.vectors, key, [floor * first.get(vector.tobytes(), 1.0) for vector in widths.vectors])
     sizes = np.bincount(family, minlength=int(family.max()) + 1)
     # The best first: class 0, then the protected ones.
     order = np.lexsort((np.arange(count), -key, ~safe, np.arange(count) != 0))
@@ -564,15 +575,15 @@ def _add_activations(coupling: Coupling, widths: _Widths) -> None:
         widths.add(row.classes)
 
 
-def _protected(vectors: list[np.ndarray], key: np.ndarray, floor: float) -> np.ndarray:
-    """The classes no threshold may remove: in each axis the best ``floor`` of them, and one at least where nothing is frozen."""
+def _protected(vectors: list[np.ndarray], key: np.ndarray, floors: list[float]) -> np.ndarray:
+    """The classes no threshold may remove: in each axis the best share of them, and one at least where nothing is frozen."""
     safe = np.zeros(len(key), dtype=bool)
     safe[0] = True
-    for vector in vectors:
+    for vector, floor in zip(vectors, floors, strict=True):
         present = np.unique(vector)
         own = present[present > 0]
         fixed = int((vector == 0).sum())
-        least = max(math.ceil(floor * (len(own) + fixed)) - fixed, 0 if fixed else 1)
+        least = max(math.ceil(floor * (len(own) + fixed) - 1e-9) - fixed, 0 if fixed else 1)
         if least > 0:
             safe[own[np.lexsort((own, -key[own]))[:least]]] = True
     return safe

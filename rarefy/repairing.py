@@ -25,7 +25,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -34,6 +33,7 @@ from rarefy.capturing import as_graph, attribute, device_of, is_tensor, set_attr
 from rarefy.errors import CheckFailed, DataError, InputError
 from rarefy.folding import layer_name, weighted
 from rarefy.progress import track
+from rarefy.survivors import followed
 
 aten = torch.ops.aten
 
@@ -103,12 +103,8 @@ def kept_channels(graph: fx.GraphModule, original: nn.Module) -> dict[str, Tenso
         raise InputError(
             "repair: the graph has no record of pruning that the original has not; pass what prune() returned, and what it was given"
         )
-    found: dict[str, Tensor] = {}
+    found = followed(records)
     wide = dict(original.named_parameters(remove_duplicate=False))
-    for facts in records:
-        for name, bits in facts.get("kept", {}).items():
-            own = unpacked(bits, int(facts["channels"][name][0]))
-            found[name] = found[name][own] if name in found else own
     for name, weight in graph.named_parameters(remove_duplicate=False):
         first = records[0]["channels"].get(name)
         if first is not None and (
@@ -116,16 +112,6 @@ def kept_channels(graph: fx.GraphModule, original: nn.Module) -> dict[str, Tenso
         ):
             raise InputError(f"repair: {name}: the original is not what the graph was pruned from; pass the model that prune() was given")
     return found
-
-
-def packed(mask: Tensor) -> str:
-    """(n,) bool as hexadecimal text, eight to two digits."""
-    return np.packbits(mask.cpu().numpy()).tobytes().hex()
-
-
-def unpacked(text: str, size: int) -> Tensor:
-    """Positions of the ones, int64."""
-    return torch.from_numpy(np.flatnonzero(np.unpackbits(np.frombuffer(bytes.fromhex(text), dtype=np.uint8), count=size)))
 
 
 # ------------------------------------------------------------------------------------------------------------------ running

@@ -17,7 +17,8 @@ from rarefy.capturing import attribute, capture
 from rarefy.errors import CheckFailed, DataError, InputError
 from rarefy.folding import weighted
 from rarefy.pruning import prune
-from rarefy.repairing import RIDGES, _Normal, _pairs, kept_channels, packed, repair, unpacked
+from rarefy.repairing import RIDGES, _Normal, _pairs, kept_channels, repair
+from rarefy.survivors import packed, unpacked
 
 aten = torch.ops.aten
 

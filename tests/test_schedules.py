@@ -21,6 +21,7 @@ from rarefy.coupling import couple
 from rarefy.distilling import train
 from rarefy.errors import InputError
 from rarefy.pruning import Target, choose, prune
+from rarefy.repairing import kept_channels
 from rarefy.schedules.group_sparse import GroupSparse, Pull
 from rarefy.schedules.iterative import Iterative
 from rarefy.selection.best import Best
@@ -135,6 +136,20 @@ def test_rounds_come_down_to_the_target(target: dict[str, float]) -> None:
     assert all(now <= most + 1e-9 for now, most in zip(reached, asked, strict=True)) and reached == sorted(reached, reverse=True)
     assert facts["channels"]["one.weight"] == [16, small.one.weight.shape[0]]
     assert [point["epoch"] for point in facts["curve"]] == [1, 2]  # a training of one epoch between two rounds
+
+
+def test_the_record_says_which_channels_of_the_original_are_left() -> None:
+    """Over all rounds: training at a rate of nothing leaves the weights where they are in the original."""
+    small = prune(net(), macs=0.3, schedule="iterative:rounds=3,epochs=1,lr=1e-12", task=digits(), progress=False)
+    kept, was = kept_channels(small, net()), net().one.weight
+    assert 0 < len(kept["one.weight"]) < len(was) and 0 < len(kept["stem.weight"]) < 12
+    assert torch.allclose(small.one.weight, was[kept["one.weight"]][:, kept["stem.weight"]], atol=1e-6)
+
+
+@pytest.mark.parametrize("rounds", [1, 4])
+def test_floor_is_of_the_original_in_all_rounds(rounds: int) -> None:
+    small = prune(net(), macs=0.35, floor=0.5, schedule=f"iterative:rounds={rounds},epochs=1,lr=0.05", task=digits(), progress=False)
+    assert all(after >= 0.5 * before for before, after in record(small)["facts"]["channels"].values())
 
 
 def test_one_round_is_at_once_and_training_between_helps() -> None:

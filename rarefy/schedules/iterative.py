@@ -4,20 +4,22 @@
 
 Much goes early, when what is left can still make up for it, and little at the end. The share is of the original's MACs, parameters or
 channels, whatever the target counts. Scores are taken anew in each round, from weights that have adapted. Each training is taught by the
-original (``loss="none"``: by labels alone). After the last round nothing is trained: that is ``distill``'s to do. Given up: ``floor`` is of
-a layer as each round finds it, so over several rounds a layer can get narrower than ``floor`` of the original.
+original (``loss="none"``: by labels alone). After the last round nothing is trained: that is ``distill``'s to do. ``floor`` is of the original's layers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import fx
 
 from rarefy import plugins
 from rarefy.counting import count_macs, count_parameters
 from rarefy.errors import InputError
 from rarefy.schedules import Asked, Once, Setting, check_training, joined, last, trained
+from rarefy.survivors import followed, packed
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,14 @@ class Iterative:
         once(graph, **asked)  # a target out of reach is told before the first training, not after
         small, rounds, trainings = graph, [], []
         reached: dict[str, float] = {}
-        first: dict[str, list[int]] = {}
+        first: dict[str, Any] = {}
+        records: list[dict[str, Any]] = []
         for index, share in enumerate(self.shares(target), 1):
             final = index == self.rounds
-            small = once(small, **{kind: value if final and value > 1 else min(1.0, share / reached.get(kind, 1.0))})
+            was = {name: before for name, (before, _) in first.get("channels", {}).items()}
+            small = once(small, **{kind: value if final and value > 1 else min(1.0, share / reached.get(kind, 1.0))}, was=was)
             facts = last(small, "prune")["facts"]
+            records.append(facts)
             reached = {name: reached.get(name, 1.0) * left for name, left in facts["reached"].items()}
             first = first or {name: facts[name] for name in ("macs", "params")} | {"channels": facts["channels"]}
             rounds.append({"asked": share, "reached": reached[kind], "macs": facts["macs"][1], "params": facts["params"][1]})
@@ -70,12 +75,16 @@ class Iterative:
         record = last(small, "prune")
         record["options"] = {**asked, **{key: option for key, option in record["options"].items() if key != kind}}
         facts = record["facts"]
-        facts.pop("kept", None)  # places in the network of the last round say nothing of the original
+        kept = {
+            name: torch.zeros(first["channels"][name][0], dtype=torch.bool).index_fill(0, own, True)
+            for name, own in followed(records).items()
+        }
         told = {
             "asked": dict(asked),
             "reached": reached,
             **{name: [first[name][0], facts[name][1]] for name in ("macs", "params")},
             "channels": {name: [first["channels"][name][0], after] for name, (_, after) in facts["channels"].items()},
+            "kept": {name: packed(mask) for name, mask in kept.items()},
             "rounds": rounds,
         }
         return joined(graph, small, plugins.describe(self), trainings, told)
