@@ -129,7 +129,7 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Measured anew, in turns, so not the round that was picked for its figure: half of the time was asked for.
     assert measuring.latency(files, example[:1], repeats=100)["small"]["speedup"]["whole"]["median"] > 1.3
     assert not found["table"]["from_cache"]
-    assert 1 <= len(found["rounds"]) <= latency.ROUNDS
+    assert 1 <= len(found["rounds"]) <= latency.ROUNDS + latency.SPARE
     assert all(after % 8 == 0 or after == before for before, after in facts["channels"].values())
     assert facts["self_check"]["nodes"] > 0
     json.dumps(small.meta["history"])
@@ -147,3 +147,12 @@ def test_refuses_what_is_no_speedup(speedup: object) -> None:
 def test_refuses_a_runtime_that_tells_no_times() -> None:
     with pytest.raises(InputError, match="can't tell the time of each of its kernels"):
         latency._kernels(object(), Path("none"), torch.zeros(1), "mine")
+
+
+def test_the_best_round_is_the_nearest_of_those_fast_enough_and_calm() -> None:
+    def one(median: float, spread: float = 1.1) -> latency.Round:
+        return latency.Round(np.zeros(1), 2.0, {"median": median, "low": median, "high": spread * median}, {}, 0.0)
+
+    rounds = [one(2.6), one(1.8), one(2.4), one(2.04, latency.SPREAD + 1)]
+    assert latency._best(rounds, 2.0) is rounds[2]
+    assert latency._best(rounds[1:2], 2.0) is rounds[1]
