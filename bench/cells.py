@@ -25,12 +25,15 @@ class Cells:
         mark = hashlib.sha256(json.dumps(dict(options), sort_keys=True, default=str).encode()).hexdigest()[:8]
         self.folder = ROOT / bench / mark
         self.resume, self.until = given.resume, time.monotonic() + given.seconds_in_all
-        self.left = 0
+        self.left, self.made = 0, set[str]()
 
     def found(self, key: str) -> Any:
-        """What the cell holds, or None."""
+        """What the cell holds, or None; without ``--resume``, for those that were not made in this run."""
+        return self._read(key) if self.resume or key in self.made else None
+
+    def _read(self, key: str) -> Any:
         path = self._path(key)
-        return json.loads(path.read_text())["facts"] if self.resume and path.exists() else None
+        return json.loads(path.read_text())["facts"] if path.exists() else None
 
     def missing(self, keys: Iterable[str]) -> Iterator[str]:
         """Those that are to be made, one by one until the time is over; the others are counted in ``left``."""
@@ -46,6 +49,7 @@ class Cells:
         path = self._path(key)
         path.with_suffix(".new").write_text(json.dumps({"key": key, "facts": facts}))
         path.with_suffix(".new").replace(path)
+        self.made.add(key)
         return facts
 
     def _path(self, key: str) -> Path:

@@ -1,13 +1,13 @@
 """What pruning costs ResNet-56 on CIFAR-10 (real weights, 93.39 %), and what repair without training gives back.
 
     python bench/pruning_accuracy.py [--check]              A: 30 % of the MACs removed: original, pruned, repaired, on all 10,000 test images
-    python bench/pruning_accuracy.py --criteria [--quick]   B: every criterion with every ranking at 2x fewer MACs, after the same short training
+    python bench/pruning_accuracy.py --criteria [--resume] [--for SECONDS] [--device cuda]   B: every criterion with every ranking at 2x fewer MACs, after the same short training
 
 ``--check`` exits 1 where repair gives back less than two thirds of what pruning lost; 2 where there is no data. Without it, missing data is a skip.
 
 B trains each pruned network on the same images, in an order by seed, from labels alone; a seed is also that of the images a criterion looks at. Top-1 is on a
 stratified prefix of the test images. Torch-Pruning (``pip install torch-pruning``), where it is installed, prunes with each of its own criteria and rankings, then
-the same graph, training and test; its best by mean top-1 is in the table. It cannot follow the zero-padded shortcut of this network, so it is told to
+the same graph, training and test. It cannot follow the zero-padded shortcut of this network, so it is told to
 leave the residual stream whole; ``--same-layers`` holds rarefy to that too. Short training on few images tells criteria apart, and is not what a network
 can reach: for that see resnet56_cifar10.py.
 """
@@ -31,6 +31,7 @@ from torch import fx, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import real_data
+from bench.cells import Cells, add_options
 from rarefy import capture, evaluate, plugins, prune
 from rarefy.counting import count_macs
 from rarefy.distilling import train
@@ -44,6 +45,7 @@ DATA = "bench.real_data:cifar10"
 EXAMPLE = torch.zeros(2, 3, 32, 32)
 LEAST_RECOVERED = 2 / 3
 FORMS = {"taylor": ["taylor", "taylor:form=fisher"], "hessian": ["hessian", "hessian:group=true"], "activation": ["activation", "activation:statistic=variance"]}  # fmt: skip
+PEER = "Torch-Pruning"
 STREAM = ["conv1", "layer?.*.conv2"]  # the layers that write the residual stream
 
 
@@ -92,63 +94,75 @@ def repaired(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def compared(given: argparse.Namespace) -> dict[str, Any]:
-    """Mean top-1 over seeds for each criterion and ranking, before and after training."""
+    """Top-1 over seeds for each criterion and ranking, before and after training. A cell is one criterion, ranking and seed."""
     task = task_of(given.train_images, given.test_images)
-    original = capture(real_data.resnet56(), EXAMPLE)
-    before = evaluate(original, task, batch_size=500).to_json()["value"]
+    original = capture(real_data.resnet56(), EXAMPLE).to(given.device or "cpu")
+    before = evaluate(original, task, batch_size=500, progress=False).to_json()["value"]
     texts = given.only or [text for name in plugins.available("criteria") for text in FORMS.get(name, [name])]
-    cells: dict[str, dict[str, Any]] = {}
-
-    def run(name: str, ranking: str, make: Callable[[int], fx.GraphModule]) -> None:
-        tops, raw, macs = [], [], []
-        for seed in given.seeds:
-            small = make(seed)
-            macs.append(count_macs(small) / count_macs(original))
-            raw.append(evaluate(small, task, batch_size=500).to_json()["value"])
-            taught = train(small, task, epochs=given.epochs, batch_size=64, lr=given.lr, validate_every=0, seed=seed, progress=False)
-            tops.append(evaluate(taught, task, batch_size=500).to_json()["value"])
-        cells[f"{name}, {ranking}"] = {"name": name, "ranking": ranking, "top1": tops, "pruned": raw, "macs": macs}
-        told(f"{name}, {ranking}: {told_of(cells[f'{name}, {ranking}'])}")
-
     ignore = STREAM if given.same_layers else []
+    jobs: dict[tuple[str, str], Callable[[int], fx.GraphModule]] = {}
     for text in texts:
-        for ranking in RANKINGS:
-            run(text, ranking, lambda seed, text=text, ranking=ranking: prune(
+        for ranking in given.rankings:
+            jobs[text, ranking] = lambda seed, text=text, ranking=ranking: prune(
                 original, macs=given.macs, criterion=text, ranking=ranking, task=task, seed=seed, ignore=ignore, check=False, repair=given.repair,
-            ))  # fmt: skip
-    peer, why = None, ""
+            )  # fmt: skip
+    why = ""
     try:
         library = importlib.import_module("torch_pruning")
     except ImportError:
         why = "Torch-Pruning is not installed, so it is left out: pip install torch-pruning"
     else:
         for name, importance in peers(library):
-            for ranking in RANKINGS:
-                run(f"Torch-Pruning {name}", ranking, lambda seed, importance=importance, ranking=ranking: cut_by_peer(
+            for ranking in (one for one in given.rankings if one != "loss"):
+                jobs[f"{PEER} {name}", ranking] = lambda seed, importance=importance, ranking=ranking: cut_by_peer(
                     library, importance(), ranking, given.macs, task, seed,
-                ))  # fmt: skip
-        peer = max(
-            (cell for cell in cells.values() if cell["name"].startswith("Torch-Pruning")), key=lambda cell: statistics.mean(cell["top1"])
-        )
-    own = {key: cell for key, cell in cells.items() if not cell["name"].startswith("Torch-Pruning")}
-    rows = [(text, *(told_of(own[f"{text}, {ranking}"]) for ranking in RANKINGS)) for text in texts]
-    if peer is not None:
-        rows.append((f"{peer['name']} (its best)", *(told_of(peer) if ranking == peer["ranking"] else "" for ranking in RANKINGS)))
+                )  # fmt: skip
+
+    def made(make: Callable[[int], fx.GraphModule], seed: int) -> dict[str, Any]:
+        began = time.perf_counter()
+        small = make(seed).to(given.device or "cpu")
+        raw = evaluate(small, task, batch_size=500, progress=False).to_json()["value"]
+        options = {"epochs": given.epochs, "batch_size": 64, "lr": given.lr, "validate_every": 0, "progress": False}
+        taught = train(small, task, seed=seed, device=given.device, **options)
+        top = evaluate(taught, task, batch_size=500, progress=False).to_json()["value"]
+        return {"top1": top, "pruned": raw, "macs": count_macs(small) / count_macs(original), "seconds": time.perf_counter() - began}
+
+    names = ("macs", "train_images", "test_images", "epochs", "lr", "same_layers", "repair", "device")
+    store = Cells("pruning_accuracy", {name: getattr(given, name) for name in names}, given)
+    keys = {f"{name}, {ranking}, seed {seed}": (name, ranking, seed) for seed in given.seeds for name, ranking in jobs}
+    for key in store.missing(keys):
+        name, ranking, seed = keys[key]
+        told(f"{key}: {json.dumps(store.keep(key, made(jobs[name, ranking], seed)))}")
+    cells: dict[tuple[str, str], dict[str, Any]] = {}
+    for key, (name, ranking, seed) in keys.items():
+        one = store.found(key)
+        if one is not None:
+            cell = cells.setdefault((name, ranking), {"name": name, "ranking": ranking, "seeds": [], "top1": [], "pruned": [], "macs": []})
+            cell["seeds"].append(seed)
+            for fact in ("top1", "pruned", "macs"):
+                cell[fact].append(one[fact])
+    whole = [cell for cell in cells.values() if len(cell["seeds"]) == len(given.seeds)]
+    ranked = sorted(whole, key=lambda cell: statistics.mean(cell["top1"]), reverse=True)
+    peer = next((cell for cell in ranked if cell["name"].startswith(PEER)), None)
+    best = next((cell for cell in ranked if not cell["name"].startswith(PEER)), None)
+    rows = [
+        (name, *(told_of(cells[name, ranking]) if (name, ranking) in cells else "" for ranking in given.rankings))
+        for name in dict.fromkeys(name for name, _ in cells)
+    ]
     title = (
         f"ResNet-56, CIFAR-10, {1 / given.macs:.2g}x fewer MACs; top-1 in % after {given.epochs} epochs of {given.train_images} images "
         f"(as pruned), {len(given.seeds)} seeds, {given.test_images} test images; the original has {100 * before:.2f}"
     )
-    show_table(title, ["criterion", *RANKINGS], rows)
-    if why:
-        told(why)
-    best = max(own.values(), key=lambda cell: statistics.mean(cell["top1"]))
-    return {"original": before, "best": best, "peer": peer, "skipped": why or None, "cells": list(cells.values())}
+    show_table(title, ["criterion", *given.rankings], rows)
+    for line in filter(None, (why, f"{store.left} cells are not made yet: --resume goes on" if store.left else "")):
+        told(line)
+    return {"original": before, "best": best, "peer": peer, "skipped": why or None, "left": store.left, "cells": list(cells.values())}
 
 
 def told_of(cell: dict[str, Any]) -> str:
     tops = [100 * value for value in cell["top1"]]
-    spread = f" +-{statistics.stdev(tops):.2f}" if len(tops) > 1 else ""
-    return f"{statistics.mean(tops):.2f}{spread} ({100 * statistics.mean(cell['pruned']):.1f})"
+    spread = f" +-{statistics.stdev(tops):.1f} of {len(tops)}" if len(tops) > 1 else ""
+    return f"{statistics.mean(tops):.1f}{spread} ({100 * statistics.mean(cell['pruned']):.1f})"
 
 
 def peers(library: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -207,21 +221,22 @@ def arguments() -> argparse.Namespace:
     option("--ranking", default="global", choices=RANKINGS, help="of A")
     option("--images", type=int, default=512, help="that repair looks at (A)")
     option("--test-images", type=int, help="a multiple of 10 is stratified; 10,000 for A, 1,000 for B")
-    option("--train-images", type=int, default=1280, help="of B")
+    option("--train-images", type=int, default=640, help="of B")
     option("--epochs", type=int, default=1, help="of B")
     option("--lr", type=float, default=0.02, help="of B")
     option("--seeds", type=int, nargs="+", help="default: 0 1 2 for B")
     option("--same-layers", action="store_true", help="prune only what Torch-Pruning can (B)")
     option("--only", nargs="+", metavar="CHOICE", help="these criteria in place of all (B)")
+    option("--rankings", nargs="+", default=list(RANKINGS), choices=RANKINGS, help="of B")
+    option("--device", help="for B")
     option("--repair", action="store_true", help="repair what rarefy prunes before it is trained (B)")
-    option("--quick", action="store_true", help="B with one seed, half of the images")
+    option("--quick", action="store_true", help="B with one seed and half of the test images")
     option("--out", type=Path, metavar="FILE", help="write the JSON there too")
     option("--check", action="store_true", help="exit 1 where repair gives back less than two thirds (A)")
+    add_options(parser)
     given = parser.parse_args()
     if given.check and given.criteria:
         parser.error("--check is of repair, not of --criteria")
-    if given.quick:
-        given.train_images //= 2
     given.macs = given.macs or (0.5 if given.criteria else 0.7)
     given.seeds = given.seeds or ([0, 1, 2] if given.criteria and not given.quick else [0])
     given.test_images = given.test_images or ((500 if given.quick else 1000) if given.criteria else 10_000)

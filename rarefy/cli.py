@@ -276,7 +276,8 @@ def prune(
     ranking: Annotated[
         str,
         typer.Option(
-            metavar="NAME", help="global: layers compete; local: each loses its share; isomorphic: layers of like structure compete."
+            metavar="NAME",
+            help="global: layers compete; loss: the same, for hessian:group=true and taylor:form=fisher; local: each loses its share; isomorphic: layers of like structure compete.",
         ),
     ] = "global",
     round_to: Annotated[

@@ -280,7 +280,7 @@ def test_caller_may_pass_a_module_in_training_and_frozen_parameters() -> None:
 # --------------------------------------------------------------------------------------------------------------- targets
 
 
-@pytest.mark.parametrize("ranking", ["global", "local", "isomorphic"])
+@pytest.mark.parametrize("ranking", ["global", "loss", "local", "isomorphic"])
 @pytest.mark.parametrize(("kind", "value"), [("macs", 0.5), ("macs", 0.25), ("params", 0.5), ("keep", 0.3)])
 def test_target_is_held_and_not_by_more_than_a_step(resnet: fx.GraphModule, kind: str, value: float, ranking: str) -> None:
     small = prune(resnet, **{kind: value}, ranking=ranking)
@@ -303,7 +303,7 @@ def test_everything_is_kept_at_one(resnet: fx.GraphModule) -> None:
     assert torch.equal(small(inputs), resnet(inputs)) and count_macs(small) == count_macs(resnet)
 
 
-@pytest.mark.parametrize("ranking", ["global", "local", "isomorphic"])
+@pytest.mark.parametrize("ranking", ["global", "loss", "local", "isomorphic"])
 @pytest.mark.parametrize("kind", ["macs", "params", "keep"])
 def test_round_to(resnet: fx.GraphModule, kind: str, ranking: str) -> None:
     small = prune(resnet, **{kind: 0.5}, round_to=4, ranking=ranking)
@@ -383,7 +383,7 @@ def test_prunes_again(resnet: fx.GraphModule) -> None:
         ({"macs": -0.5}, "macs=-0.5 is not a fraction"),
         ({"macs": 1.5}, "macs=1.5 is not a fraction in .* or a whole number"),
         ({"params": math.nan}, "params=nan"),
-        ({"keep": 0.5, "ranking": "best"}, "ranking='best' is not one of global, local, isomorphic"),
+        ({"keep": 0.5, "ranking": "best"}, "ranking='best' is not one of global, loss, local, isomorphic"),
         ({"keep": 0.5, "round_to": 0}, "round_to=0 must be a whole number from 1"),
         ({"keep": 0.5, "floor": 2}, "floor=2 must lie between 0 and 1"),
         (

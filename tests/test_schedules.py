@@ -249,7 +249,7 @@ def test_the_pull_of_an_epoch_is_in_the_checkpoint(tmp_path: Path, stop: int) ->
 # -- selection
 
 
-@pytest.mark.parametrize("ranking", ["global", "local", "isomorphic"])
+@pytest.mark.parametrize("ranking", ["global", "loss", "local", "isomorphic"])
 def test_a_draw_is_repeated_by_its_seed(ranking: str) -> None:
     draw = functools.partial(prune, net(), keep=0.5, ranking=ranking, select="sample:temperature=2")
     one, again, other = (draw(seed=seed) for seed in (1, 1, 2))
