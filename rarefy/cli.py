@@ -474,10 +474,14 @@ def quantize(
     images: Annotated[int, typer.Option(metavar="N", min=1, help="Images to calibrate on; they need no labels.")] = 128,
     batch_size: Batch = 16,
     weight_grid: Annotated[
-        str, typer.Option(metavar="GRID", help="int8, int4, ...; by layer: 'int4;stem.*=int8;head=float', the last that matches holds.")
+        str,
+        typer.Option(
+            metavar="GRID",
+            help="int8, int4, int4:group=32, mixed:bits=4, ...; by layer: 'int4;stem.*=int8;head=float', the last that matches holds.",
+        ),
     ] = "int8",
     activation_grid: Annotated[
-        str, typer.Option(metavar="GRID", help="uint8, uint4 (simulated), a layer's input with 'uint4;fc=uint8'.")
+        str, typer.Option(metavar="GRID", help="uint8, uint4 (simulated), float: weights alone; a layer's input with 'uint4;fc=uint8'.")
     ] = "uint8",
     calibration: Annotated[str, typer.Option(metavar="CHOICE", help="Range of the activations; see `rarefy list calibration`.")] = "mse",
     weight_calibration: Annotated[

@@ -17,6 +17,7 @@ What is simulated is what runs: round half to even, saturation, and clips done b
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import rarefy.kernels
-from rarefy import allocating, gating, grids, patches, plugins, rewriting
+from rarefy import allocating, gating, grids, patches, plugins, rewriting, weight_only
 from rarefy.capturing import as_graph, attribute, device_of, finish, share_copy
 from rarefy.errors import InputError
 from rarefy.folding import equalize as equalize_ranges
@@ -69,7 +70,8 @@ def quantize(
     inputs: an example batch, where ``model`` is not captured yet.
     weights, activations: number formats, ``"int8"``, ``"uint8"``, ``"int4"``; weights also a layer, by globs of names of which the last that
     matches holds: ``"int4;stem.*=int8;head=float"`` or ``{"*": "int4", "stem.*": "int8", "head": "float"}``; or ``"mixed:bits=4"``: widths chosen a layer
-        for an average, a size or bit-operations (``rarefy.allocating``). Activations go by their own names or those of layers that read them.
+        for an average, a size or bit-operations (``rarefy.allocating``). activations="float" rounds the weights alone, to any format
+        (``"int4:group=32"``, ``"mxfp4"``), without images (``rarefy.weight_only``). Activations go by their own names or those of layers that read them.
     weight_calibration: the rule for weight scales; None: minmax at 8 bits, where clipping the largest weights costs more than it saves, else mse.
     ignore: globs of layer names that stay float.
     gate: "latency" times each stretch of layers in integers and in float on the runtime, and keeps only what pays (``rarefy.gating``); where nothing does, the
@@ -84,6 +86,10 @@ def quantize(
     given_rule = None if weight_calibration is None else plugins.resolve("calibration", weight_calibration)
     rounder = plugins.resolve("rounding", rounding)
     activation_grids = grids.assign(activations, symmetric=False, default="uint8")
+    if activations == grids.FLOAT:
+        if mixed is not None or gate is not None:
+            raise InputError("activations=float: mixed widths and the gate look at integer layers; write a format such as int4:group=32")
+        return _weights_only(model, inputs, assigned, given_rule, rounder, ignore, seed)
     grid = activation_grids.default
     if not isinstance(grid, grids.Grid):
         raise InputError(f"activations={activation_grids}: integer kernels take uint8 or int8, and simulation fewer bits; write uint4, say")
@@ -266,6 +272,32 @@ class _Rounding:
 def _columns(x: Tensor) -> Tensor:
     """(N, groups, K, places) -> (groups, K, N places)"""
     return x.permute(1, 2, 0, 3).flatten(2).float()
+
+
+def _weights_only(
+    model: nn.Module, inputs: Any, assigned: grids.Assignment, rule: Any, rounder: Any, ignore: Sequence[str], seed: int
+) -> fx.GraphModule:
+    """Codes for weights, floats for the rest (``rarefy.weight_only``)."""
+    if isinstance(model, fx.GraphModule) and any(node.target in rarefy.kernels.OPERATORS for node in model.graph.nodes):
+        raise InputError("the model is quantised already; start from its float original")
+    graph = fold(as_graph(model, inputs))
+    layers = [
+        node for node in graph.graph.nodes if weighted(node) and not any(fnmatch.fnmatch(n, glob) for glob in ignore for n in names(node))
+    ]
+    own = weight_only.chosen_layers(graph, layers, {node: assigned.of(names(node)) for node in layers})
+    facts = weight_only.encode(graph, own, rule, rounder, torch.Generator().manual_seed(seed))
+    options = {
+        "weights": str(assigned),
+        "activations": grids.FLOAT,
+        "weight_calibration": None if rule is None else plugins.describe(rule),
+        "rounding": plugins.describe(rounder),
+        "ignore": list(ignore),
+        "seed": seed,
+    }
+    graph.meta.setdefault("history", []).append(
+        {"step": "quantize", "options": options, "facts": {"layers": facts, "float": [], "ranges": {}}}
+    )
+    return graph.eval()
 
 
 def _value_grids(placement: Placement, assigned: grids.Assignment) -> dict[fx.Node, grids.Grid]:

@@ -399,9 +399,21 @@ def _quantize(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:
 
 def _dequantize(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:
     if w.rank(g["scale"]) > 1:
-        raise Untranslated(f"{node.name}: scales for groups")
+        return _dequantize_groups(w, node, g)
     axis = {} if g["axis"] is None or not w.rank(g["scale"]) else {"axis": g["axis"]}
     return str(w.op("DequantizeLinear", [w.value(g["q"]), w.value(g["scale"]), w.value(g["zero_point"])], **axis))
+
+
+def _dequantize_groups(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:
+    """Codes cut into groups, times their scales, put together: constants that a runtime computes when it opens the file."""
+    codes, scale, zero = (attribute(w.graph, g[name]) for name in ("q", "scale", "zero_point"))
+    out, groups = scale.shape[:2]
+    if (groups > 1 and codes.shape[1] != groups * g["group"]) or zero.dim():
+        raise Untranslated(f"{node.name}: groups of {g['group']} that do not divide {codes.shape[1]} inputs, or with zero points")
+    name = str(g["q"].target)
+    cut = w.op("Cast", [w.stored(f"{name}_grouped", codes.reshape(out, groups, -1))], to=1)
+    product = w.op("Mul", [str(cut), w.stored(f"{g['scale'].target}_grouped", scale.reshape(out, groups, 1))])
+    return str(w.op("Reshape", [str(product), w.constant(list(codes.shape), torch.int64)]))
 
 
 # --- layers
