@@ -27,7 +27,8 @@ class Prefix:
     def run(self, until: fx.Node, wanted: Sequence[fx.Node], keep: bool = True) -> Iterator[tuple[Any, ...]]:
         """For each batch, the values of ``wanted`` (they run before ``until``), once all before ``until`` has run.
 
-        keep: whether the place may move to ``until``: not where something before it is still to be changed. It moves when the last batch is done.
+        keep: whether the place may move to ``until``: not where something before it is still to be changed. What was kept of a batch goes as soon as it
+        has run, so that the iterator is to be run to its last batch.
         """
         nodes = list(self.graph.graph.nodes)
         place = {node: index for index, node in enumerate(nodes)}
@@ -35,7 +36,6 @@ class Prefix:
         last = {node: max((place[user] for user in node.users), default=-1) for node in nodes}
         held = set(wanted)
         runnable = self._carrying(nodes, begun, end)
-        moved: list[dict[fx.Node, Any]] = []
         for index, batch in enumerate(self.batches):
             values = dict(self.kept[index])
             arguments = iter(batch)
@@ -48,12 +48,11 @@ class Prefix:
                         if last[source] <= place[node] and source not in held:
                             values.pop(source, None)
             live = {node: value for node, value in values.items() if last[node] >= end}
-            keep = keep and (bool(moved) or _bytes(live) * len(self.batches) <= self.memory)
+            keep = keep and (index > 0 or _bytes(live) * len(self.batches) <= self.memory)
             if keep:
-                moved.append(live)
+                self.kept[index] = live
+                self.at = until if index == len(self.batches) - 1 else self.at
             yield tuple(self._value(node, values) for node in wanted)
-        if keep:
-            self.kept, self.at = moved, until
 
     def _carrying(self, nodes: list[fx.Node], begun: int, end: int) -> set[fx.Node]:
         """Nodes whose values depend on the inputs; the others are constants, computed where they are read."""
