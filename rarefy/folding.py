@@ -83,7 +83,7 @@ def fold_constants(graph: fx.GraphModule) -> fx.GraphModule:
             owner = str(node.meta.get("stack") or "")
             with graph.graph.inserting_before(node):
                 set_attribute(
-                    graph, name := f"{owner}.{node.name}".lstrip("."), nn.Parameter(value.clone().contiguous(), requires_grad=False)
+                    graph, name := f"{owner}.{node.name}_value".lstrip("."), nn.Parameter(value.clone().contiguous(), requires_grad=False)
                 )
                 stored = graph.graph.get_attr(name)
             stored.meta = dict(node.meta)

@@ -8,7 +8,8 @@ without a float operator between them:
 * a *clip* (ReLU, ReLU6) after an integer operator costs nothing: the grid of the result ends where the clip does, and the node goes;
 * a *post* (hardswish, GELU) right after a layer is computed on the layer's own sums before these are rounded, where the runtime melts it into the kernel;
 * a *carrier* (reshape, max pooling, slice) moves codes as they are, on the grid of what it reads;
-* *padding* with zeros is a carrier too, done on the codes (zero is one of them); where only layers read it, it melts into their own padding.
+* *padding* with zeros is a carrier too, done on the codes (zero is one of them); where only layers read it, it melts into their own padding. Padding with
+  -inf before max pooling is the lowest code.
 
 The model's answers stay float: the last layer's sums are not rounded.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -92,7 +94,9 @@ def place(graph: fx.GraphModule, can: Capabilities, ignore: Sequence[str] = (), 
     def is_carrier(node: fx.Node) -> bool:
         if node.target is operator.getitem:
             return isinstance(node.args[0], fx.Node) and is_carrier(node.args[0])
-        return node.op == "call_function" and (node.target in can.carriers or (node.target in can.paddings and pads_with_zeros(node)))
+        return node.op == "call_function" and (
+            node.target in can.carriers or (node.target in can.paddings and padding_of(node) is not None)
+        )
 
     def melts(node: fx.Node) -> bool:
         return node.target in can.paddings and all(user in layers for user in node.users)
@@ -143,11 +147,15 @@ def place(graph: fx.GraphModule, can: Capabilities, ignore: Sequence[str] = (), 
     )
 
 
-def pads_with_zeros(node: fx.Node) -> bool:
-    """aten.pad(x, sizes, mode="constant", value=None)."""
+def padding_of(node: fx.Node) -> float | None:
+    """What aten.pad(x, sizes, mode="constant", value=None) puts around, if that has a code: 0, or -inf where only max pooling reads it; else None."""
     mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
     value: Any = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
-    return bool(mode == "constant" and value in (None, 0))
+    if mode != "constant":
+        return None
+    if value in (None, 0):
+        return 0.0
+    return float(value) if value == -math.inf and all(user.target is aten.max_pool2d.default for user in node.users) else None
 
 
 def _tensors(node: fx.Node) -> list[fx.Node]:

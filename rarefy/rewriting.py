@@ -16,7 +16,7 @@ import rarefy.kernels  # noqa: F401  registers torch.ops.rarefy
 from rarefy import grids
 from rarefy.capturing import attribute, set_attribute
 from rarefy.folding import put
-from rarefy.placing import Placement, clip_bounds
+from rarefy.placing import Placement, clip_bounds, padding_of
 
 aten = torch.ops.aten
 OPERATORS = torch.ops.rarefy
@@ -50,6 +50,8 @@ def insert(graph: fx.GraphModule, placement: Placement, ranges: dict[fx.Node, tu
     for value in placement.values:
         (lo, hi), grid = ranges[value], own[value]
         scale = torch.tensor(max((hi - lo) / grid.levels, 1e-8), dtype=torch.float32)
+        if value.target is aten.softmax.int:
+            scale = _whole(scale)
         zero = torch.tensor(min(max(round(grid.qmin - lo / float(scale)), grid.qmin), grid.qmax), dtype=grid.dtype)
         sources[value] = _after(graph, value, value, scale, zero, grid)
         seen_scale[value] = scale
@@ -57,12 +59,19 @@ def insert(graph: fx.GraphModule, placement: Placement, ranges: dict[fx.Node, tu
             seen_scale[value] = _open_gate(graph, value, scale, grid)
     for carrier, value in placement.carried.items():
         if carrier.target is aten.pad.default:
-            _pad_codes(graph, carrier)
+            _pad_codes(graph, carrier, grid)
         elif not _yields_tuple(carrier):
             scale, zero = seen_scale[value], attribute(graph, sources[value][1])
             _after(graph, carrier, value, scale, zero, own[value])
     for clip, source in placement.fused.items():
         clip.replace_all_uses_with(source)
+
+
+def _whole(scale: Tensor) -> Tensor:
+    """The next larger scale, up to 1, that is one over a whole number: ONNX Runtime's integer softmax rounds 1 / scale down."""
+    steps = torch.floor(1 / scale.double()).clamp_min(1.0)
+    whole = (1 / steps).to(scale.dtype)
+    return torch.where(torch.floor(1 / whole) < steps, torch.nextafter(whole, torch.zeros_like(whole)), whole)
 
 
 def read_by(layer: fx.Node) -> fx.Node:
@@ -112,11 +121,12 @@ def _decoded(graph: fx.GraphModule, name: str, codes: Tensor, scale: Tensor) -> 
     return graph.graph.call_function(OPERATORS.dequantize.default, (*parts, 0))
 
 
-def _pad_codes(graph: fx.GraphModule, pad: fx.Node) -> None:
-    """Padding with zeros, done on the codes: zero is the code of the zero point."""
+def _pad_codes(graph: fx.GraphModule, pad: fx.Node, grid: grids.Grid) -> None:
+    """Padding done on the codes: zero is the code of the zero point, and -inf, before max pooling, is the lowest."""
     number = pad.args[0]
     codes, scale, zero, axis = number.args
-    pad.args, pad.kwargs = (codes, pad.args[1], "constant", int(attribute(graph, zero))), {}
+    around = int(attribute(graph, zero)) if padding_of(pad) == 0 else grid.qmin
+    pad.args, pad.kwargs = (codes, pad.args[1], "constant", around), {}
     with graph.graph.inserting_after(pad):
         padded = graph.graph.call_function(OPERATORS.dequantize.default, (pad, scale, zero, axis))
     pad.replace_all_uses_with(padded, delete_user_cb=lambda user: user is not padded)

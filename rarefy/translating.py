@@ -206,7 +206,7 @@ def _write(writer: Writer, node: fx.Node) -> None:
         raise Untranslated(f"{node.meta.get('stack') or node.name}: {node.target} has no row in the table of ONNX operators")
     begun = len(writer.nodes)
     made = row(writer, node, _arguments(node))
-    if isinstance(made, str) and made.startswith(f"{node.name}."):  # named after the node, as its codes and weights are
+    if any(made in written.output for written in writer.nodes[begun:]):  # named after the node, as its codes and weights are
         for written in writer.nodes[begun:]:
             for names in (written.input, written.output):
                 names[:] = [node.name if name == made else name for name in names]
@@ -680,19 +680,24 @@ def _adaptive_max(w: Writer, node: fx.Node, g: dict[str, Any]) -> list[str]:
 def _resize(mode: str, antialias: bool = False) -> Callable[..., str]:
     def row(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:
         source: fx.Node = g["input"] if "input" in g else g["self"]
-        axes = list(range(2, w.rank(node)))
-        sizes = w.constant([w.fixed(node, axis) for axis in axes])
+        scales = [1.0, 1.0, *(_factor(w.fixed(source, axis), w.fixed(node, axis)) for axis in range(2, w.rank(node)))]
         aligned = g.get("align_corners")
-        options: dict[str, Any] = {"mode": mode, "axes": axes}
+        options: dict[str, Any] = {"mode": mode}
         if mode == "nearest":
             options |= {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
         else:
             options["coordinate_transformation_mode"] = "align_corners" if aligned else "half_pixel"
             options |= {"cubic_coeff_a": -0.5 if antialias else -0.75} if mode == "cubic" else {}
             options |= {"antialias": 1} if antialias else {}
-        return str(w.op("Resize", [w.value(source), "", "", sizes], **options))
+        return str(w.op("Resize", [w.value(source), "", w.constant(scales, torch.float32)], **options))
 
     return row
+
+
+def _factor(side: int, size: int) -> float:
+    """What ``side`` is multiplied by to give ``size`` when rounded down; a float32. (Between integer kernels ONNX Runtime loses sizes.)"""
+    factor = np.float32(size / side)
+    return float(factor if side * float(factor) >= size else np.nextafter(factor, np.float32(np.inf)))
 
 
 def _grid_sample(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:

@@ -377,3 +377,28 @@ def test_a_prefix_gives_each_place_its_values_whatever_it_may_keep(block: nn.Mod
         dict(graph.named_parameters())["head.bias"].add_(1)
     answers = [value for (value,) in prefix.run(nodes[-1].next, (nodes[-1],), keep=False)]
     assert all(torch.allclose(one, other + 1, atol=1e-5) for one, other in zip(answers, wanted[nodes[-1]], strict=True))
+
+
+def test_max_pooling_padded_by_infinity_resized_and_softmaxed_codes_are_the_runtimes(batches: list[torch.Tensor], tmp_path) -> None:
+    """-inf around a plane that is only pooled is the lowest code; a resize between integer kernels keeps its sizes; softmax on a grid of one over a whole number."""
+    pytest.importorskip("onnxruntime")
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 8, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = nn.functional.max_pool2d(nn.functional.pad(self.a(x), (0, 1, 0, 1), value=-torch.inf), 3, 2)
+            x = self.b(x).relu()
+            x = self.c(nn.functional.interpolate(x, scale_factor=2)) * 4
+            return self.d(self.c(x[..., :9]).softmax(1)).mean((2, 3))
+
+    torch.manual_seed(0)
+    graph = capture(Odd().eval(), batches[0])
+    small = quantize(graph, batches=batches, progress=False)
+    assert noise_db(graph(batches[0]), small(batches[0])) > 15
+    runtime = plugins.resolve("runtimes", "onnxruntime:threads=1")
+    found = runtime.compare(small, runtime.export(small, tmp_path / "odd.onnx"), torch.cat(batches))
+    assert found["passed"] and found["ulp"] <= 1
+    assert max(layer["share"] for layer in found["layers"]) < 1e-3
