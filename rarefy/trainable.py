@@ -183,4 +183,8 @@ def _recode(graph: fx.GraphModule, node: Any, learned: dict[str, Tensor], scale:
 def _zero_of(graph: fx.GraphModule, node: fx.Node) -> Tensor:
     """Zero point of stored codes: an integer layer's weights have none."""
     decoded = next((user for user in node.users if is_decoded(user)), None)
-    return attribute(graph, decoded.args[2]) if decoded is not None else torch.zeros((), dtype=torch.int8)
+    return (
+        attribute(graph, decoded.args[2])
+        if decoded is not None
+        else torch.zeros((), dtype=torch.int8, device=attribute(graph, node).device)
+    )

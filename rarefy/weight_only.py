@@ -75,7 +75,7 @@ def _scaled(
 ) -> tuple[fx.Node, Tensor]:
     rows = grids.rows(weight, grid)
     axis = 1 if grid.group else grid.axis
-    zero = torch.zeros((), dtype=grid.dtype)
+    zero = torch.zeros((), dtype=grid.dtype, device=weight.device)
     if isinstance(grid, grids.Grid) and not (grid.symmetric and grid.signed):
         low, high = rows.amin(1).clamp_max(0), rows.amax(1).clamp_min(0)
         steps = ((high - low) / grid.levels).clamp_min(1e-12)
