@@ -160,7 +160,7 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "no data": (("--data SOURCE",), f"evaluate {MODEL}"),
     "data twice": (("--data names both splits",), f"evaluate {MODEL} {ON} --val {DATA}"),
     "data that does not exist": (("{here}/nowhere",), f"evaluate {MODEL} --input 1,8,8 --data imagefolder:{{here}}/nowhere"),
-    "data of an unknown kind": (("imagefolder:PATH",), f"evaluate {MODEL} --data parquet:x"),
+    "data of an unknown kind": (("imagefolder:PATH",), f"evaluate {MODEL} --data tfrecord:x"),
     "data function that fails": (("the share is not mounted",), f"evaluate {MODEL} --data {HERE}:data_broken"),
     "empty validation set": (("{here}/empty",), f"evaluate {MODEL} --val imagefolder:{{here}}/empty"),
     "no images at all": (("images",), f"evaluate {MODEL} --data {HERE}:images_none"),
