@@ -112,7 +112,7 @@ def test_every_option_of_a_verb_is_an_option_of_its_command(verb: str) -> None:
 
 
 def test_every_option_of_the_task_is_an_option_of_its_commands() -> None:
-    renamed = {"size": "image_size", "strict": "skip_unreadable"}
+    renamed = {"size": "image_size"}
     fields = {field.name for field in cli.dataclasses.fields(cli.DataOptions)}
     assert {renamed.get(name, name) for name in recipe._task_options("classification").model_fields} <= fields
 
