@@ -20,13 +20,17 @@ from rarefy.counting import count_macs, count_parameters
 from rarefy.coupling import couple
 from rarefy.distilling import train
 from rarefy.errors import InputError
+from rarefy.evaluating import evaluate
 from rarefy.pruning import Target, choose, prune
 from rarefy.repairing import kept_channels
 from rarefy.schedules.group_sparse import GroupSparse, Pull
 from rarefy.schedules.iterative import Iterative
+from rarefy.schedules.joint import Fade
 from rarefy.selection.best import Best
 from rarefy.selection.sample import Sample
 from rarefy.tasks import Classification
+from rarefy.trainable import is_quantized
+from tests.test_students import Residual as Blocks
 
 OPTIONS = "epochs=1,batch_size=96,lr=0.05"
 ITERATIVE = f"iterative:rounds=3,{OPTIONS}"
@@ -292,7 +296,7 @@ class Negative:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"schedule": "gradual"}, "have group_sparse, iterative, oneshot"),
+        ({"schedule": "gradual"}, "have group_sparse, iterative, joint, oneshot"),
         ({"schedule": "iterative"}, "needs data: pass task="),
         ({"schedule": "group_sparse"}, "needs data: pass task="),
         ({"schedule": "iterative:rounds=0"}, "at least 1"),
@@ -347,4 +351,56 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert same(artifact.load(tmp_path / "small"), prune(net(), macs=0.5, schedule=ITERATIVE, task=digits(), progress=False))
     assert not (tmp_path / "small.work").exists()
     assert cli.run([*arguments[:4], "--schedule", "slowly", "-o", str(tmp_path / "x")]) == 2
-    assert "group_sparse, iterative, oneshot" in capsys.readouterr().err
+    assert "group_sparse, iterative, joint, oneshot" in capsys.readouterr().err
+
+
+def test_joint_prunes_distils_and_quantises_in_one_training(tmp_path: Path) -> None:
+    task = Classification(train="sklearn:digits", val="sklearn:digits", augment="crop=1")
+    original = train(
+        capture(Blocks(), torch.zeros(2, 1, 8, 8)), task, epochs=6, batch_size=64, lr=0.1, validate_every=0, progress=False, device="cpu"
+    )
+    before = {name: value.clone() for name, value in original.state_dict().items()}
+    schedule = "joint:steps=160,batch_size=64,lr=0.02,weights=int4,images=64"
+    options: dict[str, Any] = {"macs": 0.5, "schedule": schedule, "task": task, "device": "cpu", "progress": False}
+    small = prune(original, **options, checkpoint=tmp_path / "work")
+    assert all(torch.equal(value, original.state_dict()[name]) for name, value in before.items())
+    assert is_quantized(small) and 0.4 < count_macs(small) / count_macs(original) <= 0.5
+    assert evaluate(small, task).value > evaluate(original, task).value - 0.08
+    record = next(one for one in small.meta["history"] if one["step"] == "prune")
+    assert record["options"]["schedule"] == schedule and record["facts"]["steps"] == [80, 80] and record["facts"]["reached"]["macs"] <= 0.5
+    again = prune(original, **options, checkpoint=tmp_path / "work")  # both trainings are read from their checkpoints
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in small.state_dict().items())
+    images = next(iter(task.batches("val", 64)))[0]
+    assert torch.equal(artifact.load(artifact.save(small, tmp_path / "small"))(images), small(images))
+    with pytest.raises(InputError, match="quantises by itself"):
+        prune(small, **options)
+    with pytest.raises(InputError, match="needs data"):
+        prune(original, macs=0.5, schedule=schedule)
+
+
+def test_what_fades_shrinks_in_equal_steps_to_nothing() -> None:
+    graph = net()
+    small = prune(graph, macs=0.5)
+    channels, kept = (small.meta["history"][-1]["facts"][name] for name in ("channels", "kept"))
+    parameters = dict(graph.named_parameters())
+    start = {name: value.detach().clone() for name, value in parameters.items()}
+    fade = Fade(couple(graph), kept, 5)
+    for step in range(5):
+        if step == 3:  # killed, and gone on
+            state, fade = fade.state(), Fade(couple(graph), kept, 5)
+            fade.restore(state, parameters)
+        elif step == 0:
+            fade.begin(parameters)
+        for value in parameters.values():
+            value.grad = torch.ones_like(value)
+        fade.add(parameters)
+        for one, mask in fade.masks:
+            name = next(name for name, value in parameters.items() if value is one)
+            expected = torch.where(mask, start[name] * (4 - step) / 5, start[name])
+            assert torch.allclose(one, expected, rtol=1e-6, atol=0) and torch.equal(one.grad == 0, mask)  # a product of five factors
+    for name, (was, now) in channels.items():
+        left = int((parameters[name].flatten(1).abs().amax(1) > 0).sum())
+        assert left == (now if name in kept else was)
+    again = prune(graph, macs=0.5)
+    assert again.meta["history"][-1]["facts"]["channels"] == channels
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in small.state_dict().items())

@@ -61,8 +61,7 @@ def trained(
     """
     from rarefy.distilling import distill, train  # once asked for: `prune` alone needs no training loop
 
-    if setting.task is None or setting.task.train is None:
-        raise InputError(f"schedule {name!r} trains, so it needs data: pass task= with a train split, or use schedule='oneshot'")
+    check_data(name, setting)
     common: dict[str, Any] = {
         "device": setting.device,
         "checkpoint": None if setting.checkpoint is None else Path(setting.checkpoint) / part,
@@ -76,6 +75,12 @@ def trained(
     if loss == "none":
         return train(graph, setting.task, **common)
     return distill(graph, teacher, setting.task, loss=loss, **common)
+
+
+def check_data(name: str, setting: Setting) -> None:
+    """Raises InputError without training data."""
+    if setting.task is None or setting.task.train is None:
+        raise InputError(f"schedule {name!r} trains, so it needs data: pass task= with a train split, or use schedule='oneshot'")
 
 
 def check_training(schedule: Any) -> None:
