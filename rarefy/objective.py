@@ -32,7 +32,7 @@ Answer = tuple[tuple[Any, tuple[Tensor, ...]], ...]  # of each teacher: its outp
 
 
 def terms(loss: Losses) -> list[Term]:
-    """``"lskd + 50*mse:on=stages"`` -> [(1.0, Lskd()), (50.0, Mse(on="stages"))]. Raises InputError."""
+    """``"lskd + 50*mse:on=stages"`` -> [(1.0, Lskd()), (50.0, Mse(on="stages"))]; ``feature`` is another word for mse. Raises InputError."""
     if loss is None:
         return []
     if isinstance(loss, str):
@@ -40,7 +40,8 @@ def terms(loss: Losses) -> list[Term]:
         for part in re.split(r"(?<![0-9.][eE])\+", loss):
             number, star, name = part.partition("*")
             try:
-                pairs.append((float(number) if star else 1.0, plugins.resolve("losses", name if star else part)))
+                word = re.sub(r"^\s*feature\b", "mse", name if star else part)
+                pairs.append((float(number) if star else 1.0, plugins.resolve("losses", word)))
             except ValueError as error:
                 raise InputError(f"loss={loss!r}: {number.strip()!r} is not a number; write weight*name + weight*name") from error
     else:

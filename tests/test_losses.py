@@ -293,6 +293,8 @@ def test_sum_as_text() -> None:
         (50.0, Mse(on="embedding")),
         (10.0, Kl(temperature=2.0)),
     ]
+    assert terms("dkd:beta=8 + 50*feature") == terms("dkd:beta=8 + 50*mse")
+    assert terms("feature:on=embedding") == terms("mse:on=embedding")
     assert terms(Kl()) == [(1.0, Kl())]
     assert terms([(2, Kl())]) == [(2.0, Kl())]
     assert terms(None) == []
