@@ -7,6 +7,7 @@ JOBS   ?= 2
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 BENCH  := $(VENV)/.ready-bench
+PEERS  := .venv-peers
 PYTEST := $(BIN)/python -m pytest
 
 .PHONY: demo test test-all lint types format test-gpu bench bench-gpu bench-setup clean
@@ -45,7 +46,13 @@ types: $(READY)
 	$(BIN)/mypy
 
 # The numbers of the README, from its scripts: hours on two cores. One alone: .venv/bin/python bench/NAME.py --help
-bench-setup: $(BENCH)
+bench-setup: $(BENCH) $(PEERS)/.ready
+
+# Other libraries' quantisers ask for packages of their own, so for an environment of their own; benches say so where it is missing.
+$(PEERS)/.ready: bench/peers.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r bench/peers.txt
+	touch $@
 
 bench: $(BENCH)
 	$(BIN)/python bench/resnet56_cifar10.py
@@ -55,4 +62,4 @@ bench-gpu: $(BENCH)
 	$(BIN)/python bench/resnet56_cifar10.py --device cuda
 
 clean:
-	rm -rf $(VENV) demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(PEERS) demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

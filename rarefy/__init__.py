@@ -27,6 +27,7 @@ _HOMES = {
     "sign": "signing",
     "verify": "signing",
     "export": "exporting",
+    "certify": "certifying",
     "report": "reporting",
     "RarefyError": "errors",
 }
@@ -36,6 +37,7 @@ __all__ = [
     "RarefyError",
     "__version__",
     "capture",
+    "certify",
     "compress",
     "distill",
     "evaluate",
@@ -54,6 +56,7 @@ __all__ = [
 if TYPE_CHECKING:
     from rarefy.artifact import load, save
     from rarefy.capturing import capture
+    from rarefy.certifying import certify
     from rarefy.compressing import Budget, compress
     from rarefy.distilling import distill
     from rarefy.errors import RarefyError

@@ -621,19 +621,37 @@ def measure(
 @grouped
 def export(
     model: ModelOptions,
+    data: DataOptions,
     output: Output,
     runtime: Runtime = "onnxruntime",
     compare: Annotated[bool, typer.Option(help="Run the file, and compare it with the model.")] = True,
+    certify: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the certificate of parity there, as JSON; with data, the metric is in it.")
+    ] = None,
+    also: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A further runtime that reads the file, for the certificate; may be repeated.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Judge on the first N images only.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write the file that the runtime runs, and check that it answers like the model."""
-    from rarefy import exporting, plugins, sources
+    from rarefy import certifying, exporting, plugins
 
-    plugins.resolve("runtimes", runtime)
+    if certify is None and (also or data.options()):
+        raise InputError("--also and data belong to the certificate; name its file with --certify")
+    for name in (runtime, *(also or ())):
+        plugins.resolve("runtimes", name)
     target = _claim_file(output, (".onnx", ".xml"))
-    source = sources.load(model.model, weights=model.weights, classes=model.classes)
-    graph = sources.graph_of(source, _shape(model), model.core)
-    parity = exporting.export(graph, target, runtime=runtime, compare=compare)
+    _, graph, task = _prepared(model, data, needed=False)
+    if certify is None:
+        parity = exporting.export(graph, target, runtime=runtime, compare=compare)
+    else:
+        exporting.export(graph, target, runtime=runtime, compare=False)
+        inputs = None if task is None else next(iter(task.inputs("val", 64, 64, seed=0)))
+        facts = certifying.certify(graph, target, runtime=runtime, also=also or (), inputs=inputs, task=task, limit=limit)
+        certify.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        parity = {"certificate": str(certify), **facts["runtimes"][plugins.describe(plugins.resolve("runtimes", runtime))]}
+        parity |= {key: facts[key] for key in ("first_diverging_layer", "passed")}
     written = {"file": str(target), "size_bytes": target.stat().st_size, "parity": parity}
     if as_json:
         show_json(written)

@@ -41,6 +41,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ from torch import Tensor, fx, nn
 
 from rarefy import artifact, measuring, plugins, reporting
 from rarefy.capturing import as_graph
+from rarefy.certifying import certify
 from rarefy.distilling import distill
 from rarefy.doctor import examine
 from rarefy.errors import CheckFailed, FormatError, InputError
@@ -531,7 +533,7 @@ class _Run:
             judged["robustness"], reference["robustness"] = sampled["robustness"], sampled["reference"]["robustness"]
         example = self._example(1)
         times = measuring.timed(files, example, runtime=self.runtime)
-        parity = dict(self.runtime.compare(winner.graph(), files["result"], self._example(PARITY_IMAGES)))
+        parity = self._certified(winner, files["result"])
         sides = []
         for name, candidate, evaluation in (("original", self.original, reference), ("result", winner, judged)):
             sides.append(
@@ -544,6 +546,18 @@ class _Run:
                 }
             )
         return sides[0], sides[1], parity
+
+    def _certified(self, winner: Candidate, file: Path) -> dict[str, Any]:
+        """Parity in the run's runtime, and in each other one that is installed and reads its files."""
+        own = plugins.describe(self.runtime)
+        others = [name for name in plugins.available("runtimes") if name != own.partition(":")[0]]
+        readers = [one for one in map(measuring.with_threads, others) if one.suffix == self.runtime.suffix and find_spec(one.package)]
+        facts = certify(
+            winner.graph(), file, runtime=self.runtime, also=readers, inputs=self._example(PARITY_IMAGES), progress=self.progress
+        )
+        found = facts["runtimes"]
+        certificate: dict[str, Any] = {**found.pop(own), "sha256": facts["sha256"], "also": found}
+        return certificate
 
     def _goals(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, Any]]:
         drop, speedup, size = after["evaluation"]["drop"]["value"], after["speedup"]["original"]["median"], after["size_bytes"]

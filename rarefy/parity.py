@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, fx
 
 import rarefy.kernels  # noqa: F401  registers torch.ops.rarefy
-from rarefy.capturing import attribute
 from rarefy.lowering import to_integers
 from rarefy.onnxfile import needs
 
@@ -52,6 +51,7 @@ def compare(
     seen_by_file = _values_in(model, "DequantizeLinear" if decoded else "QuantizeLinear")
     codes = {_value_name(node): node for node in reversed(list(graph.graph.nodes)) if node.target in _SCALE}
     shared = [name for name in reversed(codes) if name in seen_by_file]
+    steps = _grids_in(onnx, model, {seen_by_file[name] for name in shared})
     for name in shared:
         model.graph.output.append(onnx.helper.make_empty_tensor_value_info(seen_by_file[name]))
     with tempfile.TemporaryDirectory() as folder:
@@ -65,7 +65,10 @@ def compare(
         found = session.outputs(part)
         theirs = found[0]
         tapped_values = zip(shared, found[len(found) - len(shared) :], strict=True)
-        runtime_codes = {codes[name]: _encoded(graph, codes[name], value) if decoded else value for name, value in tapped_values}
+        runtime_codes = {
+            codes[name]: _encoded(value, *steps[seen_by_file[name]]).to(codes[name].args[-1]) if decoded else value
+            for name, value in tapped_values
+        }
         with torch.no_grad():
             answer = _first(graph(part))
             for name, difference in _Following(graph, runtime_codes).differences(part):
@@ -92,11 +95,20 @@ def compare(
     }
 
 
-def _encoded(graph: fx.GraphModule, node: fx.Node, values: Tensor) -> Tensor:
+def _grids_in(onnx: Any, model: Any, made: set[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """For each tensor in ``made``, which DequantizeLinear yields: scale and zero point, which may be finer than those of its codes' making."""
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    found = {}
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and node.output[0] in made:
+            scale, *zero = (torch.tensor(onnx.numpy_helper.to_array(stored[name])) for name in node.input[1:])
+            found[node.output[0]] = scale, zero[0].float() if zero else torch.zeros(())
+    return found
+
+
+def _encoded(values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """The codes that ``values`` were decoded from."""
-    place = _SCALE[node.target]
-    scale, zero = (attribute(graph, source) for source in node.args[place : place + 2])
-    return torch.round(values / scale + zero.float()).to(node.args[-1])
+    return torch.round(values / scale + zero)
 
 
 def _layer(node: fx.Node) -> str:
@@ -150,7 +162,8 @@ def _values_in(model: Any, kind: str) -> dict[str, str]:
     """Value name -> the first tensor that a node of ``kind`` makes with its scale; codes once they are clipped, where the grid ends before the type."""
     clipped = {node.input[0]: node.output[0] for node in model.graph.node if node.op_type == "Clip" and kind == "QuantizeLinear"}
     found: dict[str, str] = {}
+    constants = {tensor.name for tensor in model.graph.initializer}
     for node in model.graph.node:
-        if node.op_type == kind and node.input[1].startswith("quantization."):
+        if node.op_type == kind and node.input[1].startswith("quantization.") and node.input[0] not in constants:
             found.setdefault(node.input[1].split(".")[1], clipped.get(node.output[0], node.output[0]))
     return found

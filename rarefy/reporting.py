@@ -382,7 +382,15 @@ def _parity(parity: Facts | None) -> dict[str, Any] | None:
         rows.append(("largest difference of an output", f"{parity['largest_difference']:.3g}{ulp}"))
     first = parity.get("first_diverging_layer")
     rows.append(("first layer that differs", str(first) if first else "none"))
-    known = {"agreement", "samples", "largest_difference", "ulp", "first_diverging_layer", "layers", "passed"}
+    for name, one in (parity.get("also") or {}).items():
+        differs = one.get("first_diverging_layer")
+        rows.append(
+            (
+                f"the same file on {name}",
+                f"{_share(one['agreement'])} same top-1, {f'first differs at {differs}' if differs else 'no layer differs'}",
+            )
+        )
+    known = {"agreement", "samples", "largest_difference", "ulp", "first_diverging_layer", "layers", "passed", "also"}
     rows += [(str(key).replace("_", " "), plain(value)) for key, value in parity.items() if key not in known and _told(value)]
     layers = [
         (str(layer.get("name")), plain(layer.get("difference"))) for layer in parity.get("layers") or [] if _number(layer.get("difference"))

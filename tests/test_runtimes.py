@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from rarefy import measuring, plugins
 from rarefy.capturing import capture
+from rarefy.certifying import certify
 from rarefy.errors import FormatError, InputError
 from rarefy.quantizing import quantize
 
@@ -129,3 +132,22 @@ def test_openvino_in_bf16_is_another_precision(graph: fx.GraphModule, batches: l
     runtime = plugins.resolve("runtimes", "openvino:threads=1,precision=bf16")
     found = runtime.open(runtime.export(graph, tmp_path / "model.onnx"))(batches[0])
     assert torch.allclose(found, graph(batches[0]), atol=0.05)
+
+
+def test_certificate_names_runtimes_file_and_first_layer(graph: fx.GraphModule, batches: list[Tensor], tmp_path: Path) -> None:
+    """One file, read by two runtimes: ONNX Runtime's tile of 16 channels included."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("openvino")
+    small = quantize(graph, batches=batches, progress=False)
+    writer = plugins.resolve("runtimes", "onnxruntime:threads=1")
+    path = writer.export(small, tmp_path / "model.onnx")
+    found = certify(small, path, runtime=writer, also=["openvino:threads=1"], inputs=torch.cat(batches))
+    assert found["runtimes"].keys() == {"onnxruntime:threads=1", "openvino:threads=1"}
+    assert found["passed"] and found["first_diverging_layer"] is None
+    assert found["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert all(len(one["layers"]) >= 8 and one["ulp"] <= 1 and one["version"] for one in found["runtimes"].values())
+    assert json.loads(json.dumps(found)) == found
+    dict(small.named_buffers())["depthwise.bias_codes"].add_(10_000)
+    broken = certify(small, path, runtime=writer, also=["openvino:threads=1"], inputs=batches[0])
+    assert not broken["passed"] and broken["first_diverging_layer"].startswith("depthwise")
+    assert all(one["first_diverging_layer"].startswith("depthwise") for one in broken["runtimes"].values())

@@ -10,6 +10,7 @@ A runtime is a frozen dataclass with
     package                           it needs: what is imported, and whose version counts
     export(graph, path)               write the file
     open(path) -> session             a callable, tensor to tensor
-    compare(graph, path, inputs)      parity of graph and file
+    compare(graph, path, inputs, on)  parity of graph and file, run by this runtime or another one
+    decoded                           compare by the numbers that codes stand for
     kernel_times(path, inputs)        of one run, kernel by kernel; where it has none, nothing is pruned to a latency
 """

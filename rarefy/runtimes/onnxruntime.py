@@ -52,6 +52,7 @@ class OnnxRuntime:
     vnni: bool | None = None
 
     suffix = ".onnx"
+    decoded = False
     package = "onnxruntime"
     capabilities = Capabilities(
         layers=frozenset({aten.conv2d.default, aten.conv2d.padding, aten.linear.default}),
@@ -125,9 +126,12 @@ class OnnxRuntime:
             )
         return found
 
-    def compare(self, graph: fx.GraphModule, path: str | os.PathLike[str], inputs: Tensor, batch: int = 32) -> dict[str, Any]:
-        """Parity of ``graph`` and the file it was exported to; see ``rarefy.parity``."""
-        return parity.compare(_widened(to_numbers(graph)), path, inputs, self.open, batch)
+    def compare(
+        self, graph: fx.GraphModule, path: str | os.PathLike[str], inputs: Tensor, batch: int = 32, on: Any = None
+    ) -> dict[str, Any]:
+        """Parity of ``graph`` and the file it was exported to, run by ``on`` (None: this runtime); see ``rarefy.parity``."""
+        reader = self if on is None else on
+        return parity.compare(_widened(to_numbers(graph)), path, inputs, reader.open, batch, reader.decoded)
 
     def integer_islands(self, path: str | os.PathLike[str]) -> dict[str, Any]:
         """What ONNX Runtime made of the file: integer kernels by type, and float operators fed by and feeding integers (there should be none)."""

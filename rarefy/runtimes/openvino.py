@@ -48,6 +48,7 @@ class OpenVINO:
     vnni: bool | None = None
 
     suffix = ".onnx"
+    decoded = True  # a code that is read out takes the layer apart that made it
     package = "openvino"
     capabilities = Capabilities(
         layers=frozenset({aten.conv2d.default, aten.conv2d.padding, aten.linear.default}),
@@ -88,9 +89,12 @@ class OpenVINO:
         """The file, ready to run."""
         return Session(path, self.threads, self.precision)
 
-    def compare(self, graph: fx.GraphModule, path: str | os.PathLike[str], inputs: Tensor, batch: int = 32) -> dict[str, Any]:
-        """Parity of ``graph`` and the file it was exported to; see ``rarefy.parity``."""
-        return parity.compare(_written(graph), path, inputs, self.open, batch, decoded=True)
+    def compare(
+        self, graph: fx.GraphModule, path: str | os.PathLike[str], inputs: Tensor, batch: int = 32, on: Any = None
+    ) -> dict[str, Any]:
+        """Parity of ``graph`` and the file it was exported to, run by ``on`` (None: this runtime); see ``rarefy.parity``."""
+        reader = self if on is None else on
+        return parity.compare(_written(graph), path, inputs, reader.open, batch, reader.decoded)
 
     def kernel_times(
         self, path: str | os.PathLike[str], inputs: Tensor, seconds: float = 1.5
