@@ -51,11 +51,11 @@ def test_a_disturbed_round_counts_for_no_model() -> None:
     calls = iter(range(10**6))
 
     def disturbed(inputs: Tensor) -> None:
-        Clock("", 0.03 if next(calls) % 3 == 2 else 0.003, [])(inputs)
+        Clock("", 0.1 if next(calls) % 3 == 2 else 0.01, [])(inputs)
 
-    found = measuring.latency({"a": disturbed, "b": Clock("b", 0.003, [])}, torch.zeros(1), repeats=30)
+    found = measuring.latency({"a": disturbed, "b": Clock("b", 0.01, [])}, torch.zeros(1), repeats=30)
     assert found["a"]["repeats"] <= 20
-    assert found["a"]["ms"]["high"] < 10 and 0.7 < found["b"]["speedup"]["a"]["median"] < 1.4
+    assert found["a"]["ms"]["high"] < 50 and 0.7 < found["b"]["speedup"]["a"]["median"] < 1.4
 
 
 def test_speedup_is_of_pairs() -> None:
