@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import inspect
 import json
+import math
 import os
 import shutil
 import sys
@@ -470,7 +471,7 @@ def distill(
 def quantize(
     model: ModelOptions,
     data: DataOptions,
-    output: Output,
+    output: Annotated[str | None, typer.Option("-o", "--output", metavar="PATH", help="Where the result goes.")] = None,
     images: Annotated[int, typer.Option(metavar="N", min=1, help="Images to calibrate on; they need no labels.")] = 128,
     batch_size: Batch = 16,
     weight_grid: Annotated[
@@ -495,6 +496,9 @@ def quantize(
     gate: Annotated[
         str | None, typer.Option(metavar="latency", help="Time each stretch of layers in integers and in float, and keep only what pays.")
     ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Only show each layer's bits, range and noise, and what stays in float and why.")
+    ] = False,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -503,7 +507,9 @@ def quantize(
 
     for kind, choice in (("calibration", calibration), ("calibration", weight_calibration), ("rounding", rounding), ("runtimes", runtime)):
         plugins.resolve(kind, choice)
-    folder = _claim_folder(output)
+    if output is None and not explain:
+        raise InputError("no --output is given; pass -o PATH, or --explain to only look (rarefy quantize --help)")
+    folder = _claim_folder(output) if output is not None and not explain else None
     source, graph, task = _prepared(model, data)
     from rarefy.quantizing import quantize as verb
 
@@ -524,6 +530,8 @@ def quantize(
         gate=gate,
         seed=seed,
     )
+    if folder is None:
+        return _show_noise(small, as_json)
     _save(small, folder, source, task, as_json)
 
 
@@ -963,6 +971,26 @@ def _show_coupling(graph: Any, ignore: tuple[str, ...], heads: str, as_json: boo
         show_table(
             "operators without a rule", ("operator", "nodes"), [(name, ", ".join(nodes)) for name, nodes in coupling.unknown.items()]
         )
+
+
+def _show_noise(graph: Any, as_json: bool) -> None:
+    from rarefy.explaining import explain
+
+    found = explain(graph)
+    if as_json:
+        show_json(found)
+        return
+
+    def decibels(value: float | None) -> str:
+        return "" if value is None else f"{value:.1f}"
+
+    rows = [
+        (row["name"], row["grid"] or "", row["activation_grid"] or "float", "" if row["range"] is None else f"{row['range'][0]:.4g} to {row['range'][1]:.4g}",
+         decibels(-10 * math.log10(row["error"]) if row["error"] else None), decibels(row["sqnr_db"]))
+        for row in found["layers"]
+    ]  # fmt: skip
+    show_table("in integers", ("layer", "weights", "reads", "range", "weights, dB", "output, dB"), rows, (4, 5))
+    show_table("in float", ("operator", "because", "output, dB"), [(row["name"], row["why"] or "", decibels(row["sqnr_db"])) for row in found["float"]], (2,))  # fmt: skip
 
 
 def _prepared(model: ModelOptions, data: DataOptions, needed: bool = True) -> tuple[Any, Any, Any]:

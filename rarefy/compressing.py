@@ -698,6 +698,7 @@ def _layers(before: fx.GraphModule, after: fx.GraphModule) -> list[dict[str, Any
     was, now = _weighted(before), _weighted(after)
     history = [record["facts"] for record in after.meta.get("history", []) if record["step"] == "quantize"]
     rounded = {layer.get("weight", layer["name"]): layer for layer in (history[-1]["layers"] if history else [])}
+    reasons = dict(history[-1].get("reasons") or ()) if history else {}
     rows = []
     for name, (channels, macs) in was.items():
         row: dict[str, Any] = {"name": name.removesuffix(".weight"), "channels_before": channels, "macs_before": macs}
@@ -705,7 +706,9 @@ def _layers(before: fx.GraphModule, after: fx.GraphModule) -> list[dict[str, Any
             row |= {"channels_after": now[name][0], "macs_after": now[name][1], "bits": 32, "activation_bits": 32}
         facts = rounded.get(name) or rounded.get(row["name"])
         if facts is not None:
-            row |= {key: facts[key] for key in ("bits", "activation_bits", "error") if facts.get(key) is not None}
+            row |= {key: facts[key] for key in ("bits", "activation_bits", "error", "sqnr_db") if facts.get(key) is not None}
+        elif row["name"] in reasons:
+            row["why"] = reasons[row["name"]]
         rows.append(row)
     return rows
 

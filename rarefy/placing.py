@@ -11,7 +11,7 @@ without a float operator between them:
 * *padding* with zeros is a carrier too, done on the codes (zero is one of them); where only layers read it, it melts into their own padding. Padding with
   -inf before max pooling is the lowest code.
 
-The model's answers stay float: the last layer's sums are not rounded.
+The model's answers stay float: the last layer's sums are not rounded. What else stays in float is told with its reason (``Placement.floats``).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from rarefy.folding import names, weighted
+from rarefy.folding import WEIGHTED, names, weighted
 
 aten = torch.ops.aten
 
@@ -48,13 +48,14 @@ class Capabilities:
 @dataclasses.dataclass
 class Placement:
     """layers: integer layers in order. values: nodes whose result is rounded, in order. fused: clip -> the node that does its work.
-    carried: carrier -> the value whose grid it keeps. integer: all integer nodes."""
+    carried: carrier -> the value whose grid it keeps. integer: all integer nodes. floats: operator on activations that stays in float -> why."""
 
     layers: list[fx.Node]
     values: list[fx.Node]
     fused: dict[fx.Node, fx.Node]
     carried: dict[fx.Node, fx.Node]
     integer: set[fx.Node]
+    floats: dict[fx.Node, str]
 
     def root(self, node: fx.Node) -> fx.Node:
         """The value whose codes ``node`` yields."""
@@ -76,12 +77,16 @@ def clip_bounds(node: fx.Node) -> tuple[float, float]:
 def place(graph: fx.GraphModule, can: Capabilities, ignore: Sequence[str] = (), found: dict[fx.Node, Any] | None = None) -> Placement:
     """Choose. ignore: globs of layer names that stay float."""
 
-    def ignored(node: fx.Node) -> bool:
-        return any(fnmatch.fnmatch(name, glob) for glob in ignore for name in names(node))
+    def ignored(node: fx.Node) -> str | None:
+        """The glob that does."""
+        return next((glob for glob in ignore if any(fnmatch.fnmatch(name, glob) for name in names(node))), None)
 
     nodes = list(graph.graph.nodes)
-    layers = {node for node in nodes if weighted(node) and node.target in can.layers and not ignored(node)}
-    joins = {node for node in nodes if node.op == "call_function" and node.target in can.joins and _joinable(node) and not ignored(node)}
+    layers = {node for node in nodes if weighted(node) and node.target in can.layers and ignored(node) is None}
+    joins = {
+        node for node in nodes if node.op == "call_function" and node.target in can.joins and _joinable(node) and ignored(node) is None
+    }
+    why: dict[fx.Node, str] = {}
     fused: dict[fx.Node, fx.Node] = {}
     for node in nodes:
         if node.op == "call_function" and node.target in can.clips | can.posts:
@@ -119,6 +124,9 @@ def place(graph: fx.GraphModule, can: Capabilities, ignore: Sequence[str] = (), 
         }
         if not dropped:
             break
+        for node in dropped:
+            entry = next((source_of(source) for source in _tensors(node) if source_of(source) not in yielding), None)
+            why[node] = "no integer operator reads it" if entry is None else f"reads {names(entry)[0]}, which is in float"
         joins -= dropped
         for clip in [clip for clip, source in fused.items() if source in dropped]:
             del fused[clip]
@@ -138,13 +146,41 @@ def place(graph: fx.GraphModule, can: Capabilities, ignore: Sequence[str] = (), 
         for node in nodes
         if is_carrier(node) and not melts(node) and source_of(node) in values and leads_to_integers(node, integer)
     }
+    for node in nodes:
+        if node in integer or node in values or node in fused or node in why or is_carrier(node) or melts(node) or not _computes(node):
+            continue
+        glob = ignored(node)
+        if glob is not None:
+            why[node] = f"ignored: {glob}"
+        elif node.target not in can.layers | can.joins | can.clips | can.posts | can.paddings:
+            why[node] = f"the runtime has no integer kernel for {_operator(node)}"
+        elif node.target in WEIGHTED and not weighted(node):
+            why[node] = "its weight is computed, not stored"
+        elif node.target in can.joins | can.paddings:
+            why[node] = f"this form of {_operator(node)} has no integer kernel"
+        else:
+            why[node] = "what it reads or yields is in float"
     return Placement(
         layers=[node for node in nodes if node in layers],
         values=[node for node in nodes if node in values],
         fused=fused,
         carried=carried,
         integer=integer,
+        floats={node: why[node] for node in nodes if node in why},
     )
+
+
+def _computes(node: fx.Node) -> bool:
+    """Does it make a tensor of others?"""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or not node.all_input_nodes:
+        return False
+    made = node.target._schema.returns
+    return len(made) > 0 and made[0].type.kind() == "TensorType"
+
+
+def _operator(node: fx.Node) -> str:
+    """``gelu`` for ``aten::gelu``, ``add`` for ``aten::add.Tensor``."""
+    return str(node.target._schema.name).rpartition("::")[2]  # type: ignore[union-attr]
 
 
 def padding_of(node: fx.Node) -> float | None:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import rarefy.kernels
-from rarefy import allocating, gating, grids, patches, plugins, rewriting, weight_only
+from rarefy import allocating, explaining, gating, grids, patches, plugins, rewriting, weight_only
 from rarefy.capturing import as_graph, attribute, device_of, finish, share_copy
 from rarefy.errors import InputError
 from rarefy.folding import equalize as equalize_ranges
@@ -145,15 +145,18 @@ def quantize(
     rewriting.insert(graph, placement, ranges, value_grids)
     run = _Rounding(graph, float_graph, seen, rounder, correct_bias, torch.Generator().manual_seed(seed))
     facts = []
-    bits_of = {value.name: own.bits for value, own in value_grids.items()}
+    grid_of = {value.name: own for value, own in value_grids.items()}
     for node in track(placement.layers, len(placement.layers), "round", progress and walks):
         own = own_grid[node]
         assert own is not None
         weight_rule = given_rule or plugins.resolve("calibration", "minmax" if own.bits == 8 else "mse")
         fact = run.round(node, own, weight_rule)
-        facts.append(fact | {"activation_bits": bits_of[fact["input"]]})
+        facts.append(
+            fact | {"activation_bits": grid_of[fact["input"]].bits, "grid": str(own), "activation_grid": str(grid_of[fact["input"]])}
+        )
         if correct_bias:
             run.correct_bias(node)
+    noise = explaining.noise(float_graph, graph, seen.batches[0])
     graph = to_integers(finish(graph))
     if any(fact["bits"] < 8 for fact in facts):
         graph.meta["bits"] = {f"{fact['weight']}_codes": fact["bits"] for fact in facts if fact["bits"] < 8}
@@ -176,17 +179,41 @@ def quantize(
                 "seed": seed,
             },
             "facts": {
-                "layers": [{key: value for key, value in fact.items() if key != "weight"} for fact in facts],
+                "layers": [
+                    {**{key: value for key, value in fact.items() if key != "weight"}, "sqnr_db": noise[node.name]}
+                    for node, fact in zip(placement.layers, facts, strict=True)
+                ],
                 "images_of_rounding": sum(len(batch[0]) for batch in seen.batches) if walks else 0,
                 "equalized": pairs,
                 **({"allocation": allocation} if allocation is not None else {}),
                 "float": sorted(layer_name(node) for node in float_graph.graph.nodes if weighted(node) and node.name not in integer),
+                "reasons": _reasons(
+                    placement, {node for node, own in own_grid.items() if own is None}, verdict["undone"] if verdict else ()
+                ),
+                "float_sqnr_db": {
+                    layer_name(node): noise[node.name]
+                    for node in float_graph.graph.nodes
+                    if weighted(node) and node.name in noise and node.name not in integer
+                },
                 "ranges": {value.name: list(ranges[value]) for value in placement.values},
                 **({} if verdict is None else {"gate": verdict, "timing": {"gate": verdict.pop("timed")}}),
             },
         }
     )
     return graph.eval()
+
+
+def _reasons(placement: Placement, left_out: set[fx.Node], undone: Sequence[str]) -> list[list[str]]:
+    """[name, why] of each operator that stays in float, in order."""
+    found: dict[str, str] = {}
+    for node, why in placement.floats.items():
+        name = names(node)[0]
+        if node in left_out:
+            why = "weights=float for this layer"
+        elif name in undone:
+            why = "gate: faster in float"
+        found[name if name not in found else node.name] = why
+    return [[name, why] for name, why in found.items()]
 
 
 def _ranges(placement: Placement, seen: Observed, rule: Any, own: Mapping[fx.Node, grids.Grid]) -> dict[fx.Node, tuple[float, float]]:

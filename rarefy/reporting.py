@@ -20,7 +20,7 @@ The facts are one JSON-able dictionary. Every key is optional::
          "latency_ms": number | {"median", "low", "high", "batch", "threads", "runtime", "repeats"}}
     frontier     [{"name": str, "value": share, "interval": [lo, hi], "latency_ms": number, "size_bytes": int, "chosen": bool}]
     layers       [{"name": str, "channels_before": int, "channels_after": int, "bits": number, "activation_bits": number,
-                   "error": noise power / signal power, "macs_before": int, "macs_after": int, "bytes": int}]
+                   "error": noise power / signal power, "sqnr_db": of its output, "why": it stays in float, "macs_before": int, "macs_after": int, "bytes": int}]
     steps        [{"step": str, "options": {}, "facts": {}, "seconds": number, "kept": bool, "why": str,
                    "value": share after it, "latency_ms": number, "size_bytes": int}]
     curves       [{"title": str, "x": str, "y": str, "series": [{"name": str, "x": [number], "y": [number]}]}]
@@ -63,6 +63,7 @@ GLOSSARY = {
     "quantization": "Storing and multiplying 8-bit integers instead of 32-bit floats.",
     "bits": "Bits that store one weight of the layer: 32 is float, 8 is int8.",
     "error": "What rounding to few bits changed in the layer's weights: signal-to-noise in decibels, more is better; 30 dB is an error of 0.1 % of the power.",
+    "output": "How much of a layer's output is noise, from its own rounding and from all before it: signal-to-noise in decibels against the float model.",
     "parity": "Whether the file that is deployed answers like the model that was tested.",
     "gate": "After each step the model is measured again; a step that does not pay for what it costs is undone.",
     "robustness": "Accuracy on images that were made worse on purpose (noise, blur, weather, compression), at rising strengths.",
@@ -102,8 +103,11 @@ def told_by(history: Sequence[Facts]) -> dict[str, Any]:
             layer["channels_after"] = now
         for told in facts.get("layers") or []:
             layers.setdefault(told["name"], {"name": told["name"]}).update(
-                {key: told[key] for key in ("bits", "activation_bits", "error", "bytes") if key in told}
+                {key: told[key] for key in ("bits", "activation_bits", "error", "sqnr_db", "bytes") if told.get(key) is not None}
             )
+        for name, why in facts.get("reasons") or []:
+            if name in (facts.get("float") or []):
+                layers.setdefault(name, {"name": name})["why"] = why
         if facts.get("curve"):
             curves += _curves_of(str(record.get("step")), facts["curve"])
     return {"steps": steps, "layers": list(layers.values()), "curves": curves}
@@ -465,12 +469,16 @@ def _layers(layers: Sequence[Facts]) -> dict[str, Any] | None:
                 "error": f"{decibels:.1f} dB" if decibels is not None else "",
                 "clean": _percent(min(1.0, max(0.0, decibels / 60))) if decibels is not None else 0,
                 "weak": decibels is not None and decibels < 20,
+                "output": f"{layer['sqnr_db']:.1f} dB" if _number(layer.get("sqnr_db")) else "",
+                "why": str(layer.get("why") or ""),
                 "macs": count(layer["macs_after"]) if _number(layer.get("macs_after")) else "",
                 "bytes": size(layer["bytes"]) if _number(layer.get("bytes")) else "",
             }
         )
-    columns = {key: any(row[key] for row in rows) for key in ("kept", "bits", "activations", "error", "macs", "bytes")}
-    return {"rows": rows, "columns": columns}
+    columns = {key: any(row[key] for row in rows) for key in ("kept", "bits", "activations", "error", "output", "why", "macs", "bytes")}
+    noisy = sorted((layer for layer in layers if _number(layer.get("sqnr_db"))), key=lambda layer: layer["sqnr_db"])[:5]
+    worst = [(str(layer.get("name")), f"{layer['sqnr_db']:.1f} dB") for layer in noisy]
+    return {"rows": rows, "columns": columns, "worst": worst}
 
 
 def _robustness(facts: Facts, before: Facts, after: Facts) -> dict[str, Any] | None:

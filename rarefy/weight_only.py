@@ -52,6 +52,7 @@ def encode(
             {
                 "name": name.rpartition(".")[0] or name,
                 "bits": grid.bits,
+                "grid": str(grid),
                 "activation_bits": 32,
                 "error": float(error),
                 "codes": codes.numel(),

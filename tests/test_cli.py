@@ -221,6 +221,22 @@ def test_evaluate_exits_1_for_too_large_a_drop(capsys: pytest.CaptureFixture[str
     assert "top-1 accuracy" in out and err.count("\n") == 1 and "more than 1" in err
 
 
+def test_quantize_explains_and_writes_nothing(
+    capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ("quantize", saved, "--data", "sklearn:digits", "--images", 32)
+    found = as_json(capsys, *given, "--explain", "--ignore", "*head*", "--ignore", "*fc*")
+    assert found["layers"] and all(row["bits"] == 8 and row["sqnr_db"] > 10 for row in found["layers"])
+    assert all(row["why"] for row in found["float"])
+    assert cli.run([*map(str, given), "--explain"]) == 0
+    shown = capsys.readouterr().out
+    assert "in integers" in shown and "output, dB" in shown and found["layers"][0]["name"] in shown
+    assert not list(tmp_path.iterdir())
+    assert cli.run([*map(str, given)]) == 2
+    assert "pass -o PATH" in capsys.readouterr().err
+
+
 def test_quantize_export_and_measure(capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path) -> None:
     found = as_json(capsys, "quantize", saved, "--data", "sklearn:digits", "--images", 32, "-o", tmp_path / "int8")
     assert found["step"] == "quantize"

@@ -1,0 +1,60 @@
+"""explain(): what quantisation made of each layer, and why the others stay in float.
+
+Noise is measured where it is made: with y a layer's sums in the float model and y~ those of the rounded one, both on the same few images,
+
+    signal to noise = 10 log10( sum (y - E y)^2 / sum (y - y~)^2 )    dB, E over images and places, a channel
+
+The layers before have been rounded too, so that each layer shows what has come about up to it, and the one at which it falls is the one to look at. Sums
+that a ReLU cuts off afterwards count: what a layer's readers see may be less noisy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from rarefy.errors import InputError
+from rarefy.folding import weighted
+from rarefy.observing import in_lockstep
+
+IMAGES = 8
+aten = torch.ops.aten
+
+
+def noise(float_graph: fx.GraphModule, graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> dict[str, float | None]:
+    """Signal to noise (dB) of each layer's sums, by the name of its node in both graphs, on the first ``IMAGES``; None: no noise, or no signal."""
+    layers = {node.name: node for node in float_graph.graph.nodes if weighted(node)}
+    found: dict[str, float | None] = {}
+    for name, exact, value in in_lockstep(float_graph, graph, layers, tuple(one[:IMAGES] for one in inputs)):
+        axis = exact.dim() - 1 if layers[name].target is aten.linear.default else 1
+        exact = exact.movedim(axis, 0).flatten(1)
+        lost = float((exact - value.movedim(axis, 0).flatten(1)).square().sum(dtype=torch.float64))
+        signal = float((exact - exact.mean(1, keepdim=True)).square().sum(dtype=torch.float64))
+        found[name] = 10 * math.log10(signal / lost) if signal > 0 and lost > 0 else None
+    return found
+
+
+def explain(graph: nn.Module) -> dict[str, list[dict[str, Any]]]:
+    """Of a quantised graph, also of one that was loaded: ``{"layers": rows, "float": rows}``, in the order of the network.
+
+    layers: name; bits, grid of the weights; error, what rounding did to them (noise power / signal power); input, the value read, with activation_bits,
+    activation_grid and range (lo, hi); sqnr_db, signal to noise of the layer's sums. float: name, why, and sqnr_db of layers. Keys that are not known are None.
+
+    Raises InputError where nothing was quantised.
+    """
+    history: Sequence[Mapping[str, Any]] = graph.meta.get("history", []) if isinstance(graph, fx.GraphModule) else []
+    records = [record["facts"] for record in history if record.get("step") == "quantize"]
+    if not records:
+        raise InputError("the model is not quantised: nothing to explain; call quantize first (rarefy quantize --explain does both)")
+    facts = records[-1]
+    ranges = facts.get("ranges") or {}
+    keys = ("name", "bits", "grid", "error", "input", "activation_bits", "activation_grid", "sqnr_db")
+    layers = [{**{key: told.get(key) for key in keys}, "range": ranges.get(told.get("input"))} for told in facts["layers"]]
+    reasons: dict[str, str | None] = dict(facts.get("reasons") or ())
+    reasons |= {name: None for name in facts.get("float") or () if name not in reasons}
+    noisy = facts.get("float_sqnr_db") or {}
+    return {"layers": layers, "float": [{"name": name, "why": why, "sqnr_db": noisy.get(name)} for name, why in reasons.items()]}
