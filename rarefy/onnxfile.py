@@ -19,19 +19,23 @@ import torch
 from torch import fx
 
 import rarefy.kernels  # noqa: F401  registers torch.ops.rarefy
-from rarefy.capturing import example_inputs
+from rarefy.capturing import attribute, example_inputs
 from rarefy.errors import InputError, MissingDependency
 from rarefy.folding import fold_constants
 from rarefy.translating import OPSET, Untranslated, onnx_model
+
+LARGEST = 2**31 - 2**24  # bytes of weights: what protobuf takes in one message, less room for the nodes
 
 
 def write(graph: fx.GraphModule, path: str | os.PathLike[str], zero_points: bool = True) -> Path:
     """Write ``graph`` (in eval mode, layers as numbers: ``lowering.to_numbers``); returns the path.
 
-    zero_points: False leaves those out that are 0 throughout, as weights' are. Raises InputError for an operator ONNX has no form of.
+    zero_points: False leaves those out that are 0 throughout, as weights' are. Raises InputError for an operator ONNX has no form of, and for more weights than
+    a file holds.
     """
     onnx = needs("onnx")
     graph = fold_constants(graph).cpu()
+    _fits(graph)
     try:
         try:
             model = onnx_model(onnx, graph)
@@ -56,6 +60,19 @@ def needs(package: str, extra: str = "onnx") -> Any:
         return importlib.import_module(package)
     except ImportError as error:
         raise MissingDependency(package, extra) from error
+
+
+def _fits(graph: fx.GraphModule) -> None:
+    """Raises InputError for more weights than one file holds, before the time is spent on writing it."""
+    values = {str(node.target): attribute(graph, node) for node in graph.graph.nodes if node.op == "get_attr"}
+    read = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+    total = sum(value.nbytes for value in read.values())
+    if total > LARGEST:
+        name, largest = max(read.items(), key=lambda item: item[1].nbytes)
+        raise InputError(
+            f"the graph holds {total / 1e9:.2f} GB of weights (most of all {name}: {largest.nbytes / 1e9:.2f}), an ONNX file at most "
+            f"{LARGEST / 1e9:.2f} (protobuf's limit); quantise or prune it first, or leave a part out with core="
+        )
 
 
 def _exported(graph: fx.GraphModule) -> Any:

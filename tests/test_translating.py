@@ -184,6 +184,16 @@ def test_an_operator_without_a_row_goes_through_torchs_exporter(tmp_path) -> Non
     assert issubclass(Untranslated, InputError)
 
 
+def test_more_weights_than_a_file_holds_are_refused_before_it_is_written(tmp_path, monkeypatch) -> None:
+    graph = capture(nn.Linear(12, 3), torch.randn(2, *TOKENS))
+    monkeypatch.setattr(onnxfile, "LARGEST", 4 * (36 + 3))  # bytes: just enough
+    onnxfile.write(graph, tmp_path / "enough.onnx")
+    monkeypatch.setattr(onnxfile, "LARGEST", 4 * (36 + 3) - 1)
+    with pytest.raises(InputError, match=r"weight.*protobuf.*quantise or prune"):
+        onnxfile.write(graph, tmp_path / "more.onnx")
+    assert not (tmp_path / "more.onnx").exists()
+
+
 def test_constants_are_computed_once_and_a_computed_weight_is_a_weight() -> None:
     class Standardised(nn.Conv2d):
         def forward(self, x: Tensor) -> Tensor:
