@@ -3,7 +3,7 @@
     python bench/low_bits.py [--check] [--model resnet20] [--setting W4A4] [--method nearest] [--device cuda]
 
 Settings: W4A8, W4A4, W3 and W2 (activations of 8 bits). The first layer, the last one and what they read have 8 bits, as in the papers' tables; ``mixed`` chooses
-widths for an average of 4 weight bits over all layers, beside ``uniform``, all at 4. ``qat`` trains the codes of the ``nearest`` row with the float model as teacher (labels
+widths for an average of 4 weight bits over all layers, beside ``uniform``, all at 4, both rounded by ``--rounding``. ``qat`` trains the codes of the ``nearest`` row with the float model as teacher (labels
 unused). Each cell is kept in ``--work`` and skipped when it is there, and training goes on from its checkpoint: a run that was cut goes on.
 
 Top-1 with its interval, the drop paired, agreement with the float model, and the SQNR of the answers (dB). ``--check`` exits 1 unless, over the cells that were run: W4A8 by
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import real_data
 from bench.efficientnet_lite0 import sqnr, task_of
-from rarefy import capture, distill, evaluate, plugins, quantize
+from rarefy import capture, distill, evaluate, load, plugins, quantize, save
 from rarefy.errors import DataError, MissingDependency
 from rarefy.tasks import Classification
 from rarefy.terminal import show_table
@@ -62,7 +62,7 @@ def quantised(
 ) -> fx.GraphModule:
     common: dict[str, Any] = {"images": given.images, "seed": given.seed, "progress": False}
     if method in (UNIFORM, MIXED):
-        return quantize(graph, task, weights="int4" if method == UNIFORM else "mixed:bits=4", **common)
+        return quantize(graph, task, weights="int4" if method == UNIFORM else "mixed:bits=4", rounding=given.rounding, **common)
     weight_bits, activation_bits = SETTINGS[setting]
     ends = MODELS[model]
     weights = ";".join([f"int{weight_bits}", *(f"{layer}=int8" for layer in ends)])
@@ -74,9 +74,14 @@ def quantised(
 def measured(graph: fx.GraphModule, task: Classification, cell: tuple[str, str, str], given: argparse.Namespace) -> dict[str, Any]:
     model, setting, method = cell
     begun = time.perf_counter()
-    small = quantised(graph.to(given.device), task, model, setting, method, given)
+    kept = given.work / f"{'_'.join(cell).replace(' ', '-')}_graph"
+    if not kept.exists():
+        small = quantised(graph.to(given.device), task, model, setting, method, given)
+        small.meta["history"][-1]["facts"]["seconds_here"] = time.perf_counter() - begun
+        save(small, kept)
+    small = load(kept).to(given.device)  # a run that is cut while it evaluates does not round again
     facts = small.meta["history"][-1]["facts"]
-    seconds = time.perf_counter() - begun
+    seconds = facts["seconds_here"]
     if method == QAT:
         small = distill(
             small, graph, task, loss="kl", hard_weight=0.0, weight_decay=0.0, steps=given.steps, batch_size=given.batch_size, lr=given.lr, clip=given.clip, device=given.device,
@@ -144,6 +149,7 @@ def main() -> int:
     option("--method", action="append", choices=(*RULES, QAT, UNIFORM, MIXED))
     option("--images", type=int, default=256, help="to calibrate on")
     option("--limit", type=int, help="so many labelled images only, for a trial")
+    option("--rounding", default="adaround", choices=RULES, help="of the rows uniform and mixed")
     option("--steps", type=int, help="of training; default: 400 on a CPU, 4,000 on a GPU")
     option("--batch-size", type=int, default=64)
     option("--lr", type=float, default=0.01)

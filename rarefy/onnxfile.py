@@ -1,6 +1,6 @@
 """The ONNX file that runtimes read: the graph by the table of ``translating``, or, where an operator has no row there, by torch's exporter.
 
-Opset 20, batch free, int8 codes as initialisers, no metadata, so that the same graph gives the same bytes. A mean over the plane is
+Opset 20 (21 where codes of 4 bits are stored), batch free, int8 codes as initialisers, no metadata, so that the same graph gives the same bytes. A mean over the plane is
 GlobalAveragePool (runtimes have no integer ReduceMean), and zeros that only convolutions read are their own padding.
 """
 
@@ -27,18 +27,19 @@ from rarefy.translating import OPSET, Untranslated, onnx_model
 LARGEST = 2**31 - 2**24  # bytes of weights: what protobuf takes in one message, less room for the nodes
 
 
-def write(graph: fx.GraphModule, path: str | os.PathLike[str], zero_points: bool = True) -> Path:
+def write(graph: fx.GraphModule, path: str | os.PathLike[str], zero_points: bool = True, four_bits: bool = False) -> Path:
     """Write ``graph`` (in eval mode, layers as numbers: ``lowering.to_numbers``); returns the path.
 
-    zero_points: False leaves those out that are 0 throughout, as weights' are. Raises InputError for an operator ONNX has no form of, and for more weights than
-    a file holds.
+    zero_points: False leaves those out that are 0 throughout, as weights' are. four_bits: linear layers of floats whose weights have up to 4 bits store them
+    two a byte (opset 21), which a runtime may multiply by as they are. Raises InputError for an operator ONNX has no form of, and for more weights than a
+    file holds.
     """
     onnx = needs("onnx")
     graph = fold_constants(graph).cpu()
     _fits(graph)
     try:
         try:
-            model = onnx_model(onnx, graph)
+            model = onnx_model(onnx, graph, four_bits)
         except Untranslated:
             model = _exported(graph)
     except Exception as error:

@@ -19,16 +19,21 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 import rarefy.kernels  # noqa: F401  registers torch.ops.rarefy
 from rarefy.capturing import attribute, is_tensor, shapes
 from rarefy.errors import InputError
+from rarefy.lowering import is_decoded
+from rarefy.packing import pack
 
 aten = torch.ops.aten
 OPERATORS = torch.ops.rarefy
 OPSET, IR_VERSION = 20, 10
+OPSET_OF_4_BITS = 21  # INT4, UINT4, and scales of blocks
+_BLOCKS = (16, 32, 64, 128, 256)  # that runtimes have a product with codes of 4 bits for
 _BATCHES = (3, 8)
 _LAST = 2**63 - 1
 
@@ -40,8 +45,9 @@ class Untranslated(InputError):
 class Writer:
     """Collects ONNX nodes and constants. ``known``: what a node yields for the first of two batch sizes; ``moved``: for the other."""
 
-    def __init__(self, onnx: Any, graph: fx.GraphModule):
-        self.onnx, self.graph = onnx, graph
+    def __init__(self, onnx: Any, graph: fx.GraphModule, four_bits: bool = False):
+        self.onnx, self.graph, self.four_bits = onnx, graph, four_bits
+        self.in_4_bits: set[str] = set()
         self.known, self.moved = (shapes(graph, batch) for batch in _BATCHES)
         self.nodes: list[Any] = []
         self.initializers: dict[str, Tensor] = {}
@@ -70,6 +76,19 @@ class Writer:
             self.taken.add(name)
             self.initializers[name] = value
         return name
+
+    def stored_in_4_bits(self, name: str, codes: Tensor) -> str:
+        """An initialiser of codes of up to 4 bits, two a byte."""
+        self.in_4_bits.add(name)
+        return self.stored(name, codes)
+
+    def initializer(self, name: str) -> Any:
+        """As ONNX has it."""
+        tensor = self.initializers[name]
+        if name not in self.in_4_bits:
+            return self.onnx.numpy_helper.from_array(_numpy(tensor), name)
+        kind = self.onnx.TensorProto.INT4 if tensor.dtype == torch.int8 else self.onnx.TensorProto.UINT4
+        return self.onnx.TensorProto(name=name, data_type=kind, dims=tensor.shape, raw_data=_numpy(pack(tensor, 4)).tobytes())
 
     def constant(self, value: Any, dtype: torch.dtype = torch.int64) -> str:
         """A number or a list of them, as a tensor of that type."""
@@ -153,9 +172,9 @@ class Writer:
         return str(self.op("Slice", [name, self.vector([start]), self.vector([end]), self.constant([axis]), self.constant([step])]))
 
 
-def onnx_model(onnx: Any, graph: fx.GraphModule) -> Any:
-    """The ONNX model of ``graph`` (in eval mode, on the CPU, constants folded). Raises Untranslated."""
-    writer = Writer(onnx, graph)
+def onnx_model(onnx: Any, graph: fx.GraphModule, four_bits: bool = False) -> Any:
+    """The ONNX model of ``graph`` (in eval mode, on the CPU, constants folded); ``four_bits``: as in ``onnxfile.write``. Raises Untranslated."""
+    writer = Writer(onnx, graph, four_bits)
     helper = onnx.helper
     inputs: list[Any] = []
     outputs: list[Any] = []
@@ -188,10 +207,11 @@ def onnx_model(onnx: Any, graph: fx.GraphModule) -> Any:
         if read.intersection(made.output):
             read.update(made.input)
             nodes.append(made)
-    initializers = [onnx.numpy_helper.from_array(_numpy(tensor), name) for name, tensor in writer.initializers.items() if name in read]
+    initializers = [writer.initializer(name) for name in writer.initializers if name in read]
+    opset = OPSET_OF_4_BITS if read & writer.in_4_bits else OPSET
     model = helper.make_model(
         helper.make_graph(nodes[::-1], "main_graph", inputs, outputs, initializers),
-        opset_imports=[helper.make_opsetid("", OPSET)],
+        opset_imports=[helper.make_opsetid("", opset)],
         ir_version=IR_VERSION,
     )
     return model
@@ -407,13 +427,15 @@ def _dequantize(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:
 def _dequantize_groups(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:
     """Codes cut into groups, times their scales, put together: constants that a runtime computes when it opens the file."""
     codes, scale, zero = (attribute(w.graph, g[name]) for name in ("q", "scale", "zero_point"))
-    out, groups = scale.shape[:2]
-    if (groups > 1 and codes.shape[1] != groups * g["group"]) or zero.dim():
-        raise Untranslated(f"{node.name}: groups of {g['group']} that do not divide {codes.shape[1]} inputs, or with zero points")
-    name = str(g["q"].target)
-    cut = w.op("Cast", [w.stored(f"{name}_grouped", codes.reshape(out, groups, -1))], to=1)
-    product = w.op("Mul", [str(cut), w.stored(f"{g['scale'].target}_grouped", scale.reshape(out, groups, 1))])
-    return str(w.op("Reshape", [str(product), w.constant(list(codes.shape), torch.int64)]))
+    (out, groups), name = scale.shape[:2], str(g["q"].target)
+    missing = groups * max(g["group"], 1) - codes.shape[1] if groups > 1 else 0  # of the last group, which may be shorter
+    cut = F.pad(codes, (*[0, 0] * (codes.dim() - 2), 0, missing)).reshape(out, groups, -1)
+    number = str(w.op("Cast", [w.stored(f"{name}_grouped", cut)], to=1))
+    if zero.any():
+        number = str(w.op("Sub", [number, w.stored(f"{g['zero_point'].target}_grouped", zero.float().reshape(*zero.shape[:2], 1))]))
+    number = str(w.op("Mul", [number, w.stored(f"{g['scale'].target}_grouped", scale.reshape(out, groups, 1))]))
+    whole = str(w.op("Reshape", [number, w.constant([out, codes.shape[1] + missing, *codes.shape[2:]], torch.int64)]))
+    return w.sliced(whole, 1, 0, codes.shape[1]) if missing else whole
 
 
 # --- layers
@@ -453,11 +475,43 @@ def _transposed_convolution(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:
 
 def _linear(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:
     x = w.value(g["input"])
+    if (weight := _weight_in_4_bits(w, node, g)) is not None:
+        product = str(w.op("MatMul", [x, weight]))
+        return product if g["bias"] is None else str(w.op("Add", [product, w.value(g["bias"])]))
     if w.rank(g["input"]) == 2:
         inputs = [w.value(g[key]) for key in ("weight", "bias") if g[key] is not None]
         return str(w.op("Gemm", [x, *inputs], transB=1))
     product = str(w.op("MatMul", [x, _turned(w, g["weight"])]))
     return product if g["bias"] is None else str(w.op("Add", [product, w.value(g["bias"])]))
+
+
+def _weight_in_4_bits(w: Writer, node: fx.Node, g: dict[str, Any]) -> str | None:
+    """The weight (in, out), decoded from codes of 4 bits and a scale for each block of inputs; None where a runtime has no product of floats with those.
+
+    One scale an output is written as one for each of its blocks.
+    """
+    decoded = g["weight"]
+    if not w.four_bits or not is_decoded(decoded) or is_decoded(g["input"]) or is_decoded(g["bias"]):
+        return None
+    codes, scale, zero, axis, group = (*decoded.args, 0)[:5]
+    if codes.op != "get_attr" or w.graph.meta.get("bits", {}).get(str(codes.target), 8) > 4 or (not group and axis not in (0, None)):
+        return None
+    stored, scales, zeros = (attribute(w.graph, source) for source in (codes, scale, zero))
+    outs, ins = stored.shape
+    block = group or next((size for size in _BLOCKS if size >= ins), _BLOCKS[-1])
+    if block not in _BLOCKS:
+        return None
+    sizes = (outs, -(-ins // block))
+    name = str(codes.target)
+    inputs = [
+        w.stored_in_4_bits(f"{name}_in_4_bits", stored.t()),
+        w.stored(f"{name}_blocks", (scales if group else scales.reshape(-1, 1)).expand(sizes).t()),
+    ]
+    if zeros.any():
+        inputs.append(
+            w.stored_in_4_bits(f"{name}_zeros_in_4_bits", (zeros if group or not zeros.dim() else zeros.reshape(-1, 1)).expand(sizes).t())
+        )
+    return str(w.op("DequantizeLinear", inputs, axis=0, block_size=block))
 
 
 def _turned(w: Writer, weight: fx.Node) -> str:

@@ -56,6 +56,46 @@ def test_the_file_computes_it(weights: str, graph, tmp_path) -> None:
     assert torch.allclose(runtime.open(file)(x), small(x), atol=1e-5)
 
 
+class Linears(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(72, 64), nn.Linear(64, 48, bias=False), nn.Linear(48, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(self.b(self.a(x).relu()).mean(1))
+
+
+@pytest.mark.parametrize("weights", ["int4", "uint4", "int2", "int4:group=16", "uint4:group=32", "uint3:group=32"])
+def test_linear_layers_are_multiplied_by_codes_of_4_bits(weights: str, tmp_path) -> None:
+    """No kernel but MatMulNBits has weights, and the file has half a byte for each, where int8 has a whole one."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 5, 72)
+    small = quantize(capture(Linears().eval(), x), weights=weights, activations="float", progress=False)
+    runtime = plugins.resolve("runtimes", "onnxruntime:threads=1")
+    file = runtime.export(small, tmp_path / "small.onnx")
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(file)
+    onnx.checker.check_model(model)
+    assert model.opset_import[0].version == 21
+    codes = [tensor for tensor in model.graph.initializer if tensor.name.endswith("_codes_in_4_bits")]
+    assert [2 * len(tensor.raw_data) for tensor in codes] == [72 * 64, 64 * 48, 48 * 10]
+    assert torch.allclose(runtime.open(file)(x), small(x), atol=1e-5)
+    made = runtime.integer_islands(file)["all"]
+    assert "MatMulNBits" in made and not {"MatMul", "Gemm", "FusedMatMul"}.intersection(made)
+
+
+@pytest.mark.parametrize("weights", ["int4:group=20", "uint4:group=20", "int8:group=16"])
+def test_groups_without_a_kernel_compute_the_same(weights: str, tmp_path) -> None:
+    """Groups of 20 do not divide 72 inputs, and no runtime has a block of 20: numbers decoded, opset as for any file."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 5, 72)
+    small = quantize(capture(Linears().eval(), x), weights=weights, activations="float", progress=False)
+    runtime = plugins.resolve("runtimes", "onnxruntime:threads=1")
+    file = runtime.export(small, tmp_path / "small.onnx")
+    assert pytest.importorskip("onnx").load(file).opset_import[0].version == 20
+    assert torch.allclose(runtime.open(file)(x), small(x), atol=1e-5)
+
+
 def test_wrong_requests(graph) -> None:
     for message, options in {
         "looks at weights alone": {"rounding": "gptq"},

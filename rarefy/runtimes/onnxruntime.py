@@ -8,6 +8,9 @@ addition that saturates (``rarefy.quantizing``), and a mean over the plane must 
 Width: its integer convolution handles 16 output channels at a time and the rest one by one, so that fewer than 16 cost more than 16 (3x3,
 16 channels in, 32x32: 37 us for 8 out, 25 us for 16). Such a layer, where only convolutions read it, is written with zero filters up to 16, and
 its readers with zero weights for them: the same answers.
+
+Weights alone in 4 bits or fewer: linear layers are written as DequantizeLinear of INT4 or UINT4 in blocks, which it melts into MatMulNBits; it has no such
+kernel for convolutions, which keep int8 codes and are decoded. By itself it then rounds activations to int8 a block; ``Session`` asks for float products.
 """
 
 from __future__ import annotations
@@ -87,7 +90,7 @@ class OnnxRuntime:
 
     def export(self, graph: fx.GraphModule, path: str | os.PathLike[str]) -> Path:
         """Write ``graph`` (in eval mode) as an ONNX file. Raises InputError for an operator ONNX has no form of."""
-        return onnxfile.write(_widened(to_numbers(graph)), path)
+        return onnxfile.write(_widened(to_numbers(graph)), path, four_bits=True)
 
     def open(self, path: str | os.PathLike[str]) -> Session:
         """The file, ready to run."""
@@ -170,6 +173,7 @@ class Session:
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         options.add_session_config_entry("session.force_spinning_stop", "1")  # else its idle threads take the cores of what runs next
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # float32: what the graph computes
         if optimized is not None:
             options.optimized_model_filepath = os.fspath(optimized)
         if profile is not None:
