@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import rarefy.kernels
-from rarefy import allocating, explaining, gating, grids, patches, plugins, rewriting, weight_only
+from rarefy import allocating, explaining, gating, grids, patches, plugins, reconstruction, rewriting, weight_only
 from rarefy.capturing import as_graph, attribute, device_of, finish, share_copy
 from rarefy.errors import InputError
 from rarefy.folding import equalize as equalize_ranges
@@ -37,7 +37,7 @@ from rarefy.observing import Average, Observed, observe
 from rarefy.placing import Placement, place
 from rarefy.prefix import Prefix
 from rarefy.progress import track
-from rarefy.rounding import Layer, OfLayers, Sample
+from rarefy.rounding import Block, Layer, OfBlocks, OfLayers, Sample
 
 GATES = (None, "latency")
 MEMORY = 5e8  # bytes of activations of all images that the rounding of layers may keep
@@ -123,7 +123,7 @@ def quantize(
         own_grid[node] = dataclasses.replace(own, bits=min(own.bits, runtime.weight_bits))
         rewriting.own_bias(graph, node)
     pairs = equalize_ranges(graph) if equalize else 0
-    walks = correct_bias or isinstance(rounder, OfLayers)
+    walks = correct_bias or isinstance(rounder, (OfLayers, OfBlocks))
     total = math.ceil(images / batch_size) if batches is None else None
     seen = observe(
         graph,
@@ -146,15 +146,18 @@ def quantize(
     run = _Rounding(graph, float_graph, seen, rounder, correct_bias, torch.Generator().manual_seed(seed))
     facts = []
     grid_of = {value.name: own for value, own in value_grids.items()}
-    for node in track(placement.layers, len(placement.layers), "round", progress and walks):
-        own = own_grid[node]
-        assert own is not None
-        weight_rule = given_rule or plugins.resolve("calibration", "minmax" if own.bits == 8 else "mse")
-        fact = run.round(node, own, weight_rule)
-        facts.append(
-            fact | {"activation_bits": grid_of[fact["input"]].bits, "grid": str(own), "activation_grid": str(grid_of[fact["input"]])}
-        )
-        if correct_bias:
+    blocks = run.blocks(placement.layers)
+    for index, block in enumerate(track(blocks, len(blocks), "round", progress and walks)):
+        chosen: list[tuple[grids.Format, Any]] = []
+        for node in block:
+            own = own_grid[node]
+            assert own is not None
+            chosen.append((own, given_rule or plugins.resolve("calibration", "minmax" if own.bits == 8 else "mse")))
+        made = run.round(block, chosen, blocks[index + 1][0] if index + 1 < len(blocks) else None)
+        for node, fact in zip(block, made, strict=True):
+            read = grid_of[fact["input"]]
+            facts.append(fact | {"activation_bits": read.bits, "grid": str(own_grid[node]), "activation_grid": str(read)})
+        for node in block if correct_bias else ():
             run.correct_bias(node)
     noise = explaining.noise(float_graph, graph, seen.batches[0])
     graph = to_integers(finish(graph))
@@ -195,7 +198,7 @@ def quantize(
                     for node in float_graph.graph.nodes
                     if weighted(node) and node.name in noise and node.name not in integer
                 },
-                "ranges": {value.name: list(ranges[value]) for value in placement.values},
+                "ranges": {value.name: [end * run.learned.get(value.name, 1.0) for end in ranges[value]] for value in placement.values},
                 **({} if verdict is None else {"gate": verdict, "timing": {"gate": verdict.pop("timed")}}),
             },
         }
@@ -236,24 +239,64 @@ class _Rounding:
         self.float_prefix = Prefix(float_graph, seen.batches, MEMORY / 2, device)
         self.twins = {node.name: node for node in float_graph.graph.nodes}
         self.means = {node.name: mean for node, mean in seen.means.items()}
+        self.marks: frozenset[str] = frozenset()
+        self.learned: dict[str, float] = {}  # value -> what its scale was multiplied by
 
-    def round(self, node: fx.Node, grid: grids.Format, rule: Any) -> dict[str, Any]:
-        """Codes in place of the layer's weight and bias; facts about it."""
-        source = node.args[1]
-        weight = attribute(self.graph, source).detach()
-        scale = rule.weight_scale(grids.rows(weight, grid), grid).float().expand(weight.shape[0])
-        scale = torch.maximum(scale, rewriting.least_scale(self.graph, node))
-        wide = scale.view(-1, *[1] * (weight.dim() - 1))
-        name = str(source.target).rpartition(".")[0] or str(source.target)
-        if isinstance(self.rounder, OfLayers):
-            groups = patches.groups_of(node)
-            rows = weight.float().reshape(groups, weight.shape[0] // groups, -1)
-            samples = self._samples(node, weight.shape, groups, self.rounder.reads)
-            layer = Layer(name, rows, scale.view(groups, -1, 1), grid, samples, self.centered)
-            codes = self.rounder.layer_codes(layer, self.generator).reshape(weight.shape).to(grid.dtype)
+    def blocks(self, layers: Sequence[fx.Node]) -> list[list[fx.Node]]:
+        """``layers`` as they are rounded: one by one, or those of a block together."""
+        if not isinstance(self.rounder, OfBlocks):
+            return [[node] for node in layers]
+        own = {node.name: node for node in layers}
+        found, self.marks = reconstruction.together(self.float_prefix.graph, [self.twins[name] for name in own])
+        return [[own[twin.name] for twin in block] for block in found]
+
+    def round(self, block: Sequence[fx.Node], chosen: Sequence[tuple[grids.Format, Any]], before: fx.Node | None) -> list[dict[str, Any]]:
+        """Codes in place of the layers' weights and biases; facts about each. chosen: grid and scale rule of each; before: the layer after them."""
+        steps = [self._scale(node, grid, rule) for node, (grid, rule) in zip(block, chosen, strict=True)]
+        own = [grid for grid, _ in chosen]
+        if isinstance(self.rounder, OfBlocks):
+            codes = self._together(block, own, steps, before)
         else:
-            codes = self.rounder.codes(weight.float() / wide, grid, self.generator)
-        error = (codes.float() * wide - weight).double().square().sum() / weight.double().square().sum().clamp_min(1e-30)
+            codes = [self._alone(block[0], own[0], steps[0])]
+        return [self._put(*one) for one in zip(block, own, steps, codes, strict=True)]
+
+    def _scale(self, node: fx.Node, grid: grids.Format, rule: Any) -> Tensor:
+        weight = attribute(self.graph, node.args[1]).detach()
+        scale: Tensor = rule.weight_scale(grids.rows(weight, grid), grid).float().expand(weight.shape[0])
+        return torch.maximum(scale, rewriting.least_scale(self.graph, node))
+
+    def _alone(self, node: fx.Node, grid: grids.Format, scale: Tensor) -> Tensor:
+        weight = attribute(self.graph, node.args[1]).detach()
+        if not isinstance(self.rounder, OfLayers):
+            return self.rounder.codes(weight.float() / _wide(scale, weight), grid, self.generator)  # type: ignore[no-any-return]
+        groups = patches.groups_of(node)
+        rows = weight.float().reshape(groups, weight.shape[0] // groups, -1)
+        samples = self._samples(node, weight.shape, groups, self.rounder.reads)
+        layer = Layer(layer_name(node), rows, scale.view(groups, -1, 1), grid, samples, self.centered)
+        return self.rounder.layer_codes(layer, self.generator).reshape(weight.shape).to(grid.dtype)
+
+    def _together(
+        self, block: Sequence[fx.Node], own: Sequence[grids.Format], steps: Sequence[Tensor], before: fx.Node | None
+    ) -> list[Tensor]:
+        stretch = reconstruction.Stretch(self.graph, self.float_prefix.graph, block, before, self.marks)
+        inputs, float_inputs, outputs, images = stretch.gather(self.prefix, self.float_prefix, MEMORY)
+        weights = [attribute(self.graph, node.args[1]).detach().float() for node in block]
+        scales = [attribute(self.graph, quantize.args[1]) for quantize in stretch.scales.values()]
+        wide = [_wide(step, weight) for step, weight in zip(steps, weights, strict=True)]
+        task = Block(
+            layer_name(block[0]), weights, wide, own, scales, inputs, float_inputs, outputs, images, stretch.run, reconstruction.batch_of
+        )
+        codes, learned = self.rounder.reconstruct(task, self.generator)
+        for name, scale, value in zip(stretch.scales, scales, learned, strict=True):
+            self.learned[name.split(".")[1]] = float(value / scale)
+            scale.copy_(value)
+        return [code.to(grid.dtype) for code, grid in zip(codes, own, strict=True)]
+
+    def _put(self, node: fx.Node, grid: grids.Format, scale: Tensor, codes: Tensor) -> dict[str, Any]:
+        source: Any = node.args[1]
+        weight = attribute(self.graph, source).detach()
+        error = (codes.float() * _wide(scale, weight) - weight).double().square().sum() / weight.double().square().sum().clamp_min(1e-30)
+        name = layer_name(node)
         rewriting.put_codes(self.graph, node, codes, scale)
         return {
             "name": name,
@@ -294,6 +337,11 @@ class _Rounding:
                 yield Sample(x, other, y)
 
         return gathered
+
+
+def _wide(scale: Tensor, weight: Tensor) -> Tensor:
+    """(outputs,) so that it broadcasts to the weight."""
+    return scale.view(-1, *[1] * (weight.dim() - 1))
 
 
 def _columns(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
     codes(scaled, grid, generator) -> codes                  looks at the weights only: scaled = w / s
     layer_codes(layer, generator) -> codes                   looks at what a layer reads and should make (``Layer``)
-    reconstruct(block, generator)                            rounds all layers of a block together (``rarefy.rounding.brecq``)
+    reconstruct(block, generator) -> codes, scales           rounds all layers of a block together (``Block``)
 
 The layers before have been rounded already, so that each rule mends their errors along with its own.
 """
@@ -10,8 +10,8 @@ The layers before have been rounded already, so that each rule mends their error
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -47,6 +47,28 @@ class Layer:
         return self.grid.snap(weight / scale)
 
 
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Layers between two values that all work passes through. weights: float32, as the layers read them; steps: their scales, which broadcast to that.
+
+    scales: () of the activations rounded inside. inputs: (images, ...) from the rounded blocks before (what is no tensor as it is); float_inputs: the same from the
+    float model, None where there is no such value; outputs: (images, ...) of the float block.
+    run: the output for (part of the inputs, numbers for weights, scales, mix), where mix(rounded, exact) stands for each rounded activation; part: of values, some images.
+    """
+
+    name: str
+    weights: Sequence[Tensor]
+    steps: Sequence[Tensor]
+    grids: Sequence[Format]
+    scales: Sequence[Tensor]
+    inputs: Sequence[Any]
+    float_inputs: Sequence[Any]
+    outputs: Tensor
+    images: int
+    run: Callable[[Sequence[Any], Sequence[Tensor], Sequence[Tensor], Callable[[Tensor, Tensor], Tensor] | None], Tensor]
+    part: Callable[[Sequence[Any], Tensor, int], list[Any]]
+
+
 @runtime_checkable
 class OfWeights(Protocol):
     def codes(self, scaled: Tensor, grid: Format, generator: torch.Generator) -> Tensor: ...
@@ -59,3 +81,10 @@ class OfLayers(Protocol):
     reads: frozenset[str]
 
     def layer_codes(self, layer: Layer, generator: torch.Generator) -> Tensor: ...
+
+
+@runtime_checkable
+class OfBlocks(Protocol):
+    """Codes of each weight, and activation scales in place of ``Block.scales``."""
+
+    def reconstruct(self, block: Block, generator: torch.Generator) -> tuple[list[Tensor], list[Tensor]]: ...

@@ -1,0 +1,147 @@
+"""Block reconstruction: which layers are rounded together, the stretch of a graph as a function, and what it is worth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rarefy import plugins, reconstruction
+from rarefy.capturing import capture
+from rarefy.errors import InputError
+from rarefy.folding import fold, layer_name, weighted
+from rarefy.quantizing import quantize
+
+BRECQ = "brecq:steps=100,lr=0.03"
+
+
+class Unit(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(channels, channels, 3, 1, 1), nn.Conv2d(channels, channels, 3, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x + self.second(self.first(x).relu())).relu()
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.two, self.head = nn.Conv2d(3, 12, 3, 1, 1), Unit(12), Unit(12), nn.Linear(12, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.two(self.one(self.stem(x).relu())).mean((2, 3)))
+
+
+class PreNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.norm = nn.Conv2d(3, 16, 4, 4), nn.LayerNorm(16)
+        self.wide, self.narrow, self.head = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = x + self.narrow(nn.functional.gelu(self.wide(self.norm(x))))
+        return self.head(x.mean(1))
+
+
+def plain() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 3, 1, 1),
+        nn.ReLU(),
+        nn.Conv2d(12, 12, 3, 2, 1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(12, 10),
+    )
+
+
+def images(seed: int, count: int = 6) -> list[torch.Tensor]:
+    """Smooth, so that layers read correlated values."""
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.functional.interpolate(torch.randn(16, 3, 4, 4, generator=generator), size=(12, 12), mode="bilinear") for _ in range(count)]
+
+
+def graph_of(model: nn.Module) -> Any:
+    return capture(model.eval(), torch.zeros(2, 3, 12, 12))
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (Residual, [["stem"], ["one.first", "one.second"], ["two.first", "two.second"], ["head"]]),
+        (PreNorm, [["patch"], ["wide", "narrow"], ["head"]]),
+        (plain, [["0"], ["2"], ["6"]]),
+    ],
+)
+def test_layers_between_two_cuts_go_together(make: Any, expected: list[list[str]]) -> None:
+    graph = fold(graph_of(make()))
+    found, _ = reconstruction.together(graph, [node for node in graph.graph.nodes if weighted(node)])
+    assert [[layer_name(node) for node in block] for block in found] == expected
+
+
+class Spy:
+    """Rounds to nearest, and keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def reconstruct(self, block: Any, generator: torch.Generator) -> Any:
+        codes = [grid.snap(w / step) for w, step, grid in zip(block.weights, block.steps, block.grids)]
+        numbers = [code * step for code, step in zip(codes, block.steps)]
+        exact = block.run(block.float_inputs, block.weights, block.scales, lambda rounded, exact: exact)
+        self.seen.append((block, block.run(block.inputs, numbers, block.scales, None), exact))
+        return codes, list(block.scales)
+
+
+@pytest.mark.parametrize("make", [Residual, plain])
+def test_a_stretch_unrounded_is_the_float_block_and_rounded_what_the_network_computes(make: Any) -> None:
+    torch.manual_seed(0)
+    graph, spy = graph_of(make()), Spy()
+    small = quantize(graph, batches=images(0), rounding=spy, correct_bias=False, progress=False)
+    nearest = quantize(graph, batches=images(0), correct_bias=False, progress=False)
+    assert all(torch.equal(value, nearest.state_dict()[name]) for name, value in small.state_dict().items())
+    assert len(spy.seen) > 2
+    for block, _, exact in spy.seen:
+        assert block.images == 96 and all(value is not None for value in block.float_inputs)
+        assert torch.allclose(exact, block.outputs, atol=1e-5)
+    for (_, rounded, _), (after, _, _) in zip(spy.seen, spy.seen[1:]):  # but for the bias, which is not rounded yet
+        read = after.inputs[0]
+        assert rounded.shape == read.shape and float(((rounded - read).abs() > 1e-6).float().mean()) < 0.01
+
+
+@pytest.mark.parametrize("make", [Residual, PreNorm, plain])
+@pytest.mark.parametrize(("weights", "activations"), [("int3", "uint8"), ("int4", "uint4")])
+def test_answers_come_nearer_on_images_it_has_not_seen_and_the_same_for_a_seed(make: Any, weights: str, activations: str) -> None:
+    torch.manual_seed(0)
+    graph, held_out = graph_of(make()), torch.cat(images(1))
+    wanted = graph(held_out).detach()
+
+    def error(rounding: str, seed: int = 0) -> tuple[float, Any]:
+        small = quantize(graph, batches=images(0), weights=weights, activations=activations, rounding=rounding, seed=seed, progress=False)
+        return float((small(held_out) - wanted).square().mean()), small.state_dict()
+
+    (ours, first), (nearest, _) = error(BRECQ), error("nearest")
+    assert ours < 0.95 * nearest
+    if make is plain and weights == "int3":
+        again, other = error(BRECQ)[1], error(BRECQ, seed=1)[1]
+        assert all(torch.equal(value, again[name]) for name, value in first.items())
+        assert any(not torch.equal(value, other[name]) for name, value in first.items())
+
+
+def test_a_block_is_never_worse_than_nearest_on_its_images() -> None:
+    torch.manual_seed(0)
+    graph = graph_of(Residual())
+    wild = quantize(graph, batches=images(0), weights="int3", rounding="brecq:steps=3,lr=50,strength=0", correct_bias=False, progress=False)
+    nearest = quantize(graph, batches=images(0), weights="int3", correct_bias=False, progress=False)
+    wanted = graph(torch.cat(images(0)))
+    assert (wild(torch.cat(images(0))) - wanted).square().mean() <= 1.1 * (nearest(torch.cat(images(0))) - wanted).square().mean()
+
+
+@pytest.mark.parametrize("text", ["brecq:steps=0", "brecq:drop=1", "brecq:lr=0", "brecq:batch=0"])
+def test_options_out_of_range_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match="brecq"):
+        plugins.resolve("rounding", text)
