@@ -5,18 +5,21 @@ of each node's output must equal what the small one computes, up to rounding: ``
 sums here are below 1e6 terms). Where an operator takes a statistic over a pruned axis (layer norm), zeros would count, so there the
 large graph computes on what is kept: that is the definition of pruning such a layer. Parameters must be equal bit for bit.
 
-What this check cannot see: behaviour at other batch sizes, and in training mode.
+Memory: weights are widened to float64 where they are read, activations are let go after their last use, and tensors are compared a piece at a
+time. What this check cannot see: behaviour at other batch sizes, and in training mode.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from rarefy.capturing import attribute, example_inputs
 from rarefy.counting import operator_name
@@ -35,6 +38,7 @@ class Difference:
 
 
 TOLERANCE = 1e-9
+PIECE = 1 << 20  # numbers that are compared at a time: what they need on the way stays in the cache
 
 
 @torch.no_grad()
@@ -52,6 +56,7 @@ def check(coupling: Coupling, small: fx.GraphModule, alive: Tensor, seed: int = 
     remaining = [node for node in small.graph.nodes if node.op != "output"]
     position = {node: index for index, node in enumerate(remaining)}
     weights = {name for row in coupling.rows if row.produces for name in row.names}
+    sizes: dict[fx.Node, float] = {}  # the magnitude of each activation of the large graph
     done, largest, compared = 0, 0.0, 0
     for node in graph.graph.nodes:
         if node.op == "output":
@@ -79,10 +84,11 @@ def check(coupling: Coupling, small: fx.GraphModule, alive: Tensor, seed: int = 
             wide[node] = _run(graph, node, wide) if node.target in weights else _masked(coupling, node, new, wide, alive)
             continue
         wide[node] = _masked(coupling, node, new, wide, alive)
-        apart, count = _compare(coupling, node, wide, narrow[new], alive, where)
+        apart, count = _compare(coupling, node, wide, narrow[new], alive, where, sizes)
         largest, compared = max(largest, apart), compared + count
         for finished in last.get(node, ()):
             wide.pop(finished, None)
+            sizes.pop(finished, None)
             narrow.pop(pairs[finished.name], None) if finished.name in pairs else None
     return Difference(largest, compared, sum(1 for node in coupling.statistics if node.name in pairs))
 
@@ -105,10 +111,10 @@ def _double(value: Any) -> Any:
 
 
 def _run(graph: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    """One node, in eval mode, floats as float64."""
+    """One node, in eval mode, floats as float64: those of a parameter where it is read, because graphs name all of them first."""
     if node.op == "get_attr":
-        return False if node.target == "training" else _double(attribute(graph, str(node.target)))
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: values[source])
+        return False if node.target == "training" else attribute(graph, str(node.target))
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: _double(values[source]))
     args, kwargs = fx.node.map_aggregate((args, kwargs), _wider)
     return _double(node.target(*args, **kwargs))  # type: ignore[operator]
 
@@ -129,10 +135,18 @@ def _masked(coupling: Coupling, node: fx.Node, new: fx.Node, wide: dict[fx.Node,
         return [_spread(coupling.kept(part, alive), part.shape, output) for part, output in zip(value, outputs, strict=True)]
     result = _run(coupling.graph, node, wide)
     if isinstance(value, Value):
-        return _zeroed(coupling.kept(value, alive), result)
+        alone = node.op != "get_attr" and result.is_contiguous() and not _shares(result, node, wide)
+        return _zeroed(coupling.kept(value, alive), result, alone)
     if isinstance(value, list):
         return [_zeroed(coupling.kept(part, alive), output) for part, output in zip(value, result, strict=True)]
     return result
+
+
+def _shares(result: Tensor, node: fx.Node, wide: dict[fx.Node, Any]) -> bool:
+    """Is it a view of what the node reads?"""
+    read = pytree.tree_leaves([wide[source] for source in node.all_input_nodes])
+    place = result.untyped_storage().data_ptr()
+    return any(isinstance(one, Tensor) and one.untyped_storage().data_ptr() == place for one in read)
 
 
 def _sources(node: fx.Node) -> list[fx.Node]:
@@ -153,12 +167,14 @@ def _selected(kept: Kept, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _zeroed(kept: Kept, tensor: Tensor) -> Tensor:
+def _zeroed(kept: Kept, tensor: Tensor, own: bool = False) -> Tensor:
+    """own: nobody else reads this memory, so it is set to zero in place."""
     for axis, index in enumerate(kept):
         if index is not None:
             gone = torch.ones(tensor.shape[axis], dtype=torch.bool)
             gone[index] = False
-            tensor = tensor.index_fill(axis, gone.nonzero().flatten().to(tensor.device), 0)
+            places = gone.nonzero().flatten().to(tensor.device)
+            tensor = tensor.index_fill_(axis, places, 0) if own else tensor.index_fill(axis, places, 0)
     return tensor
 
 
@@ -181,27 +197,68 @@ def _magnitude(tensor: Any) -> float:
     """Largest finite absolute value."""
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or not tensor.numel():
         return 0.0
-    return float(tensor.abs().nan_to_num(0, 0, 0).amax())
+    found = _extent(tensor)
+    return found if math.isfinite(found) else _extent(tensor.nan_to_num(0, 0, 0))
 
 
-def _compare(coupling: Coupling, node: fx.Node, wide: dict[fx.Node, Any], small: Any, alive: Tensor, where: str) -> tuple[float, int]:
-    """The largest difference relative to the magnitude of the node's activations, and the number of tensors compared."""
+def _extent(tensor: Tensor) -> float:
+    """The largest absolute value; NaN where there is one."""
+    low, high = tensor.aminmax()
+    return float(torch.maximum(-low, high))
+
+
+def _pieces(kept: Kept, full: Tensor, small: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """What is kept of ``full`` beside ``small``, in pieces along the longest axis of which nothing is lost."""
+    whole = [axis for axis, index in enumerate(kept) if index is None]
+    axis = max(whole, key=lambda axis: full.shape[axis], default=None)
+    if axis is None or full.numel() <= PIECE:
+        yield _selected(kept, full), small
+        return
+    length = max(1, PIECE * full.shape[axis] // full.numel())
+    for one, other in zip(full.split(length, axis), small.split(length, axis), strict=True):
+        yield _selected(kept, one), other
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    """The largest difference; where something is not finite, it must be the same."""
+    found = _extent(one - other) if one.numel() else 0.0
+    if math.isfinite(found):
+        return found
+    same = torch.equal(one.isfinite(), other.isfinite())
+    return _magnitude(torch.where(one == other, 0, one - other)) if same else math.inf
+
+
+def _compare(
+    coupling: Coupling, node: fx.Node, wide: dict[fx.Node, Any], small: Any, alive: Tensor, where: str, sizes: dict[fx.Node, float]
+) -> tuple[float, int]:
+    """The largest difference relative to the magnitude of the node's activations, and the number of tensors compared.
+
+    Of a view only the shape: its numbers are those of what it views, and what it gets wrong the next operator that computes shows.
+    """
     value, masked = coupling.values[node], wide[node]
     if not isinstance(value, (Value, list)):
         return 0.0, 0
     parts = [(value, masked, small)] if isinstance(value, Value) else list(zip(value, masked, small, strict=True))
-    scale = max((_magnitude(wide[source]) for source in node.all_input_nodes if source.op != "get_attr"), default=0.0)
-    largest = 0.0
+    viewed = isinstance(masked, Tensor) and _shares(masked, node, wide) and all(user.op != "output" for user in node.users)
+    activations = [] if viewed else [node, *(source for source in node.all_input_nodes if source.op != "get_attr")]
+    for each in activations:
+        if each not in sizes:
+            sizes[each] = _magnitude(wide[each])
+    scale, largest = max((sizes[each] for each in activations), default=0.0), 0.0
     for part, full, other in parts:
-        one = _selected(coupling.kept(part, alive), full)
-        if one.shape != other.shape:
-            raise SelfCheckFailed(f"{where}: the pruned network has shape {tuple(other.shape)}, the masked one keeps {tuple(one.shape)}")
-        if not one.is_floating_point():
-            if not torch.equal(one, other):
+        kept = coupling.kept(part, alive)
+        shape = tuple(size if index is None else len(index) for index, size in zip(kept, full.shape, strict=True))
+        if shape != other.shape:
+            raise SelfCheckFailed(f"{where}: the pruned network has shape {tuple(other.shape)}, the masked one keeps {shape}")
+        pieces = _pieces(kept, full, other)
+        if viewed:
+            continue
+        if not full.is_floating_point():
+            if not all(torch.equal(one, piece) for one, piece in pieces):
                 raise SelfCheckFailed(f"{where}: the pruned network differs from the masked one in integers")
             continue
-        magnitude = max(scale, _magnitude(one))
-        apart = _magnitude(torch.where(one == other, 0, one - other)) if torch.equal(one.isfinite(), other.isfinite()) else math.inf
+        magnitude = scale if full is masked else max(scale, _magnitude(full))
+        apart = max(itertools.starmap(_apart, pieces))
         if not apart <= TOLERANCE * magnitude:
             raise SelfCheckFailed(f"{where}: the pruned network differs from the masked one by {apart:.3g} at magnitude {magnitude:.3g}")
         largest = max(largest, apart / magnitude if magnitude else 0.0)

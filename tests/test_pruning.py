@@ -467,6 +467,29 @@ def test_self_check_fails_on_a_wrong_argument(resnet: fx.GraphModule, operator, 
         check(coupling, small, alive)
 
 
+class Turned(nn.Module):
+    """Two convolutions with the image turned between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, (1, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x).transpose(2, 3))
+
+
+def test_self_check_sees_a_wrong_view_where_it_is_computed_with() -> None:
+    """Of a view only the shape is compared; here it stays the same."""
+    coupling, alive = planned(capture(Turned(), torch.randn(2, 3, 12, 12)))
+    small = cut(coupling, alive)
+    check(coupling, small, alive)
+    node = next(node for node in small.graph.nodes if node.op == "call_function" and "transpose" in str(node.target))
+    node.update_arg(2, 2)
+    small.recompile()
+    with pytest.raises(SelfCheckFailed, match="two.*differs"):
+        check(coupling, small, alive)
+
+
 def test_self_check_fails_on_a_missed_tie(resnet: fx.GraphModule) -> None:
     """One convolution loses a channel its batch norm keeps: the small network does not run, and the check says where."""
     coupling, alive = planned(resnet)
