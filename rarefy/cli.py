@@ -510,7 +510,7 @@ def quantize(
     if output is None and not explain:
         raise InputError("no --output is given; pass -o PATH, or --explain to only look (rarefy quantize --help)")
     folder = _claim_folder(output) if output is not None and not explain else None
-    source, graph, task = _prepared(model, data)
+    source, graph, task = _prepared(model, data, needed=activation_grid.strip() != "float")  # weights alone need no images
     from rarefy.quantizing import quantize as verb
 
     small = verb(

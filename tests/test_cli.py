@@ -237,6 +237,11 @@ def test_quantize_explains_and_writes_nothing(
     assert "pass -o PATH" in capsys.readouterr().err
 
 
+def test_weights_alone_are_quantised_without_data(capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path) -> None:
+    found = as_json(capsys, "quantize", saved, "--activation-grid", "float", "--weight-grid", "int4:group=16", "-o", tmp_path / "int4")
+    assert found["step"] == "quantize" and {fact["bits"] for fact in found["facts"]["layers"]} == {4}
+
+
 def test_quantize_export_and_measure(capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path) -> None:
     found = as_json(capsys, "quantize", saved, "--data", "sklearn:digits", "--images", 32, "-o", tmp_path / "int8")
     assert found["step"] == "quantize"
