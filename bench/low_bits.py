@@ -98,9 +98,9 @@ def measured(graph: fx.GraphModule, task: Classification, cell: tuple[str, str, 
         "model": model,
         "setting": setting,
         "method": method,
+        **found.to_json(),
         "seconds": seconds,
         "sqnr_db": sqnr(torch.cat(exact), torch.cat(rough)),
-        **found.to_json(),
     }
     if "allocation" in facts:
         row |= {key: facts["allocation"][key] for key in ("average_bits", "bits", "used")}
