@@ -15,7 +15,7 @@ from rarefy.capturing import capture
 from rarefy.errors import DataError, InputError
 from rarefy.folding import equalize, fold, simplify
 from rarefy.grids import Grid
-from rarefy.kernels.affine import dequantize, fake_quantize
+from rarefy.kernels.affine import PIECE, dequantize, fake_quantize
 from rarefy.kernels.affine import quantize as to_codes
 from rarefy.observing import BINS, Histogram, Taps, observe
 from rarefy.prefix import Prefix
@@ -153,6 +153,19 @@ def test_histogram_counts_everything_whatever_the_order(batches: list[list[float
     assert histogram.counts.sum() == len(everything)
     assert histogram.minimum == everything.min() and histogram.maximum == everything.max()
     assert histogram.lo <= histogram.minimum and histogram.maximum <= histogram.hi
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_tensor_has_the_codes_of_its_parts(dtype: torch.dtype) -> None:
+    """A large one goes through a buffer piece by piece; one of another layout, and small ones, do not."""
+    x = (3 * torch.randn(2, 3, 301, 303)).to(dtype).requires_grad_()
+    assert x.numel() > 2 * PIECE and x.numel() % PIECE
+    grid = (torch.tensor(0.021, dtype=dtype), torch.tensor(100, dtype=torch.uint8), None, 0, 255, torch.uint8)
+    whole = torch.ops.rarefy.quantize(x, *grid)
+    assert whole.min() == 0 and whole.max() == 255 and not whole.requires_grad
+    rows = torch.stack([torch.ops.rarefy.quantize(row, *grid) for row in x.flatten(0, 2)]).view(x.shape)
+    assert torch.equal(whole, rows)
+    assert torch.equal(whole, torch.ops.rarefy.quantize(x.contiguous(memory_format=torch.channels_last), *grid))
 
 
 def test_fake_quantize_equals_the_codes_and_lets_the_gradient_through() -> None:
