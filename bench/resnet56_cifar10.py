@@ -211,6 +211,7 @@ def arguments() -> argparse.Namespace:
     option("--precision", choices=("auto", "fp32", "bf16"))
     option("--compile", choices=("no", "default", "reduce-overhead"))
     option("--calibration", default="mse")
+    option("--tune-convolutions", action="store_true", help="let cuDNN time its kernels and take the fastest: the same work, not the same bits")
     option("--validate-every", type=int, default=0, metavar="EPOCHS", help="look at the test images while training (only looks)")
     option("--seeds", type=int, nargs="+", default=[0])
     option("--repeats", type=int, help="rounds of timing")
@@ -236,6 +237,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     given, began = arguments(), time.perf_counter()
+    torch.backends.cudnn.benchmark = given.tune_convolutions
     task = Classification(train=DATA, val=DATA, augment=given.augment)
     try:
         original = capture(real_data.resnet56(), torch.zeros(2, 3, 32, 32))
