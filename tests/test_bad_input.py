@@ -358,7 +358,12 @@ def test_interrupt_is_one_line_and_keeps_what_was_there(place: Path) -> None:
         "-o",
         place / "saved",
     )
-    with subprocess.Popen(long, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    before_it = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a run started in the background inherits that interrupts are ignored
+    try:
+        process = subprocess.Popen(long, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before_it)
+    with process:
         deadline = time.monotonic() + 60
         while not (place / "saved.work").exists() and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.1)
