@@ -98,7 +98,9 @@ def compared(given: argparse.Namespace) -> dict[str, Any]:
     task = task_of(given.train_images, given.test_images)
     original = capture(real_data.resnet56(), EXAMPLE).to(given.device or "cpu")
     before = evaluate(original, task, batch_size=500, progress=False).to_json()["value"]
-    texts = given.only or [text for name in plugins.available("criteria") for text in FORMS.get(name, [name])]
+    texts = [text for name in plugins.available("criteria") for text in FORMS.get(name, [name])]
+    if given.only:
+        texts = [text for text in given.only if text != PEER]
     ignore = STREAM if given.same_layers else []
     jobs: dict[tuple[str, str], Callable[[int], fx.GraphModule]] = {}
     for text in texts:
@@ -107,11 +109,13 @@ def compared(given: argparse.Namespace) -> dict[str, Any]:
                 original, macs=given.macs, criterion=text, ranking=ranking, task=task, seed=seed, ignore=ignore, check=False, repair=given.repair,
             )  # fmt: skip
     why = ""
-    try:
-        library = importlib.import_module("torch_pruning")
-    except ImportError:
-        why = "Torch-Pruning is not installed, so it is left out: pip install torch-pruning"
-    else:
+    library: Any = None
+    if not given.only or PEER in given.only:
+        try:
+            library = importlib.import_module("torch_pruning")
+        except ImportError:
+            why = "Torch-Pruning is not installed, so it is left out: pip install torch-pruning"
+    if library is not None:
         for name, importance in peers(library):
             for ranking in (one for one in given.rankings if one != "loss"):
                 jobs[f"{PEER} {name}", ranking] = lambda seed, importance=importance, ranking=ranking: cut_by_peer(
@@ -226,7 +230,7 @@ def arguments() -> argparse.Namespace:
     option("--lr", type=float, default=0.02, help="of B")
     option("--seeds", type=int, nargs="+", help="default: 0 1 2 for B")
     option("--same-layers", action="store_true", help="prune only what Torch-Pruning can (B)")
-    option("--only", nargs="+", metavar="CHOICE", help="these criteria in place of all (B)")
+    option("--only", nargs="+", metavar="CHOICE", help=f"these criteria in place of all; {PEER}: all of its own (B)")
     option("--rankings", nargs="+", default=list(RANKINGS), choices=RANKINGS, help="of B")
     option("--device", help="for B")
     option("--repair", action="store_true", help="repair what rarefy prunes before it is trained (B)")

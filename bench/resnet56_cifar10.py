@@ -211,7 +211,9 @@ def arguments() -> argparse.Namespace:
     option("--precision", choices=("auto", "fp32", "bf16"))
     option("--compile", choices=("no", "default", "reduce-overhead"))
     option("--calibration", default="mse")
-    option("--tune-convolutions", action="store_true", help="let cuDNN time its kernels and take the fastest: the same work, not the same bits")
+    option(
+        "--tune-convolutions", action="store_true", help="let cuDNN time its kernels and take the fastest: the same work, not the same bits"
+    )
     option("--validate-every", type=int, default=0, metavar="EPOCHS", help="look at the test images while training (only looks)")
     option("--seeds", type=int, nargs="+", default=[0])
     option("--repeats", type=int, help="rounds of timing")
