@@ -1,9 +1,10 @@
 """The two forms of a quantised layer, and the passes between them; both give the same answers but for float rounding.
 
-numbers   conv2d(dequantize(x), dequantize(w), dequantize(b))     what ONNX writes, and runtimes fuse
-integers  rarefy.conv2d(x, w, b, scales)                          what they then compute; the form a graph is kept in
+numbers   quantize(conv2d(dequantize(x), dequantize(w), dequantize(b)))     what ONNX writes, and runtimes fuse
+integers  rarefy.conv2d_codes(x, w, b, scales)                              what they then compute; the form a graph is kept in
 
-Sums and products of two decoded tensors that are rounded (``quantize(dequantize(a) + dequantize(b))``) are one operator on codes likewise.
+A layer whose sums are not rounded, or are read before they are, is ``rarefy.conv2d`` in the second form, which yields numbers. Sums and products of two
+decoded tensors that are rounded (``quantize(dequantize(a) + dequantize(b))``) are one operator on codes likewise.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def to_integers(graph: fx.GraphModule) -> fx.GraphModule:
                 layer = graph.graph.call_function(OPERATORS.linear.default, arguments)
         layer.meta = dict(node.meta)
         node.replace_all_uses_with(layer)
+    _round_layers(graph)
     return finish(graph)
 
 
@@ -59,6 +61,7 @@ def to_numbers(graph: fx.GraphModule) -> fx.GraphModule:
     """A copy whose integer layers and joins are float ones of decoded numbers."""
     graph = copy.deepcopy(graph)
     _join_numbers(graph)
+    _unround_layers(graph)
     for node in list(graph.graph.nodes):
         if node.target not in (OPERATORS.conv2d.default, OPERATORS.linear.default):
             continue
@@ -81,6 +84,39 @@ def to_numbers(graph: fx.GraphModule) -> fx.GraphModule:
         layer.meta = dict(node.meta)
         node.replace_all_uses_with(layer)
     return finish(graph)
+
+
+_CODED = {OPERATORS.conv2d.default: OPERATORS.conv2d_codes.default, OPERATORS.linear.default: OPERATORS.linear_codes.default}
+LAYERS = frozenset((*_CODED, *_CODED.values()))  # layers in integers
+
+
+def _round_layers(graph: fx.GraphModule) -> None:
+    """quantize(rarefy.conv2d(...)) -> rarefy.conv2d_codes(...), where nothing else reads the sums."""
+    for node in list(graph.graph.nodes):
+        if node.target is not OPERATORS.quantize.default or node.args[3] is not None:
+            continue
+        layer = node.args[0]
+        if layer.target not in _CODED or len(layer.users) != 1 or attribute(graph, node.args[1]).dim():
+            continue
+        with graph.graph.inserting_before(node):
+            rounded = graph.graph.call_function(_CODED[layer.target], (*layer.args, *node.args[1:3], *node.args[4:7]))
+        rounded.meta = dict(layer.meta)
+        node.replace_all_uses_with(rounded)
+        graph.graph.erase_node(node)
+
+
+def _unround_layers(graph: fx.GraphModule) -> None:
+    sums = {codes: numbers for numbers, codes in _CODED.items()}
+    for node in list(graph.graph.nodes):
+        if node.target not in sums:
+            continue
+        *read, scale, zero, qmin, qmax, dtype = node.args
+        with graph.graph.inserting_before(node):
+            layer = graph.graph.call_function(sums[node.target], tuple(read))
+            codes = graph.graph.call_function(OPERATORS.quantize.default, (layer, scale, zero, None, qmin, qmax, dtype))
+        layer.meta, codes.meta = dict(node.meta), dict(node.meta)
+        node.replace_all_uses_with(codes)
+        graph.graph.erase_node(node)
 
 
 _JOINS = {aten.add.Tensor: OPERATORS.add.default, aten.mul.Tensor: OPERATORS.mul.default}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 import rarefy.kernels  # noqa: F401  registers torch.ops.rarefy
-from rarefy.lowering import to_integers
+from rarefy.lowering import LAYERS, to_integers
 from rarefy.onnxfile import needs
 
 LEAST_AGREEMENT = 0.995
@@ -24,8 +24,9 @@ _SCALE: dict[Any, int] = {
     torch.ops.rarefy.quantize.default: 1,
     torch.ops.rarefy.add.default: 6,
     torch.ops.rarefy.mul.default: 6,
+    torch.ops.rarefy.conv2d_codes.default: 10,
+    torch.ops.rarefy.linear_codes.default: 6,
 }  # makes codes: place of their scale
-_LAYERS = (torch.ops.rarefy.conv2d.default, torch.ops.rarefy.linear.default)
 
 
 def compare(
@@ -115,7 +116,7 @@ def _layer(node: fx.Node) -> str:
     """The module that made what ``node`` rounds; where a function did, the layer it follows."""
     name = _value_name(node)
     while node.op == "call_function":
-        if node.target in _LAYERS:
+        if node.target in LAYERS:
             return str(node.args[1].target).rpartition(".")[0] or name
         if node.meta.get("stack"):
             return str(node.meta["stack"])

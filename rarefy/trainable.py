@@ -1,6 +1,6 @@
 """Quantization-aware training: the form of a quantised graph that learns, and the way back. Learned step sizes (LSQ, 1902.08153).
 
-codes       rarefy.conv2d(x, w, b, scales)                         the form a graph is kept in (``lowering.py``)
+codes       rarefy.conv2d_codes(x, w, b, scales)                   the form a graph is kept in (``lowering.py``)
 trainable   conv2d(fake_quantize(x, s_x), fake_quantize(w, s_w), b)   w, b, s_x, s_w float parameters
 
 Both compute the same: only the bias, a 32-bit code in the one, is not rounded in the other. The start is what quantisation after training came to:
@@ -27,7 +27,7 @@ import rarefy.kernels
 from rarefy.capturing import attribute, finish, set_attribute, shapes
 from rarefy.errors import InputError
 from rarefy.kernels.affine import along, fake_quantize, quantize
-from rarefy.lowering import is_decoded, to_numbers
+from rarefy.lowering import LAYERS, is_decoded, to_numbers
 from rarefy.rewriting import BIAS_LIMIT
 from rarefy.training import Training
 
@@ -84,7 +84,7 @@ def to_codes(graph: fx.GraphModule, trained: fx.GraphModule) -> fx.GraphModule:
             if name in learned and isinstance(learned[name], nn.Parameter):
                 value.copy_(_positive(learned[name]) if _is_scale(name) else learned[name])
         for node in graph.graph.nodes:
-            if node.target in (OPERATORS.conv2d.default, OPERATORS.linear.default):
+            if node.target in LAYERS:
                 _, weight, bias, scale, _, weight_scale = node.args[:6]
                 _recode(graph, weight, learned, attribute(graph, weight_scale), 0, 0)
                 _recode(graph, bias, learned, attribute(graph, scale) * attribute(graph, weight_scale), 0, 0)

@@ -1,12 +1,18 @@
-"""Convolution and linear layer on codes: the sums are integers, and one factor turns them into numbers.
+"""Convolution and linear layer on codes: the sums are integers, and one factor turns them into numbers, or into codes of the result.
 
-    y[o] = s_x s_w[o] ( sum_i (x_i - z) w_oi  +  b_o )        x: codes; w: codes; b: 32-bit codes on the grid s_x s_w
+    t[o] = sum_i (x_i - z_x) w_oi  +  b_o           x: codes; w: codes; b: 32-bit codes on the grid s_x s_w
 
-which is what an integer kernel computes. The sum is taken by a float convolution of whole numbers. Below 2^24 that is exact in
-float32, and as the factors are at most 8 bits wide it stays exact where a GPU multiplies in TF32 or bf16 and adds in float32; a convolution of
-the scaled numbers is not, and its roundings, different on every device, flip one code in ten thousand.
+    conv2d, linear                y[o] = t[o] (s_x s_w[o])                               numbers
+    conv2d_codes, linear_codes    q[o] = clip( round(t[o] (s_x s_w[o] / s)) + z )        codes on the grid (s, z); half to even
 
-Given up: sums beyond 2^24 are rounded (600 products of extreme codes of one sign).
+which is what an integer kernel computes. The factor of the codes is taken once, in float32 and in this order, as ONNX Runtime's QLinearConv and QGemm take it: sums
+scaled by s_x s_w and then divided by s come out as the next code a few times in a million (tests/test_integer.py).
+
+Sums are taken by a float convolution of whole numbers. Below 2^24 that is exact in float32, and as the factors are at most 8 bits wide it stays exact where a
+GPU multiplies in TF32 or bf16 and adds in float32; a convolution of the scaled numbers is not, and its roundings, different on every device, flip one code in
+ten thousand. A bias may be larger than 2^24: its low bits go into the sum, its high ones are added last, so that what is rounded to float32 is the whole.
+
+Given up: sums without their bias beyond 2^24 are rounded on their way (600 products of extreme codes of one sign).
 """
 
 from __future__ import annotations
@@ -15,12 +21,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rarefy.kernels.affine import quantize
+
+_LOW = 2**12  # of a bias in a sum: what is above has at most 2^20 values, so that float32 holds it
+
 _library = torch.library.Library("rarefy", "FRAGMENT")
-_library.define(
-    "conv2d(Tensor x, Tensor weight, Tensor bias, Tensor x_scale, Tensor x_zero_point, Tensor weight_scale, "
-    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups) -> Tensor"
-)
-_library.define("linear(Tensor x, Tensor weight, Tensor bias, Tensor x_scale, Tensor x_zero_point, Tensor weight_scale) -> Tensor")
+_READ = "Tensor x, Tensor weight, Tensor bias, Tensor x_scale, Tensor x_zero_point, Tensor weight_scale"
+_PLACES = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
+_GRID = "Tensor scale, Tensor zero_point, int qmin, int qmax, ScalarType dtype"
+_library.define(f"conv2d({_READ}, {_PLACES}) -> Tensor")
+_library.define(f"linear({_READ}) -> Tensor")
+_library.define(f"conv2d_codes({_READ}, {_PLACES}, {_GRID}) -> Tensor")
+_library.define(f"linear_codes({_READ}, {_GRID}) -> Tensor")
 
 
 def conv2d(
@@ -36,21 +48,104 @@ def conv2d(
     groups: int,
 ) -> Tensor:
     """x: codes (n, c, h, w). weight: codes (o, c / groups, kh, kw). bias: int32 (o,). weight_scale: (o,). Returns numbers (n, o, h', w')."""
-    dtype = x_scale.dtype
-    sums = F.conv2d(x.to(dtype) - x_zero_point.to(dtype), weight.to(dtype), None, stride, padding, dilation, groups)
-    return sums.add_(bias.to(dtype).view(-1, 1, 1)).mul_((x_scale * weight_scale).view(-1, 1, 1))
+    return _convolved(x, weight, bias, x_scale.dtype, x_zero_point, stride, padding, dilation, groups).mul_(_wide(x_scale * weight_scale))
+
+
+def conv2d_codes(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    weight_scale: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As ``conv2d``, on the grid of ``scale`` () and ``zero_point`` (). Returns codes (n, o, h', w') in ``dtype``."""
+    sums = _convolved(x, weight, bias, x_scale.dtype, x_zero_point, stride, padding, dilation, groups)
+    return _rounded(sums.mul_(_wide(x_scale * weight_scale / scale)), scale, zero_point, qmin, qmax, dtype)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, x_scale: Tensor, x_zero_point: Tensor, weight_scale: Tensor) -> Tensor:
     """x: codes (..., i). weight: codes (o, i). bias: int32 (o,). weight_scale: (o,). Returns numbers (..., o)."""
-    dtype = x_scale.dtype
-    sums = F.linear(x.to(dtype) - x_zero_point.to(dtype), weight.to(dtype))
-    return sums.add_(bias.to(dtype)).mul_(x_scale * weight_scale)
+    return _multiplied(x, weight, bias, x_scale.dtype, x_zero_point).mul_(x_scale * weight_scale)
 
 
-_library.impl("conv2d", conv2d, "CompositeExplicitAutograd")
-_library.impl("linear", linear, "CompositeExplicitAutograd")
-torch.library.register_fake("rarefy::conv2d", conv2d)
-torch.library.register_fake("rarefy::linear", linear)
+def linear_codes(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    weight_scale: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As ``linear``, on the grid of ``scale`` () and ``zero_point`` (). Returns codes (..., o) in ``dtype``."""
+    sums = _multiplied(x, weight, bias, x_scale.dtype, x_zero_point)
+    return _rounded(sums.mul_(x_scale * weight_scale / scale), scale, zero_point, qmin, qmax, dtype)
 
-OPERATORS = (torch.ops.rarefy.conv2d.default, torch.ops.rarefy.linear.default)
+
+def _convolved(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    dtype: torch.dtype,
+    zero_point: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    low, high = _split(bias, dtype)
+    return F.conv2d(x.to(dtype) - zero_point.to(dtype), weight.to(dtype), low, stride, padding, dilation, groups).add_(_wide(high))
+
+
+def _multiplied(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype, zero_point: Tensor) -> Tensor:
+    low, high = _split(bias, dtype)
+    return F.linear(x.to(dtype) - zero_point.to(dtype), weight.to(dtype), low).add_(high)
+
+
+def _split(bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Two parts of the whole numbers ``bias``, both exact in float32."""
+    low = torch.remainder(bias, _LOW)
+    return low.to(dtype), (bias - low).to(dtype)
+
+
+def _wide(one_a_channel: Tensor) -> Tensor:
+    return one_a_channel.view(-1, 1, 1)
+
+
+def _rounded(numbers: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, dtype: torch.dtype) -> Tensor:
+    """Codes of numbers in units of their step."""
+    return quantize(numbers, torch.ones_like(scale), zero_point, None, qmin, qmax, dtype)
+
+
+def _conv2d_shape(*arguments: object) -> Tensor:
+    return conv2d(*arguments[:10]).to(arguments[-1])  # type: ignore[arg-type, call-overload, no-any-return]
+
+
+def _linear_shape(*arguments: object) -> Tensor:
+    return linear(*arguments[:6]).to(arguments[-1])  # type: ignore[arg-type, call-overload, no-any-return]
+
+
+for _name, _kernel, _shape in (
+    ("conv2d", conv2d, conv2d),
+    ("linear", linear, linear),
+    ("conv2d_codes", conv2d_codes, _conv2d_shape),
+    ("linear_codes", linear_codes, _linear_shape),
+):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rarefy::{_name}", _shape)
+
+OPERATORS = tuple(getattr(torch.ops.rarefy, name).default for name in ("conv2d", "linear", "conv2d_codes", "linear_codes"))

@@ -1,0 +1,83 @@
+"""Layers on codes against ONNX Runtime's kernels: equal to the last code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import rarefy.kernels  # noqa: F401
+from rarefy.kernels.affine import quantize
+from rarefy.kernels.integer import conv2d, conv2d_codes, linear, linear_codes
+
+onnx = pytest.importorskip("onnx")
+runtime = pytest.importorskip("onnxruntime")
+
+Parts = dict[str, torch.Tensor]
+
+
+def parts(inputs: tuple[int, ...], weight: tuple[int, ...], largest_bias: int, groups: int = 1) -> Parts:
+    """Random codes, and a grid of the result of which 6 standard deviations fill the range."""
+    torch.manual_seed(0)
+    outputs = weight[0]
+    found = {
+        "x": torch.randint(0, 256, inputs, dtype=torch.uint8),
+        "sx": torch.tensor(0.0123),
+        "zx": torch.tensor(113, dtype=torch.uint8),
+        "w": torch.randint(-127, 128, weight, dtype=torch.int8),
+        "sw": torch.rand(outputs) * 0.01 + 0.001,
+        "zw": torch.zeros(outputs, dtype=torch.int8),
+        "b": torch.randint(-largest_bias, largest_bias, (outputs,), dtype=torch.int32),
+        "z": torch.tensor(120, dtype=torch.uint8),
+    }
+    products = F.conv2d(found["x"].double() - 113, found["w"].double(), None, groups=groups) if len(weight) > 2 else None
+    sums = products if products is not None else F.linear(found["x"].double() - 113, found["w"].double())
+    spread = (sums.std() + largest_bias / 2) * float(found["sx"] * found["sw"].mean())
+    return found | {"s": (6 * spread / 255).float()}
+
+
+def kernel(operator: str, found: Parts, order: list[str], **options: Any) -> torch.Tensor:
+    helper = onnx.helper
+    stored = {key: value.t().contiguous() if operator == "QGemm" and key == "w" else value for key, value in found.items()}
+    constants = [onnx.numpy_helper.from_array(stored[name].numpy(), name) for name in order[1:]]
+    node = helper.make_node(operator, order, ["y"], domain="com.microsoft" if operator == "QGemm" else "", **options)
+    kind = onnx.TensorProto.UINT8
+    graph = helper.make_graph(
+        [node],
+        "layer",
+        [helper.make_tensor_value_info("x", kind, found["x"].shape)],
+        [helper.make_tensor_value_info("y", kind, None)],
+        constants,
+    )
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    session = runtime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"x": found["x"].numpy()})[0])
+
+
+@pytest.mark.parametrize("largest_bias", [200_000, 2**28])
+@pytest.mark.parametrize(("inputs", "outputs", "side", "groups"), [(32, 64, 3, 1), (64, 64, 3, 64), (48, 32, 1, 1), (512, 40, 3, 1)])
+def test_a_convolution_makes_the_codes_of_onnxruntime(inputs: int, outputs: int, side: int, groups: int, largest_bias: int) -> None:
+    found = parts((8 if inputs == 32 else 2, inputs, 64, 64), (outputs, inputs // groups, side, side), largest_bias, groups)
+    exact = kernel("QLinearConv", found, ["x", "sx", "zx", "w", "sw", "zw", "s", "z", "b"], group=groups)
+    read = tuple(found[name] for name in ("x", "w", "b", "sx", "zx", "sw"))
+    places = ([1, 1], [0, 0], [1, 1], groups)
+    assert torch.equal(conv2d_codes(*read, *places, found["s"], found["z"], 0, 255, torch.uint8), exact)
+    assert exact.unique().numel() >= 20
+    numbers = conv2d(*read, *places)
+    moved = (quantize(numbers, found["s"], found["z"], None, 0, 255, torch.uint8) != exact).sum()
+    assert int(moved) <= 2e-5 * exact.numel()  # scaled and divided: nearly
+    if (inputs, largest_bias) == (32, 200_000):
+        assert int(moved) > 0  # what the operator on codes is for
+
+
+@pytest.mark.parametrize("largest_bias", [20_000, 2**28])
+def test_a_linear_layer_makes_the_codes_of_onnxruntime(largest_bias: int) -> None:
+    found = parts((4000, 320), (200, 320), largest_bias)
+    exact = kernel("QGemm", found, ["x", "sx", "zx", "w", "sw", "zw", "b", "s", "z"])
+    read = tuple(found[name] for name in ("x", "w", "b", "sx", "zx", "sw"))
+    assert torch.equal(linear_codes(*read, found["s"], found["z"], 0, 255, torch.uint8), exact)
+    numbers = quantize(linear(*read), found["s"], found["z"], None, 0, 255, torch.uint8)
+    assert int((numbers != exact).sum()) <= 2e-5 * exact.numel()
