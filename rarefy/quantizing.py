@@ -99,7 +99,7 @@ def quantize(
         raise InputError(f"images={images}, batch_size={batch_size}: both must be at least 1")
     if isinstance(model, fx.GraphModule) and any(node.target in rarefy.kernels.OPERATORS for node in model.graph.nodes):
         raise InputError("the model is quantised already; start from its float original")
-    graph = simplify(fold(as_graph(model, inputs)), runtime.capabilities.posts)
+    graph = simplify(fold(as_graph(model, inputs)), runtime.capabilities.whole)
     for parameter in graph.parameters():
         parameter.requires_grad_(False)
     allocation = None
@@ -223,7 +223,7 @@ def _ranges(placement: Placement, seen: Observed, rule: Any, own: Mapping[fx.Nod
     found = {}
     for value in placement.values:
         lo, hi = rule.activation_range(seen.histograms[value], own[value])
-        found[value] = rewriting.clipped(placement, value, min(lo, 0.0), max(hi, 0.0))
+        found[value] = rewriting.clipped(placement, value, min(lo, 0.0), max(hi, 0.0), own[value])
     return found
 
 
@@ -388,6 +388,7 @@ def _value_grids(placement: Placement, assigned: grids.Assignment) -> dict[fx.No
     for value, grid in found.items():
         if not isinstance(grid, grids.Grid):
             raise InputError(f"{value.name}: activations={assigned}: integer kernels take uint8 or int8, and simulation fewer bits")
+        found[value] = rewriting.grid_of(placement, value, grid)
     return found  # type: ignore[return-value]
 
 
