@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 import rarefy.kernels  # noqa: F401  registers torch.ops.rarefy
 from rarefy import grids
-from rarefy.capturing import attribute, set_attribute
+from rarefy.capturing import attribute, device_of, set_attribute
 from rarefy.folding import put
 from rarefy.placing import Placement, clip_bounds, padding_of
 
@@ -163,7 +163,7 @@ def _after(graph: fx.GraphModule, node: fx.Node, value: fx.Node, scale: Tensor, 
 
 
 def _constant(graph: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
-    set_attribute(graph, name, value)
+    set_attribute(graph, name, value.to(device_of(graph)))
     return graph.graph.get_attr(name)
 
 
