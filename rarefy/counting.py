@@ -115,9 +115,9 @@ def einsum_letters(equation: str, ranks: list[int]) -> tuple[list[list[str]], li
 
 
 MACS: dict[str, Callable[[fx.Node, dict[fx.Node, Any]], Products]] = {
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _convolution),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution", "conv2d_codes"), _convolution),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _transposed_convolution),
-    **dict.fromkeys(("linear", "matmul", "mm", "bmm", "mv", "dot"), _matrix_product(0)),
+    **dict.fromkeys(("linear", "linear_codes", "matmul", "mm", "bmm", "mv", "dot"), _matrix_product(0)),
     **dict.fromkeys(("addmm", "baddbmm"), _matrix_product(1)),
     "scaled_dot_product_attention": _attention,
     "einsum": _einsum,
