@@ -213,6 +213,8 @@ def _verdict(facts: Facts, goals: list[dict[str, Any]], comparison: list[dict[st
     return {"light": light, "word": word, "sentence": str(sentence).strip(), "advice": [str(item) for item in advice]}
 
 
+LOADING = 0.2  # share of a training from which on loading data is worth a thought
+
 _GOALS = {
     "max_drop": ("accuracy drop", "share", "at most"),
     "speedup": ("speed", "ratio", "at least"),
@@ -370,8 +372,19 @@ def _step(step: Facts) -> dict[str, Any]:
         "why": str(step.get("why") or ""),
         "after": ", ".join(filter(None, after)),
         "seconds": seconds(step["seconds"]) if _number(step.get("seconds")) else "",
+        "loading": _loading(step),
         "facts": [(str(key), plain(value)) for key, value in (step.get("facts") or {}).items() if _told(value)],
     }
+
+
+def _loading(step: Facts) -> str:
+    """What part of a training waited for its data, and what that means; the training loop's share of its own time."""
+    facts = step.get("facts") or {}
+    share = {**facts, **(facts.get("timing") or {})}.get("data_share")
+    if not _number(share):
+        return ""
+    slow = "a faster disk or more workers would shorten it" if share >= LOADING else "loading data was not what took the time"
+    return f"{_short(_percent(share))} % of the training was spent waiting for data: {slow}"
 
 
 def _parity(parity: Facts | None) -> dict[str, Any] | None:

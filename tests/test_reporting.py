@@ -314,6 +314,19 @@ def test_a_graphs_history_as_facts() -> None:
     assert "6 of 16" in text and "macs=0.5" in text and "clip" not in text and "seed" not in text
 
 
+@pytest.mark.parametrize(
+    "share, words", [(0.0312, "3.12 % of the training was spent waiting for data: loading data was not"), (0.5, "50 % of")]
+)
+def test_a_training_tells_how_long_it_waited_for_data(share: float, words: str) -> None:
+    """As a graph's history holds it, and as compress() does; nothing is said where it was not measured."""
+    curve = [{"epoch": 1, "loss": 2.0, "val": 0.5}]
+    for facts in ({"curve": curve, "timing": {"seconds": 9, "data_share": share}}, {"data_share": share}):
+        text = Page(reporting.html({"steps": [{"step": "distill", "options": {}, "facts": facts}]})).text
+        assert words in text and ("more workers would shorten it" in text) == (share > 0.2)
+    for facts in ({}, {"data_share": None}, {"timing": None}):
+        assert "waiting for data" not in Page(reporting.html({"steps": [{"step": "prune", "facts": facts}]})).text
+
+
 def test_a_worse_result_is_called_worse() -> None:
     told = facts()
     told["before"], told["after"] = told["after"], told["before"]
