@@ -61,6 +61,7 @@ class Setting(NamedTuple):
     lr: float
     weight_decay: float
     mixup: float
+    loss_warmup: float
     train_images: int
     test_images: int
     student: int
@@ -92,6 +93,7 @@ def run(cell: Cell, setting: Setting) -> dict[str, Any]:
     student = capture(real_data.CifarResNet(setting.student).eval(), EXAMPLE)
     common: dict[str, Any] = {
         "epochs": setting.epochs, "batch_size": setting.batch_size, "lr": setting.lr, "weight_decay": setting.weight_decay, "mixup": setting.mixup,
+        "loss_warmup": setting.loss_warmup if cell.loss != "none" else 0.0,
         "precision": setting.precision, "validate_every": 0, "seed": cell.seed, "device": setting.device, "checkpoint": folder, "progress": False,
     }  # fmt: skip
     learn = functools.partial(train, student, task) if cell.loss == "none" else functools.partial(
@@ -226,6 +228,7 @@ def arguments() -> argparse.Namespace:
     option("--lr", type=float, default=0.2)
     option("--weight-decay", type=float, default=5e-4)
     option("--mixup", type=float, default=0.0)
+    option("--loss-warmup", type=float, default=0.0, metavar="SHARE", help="of the steps, in which the loss's weight rises")
     option("--student", type=int, choices=real_data.DEPTHS, default=20, help="its depth")
     option("--teacher", type=int, choices=real_data.DEPTHS, default=56, help="its depth")
     option("--precision", choices=("auto", "fp32", "bf16"), default="auto")

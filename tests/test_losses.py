@@ -206,7 +206,9 @@ def test_dist_is_one_minus_the_correlations() -> None:
     p, q = (student / 4).softmax(1), (teacher / 4).softmax(1)
     rows = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(p, q)])
     columns = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(p.T, q.T)])
-    torch.testing.assert_close(Dist(beta=2, gamma=3)(student, teacher, None, {}), 16 * (2 * (1 - rows).mean() + 3 * (1 - columns).mean()))
+    torch.testing.assert_close(
+        Dist(beta=2, gamma=3, temperature=4)(student, teacher, None, {}), 16 * (2 * (1 - rows).mean() + 3 * (1 - columns).mean())
+    )
 
 
 def test_mlkd_is_the_mean_over_temperatures() -> None:

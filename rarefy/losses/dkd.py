@@ -4,7 +4,8 @@
     loss = T² · [ α · KL((p_y, 1-p_y)ᵗ ‖ (p_y, 1-p_y)ˢ)  +  β · KL(qᵗ ‖ qˢ) ],  mean over the batch
 
 Plain KL is the case α = 1, β = 1 - p_yᵗ: where the teacher is sure of the label, it hardly hands on what it knows of the other classes.
-Soft labels (mixup) count by their largest entry; without labels, the teacher's answer is the label.
+β = 2 is the authors' for ResNet-56 and ResNet-20 on CIFAR-100 (8 for wider students); they raise the whole from 0 in the first 20 of 240 epochs
+(``loss_warmup=0.08``), and with ten classes β weighs ten times as much as with a hundred. Soft labels (mixup) count by their largest entry; without labels, the teacher's answer is the label.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Dkd:
     """Decoupled KL: the label's probability (alpha) and the other classes' (beta) weighed apart."""
 
     alpha: float = 1.0
-    beta: float = 8.0
+    beta: float = 2.0
     temperature: float = 4.0
     on: ClassVar[str] = "logits"
 
