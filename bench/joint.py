@@ -3,12 +3,13 @@
     python bench/joint.py                                     a short one on a CPU, ResNet-20: minutes
     python bench/joint.py --device cuda --models resnet20 resnet56 --work out/joint
 
-    joint        ``prune --schedule joint``: one training of the quantised network, whose channels fade in the first half
+    joint        ``prune --schedule joint``: one training, whose last fifth is in codes
+    fading       the same, and in the first fifth the channels that are to go fade; these steps run on the whole network
     sequential   prune; distil the float student for half of the steps; quantise; train its codes for the other half
     ptq          prune; distil for all of the steps; quantise without training
 
-All three see the same number of steps of the same batches, taught by the original with the same loss; joint's first half runs on the whole network, so it takes
-more time, which the table says. Top-1 is that of the quantised graph on all test images, at which nothing in training looks. A cell that was finished
+All see the same number of steps of the same batches, taught by the original with the same loss; steps in codes take longer than
+those in float, and the table says how long all of it took. Top-1 is that of the quantised graph on all test images, at which nothing in training looks. A cell that was finished
 (``--work``) is not run again, and one that was killed goes on.
 
 ``--check`` exits 1 where joint is more than a point below sequential on average.
@@ -33,11 +34,13 @@ from bench import real_data
 from rarefy import capture, distill, evaluate, prune, quantize
 from rarefy.counting import count_macs
 from rarefy.errors import DataError
+from rarefy.schedules.joint import FREEZE
 from rarefy.tasks import Classification
 from rarefy.terminal import show_table
+from rarefy.trainable import CLIP
 
 DATA = "bench.real_data:cifar10"
-WAYS = ("joint", "sequential", "ptq")
+WAYS = ("joint", "fading", "sequential", "ptq")
 IMAGES = 128
 
 
@@ -47,8 +50,9 @@ def made(
     place = given.work / "training" / f"{given.model}-{share:g}-{weights}-{way}-{seed}" if given.work else None
     common: dict[str, Any] = {"device": given.device, "checkpoint": place, "progress": False, "seed": seed}
     pruning: dict[str, Any] = {"macs": share, "round_to": 1, "task": task, "seed": seed}
-    if way == "joint":
-        schedule = f"joint:steps={given.steps},batch_size={given.batch_size},lr={given.code_lr},weights={weights},images={IMAGES}"
+    if way in ("joint", "fading"):
+        shrink = 0.2 if way == "fading" else 0.0
+        schedule = f"joint:shrink={shrink},steps={given.steps},batch_size={given.batch_size},lr={given.lr},code_lr={given.code_lr},weights={weights},images={IMAGES}"
         return prune(original, schedule=schedule, **pruning, **{key: common[key] for key in ("device", "checkpoint", "progress")})
     small = prune(original, **pruning)
     steps = given.steps if way == "ptq" else given.steps // 2
@@ -58,9 +62,8 @@ def made(
     if way == "ptq":
         return coded
     rest = given.steps - steps
-    return distill(
-        coded, original, task, steps=rest, lr=given.code_lr, clip=1.0, **training, **{**common, "checkpoint": place and place / "codes"}
-    )
+    codes: dict[str, Any] = {"steps": rest, "lr": given.code_lr, "clip": CLIP, "freeze": FREEZE}
+    return distill(coded, original, task, **codes, **training, **{**common, "checkpoint": place and place / "codes"})
 
 
 def cell(

@@ -421,6 +421,8 @@ def distill(
     dot: Annotated[
         float, typer.Option(metavar="SHARE", help="More momentum for the teacher's gradient, less for the labels'; 0: off.")
     ] = 0.0,
+    freeze: Annotated[float, typer.Option(metavar="SHARE", help="Of the steps, the last: batch norm's statistics stand still.")] = 0.0,
+    loss_warmup: Annotated[float, typer.Option(metavar="SHARE", help="Of the steps, the first: the teacher's weight rises.")] = 0.0,
     cache: Annotated[str | None, typer.Option(metavar="FOLDER", help="Keep the teacher's answers there.")] = None,
     logs: Annotated[str | None, typer.Option(metavar="FOLDER", help="For TensorBoard.")] = None,
     seed: Seed = 0,

@@ -55,6 +55,7 @@ from rarefy.dot import Dot
 from rarefy.errors import FormatError, InputError, RarefyError, TrainingDiverged, WorkerLost
 from rarefy.logs import Logs
 from rarefy.mixing import mix
+from rarefy.normalizing import put_back
 from rarefy.objective import Answer, Losses, Objective, Term, terms
 from rarefy.progress import track
 from rarefy.teaching import Teachers, teachers_of
@@ -62,6 +63,7 @@ from rarefy.trainable import is_quantized, suited, to_codes, to_trainable
 from rarefy.training import AUTO_STEPS, Penalty, Task, Training, training_of
 
 CHECK_STEPS = 50
+MOMENT_BATCHES = 8
 NUMBERS = ("step", "accumulate", "halved", "curve", "best_value", "best_epoch", "seconds", "waited")
 
 
@@ -141,14 +143,16 @@ def _run(
     logs: str | Path | None,
     progress: bool,
     options: Mapping[str, Any],
+    origin: str | None = None,
 ) -> fx.GraphModule:
+    """origin: digest of what the student was made from, where that is not the student itself."""
     training = training_of(given, options, step_name)
     if isinstance(student, fx.GraphModule) and is_quantized(student):
         common: Any = (
-            teacher, task, loss, suited(training), device, checkpoint, checkpoint_seconds, validate, penalty, cache, logs, progress, {}
+            teacher, task, loss, suited(training), device, checkpoint, checkpoint_seconds, validate, penalty, cache, logs, progress, {}, digest(student)
         )  # fmt: skip
         try:
-            return to_codes(student, _run(step_name, to_trainable(student), *common))
+            return to_codes(student, _run(step_name, _normed(student, task, training, device), *common))
         except TrainingDiverged as error:
             error.graph = to_codes(student, error.graph)  # type: ignore[attr-defined]
             raise
@@ -192,7 +196,7 @@ def _run(
         splits = [split for split in ("train", "val") if split == "train" or task.val is not None]
         identity = {
             "options": described,
-            "student": digest(graph),
+            "student": origin or digest(graph),
             "teacher": " ".join(digest(guide) for _, guide in guides) or None,
             "data": {split: task.fingerprint(split) for split in splits},
             "task": {key: value for key, value in task.describe().items() if key not in splits},  # those name places, not content
@@ -241,6 +245,7 @@ class _Run:
     logs: Logs | None = None
     compiled: str = "no"
     trusted: bool = False  # the compiled step has run
+    frozen: bool = False  # batch norm's statistics stand still
     step: int = 0
     accumulate: int = 1
     halved: list[dict[str, int]] = field(default_factory=list)
@@ -433,6 +438,10 @@ class _Run:
 
     def _advance(self, inputs: Tensor, targets: Tensor | None, taught: Answer | None, rate: float) -> None:
         """One step of the optimizer."""
+        if self.training.freeze and not self.frozen and self.step >= round((1 - self.training.freeze) * self.total):
+            self._freeze()
+        if self.objective.strength is not None:  # linear, from the first step on
+            self.objective.strength.fill_(min(1.0, (self.step + 1) / max(1, round(self.training.loss_warmup * self.total))))
         if self.penalty is not None and self.step % self.per_epoch == 0:
             self.penalty.begin(self.parameters)
         torch.manual_seed(_step_seed(self.training.seed, self.step, self.accelerator.process_index))
@@ -503,6 +512,16 @@ class _Run:
         self.dot.add(torch.autograd.grad(soft, list(self.learned.values()), retain_graph=True, allow_unused=True))
         hard.backward()
         return loss.detach().sum()
+
+    def _freeze(self) -> None:
+        """From now on batch norm takes its statistics as they are."""
+        self.frozen, student = True, self.objective.student  # a graph of its own, whose tensors are those of ``graph``
+        for node in student.graph.nodes:
+            if node.target is aten.batch_norm.default:
+                node.update_arg(5, False)
+        student.recompile()
+        if self.compiled != "no":
+            self.learner = torch.compile(self.plain, mode=self.compiled, dynamic=False)
 
     def _falls_back(self, error: Exception) -> bool:
         """With compile=auto, a network that the compiler can't do is trained without it: True. Only a first step tells of the compiler."""
@@ -681,6 +700,21 @@ def _graph(model: nn.Module, task: Task, which: str) -> fx.GraphModule:
             f"{which}: takes inputs of shape {wanted}, the task gives {tuple(task.input_shape)}; give the task that size=, or capture it anew"
         )
     return graph
+
+
+def _normed(student: fx.GraphModule, task: Task, training: Training, device: torch.device | str | None) -> fx.GraphModule:
+    """The trainable form of a quantised student, with the batch norm that was folded into it."""
+    learns = to_trainable(student)
+    weights = {
+        name for record in student.meta.get("history", []) if record["step"] == "quantize" for name in record["facts"].get("batch_norm", ())
+    }
+    if not weights:
+        return learns
+    home = device_of(learns)
+    device = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    fitting = {} if training.hard_weight else {"labelled": False}
+    batches = task.batches("train", min(training.batch_size, 64), shuffle_seed=training.seed, augment=True, device=device, **fitting)
+    return put_back(learns.to(device), weights, (inputs for inputs, _ in itertools.islice(batches, MOMENT_BATCHES))).to(home)
 
 
 def _accelerator(device: torch.device | str | None, logits: bool) -> Accelerator:

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from rarefy import plugins
+from rarefy.capturing import device_of
 from rarefy.errors import InputError
 from rarefy.losses import FeatureLoss, Loss
 from rarefy.tapping import Tap, matched, tapped
@@ -68,7 +69,7 @@ class Lesson(NamedTuple):
 class Objective(nn.Module):
     """(inputs (N, ...), targets) -> the loss of that batch, a scalar; with ``apart``, (2,): against labels, and against the teachers.
 
-    taught: the teachers' answers, where they are known already.
+    taught: the teachers' answers, where they are known already. strength: what the teachers' losses are multiplied by, where it is not always 1.
     """
 
     def __init__(
@@ -94,6 +95,8 @@ class Objective(nn.Module):
         self.teachers = nn.ModuleList(frozen(tapped(teacher, taps), bf16) for (_, teacher), taps in zip(teachers, theirs))
         self.task, self.bf16, self.apart = task, bf16, training.dot > 0
         self.hard_weight, self.label_smoothing = training.hard_weight, training.label_smoothing
+        self.strength: Tensor | None
+        self.register_buffer("strength", torch.ones((), device=device_of(student)) if training.loss_warmup else None, persistent=False)
 
     def train(self, mode: bool = True) -> Objective:
         super().train(mode)
@@ -114,6 +117,8 @@ class Objective(nn.Module):
                 seen = self.adapters[str(index)](seen)
             features = {name: (seen[name], theirs[b]) for name, (_, b) in places.items()}
             soft.append(weight * one(outputs, answer, targets, features))
+        if self.strength is not None:
+            soft = [self.strength * one for one in soft]
         return torch.stack([_sum(hard), _sum(soft)]) if self.apart else _sum(hard + soft)
 
     @torch.no_grad()

@@ -7,9 +7,9 @@ Both compute the same: only the bias, a 32-bit code in the one, is not rounded i
 a weight starts at the number its code stands for, so that what a learned rounding found is kept. The way back writes the learned tensors into
 the graph they came from, rounded as training saw them; its nodes are not touched, so what ran before runs afterwards.
 
-Batch norm: folded before, and not put back. A weight scale and a bias for each output channel, both learned, are what its factor and shift would
-be, and without running statistics there is no freezing late and nothing to re-estimate. What is given up is batch norm's conditioning: single
-layers run away at a rate that training from scratch takes. So where no rate is given it is ``LR``, and gradients are clipped to a norm of ``CLIP``.
+Batch norm, folded before, is put back for the training and folded in again at its end (``normalizing.py``). Single layers still run away at a rate that training from scratch takes; so
+where no rate is given it is ``LR``, and gradients are clipped to a norm of ``CLIP``. A weight's scale learns ``SLOWER`` than the paper's: there are few numbers to a channel, and at 8 bits its
+steps passed through 0 to the other side.
 Zero points stay: ranges grow and shrink around zero.
 """
 
@@ -28,6 +28,7 @@ from rarefy.capturing import attribute, finish, set_attribute, shapes
 from rarefy.errors import InputError
 from rarefy.kernels.affine import along, fake_quantize, quantize
 from rarefy.lowering import LAYERS, is_decoded, to_numbers
+from rarefy.normalizing import folded
 from rarefy.rewriting import BIAS_LIMIT
 from rarefy.training import Training
 
@@ -36,6 +37,7 @@ OPERATORS = torch.ops.rarefy
 CODES = "_codes"
 
 LR, CLIP = 0.01, 1.0
+SLOWER = 0.1  # than the paper's, the rate of a weight's scale
 
 
 def is_quantized(model: Any) -> bool:
@@ -75,7 +77,7 @@ def to_trainable(graph: fx.GraphModule) -> fx.GraphModule:
 
 def to_codes(graph: fx.GraphModule, trained: fx.GraphModule) -> fx.GraphModule:
     """``graph`` with the codes, scales and floats that ``to_trainable(graph)`` has come to by training."""
-    learned = {**dict(trained.named_parameters()), **dict(trained.named_buffers())}
+    learned = folded(trained)
     before = graph
     graph = copy.deepcopy(before)
     own = {**dict(graph.named_parameters()), **dict(graph.named_buffers())}
@@ -130,7 +132,7 @@ def _stored(graph: fx.GraphModule, node: fx.Node, bits: dict[str, int]) -> None:
         if codes.dim() and codes.dtype != torch.int32:
             qmin, qmax = _range(codes, bits.get(str(codes_node.target), 8))
             _learn(graph, str(scale_node.target), scale)
-            gradient = 1 / math.sqrt(codes.numel() / max(scale.numel(), 1) * qmax)
+            gradient = SLOWER / math.sqrt(codes.numel() / max(scale.numel(), 1) * qmax)
             parameter = graph.graph.call_function(fake_quantize, (parameter, scale_node, zero_node, axis, qmin, qmax, gradient, *rest))
     node.replace_all_uses_with(parameter)
 
@@ -163,7 +165,7 @@ def _is_scale(name: str) -> bool:
 
 
 def _positive(scale: Tensor) -> Tensor:
-    return scale.detach().clamp_min(1e-12)
+    return scale.detach().abs().clamp_min(1e-12)  # a grid that is symmetric around 0 is the same with -s
 
 
 def _recode(graph: fx.GraphModule, node: Any, learned: dict[str, Tensor], scale: Tensor, axis: int | None, group: int) -> None:

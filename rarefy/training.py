@@ -63,7 +63,8 @@ class Training:
     compile: no, default, reduce-overhead (CUDA graphs) or auto: the last on CUDA from AUTO_STEPS steps on, where it has paid for the minute
     it takes, and back to no where the compiler can't. validate_every: epochs between two looks at the val split, 0: never. keep: the last state
     or the best on the val split (whose figure is then optimistic: it was chosen by it). patience: stop once the val split saw no better state for so
-    many epochs, 0: never. dot: Δ of the two momenta (``dot.py``), 0: off.
+    many epochs, 0: never. dot: Δ of the two momenta (``dot.py``), 0: off. freeze: share of the
+    steps, the last, in which batch norm's statistics stand still. loss_warmup: share of the steps in which the teacher's weight rises to what it is.
     """
 
     epochs: int = 30
@@ -88,6 +89,8 @@ class Training:
     keep: str = "last"
     patience: int = 0
     dot: float = 0.0
+    freeze: float = 0.0
+    loss_warmup: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -111,6 +114,8 @@ class Training:
             ("channels_last", self.channels_last in ("auto", "yes", "no"), "auto, yes or no"),
             ("compile", self.compile in ("auto", "no", "default", "reduce-overhead"), "auto, no, default or reduce-overhead"),
             ("validate_every", self.validate_every >= 0, "0 (never) or more"),
+            ("loss_warmup", 0 <= self.loss_warmup <= 1, "a share of the steps, 0 to 1"),
+            ("freeze", 0 <= self.freeze <= 1, "a share of the steps, 0 to 1"),
             ("keep", self.keep in ("last", "best"), "last or best"),
             ("patience", self.patience >= 0, "0 (never) or more epochs"),
             (

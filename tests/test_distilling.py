@@ -156,6 +156,18 @@ def test_training_alone_learns_digits() -> None:
     assert facts(teacher())["curve"][-1]["val"] == pytest.approx(top1(teacher()), abs=1e-6)
 
 
+def test_the_teachers_weight_rises_in_equal_steps() -> None:
+    """Steps of one batch, at a rate of nothing and on the same pictures: the loss is the weight."""
+    options = {**QUICK, "epochs": 4, "batch_size": 160, "lr": 1e-12, "hard_weight": 0.0}
+    task = Digits(noise=0.0)
+    curves = [
+        [point["loss"] for point in facts(distill(student(), teacher(), task, loss_warmup=share, **options))["curve"]]
+        for share in (0.0, 0.5, 1.0)
+    ]
+    assert curves[1] == pytest.approx([one * weight for one, weight in zip(curves[0], (0.5, 1, 1, 1))], rel=1e-4)
+    assert curves[2] == pytest.approx([one * weight for one, weight in zip(curves[0], (0.25, 0.5, 0.75, 1))], rel=1e-4)
+
+
 @pytest.mark.parametrize("loss", ["lskd", "kl", "mse:on=logits", "kl + 5*mse", "lskd + mse:on=embedding"])
 def test_distillation_without_labels_brings_the_student_to_the_teacher(loss: str) -> None:
     x, _ = digits()

@@ -10,7 +10,8 @@ from rarefy import distill, plugins
 from rarefy.artifact import load, save
 from rarefy.capturing import capture
 from rarefy.distilling import train
-from rarefy.errors import TrainingDiverged
+from rarefy.errors import InputError, TrainingDiverged
+from rarefy.normalizing import put_back
 from rarefy.quantizing import quantize
 from rarefy.tasks import Classification
 from rarefy.trainable import is_quantized, to_codes, to_trainable
@@ -75,6 +76,49 @@ def test_both_forms_answer_alike_and_untrained_tensors_come_back_as_they_were(we
     learns(x).square().sum().backward()
     silent = {name for name, parameter in learns.named_parameters() if parameter.grad is None}
     assert not silent  # everything learns
+
+
+@pytest.mark.parametrize("weights, activations", [("int8", "uint8"), ("int3", "uint4")])
+def test_batch_norm_put_back_changes_nothing_and_folds_into_the_same_codes(weights: str, activations: str, teacher, task) -> None:
+    small = quantize(teacher, task, images=64, weights=weights, activations=activations, progress=False)
+    names = small.meta["history"][-1]["facts"]["batch_norm"]
+    assert names == ["stem.0.weight", "left.0.weight"]  # the two that batch norm followed
+    x = next(iter(task.batches("val", 256)))[0]
+    learns = put_back(to_trainable(small), names, [x[:128], x[128:]])
+    assert learns.get_parameter("left.0.weight").flatten(1).norm(dim=1).sub(1).abs().max() < 1e-5
+    assert torch.allclose(small(x), learns.eval()(x), atol=1e-5)
+    assert torch.allclose(small(x), learns.train()(x), atol=1e-4)  # the statistics are those of these very images
+    before = small.state_dict()
+    back = to_codes(small, put_back(to_trainable(small), names, [x]))
+    assert all(torch.equal(value, back.state_dict()[name]) or name.endswith("_scale") for name, value in before.items())
+    assert all(torch.allclose(value, back.state_dict()[name], rtol=1e-6) for name, value in before.items() if name.endswith("_scale"))
+
+
+def test_codes_of_live_batch_norm_are_those_it_was_trained_with(teacher, task) -> None:
+    """Negative factors of batch norm, too: they turn the codes' signs."""
+    small = quantize(teacher, task, images=64, weights="int4", activations="uint8", progress=False)
+    x = next(iter(task.batches("val", 256)))[0]
+    learns = put_back(to_trainable(small), small.meta["history"][-1]["facts"]["batch_norm"], [x]).eval()
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in [*learns.named_parameters(), *learns.named_buffers()]:
+            if "batch_norm" in name:
+                value.mul_(1 + 0.5 * torch.rand(value.shape, generator=draw))
+        learns.get_parameter("left.0.batch_norm.weight")[::2] *= -1
+    with torch.no_grad():
+        ours, theirs = to_codes(small, learns)(x), learns(x)
+    assert (ours - theirs).norm() < 0.02 * theirs.norm()  # a bias is rounded in codes, which moves some activations by one
+
+
+def test_frozen_statistics_stand_still(teacher, task) -> None:
+    common = {"steps": 12, "batch_size": 64, "lr": 0.05, "progress": False, "device": "cpu", "validate_every": 0}
+    buffers = {freeze: dict(train(teacher, task, freeze=freeze, **common).named_buffers()) for freeze in (0.0, 0.5, 1.0)}
+    for name, value in teacher.named_buffers():
+        if "running" in name:
+            assert torch.equal(buffers[1.0][name], value)
+            assert not torch.equal(buffers[0.5][name], value) and not torch.equal(buffers[0.5][name], buffers[0.0][name])
+    with pytest.raises(InputError, match="freeze"):
+        train(teacher, task, freeze=1.5, **common)
 
 
 def test_training_mends_what_few_bits_broke_and_the_file_computes_it(teacher, task, tmp_path) -> None:

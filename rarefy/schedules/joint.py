@@ -1,22 +1,23 @@
 """Joint: prune, distil and quantise in one training (as GETA, arXiv 2502.18030, and OCSPruner, 2501.13439, do, with the parts that are here).
 
-    fold ─▶ quantise ─▶ train codes, channels pulled to zero ─▶ cut ─▶ quantise ─▶ train codes
+    [channels pulled to zero ─▶] cut ─▶ the rest trained ─▶ quantise ─▶ train codes, batch norm live, then frozen
 
-What is to go is chosen before the first step, as ``prune`` chooses it. The first ``shrink`` of the steps train the whole network through its fake-quantised
-form (``trainable.py``), while the groups that are to go fade: of K steps, the k-th leaves
+What is to go is chosen before the first step, as ``prune`` chooses it. In the first ``shrink`` of the steps the groups that are to go fade: of K steps, the k-th leaves
 
     w_k = w_0 (K - k) / K        of every weight coupled to such a channel, which learns no more
 
-so the rest adapts to rounding and to their absence at once, and the cut changes nothing. The smaller network is calibrated anew, and the rest of the steps train
-its codes. The original teaches throughout. The result is quantised: it needs no further step. (Group sparsity's penalty in place of fading leaves
-something of each group after so few steps, and the cut breaks what batch norm is no longer there to mend.)
+so the rest adapts to their absence step by step, and the cut changes nothing. The smaller network trains on in float; for the last ``codes`` of the steps it is quantised and trains
+its codes, with batch norm put back behind its layers (``normalizing.py``) and frozen for the last ``FREEZE`` of these steps. The original teaches throughout. The result is
+quantised: it needs no further step. (Group sparsity's penalty in place of fading leaves something of each group after so few steps.)
 
-Given up: a choice that training could revise; batch norm, which is folded before the first step; the learned scales of the first part, which are calibrated anew on the smaller network;
-and speed, for the first part's steps are those of the whole network. ``bench/joint.py`` sets it beside prune, distil, quantise at equal steps.
+Rounding comes late because it is cheap to mend and dear to train through: a step in codes takes twice the time of one in float, and bears a smaller rate. Given up: a choice that
+training could revise. Fading is off unless asked for (``shrink=0.2``): its steps are those of the whole network, and over 200 steps cutting at once came out ahead.
+``bench/joint.py`` sets it beside prune, distil, quantise at equal steps.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,25 +28,28 @@ from torch import Tensor, fx, nn
 from rarefy import plugins
 from rarefy.coupling import Coupling, couple
 from rarefy.errors import InputError
-from rarefy.folding import fold
 from rarefy.schedules import Asked, Once, Setting, check_data, check_training, joined, last, trained
 from rarefy.surgery import share_copy
 from rarefy.survivors import unpacked
+
+FREEZE = 0.25  # of the steps in codes
 
 
 @dataclass(frozen=True)
 class Joint:
     """Prune, distil and quantise in one training; the result is quantised.
 
-    epochs, batch_size, lr: of the training, both parts together; steps wins over epochs. shrink: share of the steps before the cut.
-    loss: how the original teaches, or none. weights, activations: the grids. images: to calibrate on.
+    epochs, batch_size: of the training, all parts together; steps wins over epochs. lr, code_lr: rates in float and in codes. shrink, codes: shares of the steps, the
+    first in which channels fade, and the last in codes. loss: how the original teaches, or none. weights, activations: the grids. images: to calibrate on.
     """
 
     epochs: int = 20
     steps: int | None = None
     batch_size: int = 128
-    lr: float = 0.01
-    shrink: float = 0.5
+    lr: float = 0.05
+    code_lr: float = 0.01
+    shrink: float = 0.0
+    codes: float = 0.2
     loss: str = "lskd"
     weights: str = "int8"
     activations: str = "uint8"
@@ -53,40 +57,46 @@ class Joint:
 
     def __post_init__(self) -> None:
         check_training(self)
-        if not 0 < self.shrink < 1 or (self.steps is not None and self.steps < 2) or self.images < 1:
+        shares = 0 <= self.shrink < 1 and 0 < self.codes < 1 and self.shrink + self.codes < 1
+        if not shares or not 0 < self.code_lr < float("inf") or (self.steps is not None and self.steps < 3) or self.images < 1:
             raise ValueError(
-                f"shrink={self.shrink} lies between 0 and 1, steps={self.steps} is at least 2, and images={self.images} at least 1"
+                f"shrink={self.shrink} and codes={self.codes} are shares whose sum is below 1, code_lr={self.code_lr} is positive, steps={self.steps} at least 3, "
+                f"and images={self.images} at least 1"
             )
 
     def run(self, graph: fx.GraphModule, once: Once, asked: Asked, setting: Setting) -> fx.GraphModule:
         """Raises InputError where there is no training data, for a graph that is quantised already, or for what ``prune`` refuses."""
         from rarefy.quantizing import quantize  # once asked for: `prune` alone needs none of it
-        from rarefy.trainable import is_quantized, to_trainable
+        from rarefy.trainable import CLIP, is_quantized
 
         if is_quantized(graph):
             raise InputError("schedule 'joint' quantises by itself; pass the float network")
         check_data("joint", setting)
-        whole = fold(graph).eval()
-        chosen = once(whole, **asked)  # and a target out of reach is told before the training, not after
-        options = {"batch_size": self.batch_size, "lr": self.lr, "clip": 1.0, "validate_every": 0}
+        chosen = once(graph, **asked)  # a target out of reach is told before the training, not after
         length = setting.task.length("train")
-        total = self.steps or max(2, self.epochs * (length // min(self.batch_size, length)))
-        first = min(max(1, round(self.shrink * total)), total - 1)
+        total = self.steps or max(3, self.epochs * (length // min(self.batch_size, length)))
+        parts = self._parts(total)
+        learn = functools.partial(trained, "joint", teacher=graph, loss=self.loss, setting=setting, batch_size=self.batch_size)
+        trainings, small = [], chosen
+        if parts[0]:
+            penalty = Fade(
+                couple(share_copy(graph).eval(), setting.ignore, setting.heads), last(chosen, "prune")["facts"]["kept"], parts[0]
+            )
+            shrunk = learn(graph, part="shrink", penalty=penalty, steps=parts[0], lr=self.lr)
+            trainings.append(last(shrunk, "train", "distill")["facts"])
+            small = once(shrunk.train(graph.training), **asked)
+        taught = learn(small, part="settle", steps=parts[1], lr=self.lr)
+        grids: dict[str, Any] = {"weights": self.weights, "activations": self.activations}
+        coded = quantize(taught, setting.task, images=self.images, seed=setting.seed, progress=setting.progress, **grids)
+        done = learn(coded, part="codes", steps=parts[2], lr=self.code_lr, clip=CLIP, freeze=FREEZE)
+        trainings += [last(one, "train", "distill")["facts"] for one in (taught, done)]
+        return joined(graph, done, plugins.describe(self), trainings, {"steps": parts})
 
-        def coded(model: fx.GraphModule) -> fx.GraphModule:
-            grids: dict[str, Any] = {"weights": self.weights, "activations": self.activations}
-            return quantize(model, setting.task, images=self.images, seed=setting.seed, progress=setting.progress, **grids)
-
-        penalty = Fade(couple(share_copy(whole), setting.ignore), last(chosen, "prune")["facts"]["kept"], first)
-        shrunk = trained("joint", coded(whole), graph, self.loss, setting, part="shrink", penalty=penalty, steps=first, **options)
-        numbers = dict(to_trainable(shrunk).named_parameters())
-        with torch.no_grad():
-            for name, value in whole.named_parameters():
-                value.copy_(numbers[name])
-        small = once(whole, **asked)
-        taught = trained("joint", coded(small), graph, self.loss, setting, part="settle", steps=total - first, **options)
-        trainings = [last(one, "train", "distill")["facts"] for one in (shrunk, taught)]
-        return joined(graph, taught, plugins.describe(self), trainings, {"steps": [first, total - first]})
+    def _parts(self, total: int) -> list[int]:
+        """Steps of the three parts."""
+        first = round(self.shrink * total)
+        rest = min(max(1, round(self.codes * total)), total - first - 1)
+        return [first, total - first - rest, rest]
 
 
 class Fade:
