@@ -52,6 +52,10 @@ class Cells:
         self.made.add(key)
         return facts
 
+    def forget(self, key: str) -> None:
+        self._path(key).unlink(missing_ok=True)
+        self.made.discard(key)
+
     def _path(self, key: str) -> Path:
         return self.folder / f"{re.sub(r'[^A-Za-z0-9_.=-]+', '_', key)}.json"
 

@@ -1,6 +1,6 @@
 """int8 and ONNX, model by model: every torchvision classifier, one small variant of every timm module, and the models that have real weights here.
 
-    python bench/quantization_breadth.py --library torchvision|timm|real [--only GLOB] [--int8] [--float] [--pruned] [--resume] [--for SECONDS] [--check]
+    python bench/quantization_breadth.py --library torchvision|timm|real [--only GLOB] [--part I/N] [--int8] [--float] [--pruned] [--jobs N] [--resume] [--check]
 
 Each is captured, quantised (defaults; calibrated on a few natural images of $RAREFY_DATA at the model's size, on noise where there are none), exported, opened
 in ONNX Runtime and compared with its simulation: the same most likely class, the largest difference of the answers (absolute, and in units of the
@@ -9,8 +9,8 @@ starting from the file's own codes, by how many codes a value differs. ``--float
 
 ``torchvision`` and ``timm`` have random weights, of which nothing is left neutral (bench/zoo.py); they fail by an error, or by a layer that differs by more
 than one code. ``real`` are EfficientNet-Lite0 to 2 and the CIFAR ResNets on 256 natural images; simulation and file must agree on 99.9 % of them, and the
-margin between the two most likely classes, in units of their difference, is told where they don't. Each model has a process of its own with a limit of time and
-memory; what is known of it is kept in ``out/``, and ``--resume`` goes on from there. ``--for`` ends in time.
+margin between the two most likely classes, in units of their difference, is told where they don't. Each model has a process of its own, of one thread and
+with a limit of time and memory; what is known of it is kept in ``out/``, and ``--resume`` goes on from there (bench/cells.py).
 ``--check`` exits 1 if a model with real weights falls short, or more than 5 % of the others.
 """
 
@@ -36,6 +36,7 @@ from torch.utils import _pytree as pytree
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import real_data
+from bench.cells import Cells, add_options
 from bench.efficientnet_lite0 import sqnr
 from bench.zoo import MAKERS, Made, alive, each, images, usable
 from rarefy import capture, prune, quantize
@@ -200,12 +201,15 @@ def judge(facts: dict[str, Any], library: str, kind: str) -> None:
 
 
 def listed(library: str) -> list[str]:
+    """The largest first where sizes are known, so that the last to run are short."""
     if library == "real":
         return REAL
     if library == "torchvision":
         import torchvision
 
-        return list(torchvision.models.list_models(module=torchvision.models))
+        models = torchvision.models
+        sizes = {name: models.get_model_weights(name).DEFAULT.meta["num_params"] for name in models.list_models(module=models)}  # type: ignore[attr-defined]
+        return sorted(sizes, key=lambda name: -sizes[name])
     import timm
 
     return list(timm.models.list_modules())
@@ -241,64 +245,62 @@ def main() -> int:
     option = parser.add_argument
     option("--library", choices=["torchvision", "timm", "real"], default="torchvision")
     option("--only", metavar="GLOB", action="append", help="models (of timm: modules) by name; may be repeated")
+    option("--part", metavar="I/N", help="every Nth of them, from the Ith on: for several machines")
     option("--float", dest="kinds", action="append_const", const="float", help="the model as it is, as well as or instead of int8")
     option("--pruned", dest="kinds", action="append_const", const="pruned", help="half of the channels pruned, then int8")
     option("--int8", dest="kinds", action="append_const", const="int8", help="int8 (the default)")
-    option("--jobs", type=int, default=1, help="processes at a time")
+    option("--jobs", type=int, default=1, help="processes at a time, of one thread each")
     option("--seconds", type=float, default=250, help="limit for a model")
     option("--memory", type=float, default=8, help="limit for a model, in GiB")
-    option("--for", dest="span", type=float, metavar="SECONDS", help="start no model that might end later")
-    option("--slack", type=float, default=60, help="with --for: start nothing when so few seconds are left")
-    option("--resume", action="store_true", help="keep what is known and passed or failed; without it every model is looked at anew")
     option("--retry", action="store_true", help="with --resume: look at those that failed again")
-    option("--out", type=Path, default=Path("out/quantization_breadth"), help="folder of what is known")
     option("--check", action="store_true", help="exit 1 where it falls short")
+    option("--out", type=Path, help="write the JSON there too, anew after each model")
+    add_options(parser)
     given = parser.parse_args()
-    began = time.monotonic()
     try:
         everything = listed(given.library)
-        names = list(dict.fromkeys(name for glob in given.only or ["*"] for name in everything if fnmatch.fnmatch(name, glob)))
     except ImportError:
         print(f"skipped: {given.library} is not installed")
         return 1 if given.check else 0
+    names = [name for name in everything if any(fnmatch.fnmatch(name, glob) for glob in given.only or ["*"])]
+    if given.part:
+        index, parts = (int(number) for number in given.part.split("/"))
+        names = names[index - 1 :: parts]
     torch.set_num_threads(1)
-    kinds = given.kinds or ["int8"]
-    found: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in kinds}
+    kinds = list(dict.fromkeys(given.kinds or ["int8"]))
+    cells = Cells("quantization_breadth", {"library": given.library, "kinds": sorted(kinds), "torch": torch.__version__}, given)
+    found: dict[str, dict[str, dict[str, Any]]] = {name: kept for name in names if (kept := cells.found(name)) is not None}
+    for name in [name for name, facts in found.items() if given.retry and any("error" in one for one in facts.values())]:
+        cells.forget(name)
+        del found[name]
+    for name, results in each(partial(examined, given.library, kinds), cells.missing(names), given.jobs, given.seconds, given.memory):
+        found[name] = cells.keep(name, dict.fromkeys(kinds, results) if "error" in results else results)  # killed before it could tell
+        for kind in kinds:
+            print("  ".join([kind, *summary(name, found[name][kind])]), file=sys.stderr, flush=True)
+        if given.out:
+            given.out.write_text(as_line(given.library, cells.left, found) + "\n")
+    short = cells.left > 0
     for kind in kinds:
-        (given.out / f"{given.library}-{kind}").mkdir(parents=True, exist_ok=True)
-        for name in names if given.resume else []:
-            if (file := given.out / f"{given.library}-{kind}" / f"{name}.json").exists():
-                facts = json.loads(file.read_text())
-                if not (given.retry and "error" in facts):
-                    found[kind][name] = facts
-    left = [name for name in names if any(name not in found[kind] for kind in kinds)]
-    while left and (given.span is None or time.monotonic() - began + given.slack < given.span):
-        now, left = left[: given.jobs], left[given.jobs :]
-        limit = given.seconds if given.span is None else min(given.seconds, given.span - (time.monotonic() - began))
-        for name, results in each(partial(examined, given.library, kinds), now, given.jobs, limit, given.memory):
-            if "error" in results:  # killed before it could tell
-                if limit < given.seconds and "takes more" in results["error"]:
-                    left.append(name)
-                    continue
-                results = dict.fromkeys(kinds, results)
-            for kind in kinds:
-                found[kind][name] = results[kind]
-                (given.out / f"{given.library}-{kind}" / f"{name}.json").write_text(json.dumps(results[kind], indent=1))
-                print("  ".join([kind, *summary(name, results[kind])]), file=sys.stderr, flush=True)
-    short = False
-    for kind in kinds:
-        failed = [name for name, facts in found[kind].items() if "error" in facts]
+        rows = {name: found[name][kind] for name in names if name in found}
+        failed = [name for name, facts in rows.items() if "error" in facts]
         title = f"{given.library}, {kind}: simulation and ONNX Runtime, torch {torch.__version__}"
-        show_table(title, HEADINGS, [summary(name, found[kind][name]) for name in names if name in found[kind]], tuple(range(2, 12)))
-        print(f"{len(found[kind]) - len(failed)} of {len(found[kind])} pass" + (f"; {len(left)} not looked at yet" if left else ""))
-        short |= bool(left) or len(failed) > (0 if given.library == "real" else MOST_FAILURES) * len(names)
-    models = {
-        kind: {name: {key: value for key, value in facts.items() if key != "traceback"} for name, facts in found[kind].items()}
-        for kind in kinds
-    }
-    line = {"bench": "quantization_breadth", "library": given.library, "torch": torch.__version__, "left": len(left), "kinds": models}
-    print(json.dumps(line))
+        show_table(title, HEADINGS, [summary(name, facts) for name, facts in rows.items()], tuple(range(2, 12)))
+        left = f"; {cells.left} not looked at yet: --resume goes on" if cells.left else ""
+        spread = sorted(facts["relative_difference"] for facts in rows.values() if "relative_difference" in facts)
+        exact = sum(facts.get("difference") == 0 for facts in rows.values())
+        middle = f"; largest difference in std, median {spread[len(spread) // 2]:.1e}, {exact} equal to the bit" if spread else ""
+        print(f"{len(rows) - len(failed)} of {len(rows)} pass{left}{middle}")
+        short |= len(failed) > (0 if given.library == "real" else MOST_FAILURES) * len(names)
+    print(as_line(given.library, cells.left, found))
     return 1 if given.check and short else 0
+
+
+def as_line(library: str, left: int, found: dict[str, dict[str, dict[str, Any]]]) -> str:
+    models = {
+        name: {kind: {key: value for key, value in facts.items() if key != "traceback"} for kind, facts in kinds.items()}
+        for name, kinds in found.items()
+    }
+    return json.dumps({"bench": "quantization_breadth", "library": library, "torch": torch.__version__, "left": left, "models": models})
 
 
 if __name__ == "__main__":

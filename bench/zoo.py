@@ -76,11 +76,14 @@ def timm_model(module: str) -> Made:
 
 
 def smallest(module: str) -> str:
-    """The variant with the fewest parameters, remembered in ``out/``: counting them takes up to a minute."""
+    """The variant with the fewest parameters, of a version that is not known here yet remembered in ``out/``: counting them all takes minutes."""
     import timm
 
-    file = Path(__file__).resolve().parents[1] / "out" / f"smallest_timm_{timm.__version__}.json"
-    known: dict[str, str] = json.loads(file.read_text()) if file.exists() else {}
+    here, name = Path(__file__).resolve().parent, f"smallest_timm_{timm.__version__}.json"
+    file = here.parent / "out" / name
+    known: dict[str, str] = {}
+    for table in (here / name, file):
+        known |= json.loads(table.read_text()) if table.exists() else {}
     if module in known:
         return known[module]
 
@@ -93,7 +96,9 @@ def smallest(module: str) -> str:
 
     known[module] = min(timm.list_models(module=module), key=count)
     file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(known))
+    new = file.with_suffix(f".{os.getpid()}")
+    new.write_text(json.dumps(known))
+    new.replace(file)
     return known[module]
 
 

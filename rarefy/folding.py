@@ -6,7 +6,7 @@
   one that stands alone (after a concatenation, say) becomes a depthwise 1x1 convolution of the same factors, which every runtime has in
   integers. Dropout goes. The result is for inference only.
 * ``simplify``: one form for what can be written in several (mean over the plane is average pooling; hardswish is x hardsigmoid(x), silu
-  is x sigmoid(x)), so that the tables of operators stay short.
+  is x sigmoid(x); attention is its two products and a softmax), so that the tables of operators stay short.
 * ``equalize``: cross-layer equalisation (1906.04721). Between two layers with nothing but a positively homogeneous activation (ReLU) and
   one reader in between, channel i of the first is divided and of the second multiplied by s_i = sqrt(r1_i r2_i) / r2_i, r the channel's
   largest weight, until the ranges meet. Exact for ReLU; ReLU6 and hardswish are left alone.
@@ -228,7 +228,28 @@ def _gated(gate: Any) -> Any:
     return rule
 
 
+def _attention(graph: fx.Graph, node: fx.Node, found: dict[fx.Node, Any]) -> fx.Node | None:
+    """softmax((q scale) k' + mask) v, where it is no more than that."""
+    query, key, value = node.args[:3]
+    mask: Any = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    others = (*node.args[4:6], node.kwargs.get("dropout_p"), node.kwargs.get("is_causal"), node.kwargs.get("enable_gqa"))
+    if any(others) or (mask is not None and found[mask].dtype == torch.bool):
+        return None
+    scale: Any = node.kwargs.get("scale")
+    made = [graph.call_function(aten.mul.Tensor, (query, 1 / math.sqrt(found[query].shape[-1]) if scale is None else scale))]  # type: ignore[index]
+    made.append(graph.call_function(aten.transpose.int, (key, -2, -1)))
+    made.append(graph.call_function(aten.matmul.default, tuple(made)))
+    if mask is not None:
+        made.append(graph.call_function(aten.add.Tensor, (made[-1], mask)))
+    made.append(graph.call_function(aten.softmax.int, (made[-1], -1)))
+    made.append(graph.call_function(aten.matmul.default, (made[-1], value)))
+    for one in made:
+        one.meta = dict(node.meta)
+    return made[-1]
+
+
 _SIMPLER = {
+    aten.scaled_dot_product_attention.default: _attention,
     aten.mean.dim: _mean,
     aten.adaptive_avg_pool2d.default: _pool,
     aten.hardswish.default: _gated(aten.hardsigmoid.default),

@@ -40,14 +40,14 @@ Ranges = Mapping[str, tuple[float, float]]
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """name: for people. layers: names of the layers that would go back to float."""
+    """name: for people. layers: names of the layers, or products, that would go back to float."""
 
     name: str
     layers: tuple[str, ...]
 
 
 def candidates(graph: fx.GraphModule, placement: Placement) -> list[Candidate]:
-    """Stretches, alike ones together, and their kinds; none that holds all layers."""
+    """Stretches, alike ones together, and their kinds, and the products of activations; none that holds everything."""
     alike: dict[Any, list[fx.Node]] = {}
     for stretch in _stretches(placement):
         alike.setdefault(tuple(_shape(graph, node) for node in stretch), []).extend(stretch)
@@ -59,8 +59,15 @@ def candidates(graph: fx.GraphModule, placement: Placement) -> list[Candidate]:
         told = f"{layer_name(stretch[0])} and {len(stretch) - 1} more" if len(stretch) > 1 else layer_name(stretch[0])
         for name, nodes in ((told, stretch), *((f"{kind} layers of {told}", nodes) for kind, nodes in kinds.items())):
             found.setdefault(tuple(layer_name(node) for node in nodes), name)
-    everything = {layer_name(node) for node in placement.layers}
+    if products := tuple(node.name for node in placement.products):
+        found = {products: f"{len(products)} products of activations", **found}
+    everything = set(_everything(placement))
     return [Candidate(name, layers) for layers, name in found.items() if set(layers) != everything][:CANDIDATES]
+
+
+def _everything(placement: Placement) -> list[str]:
+    """Names of all that multiplies in integers."""
+    return sorted([*(layer_name(node) for node in placement.layers), *(node.name for node in placement.products)])
 
 
 def judge(
@@ -80,7 +87,7 @@ def judge(
     chosen = measuring.with_threads(runtime)
     example = example_inputs(graph, batch=1)[0]
     tried = candidates(graph, placement)
-    everything = sorted(layer_name(node) for node in placement.layers)
+    everything = _everything(placement)
     with tempfile.TemporaryDirectory(prefix="rarefy-") as folder:
 
         def opened(model: fx.GraphModule, on: Any = chosen) -> Any:
@@ -132,7 +139,8 @@ def _rounded(graph: fx.GraphModule, ranges: Ranges, ignore: Sequence[str], runti
     """A copy in integers, weights at the nearest of 8 bits."""
     copied = share_copy(graph)
     placement = place(copied, runtime.capabilities, ignore)
-    rewriting.insert(copied, placement, {value: ranges[value.name] for value in placement.values}, dict.fromkeys(placement.values, grid))
+    own = {value: rewriting.grid_of(placement, value, grid) for value in placement.values}
+    rewriting.insert(copied, placement, {value: ranges[value.name] for value in placement.values}, own)
     for node in placement.layers:
         weight = attribute(copied, node.args[1]).detach()
         scale = torch.maximum(weight.abs().flatten(1).amax(1) / 127, rewriting.least_scale(copied, node))

@@ -4,7 +4,8 @@ numbers   quantize(conv2d(dequantize(x), dequantize(w), dequantize(b)))     what
 integers  rarefy.conv2d_codes(x, w, b, scales)                              what they then compute; the form a graph is kept in
 
 A layer whose sums are not rounded, or are read before they are, is ``rarefy.conv2d`` in the second form, which yields numbers. Sums and products of two
-decoded tensors that are rounded (``quantize(dequantize(a) + dequantize(b))``) are one operator on codes likewise.
+decoded tensors that are rounded (``quantize(dequantize(a) + dequantize(b))``) are one operator on codes likewise, and so is the matrix product of two,
+whose sums are numbers.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ def to_integers(graph: fx.GraphModule) -> fx.GraphModule:
                 layer = graph.graph.call_function(OPERATORS.linear.default, arguments)
         layer.meta = dict(node.meta)
         node.replace_all_uses_with(layer)
+    _product_codes(graph)
     _round_layers(graph)
     return finish(graph)
 
@@ -62,6 +64,7 @@ def to_numbers(graph: fx.GraphModule) -> fx.GraphModule:
     graph = copy.deepcopy(graph)
     _join_numbers(graph)
     _unround_layers(graph)
+    _product_numbers(graph)
     for node in list(graph.graph.nodes):
         if node.target not in (OPERATORS.conv2d.default, OPERATORS.linear.default):
             continue
@@ -151,6 +154,32 @@ def _join_numbers(graph: fx.GraphModule) -> None:
             codes = graph.graph.call_function(OPERATORS.quantize.default, (join, *node.args[6:8], None, *node.args[8:]))
         codes.meta = dict(node.meta)
         node.replace_all_uses_with(codes)
+
+
+def _product_codes(graph: fx.GraphModule) -> None:
+    """dequantize(a) @ dequantize(b) -> rarefy.matmul(a, b), for one scale a tensor."""
+    for node in list(graph.graph.nodes):
+        if node.target is not aten.matmul.default or not all(map(is_decoded, node.args)):
+            continue
+        (a, *own), (b, *other) = (source.args[:3] for source in node.args)
+        if attribute(graph, own[0]).dim() or attribute(graph, other[0]).dim():
+            continue
+        with graph.graph.inserting_before(node):
+            product = graph.graph.call_function(OPERATORS.matmul.default, (a, b, *own, *other))
+        product.meta = dict(node.meta)
+        node.replace_all_uses_with(product)
+
+
+def _product_numbers(graph: fx.GraphModule) -> None:
+    for node in list(graph.graph.nodes):
+        if node.target is not OPERATORS.matmul.default:
+            continue
+        a, b, *read = node.args
+        with graph.graph.inserting_before(node):
+            factors = [graph.graph.call_function(OPERATORS.dequantize.default, (*one, None)) for one in ((a, *read[:2]), (b, *read[2:]))]
+            product = graph.graph.call_function(aten.matmul.default, tuple(factors))
+        product.meta = dict(node.meta)
+        node.replace_all_uses_with(product)
 
 
 def _pair(value: Any) -> Any:

@@ -6,6 +6,8 @@ without a float operator between them:
 * a *layer* (convolution, linear) is integer wherever its weights are stored;
 * a *join* (add, multiply, concatenate, average, sigmoid) is integer where all it reads comes from integers and somebody reads it as integers;
 * a *clip* (ReLU, ReLU6) after an integer operator costs nothing: the grid of the result ends where the clip does, and the node goes;
+* a *product* of two activations (attention's queries and keys) is integer where the runtime has one: both are rounded on signed grids around zero, which
+  the second factor of an integer product has to be on, and the sums stay float. Probabilities (a softmax) times values stay float;
 * a *post* (hardswish, GELU) right after a layer is computed on the layer's own sums before these are rounded, where the runtime melts it into the kernel;
 * a *carrier* (reshape, max pooling, slice) moves codes as they are, on the grid of what it reads;
 * *padding* with zeros is a carrier too, done on the codes (zero is one of them); where only layers read it, it melts into their own padding. Padding with
@@ -29,12 +31,19 @@ from torch import fx
 from rarefy.folding import WEIGHTED, names, weighted
 
 aten = torch.ops.aten
+# carriers that yield all they read
+TURNS = frozenset(
+    {
+        aten.permute.default, aten.transpose.int, aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.squeeze.dim,
+        aten.unsqueeze.default, aten.contiguous.default, aten.clone.default,
+    }
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Capabilities:
     """Operators a runtime runs in integers. float_result: layers whose sums may stay float (others are rounded in any case).
-    posts: operators that it computes within the layer before them."""
+    posts: operators that it computes within the layer before them. products: of two activations, whose sums stay float."""
 
     layers: frozenset[Any]
     joins: frozenset[Any]
@@ -43,15 +52,24 @@ class Capabilities:
     clips: frozenset[Any]
     float_result: frozenset[Any]
     posts: frozenset[Any] = frozenset()
+    products: frozenset[Any] = frozenset()
+
+    @property
+    def whole(self) -> frozenset[Any]:
+        """Operators that are not to be written in simpler ones: those it knows by themselves, and attention, unless a product of it can be integer."""
+        return self.posts if self.products else self.posts | {aten.scaled_dot_product_attention.default}
 
 
 @dataclasses.dataclass
 class Placement:
-    """layers: integer layers in order. values: nodes whose result is rounded, in order. fused: clip -> the node that does its work.
-    carried: carrier -> the value whose grid it keeps. integer: all integer nodes. floats: operator on activations that stays in float -> why."""
+    """layers, products: the integer ones in order. values: nodes whose result is rounded, in order. centered: values whose grid is signed, zero in the
+    middle. fused: clip -> the node that does its work. carried: carrier -> the value whose grid it keeps. integer: all integer nodes. floats: operator on
+    activations that stays in float -> why."""
 
     layers: list[fx.Node]
+    products: list[fx.Node]
     values: list[fx.Node]
+    centered: set[fx.Node]
     fused: dict[fx.Node, fx.Node]
     carried: dict[fx.Node, fx.Node]
     integer: set[fx.Node]
@@ -86,6 +104,9 @@ def place(graph: fx.GraphModule, can: Capabilities, ignore: Sequence[str] = (), 
     joins = {
         node for node in nodes if node.op == "call_function" and node.target in can.joins and _joinable(node) and ignored(node) is None
     }
+    products = {
+        node for node in nodes if node.op == "call_function" and node.target in can.products and _is_product(node) and ignored(node) is None
+    }
     why: dict[fx.Node, str] = {}
     fused: dict[fx.Node, fx.Node] = {}
     for node in nodes:
@@ -111,8 +132,24 @@ def place(graph: fx.GraphModule, can: Capabilities, ignore: Sequence[str] = (), 
             node = node.args[0]  # type: ignore[assignment]
         return node
 
-    def leads_to_integers(node: fx.Node, integer: set[fx.Node]) -> bool:
-        return any(user in integer or ((is_carrier(user) or user in fused) and leads_to_integers(user, integer)) for user in node.users)
+    def turned_from(node: fx.Node) -> fx.Node:
+        while node.target in TURNS and is_carrier(node):
+            node = node.args[0]  # type: ignore[assignment]
+        return node
+
+    def nearest(node: fx.Node) -> fx.Node | None:
+        """The value that a carrier carries."""
+        while node not in values and is_carrier(node):
+            node = node.args[0]  # type: ignore[assignment]
+        return node if node in values else None
+
+    def leads_to_integers(node: fx.Node, integer: set[fx.Node], whole: bool = True) -> bool:
+        """whole: ``node`` is all of what is asked about: a part of it that only a product reads is rounded as that part."""
+        return any(
+            (user in integer and (whole or user not in products))
+            or ((is_carrier(user) or user in fused) and leads_to_integers(user, integer, whole and user.target in TURNS))
+            for user in node.users
+        )
 
     while True:
         integer = layers | joins
@@ -130,10 +167,12 @@ def place(graph: fx.GraphModule, can: Capabilities, ignore: Sequence[str] = (), 
         joins -= dropped
         for clip in [clip for clip, source in fused.items() if source in dropped]:
             del fused[clip]
-    integer = layers | joins
+    integer = layers | joins | products
     result_of = {source: clip for clip, source in fused.items()}
     values: set[fx.Node] = set()
-    for node in integer:
+    centered = {turned_from(source) for node in products for source in node.all_input_nodes}
+    values |= centered
+    for node in layers | joins:
         values.update(source_of(source) for source in _tensors(node))
         result = result_of.get(node, node)
         if node not in layers or node.target not in can.float_result or leads_to_integers(result, integer):
@@ -142,9 +181,13 @@ def place(graph: fx.GraphModule, can: Capabilities, ignore: Sequence[str] = (), 
             del fused[result]  # the clip stays: the sums before it are float
     fused = {clip: source for clip, source in fused.items() if clip.target in can.clips}
     carried = {
-        node: source_of(node)
+        node: value
         for node in nodes
-        if is_carrier(node) and not melts(node) and source_of(node) in values and leads_to_integers(node, integer)
+        if is_carrier(node)
+        and not melts(node)
+        and node not in values
+        and (value := nearest(node)) is not None
+        and leads_to_integers(node, integer, node.target in TURNS)
     }
     for node in nodes:
         if node in integer or node in values or node in fused or node in why or is_carrier(node) or melts(node) or not _computes(node):
@@ -152,6 +195,8 @@ def place(graph: fx.GraphModule, can: Capabilities, ignore: Sequence[str] = (), 
         glob = ignored(node)
         if glob is not None:
             why[node] = f"ignored: {glob}"
+        elif node.target in can.products:
+            why[node] = "probabilities times values, or a factor that is stored"
         elif node.target not in can.layers | can.joins | can.clips | can.posts | can.paddings:
             why[node] = f"the runtime has no integer kernel for {_operator(node)}"
         elif node.target in WEIGHTED and not weighted(node):
@@ -162,7 +207,9 @@ def place(graph: fx.GraphModule, can: Capabilities, ignore: Sequence[str] = (), 
             why[node] = "what it reads or yields is in float"
     return Placement(
         layers=[node for node in nodes if node in layers],
+        products=[node for node in nodes if node in products],
         values=[node for node in nodes if node in values],
+        centered=centered,
         fused=fused,
         carried=carried,
         integer=integer,
@@ -197,6 +244,12 @@ def padding_of(node: fx.Node) -> float | None:
 def _tensors(node: fx.Node) -> list[fx.Node]:
     """The activations a node reads: for a layer its first argument."""
     return [node.args[0]] if weighted(node) else list(node.all_input_nodes)  # type: ignore[list-item]
+
+
+def _is_product(node: fx.Node) -> bool:
+    """Of two activations, none of them probabilities."""
+    sources = node.all_input_nodes
+    return len(sources) == 2 and not any(source.op == "get_attr" or source.target is aten.softmax.int for source in sources)
 
 
 def _joinable(node: fx.Node) -> bool:

@@ -20,6 +20,7 @@ import dataclasses
 import fnmatch
 import itertools
 import math
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -102,14 +103,17 @@ def quantize(
         raise InputError("the model is quantised already; start from its float original")
     graph = as_graph(model, inputs)
     norms = normed(graph)
-    graph = simplify(fold(graph), runtime.capabilities.posts)
+    graph = simplify(fold(graph), runtime.capabilities.whole)
     for parameter in graph.parameters():
         parameter.requires_grad_(False)
     allocation = None
+    timing: dict[str, Any] = {}
     if mixed is not None:
+        begun = time.monotonic()
         first, batches = _first(graph, task, batches, mixed.images, seed)
         open_to = place(graph, runtime.capabilities, ignore).layers
         assigned, allocation = allocating.allocate(graph, open_to, first, mixed, grid.bits)
+        timing["allocation"] = time.monotonic() - begun
     own_grid = {node: assigned.of(names(node)) for node in graph.graph.nodes if weighted(node)}
     left_out = [*ignore, *(layer_name(node) for node, own in own_grid.items() if own is None)]
     placement = place(graph, runtime.capabilities, left_out)
@@ -142,6 +146,7 @@ def quantize(
     if gate is not None:
         by_name = {value.name: span for value, span in ranges.items()}
         verdict = gating.judge(graph, placement, by_name, left_out, runtime, grid, progress)
+        timing["gate"] = verdict.pop("timed")
         placement = place(graph, runtime.capabilities, [*left_out, *verdict["undone"]])
         value_grids = _value_grids(placement, activation_grids)
         ranges = _ranges(placement, seen, rule, value_grids)
@@ -203,7 +208,8 @@ def quantize(
                     if weighted(node) and node.name in noise and node.name not in integer
                 },
                 "ranges": {value.name: [end * run.learned.get(value.name, 1.0) for end in ranges[value]] for value in placement.values},
-                **({} if verdict is None else {"gate": verdict, "timing": {"gate": verdict.pop("timed")}}),
+                **({} if verdict is None else {"gate": verdict}),
+                **({"timing": timing} if timing else {}),
             },
         }
     )
@@ -227,7 +233,7 @@ def _ranges(placement: Placement, seen: Observed, rule: Any, own: Mapping[fx.Nod
     found = {}
     for value in placement.values:
         lo, hi = rule.activation_range(seen.histograms[value], own[value])
-        found[value] = rewriting.clipped(placement, value, min(lo, 0.0), max(hi, 0.0))
+        found[value] = rewriting.clipped(placement, value, min(lo, 0.0), max(hi, 0.0), own[value])
     return found
 
 
@@ -392,6 +398,7 @@ def _value_grids(placement: Placement, assigned: grids.Assignment) -> dict[fx.No
     for value, grid in found.items():
         if not isinstance(grid, grids.Grid):
             raise InputError(f"{value.name}: activations={assigned}: integer kernels take uint8 or int8, and simulation fewer bits")
+        found[value] = rewriting.grid_of(placement, value, grid)
     return found  # type: ignore[return-value]
 
 

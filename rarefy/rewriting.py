@@ -6,6 +6,7 @@ a clip whose work the grid's end does goes; padding is done on the codes. A weig
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, fx
 
 import rarefy.kernels  # noqa: F401  registers torch.ops.rarefy
 from rarefy import grids
-from rarefy.capturing import attribute, set_attribute
+from rarefy.capturing import attribute, device_of, set_attribute
 from rarefy.folding import put
 from rarefy.placing import Placement, clip_bounds, padding_of
 
@@ -31,8 +32,16 @@ def own_bias(graph: fx.GraphModule, node: fx.Node) -> None:
     put(graph, node, weight.clone(), bias.clone())
 
 
-def clipped(placement: Placement, value: fx.Node, lo: float, hi: float) -> tuple[float, float]:
-    """A range no wider than the clip whose work the grid's ends do."""
+def grid_of(placement: Placement, value: fx.Node, grid: grids.Grid) -> grids.Grid:
+    """The grid that ``value`` is on where values in general are on ``grid``."""
+    return dataclasses.replace(grid, signed=True, symmetric=False) if value in placement.centered else grid
+
+
+def clipped(placement: Placement, value: fx.Node, lo: float, hi: float, grid: grids.Grid) -> tuple[float, float]:
+    """A range no wider than the clip whose work the grid's ends do, and with zero in the middle where it has to be."""
+    if value in placement.centered:
+        scale = max(lo / grid.qmin, hi / grid.qmax)
+        return scale * grid.qmin, scale * grid.qmax
     if value in placement.fused:
         least, most = clip_bounds(value)
         lo, hi = max(lo, min(least, 0.0)), min(hi, max(most, 0.0))
@@ -154,7 +163,7 @@ def _after(graph: fx.GraphModule, node: fx.Node, value: fx.Node, scale: Tensor, 
 
 
 def _constant(graph: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
-    set_attribute(graph, name, value)
+    set_attribute(graph, name, value.to(device_of(graph)))
     return graph.graph.get_attr(name)
 
 

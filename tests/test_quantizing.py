@@ -415,3 +415,15 @@ def test_max_pooling_padded_by_infinity_resized_and_softmaxed_codes_are_the_runt
     found = runtime.compare(small, runtime.export(small, tmp_path / "odd.onnx"), torch.cat(batches))
     assert found["passed"] and found["ulp"] <= 1
     assert max(layer["share"] for layer in found["layers"]) < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rounding", ["nearest", "gptaq", "adaround:steps=50", "brecq:steps=20"])
+@pytest.mark.parametrize("weights", ["int4", "mixed:bits=4"])
+def test_quantizes_on_the_gpu_and_leaves_nothing_on_the_host(
+    block: nn.Module, batches: list[torch.Tensor], rounding: str, weights: str
+) -> None:
+    there = [batch.cuda() for batch in batches]
+    small = quantize(capture(copy.deepcopy(block).cuda(), there[0]), batches=there, weights=weights, rounding=rounding, progress=False)
+    assert all(value.is_cuda for value in small.state_dict().values())
+    assert torch.isfinite(small(there[0])).all()

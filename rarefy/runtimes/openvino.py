@@ -64,6 +64,7 @@ class OpenVINO:
         posts=frozenset(
             {aten.hardswish.default, aten.silu.default, aten.gelu.default, aten.sigmoid.default, aten.hardsigmoid.default, aten.tanh.default}
         ),
+        products=frozenset({aten.matmul.default}),
     )  # fmt: skip
 
     def __post_init__(self) -> None:

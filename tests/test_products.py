@@ -1,0 +1,124 @@
+"""Products of two activations in integers: queries and keys are rounded, whatever form attention has; probabilities and what is not asked for stay float."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from rarefy import artifact, plugins
+from rarefy.capturing import attribute, capture
+from rarefy.folding import fold, layer_name, simplify
+from rarefy.kernels.affine import dequantize
+from rarefy.lowering import to_integers, to_numbers
+from rarefy.placing import place
+from rarefy.quantizing import quantize
+from rarefy.trainable import to_codes, to_trainable
+
+aten = torch.ops.aten
+PRODUCT = torch.ops.rarefy.matmul.default
+
+
+class Unbound(nn.Module):
+    """Queries, keys and values as timm cuts them; one operator of attention, with a mask that is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.register_buffer("mask", torch.linspace(-1, 0, 6 * 6).view(1, 1, 6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+        answer: Tensor = self.out(nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.mask).transpose(1, 2).flatten(2))
+        return answer
+
+
+class Chunked(nn.Module):
+    """The three are parts of one tensor, and the products are written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(2, (2, 8)).transpose(1, 2) for part in self.qkv(x).chunk(3, 2))
+        attention = ((q @ k.transpose(-2, -1)) * 8**-0.5).softmax(-1)
+        answer: Tensor = self.out((attention @ v).transpose(1, 2).flatten(2))
+        return answer
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[Tensor]:
+    return list(torch.randn(64, 6, 16, generator=torch.Generator().manual_seed(0)).split(16))
+
+
+@pytest.fixture(scope="module", params=[Unbound, Chunked])
+def graph(request: pytest.FixtureRequest, batches: list[Tensor]) -> fx.GraphModule:
+    torch.manual_seed(0)
+    return capture(request.param().eval(), batches[0])
+
+
+@pytest.fixture(scope="module")
+def small(graph: fx.GraphModule, batches: list[Tensor]) -> fx.GraphModule:
+    return quantize(graph, batches=batches, runtime="openvino", progress=False)
+
+
+def products(graph: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in graph.graph.nodes if node.target is PRODUCT]
+
+
+def test_attention_in_parts_answers_as_one_operator(graph: fx.GraphModule, batches: list[Tensor]) -> None:
+    simpler = simplify(fold(graph))
+    assert not any(node.target is aten.scaled_dot_product_attention.default for node in simpler.graph.nodes)
+    assert torch.allclose(simpler(batches[0]), graph(batches[0]), atol=1e-6)
+
+
+def test_queries_and_keys_have_grids_of_their_own_around_zero(small: fx.GraphModule, graph: fx.GraphModule, batches: list[Tensor]) -> None:
+    (product,) = products(small)
+    grids = [[attribute(small, source) for source in product.args[at : at + 2]] for at in (2, 4)]
+    assert all(zero.dtype == torch.int8 and int(zero) == 0 for _, zero in grids)
+    placement = place(simplify(fold(graph)), plugins.resolve("runtimes", "openvino").capabilities)
+    assert [layer_name(layer) for layer in placement.layers] == ["qkv", "out"] and len(placement.centered) == 2
+    assert not any(value.target is aten.linear.default for value in placement.values)  # rounded as a whole, parts would be rounded twice
+    assert not set(placement.values) & set(placement.carried)
+    noise = (small(batches[0]) - graph(batches[0])).square().mean() / graph(batches[0]).var()
+    assert noise < 1e-3
+
+
+def test_the_product_is_that_of_the_numbers_and_its_sums_are_exact() -> None:
+    generator = torch.Generator().manual_seed(1)
+    a, b = (torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8) for shape in ((2, 3, 7, 64), (2, 3, 64, 5)))
+    one, steps = torch.zeros((), dtype=torch.int8), (torch.tensor(0.03), torch.tensor(0.5))
+    found = PRODUCT(a, b, steps[0], one, torch.tensor(1.0), one) / steps[0]
+    assert torch.equal(found.round().long(), a.long() @ b.long())
+    numbers = dequantize(a, steps[0], one, None).double() @ dequantize(b, steps[1], one, None).double()
+    assert torch.allclose(PRODUCT(a, b, steps[0], one, steps[1], one).double(), numbers, rtol=1e-5, atol=1e-4)
+
+
+def test_forms_training_and_folder_keep_the_answers(small: fx.GraphModule, batches: list[Tensor], tmp_path: Path) -> None:
+    x, wanted = batches[0], small(batches[0])
+    numbers = to_numbers(small)
+    assert not products(numbers) and torch.allclose(numbers(x), wanted, atol=1e-5)
+    assert len(products(to_integers(numbers))) == 1
+    assert torch.equal(artifact.load(artifact.save(small, tmp_path / "small"))(x), wanted)
+    learns = to_trainable(small)
+    assert torch.allclose(learns(x), wanted, atol=1e-4)
+    learns(x).square().sum().backward()
+    assert torch.equal(to_codes(small, learns)(x), wanted)
+
+
+def test_the_file_agrees(small: fx.GraphModule, batches: list[Tensor], tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    runtime = plugins.resolve("runtimes", "openvino:threads=1")
+    found = runtime.compare(small, runtime.export(small, tmp_path / "model.onnx"), torch.cat(batches))
+    assert found["ulp"] <= 1 and found["first_diverging_layer"] is None and len(found["layers"]) >= 4
+
+
+def test_left_out_by_name_and_where_the_runtime_has_none(graph: fx.GraphModule, batches: list[Tensor], small: fx.GraphModule) -> None:
+    assert not products(quantize(graph, batches=batches, runtime="onnxruntime", progress=False))
+    (product,) = place(simplify(fold(graph)), plugins.resolve("runtimes", "openvino").capabilities).products
+    assert not products(quantize(graph, batches=batches, runtime="openvino", ignore=[product.name], progress=False))
+    low = quantize(graph, batches=batches, runtime="openvino", activations="uint4", progress=False)
+    assert (low(batches[0]) - graph(batches[0])).square().mean() > (small(batches[0]) - graph(batches[0])).square().mean()
