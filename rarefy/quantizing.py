@@ -29,7 +29,7 @@ from torch import Tensor, fx, nn
 
 import rarefy.kernels
 from rarefy import allocating, explaining, gating, grids, patches, plugins, reconstruction, rewriting, weight_only
-from rarefy.capturing import as_graph, attribute, device_of, finish, share_copy
+from rarefy.capturing import as_graph, attribute, device_of, finish, set_attribute, share_copy
 from rarefy.errors import InputError
 from rarefy.folding import equalize as equalize_ranges
 from rarefy.folding import fold, layer_name, names, simplify, weighted
@@ -165,7 +165,7 @@ def quantize(
         for node, fact in zip(block, made, strict=True):
             read = grid_of[fact["input"]]
             facts.append(fact | {"activation_bits": read.bits, "grid": str(own_grid[node]), "activation_grid": str(read)})
-        for node in block if correct_bias else ():
+        for node in block if correct_bias and not isinstance(rounder, OfBlocks) else ():
             run.correct_bias(node)
     noise = explaining.noise(float_graph, graph, seen.batches[0])
     graph = to_integers(finish(graph))
@@ -265,7 +265,7 @@ class _Rounding:
         steps = [self._scale(node, grid, rule) for node, (grid, rule) in zip(block, chosen, strict=True)]
         own = [grid for grid, _ in chosen]
         if isinstance(self.rounder, OfBlocks):
-            codes = self._together(block, own, steps, before)
+            codes, steps = self._together(block, own, steps, before)
         else:
             codes = [self._alone(block[0], own[0], steps[0])]
         return [self._put(*one) for one in zip(block, own, steps, codes, strict=True)]
@@ -287,20 +287,28 @@ class _Rounding:
 
     def _together(
         self, block: Sequence[fx.Node], own: Sequence[grids.Format], steps: Sequence[Tensor], before: fx.Node | None
-    ) -> list[Tensor]:
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Codes and steps; biases and the scales of activations are put in place."""
         stretch = reconstruction.Stretch(self.graph, self.float_prefix.graph, block, before, self.marks)
         inputs, float_inputs, outputs, images = stretch.gather(self.prefix, self.float_prefix, MEMORY)
-        weights = [attribute(self.graph, node.args[1]).detach().float() for node in block]
+        weights, biases = ([attribute(self.graph, node.args[at]).detach().float() for node in block] for at in (1, 2))
         scales = [attribute(self.graph, quantize.args[1]) for quantize in stretch.scales.values()]
         wide = [_wide(step, weight) for step, weight in zip(steps, weights, strict=True)]
         task = Block(
-            layer_name(block[0]), weights, wide, own, scales, inputs, float_inputs, outputs, images, stretch.run, reconstruction.batch_of
-        )
-        codes, learned = self.rounder.reconstruct(task, self.generator)
-        for name, scale, value in zip(stretch.scales, scales, learned, strict=True):
+            layer_name(block[0]), weights, wide, own, biases, scales, inputs, float_inputs, outputs, images, self.centered,
+            stretch.run, reconstruction.batch_of,
+        )  # fmt: skip
+        made = self.rounder.reconstruct(task, self.generator)
+        for name, scale, value in zip(stretch.scales, scales, made.scales, strict=True):
             self.learned[name.split(".")[1]] = float(value / scale)
             scale.copy_(value)
-        return [code.to(grid.dtype) for code, grid in zip(codes, own, strict=True)]
+        for node, bias in zip(block, made.biases, strict=True):
+            source: Any = node.args[2]
+            set_attribute(self.graph, source.target, bias.to(attribute(self.graph, source).dtype))
+        codes = [code.to(grid.dtype) for code, grid in zip(made.codes, own, strict=True)]
+        return codes, [
+            torch.maximum(step.reshape(-1), rewriting.least_scale(self.graph, node)) for step, node in zip(made.steps, block, strict=True)
+        ]
 
     def _put(self, node: fx.Node, grid: grids.Format, scale: Tensor, codes: Tensor) -> dict[str, Any]:
         source: Any = node.args[1]

@@ -128,13 +128,14 @@ class Stretch:
         self,
         inputs: Sequence[Any],
         weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
         scales: Sequence[Tensor],
         mix: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """The block's output. mix(rounded, exact): what stands for a rounded value."""
         values = dict(zip(self.entries, inputs, strict=True))
         last = {source: node for node in self.body for source in node.all_input_nodes}
-        own = dict(zip(self.layers, weights, strict=True))
+        own = dict(zip(self.layers, zip(weights, biases, strict=True), strict=True))
         steps = dict(zip(self.scales, scales, strict=True))
         for node in self.body:
             if node.target is OPERATORS.quantize.default:
@@ -144,7 +145,7 @@ class Stretch:
             else:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: self._value(source, values))
                 if node in own:
-                    args = (args[0], own[node], *args[2:])
+                    args = (args[0], *own[node], *args[3:])
                 values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
             for source in node.all_input_nodes:
                 if last[source] is node and source is not self.end:

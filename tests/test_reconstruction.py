@@ -13,6 +13,7 @@ from rarefy.capturing import capture
 from rarefy.errors import InputError
 from rarefy.folding import fold, layer_name, weighted
 from rarefy.quantizing import quantize
+from rarefy.rounding import Rounded
 
 BRECQ = "brecq:steps=100,lr=0.03"
 
@@ -92,9 +93,9 @@ class Spy:
     def reconstruct(self, block: Any, generator: torch.Generator) -> Any:
         codes = [grid.snap(w / step) for w, step, grid in zip(block.weights, block.steps, block.grids)]
         numbers = [code * step for code, step in zip(codes, block.steps)]
-        exact = block.run(block.float_inputs, block.weights, block.scales, lambda rounded, exact: exact)
-        self.seen.append((block, block.run(block.inputs, numbers, block.scales, None), exact))
-        return codes, list(block.scales)
+        exact = block.run(block.float_inputs, block.weights, block.biases, block.scales, lambda rounded, exact: exact)
+        self.seen.append((block, block.run(block.inputs, numbers, block.biases, block.scales, None), exact))
+        return Rounded(codes, block.steps, block.biases, block.scales)
 
 
 @pytest.mark.parametrize("make", [Residual, plain])
@@ -106,7 +107,7 @@ def test_a_stretch_unrounded_is_the_float_block_and_rounded_what_the_network_com
     assert all(torch.equal(value, nearest.state_dict()[name]) for name, value in small.state_dict().items())
     assert len(spy.seen) > 2
     for block, _, exact in spy.seen:
-        assert block.images == 96 and all(value is not None for value in block.float_inputs)
+        assert not block.shifts and block.images == 96 and all(value is not None for value in block.float_inputs)
         assert torch.allclose(exact, block.outputs, atol=1e-5)
     for (_, rounded, _), (after, _, _) in zip(spy.seen, spy.seen[1:]):  # but for the bias, which is not rounded yet
         read = after.inputs[0]

@@ -2,7 +2,7 @@
 
     codes(scaled, grid, generator) -> codes                  looks at the weights only: scaled = w / s
     layer_codes(layer, generator) -> codes                   looks at what a layer reads and should make (``Layer``)
-    reconstruct(block, generator) -> codes, scales           rounds all layers of a block together (``Block``)
+    reconstruct(block, generator) -> Rounded                 rounds all layers of a block together (``Block``)
 
 The layers before have been rounded already, so that each rule mends their errors along with its own.
 """
@@ -49,24 +49,36 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Layers between two values that all work passes through. weights: float32, as the layers read them; steps: their scales, which broadcast to that.
+    """Layers between two values that all work passes through. weights: float32, as the layers read them; steps: their scales, which broadcast to that; biases: (outputs,).
 
     scales: () of the activations rounded inside. inputs: (images, ...) from the rounded blocks before (what is no tensor as it is); float_inputs: the same from the
-    float model, None where there is no such value; outputs: (images, ...) of the float block.
-    run: the output for (part of the inputs, numbers for weights, scales, mix), where mix(rounded, exact) stands for each rounded activation; part: of values, some images.
+    float model, None where there is no such value; outputs: (images, ...) of the float block. shifts: whether biases may move.
+    run: the output for (part of the inputs, numbers for weights, biases, scales, mix), where mix(rounded, exact) stands for each rounded activation; part: of values,
+    some images.
     """
 
     name: str
     weights: Sequence[Tensor]
     steps: Sequence[Tensor]
     grids: Sequence[Format]
+    biases: Sequence[Tensor]
     scales: Sequence[Tensor]
     inputs: Sequence[Any]
     float_inputs: Sequence[Any]
     outputs: Tensor
     images: int
-    run: Callable[[Sequence[Any], Sequence[Tensor], Sequence[Tensor], Callable[[Tensor, Tensor], Tensor] | None], Tensor]
+    shifts: bool
+    run: Callable[[Sequence[Any], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Callable[[Tensor, Tensor], Tensor] | None], Tensor]
     part: Callable[[Sequence[Any], Tensor, int], list[Any]]
+
+
+class Rounded(NamedTuple):
+    """What stands in place of a block's: codes of the weights, their steps, the biases, the scales of activations."""
+
+    codes: Sequence[Tensor]
+    steps: Sequence[Tensor]
+    biases: Sequence[Tensor]
+    scales: Sequence[Tensor]
 
 
 @runtime_checkable
@@ -85,6 +97,6 @@ class OfLayers(Protocol):
 
 @runtime_checkable
 class OfBlocks(Protocol):
-    """Codes of each weight, and activation scales in place of ``Block.scales``."""
+    """All that is rounded in a block; a mean that has moved is the rule's to mend, in the biases."""
 
-    def reconstruct(self, block: Block, generator: torch.Generator) -> tuple[list[Tensor], list[Tensor]]: ...
+    def reconstruct(self, block: Block, generator: torch.Generator) -> Rounded: ...
