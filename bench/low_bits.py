@@ -122,14 +122,15 @@ def measured(cell: Cell, given: argparse.Namespace) -> dict[str, Any]:
     small = load(kept).to(given.device)  # a run that is cut while it evaluates does not round again
     facts = small.meta["history"][-1]["facts"]
     seconds = facts["seconds_here"]
+    of_files = cell.model == "lite0"
     if cell.method == QAT:
-        steps = min(given.steps, QAT_STEPS_OF_FILES) if cell.model == "lite0" else given.steps
+        steps, at_once = (min(given.steps, QAT_STEPS_OF_FILES), min(given.batch_size, 32)) if of_files else (given.steps, given.batch_size)
         small = distill(
-            small, graph, task, loss="kl", hard_weight=0.0, weight_decay=0.0, steps=steps, batch_size=given.batch_size, lr=given.lr, clip=given.clip, device=given.device,
+            small, graph, task, loss="kl", hard_weight=0.0, weight_decay=0.0, steps=steps, batch_size=at_once, lr=given.lr, clip=given.clip, device=given.device,
             precision=given.precision, compile=given.compile, validate_every=0, seed=given.seed, checkpoint=given.work / f"{cell.file}_training", checkpoint_seconds=20, progress=False,
         )  # fmt: skip
         seconds = small.meta["history"][-1]["facts"]["timing"]["seconds"]
-    found = evaluate(small, task, reference=graph, batch_size=200, limit=given.limit, device=given.device)
+    found = evaluate(small, task, reference=graph, batch_size=50 if of_files else 200, limit=given.limit, device=given.device)
     exact, rough = [], []
     with torch.no_grad():
         for inputs in task.inputs("val", min(500, given.limit or 500), 50, seed=0):
