@@ -4,7 +4,8 @@
 
 e_l(b) is the squared error of the answers, in shares of their variance, when layer l alone is rounded to b bits: the network behind the layer is run
 once for each layer and width, on a few images, with the layer's mean error taken out a channel as bias correction will do. c_l(b) is what the width
-costs: bits of weights, or products of bits (MACs x weight bits x activation bits). Float is one of the choices. The program is solved exactly by
+costs: bits of weights, products of bits (MACs x weight bits x activation bits), or microseconds on the runtime (``rarefy.layer_times``), which are the same for all whole
+numbers; then the goal is corrected by what the network measures, in a few rounds. Float is one of the choices. The program is solved exactly by
 HiGHS (scipy). What is assumed: errors of different layers add up, as small independent errors do (HAWQ-V3, 2011.10680, has the same program, with
 second derivatives in place of measured errors).
 """
@@ -25,24 +26,27 @@ from rarefy.capturing import attribute
 from rarefy.counting import layer_macs
 from rarefy.errors import InputError
 from rarefy.folding import layer_name
+from rarefy.layer_times import LayerTimes
 
 FLOAT_BITS = 32
+ROUNDS, NEAR = 3, 1.02  # of correcting a goal of latency, and how near it is to be
 PREFIX = "mixed"
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixed:
-    """bits: weights' average width, in bits. size: bytes of all weights. bitops: share of the products of 8 bits by 8. One of the three; none: bits=4.
-    choices: widths, with slashes between; images: to measure errors on."""
+    """bits: weights' average width, in bits. size: bytes of all weights. bitops: share of the products of 8 bits by 8. latency: share of the float network's time
+    on the runtime. One of the four; none: bits=4. choices: widths, with slashes between; images: to measure errors on."""
 
     bits: float | None = None
     size: float | None = None
     bitops: float | None = None
+    latency: float | None = None
     choices: str = "2/3/4/5/6/8/float"
     images: int = 8
 
     def __post_init__(self) -> None:
-        given = [name for name in ("bits", "size", "bitops") if getattr(self, name) is not None]
+        given = [name for name in ("bits", "size", "bitops", "latency") if getattr(self, name) is not None]
         if len(given) > 1:
             raise InputError(f"mixed: {' and '.join(given)} are two budgets; give one")
         if any(not getattr(self, name) > 0 for name in given) or self.images < 1:
@@ -67,24 +71,47 @@ def parse(text: Any) -> Mixed | None:
 
 
 def allocate(
-    graph: fx.GraphModule, layers: Sequence[fx.Node], batch: tuple[Tensor, ...], mixed: Mixed, activation_bits: int
+    graph: fx.GraphModule,
+    layers: Sequence[fx.Node],
+    batch: tuple[Tensor, ...],
+    mixed: Mixed,
+    grid: grids.Grid,
+    runtime: Any = "onnxruntime",
+    ignore: Sequence[str] = (),
 ) -> tuple[grids.Assignment, dict[str, Any]]:
-    """The grid of each of ``layers`` (of a folded float graph), and facts: errors, widths, the budget and what of it is used."""
+    """The grid of each of ``layers`` (of a folded float graph), and facts: errors, widths, the budget and what of it is used.
+
+    grid: of activations. runtime, ignore: what time is measured on, and what stays float there.
+    """
     widths = mixed.widths
     errors = sensitivities(graph, layers, batch, widths)
     numbers = {node: attribute(graph, node.args[1]).numel() for node in layers}
     costs: dict[fx.Node, list[float]]
-    if mixed.bitops is not None:
+    measured: list[dict[str, float]] = []
+    if mixed.latency is not None:
+        times = LayerTimes(graph, layers, batch, ignore, runtime, grid)
+        costs = {
+            node: [whole if width == FLOAT_BITS else integer for width in widths]
+            for node, whole, integer in zip(layers, times.float_us, times.integer_us, strict=True)
+        }
+        budget = mixed.latency * times.whole_us
+    elif mixed.bitops is not None:
         macs = layer_macs(graph)
         costs = {
-            node: [macs[node.name] * width * (FLOAT_BITS if width == FLOAT_BITS else activation_bits) for width in widths]
-            for node in layers
+            node: [macs[node.name] * width * (FLOAT_BITS if width == FLOAT_BITS else grid.bits) for width in widths] for node in layers
         }
         budget = mixed.bitops * sum(macs[node.name] for node in layers) * 64
     else:
         costs = {node: [float(numbers[node] * width) for width in widths] for node in layers}
         budget = 8 * mixed.size if mixed.size is not None else (mixed.bits or 4) * sum(numbers.values())
     chosen = program([errors[node] for node in layers], [costs[node] for node in layers], budget)
+    for _ in range(ROUNDS if mixed.latency is not None else 0):
+        share = times.share([node for node, index in zip(layers, chosen, strict=True) if widths[index] == FLOAT_BITS])
+        measured.append({"goal": budget / times.whole_us, "share": share})
+        if share <= mixed.latency * NEAR:  # type: ignore[operator]
+            break
+        budget *= mixed.latency / share  # type: ignore[operator]
+        chosen = program([errors[node] for node in layers], [costs[node] for node in layers], budget)
     picked = {node: widths[index] for node, index in zip(layers, chosen, strict=True)}
     rules = tuple((layer_name(node), None if width == FLOAT_BITS else grids.Grid(width, axis=0)) for node, width in picked.items())
     facts = {
@@ -93,6 +120,7 @@ def allocate(
         "average_bits": sum(numbers[node] * width for node, width in picked.items()) / sum(numbers.values()),
         "used": sum(costs[node][index] for node, index in zip(layers, chosen, strict=True)) / budget,
         "error": sum(errors[node][index] for node, index in zip(layers, chosen, strict=True)),
+        **({"measured": measured} if measured else {}),
     }
     return grids.Assignment(grids.Grid(8, axis=0), rules), facts
 

@@ -94,7 +94,7 @@ def judge(
             return on.open(on.export(model, Path(folder) / f"{len(os.listdir(folder))}{on.suffix}"))
 
         def without(layers: Sequence[str]) -> Any:
-            return opened(_rounded(graph, ranges, [*ignore, *layers], chosen, grid))
+            return opened(rounded(graph, ranges, [*ignore, *layers], chosen, grid))
 
         floats = {f"float on {plugins.describe(form)}": opened(graph, form) for form in chosen.floats}
         whole = {INTEGER: without(())}
@@ -135,7 +135,7 @@ def _why(best: str, slow: Sequence[Candidate]) -> str:
     return f"faster in float: {', '.join(one.name for one in slow)}" if best == MIXED else f"the whole network is faster in {best}"
 
 
-def _rounded(graph: fx.GraphModule, ranges: Ranges, ignore: Sequence[str], runtime: Any, grid: grids.Grid) -> fx.GraphModule:
+def rounded(graph: fx.GraphModule, ranges: Ranges, ignore: Sequence[str], runtime: Any, grid: grids.Grid) -> fx.GraphModule:
     """A copy in integers, weights at the nearest of 8 bits."""
     copied = share_copy(graph)
     placement = place(copied, runtime.capabilities, ignore)

@@ -72,7 +72,7 @@ def quantize(
     inputs: an example batch, where ``model`` is not captured yet.
     weights, activations: number formats, ``"int8"``, ``"uint8"``, ``"int4"``; weights also a layer, by globs of names of which the last that
     matches holds: ``"int4;stem.*=int8;head=float"`` or ``{"*": "int4", "stem.*": "int8", "head": "float"}``; or ``"mixed:bits=4"``: widths chosen a layer
-        for an average, a size or bit-operations (``rarefy.allocating``). activations="float" rounds the weights alone, to any format
+        for an average, a size, bit-operations or a latency (``rarefy.allocating``). activations="float" rounds the weights alone, to any format
         (``"int4:group=32"``, ``"mxfp4"``), without images (``rarefy.weight_only``). Activations go by their own names or those of layers that read them.
     weight_calibration: the rule for weight scales; None: minmax at 8 bits, where clipping the largest weights costs more than it saves, else mse.
     ignore: globs of layer names that stay float.
@@ -112,8 +112,10 @@ def quantize(
         begun = time.monotonic()
         first, batches = _first(graph, task, batches, mixed.images, seed)
         open_to = place(graph, runtime.capabilities, ignore).layers
-        assigned, allocation = allocating.allocate(graph, open_to, first, mixed, grid.bits)
+        assigned, allocation = allocating.allocate(graph, open_to, first, mixed, grid, runtime, ignore)
         timing["allocation"] = time.monotonic() - begun
+        if "measured" in allocation:
+            timing["latency"] = allocation.pop("measured")
     own_grid = {node: assigned.of(names(node)) for node in graph.graph.nodes if weighted(node)}
     left_out = [*ignore, *(layer_name(node) for node, own in own_grid.items() if own is None)]
     placement = place(graph, runtime.capabilities, left_out)

@@ -13,6 +13,8 @@ from torch import nn
 from rarefy.allocating import Mixed, parse, program
 from rarefy.capturing import capture
 from rarefy.errors import InputError
+from rarefy.folding import fold, weighted
+from rarefy.layer_times import layer_times
 from rarefy.quantizing import quantize
 
 
@@ -86,3 +88,32 @@ def test_float_is_a_choice_and_values_have_grids_of_their_own() -> None:
     small = quantize(graph, batches=batches, weights="int4", activations="uint4;first=uint8", progress=False)
     widths = {layer["name"]: layer["activation_bits"] for layer in small.meta["history"][-1]["facts"]["layers"]}
     assert widths == {"first": 8, "idle": 4, "last": 4}
+
+
+def test_latency_of_kernels_goes_to_layers_by_what_they_read_and_make_and_else_by_order() -> None:
+    graph = fold(capture(Uneven().eval(), torch.zeros(2, 3, 8, 8)))
+    layers = [node for node in graph.graph.nodes if weighted(node)]
+    sizes = [(192, 1024), (1024, 1024), (16, 10)]
+    image, wide, pooled = [1, 3, 8, 8], [1, 16, 8, 8], [1, 16]
+    first, idle, last = ("a", "Conv", [image, wide], 5.0), ("b", "QLinearConv", [wide, wide], 7.0), ("e", "Gemm", [pooled, [1, 10]], 3.0)
+    around = (
+        ("q", "QuantizeLinear", [image, image], 1.0),
+        ("c", "Add", [wide, wide, wide], 2.0),
+        ("d", "MatMul", [pooled, [16, 4], [1, 4]], 4.0),
+    )
+    run = [around[0], first, idle, around[1], around[2], last]
+    assert layer_times(run, sizes, layers) == [6.0, 13.0, 3.0]  # the product of no layer counts with the one before it
+    padded = [around[0], first, ("b", "QLinearConv", [[1, 32, 8, 8], [1, 32, 8, 8]], 7.0), around[1], last]
+    assert layer_times(padded, sizes, layers) == [6.0, 9.0, 3.0]
+    with pytest.raises(InputError, match="idle"):
+        layer_times([first, last], sizes, layers)
+
+
+def test_a_latency_is_measured_and_one_out_of_reach_is_refused() -> None:
+    torch.manual_seed(0)
+    graph, batches = capture(Uneven().eval(), torch.zeros(2, 3, 32, 32)), [torch.randn(8, 3, 32, 32)]
+    small = quantize(graph, batches=batches, weights="mixed:latency=100,choices=4/8", progress=False)
+    facts = small.meta["history"][-1]["facts"]
+    assert set(facts["allocation"]["bits"].values()) == {8} and [one["share"] > 0 for one in facts["timing"]["latency"]] == [True]
+    with pytest.raises(InputError, match="cheapest"):
+        quantize(graph, batches=batches, weights="mixed:latency=0.0001", progress=False)
