@@ -27,11 +27,10 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx, nn
 
 from rarefy.capturing import attribute, is_tensor, shapes
-from rarefy.counting import operator_name
 from rarefy.errors import InputError
 from rarefy.labels import Trace, Value, axes_of, compact
 from rarefy.shuffling import indexed
-from rarefy.ties import RULES, Unknown, blank, pointwise
+from rarefy.ties import Unknown, blank, rule_of
 
 HEADS = ("dims", "whole")
 Kept = list["Tensor | None"]  # for each axis, the positions that survive, or None for all
@@ -179,9 +178,7 @@ def _call(trace: Trace, node: fx.Node) -> Any:
     arguments = _bound(node, trace.values)
     if node.target is operator.getitem:
         return arguments["self"][arguments["index"]]
-    rule = RULES.get(operator_name(node))
-    if rule is None and isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
-        rule = pointwise
+    rule = rule_of(node)
     made: Any = rule(trace, node, arguments) if rule is not None else Unknown
     if made is Unknown:
         trace.unknown.setdefault(str(node.target), []).append(node.name)

@@ -587,3 +587,25 @@ RULES: dict[str, Rule] = {
     "einsum": _einsum,
     "scaled_dot_product_attention": _attention,
 }
+
+_MOVING = {_moves, _moves_as, _expand, _cat, _scatter, _roll, _index}
+
+
+def rule_of(node: fx.Node) -> Rule | None:
+    """The row of the node's operator; elementwise operators need none."""
+    rule = RULES.get(operator_name(node))
+    if rule is None and isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
+        rule = pointwise
+    return rule
+
+
+def is_elementwise(node: fx.Node) -> bool:
+    """Does each number of the result hang on those at its own place alone?"""
+    return rule_of(node) in (pointwise, _first)
+
+
+def only_moves(node: fx.Node) -> bool:
+    """Are the numbers it yields those it reads, at other places (or the zeros of a padding)?"""
+    rule = rule_of(node)
+    constant = operator_name(node) == "constant_pad_nd" or len(node.args) < 3 or str(node.args[2]) == "constant"
+    return rule in _MOVING or (rule is _pad and constant)

@@ -478,15 +478,15 @@ class Turned(nn.Module):
         return self.two(self.one(x).transpose(2, 3))
 
 
-def test_self_check_sees_a_wrong_view_where_it_is_computed_with() -> None:
-    """Of a view only the shape is compared; here it stays the same."""
+def test_self_check_sees_a_wrong_view() -> None:
+    """Its shape stays the same, and the numbers it moves are told apart."""
     coupling, alive = planned(capture(Turned(), torch.randn(2, 3, 12, 12)))
     small = cut(coupling, alive)
     check(coupling, small, alive)
     node = next(node for node in small.graph.nodes if node.op == "call_function" and "transpose" in str(node.target))
     node.update_arg(2, 2)
     small.recompile()
-    with pytest.raises(SelfCheckFailed, match="two.*differs"):
+    with pytest.raises(SelfCheckFailed, match="transpose.*where it puts its numbers"):
         check(coupling, small, alive)
 
 
