@@ -1,17 +1,18 @@
 """How long coupling and pruning take, and how much memory, beside Torch-Pruning's time for the same model in the same run.
 
-    python bench/pruning_speed.py [MODEL ...] [--all] [--check] [--threads 2]
+    python bench/pruning_speed.py [MODEL ...] [--all] [--check] [--threads 2] [--jobs N] [--resume] [--for SECONDS]
 
 Half of the channels of every family leave, by magnitude. "couple+prune" is from a captured graph to the smaller one: labels, scores, choice, cut. Left
 out of it and told beside it: the capture (``torch.export``) and the self-check, which runs the network twice in float64 and which Torch-Pruning has
 not. Torch-Pruning's time is that of building its dependency graph (a forward and a backward pass) and of one pruning step, at its defaults. The best of
 three runs each, for models under 3 s. Memory is the most the process held while coupling and pruning, weights and torch itself included. Each model has a
-process of its own. ``--check``: ResNet-50 in 1.5 s, ViT-B/16, Swin-T and DenseNet-201 in 5 s, any other in 15 s and 4 GB, and a median ratio of at most 1.5.
+process of its own, ``--jobs`` of them at a time (on a machine with cores to spare), and a row that is kept below out/. ``--check``: ResNet-50 in 1.5 s, ViT-B/16, Swin-T and DenseNet-201 in 5 s, any other in 15 s and 4 GB, and a median ratio of at most 1.5.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing
 import statistics
@@ -19,6 +20,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench.cells import Cells, add_options
 from bench.zoo import torchvision_model, usable
 from rarefy import capture, prune
 from rarefy.terminal import show_table
@@ -78,6 +81,7 @@ def measured(name: str, threads: int) -> dict[str, Any]:
     facts: dict[str, Any] = {"input": list(inputs[0].shape[1:]), "capture_s": time.perf_counter() - began}
     facts["parameters"] = sum(parameter.numel() for parameter in graph.parameters())
     del model
+    gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the most memory is counted from here
     facts["seconds"] = best(lambda: prune(graph, keep=0.5, ranking="local", check=False))
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
@@ -137,17 +141,24 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="every model of torchvision")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--check", action="store_true", help="exit 1 where it falls short")
+    parser.add_argument("--jobs", type=int, default=1, help="models at a time")
     parser.add_argument("--out", type=Path, help="write the JSON there too")
+    add_options(parser)
     given = parser.parse_args()
     names = list(given.models) or list(LIMITS)
     if given.all:
         import torchvision
 
         names = list(torchvision.models.list_models())
-    found: dict[str, dict[str, Any]] = {}
-    for name in names:
-        found[name] = apart(name, given.threads)
-        print(name, json.dumps(found[name]), file=sys.stderr, flush=True)
+    cells = Cells("pruning_speed", {"torch": torch.__version__, "threads": given.threads, "jobs": given.jobs}, given)
+
+    def row(name: str) -> None:
+        for missing in cells.missing([name]):  # looked at when its turn comes: the time may be over
+            print(name, json.dumps(cells.keep(missing, apart(missing, given.threads))), file=sys.stderr, flush=True)
+
+    with ThreadPoolExecutor(given.jobs) as pool:
+        list(pool.map(row, names))
+    found: dict[str, dict[str, Any]] = {name: kept for name in names if (kept := cells.found(name)) is not None}
     short = []
     for name, one in found.items():
         if "error" in one:
@@ -171,6 +182,8 @@ def main() -> int:
         ],
         range(1, 7),
     )
+    if cells.left:
+        print(f"{cells.left} of {len(names)} not run yet: --resume goes on")
     print(
         f"median ratio to Torch-Pruning: {median:.2f} over {len(ratios)} models"
         if median is not None
