@@ -10,8 +10,8 @@ A class is a set of slices that leave together (``coupling.py``). Classes are gr
 * ``loss``        the same with the sum of the family's scores for n, for scores that are changes of the loss (hessian:group=true,
                   taylor:form=fisher) and so compare between layers as they are;
 * ``local``       every family keeps the same fraction;
-* ``isomorphic``  families whose coupled operators are alike are ranked together by raw score, and each such set keeps the same
-                  fraction (arXiv 2407.04616).
+* ``isomorphic``  families whose coupled operators are alike are ranked together, by the damage of ``global``, and each such set keeps the
+                  same fraction (arXiv 2407.04616).
 
 The best-ranked classes are kept, as many as the target allows: found by bisection, because what a class costs depends on all others. The
 cost is exact: the MACs of a layer are a product of widths, and the widths are sums over the classes that are alive. The result is the
@@ -536,13 +536,16 @@ def _ranked(
 ) -> np.ndarray:
     """A key for each class, to be compared between all of them."""
     _, group = np.unique(producer, return_inverse=True)
-    if ranking in ("global", "loss"):
+    if ranking != "local":
         useful = np.maximum(scores, 0.0)
-        weight = made * np.bincount(group)[group] if ranking == "global" else np.bincount(group, useful)[group]
-        return select.keys(np.where(scores < 0, scores, _damage(useful, group) * weight), seed)
+        weight = np.bincount(group, useful)[group] if ranking == "loss" else made * np.bincount(group)[group]
+        scores = np.where(scores < 0, scores, _damage(useful, group) * weight)
+    keys = select.keys(scores, seed)
+    if ranking in ("global", "loss"):
+        return keys
     if ranking == "isomorphic":
         group = _isomorphic(coupling, producer)
-    order = np.lexsort((np.arange(len(scores)), -select.keys(scores, seed), group))
+    order = np.lexsort((np.arange(len(scores)), -keys, group))
     return _relative(order, group)
 
 
