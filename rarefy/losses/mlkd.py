@@ -1,12 +1,12 @@
 """Multi-level logit distillation (Jin et al., CVPR 2023): samples, batch and classes, at several temperatures.
 
     instance  T² · KL(pᵗ ‖ pˢ)                      each sample's probabilities
-    batch     |pᵗ pᵗᵀ - pˢ pˢᵀ|² / N · (64 / N)      which samples are alike
-    class     |pᵗᵀ pᵗ - pˢᵀ pˢ|² / C · (64 / N)²     which classes are taken for each other
+    batch     |pᵗ pᵗᵀ - pˢ pˢᵀ|² / N · (64 / N) (C / 100)       which samples are alike
+    class     |pᵗᵀ pᵗ - pˢᵀ pˢ|² / C · (64 / N)² (C / 100)²     which classes are taken for each other
     loss = sum of the three, mean over the temperatures
 
-The paper's sums grow with the batch N, the last one with its square: at 512 samples they drown the rest, and training with a rate that suits such a batch diverges. So they
-count as at the paper's 64 samples, whatever N is.
+The paper's sums grow with the batch N, the last one with its square, and as much with 1 / C: at 512 samples, or of 10 classes, they drown the rest, and training diverges at a rate that the rest
+takes. So they count as at the paper's 64 samples and 100 classes, whatever N and C are.
 The paper's second view of each picture, strongly augmented, is the task's ``augment`` here.
 """
 
@@ -22,7 +22,7 @@ from rarefy.errors import InputError
 from rarefy.losses import Features
 from rarefy.losses._logits import divergence
 
-PAPER_BATCH = 64
+PAPER_BATCH, PAPER_CLASSES = 64, 100
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Mlkd:
 
 def _at(student: Tensor, teacher: Tensor, temperature: int) -> Tensor:
     s, t = ((logits / temperature).softmax(-1) for logits in (student, teacher))
-    share = PAPER_BATCH / len(s)
+    share = PAPER_BATCH / len(s) * s.shape[-1] / PAPER_CLASSES
     batch = (s @ s.mT - t @ t.mT).square().sum() / len(s) * share
     classes = (s.mT @ s - t.mT @ t).square().sum() / s.shape[-1] * share**2
     return divergence(student, teacher, temperature) + batch + classes
