@@ -4,15 +4,16 @@
     python bench/shards.py --images 20000 --shards 4       a small one
     python bench/shards.py --compare-decoders              processes against threads, decoding the JPEG files of $RAREFY_DATA
 
-Of each 10,000 images one has bytes that are no image, and one a label that is none. Memory is the proportional set size of this process and its workers,
-read every twenty batches; the highest in the first tenth of the epoch stands against the highest in all of it. Resuming is timed at the epoch's middle.
+Of each 10,000 images one has bytes that are no image, and one a label that is none. Memory is what this process and its workers hold of their own (proportional set size without
+files), read every twenty batches; the highest in the first tenth of the epoch stands against the highest in all of it. Resuming is timed at the epoch's middle.
 
-``--check`` exits 1 where memory grows by more than 5 %, where a broken image is not counted, or where resuming gives other bytes.
+``--check`` exits 1 where memory grows by more than 5 %, where a broken member is not counted and named, where ``strict`` is no error, or where resuming gives other bytes.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import io
 import json
@@ -79,7 +80,7 @@ def member(name: str, content: bytes) -> np.ndarray:
 
 
 def memory() -> int:
-    """Bytes of this process and its children, shared pages divided among them."""
+    """Bytes of this process and its children, shared pages divided among them; without files' pages, as libraries are shared with whatever else runs on the machine."""
     processes = ["self", *Path("/proc/self/task").joinpath(str(_main_thread()), "children").read_text().split()]
     total = 0
     for one in processes:
@@ -87,7 +88,7 @@ def memory() -> int:
             lines = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
         except OSError:  # it has just ended
             continue
-        total += 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+        total += 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
     return total
 
 
@@ -98,7 +99,7 @@ def _main_thread() -> int:
 def epoch(task: Classification, batch_size: int, start: int, steps: int | None) -> dict[str, Any]:
     """Steps of the first epoch, or all of it: peaks of memory, images a second, a digest of what came."""
     total = task.steps("train", batch_size, augment=True)
-    peaks, digest, seen = [0, 0], hashlib.sha256(), 0
+    peaks, tenths, digest, seen = [0, 0], [0] * 10, hashlib.sha256(), 0
     begun = time.perf_counter()
     for step, (inputs, targets) in enumerate(task.batches("train", batch_size, shuffle_seed=0, augment=True, start=start), start):
         if steps is not None and step >= start + steps:
@@ -109,6 +110,7 @@ def epoch(task: Classification, batch_size: int, start: int, steps: int | None) 
         digest.update(targets.numpy().tobytes() + inputs.mean((1, 2, 3)).numpy().tobytes())
         if step % 20 == 19:
             now = memory()
+            tenths[10 * step // total] = max(tenths[10 * step // total], now)
             peaks = [max(peaks[0], now) if step <= max(20, total // 10) else peaks[0], max(peaks[1], now)]
     spent = time.perf_counter() - begun
     return {
@@ -117,6 +119,7 @@ def epoch(task: Classification, batch_size: int, start: int, steps: int | None) 
         "first_batch_s": waited,
         "peak_at_10": peaks[0],
         "peak": peaks[1],
+        "peak_of_tenths": tenths,
         "digest": digest.hexdigest(),
     }
 
@@ -174,6 +177,12 @@ def main() -> int:
     middle = task.steps("train", given.batch_size, augment=True) // 2
     pieces = [epoch(task, given.batch_size, middle, 3), epoch(task, given.batch_size, middle, 3)]
     counted = task.unreadable("train").get("count", 0)
+    named = task.unreadable("train").get("first", "")
+    try:
+        dataclasses.replace(task, strict=True).length("train")
+        strict = ""
+    except DataError as error:
+        strict = str(error)
     wrong_labels = len(range(23, given.images, EVERY))
     wrong_images = len(range(17, given.images, EVERY))
     growth = whole["peak"] / whole["peak_at_10"] if whole["peak_at_10"] else float("nan")
@@ -182,6 +191,10 @@ def main() -> int:
         short.append(f"{found} images found and {told} left out of {given.images}, {wrong_labels} labels are wrong")
     if given.steps is None and counted != wrong_labels + wrong_images:
         short.append(f"{counted} broken images counted, {wrong_labels + wrong_images} there are")
+    if counted and not named:
+        short.append("what was left out is not named")
+    if told and not strict:
+        short.append("strict took broken members without an error")
     if not growth <= GROWTH:
         short.append(f"memory grew {growth:.3f} times over the epoch, more than {GROWTH}")
     if pieces[0]["digest"] != pieces[1]["digest"]:
@@ -189,6 +202,8 @@ def main() -> int:
     rows = [
         ("images, shards", f"{found:,} of {given.images:,}, {given.shards}"),
         ("left out, by label and by image", f"{told}, {counted - told}"),
+        ("the first of them", named.removeprefix(f"{given.folder}/")),
+        ("with strict", strict.partition(": ")[2] or "no error"),
         ("headers walked in, s", f"{indexed:.1f}"),
         ("images/s", f"{whole['images'] / whole['seconds']:,.0f} ({given.workers} workers)"),
         ("highest memory, first tenth", size_text(whole["peak_at_10"])),
@@ -197,7 +212,7 @@ def main() -> int:
     ]
     show_table("tar shards", ("what", "found"), rows)
     print(json.dumps({"bench": "shards", "options": {name: str(value) for name, value in vars(given).items()}, "index_s": indexed, "left_out": counted,
-                      "growth": growth, "epoch": whole, "resume": pieces[0], "torch": torch.__version__}))  # fmt: skip
+                      "named": named, "strict": strict, "growth": growth, "epoch": whole, "resume": pieces[0], "torch": torch.__version__}))  # fmt: skip
     for one in short:
         print(f"falls short: {one}", file=sys.stderr)
     return 1 if given.check and short else 0
