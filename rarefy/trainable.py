@@ -8,8 +8,8 @@ a weight starts at the number its code stands for, so that what a learned roundi
 the graph they came from, rounded as training saw them; its nodes are not touched, so what ran before runs afterwards.
 
 Batch norm, folded before, is put back for the training and folded in again at its end (``normalizing.py``). Single layers still run away at a rate that training from scratch takes; so
-where no rate is given it is ``LR``, and gradients are clipped to a norm of ``CLIP``. A weight's scale learns ``SLOWER`` than the paper's: there are few numbers to a channel, and at 8 bits its
-steps passed through 0 to the other side.
+where no rate is given it is ``LR``, and gradients are clipped to a norm of ``CLIP``. From ``WIDE`` bits on, a weight's scale learns ``SLOWER`` than the paper's: it is small then, and
+its steps passed through 0 to the other side; at 4 bits the paper's rate is the better one.
 Zero points stay: ranges grow and shrink around zero.
 """
 
@@ -37,7 +37,7 @@ OPERATORS = torch.ops.rarefy
 CODES = "_codes"
 
 LR, CLIP = 0.01, 1.0
-SLOWER = 0.1  # than the paper's, the rate of a weight's scale
+SLOWER, WIDE = 0.1, 5  # than the paper's, the rate of a weight's scale, from so many bits on
 
 
 def is_quantized(model: Any) -> bool:
@@ -132,7 +132,7 @@ def _stored(graph: fx.GraphModule, node: fx.Node, bits: dict[str, int]) -> None:
         if codes.dim() and codes.dtype != torch.int32:
             qmin, qmax = _range(codes, bits.get(str(codes_node.target), 8))
             _learn(graph, str(scale_node.target), scale)
-            gradient = SLOWER / math.sqrt(codes.numel() / max(scale.numel(), 1) * qmax)
+            gradient = (SLOWER if qmax >= 2 ** (WIDE - 1) - 1 else 1.0) / math.sqrt(codes.numel() / max(scale.numel(), 1) * qmax)
             parameter = graph.graph.call_function(fake_quantize, (parameter, scale_node, zero_node, axis, qmin, qmax, gradient, *rest))
     node.replace_all_uses_with(parameter)
 
