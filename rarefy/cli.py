@@ -423,6 +423,9 @@ def distill(
     ] = 0.0,
     freeze: Annotated[float, typer.Option(metavar="SHARE", help="Of the steps, the last: batch norm's statistics stand still.")] = 0.0,
     loss_warmup: Annotated[float, typer.Option(metavar="SHARE", help="Of the steps, the first: the teacher's weight rises.")] = 0.0,
+    sync_norm: Annotated[
+        str, typer.Option(metavar="WHETHER", help="Under torchrun, batch norm looks at the whole batch: yes or no.")
+    ] = "yes",
     cache: Annotated[str | None, typer.Option(metavar="FOLDER", help="Keep the teacher's answers there.")] = None,
     logs: Annotated[str | None, typer.Option(metavar="FOLDER", help="For TensorBoard.")] = None,
     seed: Seed = 0,

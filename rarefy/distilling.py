@@ -16,8 +16,8 @@ A loss (``rarefy/losses``) only says what the student is to copy; batches, sched
   its average stay zero, and a checkpoint needs no mask.
 * A penalty (``schedules/group_sparse.py``) adds a gradient of its own in each step; what it knows is in the checkpoint.
 * EMA (``ema=0.999``) is the bias-corrected mean, θ̄ₜ = Σ dᵗ⁻ⁱ θᵢ / Σ dᵗ⁻ⁱ, so it needs no warm-up; running statistics are averaged like weights.
-* Under ``torchrun`` (accelerate finds it) a batch is split over the processes: ``batch_size`` is the whole. Batch norm's statistics are each
-  process's own, as in DDP; every process reads the whole batch from the task, and takes its share.
+* Under ``torchrun`` (accelerate finds it) a batch is split over the processes: ``batch_size`` is the whole, and batch norm's statistics are those of the whole (``syncing.py``), unless
+  ``sync_norm="no"``; every process reads the whole batch from the task, and takes its share.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ from rarefy.mixing import mix
 from rarefy.normalizing import put_back
 from rarefy.objective import Answer, Losses, Objective, Term, terms
 from rarefy.progress import track
+from rarefy.syncing import batch_norm, synchronised
 from rarefy.teaching import Teachers, teachers_of
 from rarefy.trainable import is_quantized, suited, to_codes, to_trainable
 from rarefy.training import AUTO_STEPS, Penalty, Task, Training, training_of
@@ -273,6 +274,8 @@ class _Run:
         self.graph.to(self.device).to(memory_format=layout)
         self.objective = Objective(self.graph, self.guides, self.task, training, self.sum_of, self.bf16)
         self.guides = []  # the objective has copies of its own
+        if world > 1 and training.sync_norm == "yes":
+            synchronised(self.objective.student)
         for one in (self.objective.teachers, self.objective.adapters):
             one.to(self.device).to(memory_format=layout)
         self.plain: Any = self._wrapped()
@@ -302,7 +305,7 @@ class _Run:
         """The compiler's mode, or no."""
         if self.training.compile != "auto":
             return self.training.compile
-        pays = self.device.type == "cuda" and self.total >= AUTO_STEPS and self.dot is None
+        pays = self.device.type == "cuda" and self.total >= AUTO_STEPS and self.dot is None and self.accelerator.num_processes == 1
         return "reduce-overhead" if pays and importlib.util.find_spec("triton") is not None else "no"
 
     def remember(self, folder: str | Path, teachers: list[str]) -> None:
@@ -517,7 +520,7 @@ class _Run:
         """From now on batch norm takes its statistics as they are."""
         self.frozen, student = True, self.objective.student  # a graph of its own, whose tensors are those of ``graph``
         for node in student.graph.nodes:
-            if node.target is aten.batch_norm.default:
+            if node.target in (aten.batch_norm.default, batch_norm):
                 node.update_arg(5, False)
         student.recompile()
         if self.compiled != "no":
@@ -600,7 +603,7 @@ class _Run:
                 self.logs.add(self.step, val=self.curve[-1]["val"])
 
     def _agree(self) -> None:
-        """Running statistics are each process's own; the first one's are kept."""
+        """With ``sync_norm="no"`` running statistics are each process's own; the first one's are kept."""
         if self.accelerator.num_processes > 1:
             for one in filter(None, (self.graph, self.average)):
                 for tensor in dict(one.named_buffers()).values():

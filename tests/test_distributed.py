@@ -1,6 +1,6 @@
 """Several processes train as one does, and where one of them ends, the run does: with one line, and from its checkpoint.
 
-The network has no batch norm, whose statistics are each process's own (as in DDP): with it several processes are not the same training. Gloo on a CPU.
+Batch norm included, whose statistics are those of the whole batch. Gloo on a CPU.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rarefy.terminal import guarded
 
 def net(width):
     torch.manual_seed(width)
-    return nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.GELU(), nn.Flatten(2), nn.LayerNorm(64), nn.Flatten(), nn.Linear(64 * width, 10))
+    return nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.GELU(), nn.Flatten(2), nn.LayerNorm(64), nn.Flatten(), nn.Linear(64 * width, 10))
 
 def program(arguments):
     output, state, pause = arguments
@@ -41,7 +41,7 @@ def program(arguments):
         checkpoint=state or None, checkpoint_seconds=0, device="cpu", progress=False,
     )
     if os.environ.get("RANK", "0") == "0":
-        save_file({name: one.detach() for name, one in result.named_parameters()}, output)
+        save_file({name: one.detach() for name, one in [*result.named_parameters(), *result.named_buffers()]}, output)
     assert result.meta["history"][-1]["facts"]["processes"] == int(os.environ.get("WORLD_SIZE", "1"))
 
 sys.exit(guarded(program, sys.argv[1:]))
