@@ -60,6 +60,8 @@ class Stretch:
         self.entries = list(dict.fromkeys(s for node in self.body for s in node.all_input_nodes if s in self._depends and s not in inside))
         self.twin_entries = [self._twin_of(node) for node in self.entries]
         self.scales = self._own_scales(nodes)
+        self.counts: dict[fx.Node, int] = {}  # sizes that are read -> their part of each image
+        self.leads = 0, 1  # which entry tells the number of images, and its rows an image
 
     def _ends(self, nodes: Sequence[fx.Node], marks: frozenset[str]) -> tuple[fx.Node, fx.Node]:
         """The last value made from all of the block's layers before the next block begins, one of ``marks`` if there is any, and its float twin."""
@@ -112,6 +114,12 @@ class Stretch:
             if made and used + size > memory:
                 continue  # the iterators are to be run to their ends
             used, images = used + size, images + len(batch[0])
+            if not ours:
+                lead = next(index for index, value in enumerate(values) if isinstance(value, Tensor))
+                self.leads = lead, len(values[lead]) // len(batch[0])
+                self.counts = {
+                    node: value // len(batch[0]) for node, value in zip(self.entries, values, strict=True) if isinstance(value, int)
+                }
             waiting = iter(exact)
             ours.append(values)
             theirs.append([next(waiting) if twin is not None else None for twin in self.twin_entries])
@@ -134,6 +142,8 @@ class Stretch:
     ) -> Tensor:
         """The block's output. mix(rounded, exact): what stands for a rounded value."""
         values = dict(zip(self.entries, inputs, strict=True))
+        lead, rows = self.leads
+        values |= {node: count * (len(inputs[lead]) // rows) for node, count in self.counts.items()}
         last = {source: node for node in self.body for source in node.all_input_nodes}
         own = dict(zip(self.layers, zip(weights, biases, strict=True), strict=True))
         steps = dict(zip(self.scales, scales, strict=True))

@@ -133,6 +133,28 @@ def test_answers_come_nearer_on_images_it_has_not_seen_and_the_same_for_a_seed(m
         assert any(not torch.equal(value, other[name]) for name, value in first.items())
 
 
+class Viewing(Residual):
+    """The number of images is written into a view inside the last block."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.one(self.stem(x).relu()).mean((2, 3))
+        return self.head(y.view(x.shape[0], -1).relu())
+
+
+def test_a_size_that_hangs_on_the_batch_is_that_of_the_images_at_hand() -> None:
+    torch.manual_seed(0)
+    graph, spy = graph_of(Viewing()), Spy()
+    quantize(graph, batches=images(0), rounding=spy, correct_bias=False, progress=False)
+    assert any(isinstance(value, int) for block, *_ in spy.seen for value in block.inputs)
+    for block, _, exact in spy.seen:
+        few = torch.arange(5)
+        part = block.run(
+            block.part(block.float_inputs, few, block.images) if None not in block.float_inputs else block.part(block.inputs, few, block.images),
+            block.weights, block.biases, block.scales, lambda rounded, exact: exact,
+        )  # fmt: skip
+        assert len(part) == 5
+
+
 def test_a_block_is_never_worse_than_nearest_on_its_images() -> None:
     torch.manual_seed(0)
     graph = graph_of(Residual())
