@@ -95,6 +95,10 @@ def allocate(
             for node, whole, integer in zip(layers, times.float_us, times.integer_us, strict=True)
         }
         budget = mixed.latency * times.whole_us
+        if (least := sum(map(min, costs.values())) / times.whole_us) > mixed.latency:
+            raise InputError(
+                f"mixed: latency={mixed.latency:g} is out of reach: the fastest choices take {least:.3f} of the float network's time; ask for more"
+            )
     elif mixed.bitops is not None:
         macs = layer_macs(graph)
         costs = {

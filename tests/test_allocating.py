@@ -115,5 +115,5 @@ def test_a_latency_is_measured_and_one_out_of_reach_is_refused() -> None:
     small = quantize(graph, batches=batches, weights="mixed:latency=100,choices=4/8", progress=False)
     facts = small.meta["history"][-1]["facts"]
     assert set(facts["allocation"]["bits"].values()) == {8} and [one["share"] > 0 for one in facts["timing"]["latency"]] == [True]
-    with pytest.raises(InputError, match="cheapest"):
+    with pytest.raises(InputError, match="out of reach"):
         quantize(graph, batches=batches, weights="mixed:latency=0.0001", progress=False)
