@@ -127,7 +127,7 @@ def measured(cell: Cell, given: argparse.Namespace) -> dict[str, Any]:
         steps, at_once = (min(given.steps, QAT_STEPS_OF_FILES), min(given.batch_size, 32)) if of_files else (given.steps, given.batch_size)
         small = distill(
             small, graph, task, loss="kl", hard_weight=0.0, weight_decay=0.0, steps=steps, batch_size=at_once, lr=given.lr, clip=given.clip, device=given.device,
-            precision=given.precision, compile=given.compile, validate_every=0, seed=given.seed, checkpoint=given.work / f"{cell.file}_training", checkpoint_seconds=20, progress=False,
+            precision=given.precision, compile=given.compile, validate_every=0, seed=given.seed, checkpoint=given.work / f"{cell.file}_{steps}x{at_once}", checkpoint_seconds=20, progress=False,
         )  # fmt: skip
         seconds = small.meta["history"][-1]["facts"]["timing"]["seconds"]
     found = evaluate(small, task, reference=graph, batch_size=50 if of_files else 200, limit=given.limit, device=given.device)
