@@ -27,6 +27,7 @@ import traceback
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,9 +103,7 @@ def quantised(graph: fx.GraphModule, task: Classification, cell: Cell, given: ar
     ends = MODELS[cell.model]
     weights = ";".join([f"int{weight_bits}", *(f"{layer}=int8" for layer in ends)])
     activations = ";".join([f"uint{activation_bits}", *(f"{layer}=uint8" for layer in ends)])
-    return quantize(
-        graph, task, weights=weights, activations=activations, rounding=_short(given.start if rule == QAT else rule, given), **common
-    )
+    return quantize(graph, task, weights=weights, activations=activations, rounding=_short(rule, given), **common)
 
 
 def _short(rule: str, given: argparse.Namespace) -> str:
@@ -114,12 +113,15 @@ def _short(rule: str, given: argparse.Namespace) -> str:
 def measured(cell: Cell, given: argparse.Namespace) -> dict[str, Any]:
     graph, task = model_and_task(cell.model)
     begun = time.perf_counter()
-    kept = given.work / f"{cell.file}_graph"
+    first = cell._replace(method=given.start) if cell.method == QAT else cell
+    kept = given.work / f"{first.file}_graph"
     if not kept.exists():
-        small = quantised(graph.to(given.device), task, cell, given)
+        small = quantised(graph.to(given.device), task, first, given)
         small.meta["history"][-1]["facts"]["seconds_here"] = time.perf_counter() - begun
-        save(small, kept)
-    small = load(kept).to(given.device)  # a run that is cut while it evaluates does not round again
+        save(small, own := kept.with_name(f"{kept.name}.{os.getpid()}"))
+        with suppress(OSError):  # another process was faster
+            own.rename(kept)
+    small = load(kept).to(given.device)  # what is cut while it evaluates, and training, do not round again
     facts = small.meta["history"][-1]["facts"]
     seconds = facts["seconds_here"]
     of_files = cell.model == "lite0"
@@ -234,7 +236,7 @@ def arguments() -> argparse.Namespace:
     option("--images", type=int, help=f"to calibrate on; default: {IMAGES['cifar']:,} of CIFAR-10, all {IMAGES['lite0']} of ImageNet")
     option("--limit", type=int, help="so many labelled images only, for a trial")
     option("--rounding", action="append", metavar="RULE", help="of the rows uniform and mixed; default: nearest and adaround")
-    option("--start", default="gptaq", metavar="RULE", help="that training starts from")
+    option("--start", default="adaround", metavar="RULE", help="that training starts from")
     option("--steps", type=int, help="of training; default: 400 on a CPU, 4,000 on a GPU")
     option("--batch-size", type=int, default=64)
     option("--lr", type=float, default=0.01)
