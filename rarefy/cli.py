@@ -498,6 +498,9 @@ def quantize(
     ignore: Ignore = None,
     equalize: Annotated[bool, typer.Option(help="Equalise ranges across layers where that is exact.")] = True,
     correct_bias: Annotated[bool, typer.Option(help="Mend the mean that rounding moves.")] = True,
+    smooth: Annotated[
+        float | None, typer.Option(metavar="ALPHA", help="SmoothQuant before linear layers that read a norm; 0.5, say; default: not done.")
+    ] = None,
     gate: Annotated[
         str | None, typer.Option(metavar="latency", help="Time each stretch of layers in integers and in float, and keep only what pays.")
     ] = None,
@@ -532,6 +535,7 @@ def quantize(
         ignore=tuple(ignore or ()),
         equalize=equalize,
         correct_bias=correct_bias,
+        smooth=smooth,
         gate=gate,
         seed=seed,
     )

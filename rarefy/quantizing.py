@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import rarefy.kernels
-from rarefy import allocating, explaining, gating, grids, patches, plugins, reconstruction, rewriting, weight_only
+from rarefy import allocating, explaining, gating, grids, patches, plugins, reconstruction, rewriting, smoothing, weight_only
 from rarefy.capturing import as_graph, attribute, device_of, finish, set_attribute, share_copy
 from rarefy.errors import InputError
 from rarefy.folding import equalize as equalize_ranges
@@ -41,6 +41,7 @@ from rarefy.prefix import Prefix
 from rarefy.progress import track
 from rarefy.rounding import Block, Layer, OfBlocks, OfLayers, Sample
 
+SMOOTHED = 32  # images that tell how large a norm's channels get
 GATES = (None, "latency")
 MEMORY = 5e8  # bytes of activations of all images that the rounding of layers may keep
 
@@ -62,6 +63,7 @@ def quantize(
     ignore: Sequence[str] = (),
     equalize: bool = True,
     correct_bias: bool = True,
+    smooth: float | None = None,
     gate: str | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -76,6 +78,7 @@ def quantize(
         (``"int4:group=32"``, ``"mxfp4"``), without images (``rarefy.weight_only``). Activations go by their own names or those of layers that read them.
     weight_calibration: the rule for weight scales; None: minmax at 8 bits, where clipping the largest weights costs more than it saves, else mse.
     ignore: globs of layer names that stay float.
+    smooth: SmoothQuant before linear layers that read a norm, with this alpha, such as 0.5 (``rarefy.smoothing``); None: not done.
     gate: "latency" times each stretch of layers in integers and in float on the runtime, and keeps only what pays (``rarefy.gating``); where nothing does, the
     model comes back in float, and its history says so.
 
@@ -106,6 +109,10 @@ def quantize(
     graph = simplify(fold(graph), runtime.capabilities.whole)
     for parameter in graph.parameters():
         parameter.requires_grad_(False)
+    smoothed = 0
+    if smooth is not None:
+        first, batches = _first(graph, task, batches, SMOOTHED, seed)
+        smoothed = smoothing.smooth(graph, zip(*(one.split(8) for one in first), strict=True), smooth)
     allocation = None
     timing: dict[str, Any] = {}
     if mixed is not None:
@@ -188,6 +195,7 @@ def quantize(
                 "ignore": list(ignore),
                 "equalize": equalize,
                 "correct_bias": correct_bias,
+                "smooth": smooth,
                 "gate": gate,
                 "seed": seed,
             },
@@ -199,6 +207,7 @@ def quantize(
                 "images_of_rounding": sum(len(batch[0]) for batch in seen.batches) if walks else 0,
                 "equalized": pairs,
                 "batch_norm": norms,
+                **({} if smooth is None else {"smoothed": smoothed}),
                 **({"allocation": allocation} if allocation is not None else {}),
                 "float": sorted(layer_name(node) for node in float_graph.graph.nodes if weighted(node) and node.name not in integer),
                 "reasons": _reasons(

@@ -1,0 +1,84 @@
+"""smooth(): outliers of activations go into the weights that multiply them, where a norm can bear it. SmoothQuant (2211.10438).
+
+After a layer or RMS norm, a few channels are many times as large as the rest, and one scale a tensor leaves the rest without resolution. In every linear layer
+that reads the norm, channel j of the input is divided and column j of the weights multiplied by
+
+    s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)        X_j: over the images; W_j: over the outputs of all layers that read the norm
+
+and the division goes into the norm's own weight and bias, so that the float network's answers stay what they were. alpha 0.5 gives either side the same
+share of the range; towards 1, the activations get smoother and the weights rougher.
+
+Done where nothing but linear layers reads the norm, and its weight is its own. Given up: layers after an activation (NNCF multiplies there at run time).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from rarefy.capturing import attribute
+from rarefy.errors import InputError
+from rarefy.folding import put, weighted
+from rarefy.observing import Taps
+
+aten = torch.ops.aten
+_NORMS: dict[Any, tuple[int, ...]] = {aten.layer_norm.default: (2, 3), aten.rms_norm.default: (2,)}  # places of weight and bias
+WIDEST = 1e4  # a factor's bound, either way
+
+
+def smooth(graph: fx.GraphModule, batches: Iterable[tuple[Tensor, ...]], alpha: float = 0.5) -> int:
+    """Smooth ``graph`` (folded, for inference) in place; returns how many norms were.
+
+    batches: inputs that tell how large activations get. Raises InputError for an alpha outside 0 to 1.
+    """
+    if not 0 <= alpha <= 1:
+        raise InputError(f"smooth={alpha}: alpha lies in 0 to 1, such as 0.5")
+    norms = [node for node in graph.graph.nodes if _is_smoothable(graph, node)]
+    largest: dict[fx.Node, Tensor] = {}
+
+    def see(node: fx.Node, value: Tensor) -> None:
+        found = value.detach().abs().flatten(0, -2).amax(0).float()
+        largest[node] = torch.maximum(largest[node], found) if node in largest else found
+
+    if norms:
+        taps = Taps(graph, norms, see)
+        with torch.no_grad():
+            for batch in batches:
+                taps.run(*batch)
+    for norm in norms:
+        _migrate(graph, norm, largest[norm], alpha)
+    return len(norms)
+
+
+def _is_smoothable(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """A norm over the last axis with a stored weight that nothing else reads, and only linear layers behind it."""
+    places = _NORMS.get(node.target)
+    if places is None or len(node.args[1]) != 1 or len(node.args) <= places[0]:  # type: ignore[arg-type]
+        return False
+    stored = [node.args[place] for place in places if place < len(node.args) and node.args[place] is not None]
+    if node.args[places[0]] is None or not all(isinstance(one, fx.Node) and one.op == "get_attr" for one in stored):
+        return False
+    read = [str(one.target) for one in stored]  # type: ignore[union-attr]
+    readers = sum(len(other.users) for other in graph.graph.nodes if other.op == "get_attr" and other.target in read)
+    return readers == len(stored) and all(
+        user.target is aten.linear.default and weighted(user) and user.args[0] is node and not user.kwargs for user in node.users
+    )
+
+
+def _migrate(graph: fx.GraphModule, norm: fx.Node, largest: Tensor, alpha: float) -> None:
+    layers = list(norm.users)
+    weights = [attribute(graph, layer.args[1]).detach() for layer in layers]
+    columns = torch.stack([weight.abs().amax(0).float() for weight in weights]).amax(0)
+    factor = (largest.double() ** alpha / columns.double() ** (1 - alpha)).clamp(1 / WIDEST, WIDEST)
+    factor = torch.where((largest > 0) & (columns > 0), factor, torch.ones_like(factor))
+    for place in _NORMS[norm.target]:
+        if place < len(norm.args) and norm.args[place] is not None:
+            stored = attribute(graph, norm.args[place])
+            with torch.no_grad():
+                stored.copy_(stored.double() / factor)
+    for layer, weight in zip(layers, weights, strict=True):
+        bias = attribute(graph, layer.args[2]).detach() if len(layer.args) > 2 and layer.args[2] is not None else None
+        put(graph, layer, (weight.double() * factor).to(weight.dtype), weight.new_zeros(weight.shape[0]) if bias is None else bias.clone())

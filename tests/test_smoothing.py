@@ -1,0 +1,96 @@
+"""SmoothQuant: exact in float, the ranges it promises, less noise where a norm has outlier channels, and hands off what it can't serve."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from rarefy.capturing import attribute, capture
+from rarefy.errors import InputError
+from rarefy.folding import fold, layer_name
+from rarefy.quantizing import quantize
+from rarefy.smoothing import smooth
+
+aten = torch.ops.aten
+
+
+class Encoder(nn.Module):
+    """Three layers behind the first norm, one behind the second, which has no bias; the third norm is an answer's, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.LayerNorm(32), nn.RMSNorm(32, eps=1e-6), nn.LayerNorm(32)
+        self.q, self.k, self.v = nn.Linear(32, 32), nn.Linear(32, 32, bias=False), nn.Linear(32, 32)
+        self.wide, self.narrow, self.head = nn.Linear(32, 64), nn.Linear(64, 32), nn.Linear(32, 10)
+        with torch.no_grad():
+            for norm in (self.first, self.second):
+                norm.weight[torch.tensor([3, 17])] *= 60
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        x = x + nn.functional.scaled_dot_product_attention(self.q(y) / 30, self.k(y) / 30, self.v(y))
+        x = x + self.narrow(nn.functional.gelu(self.wide(self.second(x))))
+        y = self.last(x)
+        answer: Tensor = self.head(y) + y[:, :, :10]
+        return answer.mean(1)
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[Tensor]:
+    return list(torch.randn(64, 7, 32, generator=torch.Generator().manual_seed(0)).split(16))
+
+
+@pytest.fixture(scope="module")
+def graph(batches: list[Tensor]) -> fx.GraphModule:
+    torch.manual_seed(0)
+    return capture(Encoder().eval(), batches[0])
+
+
+def norms(graph: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in graph.graph.nodes if node.target in (aten.layer_norm.default, aten.rms_norm.default)]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 0.8])
+def test_answers_stay_and_ranges_are_shared(graph: fx.GraphModule, batches: list[Tensor], alpha: float) -> None:
+    smoothed = fold(graph)
+    assert smooth(smoothed, [(batch,) for batch in batches], alpha) == 2
+    assert torch.allclose(smoothed(batches[0]), graph(batches[0]), atol=1e-4, rtol=1e-4)
+    seen: dict[str, list[Tensor]] = {}
+
+    class Watch(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> Tensor:
+            value = super().run_node(node)
+            seen.setdefault(node.name, []).append(value)
+            return value
+
+    for batch in batches:
+        Watch(smoothed).run(batch)
+    for norm in norms(smoothed)[:2]:
+        activations = torch.cat(seen[norm.name]).abs().flatten(0, 1).amax(0)
+        columns = torch.stack([attribute(smoothed, layer.args[1]).abs().amax(0) for layer in norm.users]).amax(0)
+        # X / s = X^(1 - a) W^(1 - a), W s = X^a W^a
+        assert torch.allclose(activations.log() * alpha, columns.log() * (1 - alpha), atol=1e-3)
+
+
+def test_less_noise_where_there_are_outliers(graph: fx.GraphModule, batches: list[Tensor]) -> None:
+    noise = {}
+    for alpha in (None, 0.5):
+        small = quantize(graph, batches=batches, smooth=alpha, progress=False)
+        with torch.no_grad():
+            noise[alpha] = float(sum((small(batch) - graph(batch)).square().sum() for batch in batches))
+        assert small.meta["history"][-1]["options"]["smooth"] == alpha
+    assert small.meta["history"][-1]["facts"]["smoothed"] == 2
+    assert noise[0.5] < noise[None] / 2
+
+
+def test_the_caller_s_model_stays_and_shared_norms_are_left(graph: fx.GraphModule, batches: list[Tensor]) -> None:
+    before = {name: value.clone() for name, value in graph.state_dict().items()}
+    quantize(graph, batches=batches, smooth=0.5, progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in graph.state_dict().items())
+    smoothed = fold(graph)
+    smooth(smoothed, [(batches[0],)])
+    assert torch.equal(smoothed.get_parameter("last.weight"), before["last.weight"])
+    assert [layer_name(layer) for layer in norms(smoothed)[0].users] == ["q", "k", "v"]
+    with pytest.raises(InputError, match="alpha lies in 0 to 1"):
+        quantize(graph, batches=batches, smooth=2.0, progress=False)
