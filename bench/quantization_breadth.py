@@ -228,7 +228,7 @@ def summary(name: str, facts: dict[str, Any]) -> list[str]:
         told("agreement", ".2%"),
         told("difference", ".1e"),
         told("relative_difference", ".1e"),
-        told("file_db", ".0f"),
+        "exact" if facts.get("difference") == 0 else told("file_db", ".0f"),
         told("ulp", "d"),
         told("most_codes", ".0e"),
         f"{sum(facts.get('seconds', {}).values()):.0f}",
