@@ -122,7 +122,13 @@ def _unround_layers(graph: fx.GraphModule) -> None:
         graph.graph.erase_node(node)
 
 
-_JOINS = {aten.add.Tensor: OPERATORS.add.default, aten.mul.Tensor: OPERATORS.mul.default}
+_JOINS = {
+    aten.add.Tensor: OPERATORS.add.default,
+    aten.mul.Tensor: OPERATORS.mul.default,
+    aten.adaptive_avg_pool2d.default: OPERATORS.mean.default,
+    aten.avg_pool2d.default: OPERATORS.avg_pool2d.default,
+}
+_GRID = 5  # last arguments of what makes codes: scale, zero_point, qmin, qmax, dtype
 
 
 def _join_codes(graph: fx.GraphModule) -> None:
@@ -131,15 +137,28 @@ def _join_codes(graph: fx.GraphModule) -> None:
         if node.target is not OPERATORS.quantize.default or node.args[3] is not None:
             continue
         join = node.args[0]
-        if join.target not in _JOINS or len(join.users) != 1 or join.kwargs or not all(map(is_decoded, join.args)):
+        if join.target not in _JOINS or len(join.users) != 1 or join.kwargs or (options := _options(join)) is None:
             continue
-        if any(attribute(graph, source.args[1]).dim() for source in join.args):
+        read = [source for source in join.args if isinstance(source, fx.Node)]
+        if not all(map(is_decoded, read)) or any(attribute(graph, source.args[1]).dim() for source in read):
             continue
-        parts = [part for source in join.args for part in source.args[:3]]
+        parts = [part for source in read for part in source.args[:3]]
         with graph.graph.inserting_before(node):
-            joined = graph.graph.call_function(_JOINS[join.target], (*parts, *node.args[1:3], *node.args[4:]))
+            joined = graph.graph.call_function(_JOINS[join.target], (*parts, *options, *node.args[1:3], *node.args[4:]))
         joined.meta = dict(node.meta)
         node.replace_all_uses_with(joined)
+
+
+def _options(join: fx.Node) -> tuple[Any, ...] | None:
+    """What the operator on codes reads beside codes and grids; None where it has no such form."""
+    if join.target is aten.adaptive_avg_pool2d.default:
+        return () if list(join.args[1]) == [1, 1] else None  # type: ignore[arg-type]
+    if join.target is aten.avg_pool2d.default:
+        kernel, stride, padding, ceil, included, divisor = (*join.args[1:], *(None,) * (7 - len(join.args)))  # type: ignore[misc]
+        if ceil or divisor is not None:
+            return None
+        return _pair(kernel), _pair(stride or kernel), _pair(padding or [0, 0]), included is not False
+    return () if all(isinstance(source, fx.Node) for source in join.args) else None
 
 
 def _join_numbers(graph: fx.GraphModule) -> None:
@@ -147,11 +166,21 @@ def _join_numbers(graph: fx.GraphModule) -> None:
     for node in list(graph.graph.nodes):
         if node.target not in targets:
             continue
+        target = targets[node.target]
+        count = 2 if target in (aten.add.Tensor, aten.mul.Tensor) else 1
+        options: tuple[Any, ...] = tuple(node.args[3 * count : -_GRID])
+        if target is aten.adaptive_avg_pool2d.default:
+            options = ([1, 1],)
+        elif target is aten.avg_pool2d.default:
+            options = (*options[:3], False, options[3])
+        grid = node.args[-_GRID:]
         with graph.graph.inserting_before(node):
-            numbers = [graph.graph.call_function(OPERATORS.dequantize.default, (*node.args[at : at + 3], None)) for at in (0, 3)]
-            join = graph.graph.call_function(targets[node.target], tuple(numbers))
+            numbers = [
+                graph.graph.call_function(OPERATORS.dequantize.default, (*node.args[3 * at : 3 * at + 3], None)) for at in range(count)
+            ]
+            join = graph.graph.call_function(target, (*numbers, *options))
             join.meta = dict(node.meta)
-            codes = graph.graph.call_function(OPERATORS.quantize.default, (join, *node.args[6:8], None, *node.args[8:]))
+            codes = graph.graph.call_function(OPERATORS.quantize.default, (join, *grid[:2], None, *grid[2:]))
         codes.meta = dict(node.meta)
         node.replace_all_uses_with(codes)
 

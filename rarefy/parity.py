@@ -22,10 +22,7 @@ from rarefy.onnxfile import needs
 LEAST_AGREEMENT = 0.995
 _SCALE: dict[Any, int] = {
     torch.ops.rarefy.quantize.default: 1,
-    torch.ops.rarefy.add.default: 6,
-    torch.ops.rarefy.mul.default: 6,
-    torch.ops.rarefy.conv2d_codes.default: 10,
-    torch.ops.rarefy.linear_codes.default: 6,
+    **{getattr(torch.ops.rarefy, name).default: -5 for name in ("conv2d_codes", "linear_codes", "add", "mul", "mean", "avg_pool2d")},
 }  # makes codes: place of their scale
 
 

@@ -1,6 +1,8 @@
-"""Sums and products of codes against ONNX Runtime's kernels, on every pair of codes: equal to the last code."""
+"""Sums, products and averages of codes against ONNX Runtime's kernels, sums and products on every pair of codes: equal to the last code."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 import rarefy.kernels  # noqa: F401
 from rarefy.kernels.affine import dequantize, quantize
+from rarefy.kernels.averages import avg_pool2d, mean
 from rarefy.kernels.joins import add, mul
 
 onnx = pytest.importorskip("onnx")
@@ -15,18 +18,25 @@ runtime = pytest.importorskip("onnxruntime")
 
 
 def kernel(operator: str, a: torch.Tensor, b: torch.Tensor, grids: list[torch.Tensor]) -> torch.Tensor:
-    helper = onnx.helper
     names = ["a", "sa", "za", "b", "sb", "zb", "s", "z"]
-    inputs = [helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, codes.shape) for name, codes in (("a", a), ("b", b))]
-    constants = [onnx.numpy_helper.from_array(value.numpy(), name) for name, value in zip(names[1:3] + names[4:], grids, strict=True)]
-    node = helper.make_node(operator, names, ["c"], domain="com.microsoft")
-    output = helper.make_tensor_value_info("c", onnx.TensorProto.UINT8, torch.broadcast_shapes(a.shape, b.shape))
+    return ran(operator, names, {"a": a, "b": b}, dict(zip(names[1:3] + names[4:], grids, strict=True)))
+
+
+def pooled(operator: str, x: torch.Tensor, grids: list[torch.Tensor], **options: Any) -> torch.Tensor:
+    names = ["x", "sx", "zx", "s", "z"]
+    return ran(operator, names, {"x": x}, dict(zip(names[1:], grids, strict=True)), **options)
+
+
+def ran(operator: str, names: list[str], given: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
+    helper = onnx.helper
+    inputs = [helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, codes.shape) for name, codes in given.items()]
+    constants = [onnx.numpy_helper.from_array(value.numpy(), name) for name, value in stored.items()]
+    node = helper.make_node(operator, names, ["c"], domain="com.microsoft", **options)
+    output = helper.make_tensor_value_info("c", onnx.TensorProto.UINT8, None)
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(
-        helper.make_graph([node], "join", inputs, [output], constants), opset_imports=opsets, ir_version=10
-    )  # fmt: skip
+    model = helper.make_model(helper.make_graph([node], "join", inputs, [output], constants), opset_imports=opsets, ir_version=10)
     session = runtime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {"a": a.numpy(), "b": b.numpy()})[0])
+    return torch.from_numpy(session.run(None, {name: codes.numpy() for name, codes in given.items()})[0])
 
 
 CODES = torch.arange(256, dtype=torch.uint8)
@@ -58,3 +68,40 @@ def test_every_pair_of_codes_is_joined_as_by_onnxruntime(name: str, join, operan
     assert wrong == 0
     if name == "QLinearAdd" and operands == "all pairs":
         assert moved > 0  # what the operator on codes is for
+
+
+@pytest.mark.parametrize("side", [3, 4, 7, 16])
+def test_a_plane_of_codes_is_averaged_as_by_onnxruntime(side: int) -> None:
+    torch.manual_seed(side)
+    x = torch.randint(0, 256, (16, 64, side, side), dtype=torch.uint8)
+    moved = 0
+    for finer, zero in ((0.7, 20), (0.5, 33), (1.0, 0)):
+        grids = [
+            torch.tensor(0.0213),
+            torch.tensor(13, dtype=torch.uint8),
+            torch.tensor(0.0213) * finer,
+            torch.tensor(zero, dtype=torch.uint8),
+        ]
+        exact = pooled("QLinearGlobalAveragePool", x, grids)
+        assert torch.equal(mean(x, *grids, 0, 255, torch.uint8), exact)
+        numbers = dequantize(x, *grids[:2], None).mean((-2, -1), keepdim=True)
+        moved += int((quantize(numbers, *grids[2:], None, 0, 255, torch.uint8) != exact).sum())
+    assert moved > 0 or side in (3, 7)  # an odd number of numbers has no halves
+
+
+@pytest.mark.parametrize("include", [False, True])
+@pytest.mark.parametrize(("side", "kernel_size", "stride", "padding"), [(8, 2, 2, 0), (9, 3, 2, 1), (14, 7, 7, 0), (7, 3, 1, 1)])
+def test_windows_of_codes_are_averaged_as_by_onnxruntime(side: int, kernel_size: int, stride: int, padding: int, include: bool) -> None:
+    torch.manual_seed(side)
+    x = torch.randint(0, 256, (8, 32, side, side), dtype=torch.uint8)
+    for finer, zero in ((0.7, 20), (0.5, 33), (1.0, 0)):
+        grids = [
+            torch.tensor(0.0213),
+            torch.tensor(13, dtype=torch.uint8),
+            torch.tensor(0.0213) * finer,
+            torch.tensor(zero, dtype=torch.uint8),
+        ]
+        places = [[kernel_size] * 2, [stride] * 2, [padding] * 2]
+        options = {"kernel_shape": places[0], "strides": places[1], "pads": places[2] * 2, "count_include_pad": int(include)}
+        exact = pooled("QLinearAveragePool", x, grids, **options)
+        assert torch.equal(avg_pool2d(x, *grids[:2], *places, include, *grids[2:], 0, 255, torch.uint8), exact)
