@@ -34,10 +34,9 @@ from bench import real_data
 from rarefy import capture, distill, evaluate, prune, quantize
 from rarefy.counting import count_macs
 from rarefy.errors import DataError
-from rarefy.schedules.joint import FREEZE
 from rarefy.tasks import Classification
 from rarefy.terminal import show_table
-from rarefy.trainable import CLIP
+from rarefy.trainable import CLIP, FREEZE
 
 DATA = "bench.real_data:cifar10"
 WAYS = ("joint", "fading", "sequential", "ptq")
@@ -62,7 +61,7 @@ def made(
     if way == "ptq":
         return coded
     rest = given.steps - steps
-    codes: dict[str, Any] = {"steps": rest, "lr": given.code_lr, "clip": CLIP, "freeze": FREEZE}
+    codes: dict[str, Any] = {"steps": rest, "lr": given.code_lr, "clip": CLIP, "freeze": FREEZE, "live_norm": "yes"}
     return distill(coded, original, task, **codes, **training, **{**common, "checkpoint": place and place / "codes"})
 
 
@@ -100,7 +99,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="of each cell; default 300 on a CPU, 4,000 on a GPU")
     parser.add_argument("--batch-size", type=int, help="default 64 on a CPU, 256 on a GPU")
     parser.add_argument("--lr", type=float, default=0.05, help="of the float training")
-    parser.add_argument("--code-lr", type=float, default=0.01, help="of training codes")
+    parser.add_argument("--code-lr", type=float, default=0.03, help="of training codes")
     parser.add_argument("--limit", type=int, help="so many test images only")
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="finished cells and checkpoints")
     parser.add_argument("--check", action="store_true")

@@ -426,6 +426,7 @@ def distill(
     sync_norm: Annotated[
         str, typer.Option(metavar="WHETHER", help="Under torchrun, batch norm looks at the whole batch: yes or no.")
     ] = "yes",
+    live_norm: Annotated[str, typer.Option(metavar="WHETHER", help="In codes, batch norm is put back meanwhile: yes or no.")] = "no",
     cache: Annotated[str | None, typer.Option(metavar="FOLDER", help="Keep the teacher's answers there.")] = None,
     logs: Annotated[str | None, typer.Option(metavar="FOLDER", help="For TensorBoard.")] = None,
     seed: Seed = 0,

@@ -706,12 +706,12 @@ def _graph(model: nn.Module, task: Task, which: str) -> fx.GraphModule:
 
 
 def _normed(student: fx.GraphModule, task: Task, training: Training, device: torch.device | str | None) -> fx.GraphModule:
-    """The trainable form of a quantised student, with the batch norm that was folded into it."""
+    """The trainable form of a quantised student; with ``live_norm`` the batch norm that was folded into it is put back."""
     learns = to_trainable(student)
     weights = {
         name for record in student.meta.get("history", []) if record["step"] == "quantize" for name in record["facts"].get("batch_norm", ())
     }
-    if not weights:
+    if not weights or training.live_norm == "no":
         return learns
     home = device_of(learns)
     device = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -65,7 +65,8 @@ class Training:
     or the best on the val split (whose figure is then optimistic: it was chosen by it). patience: stop once the val split saw no better state for so
     many epochs, 0: never. dot: Δ of the two momenta (``dot.py``), 0: off. freeze: share of the
     steps, the last, in which batch norm's statistics stand still. loss_warmup: share of the steps in which the teacher's weight rises to what it is.
-    sync_norm: under torchrun, yes: batch norm looks at the whole batch; no: each process at its share, which is faster.
+    sync_norm: under torchrun, yes: batch norm looks at the whole batch; no: each process at its share, which is faster. live_norm:
+    for a quantised student, yes: batch norm is put back for the training (``normalizing.py``); no: it stays folded.
     """
 
     epochs: int = 30
@@ -93,6 +94,7 @@ class Training:
     freeze: float = 0.0
     loss_warmup: float = 0.0
     sync_norm: str = "yes"
+    live_norm: str = "no"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -116,6 +118,7 @@ class Training:
             ("channels_last", self.channels_last in ("auto", "yes", "no"), "auto, yes or no"),
             ("compile", self.compile in ("auto", "no", "default", "reduce-overhead"), "auto, no, default or reduce-overhead"),
             ("validate_every", self.validate_every >= 0, "0 (never) or more"),
+            ("live_norm", self.live_norm in ("yes", "no"), "yes or no"),
             ("sync_norm", self.sync_norm in ("yes", "no"), "yes or no"),
             ("loss_warmup", 0 <= self.loss_warmup <= 1, "a share of the steps, 0 to 1"),
             ("freeze", 0 <= self.freeze <= 1, "a share of the steps, 0 to 1"),

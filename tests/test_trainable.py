@@ -110,6 +110,18 @@ def test_codes_of_live_batch_norm_are_those_it_was_trained_with(teacher, task) -
     assert (ours - theirs).norm() < 0.02 * theirs.norm()  # a bias is rounded in codes, which moves some activations by one
 
 
+def test_training_with_live_batch_norm_ends_in_codes(teacher, task) -> None:
+    small = quantize(teacher, task, images=64, weights="int3", activations="uint4", progress=False)
+    options = {"steps": 80, "batch_size": 64, "loss": "kl", "hard_weight": 0.0, "validate_every": 0, "device": "cpu", "progress": False}
+    taught = distill(small, teacher, task, live_norm="yes", **options)
+    told = taught.meta["history"][-1]["options"]
+    assert (told["lr"], told["clip"], told["freeze"]) == (0.03, 1.0, 0.25)  # what it bears, as no rate was given
+    assert is_quantized(taught) and taught.code == small.code
+    assert apart(taught, teacher, task) < apart(small, teacher, task)
+    with pytest.raises(InputError, match="live_norm"):
+        train(small, task, live_norm="maybe", **{key: value for key, value in options.items() if key not in ("loss", "hard_weight")})
+
+
 def test_frozen_statistics_stand_still(teacher, task) -> None:
     common = {"steps": 12, "batch_size": 64, "lr": 0.05, "progress": False, "device": "cpu", "validate_every": 0}
     buffers = {freeze: dict(train(teacher, task, freeze=freeze, **common).named_buffers()) for freeze in (0.0, 0.5, 1.0)}

@@ -7,7 +7,7 @@ What is to go is chosen before the first step, as ``prune`` chooses it. In the f
     w_k = w_0 (K - k) / K        of every weight coupled to such a channel, which learns no more
 
 so the rest adapts to their absence step by step, and the cut changes nothing. The smaller network trains on in float; for the last ``codes`` of the steps it is quantised and trains
-its codes, with batch norm put back behind its layers (``normalizing.py``) and frozen for the last ``FREEZE`` of these steps. The original teaches throughout. The result is
+its codes, with batch norm put back behind its layers (``normalizing.py``) and frozen for the last quarter of these steps. The original teaches throughout. The result is
 quantised: it needs no further step. (Group sparsity's penalty in place of fading leaves something of each group after so few steps.)
 
 Rounding comes late because it is cheap to mend and dear to train through: a step in codes takes twice the time of one in float, and bears a smaller rate. Given up: a choice that
@@ -32,8 +32,6 @@ from rarefy.schedules import Asked, Once, Setting, check_data, check_training, j
 from rarefy.surgery import share_copy
 from rarefy.survivors import unpacked
 
-FREEZE = 0.25  # of the steps in codes
-
 
 @dataclass(frozen=True)
 class Joint:
@@ -47,7 +45,7 @@ class Joint:
     steps: int | None = None
     batch_size: int = 128
     lr: float = 0.05
-    code_lr: float = 0.01
+    code_lr: float = 0.03
     shrink: float = 0.0
     codes: float = 0.2
     loss: str = "lskd"
@@ -67,7 +65,7 @@ class Joint:
     def run(self, graph: fx.GraphModule, once: Once, asked: Asked, setting: Setting) -> fx.GraphModule:
         """Raises InputError where there is no training data, for a graph that is quantised already, or for what ``prune`` refuses."""
         from rarefy.quantizing import quantize  # once asked for: `prune` alone needs none of it
-        from rarefy.trainable import CLIP, is_quantized
+        from rarefy.trainable import CLIP, FREEZE, is_quantized
 
         if is_quantized(graph):
             raise InputError("schedule 'joint' quantises by itself; pass the float network")
@@ -88,7 +86,7 @@ class Joint:
         taught = learn(small, part="settle", steps=parts[1], lr=self.lr)
         grids: dict[str, Any] = {"weights": self.weights, "activations": self.activations}
         coded = quantize(taught, setting.task, images=self.images, seed=setting.seed, progress=setting.progress, **grids)
-        done = learn(coded, part="codes", steps=parts[2], lr=self.code_lr, clip=CLIP, freeze=FREEZE)
+        done = learn(coded, part="codes", steps=parts[2], lr=self.code_lr, clip=CLIP, freeze=FREEZE, live_norm="yes")
         trainings += [last(one, "train", "distill")["facts"] for one in (taught, done)]
         return joined(graph, done, plugins.describe(self), trainings, {"steps": parts})
 
