@@ -137,7 +137,7 @@ def program(errors: Sequence[Sequence[float]], costs: Sequence[Sequence[float]],
             f"mixed: the budget is {budget:.6g}, the cheapest choices take {least:.6g}; raise it, or allow fewer bits in choices"
         )
     counts = [len(row) for row in errors]
-    one_each = sparse.block_diag([np.ones((1, count)) for count in counts])
+    one_each = sparse.block_diag([sparse.coo_array(np.ones((1, count))) for count in counts])
     cost = np.concatenate([np.asarray(row, float) for row in costs]) / budget
     loss = np.concatenate([np.asarray(row, float) for row in errors])
     found = optimize.milp(

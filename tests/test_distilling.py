@@ -391,16 +391,22 @@ def test_compiled_is_the_same_training() -> None:
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_cuda_graphs_are_the_same_training(accumulate: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_graphs_are_the_same_training(accumulate: int) -> None:
     """A graph writes each part's gradients to the same memory; their sum needs its own.
 
     Without TF32 (whose 2^-11 in each product depends on the algorithm chosen) both compute in fp32, eps 1.2e-7: twelve steps of sums of at most 1e3
     terms in another order stay below 1e-4.
     """
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     options = {**QUICK, "loss": "lskd + mse", "epochs": 3, "lr": 0.01, "accumulate": accumulate, "precision": "fp32", "device": "cuda"}
-    plain, graphs = (distill(student(), teacher(), Digits(), compile=mode, **options) for mode in ("no", "reduce-overhead"))
+    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [one.allow_tf32 for one in backends]  # not by monkeypatch, which can't undo what a module answers by __getattr__
+    try:
+        for one in backends:
+            one.allow_tf32 = False
+        plain, graphs = (distill(student(), teacher(), Digits(), compile=mode, **options) for mode in ("no", "reduce-overhead"))
+    finally:
+        for one, was in zip(backends, before, strict=True):
+            one.allow_tf32 = was
     for ours, expected in zip(facts(graphs)["curve"], facts(plain)["curve"]):
         assert ours["loss"] == pytest.approx(expected["loss"], rel=1e-4)
 
