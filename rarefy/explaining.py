@@ -11,7 +11,7 @@ that a ReLU cuts off afterwards count: what a layer's readers see may be less no
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,16 +25,26 @@ IMAGES = 8
 aten = torch.ops.aten
 
 
-def noise(float_graph: fx.GraphModule, graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> dict[str, float | None]:
+def noise(float_graph: fx.GraphModule, graph: fx.GraphModule, batches: Iterable[tuple[Tensor, ...]]) -> dict[str, float | None]:
     """Signal to noise (dB) of each layer's sums, by the name of its node in both graphs, on the first ``IMAGES``; None: no noise, or no signal."""
     layers = {node.name: node for node in float_graph.graph.nodes if weighted(node)}
+    sums: dict[str, list[Tensor]] = {}
+    counts: dict[str, int] = {}
+    left = IMAGES
+    for batch in batches:
+        for name, exact, value in in_lockstep(float_graph, graph, layers, tuple(one[:left] for one in batch)):
+            axis = exact.dim() - 1 if layers[name].target is aten.linear.default else 1
+            others = [dim for dim in range(exact.dim()) if dim != axis]
+            own = [part.sum(others, dtype=torch.float64) for part in (exact, exact.square(), (exact - value).square())]
+            sums[name] = [one + more for one, more in zip(sums[name], own, strict=True)] if name in sums else own
+            counts[name] = counts.get(name, 0) + exact.numel() // exact.shape[axis]
+        left -= len(batch[0])
+        if left <= 0:
+            break
     found: dict[str, float | None] = {}
-    for name, exact, value in in_lockstep(float_graph, graph, layers, tuple(one[:IMAGES] for one in inputs)):
-        axis = exact.dim() - 1 if layers[name].target is aten.linear.default else 1
-        exact = exact.movedim(axis, 0).flatten(1)
-        lost = float((exact - value.movedim(axis, 0).flatten(1)).square().sum(dtype=torch.float64))
-        signal = float((exact - exact.mean(1, keepdim=True)).square().sum(dtype=torch.float64))
-        found[name] = 10 * math.log10(signal / lost) if signal > 0 and lost > 0 else None
+    for name, (mean, squares, lost) in sums.items():
+        signal = float((squares - mean.square() / counts[name]).clamp_min(0).sum())
+        found[name] = 10 * math.log10(signal / float(lost.sum())) if signal > 0 and float(lost.sum()) > 0 else None
     return found
 
 

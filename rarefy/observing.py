@@ -20,7 +20,7 @@ from rarefy.capturing import attribute
 from rarefy.errors import CheckFailed, DataError
 
 BINS = 2048
-COUNTED = 2**18
+COUNTED = 2**16
 
 aten = torch.ops.aten
 
@@ -37,14 +37,15 @@ class Histogram:
     extremes: list[tuple[float, float]]
 
     @classmethod
-    def of(cls, x: Tensor) -> Histogram:
-        lo, hi = (float(value) for value in torch.aminmax(x))
+    def of(cls, x: Tensor, ends: tuple[float, float] | None = None) -> Histogram:
+        """ends: the extremes of ``x``, if they are known."""
+        lo, hi = ends or (float(value) for value in torch.aminmax(x))
         width = max(hi - lo, 1e-12, abs(hi) * 1e-6, abs(lo) * 1e-6)
         counts = torch.histc(_spread(x), BINS, lo, lo + width).double()
         return cls(counts, lo, lo + width, lo, hi, [(lo, hi)])
 
-    def add(self, x: Tensor) -> None:
-        lo, hi = (float(value) for value in torch.aminmax(x))
+    def add(self, x: Tensor, ends: tuple[float, float] | None = None) -> None:
+        lo, hi = ends or (float(value) for value in torch.aminmax(x))
         while hi > self.hi:
             self.counts = torch.cat([self.counts.view(-1, 2).sum(1), self.counts.new_zeros(BINS // 2)])
             self.hi += self.hi - self.lo
@@ -107,15 +108,16 @@ def observe(
             averages[node].add(node, value)
         if node not in observed:
             return
-        value = value.detach().float().reshape(-1)
-        if not bool(torch.isfinite(value.sum())):
+        value = _flat(value.detach().float())
+        lo, hi = (float(end) for end in torch.aminmax(value))
+        if not (math.isfinite(lo) and math.isfinite(hi)):
             raise CheckFailed(
                 f"{node.meta.get('stack') or node.name}: yields NaN or infinity on the calibration images; check the weights and the normalisation"
             )
         if node in found:
-            found[node].add(value)
+            found[node].add(value, (lo, hi))
         else:
-            found[node] = Histogram.of(value)
+            found[node] = Histogram.of(value, (lo, hi))
 
     taps = Taps(graph, observed | averages.keys(), see)
     count = samples = 0
@@ -125,11 +127,17 @@ def observe(
             keeping = keeping and (not kept or keep(samples))
             if keeping:
                 kept.append(batch)
-            taps.run(*batch)
+            taps.run(*(laid_out(value, value.device) for value in batch))
             count += 1
     if not count:
         raise DataError("no calibration images; give at least one batch (128 images are a good number)")
     return Observed(found, {node: average.mean for node, average in averages.items()}, kept)
+
+
+def laid_out(x: Tensor, device: torch.device) -> Tensor:
+    """An input as the device likes it: on a CPU channels last, in which depthwise convolutions take a third of the time."""
+    x = x.to(device)
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 and x.device.type == "cpu" else x
 
 
 class Average:
@@ -140,13 +148,23 @@ class Average:
 
     def add(self, layer: fx.Node, value: Tensor) -> None:
         axis = value.dim() - 1 if layer.target is aten.linear.default else 1
-        own = value.detach().sum([dim for dim in range(value.dim()) if dim != axis], dtype=torch.float32).double()
+        rows = value.detach().float().movedim(axis, -1).flatten(0, -2)
+        own = (rows.new_ones(1, len(rows)) @ rows)[0].double()
         self.sum = self.sum.to(own.device) + own
         self.count += value.numel() // value.shape[axis]
 
     @property
     def mean(self) -> Tensor:
         return self.sum / max(self.count, 1)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """All numbers in the order they lie in memory, without a copy where they lie side by side."""
+    return x.as_strided((x.numel(),), (1,), x.storage_offset()) if _dense(x) else x.reshape(-1)
+
+
+def _dense(x: Tensor) -> bool:
+    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
 def _spread(x: Tensor) -> Tensor:

@@ -47,21 +47,25 @@ def read(node: fx.Node, source: Tensor, shape: Sequence[int], groups: int, place
     count = len(source)
     if node.target is aten.linear.default:
         return source.reshape(count, -1, source.shape[-1]).mT.index_select(-1, place).unsqueeze(1)
+    view = _windows(node, source, shape)
+    where: tuple[Any, ...] = (slice(None), slice(None), *torch.unravel_index(place, view.shape[2 : len(shape)]))
+    return view[where].movedim(2, -1).reshape(count, groups, -1, len(place))  # (N, channels, places, *kernel) before
+
+
+def _windows(node: fx.Node, source: Tensor, shape: Sequence[int]) -> Tensor:
+    """(N, channels, *places, *kernel), a view of the padded ``source``."""
     sizes = plane(node, source, shape)
     stride, dilation, ends = _window(node, shape)
-    kernel = list(shape[2:])
     padded = F.pad(source, [end for pair in reversed(ends) for end in pair]).contiguous()
     steps = padded.stride()
-    view = padded.as_strided(
-        (count, padded.shape[1], *sizes, *kernel),
+    return padded.as_strided(
+        (*padded.shape[:2], *sizes, *shape[2:]),
         (
             *steps[:2],
             *(s * step for s, step in zip(stride, steps[2:], strict=True)),
             *(d * step for d, step in zip(dilation, steps[2:], strict=True)),
         ),
     )
-    where: tuple[Any, ...] = (slice(None), slice(None), *torch.unravel_index(place, sizes))
-    return view[where].movedim(2, -1).reshape(count, groups, -1, len(place))  # (N, channels, places, *kernel) before
 
 
 def made(node: fx.Node, output: Tensor, groups: int, place: Tensor) -> Tensor:
@@ -69,6 +73,31 @@ def made(node: fx.Node, output: Tensor, groups: int, place: Tensor) -> Tensor:
     if node.target is aten.linear.default:
         return output.reshape(len(output), -1, output.shape[-1]).mT.index_select(-1, place).unsqueeze(1)
     return output.flatten(2).index_select(-1, place).reshape(len(output), groups, -1, len(place))
+
+
+class Mean:
+    """Mean of a layer's unfolded input over images and places, streaming: images are added up first, so that windows are only cut out once."""
+
+    def __init__(self, node: fx.Node, shape: Sequence[int]) -> None:
+        self.node, self.shape, self.count = node, shape, 0
+        self.sum: Tensor | None = None
+
+    def add(self, source: Tensor) -> None:
+        """source: what the layer reads, of one batch."""
+        own = source.reshape(-1, source.shape[-1]) if self.node.target is aten.linear.default else source
+        rows = (
+            (own.movedim(1, -1) if own.dim() > 2 else own).float().flatten(1)
+        )  # channels last, as they lie there on a CPU; a product is faster than a sum
+        self.sum = (rows.new_ones(1, len(rows)) @ rows).view(own.movedim(1, -1).shape[1:]) + (0 if self.sum is None else self.sum)
+        self.count += len(own)
+
+    def value(self, groups: int) -> Tensor:
+        """(groups, K, 1), float64"""
+        assert self.sum is not None
+        mean = self.sum.double() / self.count
+        if self.node.target is not aten.linear.default:
+            mean = _windows(self.node, mean.movedim(-1, 0).unsqueeze(0), self.shape)[0].mean(list(range(1, len(self.shape) - 1)))
+        return mean.reshape(groups, -1, 1)
 
 
 def _window(node: fx.Node, shape: Sequence[int]) -> tuple[list[int], list[int], list[tuple[int, int]]]:

@@ -29,13 +29,13 @@ from torch import Tensor, fx, nn
 
 import rarefy.kernels
 from rarefy import allocating, explaining, gating, grids, patches, plugins, reconstruction, rewriting, smoothing, weight_only
-from rarefy.capturing import as_graph, attribute, device_of, finish, set_attribute, share_copy
+from rarefy.capturing import as_graph, attribute, device_of, finish, set_attribute, shapes, share_copy
 from rarefy.errors import InputError
 from rarefy.folding import equalize as equalize_ranges
 from rarefy.folding import fold, layer_name, names, simplify, weighted
 from rarefy.lowering import to_integers
 from rarefy.normalizing import normed
-from rarefy.observing import Average, Observed, observe
+from rarefy.observing import Observed, observe
 from rarefy.placing import Placement, place
 from rarefy.prefix import Prefix
 from rarefy.progress import track
@@ -44,6 +44,7 @@ from rarefy.rounding import Block, Layer, OfBlocks, OfLayers, Sample
 SMOOTHED = 32  # images that tell how large a norm's channels get
 GATES = (None, "latency")
 MEMORY = 5e8  # bytes of activations of all images that the rounding of layers may keep
+PIECE = 16e6  # bytes of the largest activation of a batch on a CPU: larger ones are mapped anew at each use, which took a third of the time
 
 
 def quantize(
@@ -141,10 +142,11 @@ def quantize(
     pairs = equalize_ranges(graph) if equalize else 0
     walks = correct_bias or isinstance(rounder, (OfLayers, OfBlocks))
     total = math.ceil(images / batch_size) if batches is None else None
+    checked = track(_checked_batches(graph, task, batches, images, batch_size, seed), total, "calibrate", progress)
     seen = observe(
         graph,
         placement.values,
-        track(_checked_batches(graph, task, batches, images, batch_size, seed), total, "calibrate", progress),
+        _pieces(graph, checked),
         placement.layers if correct_bias else (),
         lambda samples: walks and samples * _input_bytes(graph) <= MEMORY / 2,
     )
@@ -176,7 +178,7 @@ def quantize(
             facts.append(fact | {"activation_bits": read.bits, "grid": str(own_grid[node]), "activation_grid": str(read)})
         for node in block if correct_bias and not isinstance(rounder, OfBlocks) else ():
             run.correct_bias(node)
-    noise = explaining.noise(float_graph, graph, seen.batches[0])
+    noise = explaining.noise(float_graph, graph, seen.batches)
     graph = to_integers(finish(graph))
     if any(fact["bits"] < 8 for fact in facts):
         graph.meta["bits"] = {f"{fact['weight']}_codes": fact["bits"] for fact in facts if fact["bits"] < 8}
@@ -256,8 +258,8 @@ class _Rounding:
     ):
         self.graph, self.rounder, self.centered, self.generator = graph, rounder, centered, generator
         device = device_of(graph)
-        self.prefix = Prefix(graph, seen.batches, MEMORY / 2, device)
-        self.float_prefix = Prefix(float_graph, seen.batches, MEMORY / 2, device)
+        self.prefix = Prefix(graph, seen.batches, MEMORY / 4, device)
+        self.float_prefix = Prefix(float_graph, seen.batches, MEMORY / 4, device)
         self.twins = {node.name: node for node in float_graph.graph.nodes}
         self.means = {node.name: mean for node, mean in seen.means.items()}
         self.marks: frozenset[str] = frozenset()
@@ -336,12 +338,23 @@ class _Rounding:
         }
 
     def correct_bias(self, node: fx.Node) -> None:
-        for _ in self.prefix.run(node, ()):
-            pass
-        average = Average()
-        for (value,) in self.prefix.run(node.next, (node,), keep=False):
-            average.add(node, value)
-        rewriting.shift_bias(self.graph, node, self.means[node.name] - average.mean)
+        """On the mean of what the layer reads: its sums are linear in it, so that it need not run."""
+        shape = attribute(self.graph, node.args[1].args[0]).shape  # type: ignore[union-attr]
+        average = patches.Mean(node, shape)
+        for (inputs,) in self._reads(node):
+            average.add(inputs)
+        weight, bias = (
+            source.target(*(attribute(self.graph, part) if isinstance(part, fx.Node) else part for part in source.args))
+            for source in node.args[1:3]
+        )  # type: ignore[union-attr]
+        groups = patches.groups_of(node)
+        rows = weight.double().reshape(groups, shape[0] // groups, -1)
+        mean = (rows @ average.value(groups)).flatten() + bias.double()
+        rewriting.shift_bias(self.graph, node, self.means[node.name] - mean)
+
+    def _reads(self, node: fx.Node) -> Iterator[tuple[Any, ...]]:
+        """(what the layer reads,) from the rounded layers before it, for each batch."""
+        return self.prefix.run(rewriting.read_by(node), (node.args[0],))  # type: ignore[arg-type]
 
     def _samples(self, node: fx.Node, shape: Sequence[int], groups: int, reads: frozenset[str]) -> Any:
         """``samples`` of a ``Layer``: what the layer reads in both graphs and makes in float, at the same few places."""
@@ -349,11 +362,10 @@ class _Rounding:
         drawn: list[Tensor] = []
 
         def gathered() -> Iterator[Sample]:
-            entry = node.args[0]
             exact: Iterator[Any] = iter(lambda: (None, None), 0)
             if reads:
                 exact = self.float_prefix.run(twin.next, (twin.args[0], twin))
-            for index, ((inputs,), (float_inputs, float_outputs)) in enumerate(zip(self.prefix.run(node, (entry,)), exact)):
+            for index, ((inputs,), (float_inputs, float_outputs)) in enumerate(zip(self._reads(node), exact)):
                 if index == len(drawn):
                     drawn.append(patches.draw(patches.plane(node, inputs, shape), self.generator, inputs.device))
                 place = drawn[index]
@@ -433,6 +445,17 @@ def _first(graph: fx.GraphModule, task: Any, batches: Any, images: int, seed: in
 def _input_bytes(graph: fx.GraphModule) -> int:
     """Of one sample."""
     return sum(math.prod(spec["shape"]) * getattr(torch, spec["dtype"]).itemsize for spec in graph.meta["inputs"])
+
+
+def _pieces(graph: fx.GraphModule, batches: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
+    """The same samples as a CPU likes them: few at a time."""
+    if device_of(graph).type != "cpu":
+        yield from batches
+        return
+    values = [value for node, value in shapes(graph, 2).items() if node.op != "get_attr" and isinstance(value, Tensor)]
+    most = max(1, int(PIECE // max(value.numel() * value.element_size() / 2 for value in values)))
+    for batch in batches:
+        yield from zip(*(value.split(most) for value in batch), strict=True)
 
 
 def _checked_batches(

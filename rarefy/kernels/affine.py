@@ -45,7 +45,7 @@ def quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, qmin: int, qmax: int, dtype: torch.dtype, group: int = 0
 ) -> Tensor:
     """Codes of ``x``, in ``dtype``."""
-    if x.device.type == "cpu" and x.is_contiguous() and scale.dim() == 0 and not dtype.is_floating_point and x.numel() > PIECE:
+    if x.device.type == "cpu" and _dense(x) and scale.dim() == 0 and not dtype.is_floating_point and x.numel() > PIECE:
         return _in_pieces(x.detach(), scale, zero_point, qmin, qmax, dtype)
     scaled = x / along(scale, x, axis, group)
     if dtype.is_floating_point:
@@ -55,18 +55,31 @@ def quantize(
 
 def _in_pieces(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, dtype: torch.dtype) -> Tensor:
     """The same codes through one buffer that stays in the cache: a large tensor on a CPU waits for memory, five times as long."""
-    codes = torch.empty(x.shape, dtype=dtype)
+    codes = torch.empty_like(x, dtype=dtype)
     zero = zero_point.to(x.dtype)
     buffer = torch.empty(PIECE, dtype=x.dtype)
-    for piece, into in zip(x.view(-1).split(PIECE), codes.view(-1).split(PIECE), strict=True):
+    for piece, into in zip(_flat(x).split(PIECE), _flat(codes).split(PIECE), strict=True):
         numbers = torch.div(piece, scale, out=buffer[: len(piece)])
         into.copy_(numbers.round_().add_(zero).clamp_(qmin, qmax))
     return codes
 
 
+def _dense(x: Tensor) -> bool:
+    """Do all numbers lie side by side?"""
+    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(numbers,) as they lie in memory."""
+    return x.as_strided((x.numel(),), (1,), x.storage_offset())
+
+
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, group: int = 0) -> Tensor:
     """The numbers the codes stand for, in the type of ``scale``."""
-    return (q.to(scale.dtype) - along(zero_point, q, axis, group).to(scale.dtype)) * along(scale, q, axis, group)
+    numbers = q.to(scale.dtype, copy=True)
+    if torch.is_grad_enabled() and (numbers.requires_grad or scale.requires_grad):
+        return (numbers - along(zero_point, q, axis, group).to(scale.dtype)) * along(scale, q, axis, group)
+    return numbers.sub_(along(zero_point, q, axis, group).to(scale.dtype)).mul_(along(scale, q, axis, group))
 
 
 class _FakeQuantize(torch.autograd.Function):
