@@ -20,7 +20,7 @@ from rarefy.capturing import attribute
 from rarefy.errors import CheckFailed, DataError
 
 BINS = 2048
-COUNTED = 2**16
+COUNTED = 2**18  # 2**16 of these few images leaves EfficientNet-Lite2 at 20.7 dB in place of 21.5
 
 aten = torch.ops.aten
 
