@@ -19,7 +19,7 @@ from rarefy.ties import is_elementwise
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """Axes cut together: ``sources`` place among the node's arguments -> axis; ``result`` axis; ``least``: no shorter than that.
 
@@ -48,18 +48,26 @@ def alike(node: fx.Node, shapes: Sequence[Shape | None], result: Shape) -> list[
 
 
 def lengths(runs: Sequence[Run], shapes: Sequence[Shape | None], result: Shape, most: int) -> list[tuple[Run, int]]:
-    """How far to cut each run so that no tensor holds more than ``most`` numbers, about; the longest first."""
-    sizes = [math.prod(shape) for shape in shapes if shape is not None]
-    total = max([math.prod(result), *sizes])
-    found = []
-    for run in sorted(runs, key=lambda run: -result[run.result]):
-        if total <= most:
+    """How far to cut each run so that no tensor holds more than ``most`` numbers, as far as there are runs."""
+    sizes = [list(shape) for shape in (*shapes, result) if shape is not None]
+    tensors = [place for place, shape in enumerate(shapes) if shape is not None] + [len(shapes)]
+    axes = {run: run.sources | {len(shapes): run.result} for run in runs}
+    waiting, found = list(runs), []
+    while waiting:
+        large = {place: math.prod(size) for place, size in zip(tensors, sizes, strict=True) if math.prod(size) > most}
+        useful = [run for run in waiting if large.keys() & axes[run].keys()]
+        if not useful:
             break
-        size = min(shapes[place][axis] for place, axis in run.sources.items())  # type: ignore[index]
-        length = max(run.least, -(-size * most // total))
-        if length < size:
-            found.append((run, length))
-            total = total * length // size
+        run = max(useful, key=lambda run: max(large.get(place, 0) for place in axes[run]) * sizes[-1][run.result])
+        waiting.remove(run)
+        total = max(large.get(place, 0) for place in axes[run])
+        members = [(size, axes[run][place]) for place, size in zip(tensors, sizes, strict=True) if place in axes[run]]
+        length = min(size[axis] for size, axis in members)
+        least = max(run.least, -(-length * most // total))
+        if least < length:
+            found.append((run, least))
+            for size, axis in members:
+                size[axis] = min(size[axis], least)
     return found
 
 
@@ -76,8 +84,18 @@ def _elementwise(node: fx.Node, shapes: Sequence[Shape | None], result: Shape) -
 
 def _rows(node: fx.Node, shapes: Sequence[Shape | None], result: Shape) -> list[Run]:
     """linear, layer_norm over the last axis: each row by itself."""
-    behind = len(node.args[1]) if operator_name(node) in ("layer_norm", "rms_norm") else 1  # type: ignore[arg-type]
-    return [Run({0: axis}, axis) for axis in range(len(shapes[0] or ()) - behind)]
+    shape: Any = node.args[1]
+    linear = operator_name(node) == "linear"
+    runs = [Run({0: axis}, axis) for axis in range(len(result) - (1 if linear else len(shape)))]
+    return [*runs, Run(_made(shapes), len(result) - 1, CHANNELS)] if linear else runs
+
+
+CHANNELS = 32  # of a weight's outputs no fewer
+
+
+def _made(shapes: Sequence[Shape | None]) -> dict[int, int]:
+    """The outputs of a weight and a bias."""
+    return {place: 0 for place, shape in enumerate(shapes) if place > 0 and shape is not None}
 
 
 def _across(node: fx.Node, shapes: Sequence[Shape | None], result: Shape) -> list[Run]:
@@ -101,7 +119,9 @@ def _convolution(node: fx.Node, shapes: Sequence[Shape | None], result: Shape) -
     """A smaller image, of a kernel and two steps at least."""
     kernel = (shapes[1] or ())[2:]
     stride, _, dilation = (_each(node, place, name, default, len(kernel)) for place, name, default in _CONVOLUTION)
-    return _windows(kernel, stride, dilation, result)
+    groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
+    runs = _windows(kernel, stride, dilation, result)
+    return [*runs, Run(_made(shapes), len(result) - len(kernel) - 1, CHANNELS)] if groups == 1 else runs
 
 
 _CONVOLUTION = ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))

@@ -47,6 +47,7 @@ class Difference:
 
 TOLERANCE = 1e-9
 MOST = 1 << 16  # numbers of a tensor that stand for all, about, where an operator treats positions alike
+PIECE = 1 << 20  # numbers of a parameter that are compared at a time: what they need on the way stays in the cache
 TINY = (torch.float16, torch.bfloat16)  # run in float32
 
 
@@ -109,6 +110,19 @@ def _last_uses(graph: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
 Cut = list[tuple[int, int, int]]  # axis, start, length
 
 
+@dataclass(frozen=True)
+class Cuts:
+    """Where the sources of a node and its result are cut, in the large graph and in the small one.
+
+    sizes: the large and the small one's axis -> size, among the arguments.
+    """
+
+    wide: list[Cut]
+    narrow: list[Cut]
+    result: Cut
+    sizes: tuple[dict[int, int], dict[int, int]]
+
+
 class _Twins:
     """Both graphs, and what the small one computed so far (``narrow``, by its nodes)."""
 
@@ -147,8 +161,8 @@ class _Twins:
         """What is left of a parameter is the same numbers."""
         one, other = attribute(self.coupling.graph, str(node.target)), attribute(self.small, str(node.target))
         if isinstance(one, Tensor) and isinstance(self.coupling.values[node], Value):
-            one_kept = _selected(self.kept(node), one)
-            if not torch.equal(one_kept, other):
+            kept = self.kept(node)
+            if _size(kept, one.shape) != tuple(other.shape) or not _equal(kept, one, other):
                 raise SelfCheckFailed(
                     f"{where}: the pruned parameter {tuple(other.shape)} is not what its labels keep of {tuple(one.shape)}"
                 )
@@ -164,18 +178,19 @@ class _Twins:
             shape = _size(kept, part.shape)
             if shape != tuple(tensor.shape):
                 raise SelfCheckFailed(f"{where}: the pruned network has shape {tuple(tensor.shape)}, the masked one keeps {shape}")
+        cuts = self._cuts(node, new)
         if only_moves(node):
-            one, other, magnitude = *self._moved(node, new, where), 0.0
+            one, other, magnitude = *self._moved(node, new, cuts, where), 0.0
         elif node in self.coupling.statistics:
             self._same_sources(node, new, where)
             return 0.0, len(parts)
         elif self._same(node, new):
             return 0.0, len(parts)
         else:
-            one, other, magnitude = self._computed(node, new)
+            one, other, magnitude = self._computed(node, new, cuts)
         largest = 0.0
         for kept, full, tensor in zip(kepts, _listed(one), _listed(other), strict=True):
-            full = _selected(kept, full)
+            full = _selected(_within(kept, cuts.result), full)
             if full.shape != tensor.shape:
                 raise SelfCheckFailed(
                     f"{where}: the pruned network has shape {tuple(tensor.shape)}, the masked one keeps {tuple(full.shape)}"
@@ -208,75 +223,84 @@ class _Twins:
         named = [fx.map_arg((each.args, each.kwargs), lambda source: source.name) for each in (node, new)]
         return bool(node.target == new.target and named[0] == named[1])
 
-    def _moved(self, node: fx.Node, new: fx.Node, where: str) -> tuple[Any, Any]:
+    def _moved(self, node: fx.Node, new: fx.Node, cuts: Cuts, where: str) -> tuple[Any, Any]:
         """Both operators on 0, 1, 2, ... in place of the floats they read."""
         self._same_sources(node, new, where)
         sources = sources_of(node)
-        cuts, sizes = self._cuts(node, new)
         full: dict[str, Tensor] = {}
         part: dict[str, Tensor] = {}
         count = 0
-        for source, cut in zip(sources, _filled(cuts, len(sources)), strict=True):
+        for source, cut in zip(sources, cuts.wide, strict=True):
             if self._floating(source) and source.name not in full:
                 shape = list(self.coupling.values[source].shape)
                 for axis, _, length in cut:
                     shape[axis] = length
                 size = math.prod(shape)
                 full[source.name] = torch.arange(count, count + size, dtype=torch.int32, device=self._device(new)).reshape(shape)
-                part[source.name] = _selected(self.kept(source), full[source.name])
+                part[source.name] = _selected(_within(self.kept(source), cut), full[source.name])
                 count += size
-        one = _called(node, [full[source.name] if source.name in full else self._large(source) for source in sources], sizes=sizes)
-        other = _called(new, [part[source.name] if source.name in part else self.narrow[source] for source in sources_of(new)], sizes=sizes)
-        return one, other
+        wide = [full[source.name] if source.name in full else self._large(source, []) for source in sources]
+        own = [part[source.name] if source.name in part else self.narrow[source] for source in sources_of(new)]
+        return _called(node, wide, sizes=cuts.sizes[0]), _called(new, own, sizes=cuts.sizes[1])
 
     def _device(self, new: fx.Node) -> torch.device:
         first: Tensor = _listed(self.narrow[new])[0]
         return first.device
 
-    def _computed(self, node: fx.Node, new: fx.Node) -> tuple[Any, Any, float]:
+    def _computed(self, node: fx.Node, new: fx.Node, cuts: Cuts) -> tuple[Any, Any, float]:
         """Both operators in float64 on the positions that stand for all; and the magnitude of the activations they read."""
-        sources, news = sources_of(node), sources_of(new)
-        cuts, sizes = self._cuts(node, new)
-        own = [_double(_narrowed(self.narrow[source], cut)) for source, cut in zip(news, _filled(cuts, len(news)), strict=True)]
-        wide = [self._large(source, cut) for source, cut in zip(sources, _filled(cuts, len(sources)), strict=True)]
-        read = [value for source, value in zip(news, own, strict=True) if source.op != "get_attr"]
+        own = [_double(_narrowed(self.narrow[source], cut)) for source, cut in zip(sources_of(new), cuts.narrow, strict=True)]
+        wide = [self._large(source, cut) for source, cut in zip(sources_of(node), cuts.wide, strict=True)]
+        read = [value for source, value in zip(sources_of(new), own, strict=True) if source.op != "get_attr"]
         magnitude = max((_magnitude(value) for value in pytree.tree_leaves(read)), default=0.0)
-        return _called(node, wide, torch.float64, sizes), _called(new, own, torch.float64, sizes), magnitude
+        return _called(node, wide, torch.float64, cuts.sizes[0]), _called(new, own, torch.float64, cuts.sizes[1]), magnitude
 
-    def _cuts(self, node: fx.Node, new: fx.Node) -> tuple[list[Cut], dict[int, int]]:
-        """For each source of both nodes, where to cut it, and the sizes among their arguments that change so.
+    def _cuts(self, node: fx.Node, new: fx.Node) -> Cuts:
+        """A few positions in the middle of the axes that the operator treats alike.
 
-        Nothing is cut where they read different things, or the same one at two places that are cut in two ways.
+        Nothing is cut where the nodes read different things, and no run of axes of which different positions survive.
         """
-        sources, value = sources_of(node), self.coupling.values[node]
-        values = [self.coupling.values[source] for source in sources]
-        if any(isinstance(one, list) for one in values):
-            return [], {}
+        sources, news = sources_of(node), sources_of(new)
+        cuts = Cuts([[] for _ in sources], [[] for _ in news], [], ({}, {}))
+        value, values = self.coupling.values[node], [self.coupling.values[source] for source in sources]
+        if any(isinstance(one, list) for one in values) or not self._alike(node, new):
+            return cuts
         result = value[0].shape if isinstance(value, list) else value.shape
         shapes = [one.shape if isinstance(one, Value) else None for one in values]
-        runs = [run for run in alike(node, shapes, result) if self._whole(run, node, sources)]
-        if any(run.sources.keys() - range(len(sources_of(new))) for run in runs) or not all(
-            sources[place].name == sources_of(new)[place].name for run in runs for place in run.sources
-        ):
-            return [], {}
-        cuts: list[Cut] = [[] for _ in sources]
-        sizes: dict[int, int] = {}
-        for run, length in lengths(runs, shapes, result, MOST):
+        runs = {run: index for run in alike(node, shapes, result) if (index := self._left(run, node, sources)) is not False}
+        for run, length in lengths(list(runs), shapes, result, MOST):
+            index = runs[run]
+            size = min(shapes[place][axis] for place, axis in run.sources.items())  # type: ignore[index]
+            start = (size - length) // 2
+            first, count = start, length
+            if index is not None:
+                first, end = torch.searchsorted(index, torch.tensor([start, start + length])).tolist()
+                count = end - first
+                if not count:
+                    continue
             for place, axis in run.sources.items():
-                size = shapes[place][axis]  # type: ignore[index]
-                cuts[place].append((axis, (size - length) // 2, length))
+                cuts.wide[place].append((axis, start, length))
+                cuts.narrow[place].append((axis, first, count))
+            cuts.result.append((run.result, start, length))
             if run.sized:
-                sizes[run.result] = length
-        return cuts, sizes
+                cuts.sizes[0][run.result], cuts.sizes[1][run.result] = length, count
+        return cuts
 
-    def _whole(self, run: Run, node: fx.Node, sources: Sequence[fx.Node]) -> bool:
-        """Is nothing removed along those axes?"""
+    def _left(self, run: Run, node: fx.Node, sources: Sequence[fx.Node]) -> Any:
+        """The positions that survive along all of a run's axes, None for all; False where the axes differ."""
         made = self.kept(node) if isinstance(self.coupling.values[node], list) else [self.kept(node)]
-        return all(kept[run.result] is None for kept in made) and all(
-            self.kept(sources[place])[axis] is None for place, axis in run.sources.items()
-        )
+        found = [kept[run.result] for kept in made] + [self.kept(sources[place])[axis] for place, axis in run.sources.items()]
+        if all(index is None for index in found):
+            return None
+        if any(index is None for index in found) or not all(torch.equal(index, found[0]) for index in found):
+            return False
+        return found[0]
 
-    def _large(self, source: fx.Node, cut: Sequence[tuple[int, int, int]] = ()) -> Any:
+    def _alike(self, node: fx.Node, new: fx.Node) -> bool:
+        """Do both read nodes of the same names, at the same places?"""
+        return [source.name for source in sources_of(node)] == [source.name for source in sources_of(new)]
+
+    def _large(self, source: fx.Node, cut: Cut) -> Any:
         """What the node of the large graph holds, in float64, with everything removed set to zero.
 
         Of a weight nothing is set to zero: what it reads and makes has the zeros.
@@ -284,20 +308,39 @@ class _Twins:
         value, new = self.coupling.values[source], self.pairs.get(source.name)
         if source.op == "get_attr":
             held = _double(_narrowed(_attribute(self.coupling.graph, source), cut))
-            return _zeroed(self.kept(source), held) if isinstance(value, Value) and source.target not in self.weights else held
+            masked = isinstance(value, Value) and source.target not in self.weights
+            return _zeroed(_within(self.kept(source), cut), held) if masked else held
         if not isinstance(value, (Value, list)):
             return value
         if new is None:
-            return _narrowed(_called(source, [self._large(each) for each in sources_of(source)], torch.float64), cut)
-        held = self.narrow[new]
+            return _narrowed(_called(source, [self._large(each, []) for each in sources_of(source)], torch.float64), cut)
         if isinstance(value, list):
-            return [_spread(kept, part.shape, _double(one)) for part, kept, one in zip(value, self.kept(source), held, strict=True)]
-        return _spread(self.kept(source), value.shape, _double(_narrowed(held, cut)))
+            return [
+                _spread(kept, part.shape, _double(one)) for part, kept, one in zip(value, self.kept(source), self.narrow[new], strict=True)
+            ]
+        return self._spread(source, self.narrow[new], cut)
+
+    def _spread(self, source: fx.Node, held: Tensor, cut: Cut) -> Tensor:
+        """What the small graph holds, cut, in float64, at its places in the large one."""
+        shape, kept, own = list(self.coupling.values[source].shape), self.kept(source), []
+        for axis, start, length in cut:
+            index = kept[axis]
+            first, end = (
+                (start, start + length) if index is None else torch.searchsorted(index, torch.tensor([start, start + length])).tolist()
+            )
+            own.append((axis, first, end - first))
+            shape[axis] = length
+        return _spread(_within(kept, cut), shape, _double(_narrowed(held, own)))
 
 
-def _filled(cuts: list[Cut], count: int) -> list[Cut]:
-    """As many as ``count``: what only the small graph reads, an index or a size, stands last and is not cut."""
-    return [*cuts[:count], *([] for _ in range(count - len(cuts)))]
+def _within(kept: Kept, cut: Cut) -> Kept:
+    """The survivors that lie in a cut, from its start."""
+    found = list(kept)
+    for axis, start, length in cut:
+        index = found[axis]
+        if index is not None:
+            found[axis] = index[(index >= start) & (index < start + length)] - start
+    return found
 
 
 def _listed(value: Any) -> list[Tensor]:
@@ -336,7 +379,7 @@ def _double(value: Any) -> Any:
     return pytree.tree_map(lambda one: one.double() if isinstance(one, Tensor) and one.is_floating_point() else one, value)
 
 
-def _narrowed(value: Any, cut: Sequence[tuple[int, int, int]]) -> Any:
+def _narrowed(value: Any, cut: Cut) -> Any:
     for axis, start, length in cut:
         value = value.narrow(axis, start, length)
     return value
@@ -351,6 +394,18 @@ def _selected(kept: Kept, tensor: Tensor) -> Tensor:
         if index is not None:
             tensor = tensor.index_select(axis, index.to(tensor.device))
     return tensor
+
+
+def _equal(kept: Kept, full: Tensor, small: Tensor) -> bool:
+    """Is ``small`` what is kept of ``full``? A few rows at a time."""
+    if not small.dim() or not small.numel():
+        return torch.equal(_selected(kept, full), small)
+    rows = torch.arange(len(full)) if kept[0] is None else kept[0]
+    pieces = rows.split(max(1, PIECE // (full[0].numel() or 1)))
+    return all(
+        torch.equal(_selected([index, *kept[1:]], full), part)
+        for index, part in zip(pieces, small.split([len(index) for index in pieces]), strict=True)
+    )
 
 
 def _zeroed(kept: Kept, tensor: Tensor) -> Tensor:
