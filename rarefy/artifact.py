@@ -322,7 +322,7 @@ def _check_replaceable(target: Path) -> None:
     if not found:
         return
     try:
-        known = read_manifest(target)["files"].keys() | {MANIFEST, SIGNATURE, "model.onnx", "report.html", "report.json"}
+        known = read_manifest(target)["files"].keys() | {MANIFEST, SIGNATURE, "model.onnx", "model.zip", "report.html", "report.json"}
     except FormatError as error:
         raise InputError(f"{target}: exists and is not a rarefy folder; choose another name, or move it away") from error
     if found - known:

@@ -659,7 +659,8 @@ def export(
         raise InputError("--also and data belong to the certificate; name its file with --certify")
     for name in (runtime, *(also or ())):
         plugins.resolve("runtimes", name)
-    target = _claim_file(output, (".onnx", ".xml"))
+    suffix = plugins.resolve("runtimes", runtime).suffix
+    target = _claim_file(output, (".onnx", ".xml") if suffix == ".onnx" else (suffix,))
     _, graph, task = _prepared(model, data, needed=False)
     if certify is None:
         parity = exporting.export(graph, target, runtime=runtime, compare=compare)
@@ -1056,12 +1057,13 @@ def _session(runtime: str, place: str, graph: Any) -> Iterator[Callable[..., Any
     from rarefy import plugins
 
     chosen = plugins.resolve("runtimes", runtime)
-    saved = Path(place) / "model.onnx"
+    name = f"model{chosen.suffix}"
+    saved = Path(place) / name
     if saved.exists():
         yield chosen.open(saved)
         return
     with tempfile.TemporaryDirectory(prefix="rarefy-") as folder:
-        file = Path(folder) / "model.onnx"
+        file = Path(folder) / name
         chosen.export(graph, file)
         yield chosen.open(file)
 
@@ -1182,7 +1184,7 @@ def _show_report(facts: Mapping[str, Any], folder: str, as_json: bool) -> None:
     if parity.get("passed") is False:
         layer = parity.get("first_diverging_layer")
         raise SelfCheckFailed(
-            f"{Path(folder) / 'model.onnx'}: gives the same answer as the model on {parity['agreement']:.1%} of {parity['samples']} images only"
+            f"{folder}: the runtime's file gives the same answer as the model on {parity['agreement']:.1%} of {parity['samples']} images only"
             f"{f', and {layer} is the first layer that differs' if layer else ''}; do not deploy it; name the layer in ignore= and run again"
         )
 

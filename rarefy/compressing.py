@@ -71,7 +71,7 @@ CLEARLY = 1.1  # a ratio of latencies that is more than noise
 SMALLER = 0.99
 QUANTIZED_GAIN = 1.5  # what the usual recipe expects of int8: kernels differ, so less than the 2 to 4 that is common
 SAFETY = 1.2  # latency falls more slowly than MACs
-RUN, FINAL, MODEL = "run.json", "final.json", "model.onnx"
+RUN, FINAL = "run.json", "final.json"
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,9 @@ class Result:
         return all(goal["met"] for goal in self.report["goals"])
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """The folder of ``artifact.save``, with ``model.onnx``, ``report.html`` and ``report.json``."""
+        """The folder of ``artifact.save``, with ``model.onnx`` (or what the runtime calls its files), ``report.html`` and ``report.json``."""
         files: dict[str, bytes | Path] = {
-            MODEL: self.model,
+            self.model.name: self.model,
             "report.html": reporting.html(self.report).encode(),
             "report.json": reporting.as_json(self.report).encode(),
         }
@@ -209,7 +209,7 @@ def _compressed(
         "environment": report["provenance"]["environment"],
         "measurements": {name: report[name] for name in ("goals", "before", "after", "parity")},
     }
-    return Result(winner.graph(), report, winner.folder / MODEL, manifest)
+    return Result(winner.graph(), report, winner.folder / run.model, manifest)
 
 
 def usual_steps(budget: Budget, size_bytes: int, task: Any) -> list[dict[str, Any]]:
@@ -292,6 +292,11 @@ class _Run:
     original: Candidate = field(init=False)
 
     # -- the working folder
+
+    @property
+    def model(self) -> str:
+        """Name of the file that the runtime runs, in each folder."""
+        return f"model{self.runtime.suffix}"
 
     @contextlib.contextmanager
     def opened(self, original: fx.GraphModule) -> Iterator[None]:
@@ -380,22 +385,22 @@ class _Run:
             return self.candidate_of(index)
         spent = time.monotonic() - begun if begun is not None else 0.0
         with tempfile.TemporaryDirectory(prefix="rarefy-") as folder:
-            file = Path(folder) / MODEL
+            file = Path(folder) / self.model
             self.runtime.export(graph, file)
             session = self.runtime.open(file)
             self._say(f"judging {name}")
             judged = evaluate(
                 session,
                 self.task,
-                reference=self.runtime.open(self.original.folder / MODEL) if parent is not None else None,
+                reference=self.runtime.open(self.original.folder / self.model) if parent is not None else None,
                 batch_size=BATCH,
                 progress=self.progress,
             )
             found = {**made, "name": name, "seconds": spent, "evaluation": {**judged.to_json(), "reference": None}}
-            others = {} if parent is None else {one.name: one.folder / MODEL for one in (self.original, parent)}
+            others = {} if parent is None else {one.name: one.folder / self.model for one in (self.original, parent)}
             times = measuring.timed({**others, name: file}, self._example(1), runtime=self.runtime)[name]
             found |= {"latency_ms": times["latency_ms"], "speedup": times["speedup"]}
-            artifact.save(graph, place, manifest={"found": found}, files={MODEL: file})
+            artifact.save(graph, place, manifest={"found": found}, files={self.model: file})
         return self.candidate_of(index)
 
     def _example(self, count: int) -> Tensor:
@@ -477,7 +482,10 @@ class _Run:
             "original": artifact.content_hash(self.original.folder),
             "teacher": artifact.content_hash(self.original.folder),
             **{f"data.{split}": digest for split, digest in _read(self.folder / RUN)["data"].items()},
-            **{name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in {**files, MODEL: winner.folder / MODEL}.items()},
+            **{
+                name: hashlib.sha256(file.read_bytes()).hexdigest()
+                for name, file in {**files, self.model: winner.folder / self.model}.items()
+            },
         }
         machine = examine()
         report = {
@@ -522,7 +530,7 @@ class _Run:
 
     def _compared(self, winner: Candidate) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """Original and result, measured side by side: the exported files, on the same images, in the same rounds."""
-        files = {"original": self.original.folder / MODEL, "result": winner.folder / MODEL}
+        files = {"original": self.original.folder / self.model, "result": winner.folder / self.model}
         first, second = (self.runtime.open(file) for file in files.values())
         whole = self.task.length("val") <= CORRUPTED_IMAGES
         options: dict[str, Any] = {"reference": first, "batch_size": BATCH, "seed": self.seed, "progress": self.progress}

@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,11 @@ def exact_int8() -> bool | None:
     return None if flags is None else any(flags.get(name) for name in _EXACT_INT8)
 
 
+def compiler() -> str | None:
+    """The C++ compiler that torch.compile would call; None where there is none."""
+    return shutil.which(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))
+
+
 def cpu_flags() -> dict[str, bool] | None:
     """Which of the instructions that matter here this processor has; None where the system does not say."""
     try:
@@ -102,6 +108,8 @@ def _advice(flags: dict[str, bool] | None, packages: dict[str, str | None], gpus
         )
     elif not flags.get("amx_int8") and not flags.get("dot_product"):
         said.append("VNNI: int8 layers run exactly, and about two to three times as fast as float ones")
+    if compiler() is None:
+        said.append("no C++ compiler: the runtime inductor can't compile; install g++ (macOS: clang++), or name one in CXX")
     if not gpus:
         said.append("no GPU: training runs on the processor; keep epochs low, or train on another machine and quantise here")
     return said

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,10 @@ def compare(
     """
     onnx = needs("onnx")
     model = onnx.load(os.fspath(path))
-    graph = to_integers(written)
     seen_by_file = _values_in(model, "DequantizeLinear" if decoded else "QuantizeLinear")
-    codes = {_value_name(node): node for node in reversed(list(graph.graph.nodes)) if node.target in _SCALE}
-    shared = [name for name in reversed(codes) if name in seen_by_file]
+    graph = to_integers(written)
+    codes = coded(graph)
+    shared = [name for name in codes if name in seen_by_file]
     steps = _grids_in(onnx, model, {seen_by_file[name] for name in shared})
     for name in shared:
         model.graph.output.append(onnx.helper.make_empty_tensor_value_info(seen_by_file[name]))
@@ -56,17 +56,38 @@ def compare(
         tapped = Path(folder) / "tapped.onnx"
         tapped.write_bytes(model.SerializeToString())
         session = open_file(tapped)
+
+    def run(part: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        found = session.outputs(part)
+        return found[0], {
+            name: _encoded(value, *steps[seen_by_file[name]]).to(codes[name].args[-1]) if decoded else value
+            for name, value in zip(shared, found[len(found) - len(shared) :], strict=True)
+        }
+
+    return against(graph, shared, run, inputs, batch)
+
+
+def coded(graph: fx.GraphModule) -> dict[str, fx.Node]:
+    """Name of each rounded value -> the first node of ``graph`` (its layers integer) that makes its codes, in order."""
+    found = {_value_name(node): node for node in reversed(list(graph.graph.nodes)) if node.target in _SCALE}
+    return {name: found[name] for name in reversed(found)}
+
+
+def against(
+    graph: fx.GraphModule,
+    shared: Sequence[str],
+    run: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]],
+    inputs: Tensor,
+    batch: int = 32,
+) -> dict[str, Any]:
+    """What ``compare`` returns, of a graph (layers integer) and a runtime: ``run`` gives its answer, and the codes of the ``shared`` values by their name."""
+    codes = coded(graph)
     tally = {name: [0, 0, 0] for name in shared}
     same = 0
     largest = 0.0
     for part in inputs.split(batch):
-        found = session.outputs(part)
-        theirs = found[0]
-        tapped_values = zip(shared, found[len(found) - len(shared) :], strict=True)
-        runtime_codes = {
-            codes[name]: _encoded(value, *steps[seen_by_file[name]]).to(codes[name].args[-1]) if decoded else value
-            for name, value in tapped_values
-        }
+        theirs, read = run(part)
+        runtime_codes = {codes[name]: value for name, value in read.items()}
         with torch.no_grad():
             answer = _first(graph(part))
             for name, difference in _Following(graph, runtime_codes).differences(part):

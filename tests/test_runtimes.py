@@ -6,6 +6,7 @@ import copy
 import hashlib
 import importlib
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy import measuring, plugins
+from rarefy import artifact, doctor, measuring, plugins
 from rarefy.capturing import capture
 from rarefy.certifying import certify
 from rarefy.errors import FormatError, InputError
@@ -64,6 +65,8 @@ def graph(batches: list[Tensor]) -> fx.GraphModule:
 def runtime(request: pytest.FixtureRequest) -> Any:
     found = plugins.resolve("runtimes", f"{request.param}:threads=1")
     pytest.importorskip(found.package)
+    if request.param == "inductor" and doctor.compiler() is None:
+        pytest.skip("torch.compile needs a C++ compiler")
     return found
 
 
@@ -73,7 +76,7 @@ def test_float_model_runs_at_any_batch_and_answers_like_the_graph(
     assert importlib.import_module(runtime.package) is not None
     session = runtime.open(runtime.export(graph, tmp_path / f"model{runtime.suffix}"))
     assert session.threads == 1
-    for size in (1, 5, 8, 1):
+    for size in (1, 5, 1) if runtime.suffix == ".zip" else (1, 5, 8, 1):  # each is compiled, which takes seconds there
         found = session(batches[0][:size])
         assert found.shape == (size, 10)
         assert torch.allclose(found, graph(batches[0][:size]), atol=1e-4)
@@ -151,3 +154,36 @@ def test_certificate_names_runtimes_file_and_first_layer(graph: fx.GraphModule, 
     broken = certify(small, path, runtime=writer, also=["openvino:threads=1"], inputs=batches[0])
     assert not broken["passed"] and broken["first_diverging_layer"].startswith("depthwise")
     assert all(one["first_diverging_layer"].startswith("depthwise") for one in broken["runtimes"].values())
+
+
+def test_inductor_multiplies_codes_and_reads_a_saved_folder(graph: fx.GraphModule, batches: list[Tensor], tmp_path: Path) -> None:
+    """Layers become oneDNN's integer ones, the weights packed; a folder is as good as the file; no GPU, no other member and no packed file are taken."""
+    runtime = plugins.resolve("runtimes", "inductor:threads=1")
+    small = quantize(graph, batches=batches, runtime=runtime, progress=False)
+    session = runtime.open(artifact.save(small, tmp_path / "small"))
+    called = [str(node.target) for node in session.graph.graph.nodes if node.op == "call_function"]
+    assert sum("qconv_pointwise" in name for name in called) == 5 and sum("qlinear_pointwise" in name for name in called) == 5
+    assert not any(name.startswith("rarefy") for name in called)
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="torch finds no GPU"):
+            plugins.resolve("runtimes", "inductor:device=cuda").open(tmp_path / "small")
+    for name, kind in (("more", zipfile.ZIP_STORED), ("packed", zipfile.ZIP_DEFLATED)):
+        path = runtime.export(small, tmp_path / "small.zip")
+        with zipfile.ZipFile(path) as file:
+            members = {one: file.read(one) for one in file.namelist()}
+        with zipfile.ZipFile(tmp_path / f"{name}.zip", "w", kind) as file:
+            for member, content in (*members.items(), *([("../out", b"x")] if name == "more" else [])):
+                file.writestr(member, content)
+        with pytest.raises(FormatError, match="not the three files"):
+            runtime.open(tmp_path / f"{name}.zip")
+    assert not (tmp_path.parent / "out").exists()
+
+
+def test_exact_integer_operators_are_plain_ones_to_a_compiler(graph: fx.GraphModule, batches: list[Tensor], tmp_path: Path) -> None:
+    """What is compiled on CUDA: the same answers to the bit, uncompiled."""
+    from rarefy.runtimes.inductor import _compilable
+
+    small = quantize(graph, batches=batches, runtime="inductor", progress=False)
+    plain = _compilable(small, (), exact=True)
+    assert not any("rarefy" in str(node.target) and isinstance(node.target, torch._ops.OpOverload) for node in plain.graph.nodes)
+    assert torch.equal(plain(batches[0]), small(batches[0]))
