@@ -159,7 +159,7 @@ class _Following(fx.Interpreter):
         if theirs is None:
             return value
         self.found.append((_value_name(node), (value.to(torch.int32) - theirs.to(torch.int32)).abs()))
-        return theirs
+        return torch.empty_like(value).copy_(theirs)  # laid out as the graph's own, which a view may hang on
 
     def differences(self, inputs: Tensor) -> list[tuple[str, Tensor]]:
         self.run(inputs)

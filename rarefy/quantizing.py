@@ -108,6 +108,7 @@ def quantize(
     graph = as_graph(model, inputs)
     norms = normed(graph)
     graph = simplify(fold(graph), runtime.capabilities.whole)
+    rewriting.free_names(graph)
     for parameter in graph.parameters():
         parameter.requires_grad_(False)
     smoothed = 0

@@ -11,7 +11,7 @@ import operator
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 import rarefy.kernels  # noqa: F401  registers torch.ops.rarefy
 from rarefy import grids
@@ -23,6 +23,13 @@ aten = torch.ops.aten
 OPERATORS = torch.ops.rarefy
 
 BIAS_LIMIT = 2.0**30  # of the codes of a bias, which are 32 bits wide
+
+
+def free_names(graph: fx.GraphModule) -> None:
+    """A value's grid is stored in a module of its name, so that a name may not be one that every module has (``to``)."""
+    for node in graph.graph.nodes:
+        if node.op in ("placeholder", "call_function") and node.name in dir(nn.Module):
+            node._rename(f"{node.name}_value")
 
 
 def own_bias(graph: fx.GraphModule, node: fx.Node) -> None:

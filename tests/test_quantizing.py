@@ -418,6 +418,30 @@ def test_max_pooling_padded_by_infinity_resized_and_softmaxed_codes_are_the_runt
     assert max(layer["share"] for layer in found["layers"]) < 1e-3
 
 
+def test_names_of_values_and_layouts_of_codes_are_free(tmp_path) -> None:
+    """A value called as a module's own attribute is (``to``), and a view that hangs on how its codes lie in memory."""
+    pytest.importorskip("onnxruntime")
+
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8 * 36, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = nn.functional.gelu(self.stem(x).permute(0, 2, 3, 1))  # channels first in memory
+            return self.head(x.permute(0, 3, 1, 2).view(x.shape[0], 8 * 36))
+
+    torch.manual_seed(0)
+    inputs = torch.randn(4, 3, 6, 6)
+    graph = capture(Turned().eval(), inputs)
+    next(node for node in graph.graph.nodes if node.target is torch.ops.aten.gelu.default)._rename("to")
+    small = quantize(graph, batches=[inputs], progress=False)
+    assert noise_db(graph(inputs), small(inputs)) > 15
+    runtime = plugins.resolve("runtimes", "onnxruntime:threads=1")
+    found = runtime.compare(small, runtime.export(small, tmp_path / "turned.onnx"), inputs)
+    assert found["passed"] and found["ulp"] <= 1
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("rounding", ["nearest", "gptaq", "adaround:steps=50", "brecq:steps=20"])
 @pytest.mark.parametrize("weights", ["int4", "mixed:bits=4"])
