@@ -124,6 +124,8 @@ def simplify(graph: fx.GraphModule, keep: frozenset[Any] = frozenset()) -> fx.Gr
     for node in list(graph.graph.nodes):
         if node.op != "call_function":
             continue
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default  # the same, however its source lies in memory
         with graph.graph.inserting_before(node):
             rule = None if node.target in keep else _SIMPLER.get(node.target)
             simpler = rule(graph.graph, node, found) if rule else None
