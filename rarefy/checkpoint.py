@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,7 +35,7 @@ class Store:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for left in folder.glob(f".{STATE_FILE}.*") if writes else ():
-                left.unlink()
+                _remove(left)
         except OSError as error:
             raise InputError(f"checkpoint={folder}: can't be written ({error.strerror}); name a folder that can") from error
         self.header: dict[str, Any] | None = None
@@ -87,17 +88,29 @@ class Store:
     def _write(self, tensors: Mapping[str, Tensor], header: dict[str, Any]) -> None:
         if not self.writes:
             return
-        temporary = self.folder / f".{STATE_FILE}.{os.getpid()}"
+        room = (
+            self.folder / f".{STATE_FILE}.{os.getpid()}"
+        )  # of its own: safetensors writes to a file with a name of its choice first, which a kill leaves
+        temporary = room / STATE_FILE
         plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         try:
+            room.mkdir(exist_ok=True)
             safetensors.torch.save_file(plain, temporary, metadata={"rarefy": json.dumps(header)})
             with open(temporary, "rb") as written:
                 os.fsync(written.fileno())
             os.replace(temporary, self.file)
+            _remove(room)
         except (OSError, safetensors.SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
+            _remove(room)
             raise InputError(f"checkpoint={self.folder}: can't be written ({error}); free some space, or name another folder") from error
         self.saved = time.monotonic()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
