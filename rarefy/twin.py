@@ -178,8 +178,8 @@ class _Twins:
             shape = _size(kept, part.shape)
             if shape != tuple(tensor.shape):
                 raise SelfCheckFailed(f"{where}: the pruned network has shape {tuple(tensor.shape)}, the masked one keeps {shape}")
-        cuts = self._cuts(node, new)
-        if only_moves(node):
+        cuts, moves = self._cuts(node, new), only_moves(node)
+        if moves:
             one, other, magnitude = *self._moved(node, new, cuts, where), 0.0
         elif node in self.coupling.statistics:
             self._same_sources(node, new, where)
@@ -195,7 +195,7 @@ class _Twins:
                 raise SelfCheckFailed(
                     f"{where}: the pruned network has shape {tuple(tensor.shape)}, the masked one keeps {tuple(full.shape)}"
                 )
-            if not full.is_floating_point():
+            if moves or not full.is_floating_point():
                 if not torch.equal(full, tensor):
                     raise SelfCheckFailed(f"{where}: the pruned network differs from the masked one in where it puts its numbers")
                 continue
@@ -227,16 +227,22 @@ class _Twins:
         """Both operators on 0, 1, 2, ... in place of the floats they read."""
         self._same_sources(node, new, where)
         sources = sources_of(node)
+        shapes: dict[str, list[int]] = {}
         full: dict[str, Tensor] = {}
         part: dict[str, Tensor] = {}
+        for source, cut in zip(sources, cuts.wide, strict=True):
+            if self._floating(source) and source.name not in shapes:
+                shapes[source.name] = list(self.coupling.values[source].shape)
+                for axis, _, length in cut:
+                    shapes[source.name][axis] = length
+        numbers = sum(math.prod(shape) for shape in shapes.values())
+        whole = torch.float32 if numbers < 2**24 else torch.float64  # floats, as an operator may fill in others, such as -inf
         count = 0
         for source, cut in zip(sources, cuts.wide, strict=True):
-            if self._floating(source) and source.name not in full:
-                shape = list(self.coupling.values[source].shape)
-                for axis, _, length in cut:
-                    shape[axis] = length
-                size = math.prod(shape)
-                full[source.name] = torch.arange(count, count + size, dtype=torch.int32, device=self._device(new)).reshape(shape)
+            if source.name in shapes and source.name not in full:
+                size = math.prod(shapes[source.name])
+                made = torch.arange(count, count + size, dtype=whole, device=self._device(new))
+                full[source.name] = made.reshape(shapes[source.name])
                 part[source.name] = _selected(_within(self.kept(source), cut), full[source.name])
                 count += size
         wide = [full[source.name] if source.name in full else self._large(source, []) for source in sources]

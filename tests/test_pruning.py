@@ -490,6 +490,21 @@ def test_self_check_sees_a_wrong_view() -> None:
         check(coupling, small, alive)
 
 
+def test_self_check_where_a_padding_is_infinite() -> None:
+    """Padded with -inf before a max pooling, as NASNet does."""
+
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(F.max_pool2d(F.pad(self.first(x), (0, 1, 0, 1), value=-math.inf), 3, 2))  # type: ignore[no-any-return]
+
+    small = prune(capture(Padded(), torch.randn(2, 3, 12, 12)), keep=0.5)
+    assert widths(small)["second.weight"] == [4, 4] and bool(small(torch.randn(2, 3, 12, 12)).isfinite().all())
+
+
 def test_self_check_fails_on_a_missed_tie(resnet: fx.GraphModule) -> None:
     """One convolution loses a channel its batch norm keeps: the small network does not run, and the check says where."""
     coupling, alive = planned(resnet)
