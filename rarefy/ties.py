@@ -234,7 +234,7 @@ def _convolution(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value:
     shape = tuple(trace.found[node].shape)
     axis = source.rank - weight.rank + 1
     labels, rest = trace.channel(source, axis)
-    rest = trace.keep(rest, range(axis), "a spatial axis of a convolution")
+    rest = trace.keep(rest, [*range(axis), *_pointwise_axes(a, weight, axis)], "a spatial axis of a convolution")
     out, _ = trace.channel(weight, 0)
     inner, kernel = trace.channel(weight, 1)
     for layer in kernel:
@@ -260,6 +260,17 @@ def _convolution(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value:
         _affine(trace, out, a["bias"])
         layers.append(along(out, axis, len(shape)))
     return Value(shape, layers)
+
+
+def _pointwise_axes(a: dict[str, Any], weight: Value, axis: int) -> list[int]:
+    """Spatial axes along which a convolution takes each place by itself: a kernel of 1, in steps of 1, with no padding."""
+    steps, padding = a["stride"], a["padding"]
+    found = []
+    for index, size in enumerate(weight.shape[2:]):
+        step, pad = (values[index % len(values)] if isinstance(values, (list, tuple)) else values for values in (steps, padding))
+        if size == 1 and step == 1 and (pad == 0 or isinstance(pad, str)):
+            found.append(axis + 1 + index)
+    return found
 
 
 def _transposed_convolution(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value:
@@ -378,6 +389,19 @@ def _unfold(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value:
     return Value(shape, [along(labels.repeat_interleave(size), len(shape) - 2, len(shape))] if labels is not None else [])
 
 
+def _fold(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value:
+    """col2im: (n, c * kh * kw, places) -> (n, c, h, w); a channel leaves with all of its places in the kernel."""
+    source, kernel = a["self"], a["kernel_size"]
+    labels, rest = trace.channel(source, source.rank - 2)
+    trace.keep(rest, (), "places that are summed into an image")
+    shape = tuple(trace.found[node].shape)
+    if labels is None:
+        return Value(shape)
+    blocks = labels.reshape(-1, kernel[0] * kernel[-1])
+    trace.tie(blocks, blocks[:, :1])
+    return Value(shape, [along(blocks[:, 0], len(shape) - 3, len(shape))])
+
+
 def _spatial(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value | list[Value]:
     """Pooling and resizing mix the last axes; the batch and the channels stay apart."""
     source = next(iter(a.values()))
@@ -387,6 +411,12 @@ def _spatial(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value | list[Val
     if isinstance(result, (list, tuple)):
         return [Value(tuple(item.shape), list(layers)) for item in result]
     return Value(tuple(result.shape), layers)
+
+
+def _sample(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value:
+    """grid_sampler: (n, c, ...) looked up at places (n, ..., 2 or 3); all but the channels hangs on places."""
+    trace.keep(a["grid"].layers, (0,), "places at which an image is looked up")
+    return Value(tuple(trace.found[node].shape), trace.keep(a["input"].layers, (0, 1), "an axis that is looked up by place"))
 
 
 def _spatial_rank(node: fx.Node) -> int:
@@ -498,7 +528,8 @@ def _contract(trace: Trace, operands: list[Value], letters: list[list[str]], out
     """Layers of an einsum. Labels of a letter are met; those of summed letters leave the sum together and the result does not see them.
 
     A layer along a summed and another letter (dims of heads) is tied across the other: the same dims leave each head. With ``whole_heads`` it is
-    tied across the summed one, if all operands have the other: whole heads leave, and the result sees them.
+    tied across the summed one, if all operands have the other: whole heads leave, and the result sees them. Likewise where each factor keeps an axis of
+    its own beside the heads (k' v of linear attention).
     """
     names = [*out, *sorted({letter for own in letters for letter in own} - set(out))]
     summed = [index for index, letter in enumerate(names) if letter not in out]
@@ -526,8 +557,28 @@ def _contract(trace: Trace, operands: list[Value], letters: list[list[str]], out
             outer = [axis for axis in axes_of(layer) if axis in shared] if trace.whole_heads and inner else []
             layers.append(trace.only(layer, outer or inner) if inner else layer)
         spread.append(Value(tuple(placed(value.shape)), layers))
-    met = trace.meet(spread, len(names))
+    met = trace.meet(_apart(trace, spread), len(names))
     return [layer.squeeze(tuple(summed)) for layer in met if not any(layer.shape[axis] > 1 for axis in summed)]
+
+
+def _apart(trace: Trace, factors: list[Value]) -> list[Value]:
+    """Layers of several factors along a common axis, each along one of its own too, leave one of both: met, they would tie everything."""
+
+    def own(value: Value, layer: Tensor) -> list[int]:
+        return [axis for axis in axes_of(layer) if all(other is value or other.shape[axis] == 1 for other in factors)]
+
+    result = []
+    for value in factors:
+        layers = []
+        for layer in value.layers:
+            mine = own(value, layer)
+            common = [axis for axis in axes_of(layer) if axis not in mine]
+            crossed = any(
+                own(other, one) and set(axes_of(one)) & set(common) for other in factors if other is not value for one in other.layers
+            )
+            layers.append(trace.only(layer, common if trace.whole_heads else mine) if mine and crossed else layer)
+        result.append(Value(value.shape, layers))
+    return result
 
 
 def _inserted(shape: Sequence[int], axis: int) -> tuple[int, ...]:
@@ -571,12 +622,15 @@ RULES: dict[str, Rule] = {
     "prelu": _prelu,
     "glu": _glu,
     "im2col": _unfold,
+    "col2im": _fold,
+    **dict.fromkeys(("grid_sampler", "grid_sampler_2d", "grid_sampler_3d"), _sample),
     **dict.fromkeys(
         (
             "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices avg_pool1d avg_pool2d avg_pool3d "
             "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d "
             "upsample_nearest1d upsample_nearest2d upsample_bilinear2d "
-            "upsample_linear1d upsample_bicubic2d upsample_trilinear3d upsample_nearest3d reflection_pad2d replication_pad2d"
+            "upsample_linear1d upsample_bicubic2d upsample_trilinear3d upsample_nearest3d reflection_pad2d replication_pad2d "
+            "_upsample_bicubic2d_aa _upsample_bilinear2d_aa _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d"
         ).split(),
         _spatial,
     ),

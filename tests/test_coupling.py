@@ -257,6 +257,76 @@ def test_convolution_through_unfold() -> None:
     cut_half(found)
 
 
+def test_fold_keeps_whole_channels() -> None:
+    """Outlook attention's end: neighbours are summed into an image, and a channel leaves from all of them."""
+
+    def forward(s: nn.Module, x: Tensor) -> Tensor:
+        return s.last(F.fold(s.gate(F.unfold(s.stem(x), 3, padding=1)), (8, 8), 3, padding=1))
+
+    found = coupled(Net(forward, stem=conv(3, 5), gate=nn.Conv1d(45, 36, 1), last=conv(4, 2)), IMAGE)
+    assert classes(found, "gate.weight", 0) == [label for label in classes(found, "last.weight", 1) for _ in range(9)]
+    assert len(set(classes(found, "gate.weight", 0))) == 4 and 0 not in classes(found, "gate.weight", 0)
+    assert not found.unknown
+    cut_half(found)
+
+
+@pytest.mark.parametrize(("options", "places"), [({}, 6), ({"kernel_size": 3, "padding": 1}, 6), ({"stride": 2}, 3), ({"padding": 1}, 8)])
+def test_spatial_axis_of_a_pointwise_convolution(options: dict[str, int], places: int) -> None:
+    """Three branches mixed at each channel (CoaT): a kernel of 1 treats the places, here the channels, each by itself; nothing else does."""
+
+    def forward(s: nn.Module, x: Tensor) -> Tensor:
+        branches = torch.stack([layer(x).mean((2, 3)) for layer in (s.one, s.two, s.three)], 1)
+        return s.last(s.mix(branches)[:, 0])
+
+    mix = nn.Conv1d(3, 1, **{"kernel_size": 1, **options})
+    found = coupled(Net(forward, one=conv(3, 6), two=conv(3, 6), three=conv(3, 6), mix=mix, last=nn.Linear(places, 2)), IMAGE)
+    own = classes(found, "one.weight", 0)
+    if options:
+        assert own == [0] * 6
+        return
+    assert own == classes(found, "two.weight", 0) == classes(found, "three.weight", 0) == classes(found, "last.weight", 1)
+    assert len(set(own)) == 6 and 0 not in own
+    for seed in range(3):
+        cut_half(found, seed)
+
+
+@pytest.mark.parametrize("heads", ["dims", "whole"])
+def test_linear_attention(heads: str) -> None:
+    """q (k' v): keys and values each keep an axis of their own beside the heads, and stay apart."""
+
+    def forward(s: nn.Module, x: Tensor) -> Tensor:
+        q, k, v = s.qkv(s.stem(x).flatten(2).transpose(1, 2)).view(x.shape[0], 64, 3, 3, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        return s.last((q @ (k.softmax(2).transpose(-1, -2) @ v)).transpose(1, 2).flatten(2).mean(1))
+
+    found = coupled(Net(forward, stem=conv(3, 6), qkv=nn.Linear(6, 36), last=nn.Linear(12, 2)), IMAGE, heads=heads)
+    own = classes(found, "qkv.weight", 0)
+    q, k, v = own[:12], own[12:24], own[24:]
+    assert 0 not in own and q == k and v == classes(found, "last.weight", 1)
+    if heads == "dims":
+        assert k == k[:4] * 3 and v == v[:4] * 3 and len(set(k)) == len(set(v)) == 4
+        assert q == k == v  # q, k and v are one tensor's blocks, which keep the same positions
+    else:
+        assert q == v and len(set(k)) == 3 and k == [label for label in k[::4] for _ in range(4)]
+    for seed in range(3):
+        cut_half(found, seed)
+
+
+def test_sampling_and_smooth_resizing_keep_channels() -> None:
+    def forward(s: nn.Module, x: Tensor) -> Tensor:
+        x = s.stem(x) + F.interpolate(s.table, (8, 8), mode="bicubic", antialias=True)
+        grid = s.where(x).permute(0, 2, 3, 1).tanh()
+        return s.last(F.grid_sample(x, grid, align_corners=False))
+
+    found = coupled(
+        Net(forward, stem=conv(3, 6), table=nn.Parameter(torch.randn(1, 6, 5, 5)), where=conv(6, 2), last=conv(6, 2)).eval(), IMAGE
+    )
+    own = classes(found, "stem.weight", 0)
+    assert len(set(own)) == 6 and 0 not in own and not found.unknown
+    assert own == classes(found, "table", 1) == classes(found, "where.weight", 1) == classes(found, "last.weight", 1)
+    assert "where.weight" in found.frozen
+    cut_half(found)
+
+
 def test_an_empty_slice_keeps_its_other_axes() -> None:
     """Rotary embedding leaves the first ``k`` tokens alone, and k may be 0."""
     found = coupled(
