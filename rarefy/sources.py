@@ -27,7 +27,6 @@ import json
 import logging
 import math
 import os
-import pickle
 import re
 import sys
 import warnings
@@ -35,6 +34,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError  # the exception alone: what torch.load raises for what it refuses
 from types import ModuleType
 from typing import Any
 
@@ -167,7 +167,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it warns of what it then refuses
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         raise FormatError(
             f"{file}: holds more than tensors, and loading it would run code of the file; "
             "save the weights alone: safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
