@@ -9,9 +9,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import multiprocessing
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +61,21 @@ class Cells:
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{re.sub(r'[^A-Za-z0-9_.=-]+', '_', key)}.json"
+
+
+def in_processes(attempt: Callable[[Any], dict[str, Any]], cells: Sequence[Any], jobs: int) -> Iterator[dict[str, Any]]:
+    """What ``attempt`` says of each of ``cells`` (named tuples), as they come: so many at once, each in a process; one at once: in this one."""
+    if jobs == 1:
+        yield from map(attempt, cells)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        waiting = {pool.submit(attempt, cell): cell for cell in cells}
+        for one in as_completed(waiting):
+            try:
+                yield one.result()
+            except BrokenProcessPool:
+                died = "its process died; run this again for what is missing, perhaps with fewer --jobs"
+                yield {**waiting[one]._asdict(), "failed": died}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -16,14 +16,11 @@ import argparse
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import statistics
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +31,7 @@ from torch import fx
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import real_data
+from bench.cells import in_processes
 from rarefy import capture, evaluate
 from rarefy.distilling import distill, train
 from rarefy.errors import DataError, RarefyError
@@ -102,7 +100,7 @@ def run(cell: Cell, setting: Setting) -> dict[str, Any]:
     compiled: str | None = None
     try:
         trained = learn(**common, compile=setting.compile)
-    except (RuntimeError, NotImplementedError) as error:  # what a compiler or a CUDA graph can't do
+    except RuntimeError as error:  # what a compiler or a CUDA graph can't do
         if setting.compile == "no" or isinstance(error, RarefyError):
             raise
         compiled = f"not compiled: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
@@ -170,19 +168,7 @@ def attempted(cell: Cell, setting: Setting) -> dict[str, Any]:
 
 
 def results(cells: list[Cell], setting: Setting, jobs: int) -> Iterator[dict[str, Any]]:
-    if jobs == 1:
-        yield from (attempted(cell, setting) for cell in cells)
-        return
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        waiting = {pool.submit(attempted, cell, setting): cell for cell in cells}
-        for one in as_completed(waiting):
-            try:
-                yield one.result()
-            except BrokenProcessPool:
-                yield {
-                    **waiting[one]._asdict(),
-                    "failed": "its process died; run this again for what is missing, perhaps with fewer --jobs",
-                }
+    return in_processes(functools.partial(attempted, setting=setting), cells, jobs)
 
 
 def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -18,17 +18,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import re
 import sys
 import time
 import traceback
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +35,7 @@ from torch import Tensor, fx
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import real_data
+from bench.cells import in_processes
 from bench.efficientnet_lite0 import sqnr, task_of
 from rarefy import capture, distill, evaluate, load, plugins, quantize, save
 from rarefy.errors import DataError, MissingDependency
@@ -177,19 +175,7 @@ def attempted(cell: Cell, given: argparse.Namespace) -> dict[str, Any]:
 def made(missing: list[Cell], given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows as they come; what the goals ask of training first, then the shortest, so that a run that is cut leaves few cells unmade."""
     missing = sorted(missing, key=lambda cell: (cell[1:] != ("W4A4", QAT) or cell.model == "lite0", cell.length))
-    if given.jobs == 1:
-        yield from (attempted(cell, given) for cell in missing)
-        return
-    with ProcessPoolExecutor(given.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        waiting = {pool.submit(attempted, cell, given): cell for cell in missing}
-        for one in as_completed(waiting):
-            try:
-                yield one.result()
-            except BrokenProcessPool:
-                yield {
-                    **waiting[one]._asdict(),
-                    "failed": "its process died; run this again for what is missing, perhaps with fewer --jobs",
-                }
+    return in_processes(partial(attempted, given=given), missing, given.jobs)
 
 
 def shortfalls(wanted: list[Cell], by: dict[Cell, dict[str, Any]]) -> list[str]:
