@@ -88,9 +88,8 @@ class Store:
     def _write(self, tensors: Mapping[str, Tensor], header: dict[str, Any]) -> None:
         if not self.writes:
             return
-        room = (
-            self.folder / f".{STATE_FILE}.{os.getpid()}"
-        )  # of its own: safetensors writes to a file with a name of its choice first, which a kill leaves
+        # A folder of its own: safetensors writes to a file with a name of its choice first, which a kill leaves.
+        room = self.folder / f".{STATE_FILE}.{os.getpid()}"
         temporary = room / STATE_FILE
         plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         try:

@@ -27,9 +27,8 @@ aten = torch.ops.aten
 LAYERS = (aten.conv2d.default, aten.linear.default)
 NORM = "batch_norm"
 EPS, MOMENTUM = 1e-5, 0.1
-SLOWER = (
-    0.1  # than LSQ's, the rate of a weight's scale: a factor that batch norm takes out again, and whose steps passed through 0 at 8 bits
-)
+# Than LSQ's, the rate of a weight's scale: a factor that batch norm takes out again, and whose steps passed through 0 at 8 bits.
+SLOWER = 0.1
 
 
 def normed(graph: fx.GraphModule) -> list[str]:

@@ -85,9 +85,8 @@ class Mean:
     def add(self, source: Tensor) -> None:
         """source: what the layer reads, of one batch."""
         own = source.reshape(-1, source.shape[-1]) if self.node.target is aten.linear.default else source
-        rows = (
-            (own.movedim(1, -1) if own.dim() > 2 else own).float().flatten(1)
-        )  # channels last, as they lie there on a CPU; a product is faster than a sum
+        # Channels last, as they lie there on a CPU; a product is faster than a sum.
+        rows = (own.movedim(1, -1) if own.dim() > 2 else own).float().flatten(1)
         self.sum = (rows.new_ones(1, len(rows)) @ rows).view(own.movedim(1, -1).shape[1:]) + (0 if self.sum is None else self.sum)
         self.count += len(own)
 

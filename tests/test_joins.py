@@ -70,18 +70,19 @@ def test_every_pair_of_codes_is_joined_as_by_onnxruntime(name: str, join, operan
         assert moved > 0  # what the operator on codes is for
 
 
+def grids_of(finer: float, zero: int) -> list[torch.Tensor]:
+    """Scale and zero point of what is read, and of the result, whose step is so many times as large."""
+    step = torch.tensor(0.0213)
+    return [step, torch.tensor(13, dtype=torch.uint8), step * finer, torch.tensor(zero, dtype=torch.uint8)]
+
+
 @pytest.mark.parametrize("side", [3, 4, 7, 16])
 def test_a_plane_of_codes_is_averaged_as_by_onnxruntime(side: int) -> None:
     torch.manual_seed(side)
     x = torch.randint(0, 256, (16, 64, side, side), dtype=torch.uint8)
     moved = 0
     for finer, zero in ((0.7, 20), (0.5, 33), (1.0, 0)):
-        grids = [
-            torch.tensor(0.0213),
-            torch.tensor(13, dtype=torch.uint8),
-            torch.tensor(0.0213) * finer,
-            torch.tensor(zero, dtype=torch.uint8),
-        ]
+        grids = grids_of(finer, zero)
         exact = pooled("QLinearGlobalAveragePool", x, grids)
         assert torch.equal(mean(x, *grids, 0, 255, torch.uint8), exact)
         numbers = dequantize(x, *grids[:2], None).mean((-2, -1), keepdim=True)
@@ -95,12 +96,7 @@ def test_windows_of_codes_are_averaged_as_by_onnxruntime(side: int, kernel_size:
     torch.manual_seed(side)
     x = torch.randint(0, 256, (8, 32, side, side), dtype=torch.uint8)
     for finer, zero in ((0.7, 20), (0.5, 33), (1.0, 0)):
-        grids = [
-            torch.tensor(0.0213),
-            torch.tensor(13, dtype=torch.uint8),
-            torch.tensor(0.0213) * finer,
-            torch.tensor(zero, dtype=torch.uint8),
-        ]
+        grids = grids_of(finer, zero)
         places = [[kernel_size] * 2, [stride] * 2, [padding] * 2]
         options = {"kernel_shape": places[0], "strides": places[1], "pads": places[2] * 2, "count_include_pad": int(include)}
         exact = pooled("QLinearAveragePool", x, grids, **options)
