@@ -73,8 +73,10 @@ MODES = {
 def trained(original: fx.GraphModule, task: Classification, given: argparse.Namespace, seed: int) -> fx.GraphModule:
     """The float student: pruned, then taught by the original (and by the others of its family that were asked for)."""
     others = [capture(real_data.resnet_cifar(depth), torch.zeros(2, 3, 32, 32)) for depth in given.also_taught_by]
+    start = load(given.prune_from / f"seed{seed}") if given.prune_from else original
+    share = given.macs * count_macs(original) / count_macs(start)
     small = prune(
-        original, macs=given.macs, criterion=given.criterion, ranking=given.ranking, round_to=given.round_to, ignore=given.ignore, task=task, seed=seed
+        start, macs=share, criterion=given.criterion, ranking=given.ranking, round_to=given.round_to, ignore=given.ignore, task=task, seed=seed
     )  # fmt: skip
     told(
         f"pruned to {count_macs(small) / count_macs(original):.1%} of the MACs, {count_parameters(small) / count_parameters(original):.1%} of the parameters"
@@ -190,6 +192,12 @@ def arguments() -> argparse.Namespace:
     option("--device", choices=("cpu", "cuda"), default="cpu", help="where to train")
     option("--goals", choices=tuple(MODES), help="what --check compares with; default: those of the device")
     option("--macs", type=float, help="share of the MACs that may stay")
+    option(
+        "--prune-from",
+        type=Path,
+        metavar="FOLDER",
+        help="prune the students that --save left there further, seed by seed; --macs stays a share of the original's",
+    )
     option("--round-to", type=int, default=8, help="channels are a multiple of it")
     option("--criterion", default="magnitude", help="magnitude, taylor, taylor:batches=50, ...")
     option("--ranking", default="local", help="global, local or isomorphic")
