@@ -30,6 +30,8 @@ from rarefy.layer_times import LayerTimes
 
 FLOAT_BITS = 32
 ROUNDS, NEAR = 3, 1.02  # of correcting a goal of latency, and how near it is to be
+BUDGETS = ("bits", "size", "bitops", "latency")
+AVERAGE_BITS = 4.0  # where no budget is given
 PREFIX = "mixed"
 
 
@@ -46,7 +48,7 @@ class Mixed:
     images: int = 8
 
     def __post_init__(self) -> None:
-        given = [name for name in ("bits", "size", "bitops", "latency") if getattr(self, name) is not None]
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(given) > 1:
             raise InputError(f"mixed: {' and '.join(given)} are two budgets; give one")
         if any(not getattr(self, name) > 0 for name in given) or self.images < 1:
@@ -88,26 +90,29 @@ def allocate(
     numbers = {node: attribute(graph, node.args[1]).numel() for node in layers}
     costs: dict[fx.Node, list[float]]
     measured: list[dict[str, float]] = []
-    if mixed.latency is not None:
+    name = next((name for name in BUDGETS if getattr(mixed, name) is not None), "bits")
+    asked: float = getattr(mixed, name) or AVERAGE_BITS
+    if name == "latency":
         times = LayerTimes(graph, layers, batch, ignore, runtime, grid)
         costs = {
             node: [whole if width == FLOAT_BITS else integer for width in widths]
             for node, whole, integer in zip(layers, times.float_us, times.integer_us, strict=True)
         }
-        budget = mixed.latency * times.whole_us
-        if (least := sum(map(min, costs.values())) / times.whole_us) > mixed.latency:
-            raise InputError(
-                f"mixed: latency={mixed.latency:g} is out of reach: the fastest choices take {least:.3f} of the float network's time; ask for more"
-            )
-    elif mixed.bitops is not None:
+        unit = times.whole_us
+    elif name == "bitops":
         macs = layer_macs(graph)
         costs = {
             node: [macs[node.name] * width * (FLOAT_BITS if width == FLOAT_BITS else grid.bits) for width in widths] for node in layers
         }
-        budget = mixed.bitops * sum(macs[node.name] for node in layers) * 64
+        unit = float(64 * sum(macs[node.name] for node in layers))
     else:
         costs = {node: [float(numbers[node] * width) for width in widths] for node in layers}
-        budget = 8 * mixed.size if mixed.size is not None else (mixed.bits or 4) * sum(numbers.values())
+        unit = 8.0 if name == "size" else float(sum(numbers.values()))
+    budget = asked * unit
+    if (least := sum(map(min, costs.values())) / unit) > asked * (1 + 1e-12):
+        raise InputError(
+            f"mixed: {name}={asked:.6g} is out of reach: the cheapest choices take {name}={least:.6g}; ask for more, or allow fewer bits in choices"
+        )
     chosen = program([errors[node] for node in layers], [costs[node] for node in layers], budget)
     for _ in range(ROUNDS if mixed.latency is not None else 0):
         share = times.share([node for node, index in zip(layers, chosen, strict=True) if widths[index] == FLOAT_BITS])

@@ -46,6 +46,18 @@ def test_text_and_wrong_requests() -> None:
         program([[1.0]], [[2.0]], 1.0)
 
 
+@pytest.mark.parametrize("asked", ["bits=1.5", "size=20", "bitops=0.01"])
+def test_a_budget_out_of_reach_is_told_in_its_own_unit(asked: str) -> None:
+    torch.manual_seed(0)
+    batches = [torch.randn(8, 3, 12, 12)]
+    model = capture(Uneven().eval(), batches[0])
+    name, _, value = asked.partition("=")
+    with pytest.raises(InputError, match=f"mixed: {name}={value} is out of reach: the cheapest choices take {name}=") as caught:
+        quantize(model, batches=batches, weights=f"mixed:{asked}", progress=False)
+    least = float(str(caught.value).split(f"take {name}=")[1].split(";")[0])
+    quantize(model, batches=batches, weights=f"mixed:{name}={least * 1.0001}", progress=False)
+
+
 class Uneven(nn.Module):
     """A layer that hardly matters, and one whose error is all that shows."""
 
@@ -112,7 +124,12 @@ def test_latency_of_kernels_goes_to_layers_by_what_they_read_and_make_and_else_b
 def test_a_latency_is_measured_and_one_out_of_reach_is_refused() -> None:
     torch.manual_seed(0)
     graph, batches = capture(Uneven().eval(), torch.zeros(2, 3, 32, 32)), [torch.randn(8, 3, 32, 32)]
-    small = quantize(graph, batches=batches, weights="mixed:latency=100,choices=4/8", progress=False)
+    try:
+        small = quantize(graph, batches=batches, weights="mixed:latency=100,choices=4/8", progress=False)
+    except InputError as busy:
+        if "no measurement could be trusted" in str(busy):
+            pytest.skip(str(busy))
+        raise
     facts = small.meta["history"][-1]["facts"]
     assert set(facts["allocation"]["bits"].values()) == {8} and [one["share"] > 0 for one in facts["timing"]["latency"]] == [True]
     with pytest.raises(InputError, match="out of reach"):
