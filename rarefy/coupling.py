@@ -28,6 +28,7 @@ from torch import Tensor, fx, nn
 
 from rarefy.capturing import attribute, is_tensor, shapes
 from rarefy.errors import InputError
+from rarefy.kernels import is_quantised
 from rarefy.labels import Trace, Value, axes_of, compact
 from rarefy.shuffling import indexed
 from rarefy.ties import Unknown, blank, rule_of
@@ -145,8 +146,10 @@ def couple(graph: fx.GraphModule, ignore: Sequence[str] = (), heads: str = "dims
 
     ignore: globs on the dotted names of parameters or modules whose outputs must all stay.
     heads: attention loses the same "dims" of each head, or "whole" heads.
-    Raises InputError if a glob matches nothing.
+    Raises InputError for a quantised graph, and if a glob matches nothing.
     """
+    if is_quantised(graph):
+        raise InputError("the model is quantised already; prune its float original, and quantise what is left")
     if heads not in HEADS:
         raise InputError(f"heads={heads!r} is not one of {', '.join(HEADS)}")
     found = shapes(graph, 1)

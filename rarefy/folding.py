@@ -15,13 +15,16 @@
 from __future__ import annotations
 
 import copy
+import fnmatch
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from rarefy.capturing import attribute, finish, set_attribute, shapes
+from rarefy.errors import InputError
 from rarefy.kernels import OPERATORS
 
 aten = torch.ops.aten
@@ -53,6 +56,16 @@ def layer_name(node: fx.Node) -> str:
 def names(node: fx.Node) -> list[str]:
     """What a user may call a node by: its layer, itself, its module."""
     return [name for name in (layer_name(node) if weighted(node) else "", node.name, node.meta.get("stack", "")) if name]
+
+
+def check_globs(graph: fx.GraphModule, **given: Iterable[str]) -> None:
+    """Raises InputError for a glob of layer names that nothing in the graph goes by; the keyword says which option it stands in."""
+    known = {name for node in graph.graph.nodes for name in names(node)}
+    for option, globs in given.items():
+        for glob in globs:
+            if not fnmatch.filter(known, glob):
+                example = next((layer_name(node) for node in graph.graph.nodes if weighted(node)), "nothing")
+                raise InputError(f"{option}: {glob!r} matches no layer; names look like {example}, and 'NAME.*' is all that lies in NAME")
 
 
 def fold(graph: fx.GraphModule) -> fx.GraphModule:

@@ -27,12 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-import rarefy.kernels
 from rarefy import allocating, explaining, gating, grids, patches, plugins, reconstruction, rewriting, smoothing, weight_only
 from rarefy.capturing import as_graph, attribute, device_of, finish, set_attribute, shapes, share_copy
 from rarefy.errors import InputError
+from rarefy.folding import check_globs, fold, layer_name, names, simplify, weighted
 from rarefy.folding import equalize as equalize_ranges
-from rarefy.folding import fold, layer_name, names, simplify, weighted
+from rarefy.kernels import is_quantised
 from rarefy.lowering import to_integers
 from rarefy.normalizing import normed
 from rarefy.observing import Observed, observe
@@ -78,7 +78,7 @@ def quantize(
         for an average, a size, bit-operations or a latency (``rarefy.allocating``). activations="float" rounds the weights alone, to any format
         (``"int4:group=32"``, ``"mxfp4"``), without images (``rarefy.weight_only``). Activations go by their own names or those of layers that read them.
     weight_calibration: the rule for weight scales; None: minmax at 8 bits, where clipping the largest weights costs more than it saves, else mse.
-    ignore: globs of layer names that stay float.
+    ignore: globs of layer names that stay float; one that matches nothing is an error, as in weights and activations.
     smooth: SmoothQuant before linear layers that read a norm, with this alpha, such as 0.5 (``rarefy.smoothing``); None: not done.
     gate: "latency" times each stretch of layers in integers and in float on the runtime, and keeps only what pays (``rarefy.gating``); where nothing does, the
     model comes back in float, and its history says so.
@@ -86,6 +86,7 @@ def quantize(
     Raises InputError for a contradiction, DataError without images, CheckFailed where the float model yields NaN.
     """
     runtime = plugins.resolve("runtimes", runtime)
+    ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     mixed = allocating.parse(weights)
     assigned = grids.assign("int8" if mixed is not None else weights, symmetric=True, axis=0)  # type: ignore[arg-type]
     rule = plugins.resolve("calibration", calibration)
@@ -103,12 +104,15 @@ def quantize(
         raise InputError(f"gate={gate!r}: choose latency, or none")
     if images < 1 or batch_size < 1:
         raise InputError(f"images={images}, batch_size={batch_size}: both must be at least 1")
-    if isinstance(model, fx.GraphModule) and any(node.target in rarefy.kernels.OPERATORS for node in model.graph.nodes):
+    if is_quantised(model):
         raise InputError("the model is quantised already; start from its float original")
     graph = as_graph(model, inputs)
     norms = normed(graph)
     graph = simplify(fold(graph), runtime.capabilities.whole)
     rewriting.free_names(graph)
+    check_globs(
+        graph, ignore=ignore, weights=[glob for glob, _ in assigned.rules], activations=[glob for glob, _ in activation_grids.rules]
+    )
     for parameter in graph.parameters():
         parameter.requires_grad_(False)
     smoothed = 0
@@ -395,9 +399,10 @@ def _weights_only(
     model: nn.Module, inputs: Any, assigned: grids.Assignment, rule: Any, rounder: Any, ignore: Sequence[str], seed: int
 ) -> fx.GraphModule:
     """Codes for weights, floats for the rest (``rarefy.weight_only``)."""
-    if isinstance(model, fx.GraphModule) and any(node.target in rarefy.kernels.OPERATORS for node in model.graph.nodes):
+    if is_quantised(model):
         raise InputError("the model is quantised already; start from its float original")
     graph = fold(as_graph(model, inputs))
+    check_globs(graph, ignore=ignore, weights=[glob for glob, _ in assigned.rules])
     layers = [
         node for node in graph.graph.nodes if weighted(node) and not any(fnmatch.fnmatch(n, glob) for glob in ignore for n in names(node))
     ]

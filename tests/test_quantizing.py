@@ -19,6 +19,7 @@ from rarefy.kernels.affine import PIECE, dequantize, fake_quantize
 from rarefy.kernels.affine import quantize as to_codes
 from rarefy.observing import BINS, Histogram, Taps, observe
 from rarefy.prefix import Prefix
+from rarefy.pruning import prune
 from rarefy.quantizing import quantize
 from rarefy.rounding import OfWeights
 
@@ -331,6 +332,11 @@ def test_wrong_requests_are_refused(block: nn.Module, batches: list[torch.Tensor
         "the model takes": lambda: quantize(graph, batches=[torch.randn(2, 1, 32, 32)]),
         "no layer can be quantised": lambda: quantize(graph, batches=batches, ignore=["*"]),
         "unknown choice": lambda: quantize(graph, batches=batches, calibration="nonsense"),
+        "ignore: 'squeese' matches no layer": lambda: quantize(graph, batches=batches, ignore="squeese"),
+        "weights: 'tail' matches no layer": lambda: quantize(graph, batches=batches, weights="int8;head=float;tail=int4"),
+        "activations: 'tail' matches no layer": lambda: quantize(graph, batches=batches, activations="uint8;tail=uint4"),
+        "weights: 'tai.' matches no layer": lambda: quantize(graph, activations="float", weights="int4;tai?=int8"),
+        "prune its float original": lambda: prune(small, keep=0.5),
     }.items():
         with pytest.raises(InputError, match=message):
             call()
@@ -343,8 +349,9 @@ def test_wrong_requests_are_refused(block: nn.Module, batches: list[torch.Tensor
 
 def test_ignored_layers_stay_float(block: nn.Module, batches: list[torch.Tensor]) -> None:
     graph = capture(block, batches[0])
-    small = quantize(graph, batches=batches, ignore=["head"], progress=False)
-    assert "head.weight" in dict(small.named_parameters()) and small.meta["history"][-1]["facts"]["float"] == ["head"]
+    for ignore in (["head"], "head"):
+        small = quantize(graph, batches=batches, ignore=ignore, progress=False)
+        assert "head.weight" in dict(small.named_parameters()) and small.meta["history"][-1]["facts"]["float"] == ["head"]
 
 
 def test_observe_refuses_nan(block: nn.Module) -> None:

@@ -10,6 +10,13 @@ import importlib
 import pkgutil
 from typing import Any
 
+from torch import fx, nn
+
 OPERATORS: set[Any] = set()
 for _module in pkgutil.iter_modules(__path__):
     OPERATORS |= set(importlib.import_module(f"{__name__}.{_module.name}").OPERATORS)
+
+
+def is_quantised(model: nn.Module) -> bool:
+    """Is it a graph that computes with codes?"""
+    return isinstance(model, fx.GraphModule) and any(node.target in OPERATORS for node in model.graph.nodes)

@@ -203,7 +203,7 @@ def _opened(path: str | os.PathLike[str]) -> fx.GraphModule:
 
 def _compilable(graph: fx.GraphModule, taps: Sequence[str], exact: bool) -> fx.GraphModule:
     """A copy for inference, in operators that Inductor sees through or has kernels of. exact: rarefy's own. taps: values whose codes are answers."""
-    integer = any(node.target in rarefy.kernels.OPERATORS for node in graph.graph.nodes)
+    integer = rarefy.kernels.is_quantised(graph)
     graph = to_integers(to_numbers(graph)) if integer else fold(graph)
     if taps:
         found = parity.coded(graph)
