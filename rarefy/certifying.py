@@ -24,6 +24,7 @@ from torch import Tensor, fx
 
 from rarefy import plugins
 from rarefy.capturing import example_inputs
+from rarefy.errors import InputError
 from rarefy.evaluating import evaluate
 
 METRIC = 0.005  # of all samples: what the least agreement allows
@@ -43,10 +44,10 @@ def certify(
     """The certificate of ``path``, which ``runtime`` exported ``graph`` to.
 
     also: further runtimes that read the file. inputs: (N, ...) to compare on; None: random numbers. task: adds the metric, on at most ``limit`` validation images.
-    Raises FormatError for a file that a runtime can't read.
+    Raises InputError for a runtime of other files, FormatError for a file that a runtime can't read.
     """
     writer = plugins.resolve("runtimes", runtime)
-    readers = {plugins.describe(one): one for one in (writer, *(plugins.resolve("runtimes", one) for one in also))}
+    readers = readers_of(writer, also)
     given = example_inputs(graph, batch=8)[0] if inputs is None else inputs
     found: dict[str, Any] = {}
     for name, reader in readers.items():
@@ -70,3 +71,15 @@ def certify(
         exact = judged["simulation"]["value"]
         certificate["passed"] = certificate["passed"] and all(abs(one["value"] - exact) <= METRIC for one in judged.values())
     return certificate
+
+
+def readers_of(runtime: Any, also: Sequence[Any]) -> dict[str, Any]:
+    """The runtimes of a certificate by name, the one that wrote the file first. Raises InputError for one of other files."""
+    writer = plugins.resolve("runtimes", runtime)
+    readers = {plugins.describe(one): one for one in (writer, *(plugins.resolve("runtimes", one) for one in also))}
+    for name, reader in readers.items():
+        if reader.suffix != writer.suffix:
+            raise InputError(
+                f"{name}: reads {reader.suffix} files, and {plugins.describe(writer)} writes {writer.suffix}; leave it out of also"
+            )
+    return readers

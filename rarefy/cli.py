@@ -35,6 +35,21 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def _version(asked: bool) -> None:
+    if asked:
+        from rarefy import __version__
+
+        say(f"rarefy {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_version, help="Show the version and exit.")] = False,
+) -> None: ...
+
+
 _MODEL = "Models"
 _DATA = "Data"
 _BUDGET = "Budget: leave out what does not matter"
@@ -228,12 +243,13 @@ def _compress(asked: Any, key: str | None, as_json: bool) -> None:
 
     if asked.output is None:
         raise InputError('the recipe names no output; add output = "small/", or pass -o')
+    _check_data(asked.data)
     output = _claim_folder(asked.output)
     signer = _readable(key, "--key") if key else None
     source = sources.load(asked.model, weights=asked.weights, classes=asked.classes)
-    asked = dataclasses.replace(asked, data=_completed(asked.data, source))
+    asked = dataclasses.replace(asked, data=_completed(asked.data, source, asked.input))
     task = recipe.make_task(asked.data, asked.task)
-    graph = sources.graph_of(source, asked.input or task.input_shape, asked.core)
+    graph = sources.graph_of(source, _agreed(asked.input, task), asked.core)
     task.check(_outputs(graph))
     budget = compressing.Budget(**asked.budget)
     result = compressing.compress(
@@ -589,13 +605,16 @@ def evaluate(
             seed=seed,
             device=_device(device),
         )
+    left_out = task.unreadable(split)
     if as_json:
-        show_json(found.to_json())
+        show_json({**found.to_json(), **({"unreadable": left_out} if left_out else {})})
     else:
         facts: dict[str, Any] = {"after": {"name": source.text, "evaluation": found.to_json()}}
         if found.reference is not None:
             facts["before"] = {"name": str(reference), "evaluation": found.reference.to_json()}
         _show_comparison(facts)
+        for what, which in _left_out(task):
+            say(f"{what}: {which}")
     if most is not None and found.drop is not None and found.drop["value"] > most:
         raise GoalMissed(
             f"{source.text}: loses {100 * found.drop['value']:.2f} points against {reference}, more than {100 * most:g}; "
@@ -655,12 +674,13 @@ def export(
     """Write the file that the runtime runs, and check that it answers like the model."""
     from rarefy import certifying, exporting, plugins
 
-    if certify is None and (also or data.options()):
-        raise InputError("--also and data belong to the certificate; name its file with --certify")
-    for name in (runtime, *(also or ())):
-        plugins.resolve("runtimes", name)
+    if certify is None and (also or limit is not None or data.options()):
+        raise InputError("--also, --limit and data belong to the certificate; name its file with --certify")
+    certifying.readers_of(runtime, also or ())
     suffix = plugins.resolve("runtimes", runtime).suffix
     target = _claim_file(output, (".onnx", ".xml") if suffix == ".onnx" else (suffix,))
+    if certify is not None:
+        _claim_parent(certify, "--certify")
     _, graph, task = _prepared(model, data, needed=False)
     if certify is None:
         parity = exporting.export(graph, target, runtime=runtime, compare=compare)
@@ -739,6 +759,8 @@ def _recorded(place: Path) -> dict[str, Any]:
         reporting.view(facts)
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise FormatError(f"{file}: is no report ({type(error).__name__}: {error}); pass --data to measure the folder again") from error
+    if not {"before", "after", "goals", "steps"} & facts.keys():
+        raise FormatError(f"{file}: is no report; give a folder that `rarefy compress` saved, or its report.json")
     return dict(facts)
 
 
@@ -948,14 +970,16 @@ def _shape(model: ModelOptions) -> tuple[int, ...] | None:
     return parse_shape(model.input) if model.input is not None else None
 
 
-def _completed(options: Mapping[str, Any], source: Any) -> dict[str, Any]:
-    """The task's options, with what the model's maker says of its input where the user says nothing.
+def _completed(options: Mapping[str, Any], source: Any, shape: tuple[int, ...] | None = None) -> dict[str, Any]:
+    """The task's options, with what ``--input``, or else the model's maker, says of the input where the user says nothing.
 
     Its size only goes to image files (arrays have one of their own), or where the graph was captured for it.
     """
     from rarefy.capturing import is_graph
 
     known = dict(source.preprocessing)
+    if shape is not None and len(shape) == 3 and shape[1] == shape[2]:
+        known["size"] = shape[1]
     files = any(str(options.get(split, "")).startswith(("imagefolder:", "images:", "tar:", "parquet:")) for split in ("train", "val"))
     if not files and not is_graph(source.model):
         known.pop("size", None)
@@ -1009,22 +1033,43 @@ def _prepared(model: ModelOptions, data: DataOptions, needed: bool = True) -> tu
     from rarefy import recipe, sources
 
     options = data.options()
-    if needed and not {"train", "val"} & set(options):
-        raise InputError("no data is given; pass --data SOURCE, or --train and --val")
+    if needed:
+        _check_data(options)
     shape = _shape(model)
     source = sources.load(model.model, weights=model.weights, classes=model.classes)
     task = None
     if options:
-        task = recipe.make_task(recipe.data_options(_completed(options, source)))
-    graph = sources.graph_of(source, shape or (task.input_shape if task is not None else None), model.core)
+        task = recipe.make_task(recipe.data_options(_completed(options, source, shape)))
+    graph = sources.graph_of(source, _agreed(shape, task), model.core)
     return source, graph, task
+
+
+def _check_data(options: Mapping[str, Any]) -> None:
+    if not {"train", "val"} & set(options):
+        raise InputError("no data is given; pass --data SOURCE, or --train and --val")
+
+
+def _agreed(shape: tuple[int, ...] | None, task: Any) -> tuple[int, ...] | None:
+    """The input's shape: as given, which must be what the data gives, or else that."""
+    if task is None:
+        return shape
+    given: tuple[int, ...] = task.input_shape
+    if shape is not None and shape != given:
+        asked, have = (",".join(map(str, one)) for one in (shape, given))
+        raise InputError(
+            f"--input {asked}: the data gives images of {have}; leave --input out, or change the data (--image-size, --channels)"
+        )
+    return given
 
 
 def _number_of(text: str, where: str) -> float:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
         raise InputError(f"{where}: {text!r} is not a number; write 2*MODEL") from None
+    if not 0 < number < math.inf:
+        raise InputError(f"{where}: the weight {text} is not above 0; write 2*MODEL")
+    return number
 
 
 def _device(text: str | None) -> str | None:
@@ -1102,14 +1147,14 @@ def _claim_file(text: str, suffixes: Sequence[str]) -> Path:
     return path
 
 
-def _claim_parent(path: Path) -> None:
+def _claim_parent(path: Path, option: str = "--output") -> None:
     parent = path.absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as error:
-        raise InputError(f"{path}: can't be written ({error.strerror}); choose another --output") from error
+        raise InputError(f"{path}: can't be written ({error.strerror}); choose another {option}") from error
 
 
 def _readable(text: str, option: str) -> str:
@@ -1141,7 +1186,7 @@ def _save(graph: Any, folder: str, source: Any, task: Any, as_json: bool) -> Non
     facts = [
         (name.replace("_", " "), reporting.plain(value))
         for name, value in step["facts"].items()
-        if not isinstance(value, (Mapping, list, tuple))
+        if value is not None and not isinstance(value, (Mapping, list, tuple))
     ]
     rows = [
         ("parameters", f"{found['parameters']:,}"),

@@ -328,9 +328,12 @@ def _split(value: Any) -> Any:
 
 def _step_of_text(text: str, where: str) -> dict[str, Any]:
     try:
-        verb, *options = shlex.split(text)
+        words = shlex.split(text)
     except ValueError as error:
         raise InputError(f"{where}: {text!r}: {error}; write 'prune macs=0.5'") from error
+    if not words:
+        raise InputError(f"{where}: is empty; write 'prune macs=0.5'")
+    verb, *options = words
     content: dict[str, Any] = {"do": verb}
     for option in options:
         key, equals, value = option.partition("=")

@@ -41,7 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy.capturing import capture, is_graph
+from rarefy.capturing import capture, is_graph, output_shapes
 from rarefy.errors import CaptureError, FormatError, InputError, MissingDependency
 
 FORMS = "timm:NAME, torchvision:NAME, package.module:function, a folder saved by rarefy, or a .pt2 file"
@@ -99,7 +99,7 @@ def _made_from(text: str, prefix: str, rest: str, weights: Any, classes: int | N
     if os.path.isdir(text):
         return _folder(text, weights, classes)
     if text.endswith(".pt2"):
-        return _exported(text)
+        return _exported(text, classes)
     if rest and re.fullmatch(r"[A-Za-z_][\w.]*", prefix) and re.fullmatch(r"[A-Za-z_]\w*(\?.*)?", rest):
         name, options = _options(rest, text)
         return _function(text, prefix, name, options, classes)
@@ -114,7 +114,7 @@ def graph_of(source: Source, shape: tuple[int, ...] | None = None, core: str | N
         own = _shape_of(source.model) or ()
         if shape is not None and tuple(shape) != own:
             raise InputError(
-                f"{source.text}: was captured for inputs of {_by(own)}, not {_by(shape)}; leave --input (or --size) out, or start from the original"
+                f"{source.text}: was captured for inputs of {_by(own)}, not {_by(shape)}; leave --input, --image-size and --channels out, or start from the original"
             )
         return source.model
     example = source.example(shape)
@@ -247,6 +247,8 @@ def _torchvision(text: str, name: str, options: dict[str, Any], classes: int | N
         options["num_classes"] = classes
     if name in ("googlenet", "inception_v3"):  # their defaults warn, and their auxiliary heads only train
         options = {"init_weights": True, "aux_logits": False, **options}
+    if "weights_backbone" in _parameters(torchvision.models.get_model_builder(name)):  # which would be downloaded unasked
+        options = {"weights_backbone": None, **options}
     model = _made(text, lambda: torchvision.models.get_model(name, **options))
     side = 299 if name == "inception_v3" else 224
     means = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -290,17 +292,25 @@ def imported(module: str, name: str, text: str) -> Any:
 def _folder(text: str, weights: Any, classes: int | None) -> Source:
     if not os.path.isfile(os.path.join(text, "graph.json")):
         raise FormatError(f"{text}: no graph.json in that folder, so rarefy did not save it; give {FORMS}")
-    if weights is not None or classes is not None:
-        raise InputError(f"{text}: a saved folder has its own weights and classes; leave out --weights and --classes")
+    if weights is not None:
+        raise InputError(f"{text}: a saved folder has its own weights; leave out --weights")
     from rarefy import artifact
 
     graph = artifact.load(text)
+    if classes is not None:
+        _check_classes(text, output_shapes(graph), classes)
     task = artifact.read_manifest(text).get("task")
     known = {key: task[key] for key in ("mean", "std", "crop", "interpolation") if key in task} if isinstance(task, dict) else {}
     shape = _shape_of(graph)
     if shape is not None and len(shape) == 3 and shape[1] == shape[2]:
         known["size"] = shape[1]
     return Source(text, graph, shape, known)
+
+
+def _check_classes(text: str, own: list[tuple[int, ...]], classes: int) -> None:
+    """What is made already can't be given other classes; the same number is no contradiction (``--classes`` is meant for a reference beside it, too)."""
+    if own != [(classes,)]:
+        raise InputError(f"{text}: was made with outputs of {', '.join(map(_by, own))}, not {classes}; leave out --classes")
 
 
 def _shape_of(model: nn.Module) -> tuple[int, ...] | None:
@@ -310,7 +320,7 @@ def _shape_of(model: nn.Module) -> tuple[int, ...] | None:
     return tuple(stated) if isinstance(stated, (tuple, list)) and all(isinstance(size, int) for size in stated) else None
 
 
-def _exported(text: str) -> Source:
+def _exported(text: str, classes: int | None) -> Source:
     content = _checked_pt2(text)
     try:
         with _quiet():
@@ -332,6 +342,9 @@ def _exported(text: str) -> Source:
             f"{text}: was exported for batches of {inputs[0].shape[0]} only; "
             "export it again with dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)"
         )
+    if classes is not None:
+        answers = [node.meta["val"] for node in program.graph.nodes if node.name in program.graph_signature.user_outputs]
+        _check_classes(text, [tuple(value.shape[1:]) for value in answers], classes)
     sizes = inputs[0].shape[1:]
     return Source(text, module, tuple(sizes) if all(isinstance(size, int) for size in sizes) else None)
 

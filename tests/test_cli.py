@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import typer
+from PIL import Image
 from torch import Tensor, nn
 
 import rarefy
@@ -54,6 +56,14 @@ class Tiny(nn.Module):
         return self.head(self.two(self.one(x).relu()).relu().mean((2, 3)))
 
 
+class Sized(Tiny):
+    """Of as many classes as asked."""
+
+    def __init__(self, num_classes: int = 3) -> None:
+        super().__init__()
+        self.head = nn.Linear(16, num_classes)
+
+
 def run(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> str:
     """stdout of that command line; stderr must be empty when it went well."""
     returned = cli.run([str(argument) for argument in arguments])
@@ -81,6 +91,10 @@ def test_all_commands_are_there_with_help(capsys: pytest.CaptureFixture[str]) ->
     for command in COMMANDS:
         assert "Usage: rarefy" in run(capsys, command, "--help")
     assert run(capsys) == run(capsys, "--help")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "--version") == f"rarefy {rarefy.__version__}\n"
 
 
 def test_help_does_not_import_torch() -> None:
@@ -197,6 +211,23 @@ def test_evaluate(capsys: pytest.CaptureFixture[str], saved: Path) -> None:
     assert "top-1 accuracy" in text and "agreement" in text
 
 
+def test_classes_are_for_whichever_of_two_models_is_built(capsys: pytest.CaptureFixture[str], saved: Path) -> None:
+    found = as_json(capsys, "evaluate", saved, "--data", "sklearn:digits", "--reference", f"{HERE}:Sized", "--classes", 10, "--limit", 20)
+    assert found["reference"]["samples"] == 20
+
+
+def test_input_says_the_size_of_image_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for number in range(12):
+        folder = tmp_path / "val" / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((20, 20), number, np.uint8)).save(folder / f"{number}.png")
+    (tmp_path / "val" / "a" / "0.png").write_bytes(b"not an image")
+    options = ("--val", f"imagefolder:{tmp_path}/val", "--channels", 1, "--input", "1,8,8", "--skip-unreadable")
+    found = as_json(capsys, "evaluate", f"{HERE}:Tiny", *options)
+    assert found["samples"] == 11 and found["unreadable"]["count"] == 1
+    assert "left out of val" in run(capsys, "evaluate", f"{HERE}:Tiny", *options)
+
+
 def test_evaluate_exits_1_for_too_large_a_drop(capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path) -> None:
     trained = tmp_path / "trained"
     run(
@@ -226,7 +257,7 @@ def test_quantize_explains_and_writes_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     given = ("quantize", saved, "--data", "sklearn:digits", "--images", 32)
-    found = as_json(capsys, *given, "--explain", "--ignore", "*head*", "--ignore", "*fc*")
+    found = as_json(capsys, *given, "--explain", "--ignore", "*head*")
     assert found["layers"] and all(row["bits"] == 8 and row["sqnr_db"] > 10 for row in found["layers"])
     assert all(row["why"] for row in found["float"])
     assert cli.run([*map(str, given), "--explain"]) == 0

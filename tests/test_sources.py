@@ -110,6 +110,15 @@ def test_classes_reach_the_model() -> None:
         assert graph(torch.randn(2, 3, 32, 32)).shape == (2, 7)
 
 
+def test_nothing_is_downloaded_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a download")
+
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", refuse)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
+    assert "backbone" in dict(sources.load("torchvision:ssdlite320_mobilenet_v3_large").model.named_children())
+
+
 def test_the_same_model_every_time_and_no_seed_touched() -> None:
     before = torch.get_rng_state()
     first, second = sources.load(f"{HERE}:small"), sources.load(f"{HERE}:small")
@@ -288,6 +297,10 @@ def test_an_exported_program(tmp_path: Path) -> None:
     assert torch.equal(graph(x), torch.export.load(path).module()(x))
     assert {name for name, _ in graph.named_parameters()} == {"conv.weight", "conv.bias", "head.weight", "head.bias"}
     graph.train()
+    outputs = graph(x).shape[1]
+    assert sources.load(str(path), classes=outputs).shape == (3, 8, 8)
+    with pytest.raises(InputError, match=f"outputs of {outputs}, not 99; leave out --classes"):
+        sources.load(str(path), classes=99)
 
 
 def test_an_exported_program_of_one_batch_size(tmp_path: Path) -> None:

@@ -550,7 +550,7 @@ class Classification:
             seen = min(len(source), _MOST_SCANNED)
             first = min(broken.items())[1]
             raise DataError(
-                f"{source.where}: {len(broken)} of {seen} images can't be read, the first is {first}; delete or replace them, or pass strict=False to leave them out"
+                f"{source.where}: {len(broken)} of {seen} images can't be read, the first is {first}; delete or replace them, or leave them out with strict=False (--skip-unreadable)"
             )
         known = self._unreadable.setdefault(split, {})
         if not known:
