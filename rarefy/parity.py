@@ -40,7 +40,8 @@ def compare(
 
     agreement: share of equal most likely classes. largest_difference: of the answers. layers: what each rounded value differs by in units of
     the last place (codes) when both start from the file's own inputs of that layer, and the share of codes that differ; ulp: the
-    largest of them. first_diverging_layer: the first by more than one unit, which rounding a sum in another order can't explain.
+    largest of them. unread: values that the runtime gives in another shape (it moved a padding before them), which are not compared; only if there are any.
+    first_diverging_layer: the first by more than one unit, which rounding a sum in another order can't explain.
     passed: agreement of at least 99.5 % and no such layer.
     """
     onnx = needs("onnx")
@@ -82,7 +83,7 @@ def against(
 ) -> dict[str, Any]:
     """What ``compare`` returns, of a graph (layers integer) and a runtime: ``run`` gives its answer, and the codes of the ``shared`` values by their name."""
     codes = coded(graph)
-    tally = {name: [0, 0, 0] for name in shared}
+    tally: dict[str, list[int]] = {}
     same = 0
     largest = 0.0
     for part in inputs.split(batch):
@@ -91,17 +92,18 @@ def against(
         with torch.no_grad():
             answer = _first(graph(part))
             for name, difference in _Following(graph, runtime_codes).differences(part):
-                entry = tally[name]
+                entry = tally.setdefault(name, [0, 0, 0])
                 entry[0] = max(entry[0], int(difference.max()))
                 entry[1] += int((difference > 0).sum())
                 entry[2] += difference.numel()
         largest = max(largest, float((answer - theirs).abs().max()))
         same += int((answer.flatten(1).argmax(1) == theirs.flatten(1).argmax(1)).sum()) if answer.dim() > 1 else 0
-    stacks = {name: _layer(codes[name]) for name in shared}
+    stacks = {name: _layer(codes[name]) for name in tally}
     layers: list[dict[str, Any]] = [
         {"name": stacks[name], "value": name, "difference": entry[0], "share": entry[1] / max(entry[2], 1)} for name, entry in tally.items()
     ]
     first = next((layer["name"] for layer in layers if layer["difference"] > 1), None)
+    unread = [name for name in shared if name not in tally]
     agreement = same / len(inputs)
     return {
         "agreement": agreement,
@@ -111,6 +113,7 @@ def against(
         "first_diverging_layer": first,
         "layers": layers,
         "passed": agreement >= LEAST_AGREEMENT and first is None,
+        **({"unread": unread} if unread else {}),
     }
 
 
@@ -156,7 +159,7 @@ class _Following(fx.Interpreter):
     def run_node(self, node: fx.Node) -> Any:
         value = super().run_node(node)
         theirs = self.codes.get(node)
-        if theirs is None:
+        if theirs is None or theirs.shape != value.shape:
             return value
         self.found.append((_value_name(node), (value.to(torch.int32) - theirs.to(torch.int32)).abs()))
         return torch.empty_like(value).copy_(theirs)  # laid out as the graph's own, which a view may hang on

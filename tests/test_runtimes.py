@@ -156,6 +156,31 @@ def test_certificate_names_runtimes_file_and_first_layer(graph: fx.GraphModule, 
     assert all(one["first_diverging_layer"].startswith("depthwise") for one in broken["runtimes"].values())
 
 
+class Windows(nn.Module):
+    """A norm, padded behind: OpenVINO pads the codes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.one, self.head = nn.LayerNorm(16), nn.Linear(16, 16), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.pad(self.norm(x.permute(0, 2, 3, 1)), (0, 0, 0, 3, 0, 3))
+        return self.head(self.one(x).relu().mean((1, 2)))
+
+
+def test_a_value_that_a_runtime_gives_in_another_shape_is_left_out(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    inputs = torch.randn(8, 16, 5, 5)
+    small = quantize(capture(Windows().eval(), inputs), batches=[inputs], progress=False)
+    path = plugins.resolve("runtimes", "onnxruntime").export(small, tmp_path / "model.onnx")
+    found = certify(small, path, also=["openvino"], inputs=inputs)
+    own, other = found["runtimes"].values()
+    assert found["passed"] and "unread" not in own
+    assert {layer["value"] for layer in other["layers"]} | set(other.get("unread", ())) == {layer["value"] for layer in own["layers"]}
+
+
 def test_inductor_multiplies_codes_and_reads_a_saved_folder(graph: fx.GraphModule, batches: list[Tensor], tmp_path: Path) -> None:
     """Layers become oneDNN's integer ones, the weights packed; a folder is as good as the file; no GPU, no other member and no packed file are taken."""
     runtime = plugins.resolve("runtimes", "inductor:threads=1")
