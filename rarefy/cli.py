@@ -781,7 +781,8 @@ def _measured_again(
         assert evaluation is not None
         facts[name] = {**facts.get(name, {}), **measured[name], "evaluation": evaluation.to_json()}
     facts |= {key: value for key, value in reporting.told_by(graph.meta.get("history", [])).items() if key not in facts}
-    facts.pop("verdict", None)
+    for claim in ("verdict", "warnings"):
+        facts.pop(claim, None)
     facts["goals"] = []
     return facts
 
@@ -1218,6 +1219,8 @@ def _show_report(facts: Mapping[str, Any], folder: str, as_json: bool) -> None:
     else:
         _show_comparison(facts)
         say(reporting.view(facts)["verdict"]["sentence"])
+        for warning in reporting.view(facts)["warnings"]:
+            say(f"warning: {warning}")
         say(f"report: {Path(folder) / 'report.html'}")
     shown = reporting.view(facts)
     if any(not goal["met"] for goal in shown["goals"]):

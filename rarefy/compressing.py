@@ -19,7 +19,7 @@ is always saved; what is missed is said.
 
 **Resuming.** In the working folder each finished step is a saved model with its measurements, put in place by one rename; training keeps its own
 checkpoint beside them. A run that was killed anywhere goes on from there, and decides by what was measured before the kill. Another model, data, budget
-or recipe is refused. ``graph.json``, ``weights.safetensors`` and ``model.onnx`` hold no time of any clock: a resumed run, and a second run with the same seed on
+or recipe is refused, once a step was done. ``graph.json``, ``weights.safetensors`` and ``model.onnx`` hold no time of any clock: a resumed run, and a second run with the same seed on
 the same machine, ends with the same bytes. ``manifest.json`` and the report hold measurements, and differ.
 """
 
@@ -49,7 +49,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rarefy import artifact, measuring, plugins, reporting
-from rarefy.capturing import as_graph
+from rarefy.capturing import as_graph, output_shapes
 from rarefy.certifying import certify
 from rarefy.distilling import distill
 from rarefy.doctor import examine
@@ -70,6 +70,7 @@ BATCH = 64  # of evaluation
 CLEARLY = 1.1  # a ratio of latencies that is more than noise
 SMALLER = 0.99
 QUANTIZED_GAIN = 1.5  # what the usual recipe expects of int8: kernels differ, so less than the 2 to 4 that is common
+LEAST = 0.02  # share of the MACs or parameters below which pruning is no advice
 SAFETY = 1.2  # latency falls more slowly than MACs
 RUN, FINAL = "run.json", "final.json"
 
@@ -314,7 +315,10 @@ class _Run:
         if RUN in present:
             theirs = _read(self.folder / RUN)
             other = [name for name in mine if theirs.get(name) != mine[name]]
-            if other:
+            if other and all(name in (RUN, "0-original") or name.startswith(".") for name in present):  # no step was done: nothing is lost
+                shutil.rmtree(self.folder / "0-original", ignore_errors=True)
+                _write(self.folder / RUN, mine)
+            elif other:
                 raise InputError(
                     f"workdir={self.folder}: holds an unfinished run with another {' and '.join(other)}; "
                     "delete it to start anew, name another folder, or go on with what it was started with"
@@ -491,6 +495,7 @@ class _Run:
         report = {
             "title": title or "a compressed model",
             "goals": self._goals(before, after),
+            "warnings": self._warnings(before),
             "before": {"name": "original", **before},
             "after": {"name": winner.name, **after},
             "steps": [_step_facts(one) for one in outcomes],
@@ -575,13 +580,35 @@ class _Run:
             advice = "distil for more epochs, or prune less"
             goals.append({"name": "max_drop", "asked": asked.max_drop, "reached": drop, "met": drop <= asked.max_drop, "advice": advice})
         if asked.speedup is not None:
-            advice = f"prune to fewer MACs (macs={0.9 * after['macs'] / before['macs'] * speedup / asked.speedup:.2f}) and distil for more epochs"
+            share = 0.9 * after["macs"] / before["macs"] * speedup / asked.speedup
+            advice = f"prune to fewer MACs (macs={share:.2f}) and distil for more epochs"
+            if share < LEAST:
+                advice = "ask for less, or start from a faster architecture (distill with student=): pruning alone does not get there"
             goals.append({"name": "speedup", "asked": asked.speedup, "reached": speedup, "met": speedup >= asked.speedup, "advice": advice})
         if asked.size is not None:
             share = min(1.0, 0.9 * after["parameters"] / before["parameters"] * asked.size / size)
             advice = f"prune to fewer parameters (params={share:.2f}) and distil for more epochs, or quantise to fewer bits (weights=int4)"
+            if share < LEAST:
+                advice = (
+                    "ask for a larger size, or start from a smaller architecture (distill with student=): pruning alone does not get there"
+                )
             goals.append({"name": "size", "asked": asked.size, "reached": size, "met": size <= asked.size, "advice": advice})
         return goals
+
+    def _warnings(self, before: Mapping[str, Any]) -> list[str]:
+        """What makes the comparison worthless, whatever its numbers."""
+        classes, outputs = self.task.classes, output_shapes(self.original.graph())[0][0]
+        evaluation, found = before["evaluation"], []
+        if evaluation["interval"][0] <= 1 / classes:
+            found.append(
+                f"the original is no better than chance (top-1 {evaluation['value']:.2%} of {evaluation['samples']} images, {classes} classes): "
+                "were its weights given, and are its outputs in the order of the data's classes?"
+            )
+        if outputs != classes:
+            found.append(
+                f"the model has {outputs} outputs, the data {classes} classes: label i is compared with output i; is that their order?"
+            )
+        return found
 
     def _say(self, text: str) -> None:
         if self.progress:

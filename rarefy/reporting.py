@@ -11,6 +11,7 @@ The facts are one JSON-able dictionary. Every key is optional::
     goals        [{"name": "max_drop" | "speedup" | "size" | any text, "asked": number, "reached": number, "met": bool, "advice": str}]
                           max_drop is a share (0.005), speedup a ratio, size in bytes; "unit" says it for other names:
                           "share" | "ratio" | "bytes" | "ms"
+    warnings     [str]    what makes the comparison worthless, such as an original without its weights
     before       the original, and
     after        the result:
         {"name": str,
@@ -149,6 +150,7 @@ def summary(facts: Facts) -> str:
     shown = view(facts)
     lines = [shown["verdict"]["sentence"]] if shown["verdict"] else []
     lines += [f"  try: {advice}" for advice in (shown["verdict"] or {}).get("advice", [])]
+    lines += [f"warning: {warning}" for warning in shown["warnings"]]
     if shown["comparison"]:
         rows = [
             ("", "before", "after", "change"),
@@ -171,6 +173,7 @@ def view(facts: Facts) -> dict[str, Any]:
     return {
         "title": str(facts.get("title") or "A compressed model"),
         "verdict": _verdict(facts, goals, comparison),
+        "warnings": [str(warning) for warning in facts.get("warnings") or []],
         "goals": goals,
         "tiles": [row for row in comparison if row["tile"]],
         "comparison": comparison,
@@ -208,7 +211,7 @@ def _verdict(facts: Facts, goals: list[dict[str, Any]], comparison: list[dict[st
     if not sentence:
         return None
     advice = list(given.get("advice") or []) or [goal["advice"] for goal in goals if not goal["met"] and goal["advice"]]
-    light = {"met": "good", "missed": "bad"}.get(status, "neutral")
+    light = {"met": "neutral" if facts.get("warnings") else "good", "missed": "bad"}.get(status, "neutral")
     word = {"met": "Goals met", "missed": "Goal missed"}.get(status, "Result")
     return {"light": light, "word": word, "sentence": str(sentence).strip(), "advice": [str(item) for item in advice]}
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from rarefy import artifact, compressing, demo, distilling
 from rarefy.capturing import capture
 from rarefy.compressing import Budget, Candidate, Outcome, compress
 from rarefy.errors import InputError
+from rarefy.evaluating import wilson
 from rarefy.tasks import Classification
 
 QUICK = [{"do": "prune", "macs": 0.6, "round_to": 8}, {"do": "distill", "epochs": 2, "batch_size": 64}]
@@ -170,6 +172,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, compressing.R
 def test_the_report_tells_what_was_done(whole: tuple[Path, compressing.Result]) -> None:
     _, result = whole
     facts = result.report
+    assert facts["warnings"] == []
     assert result.met and [goal["name"] for goal in facts["goals"]] == ["max_drop", "size"]
     assert [step["step"] for step in facts["steps"]] == ["prune", "distill"] and all(step["kept"] for step in facts["steps"])
     assert facts["after"]["macs"] < 0.61 * facts["before"]["macs"]
@@ -214,6 +217,47 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"thesis\.txt"):
         compress(untrained(), digits(), budget=Budget(), steps=QUICK, workdir=tmp_path, progress=False)
     assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+def test_a_run_that_did_no_step_yet_makes_way(tmp_path: Path) -> None:
+    """A step of a wrong value is refused when its turn comes; mended, it runs in the same folder."""
+    options: dict[str, Any] = {"budget": Budget(), "workdir": tmp_path / "work", "corruptions": (), "progress": False}
+    with pytest.raises(InputError, match="macs=2.5"):
+        compress(untrained(), digits(), steps=[{"do": "prune", "macs": 2.5}], **options)
+    assert (tmp_path / "work" / "0-original").is_dir()
+    other = compress(untrained(8), digits(), steps=[{"do": "prune", "macs": 0.5}], **options)
+    assert other.report["before"]["parameters"] == sum(parameter.numel() for parameter in untrained(8).parameters())
+    assert [step["step"] for step in other.report["steps"]] == ["prune"] and (tmp_path / "work" / "1-prune").is_dir()
+
+
+def warned(value: float, classes: int) -> list[str]:
+    task = dataclasses.replace(digits(), class_count=classes)
+    run = compressing._Run(Path(), task, Budget(), [], None, 0, None, (), True, False)
+    run.original = SimpleNamespace(graph=untrained)  # type: ignore[assignment]
+    samples = 100
+    return run._warnings({"evaluation": {"value": value, "samples": samples, "interval": wilson(round(value * samples), samples)}})
+
+
+def test_an_original_that_knows_nothing_is_told() -> None:
+    assert warned(0.9, 10) == []
+    assert len(found := warned(0.12, 10)) == 1 and "no better than chance" in found[0] and "weights" in found[0]
+    assert len(found := warned(0.9, 12)) == 1 and "10 outputs, the data 12 classes" in found[0]
+
+
+@pytest.mark.parametrize(("budget", "kept", "said"), [
+    (Budget(size=10), 0.6, "ask for a larger size"), (Budget(size=500), 0.6, "params=0.27"), (Budget(speedup=900), 0.6, "ask for less"), (Budget(speedup=4), 0.6, "macs=0.27")
+])  # fmt: skip
+def test_advice_can_be_followed(budget: Budget, kept: float, said: str) -> None:
+    run = compressing._Run(Path(), None, budget, [], None, 0, None, (), True, False)
+    after = {
+        "evaluation": {"drop": {"value": 0.0}},
+        "speedup": {"original": {"median": 2.0}},
+        "size_bytes": 1000,
+        "macs": kept,
+        "parameters": kept,
+    }
+    (goal,) = run._goals({"macs": 1, "parameters": 1}, after)
+    assert not goal["met"] and said in goal["advice"]
 
 
 def test_no_validation_data() -> None:

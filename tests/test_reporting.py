@@ -273,6 +273,11 @@ def test_verdict_follows_the_goals() -> None:
     for goal in told["goals"]:
         goal["met"] = True
     assert reporting.view(told)["verdict"]["light"] == "good"
+    told["warnings"] = ["the original knows <nothing>"]
+    assert reporting.view(told)["verdict"]["light"] == "neutral"
+    assert "the original knows &lt;nothing&gt;" in reporting.html(told) and "warning: the original knows <nothing>" in reporting.summary(
+        told
+    )
     assert reporting.view(told)["verdict"]["sentence"].startswith("Both goals were met.")
     told["goals"] = []
     assert reporting.view(told)["verdict"]["light"] == "neutral"
