@@ -24,12 +24,14 @@ class Run:
     """Axes cut together: ``sources`` place among the node's arguments -> axis; ``result`` axis; ``least``: no shorter than that.
 
     sized: the operator's second argument is a list of sizes, of which the one at ``result`` is cut too.
+    groups: of a convolution; the axes are cut to a few whole groups, and lengths are counted in these.
     """
 
     sources: dict[int, int]
     result: int
     least: int = 1
     sized: bool = False
+    groups: int = 0
 
 
 def sources_of(node: fx.Node) -> list[fx.Node]:
@@ -62,12 +64,12 @@ def lengths(runs: Sequence[Run], shapes: Sequence[Shape | None], result: Shape, 
         waiting.remove(run)
         total = max(large.get(place, 0) for place in axes[run])
         members = [(size, axes[run][place]) for place, size in zip(tensors, sizes, strict=True) if place in axes[run]]
-        length = min(size[axis] for size, axis in members)
+        length = run.groups or min(size[axis] for size, axis in members)
         least = max(run.least, -(-length * most // total))
         if least < length:
             found.append((run, least))
             for size, axis in members:
-                size[axis] = min(size[axis], least)
+                size[axis] = size[axis] // length * least if run.groups else min(size[axis], least)
     return found
 
 
@@ -116,12 +118,14 @@ def _windows(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[in
 
 
 def _convolution(node: fx.Node, shapes: Sequence[Shape | None], result: Shape) -> list[Run]:
-    """A smaller image, of a kernel and two steps at least."""
+    """A smaller image, of a kernel and two steps at least; fewer outputs, or fewer groups of several channels."""
     kernel = (shapes[1] or ())[2:]
     stride, _, dilation = (_each(node, place, name, default, len(kernel)) for place, name, default in _CONVOLUTION)
-    groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
-    runs = _windows(kernel, stride, dilation, result)
-    return [*runs, Run(_made(shapes), len(result) - len(kernel) - 1, CHANNELS)] if groups == 1 else runs
+    groups: Any = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
+    runs, axis = _windows(kernel, stride, dilation, result), len(result) - len(kernel) - 1
+    if groups == 1:
+        return [*runs, Run(_made(shapes), axis, CHANNELS)]
+    return [*runs, Run({0: axis, **_made(shapes)}, axis, groups=groups)] if groups < (shapes[0] or ())[axis] else runs
 
 
 _CONVOLUTION = ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))

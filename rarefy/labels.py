@@ -173,14 +173,15 @@ class Trace:
 
 
 def compact(layer: Tensor) -> Tensor:
-    """The same labels, with size 1 on each axis along which they do not vary."""
+    """The same labels, with size 1 on each axis along which they do not vary; not in the memory of many times as many."""
     for axis, (size, stride) in enumerate(zip(layer.shape, layer.stride(), strict=True)):
         if size > 1 and stride == 0:
             layer = layer.narrow(axis, 0, 1)
     for axis in range(layer.dim()):
         if layer.shape[axis] > 1 and bool((layer == layer.narrow(axis, 0, 1)).all()):
             layer = layer.narrow(axis, 0, 1)
-    return layer
+    held = layer.untyped_storage().nbytes() // layer.element_size()
+    return layer.clone() if held > 4 * layer.numel() else layer
 
 
 def axes_of(layer: Tensor) -> list[int]:

@@ -46,6 +46,7 @@ from rarefy.coupling import Coupling, couple
 from rarefy.criteria import Criterion
 from rarefy.errors import InputError
 from rarefy.labels import Value, compact
+from rarefy.releasing import release
 from rarefy.repairing import repair as mended
 from rarefy.schedules import Setting
 from rarefy.selection import Selection
@@ -183,7 +184,9 @@ def _at_once(
         )
     else:
         plan = choose(coupling, scores, target, ranking=ranking, round_to=round_to, floor=floor, select=selection, seed=seed, was=was)
+    release()
     small = cut(coupling, plan.alive)
+    release()
     difference = self_check(coupling, small, plan.alive, seed) if check else None
     small.train(graph.training)
     options = {

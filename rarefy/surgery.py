@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from rarefy.errors import InputError
 from rarefy.labels import Value
 
 aten = torch.ops.aten
+PIECE = 1 << 18  # numbers of a tensor that are copied at a time, where it is cut along several axes
 
 
 def cut(coupling: Coupling, alive: Tensor) -> fx.GraphModule:
@@ -54,12 +55,27 @@ def _cut_tensors(coupling: Coupling, alive: Tensor, small: fx.GraphModule) -> No
     named = [*small.named_parameters(remove_duplicate=False), *small.named_buffers(remove_duplicate=False)]
     for name, tensor in named:
         if id(tensor) not in done:
-            data = tensor.detach()
-            for axis, index in kept.get(first.get(name, name), {}).items():
-                data = data.index_select(axis, index.to(data.device))
-            data = data.clone() if data.data_ptr() == tensor.data_ptr() else data
+            data = _selected(tensor.detach(), kept.get(first.get(name, name), {}))
             done[id(tensor)] = nn.Parameter(data, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
         set_attribute(small, name, done[id(tensor)])
+
+
+def _selected(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    """A copy of the positions ``kept`` of some axes; along several, a few rows at a time, so that no larger tensor is made on the way."""
+    chosen = [(axis, index.to(tensor.device)) for axis, index in sorted(kept.items())]
+    if not chosen:
+        return tensor.clone()
+    (first, rows), *others = chosen
+    if not others:
+        return tensor.index_select(first, rows)
+    made = tensor.new_empty([len(kept[axis]) if axis in kept else size for axis, size in enumerate(tensor.shape)])
+    pieces = rows.split(max(1, PIECE * tensor.shape[first] // max(1, tensor.numel())))
+    for part, target in zip(pieces, made.split([len(part) for part in pieces], first), strict=True):
+        part = tensor.index_select(first, part)
+        for axis, index in others:
+            part = part.index_select(axis, index)
+        target.copy_(part)
+    return made
 
 
 class _Knife:

@@ -33,6 +33,7 @@ from rarefy.counting import operator_name
 from rarefy.coupling import Coupling, Kept
 from rarefy.errors import SelfCheckFailed
 from rarefy.labels import Value
+from rarefy.releasing import release
 from rarefy.ties import only_moves
 
 
@@ -47,7 +48,8 @@ class Difference:
 
 TOLERANCE = 1e-9
 MOST = 1 << 16  # numbers of a tensor that stand for all, about, where an operator treats positions alike
-PIECE = 1 << 20  # numbers of a parameter that are compared at a time: what they need on the way stays in the cache
+PIECE = 1 << 17  # numbers of a parameter that are compared at a time: what they need on the way stays in the cache
+OFTEN = 200  # nodes after which freed memory is given back
 TINY = (torch.float16, torch.bfloat16)  # run in float32
 
 
@@ -64,7 +66,9 @@ def check(coupling: Coupling, small: fx.GraphModule, alive: Tensor, seed: int = 
     remaining = [node for node in small.graph.nodes if node.op != "output"]
     position = {node: index for index, node in enumerate(remaining)}
     done, largest, compared = 0, 0.0, 0
-    for node in graph.graph.nodes:
+    for index, node in enumerate(graph.graph.nodes):
+        if index % OFTEN == 0:
+            release()
         if node.op == "output":
             twins.compare_outputs(node, next(iter(reversed(small.graph.nodes))))
             break
@@ -110,17 +114,18 @@ def _last_uses(graph: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
 Cut = list[tuple[int, int, int]]  # axis, start, length
 
 
-@dataclass(frozen=True)
+@dataclass
 class Cuts:
     """Where the sources of a node and its result are cut, in the large graph and in the small one.
 
-    sizes: the large and the small one's axis -> size, among the arguments.
+    sizes: the large and the small one's axis -> size, among the arguments.  groups: how many are left of a convolution's, None for all.
     """
 
     wide: list[Cut]
     narrow: list[Cut]
     result: Cut
     sizes: tuple[dict[int, int], dict[int, int]]
+    groups: int | None = None
 
 
 class _Twins:
@@ -259,7 +264,8 @@ class _Twins:
         wide = [self._large(source, cut) for source, cut in zip(sources_of(node), cuts.wide, strict=True)]
         read = [value for source, value in zip(sources_of(new), own, strict=True) if source.op != "get_attr"]
         magnitude = max((_magnitude(value) for value in pytree.tree_leaves(read)), default=0.0)
-        return _called(node, wide, torch.float64, cuts.sizes[0]), _called(new, own, torch.float64, cuts.sizes[1]), magnitude
+        one = _called(node, wide, torch.float64, cuts.sizes[0], cuts.groups)
+        return one, _called(new, own, torch.float64, cuts.sizes[1], cuts.groups), magnitude
 
     def _cuts(self, node: fx.Node, new: fx.Node) -> Cuts:
         """A few positions in the middle of the axes that the operator treats alike.
@@ -273,9 +279,16 @@ class _Twins:
             return cuts
         result = value[0].shape if isinstance(value, list) else value.shape
         shapes = [one.shape if isinstance(one, Value) else None for one in values]
-        runs = {run: index for run in alike(node, shapes, result) if (index := self._left(run, node, sources)) is not False}
+        left = {
+            run: self._left_of_groups(run, node, sources) if run.groups else self._left(run, node, sources)
+            for run in alike(node, shapes, result)
+        }
+        runs = {run: index for run, index in left.items() if index is not False}
         for run, length in lengths(list(runs), shapes, result, MOST):
             index = runs[run]
+            if run.groups:
+                self._cut_groups(cuts, run, length, node)
+                continue
             size = min(shapes[place][axis] for place, axis in run.sources.items())  # type: ignore[index]
             start = (size - length) // 2
             first, count = start, length
@@ -292,6 +305,20 @@ class _Twins:
                 cuts.sizes[0][run.result], cuts.sizes[1][run.result] = length, count
         return cuts
 
+    def _cut_groups(self, cuts: Cuts, run: Run, length: int, node: fx.Node) -> None:
+        """Some groups in the middle, of which equally many channels survive."""
+        cuts.groups, start = length, (run.groups - length) // 2
+
+        def part(channels: int) -> tuple[int, int]:
+            return start * channels // run.groups, length * channels // run.groups
+
+        for place, axis in run.sources.items():
+            source = sources_of(node)[place]
+            shape = self.coupling.values[source].shape
+            cuts.wide[place].append((axis, *part(shape[axis])))
+            cuts.narrow[place].append((axis, *part(_size(self.kept(source), shape)[axis])))
+        cuts.result.append((run.result, *part(self.coupling.values[node].shape[run.result])))
+
     def _left(self, run: Run, node: fx.Node, sources: Sequence[fx.Node]) -> Any:
         """The positions that survive along all of a run's axes, None for all; False where the axes differ."""
         made = self.kept(node) if isinstance(self.coupling.values[node], list) else [self.kept(node)]
@@ -301,6 +328,20 @@ class _Twins:
         if any(index is None for index in found) or not all(torch.equal(index, found[0]) for index in found):
             return False
         return found[0]
+
+    def _left_of_groups(self, run: Run, node: fx.Node, sources: Sequence[fx.Node]) -> Any:
+        """None where every group keeps as many outputs, along all axes of these, and the same of its inputs; else False."""
+        read, groups = self.kept(sources[0])[run.sources[0]], run.groups
+        outputs = Run({place: axis for place, axis in run.sources.items() if place}, run.result)
+        made = self._left(outputs, node, sources)
+        if read is not None:
+            size = self.coupling.values[sources[0]].shape[run.sources[0]] // groups
+            if len(read) % groups or not torch.equal(read, (read[: len(read) // groups] + size * torch.arange(groups)[:, None]).flatten()):
+                return False
+        if isinstance(made, Tensor):
+            size = self.coupling.values[node].shape[run.result] // groups
+            return None if len(torch.bincount(made // size, minlength=groups).unique()) == 1 else False
+        return made
 
     def _alike(self, node: fx.Node, new: fx.Node) -> bool:
         """Do both read nodes of the same names, at the same places?"""
@@ -359,17 +400,23 @@ def _attribute(graph: fx.GraphModule, node: fx.Node) -> Any:
 
 
 def _called(
-    node: fx.Node, values: Sequence[Any], dtype: torch.dtype | None = None, sizes: Mapping[int, int] = types.MappingProxyType({})
+    node: fx.Node,
+    values: Sequence[Any],
+    dtype: torch.dtype | None = None,
+    sizes: Mapping[int, int] = types.MappingProxyType({}),
+    groups: int | None = None,
 ) -> Any:
     """The node's operator, ``values`` in place of ``sources_of(node)``; dtype: in place of any float's among the arguments.
 
-    sizes: axis -> size, in the list that is the second argument.
+    sizes: axis -> size, in the list that is the second argument.  groups: in place of a convolution's.
     """
     waiting = iter(values)
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: next(waiting))
     if sizes:
         asked: Any = args[1]
         args = (args[0], [sizes.get(axis, size) if size != -1 else size for axis, size in enumerate(asked)], *args[2:])
+    if groups is not None:
+        args, kwargs = (args[:6], {**kwargs, "groups": groups})
     if dtype is not None:
         args, kwargs = fx.node.map_aggregate(
             (args, kwargs), lambda one: torch.promote_types(one, dtype) if isinstance(one, torch.dtype) and one.is_floating_point else one

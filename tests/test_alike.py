@@ -17,11 +17,12 @@ class Everything(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear, self.norm, self.batch_norm = nn.Linear(12, 12), nn.LayerNorm(12), nn.BatchNorm2d(12)
+        self.grouped = nn.Conv2d(12, 12, 1, groups=3)
         self.pointwise, self.bias = nn.Conv2d(3, 12, 1), nn.Parameter(torch.randn(12, 1, 1))
         self.matrix = nn.Parameter(torch.randn(12, 5))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = F.gelu(self.batch_norm(self.pointwise(x)) + self.bias)
+        x = F.gelu(self.batch_norm(self.grouped(self.pointwise(x))) + self.bias)
         tokens = self.norm(self.linear(x.flatten(2).transpose(1, 2)))
         heads = tokens.view(tokens.shape[0], 30, 3, 4).permute(0, 2, 1, 3)
         heads = F.scaled_dot_product_attention(heads, heads, heads)
@@ -37,9 +38,10 @@ def test_a_part_of_the_axes_gives_that_part_of_the_result() -> None:
     inputs = iter(example_inputs(graph, 2))
     seen: set[str] = set()
 
-    def called(node: fx.Node, arguments: list[Any]) -> Any:
+    def called(node: fx.Node, arguments: list[Any], groups: int | None = None) -> Any:
         waiting = iter(arguments)
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: next(waiting))
+        args, kwargs = (args, kwargs) if groups is None else (args[:6], {**kwargs, "groups": groups})
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     with torch.no_grad():
@@ -60,13 +62,14 @@ def test_a_part_of_the_axes_gives_that_part_of_the_result() -> None:
                         continue
                     part = list(own)
                     for place, axis in run.sources.items():
-                        part[place] = own[place].narrow(axis, 0, 1)
-                    made = called(node, part)
+                        part[place] = own[place].narrow(axis, 0, own[place].shape[axis] // run.groups if run.groups else 1)
+                    made = called(node, part, 1 if run.groups else None)
                     for one, full in zip(made if isinstance(made, (list, tuple)) else [made], results, strict=True):
-                        torch.testing.assert_close(one, full.narrow(run.result, 0, 1), rtol=1e-5, atol=1e-6)
-                    seen.add(operator_name(node))
+                        length = full.shape[run.result] // run.groups if run.groups else 1
+                        torch.testing.assert_close(one, full.narrow(run.result, 0, length), rtol=1e-5, atol=1e-6)
+                    seen.add("groups" if run.groups else operator_name(node))
     assert {"linear", "layer_norm", "batch_norm", "gelu", "add", "permute", "cat", "softmax", "einsum", "matmul", "slice", "conv2d"} <= seen
-    assert "scaled_dot_product_attention" in seen
+    assert {"scaled_dot_product_attention", "groups"} <= seen
 
 
 def test_lengths_bring_every_tensor_below_the_limit() -> None:
