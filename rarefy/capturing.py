@@ -25,7 +25,7 @@ import logging
 import os
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -171,6 +171,11 @@ def _meta_shapes(graph: fx.GraphModule, batch: int) -> dict[fx.Node, Any]:
             if _keeps_shape(node, args):
                 found[node] = args[0]
                 continue
+            rule: Any = _SHAPES.get(node.target)
+            made = rule(*args, **kwargs) if rule is not None else None
+            if made is not None:
+                found[node] = made
+                continue
             args, kwargs = fx.node.map_aggregate((args, kwargs), _nowhere)
             if "device" in kwargs or node.target in _CREATORS:
                 kwargs = {**kwargs, "device": _META}
@@ -208,6 +213,65 @@ _LIKE_FIRST = {
     aten.group_norm.default,
 }
 _LIKE_BOTH = {aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor}
+
+
+def _convolved(
+    input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> Any:
+    rank = weight.dim() - 2
+    if input.dim() != weight.dim():
+        return None
+    step, around, apart = (
+        [value] * rank if isinstance(value, int) else [*value] * (rank // len(value)) for value in (stride, padding, dilation)
+    )
+    sizes = zip(input.shape[2:], weight.shape[2:], step, around, apart, strict=True)
+    places = [(size + 2 * edge - gap * (kernel - 1) - 1) // jump + 1 for size, kernel, jump, edge, gap in sizes]
+    return input.new_empty((input.shape[0], weight.shape[0], *places))
+
+
+def _projected(input: Tensor, weight: Tensor, bias: Any = None) -> Any:
+    return input.new_empty((*input.shape[:-1], weight.shape[0])) if weight.dim() == 2 else None
+
+
+def _attended(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
+    if query.dim() != 4 or query.shape[:2] != value.shape[:2]:
+        return None
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
+def _joined(tensors: Any, dim: int = 0) -> Any:
+    first = tensors[0]
+    if any((one.dtype, one.dim()) != (first.dtype, first.dim()) for one in tensors):
+        return None
+    dim %= first.dim()
+    return first.new_empty((*first.shape[:dim], sum(one.shape[dim] for one in tensors), *first.shape[dim + 1 :]))
+
+
+def _pooled(input: Tensor, output_size: Any) -> Any:
+    if any(size is None for size in output_size):
+        return None
+    return input.new_empty((*input.shape[: input.dim() - len(output_size)], *output_size))
+
+
+def _spread(one: Tensor, other: Any) -> Any:
+    if not isinstance(other, Tensor) or one.dtype != other.dtype or not one.is_floating_point():
+        return None
+    rank = max(one.dim(), other.dim())
+    sizes = zip(*((1,) * (rank - each.dim()) + tuple(each.shape) for each in (one, other)), strict=True)
+    return one.new_empty([size if least == 1 else least for size, least in sizes])
+
+
+# Shapes known without the operator, which on a tensor without numbers takes a millisecond, and the first time imports a compiler of 150 MB. None: not that plain.
+_SHAPES: dict[Any, Callable[..., Any]] = {
+    aten.conv1d.default: _convolved,
+    aten.conv2d.default: _convolved,
+    aten.conv3d.default: _convolved,
+    aten.linear.default: _projected,
+    aten.scaled_dot_product_attention.default: _attended,
+    aten.cat.default: _joined,
+    aten.adaptive_avg_pool2d.default: _pooled,
+    **dict.fromkeys(_LIKE_BOTH, _spread),
+}
 _META = torch.device("meta")
 _CREATORS = {
     aten.arange.default,
