@@ -1,13 +1,16 @@
 """How long coupling and pruning take, and how much memory, beside Torch-Pruning's time for the same model in the same run.
 
-    python bench/pruning_speed.py [MODEL ...] [--all] [--check] [--threads 2] [--jobs N] [--resume] [--for SECONDS]
+    python bench/pruning_speed.py [MODEL ...] [--all] [--check] [--threads 2] [--jobs N] [--resume] [--for SECONDS] [--peer-seconds SECONDS]
 
 Half of the channels of every family leave, by magnitude. "couple+prune" is from a captured graph to the smaller one: labels, scores, choice, cut. Left
 out of it and told beside it: the capture (``torch.export``) and the self-check, which Torch-Pruning has not. Torch-Pruning's time is that of building its dependency graph (a forward and a backward pass) and of one pruning step, at its defaults. The best of
-three runs each, for models under 3 s. Memory is the most the process held while coupling and pruning, without and with the check, weights and torch
-itself included, which it held before. Each model has a process of its own, ``--jobs`` of them at a time (on a machine with cores to spare), and a row
-that is kept below out/. ``--check``: ResNet-50 in 1.5 s, ViT-B/16, Swin-T and DenseNet-201 in 5 s, any other in 15 s, each in 15 s and 4 GB with the
-check, and a median ratio of at most 1.5.
+three runs each, for models under 3 s.
+
+Each model is captured in one process, saved, and loaded and pruned in another, so that export is left out of the memory too: "GB before" are torch, this
+library and the weights, "GB" and "GB with check" the most held while pruning. "GB captured" is what the first process held once the user's model was gone: who
+prunes in the same process has as much more as that is above "GB before". ``--jobs`` models at a time (on a machine with cores to spare), the largest first;
+a row is kept below out/. ``--peer-seconds``: Torch-Pruning gets no more (0: left out). ``--check``: ResNet-50 in 1.5 s, ViT-B/16, Swin-T and DenseNet-201 in 5 s, any other
+in 15 s, each in 15 s and 4 GB with the check, and a median ratio of at most 1.5.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import json
 import multiprocessing
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -32,12 +36,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.cells import Cells, add_options
 from bench.zoo import torchvision_model, usable
-from rarefy import capture, prune
+from rarefy import capture, load, prune, save
 from rarefy.terminal import show_table
 
 LIMITS = {"resnet50": 1.5, "vit_b_16": 5.0, "swin_t": 5.0, "densenet201": 5.0}
 LIMIT, GIGABYTES, RATIO = 15.0, 4.0, 1.5
-PEER_SECONDS = 120
+SECONDS = 300  # of a process, at most
 
 
 def best(run: Callable[[], Any], prepare: Callable[[], Any] = lambda: None) -> float:
@@ -77,9 +81,9 @@ def memory(field: str) -> float:
     return int(status[field].split()[0]) * 1024 / 1e9
 
 
-def measured(name: str, threads: int) -> dict[str, Any]:
+def captured(name: str, threads: int, folder: str) -> dict[str, Any]:
+    """The graph of the model, saved to ``folder``."""
     torch.set_num_threads(threads)
-    warnings.simplefilter("ignore")
     torch.manual_seed(0)
     model, candidates = torchvision_model(name)
     inputs = usable(model.eval(), [one for one in candidates if one[0].shape[-1] >= 224] or candidates)
@@ -89,7 +93,16 @@ def measured(name: str, threads: int) -> dict[str, Any]:
     facts["parameters"] = sum(parameter.numel() for parameter in graph.parameters())
     del model
     gc.collect()
-    facts["before_gigabytes"] = memory("VmRSS")
+    facts["captured_gigabytes"] = memory("VmRSS")
+    save(graph, folder)
+    return facts
+
+
+def measured(threads: int, folder: str) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    graph = load(folder)
+    gc.collect()
+    facts = {"before_gigabytes": memory("VmRSS")}
     Path("/proc/self/clear_refs").write_text("5")  # the most memory is counted from here
     facts["seconds"] = best(lambda: prune(graph, keep=0.5, ranking="local", check=False))
     facts["gigabytes"] = memory("VmHWM")
@@ -99,8 +112,9 @@ def measured(name: str, threads: int) -> dict[str, Any]:
     return facts
 
 
-def peer(name: str, seconds: float) -> dict[str, Any]:
+def peer(name: str, threads: int, seconds: float) -> dict[str, Any]:
     """Torch-Pruning's time, and ours as a share of it."""
+    torch.set_num_threads(threads)
     model, candidates = torchvision_model(name)
     inputs = usable(model.eval(), [one for one in candidates if one[0].shape[-1] >= 224] or candidates)
     try:
@@ -108,40 +122,61 @@ def peer(name: str, seconds: float) -> dict[str, Any]:
     except ImportError:
         return {"torch_pruning": "not installed"}
     except Exception as error:
-        return {"torch_pruning": f"fails: {' '.join(str(error).split())[:80] or type(error).__name__}"}
+        return {"torch_pruning": f"fails: {said(error)}"}
     return {"torch_pruning_s": taken, "ratio": seconds / taken}
+
+
+def said(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def cell(facts: dict[str, Any], key: str) -> str:
     return f"{facts[key]:.2f}" if key in facts else facts.get("torch_pruning", "") if key == "torch_pruning_s" else ""
 
 
-def send(name: str, threads: int, pipe: Any) -> None:
-    """Ours, and then the peer's: what the peer does to the process takes nothing of ours away."""
+def send(pipe: Any, job: Callable[..., dict[str, Any]], *given: Any) -> None:
+    warnings.simplefilter("ignore")
     try:
-        facts = measured(name, threads)
+        pipe.send(job(*given))
     except Exception as error:
-        return pipe.send({"error": " ".join(str(error).split())[:200] or type(error).__name__})
-    pipe.send(facts)
-    pipe.send(peer(name, facts["seconds"]))
+        pipe.send({"error": said(error)})
 
 
-def apart(name: str, threads: int) -> dict[str, Any]:
+def alone(seconds: float, job: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
+    """What ``job`` finds, in a process of its own."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=send, args=(name, threads, sender), daemon=True)
+    process = context.Process(target=send, args=(sender, job, *given), daemon=True)
     process.start()
     sender.close()
-    facts: dict[str, Any] = {}
     try:
-        facts = receiver.recv()
-        if "error" not in facts:
-            facts |= receiver.recv() if receiver.poll(PEER_SECONDS) else {"torch_pruning": f"not done in {PEER_SECONDS} s"}
+        return receiver.recv() if receiver.poll(seconds) else {"error": f"not done in {seconds:.0f} s"}  # type: ignore[no-any-return]
     except EOFError:
-        facts |= {"torch_pruning": "fails: its process died"} if facts else {"error": "its process died"}
-    process.kill()
-    process.join()
-    return facts
+        return {"error": "its process died"}
+    finally:
+        process.kill()
+        process.join()
+
+
+def row(name: str, threads: int, peer_seconds: float, place: Path) -> dict[str, Any]:
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place) as folder:
+        facts = alone(SECONDS, captured, name, threads, f"{folder}/graph")
+        facts |= alone(SECONDS, measured, threads, f"{folder}/graph") if "error" not in facts else {}
+    if "error" in facts or not peer_seconds:
+        return facts
+    theirs = alone(peer_seconds, peer, name, threads, facts["seconds"])
+    return facts | ({"torch_pruning": theirs["error"]} if "error" in theirs else theirs)
+
+
+def largest_first(names: list[str]) -> list[str]:
+    """By what torchvision says of them, so that no large one begins last."""
+    import torchvision
+
+    def size(name: str) -> int:
+        return max((weights.meta["num_params"] for weights in torchvision.models.get_model_weights(name)), default=0)
+
+    return sorted(names, key=size, reverse=True)
 
 
 def main() -> int:
@@ -151,6 +186,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--check", action="store_true", help="exit 1 where it falls short")
     parser.add_argument("--jobs", type=int, default=1, help="models at a time")
+    parser.add_argument("--peer-seconds", type=float, help="for Torch-Pruning (default: 120, with --all 20)")
     parser.add_argument("--out", type=Path, help="write the JSON there too")
     add_options(parser)
     given = parser.parse_args()
@@ -159,14 +195,17 @@ def main() -> int:
         import torchvision
 
         names = list(torchvision.models.list_models())
-    cells = Cells("pruning_speed", {"torch": torch.__version__, "threads": given.threads, "jobs": given.jobs}, given)
+    peer_seconds = given.peer_seconds if given.peer_seconds is not None else 20.0 if given.all else 120.0
+    options = {"torch": torch.__version__, "threads": given.threads, "jobs": given.jobs, "peer_seconds": peer_seconds, "processes": 2}
+    cells = Cells("pruning_speed", options, given)
 
-    def row(name: str) -> None:
+    def make(name: str) -> None:
         for missing in cells.missing([name]):  # looked at when its turn comes: the time may be over
-            print(name, json.dumps(cells.keep(missing, apart(missing, given.threads))), file=sys.stderr, flush=True)
+            facts = cells.keep(missing, row(missing, given.threads, peer_seconds, cells.folder))
+            print(name, json.dumps(facts), file=sys.stderr, flush=True)
 
     with ThreadPoolExecutor(given.jobs) as pool:
-        list(pool.map(row, names))
+        list(pool.map(make, largest_first(names) if given.jobs > 1 else names))
     found: dict[str, dict[str, Any]] = {name: kept for name in names if (kept := cells.found(name)) is not None}
     short = []
     for name, one in found.items():
@@ -183,16 +222,30 @@ def main() -> int:
     median = statistics.median(ratios) if ratios else None
     if median is not None and median > RATIO:
         short.append(f"median ratio {median:.2f}")
-    columns = ("capture_s", "seconds", "with_check_s", "before_gigabytes", "gigabytes", "with_check_gigabytes", "torch_pruning_s", "ratio")
+    titles = {
+        "capture_s": "capture s",
+        "seconds": "couple+prune s",
+        "with_check_s": "with check s",
+        "captured_gigabytes": "GB captured",
+        "before_gigabytes": "GB before",
+        "gigabytes": "GB",
+        "with_check_gigabytes": "GB with check",
+        "torch_pruning_s": "Torch-Pruning s",
+        "ratio": "ratio",
+    }
     show_table(
         f"half of the channels, {given.threads} threads, torch {torch.__version__}",
-        ["model", "capture s", "couple+prune s", "with check s", "GB before", "GB", "GB with check", "Torch-Pruning s", "ratio"],
+        ["model", *titles.values()],
         [
-            [name, *(cell(one, key) for key in columns)] if "error" not in one else [name, one["error"], *[""] * 7]
+            [name, *(cell(one, key) for key in titles)] if "error" not in one else [name, one["error"], *[""] * (len(titles) - 1)]
             for name, one in found.items()
         ],
-        range(1, 9),
+        range(1, len(titles) + 1),
     )
+    done = [one for one in found.values() if "error" not in one]
+    slow = sum(one["with_check_s"] > LIMIT for one in done)
+    large = sum(one["with_check_gigabytes"] > GIGABYTES for one in done)
+    print(f"{len(found)} models: {len(done)} pruned; with the check {slow} above {LIMIT:.0f} s, {large} above {GIGABYTES:.0f} GB")
     if cells.left:
         print(f"{cells.left} of {len(names)} not run yet: --resume goes on")
     print(
