@@ -377,6 +377,7 @@ class _Run:
         record = graph.meta["history"][-1]
         timing = record["facts"].get("timing") or {}
         facts = {key: value for key, value in record["facts"].items() if isinstance(value, (int, float, str, bool))}
+        begun -= max(0.0, timing.get("seconds", 0.0) - (time.monotonic() - begun))  # of a training that went on after a kill, all of it
         made = {"step": step["do"], "options": options, "facts": {**facts, **timing}, "curve": record["facts"].get("curve")}
         return self._stored(index, name, _untimed(graph).to("cpu").eval(), parent, made, begun)
 

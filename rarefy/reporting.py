@@ -18,7 +18,8 @@ The facts are one JSON-able dictionary. Every key is optional::
          "evaluation": Evaluation.to_json(): metric, value, interval (lo, hi), samples, top5, worst_class {index, name, value, samples},
                        calibration_error, agreement, drop {value, interval}, robustness {corruption: {severity: value}},
          "parameters": int, "macs": int (batch 1), "size_bytes": int (weights on disk), "peak_memory_bytes": int,
-         "latency_ms": number | {"median", "low", "high", "batch", "threads", "runtime", "repeats"}}
+         "latency_ms": number | {"median", "low", "high", "batch", "threads", "runtime", "repeats"},
+         "speedup": {"median", "low", "high"} of the ratios to the original, or {"original": those}}
     frontier     [{"name": str, "value": share, "interval": [lo, hi], "latency_ms": number, "size_bytes": int, "chosen": bool}]
     layers       [{"name": str, "channels_before": int, "channels_after": int, "bits": number, "activation_bits": number,
                    "error": noise power / signal power, "sqnr_db": of its output, "why": it stays in float, "macs_before": int, "macs_after": int, "bytes": int}]
@@ -274,12 +275,13 @@ def _comparison(before: Facts, after: Facts) -> list[dict[str, Any]]:
         None if not _number(lost) else lost <= 0.005,
         True,
     )
+    ratio = _speedup(after) if before else None
     add(
         "latency",
         "latency",
         _latency_text(before),
         _latency_text(after),
-        *_gain(_median(before), _median(after), "faster", "slower"),
+        *(_gain(_median(before), _median(after), "faster", "slower") if ratio is None else _gain(ratio, 1.0, "faster", "slower")),
         tile=True,
     )
     for label, key, less, more, form, tile in (
@@ -357,6 +359,13 @@ def _latency_text(model: Facts) -> str:
 def _median(model: Facts) -> Any:
     latency = model.get("latency_ms")
     return latency.get("median") if isinstance(latency, Mapping) else latency
+
+
+def _speedup(model: Facts) -> float | None:
+    """The median of the ratios within rounds, which goals are judged by too, and not the ratio of two medians."""
+    told = model.get("speedup")
+    told = told.get("original", told) if isinstance(told, Mapping) else {}
+    return told["median"] if isinstance(told, Mapping) and _number(told.get("median")) else None
 
 
 def _step(step: Facts) -> dict[str, Any]:

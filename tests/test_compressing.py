@@ -219,6 +219,24 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 
+def test_a_resumed_training_takes_the_time_of_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {
+        "budget": Budget(), "steps": [{"do": "distill", "epochs": 2}], "workdir": tmp_path / "work", "corruptions": (), "progress": False
+    }  # fmt: skip
+    stored = compressing._Run._stored
+
+    def killed(run: Any, index: int, *given: Any) -> Any:
+        if index:
+            raise KeyboardInterrupt
+        return stored(run, index, *given)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(compressing._Run, "_stored", killed)
+        compress(untrained(), digits(), **options)
+    (step,) = compress(untrained(), digits(), **options).report["steps"]
+    assert step["seconds"] >= step["facts"]["seconds"] > 0.1
+
+
 def test_a_run_that_did_no_step_yet_makes_way(tmp_path: Path) -> None:
     """A step of a wrong value is refused when its turn comes; mended, it runs in the same folder."""
     options: dict[str, Any] = {"budget": Budget(), "workdir": tmp_path / "work", "corruptions": (), "progress": False}

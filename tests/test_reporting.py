@@ -266,6 +266,13 @@ def test_same_facts_same_page() -> None:
     assert reporting.html(facts()) == reporting.html(facts())
 
 
+def test_the_table_and_the_goal_tell_one_speed() -> None:
+    """The median of ratios, not the ratio of medians: at a goal of 2x one may be above and the other below."""
+    for told in ({"median": 2.01, "low": 1.9, "high": 2.1}, {"original": {"median": 2.01}, "result": {"median": 1.0}}):
+        both = {"before": {"latency_ms": {"median": 10.0}}, "after": {"latency_ms": {"median": 5.1}, "speedup": told}}
+        assert [row["change"] for row in reporting.view(both)["comparison"] if row["label"] == "latency"] == ["2.01× faster"]
+
+
 def test_verdict_follows_the_goals() -> None:
     told = facts()
     assert reporting.view(told)["verdict"]["light"] == "bad"
