@@ -256,7 +256,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     option = parser.add_argument
     option("--calibration", default="mse")
-    option("--rounding", default="nearest")
+    option("--rounding", default="narrow")
     option("--seed", type=int, default=0)
     option("--rounds", type=int, help="of timing")
     option("--limit", type=int, help="so many labelled images only, for a trial")

@@ -510,11 +510,11 @@ def quantize(
     weight_calibration: Annotated[
         str | None, typer.Option(metavar="CHOICE", help="Range of the weights; the same choices; default: minmax at 8 bits, mse below.")
     ] = None,
-    rounding: Annotated[str, typer.Option(metavar="CHOICE", help="See `rarefy list rounding`.")] = "nearest",
+    rounding: Annotated[str, typer.Option(metavar="CHOICE", help="See `rarefy list rounding`.")] = "narrow",
     runtime: Runtime = "onnxruntime",
     ignore: Ignore = None,
     equalize: Annotated[bool, typer.Option(help="Equalise ranges across layers where that is exact.")] = True,
-    correct_bias: Annotated[bool, typer.Option(help="Mend the mean that rounding moves.")] = True,
+    correct_bias: Annotated[bool, typer.Option(help="Mend the means that rounding moves, and how far the answers vary.")] = True,
     smooth: Annotated[
         float | None, typer.Option(metavar="ALPHA", help="SmoothQuant before linear layers that read a norm; 0.5, say; default: not done.")
     ] = None,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -79,10 +79,12 @@ class Taps(fx.Interpreter):
 
 @dataclasses.dataclass
 class Observed:
-    """histograms: of each node. means: (channels,) float64, the mean output of each layer on ``batches``, the first of all, which are kept."""
+    """histograms: of each node. means: (channels,) float64, the mean output of each layer on ``batches``, the first of all, which are kept. spreads: of some
+    layers the deviation of the output around these means."""
 
     histograms: dict[fx.Node, Histogram]
     means: dict[fx.Node, Tensor]
+    spreads: dict[fx.Node, float]
     batches: list[tuple[Tensor, ...]]
 
 
@@ -92,14 +94,15 @@ def observe(
     batches: Iterable[tuple[Tensor, ...]],
     layers: Iterable[fx.Node] = (),
     keep: Callable[[int], bool] = lambda samples: False,
+    spread: Collection[fx.Node] = (),
 ) -> Observed:
-    """Histograms of the nodes over all batches, mean outputs of the layers over the batches that are kept.
+    """Histograms of the nodes over all batches, mean outputs of the layers over the batches that are kept, and how far those in ``spread`` are from them.
 
     keep: whether a batch is kept when that many samples are, with it; the first always is.
     Raises CheckFailed where a node yields NaN or infinity, and DataError where there is no batch.
     """
     found: dict[fx.Node, Histogram] = {}
-    averages: dict[fx.Node, Average] = {node: Average() for node in layers}
+    averages: dict[fx.Node, Average] = {node: Average(node in spread) for node in layers}
     kept: list[tuple[Tensor, ...]] = []
     observed, keeping = set(nodes), True
 
@@ -131,7 +134,8 @@ def observe(
             count += 1
     if not count:
         raise DataError("no calibration images; give at least one batch (128 images are a good number)")
-    return Observed(found, {node: average.mean for node, average in averages.items()}, kept)
+    means = {node: average.mean for node, average in averages.items()}
+    return Observed(found, means, {node: average.spread for node, average in averages.items() if node in spread}, kept)
 
 
 def laid_out(x: Tensor, device: torch.device) -> Tensor:
@@ -141,10 +145,11 @@ def laid_out(x: Tensor, device: torch.device) -> Tensor:
 
 
 class Average:
-    """Mean of a layer's output over images and places, a channel; streaming, (channels,) float64."""
+    """Mean of a layer's output over images and places, a channel; streaming, (channels,) float64. spreads: whether squares are added up too."""
 
-    def __init__(self) -> None:
+    def __init__(self, spreads: bool = False) -> None:
         self.sum, self.count = torch.zeros((), dtype=torch.float64), 0
+        self.spreads, self.squares = spreads, 0.0
 
     def add(self, layer: fx.Node, value: Tensor) -> None:
         axis = value.dim() - 1 if layer.target is aten.linear.default else 1
@@ -152,10 +157,17 @@ class Average:
         own = (rows.new_ones(1, len(rows)) @ rows)[0].double()
         self.sum = self.sum.to(own.device) + own
         self.count += value.numel() // value.shape[axis]
+        if self.spreads:
+            self.squares += float(rows.square().sum(dtype=torch.float64))
 
     @property
     def mean(self) -> Tensor:
         return self.sum / max(self.count, 1)
+
+    @property
+    def spread(self) -> float:
+        """Deviation around the channels' means, over all channels."""
+        return math.sqrt(max(self.squares / max(self.count, 1) - float(self.mean.square().sum()), 0.0))
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -47,9 +47,18 @@ def read(node: fx.Node, source: Tensor, shape: Sequence[int], groups: int, place
     count = len(source)
     if node.target is aten.linear.default:
         return source.reshape(count, -1, source.shape[-1]).mT.index_select(-1, place).unsqueeze(1)
-    view = _windows(node, source, shape)
-    where: tuple[Any, ...] = (slice(None), slice(None), *torch.unravel_index(place, view.shape[2 : len(shape)]))
-    return view[where].movedim(2, -1).reshape(count, groups, -1, len(place))  # (N, channels, places, *kernel) before
+    stride, dilation, ends = _window(node, shape)
+    index: list[Tensor] = []  # of each axis, (places, *kernel)
+    inside = torch.ones((), dtype=torch.bool, device=source.device)
+    for axis, at in enumerate(torch.unravel_index(place, plane(node, source, shape))):
+        taps = torch.arange(shape[2 + axis], device=source.device) * dilation[axis]
+        taps = taps.view([-1 if dim == axis else 1 for dim in range(len(shape) - 2)])
+        reached = at.view(-1, *[1] * (len(shape) - 2)) * stride[axis] - ends[axis][0] + taps
+        inside = inside & (reached >= 0) & (reached < source.shape[2 + axis])
+        index.append(reached.clamp(0, source.shape[2 + axis] - 1))
+    where: tuple[Any, ...] = (slice(None), slice(None), *index)
+    windows = source[where] * inside  # (N, channels, places, *kernel)
+    return windows.movedim(2, -1).reshape(count, groups, -1, len(place))
 
 
 def _windows(node: fx.Node, source: Tensor, shape: Sequence[int]) -> Tensor:

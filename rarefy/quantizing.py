@@ -8,7 +8,8 @@ In order, each on the one graph:
    chooses the range: affine, unsigned, one scale a tensor, and 0 is always a code; put them into the graph (``rarefy.rewriting``);
 4. layer by layer, on what the rounded layers before it yield (``rarefy.prefix``): the weights, symmetric, one scale an output channel by the same kind
    of rule, are rounded by the rounding rule, on a grid of the layer's own; then the mean that the layer's output moved by, a channel, is taken
-   out of its bias before its successors run (sequential bias correction, 1906.04721, sec. 4.2);
+   out of its bias before its successors run (sequential bias correction, 1906.04721, sec. 4.2). Means right, what varies around them still shrinks from layer
+   to layer, as noise at the ends of ReLUs fills up what was off: the last layers' scales are raised until their outputs deviate as much as in float;
 5. write the layers as what an integer kernel computes (``rarefy.lowering``).
 
 What is simulated is what runs: round half to even, saturation, and clips done by the grid's end.
@@ -35,7 +36,7 @@ from rarefy.folding import equalize as equalize_ranges
 from rarefy.kernels import is_quantised
 from rarefy.lowering import to_integers
 from rarefy.normalizing import normed
-from rarefy.observing import Observed, observe
+from rarefy.observing import Average, Observed, observe
 from rarefy.placing import Placement, place
 from rarefy.prefix import Prefix
 from rarefy.progress import track
@@ -44,6 +45,7 @@ from rarefy.rounding import Block, Layer, OfBlocks, OfLayers, Sample
 SMOOTHED = 32  # images that tell how large a norm's channels get
 GATES = (None, "latency")
 MEMORY = 5e8  # bytes of activations of all images that the rounding of layers may keep
+SAMPLES = 64  # for each input of a layer that learned rounding looks at
 PIECE = 16e6  # bytes of the largest activation of a batch on a CPU: larger ones are mapped anew at each use, which took a third of the time
 
 
@@ -59,7 +61,7 @@ def quantize(
     activations: str | grids.Format | Mapping[str, str] = "uint8",
     calibration: Any = "mse",
     weight_calibration: Any = None,
-    rounding: Any = "nearest",
+    rounding: Any = "narrow",
     runtime: Any = "onnxruntime",
     ignore: Sequence[str] = (),
     equalize: bool = True,
@@ -79,6 +81,7 @@ def quantize(
         (``"int4:group=32"``, ``"mxfp4"``), without images (``rarefy.weight_only``). Activations go by their own names or those of layers that read them.
     weight_calibration: the rule for weight scales; None: minmax at 8 bits, where clipping the largest weights costs more than it saves, else mse.
     ignore: globs of layer names that stay float; one that matches nothing is an error, as in weights and activations.
+    correct_bias: means of all layers' outputs, and the deviation of the last ones', brought back to float's.
     smooth: SmoothQuant before linear layers that read a norm, with this alpha, such as 0.5 (``rarefy.smoothing``); None: not done.
     gate: "latency" times each stretch of layers in integers and in float on the runtime, and keeps only what pays (``rarefy.gating``); where nothing does, the
     model comes back in float, and its history says so.
@@ -154,6 +157,7 @@ def quantize(
         _pieces(graph, checked),
         placement.layers if correct_bias else (),
         lambda samples: walks and samples * _input_bytes(graph) <= MEMORY / 2,
+        _last(placement.layers) if correct_bias else (),
     )
     float_graph = share_copy(graph)
     value_grids = _value_grids(placement, activation_grids)
@@ -182,6 +186,7 @@ def quantize(
             read = grid_of[fact["input"]]
             facts.append(fact | {"activation_bits": read.bits, "grid": str(own_grid[node]), "activation_grid": str(read)})
         for node in block if correct_bias and not isinstance(rounder, OfBlocks) else ():
+            run.correct_spread(node)
             run.correct_bias(node)
     noise = explaining.noise(float_graph, graph, seen.batches)
     graph = to_integers(finish(graph))
@@ -247,6 +252,18 @@ def _reasons(placement: Placement, left_out: set[fx.Node], undone: Sequence[str]
     return [[name, why] for name, why in found.items()]
 
 
+def _last(layers: Sequence[fx.Node]) -> list[fx.Node]:
+    """Those behind which there is no layer."""
+    before: set[fx.Node] = set()  # of a layer
+    waiting = [source for node in layers for source in node.all_input_nodes]
+    while waiting:
+        node = waiting.pop()
+        if node not in before:
+            before.add(node)
+            waiting += node.all_input_nodes
+    return [node for node in layers if node not in before]
+
+
 def _ranges(placement: Placement, seen: Observed, rule: Any, own: Mapping[fx.Node, grids.Grid]) -> dict[fx.Node, tuple[float, float]]:
     found = {}
     for value in placement.values:
@@ -267,6 +284,8 @@ class _Rounding:
         self.float_prefix = Prefix(float_graph, seen.batches, MEMORY / 4, device)
         self.twins = {node.name: node for node in float_graph.graph.nodes}
         self.means = {node.name: mean for node, mean in seen.means.items()}
+        self.spreads = {node.name: spread for node, spread in seen.spreads.items()}
+        self.places = math.ceil(SAMPLES / sum(len(batch[0]) for batch in seen.batches))
         self.marks: frozenset[str] = frozenset()
         self.learned: dict[str, float] = {}  # value -> what its scale was multiplied by
 
@@ -342,6 +361,16 @@ class _Rounding:
             "input": rewriting.value_name(node),
         }
 
+    def correct_spread(self, node: fx.Node) -> None:
+        """Of a last layer: the scale with which its output varies as much around its mean as in float."""
+        if node.name not in self.spreads:
+            return
+        average = Average(spreads=True)
+        for (value,) in self.prefix.run(node.next, (node,), keep=False):
+            average.add(node, value)
+        if average.spread > 0 and self.spreads[node.name] > 0:
+            rewriting.scale_output(self.graph, node, self.spreads[node.name] / average.spread)
+
     def correct_bias(self, node: fx.Node) -> None:
         """On the mean of what the layer reads: its sums are linear in it, so that it need not run."""
         shape = attribute(self.graph, node.args[1].args[0]).shape  # type: ignore[union-attr]
@@ -365,6 +394,7 @@ class _Rounding:
         """``samples`` of a ``Layer``: what the layer reads in both graphs and makes in float, at the same few places."""
         twin = self.twins[node.name]
         drawn: list[Tensor] = []
+        most = min(patches.PLACES, math.prod(shape[1:]) * self.places)
 
         def gathered() -> Iterator[Sample]:
             exact: Iterator[Any] = iter(lambda: (None, None), 0)
@@ -372,7 +402,7 @@ class _Rounding:
                 exact = self.float_prefix.run(twin.next, (twin.args[0], twin))
             for index, ((inputs,), (float_inputs, float_outputs)) in enumerate(zip(self._reads(node), exact)):
                 if index == len(drawn):
-                    drawn.append(patches.draw(patches.plane(node, inputs, shape), self.generator, inputs.device))
+                    drawn.append(patches.draw(patches.plane(node, inputs, shape), self.generator, inputs.device, most))
                 place = drawn[index]
                 x = _columns(patches.read(node, inputs, shape, groups, place))
                 other = _columns(patches.read(twin, float_inputs, shape, groups, place)) if "float_inputs" in reads else None

@@ -128,6 +128,16 @@ def shift_bias(graph: fx.GraphModule, layer: fx.Node, by: Tensor) -> None:
     codes.copy_((codes.double() + torch.round(by.double() / scale.double())).clamp_(-BIAS_LIMIT, BIAS_LIMIT))
 
 
+def scale_output(graph: fx.GraphModule, layer: fx.Node, by: float) -> None:
+    """Multiply what a layer in codes makes, by its scales."""
+    scale = attribute(graph, layer.args[1].args[1])
+    scale.mul_(by)
+    codes, products = (attribute(graph, source) for source in layer.args[2].args[:2])
+    values = codes.double() * products.double() * by
+    products.copy_(attribute(graph, read_by(layer).args[1]).double() * scale.double())
+    codes.copy_(torch.round(values / products.double()).clamp_(-BIAS_LIMIT, BIAS_LIMIT))
+
+
 def _decoded(graph: fx.GraphModule, name: str, codes: Tensor, scale: Tensor) -> fx.Node:
     parts = (
         _constant(graph, f"{name}_codes", codes),

@@ -227,6 +227,18 @@ def test_bias_correction_mends_the_mean(block: nn.Module, batches: list[torch.Te
     assert shift[True] < shift[False] / 2
 
 
+def test_the_answers_vary_as_much_as_in_float(block: nn.Module, batches: list[torch.Tensor]) -> None:
+    """Of the images that calibrated; the last layer alone is scaled, and its 32-bit bias takes no part."""
+    graph = capture(block, batches[0])
+    everything = torch.cat(batches)
+    small = quantize(graph, batches=batches, weights="int3", progress=False)
+    as_rounded = quantize(graph, batches=batches, weights="int3", correct_bias=False, progress=False)
+    wanted, got, without = (
+        (answer - answer.mean(0)).square().mean().sqrt() for answer in (run(everything) for run in (graph, small, as_rounded))
+    )
+    assert abs(got / wanted - 1) < 1e-4 < 1e-2 < abs(without / wanted - 1)
+
+
 def test_fewer_bits_more_noise_and_packed_bits_are_told(block: nn.Module, batches: list[torch.Tensor]) -> None:
     graph = capture(block, batches[0])
     noise = []

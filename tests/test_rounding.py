@@ -21,7 +21,7 @@ from rarefy.rounding._quadratic import Moments, Quadratic, inverse_factor
 from rarefy.rounding.gptq import rounded
 
 OF_LAYERS = [name for name in plugins.available("rounding") if isinstance(plugins.resolve("rounding", name), OfLayers)]
-FEW = {"adaround": "adaround:steps=400,lr=0.03"}
+FEW = {"adaround": "adaround:steps=400,lr=0.03", "narrow": "narrow:inputs=40"}
 
 
 def a_layer(seed: int = 0, groups: int = 1, outputs: int = 6, inputs: int = 20, bits: int = 4, drift: float = 0.0, **options) -> Layer:
@@ -120,6 +120,14 @@ def test_gptaq_without_drift_is_gptq_and_a_dead_input_breaks_neither() -> None:
         dead = Layer("dead", layer.weight, layer.scale, layer.grid, lambda given=batches: iter(given), True)
         codes = plugins.resolve("rounding", FEW.get(name, name)).layer_codes(dead, torch.Generator())
         assert torch.isfinite(codes).all() and ((codes[..., 3] - layer.weight[..., 3] / layer.scale[..., 0]).abs() <= 1.001).all()
+
+
+def test_narrow_is_gptq_up_to_so_many_inputs_and_nearest_above() -> None:
+    layer, rule = a_layer(7, outputs=16, inputs=20), "narrow:inputs={}".format
+    few, many, gptq = (plugins.resolve("rounding", name).layer_codes(layer, torch.Generator()) for name in (rule(20), rule(19), "gptq"))
+    nearest = layer.nearest(layer.weight, layer.scale)
+    assert torch.equal(few, gptq) and torch.equal(many, nearest) and not torch.equal(gptq, nearest)
+    assert torch.equal(plugins.resolve("rounding", "narrow").codes(layer.weight / layer.scale, layer.grid, torch.Generator()), nearest)
 
 
 class Net(nn.Module):
