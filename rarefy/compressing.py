@@ -149,6 +149,8 @@ def compress(
 
     A missed goal is no error: see ``Result.met``. Raises InputError for what can't be done, or for a workdir of another run.
     """
+    if not isinstance(budget, Budget):
+        raise InputError(f"compress: budget={budget!r} is no Budget; pass rarefy.Budget(max_drop=0.005, speedup=2)")
     given = inputs if inputs is not None else torch.zeros(2, *task.input_shape)
     if getattr(task, "val", None) is None:
         raise InputError("compress: the task has no validation data, without which no drop can be measured; pass val=")

@@ -77,8 +77,10 @@ def measure(
     "repeats"}, "speedup": {"median", "low", "high"}}}``: low and high are quartiles, speedup is against the first model.
     Raises InputError for no model, models of different inputs, or what the runtime can't run.
     """
-    if not models:
-        raise InputError("measure: no model was given; pass {name: graph}")
+    if not isinstance(models, Mapping) or not models:
+        raise InputError(
+            f"measure: {'no model was given' if not models else f'a {type(models).__name__} has no name'}; pass {{name: graph}}"
+        )
     shapes = {json.dumps(graph.meta["inputs"]) for graph in models.values()}
     if len(shapes) > 1:
         raise InputError(

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 import rarefy.kernels  # noqa: F401  registers torch.ops.rarefy
 from rarefy.lowering import LAYERS, to_integers
@@ -38,7 +39,7 @@ def compare(
 
     decoded: read the numbers that codes stand for out of the runtime, where reading the codes would change what it makes of the file.
 
-    agreement: share of equal most likely classes. largest_difference: of the answers. layers: what each rounded value differs by in units of
+    agreement: share of equal most likely classes, of the first output. largest_difference: of all outputs. layers: what each rounded value differs by in units of
     the last place (codes) when both start from the file's own inputs of that layer, and the share of codes that differ; ulp: the
     largest of them. unread: values that the runtime gives in another shape (it moved a padding before them), which are not compared; only if there are any.
     first_diverging_layer: the first by more than one unit, which rounding a sum in another order can't explain.
@@ -58,11 +59,12 @@ def compare(
         tapped.write_bytes(model.SerializeToString())
         session = open_file(tapped)
 
-    def run(part: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def run(part: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
         found = session.outputs(part)
-        return found[0], {
+        count = len(found) - len(shared)
+        return found[:count], {
             name: _encoded(value, *steps[seen_by_file[name]]).to(codes[name].args[-1]) if decoded else value
-            for name, value in zip(shared, found[len(found) - len(shared) :], strict=True)
+            for name, value in zip(shared, found[count:], strict=True)
         }
 
     return against(graph, shared, run, inputs, batch)
@@ -77,11 +79,11 @@ def coded(graph: fx.GraphModule) -> dict[str, fx.Node]:
 def against(
     graph: fx.GraphModule,
     shared: Sequence[str],
-    run: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]],
+    run: Callable[[Tensor], tuple[list[Tensor], dict[str, Tensor]]],
     inputs: Tensor,
     batch: int = 32,
 ) -> dict[str, Any]:
-    """What ``compare`` returns, of a graph (layers integer) and a runtime: ``run`` gives its answer, and the codes of the ``shared`` values by their name."""
+    """What ``compare`` returns, of a graph (layers integer) and a runtime: ``run`` gives its answers, and the codes of the ``shared`` values by their name."""
     codes = coded(graph)
     tally: dict[str, list[int]] = {}
     same = 0
@@ -90,14 +92,16 @@ def against(
         theirs, read = run(part)
         runtime_codes = {codes[name]: value for name, value in read.items()}
         with torch.no_grad():
-            answer = _first(graph(part))
+            answers = [value for value in tree_leaves(graph(part)) if isinstance(value, Tensor)]
             for name, difference in _Following(graph, runtime_codes).differences(part):
                 entry = tally.setdefault(name, [0, 0, 0])
                 entry[0] = max(entry[0], int(difference.max()))
                 entry[1] += int((difference > 0).sum())
                 entry[2] += difference.numel()
-        largest = max(largest, float((answer - theirs).abs().max()))
-        same += int((answer.flatten(1).argmax(1) == theirs.flatten(1).argmax(1)).sum()) if answer.dim() > 1 else 0
+        largest = max(largest, *(float((one - other).abs().max()) for one, other in zip(answers, theirs, strict=True)))
+        if answers[0].dim() > 1:
+            best, their_best = (one[0].flatten(1).argmax(1) for one in (answers, theirs))
+            same += int((best == their_best).sum())
     stacks = {name: _layer(codes[name]) for name in tally}
     layers: list[dict[str, Any]] = [
         {"name": stacks[name], "value": name, "difference": entry[0], "share": entry[1] / max(entry[2], 1)} for name, entry in tally.items()
@@ -167,12 +171,6 @@ class _Following(fx.Interpreter):
     def differences(self, inputs: Tensor) -> list[tuple[str, Tensor]]:
         self.run(inputs)
         return self.found
-
-
-def _first(answer: Any) -> Tensor:
-    while not isinstance(answer, Tensor):
-        answer = next(iter(answer.values() if isinstance(answer, dict) else answer))
-    return answer
 
 
 def _value_name(node: fx.Node) -> str:

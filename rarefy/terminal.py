@@ -150,10 +150,6 @@ def say(text: str) -> None:
     _console().print(text, soft_wrap=True)
 
 
-def _note(text: str) -> None:
-    sys.stderr.write(f"rarefy: {one_line(text)}\n")
-
-
 def show_json(value: Any) -> None:
     print(json.dumps(_plain(value), indent=2, ensure_ascii=False))
 

@@ -278,6 +278,11 @@ def test_advice_can_be_followed(budget: Budget, kept: float, said: str) -> None:
     assert not goal["met"] and said in goal["advice"]
 
 
+def test_a_budget_that_is_none() -> None:
+    with pytest.raises(InputError, match="is no Budget; pass rarefy.Budget"):
+        compress(untrained(), digits(), budget={"speedup": 2})  # type: ignore[arg-type]
+
+
 def test_no_validation_data() -> None:
     with pytest.raises(InputError, match="validation"):
         compress(untrained(), Classification(train="sklearn:digits", augment="none"), budget=Budget(), progress=False)

@@ -113,6 +113,8 @@ def test_threads_are_stated() -> None:
 def test_models_of_other_inputs_are_not_compared() -> None:
     with pytest.raises(InputError, match="different inputs"):
         measuring.measure({"a": network(2, 8), "b": network(2, 4)})
+    with pytest.raises(InputError, match=r"GraphModule\w* has no name; pass \{name: graph\}"):
+        measuring.measure(network(8))  # type: ignore[arg-type]
     with pytest.raises(InputError, match="no model"):
         measuring.measure({})
 

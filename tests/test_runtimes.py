@@ -156,6 +156,29 @@ def test_certificate_names_runtimes_file_and_first_layer(graph: fx.GraphModule, 
     assert all(one["first_diverging_layer"].startswith("depthwise") for one in broken["runtimes"].values())
 
 
+class Heads(nn.Module):
+    """Two answers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.first, self.second = nn.Conv2d(3, 16, 3), nn.Linear(16, 5), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.body(x).relu().mean((2, 3))
+        return self.first(x), self.second(x)
+
+
+def test_all_outputs_are_compared(runtime: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(8, 3, 8, 8)
+    small = quantize(capture(Heads().eval(), inputs), batches=[inputs], runtime=runtime, progress=False)
+    path = runtime.export(small, tmp_path / f"model{runtime.suffix}")
+    found = runtime.compare(small, path, inputs)
+    assert found["passed"] and found["largest_difference"] < 0.1
+    small.get_buffer("second.bias_codes").add_(1_000_000)
+    assert runtime.compare(small, path, inputs)["largest_difference"] > 1
+
+
 class Windows(nn.Module):
     """A norm, padded behind: OpenVINO pads the codes."""
 

@@ -116,9 +116,10 @@ class Inductor:
         shared = [name for name in parity.coded(own) if name in stored]
         session = Session(path, reader.threads, reader.device, taps=shared)
 
-        def run(part: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            answer, *codes = session.outputs(part)
-            return answer, dict(zip(shared, codes, strict=True))
+        def run(part: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
+            found = session.outputs(part)
+            count = len(found) - len(shared)
+            return found[:count], dict(zip(shared, found[count:], strict=True))
 
         return parity.against(own, shared, run, inputs, batch)
 
