@@ -55,6 +55,7 @@ from rarefy.distilling import distill
 from rarefy.doctor import examine
 from rarefy.errors import CheckFailed, FormatError, InputError
 from rarefy.evaluating import evaluate
+from rarefy.kernels import is_quantised
 from rarefy.masking import mask
 from rarefy.pruning import prune
 from rarefy.quantizing import quantize
@@ -158,6 +159,8 @@ def compress(
     chosen = measuring.with_threads(runtime)
     listed = [dict(step) for step in (steps if steps is not None else usual_steps(budget, measuring.weight_bytes(original), task))]
     _check_steps(listed)
+    if is_quantised(original) and any(step["do"] in FLOAT_ONLY for step in listed):
+        raise InputError(f"compress: the model {QUANTISED}; give its float original, or steps that only distil")
     folder = Path(workdir if workdir is not None else tempfile.mkdtemp(prefix="rarefy-"))
     with contextlib.ExitStack() as failed:
         if workdir is None:
@@ -369,8 +372,11 @@ class _Run:
         self._say(f"step {index} of {len(self.steps)}: {step['do']}")
         begun = time.monotonic()
         options = {key: value for key, value in step.items() if key != "do"}
+        start = parent.graph()
+        if step["do"] in FLOAT_ONLY and is_quantised(start):  # a second choice, for where the first is undone
+            return f"the model {QUANTISED}"
         try:
-            graph = VERBS[step["do"]](self, parent.graph(), options, place.with_name(place.name + ".training"))
+            graph = VERBS[step["do"]](self, start, options, place.with_name(place.name + ".training"))
         except (InputError, CheckFailed) as error:
             if isinstance(error, InputError) and not self.optional:
                 raise
@@ -654,6 +660,8 @@ VERBS: dict[str, Callable[[_Run, fx.GraphModule, dict[str, Any], Path], fx.Graph
     "distill": _distill,
     "quantize": _quantize,
 }
+FLOAT_ONLY = ("prune", "mask", "quantize")
+QUANTISED = "is quantised already"
 _GIVEN = ("model", "teacher", "task", "seed", "device", "checkpoint", "runtime", "progress", "penalty")
 
 

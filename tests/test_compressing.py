@@ -219,6 +219,15 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 
+def test_a_second_quantization_is_for_where_the_first_is_undone(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"corruptions": (), "progress": False}
+    steps = [{"do": "quantize", "weights": "int4"}, {"do": "quantize"}]
+    kept = compress(trained(), digits(), budget=Budget(), steps=steps, **options)
+    assert [(step["kept"], step["why"]) for step in kept.report["steps"]][1] == (False, "the model is quantised already")
+    with pytest.raises(InputError, match="is quantised already; give its float original, or steps that only distil"):
+        compress(kept.graph, digits(), budget=Budget(), **options)
+
+
 def test_a_resumed_training_takes_the_time_of_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {
         "budget": Budget(), "steps": [{"do": "distill", "epochs": 2}], "workdir": tmp_path / "work", "corruptions": (), "progress": False
