@@ -145,6 +145,12 @@ def _pooling(node: fx.Node, shapes: Sequence[Shape | None], result: Shape) -> li
     return _windows(kernel, stride, dilation, result)
 
 
+def _averaged(node: fx.Node, shapes: Sequence[Shape | None], result: Shape) -> list[Run]:
+    """Adaptive pooling: each sample and channel by itself."""
+    rank = int(next(letter for letter in reversed(operator_name(node)) if letter.isdigit()))
+    return [Run({0: axis}, axis) for axis in range(len(result) - rank)]
+
+
 def _contraction(letters: Sequence[Sequence[str]], out: Sequence[str], shapes: Sequence[Shape | None]) -> list[Run]:
     """Letters of the result, each with its axis in the operands that have it in full."""
     runs = []
@@ -228,6 +234,7 @@ AXES: dict[str, Callable[[fx.Node, Sequence[Shape | None], Shape], list[Run]]] =
     "batch_norm": _places,
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolution),
     **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"), _pooling),
+    **dict.fromkeys(("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"), _averaged),
     "einsum": _einsum,
     **dict.fromkeys(("matmul", "mm", "bmm"), _matmul),
     "scaled_dot_product_attention": _attention,

@@ -22,7 +22,9 @@ from rarefy.errors import InputError
 from rarefy.labels import Value
 
 aten = torch.ops.aten
-PIECE = 1 << 18  # numbers of a tensor that are copied at a time, where it is cut along several axes
+# Numbers of a tensor that are copied or compared at a time: they stay in the cache, and torch leaves so few to one thread. Threads that wait for each other
+# at every piece cost seconds on a busy machine.
+PIECE = 1 << 15
 
 
 def cut(coupling: Coupling, alive: Tensor) -> fx.GraphModule:

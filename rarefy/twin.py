@@ -34,6 +34,7 @@ from rarefy.coupling import Coupling, Kept
 from rarefy.errors import SelfCheckFailed
 from rarefy.labels import Value
 from rarefy.releasing import release
+from rarefy.surgery import PIECE
 from rarefy.ties import only_moves
 
 
@@ -48,8 +49,8 @@ class Difference:
 
 TOLERANCE = 1e-9
 MOST = 1 << 16  # numbers of a tensor that stand for all, about, where an operator treats positions alike
-PIECE = 1 << 17  # numbers of a parameter that are compared at a time: what they need on the way stays in the cache
-OFTEN = 200  # nodes after which freed memory is given back
+OFTEN = 50  # nodes after which freed memory is given back, and
+LARGE = 1 << 23  # numbers of a tensor before which it is: what reads it may make a copy in its own order
 TINY = (torch.float16, torch.bfloat16)  # run in float32
 
 
@@ -143,7 +144,10 @@ class _Twins:
         if step.op == "get_attr":
             self.narrow[step] = _attribute(self.small, step)
             return
-        self.narrow[step] = _widened(_called(step, [_widened(self.narrow[source]) for source in sources_of(step)], torch.float32))
+        read = [_widened(self.narrow[source]) for source in sources_of(step)]
+        if any(isinstance(one, Tensor) and one.numel() > LARGE for one in read):
+            release()
+        self.narrow[step] = _widened(_called(step, read, torch.float32))
 
     def kept(self, node: fx.Node) -> Any:
         """Kept of a tensor, a list of them for a list; [] for a plain number."""
