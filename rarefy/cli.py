@@ -702,8 +702,10 @@ def export(
         ]
         show_table("exported", ("what", "found"), rows)
     if parity.get("passed") is False:
+        layer = parity.get("first_diverging_layer")
         raise SelfCheckFailed(
-            f"{target}: answers differ from the model's, first at {parity.get('first_diverging_layer')}; the file is written, do not deploy it"
+            f"{target}: gives the model's answer on {parity['agreement']:.1%} of {parity['samples']} inputs, and "
+            f"{'no layer differs by itself' if layer is None else f'{layer} is the first layer that differs'}; the file is written, do not deploy it"
         )
 
 

@@ -21,6 +21,7 @@ from rarefy.lowering import LAYERS, to_integers
 from rarefy.onnxfile import needs
 
 LEAST_AGREEMENT = 0.995
+APART = 0.01  # 20 dB
 _SCALE: dict[Any, int] = {
     torch.ops.rarefy.quantize.default: 1,
     **{getattr(torch.ops.rarefy, name).default: -5 for name in ("conv2d_codes", "linear_codes", "add", "mul", "mean", "avg_pool2d")},
@@ -39,7 +40,7 @@ def compare(
 
     decoded: read the numbers that codes stand for out of the runtime, where reading the codes would change what it makes of the file.
 
-    agreement: share of equal most likely classes, of the first output. largest_difference: of all outputs. layers: what each rounded value differs by in units of
+    agreement: share of the inputs with equal most likely classes; of an output that is no (N, classes), with a squared difference of at most ``APART`` of its variance. largest_difference: of all outputs. layers: what each rounded value differs by in units of
     the last place (codes) when both start from the file's own inputs of that layer, and the share of codes that differ; ulp: the
     largest of them. unread: values that the runtime gives in another shape (it moved a padding before them), which are not compared; only if there are any.
     first_diverging_layer: the first by more than one unit, which rounding a sum in another order can't explain.
@@ -99,9 +100,7 @@ def against(
                 entry[1] += int((difference > 0).sum())
                 entry[2] += difference.numel()
         largest = max(largest, *(float((one - other).abs().max()) for one, other in zip(answers, theirs, strict=True)))
-        if answers[0].dim() > 1:
-            best, their_best = (one[0].flatten(1).argmax(1) for one in (answers, theirs))
-            same += int((best == their_best).sum())
+        same += int(torch.stack([_agree(one, other) for one, other in zip(answers, theirs, strict=True)]).all(0).sum())
     stacks = {name: _layer(codes[name]) for name in tally}
     layers: list[dict[str, Any]] = [
         {"name": stacks[name], "value": name, "difference": entry[0], "share": entry[1] / max(entry[2], 1)} for name, entry in tally.items()
@@ -119,6 +118,16 @@ def against(
         "passed": agreement >= LEAST_AGREEMENT and first is None,
         **({"unread": unread} if unread else {}),
     }
+
+
+def _agree(ours: Tensor, theirs: Tensor) -> Tensor:
+    """(N,) bool."""
+    if ours.dim() == 2:
+        return ours.argmax(1) == theirs.argmax(1)
+    if ours.dim() < 2:
+        return torch.isclose(ours, theirs, rtol=APART)
+    ours, theirs = ours.flatten(1).double(), theirs.flatten(1).double()
+    return (ours - theirs).square().mean(1) <= APART * ours.var(1, correction=0) + torch.finfo(torch.float32).eps * ours.square().mean(1)
 
 
 def _grids_in(onnx: Any, model: Any, made: set[str]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -214,6 +214,8 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "empty step": (("--step ''", "prune macs=0.5"), f"compress {MODEL} {ON} --step '' {OUT}"),
     "unknown option of a step": (("mac", "did you mean 'macs'"), f"compress {MODEL} {ON} --step 'prune mac=0.5' {OUT}"),
     "model that returns two tensors": (("--core",), f"compress {HERE}:Two {ON} --speedup 2 {OUT}"),
+    "training what is no classifier": (("returns a tuple", "(N, classes)", "core="), f"distill {HERE}:Two {ON} --batch-size 8 --epochs 1 {OUT}"),
+    "criterion on what is no classifier": (("returns a tuple", "(N, classes)"), f"prune {HERE}:Two {ON} --keep 0.5 --criterion taylor {OUT}"),
     "max drop without a reference": (("--reference",), f"evaluate {MODEL} {ON} --max-drop 1%"),
     # recipes
     "recipe that does not exist": (("no such recipe",), "run {here}/none.toml"),

@@ -209,6 +209,13 @@ def test_sixteen_bit_files_are_scaled_and_not_clipped(tmp_path: Path) -> None:
     )
 
 
+def test_a_file_of_floats_is_not_taken_for_black(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    Image.fromarray(np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)).save(tmp_path / "a" / "x.tif")
+    with pytest.raises(DataError, match=r"x\.tif \(holds floats"):
+        stacked(Classification(val=f"imagefolder:{tmp_path}", size=16))
+
+
 # -- order, augmentation, resume
 
 

@@ -179,6 +179,22 @@ def test_all_outputs_are_compared(runtime: Any, tmp_path: Path) -> None:
     assert runtime.compare(small, path, inputs)["largest_difference"] > 1
 
 
+def test_maps_are_compared_by_their_differences(tmp_path: Path) -> None:
+    """Where the largest number of a map stands says nothing: of a map of equals it is chance."""
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Softmax(1)).eval()
+    nn.init.normal_(net[2].weight, std=1e-4)
+    inputs = torch.randn(8, 3, 8, 8)
+    graph = capture(net, inputs)
+    runtime = plugins.resolve("runtimes", "onnxruntime:threads=1")
+    path = runtime.export(graph, tmp_path / "model.onnx")
+    assert runtime.compare(graph, path, inputs)["passed"]
+    graph.get_parameter("2.bias").data.add_(torch.randn(8))
+    broken = runtime.compare(graph, path, inputs)
+    assert not broken["passed"] and broken["agreement"] == 0
+
+
 class Windows(nn.Module):
     """A norm, padded behind: OpenVINO pads the codes."""
 

@@ -282,7 +282,12 @@ class Classification:
         return (inputs for inputs, _ in self._prepared(source, split, list(chosen.split(batch_size)), 0, None, torch.device(device)))
 
     def loss(self, outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """Mean cross-entropy. outputs: logits (N, classes); targets: int64 (N,), or probabilities (N, classes)."""
+        """Mean cross-entropy. outputs: logits (N, classes); targets: int64 (N,), or probabilities (N, classes). Raises DataError for what are no logits."""
+        if not isinstance(outputs, Tensor) or outputs.dim() != 2:
+            got = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
+            raise DataError(
+                f"classification: the model returns {got}; a classifier returns logits (N, classes): name the part that does with core="
+            )
         return F.cross_entropy(outputs, targets, label_smoothing=label_smoothing)
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -662,6 +667,8 @@ class _Decoder:
 def _converted(image: Image.Image, channels: int) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode == "I":  # 16 bits, which PIL would clip instead of scale
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("holds floats, and nothing says which of them is white; save it in 8 or 16 bits")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     mode = "L" if channels == 1 else "RGB"
