@@ -49,8 +49,7 @@ class Difference:
 
 TOLERANCE = 1e-9
 MOST = 1 << 16  # numbers of a tensor that stand for all, about, where an operator treats positions alike
-OFTEN = 50  # nodes after which freed memory is given back, and
-LARGE = 1 << 23  # numbers of a tensor before which it is: what reads it may make a copy in its own order
+LARGE = 1 << 22  # numbers of a weight, before which freed memory is given back: what reads it may make a copy in an order of its own
 TINY = (torch.float16, torch.bfloat16)  # run in float32
 
 
@@ -67,9 +66,7 @@ def check(coupling: Coupling, small: fx.GraphModule, alive: Tensor, seed: int = 
     remaining = [node for node in small.graph.nodes if node.op != "output"]
     position = {node: index for index, node in enumerate(remaining)}
     done, largest, compared = 0, 0.0, 0
-    for index, node in enumerate(graph.graph.nodes):
-        if index % OFTEN == 0:
-            release()
+    for node in graph.graph.nodes:
         if node.op == "output":
             twins.compare_outputs(node, next(iter(reversed(small.graph.nodes))))
             break
@@ -145,7 +142,8 @@ class _Twins:
             self.narrow[step] = _attribute(self.small, step)
             return
         read = [_widened(self.narrow[source]) for source in sources_of(step)]
-        if any(isinstance(one, Tensor) and one.numel() > LARGE for one in read):
+        weights = [one for source, one in zip(sources_of(step), read, strict=True) if source.op == "get_attr" and isinstance(one, Tensor)]
+        if any(one.numel() > LARGE for one in weights):
             release()
         self.narrow[step] = _widened(_called(step, read, torch.float32))
 
