@@ -56,9 +56,12 @@ def read(node: fx.Node, source: Tensor, shape: Sequence[int], groups: int, place
         reached = at.view(-1, *[1] * (len(shape) - 2)) * stride[axis] - ends[axis][0] + taps
         inside = inside & (reached >= 0) & (reached < source.shape[2 + axis])
         index.append(reached.clamp(0, source.shape[2 + axis] - 1))
-    where: tuple[Any, ...] = (slice(None), slice(None), *index)
-    windows = source[where] * inside  # (N, channels, places, *kernel)
-    return windows.movedim(2, -1).reshape(count, groups, -1, len(place))
+    at = torch.zeros((), dtype=torch.int64, device=source.device)
+    for size, reached in zip(source.shape[2:], index, strict=True):
+        at = at * size + reached
+    rows = source.movedim(1, -1).flatten(1, -2)  # whole pixels are taken, as they lie there on a CPU
+    windows = rows.index_select(1, at.flatten()).view(count, *at.shape, -1).mul_(inside.unsqueeze(-1))  # (N, places, *kernel, channels)
+    return windows.movedim((-1, 1), (1, -1)).reshape(count, groups, -1, len(place))
 
 
 def _windows(node: fx.Node, source: Tensor, shape: Sequence[int]) -> Tensor:

@@ -45,6 +45,7 @@ class Prefix:
                 last[node.args[0]] = max(last[node.args[0]], last[node])
         held = set(wanted)
         runnable = self._carrying(nodes, begun, end)
+        constants: dict[fx.Node, Any] = {}
         for index, batch in enumerate(self.batches):
             values = dict(self.kept[index])
             arguments = iter(batch)
@@ -52,7 +53,7 @@ class Prefix:
                 if node.op == "placeholder":
                     values[node] = laid_out(next(arguments), self.device)
                 elif node in runnable:
-                    values[node] = self._value(node, values)
+                    values[node] = self._value(node, values, constants)
                     for source in _read(node):
                         if last[source] <= place[node] and source not in held:
                             values.pop(source, None)
@@ -65,7 +66,7 @@ class Prefix:
             if keep:
                 self.kept[index] = live
                 self.at = nodes[end] if index == len(self.batches) - 1 else self.at
-            yield tuple(self._value(node, values) for node in wanted)
+            yield tuple(self._value(node, values, constants) for node in wanted)
 
     def _carrying(self, nodes: list[fx.Node], begun: int, end: int) -> set[fx.Node]:
         """Nodes whose values depend on the inputs; the others are constants, computed where they are read."""
@@ -77,14 +78,21 @@ class Prefix:
                 found.add(node)
         return found
 
-    def _value(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-        if node in values:
-            return values[node]
+    def _value(self, node: fx.Node, values: dict[fx.Node, Any], constants: dict[fx.Node, Any]) -> Any:
+        """constants: of this run, so that layers decode their weights once, as far as ``memory`` reaches."""
+        found = values if node in values else constants
+        if node in found:
+            return found[node]
         if node.op == "get_attr":
-            return attribute(self.graph, node)
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: self._value(source, values))
-        with torch.no_grad():
-            return node.target(*args, **kwargs)
+            value = attribute(self.graph, node)
+        else:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: self._value(source, values, constants))
+            with torch.no_grad():
+                value = node.target(*args, **kwargs)
+            constant = all(source.op == "get_attr" or source in constants for source in node.all_input_nodes)
+            if constant and _bytes(constants) + _bytes({node: value}) <= self.memory:
+                constants[node] = value
+        return value
 
 
 def _read(node: fx.Node) -> list[fx.Node]:

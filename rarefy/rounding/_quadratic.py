@@ -35,12 +35,11 @@ class Moments:
         sums: list[Tensor] = []
         count = 0
         for sample in layer.samples():
-            z = sample.inputs[:, :0] if other is None else getattr(sample, other)
-            both = torch.cat([sample.inputs, z], 1)
+            both = sample.inputs if other is None else torch.cat([sample.inputs, getattr(sample, other)], 1)
             around = both.mean(2, keepdim=True) if around is None else around  # products around it keep what varies in float32
             both = both - around
             x = both[:, : sample.inputs.shape[1]]
-            made = [both @ x.mT, both.double().sum(2, keepdim=True)]
+            made = [both @ x.mT, (both @ both.new_ones(both.shape[2], 1)).double()]  # faster than a sum
             sums = [one.add_(more) for one, more in zip(sums, made, strict=True)] if sums else made
             count += both.shape[2]
         assert around is not None
