@@ -112,8 +112,8 @@ def judged(original: fx.GraphModule, student: fx.GraphModule, task: Classificati
         file_bytes = {name: file.stat().st_size for name, file in files.items()}
     student_found = evaluate(student, task, batch_size=500, limit=given.limit, device=given.device)
     bytes_of = {"float": weight_bytes(original), "int8": weight_bytes(small)}
-    pruned = next(record["facts"] for record in student.meta["history"] if record["step"] == "prune")
-    training = next(record for record in student.meta["history"] if record["step"] == "distill")
+    last = {record["step"]: record for record in student.meta["history"]}
+    pruned, training = last["prune"]["facts"], last["distill"]
     return {
         "seed": seed,
         "int8": found.to_json(),
