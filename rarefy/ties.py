@@ -259,6 +259,8 @@ def _convolution(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value:
     if out is not None:
         _affine(trace, out, a["bias"])
         layers.append(along(out, axis, len(shape)))
+    elif isinstance(a["bias"], Value):
+        trace.keep(a["bias"].layers, (), "one number a channel, and the channels are fixed")
     return Value(shape, layers)
 
 
@@ -301,6 +303,8 @@ def _transposed_convolution(trace: Trace, node: fx.Node, a: dict[str, Any]) -> V
     if out is not None:
         _affine(trace, out, a["bias"])
         layers.append(along(out, axis, len(shape)))
+    elif isinstance(a["bias"], Value):
+        trace.keep(a["bias"].layers, (), "one number a channel, and the channels are fixed")
     return Value(shape, layers)
 
 

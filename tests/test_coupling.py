@@ -482,6 +482,30 @@ def test_tied_weights_stay_one() -> None:
     assert small.get_parameter("a.weight") is small.get_parameter("b.weight")
 
 
+class ComputedWeights(nn.Module):
+    """Weights that an operator without a rule makes: what is added a channel stays as well."""
+
+    def __init__(self, first: type[nn.Module]) -> None:
+        super().__init__()
+        norm = torch.nn.utils.parametrizations.weight_norm
+        self.first, self.free, self.second, self.head = (
+            norm(first(3, 16, 3)), nn.Conv2d(16, 16, 3), norm(nn.Conv2d(16, 12, 3)), nn.Linear(12, 5)
+        )  # fmt: skip
+        self.side = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 12, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(self.free(self.first(x).relu()).relu()).mean((2, 3))
+        return self.head(y + self.side(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("first", [nn.Conv2d, nn.ConvTranspose2d])
+def test_a_computed_weight_keeps_its_bias(first: type[nn.Module]) -> None:
+    found = coupled(ComputedWeights(first), IMAGE)
+    assert set(classes(found, "first.bias", 0)) == set(classes(found, "second.bias", 0)) == {0}
+    assert len(set(classes(found, "side.0.bias", 0))) == 16
+    cut_half(found)
+
+
 def test_unknown_operator_freezes_what_it_touches() -> None:
     def forward(s: nn.Module, x: Tensor) -> Tensor:
         return s.head(torch.sort(s.a(x), 1)[0] + s.b(s.c(x)))
