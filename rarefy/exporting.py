@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rarefy import plugins
 from rarefy.capturing import as_graph, example_inputs
+from rarefy.errors import InputError
 
 
 def export(
@@ -32,6 +33,8 @@ def export(
     """
     chosen = plugins.resolve("runtimes", runtime)
     graph = as_graph(model, inputs).eval()
+    if compare and len(graph.meta["inputs"]) != 1:
+        raise InputError(f"export: a model of {len(graph.meta['inputs'])} inputs is written, but not compared; pass compare=False")
     with replacing(path) as partial:
         chosen.export(graph, partial)
         if not compare:

@@ -86,6 +86,10 @@ def measure(
         raise InputError(
             f"measure: the models take different inputs, {' and '.join(sorted(shapes))}; only models of one input can be compared"
         )
+    if len(json.loads(next(iter(shapes)))) != 1:
+        raise InputError(
+            "measure: the models take several inputs, and the runtimes here are handed one; measure a part of one input (core=)"
+        )
     chosen = with_threads(runtime, threads)
     with tempfile.TemporaryDirectory(prefix="rarefy-") as temporary:
         home = Path(folder if folder is not None else temporary)

@@ -43,15 +43,15 @@ class Prefix:
         for node in nodes:
             if node.target is _DECODE:
                 last[node.args[0]] = max(last[node.args[0]], last[node])
+        arguments = {node: index for index, node in enumerate(node for node in nodes if node.op == "placeholder")}
         held = set(wanted)
         runnable = self._carrying(nodes, begun, end)
         constants: dict[fx.Node, Any] = {}
         for index, batch in enumerate(self.batches):
             values = dict(self.kept[index])
-            arguments = iter(batch)
             for node in nodes[begun:end]:
                 if node.op == "placeholder":
-                    values[node] = laid_out(next(arguments), self.device)
+                    values[node] = laid_out(batch[arguments[node]], self.device)
                 elif node in runnable:
                     values[node] = self._value(node, values, constants)
                     for source in _read(node):

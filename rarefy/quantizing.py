@@ -111,6 +111,11 @@ def quantize(
     if is_quantised(model):
         raise InputError("the model is quantised already; start from its float original")
     graph = as_graph(model, inputs)
+    for name, tensor in graph.named_parameters():
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise InputError(
+                f"quantize: {name} is {str(tensor.dtype).removeprefix('torch.')}, and codes are made of float32; capture model.float()"
+            )
     norms = normed(graph)
     graph = simplify(fold(graph), runtime.capabilities.whole)
     rewriting.free_names(graph)

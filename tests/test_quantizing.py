@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from torch import nn
 from rarefy import grids, plugins
 from rarefy.capturing import capture
 from rarefy.errors import DataError, InputError
+from rarefy.exporting import export
 from rarefy.folding import equalize, fold, simplify
 from rarefy.grids import Grid
 from rarefy.kernels.affine import PIECE, dequantize, fake_quantize
 from rarefy.kernels.affine import quantize as to_codes
+from rarefy.measuring import measure
 from rarefy.observing import BINS, Histogram, Taps, observe
 from rarefy.prefix import Prefix
 from rarefy.pruning import prune
@@ -471,3 +474,35 @@ def test_quantizes_on_the_gpu_and_leaves_nothing_on_the_host(
     small = quantize(capture(copy.deepcopy(block).cuda(), there[0]), batches=there, weights=weights, rounding=rounding, progress=False)
     assert all(value.is_cuda for value in small.state_dict().values())
     assert torch.isfinite(small(there[0])).all()
+
+
+class Both(nn.Module):
+    """An image, and numbers that go with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.numbers, self.head = nn.Conv2d(3, 16, 3), nn.Linear(7, 16), nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.head((self.image(x).mean((2, 3)) + self.numbers(y)).relu())
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_a_model_of_two_inputs(rounding: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    given = torch.randn(32, 3, 8, 8), torch.randn(32, 7)
+    graph = capture(Both().eval(), given)
+    small = quantize(graph, batches=[given], rounding=rounding, progress=False)
+    wanted = graph(*given)
+    assert (small(*given) - wanted).square().mean() < 1e-3 * wanted.var()
+    export(small, tmp_path / "model.onnx", compare=False)
+    with pytest.raises(InputError, match="pass compare=False"):
+        export(small, tmp_path / "other.onnx")
+    with pytest.raises(InputError, match="several inputs"):
+        measure({"small": small})
+
+
+def test_half_precision_is_refused_in_one_line(batches: list[torch.Tensor]) -> None:
+    graph = capture(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()).half(), batches[0].half())
+    with pytest.raises(InputError, match="0.weight is float16, and codes are made of float32"):
+        quantize(graph, batches=batches, progress=False)
