@@ -103,7 +103,7 @@ def test_a_stretch_unrounded_is_the_float_block_and_rounded_what_the_network_com
     torch.manual_seed(0)
     graph, spy = graph_of(make()), Spy()
     small = quantize(graph, batches=images(0), rounding=spy, correct_bias=False, progress=False)
-    nearest = quantize(graph, batches=images(0), correct_bias=False, progress=False)
+    nearest = quantize(graph, batches=images(0), rounding="nearest", correct_bias=False, progress=False)
     assert all(torch.equal(value, nearest.state_dict()[name]) for name, value in small.state_dict().items())
     assert len(spy.seen) > 2
     for block, _, exact in spy.seen:
@@ -159,7 +159,7 @@ def test_a_block_is_never_worse_than_nearest_on_its_images() -> None:
     torch.manual_seed(0)
     graph = graph_of(Residual())
     wild = quantize(graph, batches=images(0), weights="int3", rounding="brecq:steps=3,lr=50,strength=0", correct_bias=False, progress=False)
-    nearest = quantize(graph, batches=images(0), weights="int3", correct_bias=False, progress=False)
+    nearest = quantize(graph, batches=images(0), weights="int3", rounding="nearest", correct_bias=False, progress=False)
     wanted = graph(torch.cat(images(0)))
     assert (wild(torch.cat(images(0))) - wanted).square().mean() <= 1.1 * (nearest(torch.cat(images(0))) - wanted).square().mean()
 
