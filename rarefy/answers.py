@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from rarefy.errors import FormatError, InputError
+from rarefy.sending import sent
 
 _MOST_OF_A_GPU = 0.125  # of its memory, for answers that stay there
 _NAMES = {
@@ -105,10 +106,8 @@ class Answers:
         if self.opened is None or self.opened[0] != file:
             self.opened = file, self._open(file, part)
         found = self.opened[1]
-        picked = [one[rows.to(one.device)] for one in found]
-        if self.device.type == "cuda":
-            picked = [one if one.is_cuda else one.pin_memory().to(self.device, non_blocking=True) for one in picked]
-        return pytree.tree_unflatten([one.to(self.device) for one in picked], self.shape)
+        places = {one.device: sent(rows, one.device) for one in found}
+        return pytree.tree_unflatten([sent(one[places[one.device]], self.device) for one in found], self.shape)
 
     def _open(self, file: Path, part: str) -> list[Tensor]:
         """Mapped into memory, not read; on a GPU with room, copied there."""

@@ -48,6 +48,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from rarefy.errors import DataError
+from rarefy.sending import sent
 from rarefy.tasks.sources import Arrays, Items, Source, Split, load
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -492,9 +493,9 @@ class Classification:
         if isinstance(source, Arrays):
             all_images, all_labels = self._arrays(source, split, device)
             for step, chunk in enumerate(chunks[start:], start):
-                places = _sent(chunk, all_images.device)
-                images = _sent(all_images[places].contiguous(), device)
-                labels = None if all_labels is None else _sent(all_labels[places], device)
+                places = sent(chunk, all_images.device)
+                images = sent(all_images[places].contiguous(), device)
+                labels = None if all_labels is None else sent(all_labels[places], device)
                 if seeds is not None:
                     images = _shifted(images, self._augmentation, _generator(*seeds, step)).contiguous()
                 yield self._erased(self.normalize(self._fitted(images)), seeds, step), labels
@@ -536,7 +537,7 @@ class Classification:
             return inputs
         count, _, height, width = inputs.shape
         centre = torch.rand(2, count, 1, generator=_generator(*seeds, step, 1))
-        down, across = _sent((centre * torch.tensor([height, width]).view(2, 1, 1)).floor() - side // 2, inputs.device)
+        down, across = sent((centre * torch.tensor([height, width]).view(2, 1, 1)).floor() - side // 2, inputs.device)
         rows = torch.arange(height, device=inputs.device) - down
         columns = torch.arange(width, device=inputs.device) - across
         inside = ((rows >= 0) & (rows < side)).unsqueeze(2) & ((columns >= 0) & (columns < side)).unsqueeze(1)
@@ -698,19 +699,14 @@ def _shifted(images: Tensor, augmentation: Augmentation, generator: torch.Genera
     pad = 0
     if augmentation.cropped:
         pad = augmentation.crop if augmentation.crop is not None else max(1, height // 8)
-    down, across = _sent(torch.randint(0, 2 * pad + 1, (2, count), generator=generator), images.device).unsqueeze(2)
-    mirror = _sent(torch.rand(count, 1, generator=generator) < (0.5 if augmentation.flip else 0.0), images.device)
+    down, across = sent(torch.randint(0, 2 * pad + 1, (2, count), generator=generator), images.device).unsqueeze(2)
+    mirror = sent(torch.rand(count, 1, generator=generator) < (0.5 if augmentation.flip else 0.0), images.device)
     rows = torch.arange(height, device=images.device) + down
     straight = torch.arange(width, device=images.device)
     columns = torch.where(mirror, width - 1 - straight, straight) + across
     batch = torch.arange(count, device=images.device).view(-1, 1, 1)
     padded = F.pad(images, (pad,) * 4)
     return padded.permute(0, 2, 3, 1)[batch, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
-
-
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device; a GPU takes it when it gets there, and the host goes on."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and tensor.device.type == "cpu" else tensor.to(device)
 
 
 def _resized(images: Tensor, size: tuple[int, ...], interpolation: str) -> Tensor:
