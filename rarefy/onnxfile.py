@@ -41,7 +41,9 @@ def write(graph: fx.GraphModule, path: str | os.PathLike[str], zero_points: bool
         try:
             model = onnx_model(onnx, graph, four_bits)
         except Untranslated:
-            model = _exported(graph)
+            model = _exported(graph, optimize=True)
+            if not _is_valid(onnx, model):  # its optimiser gives the bounds of two clips of one value the same names
+                model = _exported(graph, optimize=False)
     except Exception as error:
         why = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
         raise InputError(
@@ -76,7 +78,15 @@ def _fits(graph: fx.GraphModule) -> None:
         )
 
 
-def _exported(graph: fx.GraphModule) -> Any:
+def _is_valid(onnx: Any, model: Any) -> bool:
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError:
+        return False
+    return True
+
+
+def _exported(graph: fx.GraphModule, optimize: bool) -> Any:
     """The ONNX model, by torch's exporter, with our two operators as ONNX's."""
     onnxscript = needs("onnxscript")
 
@@ -100,7 +110,7 @@ def _exported(graph: fx.GraphModule) -> Any:
             dynamo=True,
             dynamic_shapes=tuple({0: torch.export.Dim.DYNAMIC} for _ in examples),
             opset_version=OPSET,
-            optimize=True,
+            optimize=optimize,
             verbose=False,
             custom_translation_table={
                 torch.ops.rarefy.quantize.default: quantized,

@@ -1047,6 +1047,12 @@ def _embedding(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:
     return str(w.op("Gather", [w.value(g["weight"]), w.value(g["indices"])], axis=0))
 
 
+def _one_hot(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:
+    if w.shape(node)[-1] is None or g["num_classes"] == -1:
+        raise Untranslated(f"{node.name}: as many classes as the values say")
+    return str(w.op("OneHot", [w.value(g["self"]), w.constant([w.fixed(node, -1)]), w.constant([0, 1])], axis=-1))
+
+
 def _scatter(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:
     if not isinstance(g.get("src"), fx.Node):
         raise Untranslated(f"{node.name}: scatters a number")
@@ -1285,6 +1291,7 @@ ROWS: dict[Any, Callable[[Writer, fx.Node, dict[str, Any]], Any]] = {
     aten.index_select.default: _index_select,
     **_rows((aten.gather.default, aten.take_along_dim.default), _gather),
     aten.embedding.default: _embedding,
+    aten.one_hot.default: _one_hot,
     aten.scatter.src: _scatter,
     aten.slice_scatter.default: _slice_scatter,
     aten.select_scatter.default: _select_scatter,

@@ -112,6 +112,7 @@ ON_TOKENS: dict[str, Callable[[Tensor, Of], Tensor]] = {
     "softmax": lambda x, m: x.softmax(-1) + x.log_softmax(1),
     "heads": lambda x, m: x.unflatten(2, (3, 4)).flatten(2) + torch.stack([x, 2 * x], 1).squeeze().select(1, 1) + x.unsqueeze(1)[:, 0],
     "gathered": lambda x, m: x[:, [3, 0, -1]] + x.index_select(1, torch.tensor([1, 2, 2])) + x.gather(1, x[:, :3].abs().long().clamp(max=9)),
+    "one_hot": lambda x, m: F.one_hot(x.abs().long().clamp(max=6), 12).to(x).sum(2) @ m.w,
     "triangles": lambda x, m: x.tril(-1) + x.triu(1) + torch.full_like(x, 2.0) + torch.zeros_like(x) + torch.arange(12),
     "average": lambda x, m: F.avg_pool1d(x, 2) + F.conv1d(x, m.w[:10, :10, None]).unflatten(2, (6, 2))[..., 0],
     "powers": lambda x, m: x.abs().pow(1.5) + x**2 + torch.lerp(x, 2 * x, 0.3) + torch.addcmul(x, x, x, value=0.1) + torch.rsub(x, 1, alpha=2),
@@ -182,6 +183,25 @@ def test_an_operator_without_a_row_goes_through_torchs_exporter(tmp_path) -> Non
     session = runtime.InferenceSession(str(onnxfile.write(graph, tmp_path / "atan.onnx")), providers=["CPUExecutionProvider"])
     assert torch.allclose(torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]), x.atan(), atol=1e-6)
     assert issubclass(Untranslated, InputError)
+
+
+def test_torchs_optimiser_is_not_believed(tmp_path) -> None:
+    """Two clips of one value with bounds of their own: it writes a file in which the second reads what nothing makes."""
+    pytest.importorskip("onnxscript")
+
+    class Clips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, bound in {"low": -0.5, "high": 1.0, "lower": -2.0, "higher": 0.5}.items():
+                self.register_buffer(name, torch.tensor(bound))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.atan(x) * 2
+            return torch.clamp(x, self.low, self.high) + torch.clamp(x, self.lower, self.higher).flip(1)
+
+    graph, x = capture(Clips(), torch.randn(2, *TOKENS)), torch.randn(5, *TOKENS)
+    session = runtime.InferenceSession(str(onnxfile.write(graph, tmp_path / "clips.onnx")), providers=["CPUExecutionProvider"])
+    assert torch.allclose(torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]), graph(x), atol=1e-6)
 
 
 def test_more_weights_than_a_file_holds_are_refused_before_it_is_written(tmp_path, monkeypatch) -> None:
