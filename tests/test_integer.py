@@ -9,8 +9,10 @@ import torch
 from torch.nn import functional as F
 
 import rarefy.kernels  # noqa: F401
+from rarefy import pieces
 from rarefy.kernels.affine import quantize
 from rarefy.kernels.integer import conv2d, conv2d_codes, linear, linear_codes
+from rarefy.kernels.joins import add, mul
 
 onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")
@@ -81,3 +83,23 @@ def test_a_linear_layer_makes_the_codes_of_onnxruntime(largest_bias: int) -> Non
     assert torch.equal(linear_codes(*read, found["s"], found["z"], 0, 255, torch.uint8), exact)
     numbers = quantize(linear(*read), found["s"], found["z"], None, 0, 255, torch.uint8)
     assert int((numbers != exact).sum()) <= 2e-5 * exact.numel()
+
+
+@pytest.mark.parametrize("piece", [1, 3000])
+def test_a_few_images_at_a_time_make_the_codes_of_all_at_once(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, flat = parts((7, 6, 9, 8), (10, 3, 3, 3), 20_000, groups=2), parts((7, 5, 12), (9, 12), 20_000)
+    gate = torch.randint(0, 256, (7, 6, 1, 1), dtype=torch.uint8)
+    grid = (found["s"], found["z"], 0, 255, torch.uint8)
+
+    def made() -> list[torch.Tensor]:
+        read, other = (tuple(of[name] for name in ("x", "w", "b", "sx", "zx", "sw")) for of in (found, flat))
+        places = ([2, 1], [1, 1], [1, 1], 2)
+        pair = (found["x"], found["sx"], found["zx"], gate, found["sx"] * 2, found["zx"])
+        shared = (*pair[:3], gate[:1], *pair[4:])
+        layers = [conv2d(*read, *places), conv2d_codes(*read, *places, *grid), linear(*other), linear_codes(*other, *grid)]
+        return layers + [join(*both, *grid) for join in (add, mul) for both in (pair, shared)]
+
+    whole = made()
+    monkeypatch.setattr(pieces, "PIECE", piece)
+    assert all(torch.equal(one, two) for one, two in zip(whole, made(), strict=True))
+    assert len({tuple(one.shape) for one in whole}) == 3

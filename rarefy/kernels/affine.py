@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PIECE = 2**18  # numbers, of which a core's cache holds a buffer
+from rarefy.pieces import PIECE, as_codes
 
 _library = torch.library.Library("rarefy", "FRAGMENT")
 _library.define(
@@ -50,7 +50,7 @@ def quantize(
     scaled = x / along(scale, x, axis, group)
     if dtype.is_floating_point:
         return scaled.clamp_(qmin, qmax).to(dtype)
-    return torch.round(scaled).add_(along(zero_point, x, axis, group).to(x.dtype)).clamp_(qmin, qmax).to(dtype)
+    return as_codes(torch.round(scaled).add_(along(zero_point, x, axis, group).to(x.dtype)).clamp_(qmin, qmax), dtype)
 
 
 def _in_pieces(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, dtype: torch.dtype) -> Tensor:
@@ -60,7 +60,7 @@ def _in_pieces(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: in
     buffer = torch.empty(PIECE, dtype=x.dtype)
     for piece, into in zip(_flat(x).split(PIECE), _flat(codes).split(PIECE), strict=True):
         numbers = torch.div(piece, scale, out=buffer[: len(piece)])
-        into.copy_(numbers.round_().add_(zero).clamp_(qmin, qmax))
+        into.copy_(as_codes(numbers.round_().add_(zero).clamp_(qmin, qmax), dtype))
     return codes
 
 

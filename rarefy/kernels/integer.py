@@ -17,11 +17,15 @@ Given up: sums without their bias beyond 2^24 are rounded on their way (600 prod
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rarefy.kernels.affine import quantize
+from rarefy.pieces import as_codes, by_images
 
 _LOW = 2**12  # of a bias in a sum: what is above has at most 2^20 values, so that float32 holds it
 
@@ -48,7 +52,8 @@ def conv2d(
     groups: int,
 ) -> Tensor:
     """x: codes (n, c, h, w). weight: codes (o, c / groups, kh, kw). bias: int32 (o,). weight_scale: (o,). Returns numbers (n, o, h', w')."""
-    return _convolved(x, weight, bias, x_scale.dtype, x_zero_point, stride, padding, dilation, groups).mul_(_wide(x_scale * weight_scale))
+    places = (stride, padding, dilation, groups)
+    return _convolved(x, weight, bias, x_zero_point, x_scale * weight_scale, places, lambda numbers: numbers)
 
 
 def conv2d_codes(
@@ -69,13 +74,14 @@ def conv2d_codes(
     dtype: torch.dtype,
 ) -> Tensor:
     """As ``conv2d``, on the grid of ``scale`` () and ``zero_point`` (). Returns codes (n, o, h', w') in ``dtype``."""
-    sums = _convolved(x, weight, bias, x_scale.dtype, x_zero_point, stride, padding, dilation, groups)
-    return _rounded(sums.mul_(_wide(x_scale * weight_scale / scale)), scale, zero_point, qmin, qmax, dtype)
+    places = (stride, padding, dilation, groups)
+    rounded = partial(_rounded, zero_point=zero_point, qmin=qmin, qmax=qmax, dtype=dtype)
+    return _convolved(x, weight, bias, x_zero_point, x_scale * weight_scale / scale, places, rounded)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, x_scale: Tensor, x_zero_point: Tensor, weight_scale: Tensor) -> Tensor:
     """x: codes (..., i). weight: codes (o, i). bias: int32 (o,). weight_scale: (o,). Returns numbers (..., o)."""
-    return _multiplied(x, weight, bias, x_scale.dtype, x_zero_point).mul_(x_scale * weight_scale)
+    return _multiplied(x, weight, bias, x_zero_point, x_scale * weight_scale, lambda numbers: numbers)
 
 
 def linear_codes(
@@ -92,28 +98,38 @@ def linear_codes(
     dtype: torch.dtype,
 ) -> Tensor:
     """As ``linear``, on the grid of ``scale`` () and ``zero_point`` (). Returns codes (..., o) in ``dtype``."""
-    sums = _multiplied(x, weight, bias, x_scale.dtype, x_zero_point)
-    return _rounded(sums.mul_(x_scale * weight_scale / scale), scale, zero_point, qmin, qmax, dtype)
+    rounded = partial(_rounded, zero_point=zero_point, qmin=qmin, qmax=qmax, dtype=dtype)
+    return _multiplied(x, weight, bias, x_zero_point, x_scale * weight_scale / scale, rounded)
 
 
 def _convolved(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    dtype: torch.dtype,
     zero_point: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    factor: Tensor,
+    places: tuple[list[int], list[int], list[int], int],
+    then: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    low, high = _split(bias, dtype)
-    return F.conv2d(x.to(dtype) - zero_point.to(dtype), weight.to(dtype), low, stride, padding, dilation, groups).add_(_wide(high))
+    """``then`` of the sums times ``factor`` (outputs,), which may work in place."""
+    kind = factor.dtype
+    (low, high), whole, zero = _split(bias, kind), weight.to(kind), zero_point.to(kind)
+
+    def some(x: Tensor) -> Tensor:
+        return then(F.conv2d(x.to(kind, copy=True).sub_(zero), whole, low, *places).add_(_wide(high)).mul_(_wide(factor)))
+
+    stride, plane = places[0], x.shape[-2] * x.shape[-1]
+    return by_images(some, (x,), max(x.shape[-3], weight.shape[0] // math.prod(stride)) * plane)
 
 
-def _multiplied(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype, zero_point: Tensor) -> Tensor:
-    low, high = _split(bias, dtype)
-    return F.linear(x.to(dtype) - zero_point.to(dtype), weight.to(dtype), low).add_(high)
+def _multiplied(x: Tensor, weight: Tensor, bias: Tensor, zero_point: Tensor, factor: Tensor, then: Callable[[Tensor], Tensor]) -> Tensor:
+    kind = factor.dtype
+    (low, high), whole, zero = _split(bias, kind), weight.to(kind), zero_point.to(kind)
+
+    def some(x: Tensor) -> Tensor:
+        return then(F.linear(x.to(kind, copy=True).sub_(zero), whole, low).add_(high).mul_(factor))
+
+    return by_images(some, (x,), max(weight.shape) * math.prod(x.shape[1:-1]))
 
 
 def _split(bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -126,9 +142,9 @@ def _wide(one_a_channel: Tensor) -> Tensor:
     return one_a_channel.view(-1, 1, 1)
 
 
-def _rounded(numbers: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, dtype: torch.dtype) -> Tensor:
-    """Codes of numbers in units of their step."""
-    return quantize(numbers, torch.ones_like(scale), zero_point, None, qmin, qmax, dtype)
+def _rounded(numbers: Tensor, zero_point: Tensor, qmin: int, qmax: int, dtype: torch.dtype) -> Tensor:
+    """Codes of numbers in units of their step; the numbers are lost."""
+    return as_codes(numbers.round_().add_(zero_point.to(numbers.dtype)).clamp_(qmin, qmax), dtype)
 
 
 def _conv2d_shape(*arguments: object) -> Tensor:

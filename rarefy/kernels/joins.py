@@ -12,8 +12,13 @@ Given up: kernels of other machines differ from this by as much as from each oth
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from rarefy.pieces import as_codes, by_images
 
 _library = torch.library.Library("rarefy", "FRAGMENT")
 _GRIDS = (
@@ -43,7 +48,11 @@ def add(
         terms.reverse()
     (last, last_zero, last_factor), (first, first_zero, first_factor) = terms
     offset = zero_point.to(scale.dtype) - _fma(last_factor, last_zero, first_factor * first_zero)
-    return torch.round(_fma(last, last_factor, _fma(first, first_factor, offset))).clamp_(qmin, qmax).to(dtype)
+
+    def some(last: Tensor, first: Tensor) -> Tensor:
+        return as_codes(_fma(last, last_factor, _fma(first, first_factor, offset)).round_().clamp_(qmin, qmax), dtype)
+
+    return _joined(some, last, first)
 
 
 def mul(
@@ -61,13 +70,23 @@ def mul(
 ) -> Tensor:
     """a, b: codes that broadcast. Scales and zero points: of shape (). Returns the codes of the product, in ``dtype``."""
     kind = scale.dtype
-    products = (a.to(kind) - a_zero_point.to(kind)) * (b.to(kind) - b_zero_point.to(kind))
-    return products.mul_(a_scale * b_scale / scale).add_(zero_point.to(kind)).round_().clamp_(qmin, qmax).to(dtype)
+    a_zero, b_zero, zero, factor = a_zero_point.to(kind), b_zero_point.to(kind), zero_point.to(kind), a_scale * b_scale / scale
+
+    def some(a: Tensor, b: Tensor) -> Tensor:
+        products = a.to(kind, copy=True).sub_(a_zero).mul_(b.to(kind, copy=True).sub_(b_zero))
+        return as_codes(products.mul_(factor).add_(zero).round_().clamp_(qmin, qmax), dtype)
+
+    return _joined(some, a, b)
+
+
+def _joined(some: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
+    a, b = torch.broadcast_tensors(a, b)
+    return by_images(some, (a, b), math.prod(a.shape[1:]))
 
 
 def _fma(x: Tensor, factor: Tensor, added: Tensor) -> Tensor:
     """x factor + added, rounded once; the product of a code and a float32 is exact in float64."""
-    return (x.to(torch.float64) * factor.to(torch.float64) + added.to(torch.float64)).to(torch.float32)
+    return x.to(torch.float64, copy=True).mul_(factor.to(torch.float64)).add_(added.to(torch.float64)).to(torch.float32)
 
 
 def _is_one_a_row(a: Tensor, b: Tensor) -> bool:
