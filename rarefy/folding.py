@@ -7,9 +7,6 @@
   integers. Dropout goes. The result is for inference only.
 * ``simplify``: one form for what can be written in several (mean over the plane is average pooling; hardswish is x hardsigmoid(x), silu
   is x sigmoid(x); attention is its two products and a softmax), so that the tables of operators stay short.
-* ``equalize``: cross-layer equalisation (1906.04721). Between two layers with nothing but a positively homogeneous activation (ReLU) and
-  one reader in between, channel i of the first is divided and of the second multiplied by s_i = sqrt(r1_i r2_i) / r2_i, r the channel's
-  largest weight, until the ranges meet. Exact for ReLU; ReLU6 and hardswish are left alone.
 """
 
 from __future__ import annotations
@@ -148,18 +145,6 @@ def simplify(graph: fx.GraphModule, keep: frozenset[Any] = frozenset()) -> fx.Gr
     return finish(graph)
 
 
-def equalize(graph: fx.GraphModule, rounds: int = 20) -> int:
-    """Equalise ``graph`` (folded) in place; returns how many pairs of layers were."""
-    pairs = [(node, after) for node in graph.graph.nodes if weighted(node) and (after := _next_layer(graph, node)) is not None]
-    for _ in range(rounds):
-        change = 0.0
-        for first, second in pairs:
-            change = max(change, _equalize_pair(graph, first, second))
-        if change < 1e-3:
-            break
-    return len(pairs)
-
-
 def _fold_batch_norm(graph: fx.GraphModule, node: fx.Node) -> None:
     source, *parameters = node.args[:5]
     tensors: list[Any] = [None if value is None else attribute(graph, value).detach() for value in parameters]
@@ -270,48 +255,3 @@ _SIMPLER = {
     aten.hardswish.default: _gated(aten.hardsigmoid.default),
     aten.silu.default: _gated(aten.sigmoid.default),
 }
-
-
-def _next_layer(graph: fx.GraphModule, node: fx.Node) -> fx.Node | None:
-    """The layer that alone reads ``node``, through at most one ReLU, if both weights are theirs alone."""
-    after = node
-    while len(after.users) == 1:
-        after = next(iter(after.users))
-        if weighted(after):
-            alone = all(len(source.users) == 1 for source in (node.args[1], after.args[1]) if isinstance(source, fx.Node))
-            return (
-                after
-                if alone and after.args[0] is not node.args[0] and _channels(graph, after) == attribute(graph, node.args[1]).shape[0]
-                else None
-            )
-        if after.op != "call_function" or after.target is not aten.relu.default:
-            return None
-    return None
-
-
-def _groups(node: fx.Node) -> int:
-    return int(node.args[6]) if len(node.args) > 6 else 1  # type: ignore[arg-type]
-
-
-def _channels(graph: fx.GraphModule, node: fx.Node) -> int:
-    """Input channels, where each is read on its own (no groups but depthwise); 0 otherwise."""
-    weight = attribute(graph, node.args[1])
-    groups = _groups(node)
-    if groups == 1:
-        return int(weight.shape[1])
-    return groups if weight.shape[0] == groups and weight.shape[1] == 1 else 0
-
-
-def _equalize_pair(graph: fx.GraphModule, first: fx.Node, second: fx.Node) -> float:
-    one, two = (attribute(graph, node.args[1]) for node in (first, second))
-    axis = 1 if _groups(second) == 1 else 0
-    with torch.no_grad():
-        r1 = one.abs().flatten(1).amax(1)
-        r2 = two.abs().transpose(0, axis).flatten(1).amax(1)
-        usable = (r1 > 0) & (r2 > 0)
-        s = torch.where(usable, torch.sqrt(r1 * r2) / r2, torch.ones_like(r1)).clamp(1e-3, 1e3)
-        one.div_(s.view(-1, *[1] * (one.dim() - 1)))
-        if len(first.args) > 2 and first.args[2] is not None:
-            attribute(graph, first.args[2]).div_(s)
-        two.mul_(s.view([-1 if dim == axis else 1 for dim in range(two.dim())]))
-        return float((s.log().abs()).max()) / math.log(2)

@@ -2,8 +2,8 @@
 
 In order, each on the one graph:
 
-1. fold batch norm, write operators in one form, equalise ranges across layers where that is exact (``rarefy.folding``);
-2. choose which values become integers, from the runtime's table (``rarefy.placing``);
+1. fold batch norm, write operators in one form (``rarefy.folding``);
+2. choose which values become integers, from the runtime's table (``rarefy.placing``), and equalise their channels where that is exact (``rarefy.equalizing``);
 3. run the calibration images once and stream every such value into a histogram (``rarefy.observing``), from which the calibration rule
    chooses the range: affine, unsigned, one scale a tensor, and 0 is always a code; put them into the graph (``rarefy.rewriting``);
 4. layer by layer, on what the rounded layers before it yield (``rarefy.prefix``): the weights, symmetric, one scale an output channel by the same kind
@@ -28,11 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy import allocating, explaining, gating, grids, patches, plugins, reconstruction, rewriting, smoothing, weight_only
+from rarefy import allocating, equalizing, explaining, gating, grids, patches, plugins, reconstruction, rewriting, smoothing, weight_only
 from rarefy.capturing import as_graph, attribute, device_of, finish, set_attribute, shapes, share_copy
-from rarefy.errors import InputError
+from rarefy.errors import DataError, InputError
 from rarefy.folding import check_globs, fold, layer_name, names, simplify, weighted
-from rarefy.folding import equalize as equalize_ranges
 from rarefy.kernels import is_quantised
 from rarefy.lowering import to_integers
 from rarefy.normalizing import normed
@@ -42,6 +41,7 @@ from rarefy.prefix import Prefix
 from rarefy.progress import track
 from rarefy.rounding import Block, Layer, OfBlocks, OfLayers, Sample
 
+EQUALIZED = 16  # images that tell how large a stream's channels get
 SMOOTHED = 32  # images that tell how large a norm's channels get
 GATES = (None, "latency")
 MEMORY = 5e8  # bytes of activations of all images that the rounding of layers may keep
@@ -82,6 +82,7 @@ def quantize(
         (``"int4:group=32"``, ``"mxfp4"``), without images (``rarefy.weight_only``). Activations go by their own names or those of layers that read them.
     weight_calibration: the rule for weight scales; None: minmax at 8 bits, where clipping the largest weights costs more than it saves, else mse.
     ignore: globs of layer names that stay float; one that matches nothing is an error, as in weights and activations.
+    equalize: channels of values between layers brought to one range, where that is exact and lowers the noise (``rarefy.equalizing``).
     correct_bias: means of all layers' outputs, and the deviation of the last ones', brought back to float's.
     smooth: SmoothQuant before linear layers that read a norm, with this alpha, such as 0.5 (``rarefy.smoothing``); None: not done.
     gate: "latency" times each stretch of layers in integers and in float on the runtime, and keeps only what pays (``rarefy.gating``); where nothing does, the
@@ -146,14 +147,20 @@ def quantize(
             f"no layer can be quantised for {plugins.describe(runtime)}; ignore={list(ignore)} and weights={assigned} leave none, "
             "or the model has no convolution or linear layer"
         )
+    layer_grids: dict[fx.Node, grids.Grid] = {}
     for node in placement.layers:
         if not isinstance(own := own_grid[node], grids.Grid) or own.group is not None or not own.symmetric or not own.signed:
             raise InputError(
                 f"{layer_name(node)}: weights={own}: integer kernels take int2 to int8 with one scale a channel; write int4, say"
             )
-        own_grid[node] = dataclasses.replace(own, bits=min(own.bits, runtime.weight_bits))
+        own_grid[node] = layer_grids[node] = dataclasses.replace(own, bits=min(own.bits, runtime.weight_bits))
         rewriting.own_bias(graph, node)
-    pairs = equalize_ranges(graph) if equalize else 0
+    value_grids = _value_grids(placement, activation_grids)
+    equalized = 0
+    if equalize:
+        first, batches = _first(graph, task, batches, EQUALIZED, seed)
+        few = _pieces(graph, [tuple(value[:EQUALIZED] for value in first)])
+        equalized = equalizing.equalize(graph, few, value_grids, layer_grids)
     walks = correct_bias or isinstance(rounder, (OfLayers, OfBlocks))
     total = math.ceil(images / batch_size) if batches is None else None
     checked = track(_checked_batches(graph, task, batches, images, batch_size, seed), total, "calibrate", progress)
@@ -166,7 +173,6 @@ def quantize(
         _last(placement.layers) if correct_bias else (),
     )
     float_graph = share_copy(graph)
-    value_grids = _value_grids(placement, activation_grids)
     ranges = _ranges(placement, seen, rule, value_grids)
     verdict = None
     if gate is not None:
@@ -223,7 +229,7 @@ def quantize(
                     for node, fact in zip(placement.layers, facts, strict=True)
                 ],
                 "images_of_rounding": sum(len(batch[0]) for batch in seen.batches) if walks else 0,
-                "equalized": pairs,
+                "equalized": equalized,
                 "batch_norm": norms,
                 **({} if smooth is None else {"smoothed": smoothed}),
                 **({"allocation": allocation} if allocation is not None else {}),
@@ -503,6 +509,8 @@ def _first(graph: fx.GraphModule, task: Any, batches: Any, images: int, seed: in
         return next(_checked_batches(graph, task, None, images, images, seed)), None
     left = iter(batches)
     taken = list(itertools.islice(left, 1))
+    if not taken:
+        raise DataError("no calibration images; give at least one batch (128 images are a good number)")
     return next(_checked_batches(graph, task, taken, images, images, seed)), itertools.chain(taken, left)
 
 

@@ -15,7 +15,7 @@ from rarefy import grids, plugins
 from rarefy.capturing import capture
 from rarefy.errors import DataError, InputError
 from rarefy.exporting import export
-from rarefy.folding import equalize, fold, simplify
+from rarefy.folding import fold, simplify
 from rarefy.grids import Grid
 from rarefy.kernels.affine import PIECE, dequantize, fake_quantize
 from rarefy.kernels.affine import quantize as to_codes
@@ -188,20 +188,6 @@ def test_folding_and_simplifying_change_no_answer(block: nn.Module, batches: lis
     targets = {str(node.target) for node in folded.graph.nodes}
     assert not any("batch_norm" in target or "hardswish" in target or "mean.dim" in target for target in targets)
     assert torch.allclose(graph(batches[1]), folded(batches[1]), atol=2e-5)
-
-
-def test_equalisation_is_exact_and_meets_the_ranges() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
-    with torch.no_grad():
-        model[0].weight[0] *= 50
-    x = torch.randn(2, 3, 12, 12)
-    graph = fold(capture(model, x))
-    before = graph(x)
-    assert equalize(graph) == 2
-    assert torch.allclose(before, graph(x), rtol=1e-4, atol=1e-5)
-    first, second = (dict(graph.named_parameters())[f"{index}.weight"] for index in (0, 2))
-    assert torch.allclose(first.abs().flatten(1).amax(1), second.abs().flatten(1).amax(1), rtol=0.05)
 
 
 @pytest.mark.parametrize("calibration", plugins.available("calibration"))

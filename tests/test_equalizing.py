@@ -1,0 +1,201 @@
+"""Equalising channels of streams: the network stays what it is, noise falls where channels are unlike, and what can't be scaled is left alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from rarefy import capture, quantize
+from rarefy.capturing import attribute
+from rarefy.equalizing import equalize, streams
+from rarefy.errors import DataError
+from rarefy.folding import fold, layer_name, simplify, weighted
+from rarefy.grids import Grid
+
+
+class Bottlenecks(nn.Module):
+    """Two linear bottlenecks, one added to the other; ReLU6 within, as in MobileNetV2. Channels of what is added differ by ``unlike`` to either side."""
+
+    def __init__(self, unlike: float = 1.0):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, stride=2)
+        self.expand = nn.ModuleList([nn.Conv2d(16, 32, 1), nn.Conv2d(16, 32, 1)])
+        self.deep = nn.ModuleList([nn.Conv2d(32, 32, 3, padding=1, groups=32), nn.Conv2d(32, 32, 3, padding=1, groups=32)])
+        self.project = nn.ModuleList([nn.Conv2d(32, 16, 1), nn.Conv2d(32, 16, 1)])
+        self.head = nn.Conv2d(16, 24, 1)
+        self.fc = nn.Linear(24, 10)
+        scale = torch.logspace(-math.log10(unlike), math.log10(unlike), 16)
+        with torch.no_grad():
+            for maker in (self.stem, *self.project):
+                maker.weight.mul_(3 * scale.view(-1, 1, 1, 1))
+                maker.bias.mul_(3 * scale)
+            for reader in (*self.expand, self.head):
+                reader.weight.div_(scale.view(1, -1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for expand, deep, project in zip(self.expand, self.deep, self.project, strict=True):
+            x = x + project(F.relu6(deep(F.relu6(expand(x)))))
+        return self.fc(F.relu6(self.head(x)).mean((2, 3)))
+
+
+class Residual(nn.Module):
+    """Of ReLUs, with a padding, pooling to one number and a linear layer behind it: all of that is one stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.deep = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, groups=8)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.one(x)), 2)
+        x = F.relu(x + self.two(x))
+        x = x + self.deep(F.pad(x, (1, 1, 1, 1)))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def folded(model: nn.Module, x: Tensor) -> fx.GraphModule:
+    graph = simplify(fold(capture(model.eval(), x)))
+    for parameter in graph.parameters():
+        parameter.requires_grad_(False)
+    return graph
+
+
+def grids_of(graph: fx.GraphModule) -> tuple[dict[fx.Node, Grid], dict[fx.Node, Grid]]:
+    """All values rounded and all layers."""
+    operators = [node for node in graph.graph.nodes if node.op == "call_function"]
+    return {node: Grid(signed=False, symmetric=False) for node in operators}, {node: Grid(axis=0) for node in operators if weighted(node)}
+
+
+def images(count: int = 8, size: int = 24) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def noise_db(exact: Tensor, other: Tensor) -> float:
+    exact, other = exact.detach(), other.detach()
+    return float(10 * torch.log10(exact.var(0).sum() / (exact - other).square().mean(0).sum()))
+
+
+@pytest.mark.parametrize("make", [Residual, lambda: Bottlenecks(5.0)])
+def test_answers_stay(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    graph = folded(make(), images(2))
+    if isinstance(make, type):
+        with torch.no_grad():
+            attribute(graph, "one.weight")[0] *= 50
+    before, weights = graph(images()), {name: value.clone() for name, value in graph.named_parameters()}
+    assert equalize(graph, [(images(),)], *grids_of(graph)) >= 1
+    assert any(not torch.equal(weights[name], value) for name, value in graph.named_parameters())
+    assert torch.allclose(before, graph(images()), rtol=1e-4, atol=1e-4 * float(before.abs().max()))
+
+
+def test_streams_reach_across_additions() -> None:
+    graph = folded(Bottlenecks(), images(2))
+    found = [({layer_name(node) for node in stream.makers}, {layer_name(node) for node in stream.readers}) for stream in streams(graph)]
+    assert found == [({"stem", "project.0", "project.1"}, {"expand.0", "expand.1", "head"})]
+    graph = folded(Residual(), images(2))
+    (stream,) = streams(graph)
+    assert {layer_name(node) for node in stream.makers} == {"one", "two", "deep"}
+    assert {layer_name(node) for node in stream.readers} == {"two", "deep", "fc"}
+
+
+def test_unlike_channels_get_one_range_and_int8_loses_less() -> None:
+    """Of channels from 1/8 to 8 one scale leaves the smallest 64 times too rough; equalised, the network is nearly as good as it is with like channels."""
+    torch.manual_seed(0)
+    like = Bottlenecks().eval()
+    torch.manual_seed(0)
+    unlike = Bottlenecks(8.0).eval()
+    assert torch.allclose(like(images()), unlike(images()), rtol=1e-4, atol=1e-4)
+    found = {}
+    for name, model in (("like", like), ("unlike", unlike)):
+        graph = capture(model, images(2))
+        for mended in (False, True):
+            small = quantize(graph, batches=[images()], equalize=mended, progress=False)
+            found[name, mended] = noise_db(graph(images(32)), small(images(32)))
+            assert small.meta["history"][-1]["facts"]["equalized"] <= mended
+    assert found["unlike", True] > found["unlike", False] + 3
+    assert found["unlike", True] > found["like", True] - 1
+    graph = folded(unlike, images(2))
+    equalize(graph, [(images(),)], *grids_of(graph))
+    values: dict[str, Tensor] = {}
+
+    class Seen(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> Tensor:
+            values[node.name] = value = super().run_node(node)
+            return value  # type: ignore[no-any-return]
+
+    Seen(graph).run(images())
+    (stream,) = streams(graph)
+    last = values[stream.values[-1].name].abs().amax((0, 2, 3))
+    assert float(last.max() / last.min()) < 5
+
+
+def test_like_channels_are_left_as_they_are() -> None:
+    """Of equal weights and one image in all channels, no factor wins."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1)).eval()
+    with torch.no_grad():
+        model[0].weight.fill_(0.5), model[0].bias.zero_()
+        model[2].weight.copy_(torch.eye(4).view(4, 4, 1, 1))
+    graph = folded(model, images(2))
+    weights = {name: value.clone() for name, value in graph.named_parameters()}
+    assert equalize(graph, [(images(),)], *grids_of(graph)) == 0
+    assert all(torch.equal(weights[name], value) for name, value in graph.named_parameters())
+
+
+def _answer_read_twice(one: nn.Module, two: nn.Module, x: Tensor) -> Tensor:
+    y = one(x)
+    return two(y).mean((2, 3)) + y.mean((2, 3))
+
+
+BARRED = {
+    "relu6": lambda one, two, x: two(F.relu6(one(x))),
+    "hardswish": lambda one, two, x: two(F.hardswish(one(x))),
+    "a constant": lambda one, two, x: two(one(x) + 1.0),
+    "a broadcast": lambda one, two, x: two(one(x) + one(x).mean((1, 2, 3), keepdim=True)),
+    "product": lambda one, two, x: two(one(x) * one(x)),
+    "the image": lambda one, two, x: two(one(x) + x[:, :1]),
+    "padding with ones": lambda one, two, x: two(F.pad(one(x), (1, 1, 1, 1), value=1.0)),
+    "the answer": _answer_read_twice,
+    "a shared weight": lambda one, two, x: two(F.relu(two(F.relu(one(x))))),
+}
+
+
+@pytest.mark.parametrize("name", BARRED)
+def test_what_can_not_be_scaled_is_left_alone(name: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return BARRED[name](self.one, self.two, x)  # type: ignore[no-any-return, no-untyped-call]
+
+    assert streams(folded(Net(), images(2))) == []
+
+
+def test_dead_and_broken_channels_are_left_as_they_are() -> None:
+    torch.manual_seed(0)
+    graph = folded(Bottlenecks(5.0), images(2))
+    with torch.no_grad():
+        for maker in ("stem", "project.0", "project.1"):
+            attribute(graph, f"{maker}.weight")[3] = 0
+            attribute(graph, f"{maker}.bias")[3] = 0
+        attribute(graph, "head.weight")[:, 5] = 0
+    before = graph(images())
+    read = attribute(graph, "head.weight")[:, 3].clone()
+    assert equalize(graph, [(images(),)], *grids_of(graph)) == 1
+    assert torch.equal(read, attribute(graph, "head.weight")[:, 3])
+    assert torch.allclose(before, graph(images()), rtol=1e-4, atol=1e-4 * float(before.abs().max()))
+    with torch.no_grad():
+        attribute(graph, "stem.weight")[0] = math.nan
+    assert equalize(graph, [(images(),)], *grids_of(graph)) == 0
+
+
+def test_without_a_batch_the_error_says_so() -> None:
+    with pytest.raises(DataError, match="no calibration images"):
+        quantize(Bottlenecks().eval(), inputs=images(2), batches=[], progress=False)
