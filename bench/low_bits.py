@@ -178,6 +178,16 @@ def made(missing: list[Cell], given: argparse.Namespace) -> Iterator[dict[str, A
     return in_processes(partial(attempted, given=given), missing, given.jobs)
 
 
+def write(file: Path | None, wanted: list[Cell], found: dict[Cell, dict[str, Any]], wrong: list[dict[str, Any]]) -> None:
+    """What there is so far, whole at any moment."""
+    if file is None:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.part")
+    partial.write_text(json.dumps({"rows": [found[cell] for cell in wanted if cell in found], "wrong": wrong}))
+    partial.replace(file)
+
+
 def shortfalls(wanted: list[Cell], by: dict[Cell, dict[str, Any]]) -> list[str]:
     """What the cells that were asked for miss; one that was not run misses all."""
     short = [f"{' '.join(cell)}: was not run" for cell in wanted if cell not in by]
@@ -257,6 +267,7 @@ def main() -> int:
     begun = time.perf_counter()
     found = {cell: json.loads(file.read_text()) for cell in wanted if (file := given.work / f"{cell.file}.json").exists()}
     wrong: list[dict[str, Any]] = []
+    write(given.out, wanted, found, wrong)
     missing = [] if given.only_show else [cell for cell in wanted if cell not in found]
     if given.device == "cpu" and not given.trial and (left := [cell for cell in missing if cell.model == "lite0" and cell.method == QAT]):
         print(f"skipped {len(left)} cells, lite0 by {QAT}: training it needs a GPU", file=sys.stderr)
@@ -267,12 +278,10 @@ def main() -> int:
         if why := row.get("skipped") or row.get("failed") or ("no time was left" if "left" in row else None):
             wrong.append(row)
             print(at + why.strip(), file=sys.stderr, flush=True)
-            continue
-        found[cell] = row
-        print(f"{at}top-1 {100 * row['value']:.2f}, {row['sqnr_db']:.2f} dB, {row['seconds']:.0f} s", file=sys.stderr, flush=True)
-        if given.out:
-            given.out.parent.mkdir(parents=True, exist_ok=True)
-            given.out.write_text(json.dumps({"rows": [found[cell] for cell in wanted if cell in found], "wrong": wrong}))
+        else:
+            found[cell] = row
+            print(f"{at}top-1 {100 * row['value']:.2f}, {row['sqnr_db']:.2f} dB, {row['seconds']:.0f} s", file=sys.stderr, flush=True)
+        write(given.out, wanted, found, wrong)
     rows = [found[cell] for cell in wanted if cell in found]
     shown(rows)
     short = shortfalls(wanted, found)

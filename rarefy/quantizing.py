@@ -83,7 +83,7 @@ def quantize(
     weight_calibration: the rule for weight scales; None: minmax at 8 bits, where clipping the largest weights costs more than it saves, else mse.
     ignore: globs of layer names that stay float; one that matches nothing is an error, as in weights and activations.
     equalize: channels of values between layers brought to one range, where that is exact and lowers the noise (``rarefy.equalizing``).
-    correct_bias: means of all layers' outputs, and the deviation of the last ones', brought back to float's.
+    correct_bias: means of all layers' outputs, and the deviation of the last ones', brought back to float's; block reconstruction does both in its own objective.
     smooth: SmoothQuant before linear layers that read a norm, with this alpha, such as 0.5 (``rarefy.smoothing``); None: not done.
     gate: "latency" times each stretch of layers in integers and in float on the runtime, and keeps only what pays (``rarefy.gating``); where nothing does, the
     model comes back in float, and its history says so.
