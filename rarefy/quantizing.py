@@ -39,6 +39,7 @@ from rarefy.observing import Average, Observed, observe
 from rarefy.placing import Placement, place
 from rarefy.prefix import Prefix
 from rarefy.progress import track
+from rarefy.releasing import release
 from rarefy.rounding import Block, Layer, OfBlocks, OfLayers, Sample
 
 EQUALIZED = 16  # images that tell how large a stream's channels get
@@ -172,6 +173,7 @@ def quantize(
         lambda samples: walks and samples * _input_bytes(graph) <= MEMORY / 2,
         _last(placement.layers) if correct_bias else (),
     )
+    release()
     float_graph = share_copy(graph)
     ranges = _ranges(placement, seen, rule, value_grids)
     verdict = None
@@ -200,6 +202,9 @@ def quantize(
         for node in block if correct_bias and not isinstance(rounder, OfBlocks) else ():
             run.correct_spread(node)
             run.correct_bias(node)
+    learned = run.learned
+    del run  # and the values that it keeps
+    release()
     noise = explaining.noise(float_graph, graph, seen.batches)
     graph = to_integers(finish(graph))
     if any(fact["bits"] < 8 for fact in facts):
@@ -242,7 +247,7 @@ def quantize(
                     for node in float_graph.graph.nodes
                     if weighted(node) and node.name in noise and node.name not in integer
                 },
-                "ranges": {value.name: [end * run.learned.get(value.name, 1.0) for end in ranges[value]] for value in placement.values},
+                "ranges": {value.name: [end * learned.get(value.name, 1.0) for end in ranges[value]] for value in placement.values},
                 **({} if verdict is None else {"gate": verdict}),
                 **({"timing": timing} if timing else {}),
             },
@@ -297,7 +302,7 @@ class _Rounding:
         self.twins = {node.name: node for node in float_graph.graph.nodes}
         self.means = {node.name: mean for node, mean in seen.means.items()}
         self.spreads = {node.name: spread for node, spread in seen.spreads.items()}
-        self.places = math.ceil(SAMPLES / sum(len(batch[0]) for batch in seen.batches))
+        self.places = SAMPLES / sum(len(batch[0]) for batch in seen.batches)
         self.marks: frozenset[str] = frozenset()
         self.read_means: dict[str, patches.Mean] = {}  # of layers whose samples were read: for the bias
         self.learned: dict[str, float] = {}  # value -> what its scale was multiplied by
@@ -414,14 +419,15 @@ class _Rounding:
         """``samples`` of a ``Layer``: what the layer reads in both graphs and makes in float, at the same few places."""
         twin = self.twins[node.name]
         drawn: list[Tensor] = []
-        most = min(patches.PLACES, math.prod(shape[1:]) * self.places)
+        most = min(patches.PLACES, math.ceil(math.prod(shape[1:]) * self.places))
 
         def gathered() -> Iterator[Sample]:
             exact: Iterator[Any] = iter(lambda: (None, None), 0)
             if reads:
                 exact = self.float_prefix.run(twin.next, (twin.args[0], twin))
             average = patches.Mean(node, shape)
-            parts: list[Sample] = []
+            room: Sample | None = None
+            filled = 0
             for index, ((inputs,), (float_inputs, float_outputs)) in enumerate(zip(self._reads(node), exact)):
                 average.add(inputs)
                 if index == len(drawn):
@@ -433,12 +439,18 @@ class _Rounding:
                 if "float_outputs" in reads:
                     bias = attribute(self.float_prefix.graph, twin.args[2]).detach().float().view(groups, -1, 1)
                     y = _columns(patches.made(twin, float_outputs, groups, place)) - bias
-                parts.append(Sample(x, other, y))
-                if sum(part.inputs.numel() for part in parts) >= TOGETHER:
-                    yield _joined(parts)
-                    parts = []
-            if parts:
-                yield _joined(parts)
+                part = Sample(x, other, y)
+                if room is not None and filled + x.shape[2] > room.inputs.shape[2]:
+                    yield _columns_of(room, 0, filled)
+                    room = None
+                if room is None:
+                    room, filled = _room(part, x.shape[2] * max(1, min(TOGETHER // max(x.numel(), 1), len(self.prefix.batches) - index))), 0
+                for piece, into in zip(part, _columns_of(room, filled, x.shape[2]), strict=True):
+                    if piece is not None and into is not None:
+                        into.copy_(piece)
+                filled += x.shape[2]
+            if room is not None:
+                yield _columns_of(room, 0, filled)
             if self.centered:
                 self.read_means[node.name] = average
 
@@ -455,8 +467,13 @@ def _columns(x: Tensor) -> Tensor:
     return x.permute(1, 2, 0, 3).flatten(2).float()
 
 
-def _joined(parts: Sequence[Sample]) -> Sample:
-    return Sample(*(None if of[0] is None else torch.cat(of, 2) for of in zip(*parts, strict=True)))  # type: ignore[arg-type]
+def _room(part: Sample, columns: int) -> Sample:
+    """For so many: what is gathered bit by bit would lie scattered among activations, and their memory could not be used again (200 MB)."""
+    return Sample(*(None if one is None else one.new_empty(*one.shape[:2], columns) for one in part))  # type: ignore[arg-type]
+
+
+def _columns_of(sample: Sample, begun: int, count: int) -> Sample:
+    return Sample(*(None if one is None else one[:, :, begun : begun + count] for one in sample))  # type: ignore[arg-type]
 
 
 def _weights_only(
