@@ -76,11 +76,17 @@ class Trace:
         return Value(tuple(shape), layers)
 
     def tie(self, one: Tensor, other: Tensor) -> None:
-        """Labels at the same (broadcast) place leave together."""
+        """Labels at the same (broadcast) place leave together.
+
+        Where each varies along an axis of its own (a row meets a column), all meet all: each with the other's first says the same in n + n edges for n * n.
+        """
         if one is other:
             return
-        one, other = torch.broadcast_tensors(one, other)
-        self.edges.append((one.reshape(-1), other.reshape(-1)))
+        mine, its = set(axes_of(one)) - set(axes_of(other)), set(axes_of(other)) - set(axes_of(one))
+        pairs = [(one, _first(other, its)), (_first(one, mine), other)] if mine and its else [(one, other)]
+        for pair in pairs:
+            left, right = torch.broadcast_tensors(*pair)
+            self.edges.append((left.reshape(-1), right.reshape(-1)))
 
     def freeze(self, layer: Tensor, why: str) -> None:
         node = self.node
@@ -100,10 +106,7 @@ class Trace:
 
     def only(self, layer: Tensor, axes: Collection[int]) -> Tensor:
         """The layer, its labels tied across every axis but ``axes`` (of one position along those)."""
-        reduced = layer
-        for axis in axes_of(layer):
-            if axis not in axes:
-                reduced = reduced.narrow(axis, 0, 1)
+        reduced = _first(layer, set(axes_of(layer)) - set(axes))
         if reduced is not layer:
             self.tie(layer, reduced)
         return reduced
@@ -186,6 +189,12 @@ def compact(layer: Tensor) -> Tensor:
 
 def axes_of(layer: Tensor) -> list[int]:
     return [axis for axis, size in enumerate(layer.shape) if size > 1]
+
+
+def _first(layer: Tensor, axes: Collection[int]) -> Tensor:
+    for axis in axes:
+        layer = layer.narrow(axis, 0, 1)
+    return layer
 
 
 def along(labels: Tensor, axis: int, rank: int) -> Tensor:
