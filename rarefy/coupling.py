@@ -20,10 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx, nn
 
 from rarefy.capturing import attribute, is_tensor, shapes
@@ -55,8 +52,8 @@ class Row:
 class Coupling:
     """Who leaves with whom.
 
-    graph: the graph that was coupled.  values: node -> Value (or a list of them, or a plain number).  found: ``shapes`` at batch 1.
-    classes: (labels,) int64, label -> class; class 0 never leaves.  count: number of classes, the frozen one included.
+    graph: the graph that was coupled.  values: node -> Value (or a list of them, or a plain number), its layers of classes in place of labels; class 0
+    never leaves.  found: ``shapes`` at batch 1.  count: number of classes, the frozen one included.
     rows: one an axis of a parameter or buffer.  statistics: nodes for which masking is not removal.
     frozen: parameter name -> what froze its output axis, for layers of which nothing can be pruned.
     unknown: operator -> nodes, for operators the table does not know.
@@ -65,7 +62,6 @@ class Coupling:
     graph: fx.GraphModule
     values: dict[fx.Node, Any]
     found: dict[fx.Node, Any]
-    classes: Tensor
     count: int
     rows: list[Row]
     statistics: set[fx.Node]
@@ -79,7 +75,7 @@ class Coupling:
         """
         found: Kept = [None] * value.rank
         for layer in value.layers:
-            mask = compact(alive[self.classes[layer]])
+            mask = compact(alive[layer])
             axes = axes_of(mask)
             if mask.numel() == 0 or (mask.numel() == 1 and bool(mask)):
                 continue
@@ -266,9 +262,21 @@ def _settle(trace: Trace) -> Coupling:
 
 
 def _components(edges: Tensor, labels: int) -> Tensor:
-    one, other = edges.numpy()
-    matrix = coo_matrix((np.ones(len(one), dtype=np.int8), (one, other)), shape=(labels, labels))
-    return torch.from_numpy(connected_components(matrix, directed=False)[1].astype(np.int64))
+    """(labels,) the component of each, numbered by their least labels: trees are hooked to the least neighbour's and flattened, in a logarithm of rounds.
+
+    scipy sorts the edges twice for that.
+    """
+    root = torch.arange(labels)
+    one, other = edges
+    while len(one):
+        apart = one != other
+        one, other = one[apart], other[apart]
+        root.scatter_reduce_(0, torch.maximum(one, other), torch.minimum(one, other), "amin")
+        while not torch.equal(root, above := root[root]):
+            root = above
+        one, other = root[one], root[other]
+    number = (root == torch.arange(labels)).cumsum(0) - 1
+    return number[root]
 
 
 def _rectangle(layer: Tensor, classes: Tensor) -> list[Tensor]:
@@ -298,14 +306,46 @@ def _numbered(trace: Trace, classes: Tensor, component: Tensor, reason: Tensor, 
     number = torch.zeros(int(classes.max()) + 1, dtype=torch.int64)
     number[used] = torch.arange(len(used))
     classes = number[classes]
+    shared = _Shared(classes)
     rows, frozen = [], {}
     for key, (names, value) in trace.tensors.items():
         produced = trace.outputs.get(key)
         for layer in value.layers:
             axis = axes_of(layer)[0]
-            own = classes[layer.reshape(-1)]
+            own = shared(layer.reshape(-1))
             rows.append(Row(tuple(names), axis, own, produced == axis))
             if produced == axis and not bool(own.any()):
                 first = int(reason[component[layer.reshape(-1)]].min())
                 frozen[names[0]] = reasons[first] if first < len(reasons) else "nothing prunes with it"
-    return Coupling(trace.graph, trace.values, trace.found, classes, len(used), rows, trace.statistics, frozen, trace.unknown)
+    every = {
+        id(part): part
+        for value in trace.values.values()
+        for part in (value if isinstance(value, list) else [value])
+        if isinstance(part, Value)
+    }
+    for value, layers in [(value, [shared(layer) for layer in value.layers]) for value in every.values()]:
+        value.layers = layers
+    return Coupling(trace.graph, trace.values, trace.found, len(used), rows, trace.statistics, frozen, trace.unknown)
+
+
+class _Shared:
+    """Layers of labels -> layers of classes. Equal ones are one tensor: the four vectors of a batch norm, most activations."""
+
+    def __init__(self, classes: Tensor):
+        self.classes = classes
+        self.known: dict[int, tuple[Tensor, Tensor]] = {}  # id of a layer -> the layer, so that it keeps its id, and what is made of it
+        self.made: dict[Any, Tensor] = {}
+
+    def __call__(self, layer: Tensor) -> Tensor:
+        if id(layer) not in self.known:
+            self.known[id(layer)] = (layer, self._made(layer))
+        return self.known[id(layer)][1]
+
+    def _made(self, layer: Tensor) -> Tensor:
+        once = layer
+        for axis, (size, stride) in enumerate(zip(layer.shape, layer.stride(), strict=True)):
+            once = once.narrow(axis, 0, 1) if size > 1 and stride == 0 else once
+        found = self.classes[once]
+        content = found.numpy().tobytes()
+        flat = self.made.setdefault(content, found.flatten())
+        return self.made.setdefault((content, once.shape, layer.shape), flat.reshape(once.shape).expand(layer.shape))

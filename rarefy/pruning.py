@@ -36,7 +36,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix
 from torch import Tensor, fx, nn
 
 from rarefy import plugins
@@ -168,6 +167,7 @@ def _at_once(
     """
     target = _target(keep, macs, params, speedup)
     full = share_copy(graph).eval() if any(module.training for module in graph.modules()) else graph
+    release()  # what an earlier run freed
     coupling = couple(full, ignore, heads)
     full = coupling.graph
     if coupling.count == 1:
@@ -292,12 +292,30 @@ class _Widths:
             self.vectors.append(vector)
         return self.index[key]
 
-    def matrix(self) -> csr_matrix:
-        columns = np.concatenate(self.vectors)
-        starts = np.cumsum([0, *map(len, self.vectors)])
-        counted = csr_matrix((np.ones(len(columns)), columns, starts), shape=(len(self.vectors), self.count))
-        counted.sum_duplicates()
-        return counted
+    def counted(self) -> _Counted:
+        axis = np.repeat(np.arange(len(self.vectors)), [len(vector) for vector in self.vectors])
+        return _Counted(np.concatenate(self.vectors), axis, (len(self.vectors), self.count))
+
+
+@dataclass(frozen=True, eq=False)
+class _Counted:
+    """How many positions of each axis survive. classes, axis: (positions,) of all axes.  shape: axes, classes."""
+
+    classes: np.ndarray
+    axis: np.ndarray
+    shape: tuple[int, int]
+
+    def __call__(self, alive: np.ndarray) -> np.ndarray:
+        """(classes,) bool -> (axes,)."""
+        return np.bincount(self.axis, alive[self.classes], self.shape[0])
+
+    def of(self, members: np.ndarray) -> np.ndarray:
+        """(axes, members): how many positions each of these classes has."""
+        place = np.full(self.shape[1], -1)
+        place[members] = np.arange(len(members))
+        column = place[self.classes]
+        index = (self.axis * len(members) + column)[column >= 0]
+        return np.bincount(index, minlength=self.shape[0] * len(members)).reshape(self.shape[0], len(members)).astype(np.float64)
 
 
 def _polynomial(terms: list[tuple[float, list[int]]]) -> Polynomial:
@@ -315,7 +333,7 @@ def _costs(coupling: Coupling, widths: _Widths) -> tuple[Polynomial, Polynomial]
         found = []
         for layer in coupling.values[node].layers:
             if id(layer) not in cache:
-                own = compact(coupling.classes[layer])
+                own = compact(layer)
                 cache[id(layer)] = [(axis, widths.add(own.flatten())) for axis, size in enumerate(own.shape) if size > 1]
             found += cache[id(layer)]
         return found
@@ -403,7 +421,7 @@ class _Ranked:
     """Classes in families, in the order in which they stay.
 
     order: (classes,) the best first.  family, producer, place: (classes,), place counts the better ones of the same family.  importance: (classes,)
-    the scores.  made: (classes,) outputs of layers that leave with one.  sizes, least, whole: (families,), family 0 holds class 0, the frozen one.  counted: (axes, classes), positions of an axis.
+    the scores.  made: (classes,) outputs of layers that leave with one.  sizes, least, whole: (families,), family 0 holds class 0, the frozen one.
     """
 
     order: np.ndarray
@@ -416,7 +434,7 @@ class _Ranked:
     least: np.ndarray
     whole: np.ndarray
     round_to: int
-    counted: csr_matrix
+    counted: _Counted
     macs: Polynomial
     params: Polynomial
 
@@ -428,7 +446,7 @@ class _Ranked:
         return alive
 
     def cost(self, alive: np.ndarray) -> dict[str, int]:
-        own = self.counted @ alive.astype(np.float64)
+        own = self.counted(alive)
         return {"keep": int(alive[1:].sum()), "macs": self.macs(own), "params": self.params(own)}
 
 
@@ -460,7 +478,7 @@ def _order(
     least = np.minimum(np.maximum(-(-least // round_to) * round_to, round_to), sizes)
     whole = sizes < round_to
     least[whole] = sizes[whole]
-    return _Ranked(order, family, producer, place, importance, made, sizes, least, whole, round_to, widths.matrix(), macs, params)
+    return _Ranked(order, family, producer, place, importance, made, sizes, least, whole, round_to, widths.counted(), macs, params)
 
 
 def _plan(coupling: Coupling, ranked: _Ranked, alive: np.ndarray) -> Plan:
@@ -484,7 +502,7 @@ def _for_speed(
     families = np.flatnonzero(ranked.least < ranked.sizes)
     families = families[families > 0]
     widths, damages, parts = [], [], []
-    fixed = ranked.counted @ (~np.isin(ranked.family, families)).astype(np.float64)
+    fixed = ranked.counted(~np.isin(ranked.family, families))
     for index in families:
         members = np.flatnonzero(ranked.family == index)
         members = members[np.argsort(ranked.place[members])]
@@ -492,7 +510,7 @@ def _for_speed(
         own = np.unique(np.append(np.arange(ranked.least[index], len(members), stride), len(members)))
         widths.append(own)
         damages.append(latency.damage(ranked.importance[members], own) * ranked.made[members].mean())
-        parts.append(np.cumsum(ranked.counted[:, members].toarray(), 1)[:, own - 1].T)
+        parts.append(np.cumsum(ranked.counted.of(members), 1)[:, own - 1].T)
     space = latency.Space(widths, damages, parts, fixed)
 
     def alive(kept: np.ndarray) -> np.ndarray:
@@ -611,7 +629,7 @@ def _add_activations(coupling: Coupling, widths: _Widths) -> None:
             for layer in value.layers if isinstance(value, Value) else ():
                 if id(layer) not in seen:
                     seen.add(id(layer))
-                    widths.add(compact(coupling.classes[layer]).flatten())
+                    widths.add(compact(layer).flatten())
     for row in coupling.rows:
         widths.add(row.classes)
 

@@ -2,21 +2,52 @@
 
 glibc keeps blocks below 32 MB for the next request, and where small ones lie between them they stay for good: half a gigabyte after a large network was cut
 twice. Asked, it gives back whole pages (10 ms). Elsewhere than on glibc nothing happens.
+
+``Level`` asks when the process holds more than ever after it asked, so that a run over many small tensors stays near what it needs, and the less readily the more
+came back, so that one whose large tensors come and go does not map them anew each time.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
+
+SLACK = 32 << 20  # bytes
 
 
 def release() -> None:
     trim = _trim()
     if trim is not None:
         trim(0)
+
+
+class Level:
+    """The most memory (bytes) held after giving back, so far; slack: how much more is let be. What is given back has to be mapped anew: it adds an 8th."""
+
+    def __init__(self) -> None:
+        self.bytes, self.slack = _resident(), SLACK
+
+    def hold(self) -> None:
+        """Give back what was freed, if much more is held now."""
+        held = _resident()
+        if held > self.bytes + self.slack:
+            release()
+            left = _resident()
+            self.bytes, self.slack = max(self.bytes, left), self.slack + max(0, held - left) // 8
+
+
+def _resident() -> int:
+    if not sys.platform.startswith("linux"):
+        return 0
+    with open("/proc/self/statm", "rb", buffering=0) as file:
+        return int(file.read().split()[1]) * _PAGE
+
+
+_PAGE = os.sysconf("SC_PAGE_SIZE") if sys.platform.startswith("linux") else 0
 
 
 @functools.cache

@@ -33,7 +33,7 @@ from rarefy.counting import operator_name
 from rarefy.coupling import Coupling, Kept
 from rarefy.errors import SelfCheckFailed
 from rarefy.labels import Value
-from rarefy.releasing import release
+from rarefy.releasing import Level
 from rarefy.surgery import PIECE
 from rarefy.ties import only_moves
 
@@ -49,7 +49,8 @@ class Difference:
 
 TOLERANCE = 1e-9
 MOST = 1 << 16  # numbers of a tensor that stand for all, about, where an operator treats positions alike
-LARGE = 1 << 22  # numbers of a weight, before which freed memory is given back: what reads it may make a copy in an order of its own
+LARGE = 1 << 21  # numbers of a convolution's weight that are used at a time: it makes a copy in an order of its own
+CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 TINY = (torch.float16, torch.bfloat16)  # run in float32
 
 
@@ -135,6 +136,7 @@ class _Twins:
         self.narrow: dict[fx.Node, Any] = {}
         self.weights = {name for row in coupling.rows if row.produces for name in row.names}
         self.known: dict[fx.Node, Any] = {}
+        self.level = Level()
 
     def run(self, step: fx.Node) -> None:
         """One node of the small graph."""
@@ -142,10 +144,8 @@ class _Twins:
             self.narrow[step] = _attribute(self.small, step)
             return
         read = [_widened(self.narrow[source]) for source in sources_of(step)]
-        weights = [one for source, one in zip(sources_of(step), read, strict=True) if source.op == "get_attr" and isinstance(one, Tensor)]
-        if any(one.numel() > LARGE for one in weights):
-            release()
-        self.narrow[step] = _widened(_called(step, read, torch.float32))
+        self.narrow[step] = _widened(_by_outputs(step, read) if operator_name(step) in CONVOLUTIONS else _called(step, read, torch.float32))
+        self.level.hold()
 
     def kept(self, node: fx.Node) -> Any:
         """Kept of a tensor, a list of them for a list; [] for a plain number."""
@@ -424,6 +424,17 @@ def _called(
             (args, kwargs), lambda one: torch.promote_types(one, dtype) if isinstance(one, torch.dtype) and one.is_floating_point else one
         )
     return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _by_outputs(step: fx.Node, read: Sequence[Any]) -> Tensor:
+    """A convolution, some of its outputs at a time where its weight is large and not in groups."""
+    image, weight, *bias = read
+    groups: Any = step.args[6] if len(step.args) > 6 else step.kwargs.get("groups", 1)
+    rows = max(1, LARGE * len(weight) // max(1, weight.numel()))
+    if groups != 1 or rows >= len(weight):
+        return _called(step, read, torch.float32)  # type: ignore[no-any-return]
+    parts = [_called(step, [image, *own], torch.float32) for own in zip(*(one.split(rows) for one in (weight, *bias)), strict=True)]
+    return torch.cat(parts, image.dim() - weight.dim() + 1)
 
 
 def _widened(value: Any) -> Any:

@@ -637,3 +637,58 @@ def test_explain_lists_groups_and_what_is_frozen() -> None:
     lines = coupled(nn.Sequential(conv(3, 6), conv(6, 2)), IMAGE).explain()
     assert lines[0] == "6 channels: 0.weight[0], 0.bias[0], 1.weight[1]"
     assert lines[1].startswith("frozen 1.weight: output of the network")
+
+
+def test_components_are_those_of_scipy() -> None:
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    from rarefy.coupling import _components
+
+    generator = torch.Generator().manual_seed(0)
+    for labels, edges in ((1, 0), (7, 0), (50, 20), (200, 150), (1000, 990), (300, 5000)):
+        pairs = torch.randint(0, labels, (2, edges), generator=generator)
+        matrix = coo_matrix((torch.ones(edges), tuple(pairs.numpy())), shape=(labels, labels))
+        assert _components(pairs, labels).tolist() == connected_components(matrix, directed=False)[1].tolist()
+    order = torch.randperm(999, generator=generator)  # a chain in no order
+    assert _components(torch.stack((order[:-1], order[1:])), 999).unique().tolist() == [0]
+
+
+def test_a_row_that_meets_a_column_is_tied_in_few_edges() -> None:
+    """Labels (groups, n, 1) and (groups, 1, m): in each group all leave with all, as the n * m pairs say."""
+    from rarefy.coupling import _components
+    from rarefy.labels import Trace
+
+    trace = Trace(torch.fx.symbolic_trace(nn.Identity()), {})
+    one, other = trace.fresh(3 * 40).reshape(3, 40, 1), trace.fresh(3 * 50).reshape(3, 1, 50)
+    trace.tie(one, other)
+    assert sum(len(edge[0]) for edge in trace.edges) == 3 * (40 + 50)
+    found = _components(torch.cat([torch.stack(edge) for edge in trace.edges], 1), trace.count)
+    pairs = torch.stack([layer.reshape(-1) for layer in torch.broadcast_tensors(one, other)])
+    assert torch.equal(found, _components(pairs, trace.count))
+
+
+def test_equal_layers_of_classes_are_one_tensor() -> None:
+    """Of the largest networks labels took tens of MB: the vectors of a batch norm, and the activations between, have the same classes."""
+    net = Net(lambda self, x: self.b(self.norm(self.a(x)).relu()), a=nn.Conv2d(3, 8, 3), norm=nn.BatchNorm2d(8), b=nn.Conv2d(8, 4, 3))
+    coupling = coupled(net, torch.randn(2, 3, 8, 8))
+    rows = {row.names[0]: row.classes for row in coupling.rows if row.names[0].startswith("norm")}
+    assert len(rows) == 4
+    assert len({classes.data_ptr() for classes in rows.values()}) == 1
+    assert max(int(classes.max()) for classes in rows.values()) < coupling.count
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_large_convolution_runs_in_parts(monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
+    from rarefy import twin
+
+    graph = capture(nn.Conv2d(6, 20, 3, bias=bias), torch.randn(2, 6, 9, 9))
+    (node,) = (node for node in graph.graph.nodes if node.op == "call_function")
+    read = [torch.randn(2, 6, 9, 9), *(attribute(graph, str(source.target)).detach() for source in node.all_input_nodes[1:])]
+    calls = []
+    run = twin._called
+    monkeypatch.setattr(twin, "LARGE", 6 * 9 * 7)  # 7 of the 20 outputs
+    monkeypatch.setattr(twin, "_called", lambda *given: calls.append(1) or run(*given))
+    parts = twin._by_outputs(node, read)
+    assert len(calls) == 3
+    torch.testing.assert_close(parts, run(node, read), rtol=1e-5, atol=1e-5)

@@ -54,7 +54,7 @@ def reads(coupling: Coupling) -> list[Read]:
                 continue
             for layer in value.layers:
                 axes = axes_of(layer)
-                classes = coupling.classes[layer].reshape(-1)
+                classes = layer.reshape(-1)
                 ends = (classes > 0) & ~torch.isin(classes, passed)
                 if len(axes) == 1 and axes[0] > 0 and bool(ends.any()):
                     found.append(Read(node, source, axes[0], torch.where(ends, classes, 0)))
@@ -64,7 +64,7 @@ def reads(coupling: Coupling) -> list[Read]:
 def _classes_of(coupling: Coupling, node: fx.Node) -> Tensor:
     values = coupling.values[node]
     layers = [layer for value in (values if isinstance(values, list) else [values]) if isinstance(value, Value) for layer in value.layers]
-    return torch.cat([torch.zeros(1, dtype=torch.int64), *(coupling.classes[layer].reshape(-1) for layer in layers)]).unique()
+    return torch.cat([torch.zeros(1, dtype=torch.int64), *(layer.reshape(-1) for layer in layers)]).unique()
 
 
 class Reading(fx.Interpreter):
