@@ -8,8 +8,8 @@ three runs each, for models under 3 s; the network that a run made is gone befor
 
 Each model is captured in one process, saved, and loaded and pruned in another, so that export is left out of the memory too: "GB before" are torch, this
 library and the weights, "GB" and "GB with check" the most held while pruning. "GB captured" is what the first process held once the user's model was gone: who
-prunes in the same process has as much more as that is above "GB before". ``--jobs`` models at a time (on a machine with cores to spare), the largest first;
-a row is kept below out/. ``--peer-seconds``: Torch-Pruning gets no more (0: left out). ``--check``: ResNet-50 in 1.5 s, ViT-B/16, Swin-T and DenseNet-201 in 5 s, any other
+prunes in the same process has as much more as that is above "GB before". ``--jobs`` models at a time, each on ``--threads`` cores of its own if there are so many,
+the largest first; a row is kept below out/. ``--peer-seconds``: Torch-Pruning gets no more (0: left out). ``--check``: ResNet-50 in 1.5 s, ViT-B/16, Swin-T and DenseNet-201 in 5 s, any other
 in 15 s, each in 15 s and 4 GB with the check, and a median ratio of at most 1.5.
 """
 
@@ -19,12 +19,13 @@ import argparse
 import gc
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -134,19 +135,21 @@ def cell(facts: dict[str, Any], key: str) -> str:
     return f"{facts[key]:.2f}" if key in facts else facts.get("torch_pruning", "") if key == "torch_pruning_s" else ""
 
 
-def send(pipe: Any, job: Callable[..., dict[str, Any]], *given: Any) -> None:
+def send(pipe: Any, cores: Sequence[int], job: Callable[..., dict[str, Any]], *given: Any) -> None:
     warnings.simplefilter("ignore")
+    if cores:
+        os.sched_setaffinity(0, cores)
     try:
         pipe.send(job(*given))
     except Exception as error:
         pipe.send({"error": said(error)})
 
 
-def alone(seconds: float, job: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
-    """What ``job`` finds, in a process of its own."""
+def alone(seconds: float, cores: Sequence[int], job: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
+    """What ``job`` finds, in a process of its own, on these cores (none: on any)."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=send, args=(sender, job, *given), daemon=True)
+    process = context.Process(target=send, args=(sender, cores, job, *given), daemon=True)
     process.start()
     sender.close()
     try:
@@ -158,14 +161,22 @@ def alone(seconds: float, job: Callable[..., dict[str, Any]], *given: Any) -> di
         process.join()
 
 
-def row(name: str, threads: int, peer_seconds: float, place: Path) -> dict[str, Any]:
+def apart(jobs: int, threads: int) -> list[list[int]]:
+    """Cores for each of several jobs, so that none waits for another's; of no job, if there are too few."""
+    cores = sorted(os.sched_getaffinity(0)) if jobs > 1 and sys.platform.startswith("linux") else []
+    if len(cores) < jobs * threads:
+        return [[]] * jobs
+    return [cores[job * threads : (job + 1) * threads] for job in range(jobs)]
+
+
+def row(name: str, threads: int, peer_seconds: float, place: Path, cores: Sequence[int]) -> dict[str, Any]:
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place) as folder:
-        facts = alone(SECONDS, captured, name, threads, f"{folder}/graph")
-        facts |= alone(SECONDS, measured, threads, f"{folder}/graph") if "error" not in facts else {}
+        facts = alone(SECONDS, cores, captured, name, threads, f"{folder}/graph")
+        facts |= alone(SECONDS, cores, measured, threads, f"{folder}/graph") if "error" not in facts else {}
     if "error" in facts or not peer_seconds:
         return facts
-    theirs = alone(peer_seconds, peer, name, threads, facts["seconds"])
+    theirs = alone(peer_seconds, cores, peer, name, threads, facts["seconds"])
     return facts | ({"torch_pruning": theirs["error"]} if "error" in theirs else theirs)
 
 
@@ -199,9 +210,17 @@ def main() -> int:
     options = {"torch": torch.__version__, "threads": given.threads, "jobs": given.jobs, "peer_seconds": peer_seconds, "processes": 2}
     cells = Cells("pruning_speed", options, given)
 
+    free = apart(given.jobs, given.threads)
+    if given.jobs > 1 and not free[0]:
+        print(f"fewer than {given.jobs} x {given.threads} cores: jobs wait for each other, times are no goal's", file=sys.stderr)
+
     def make(name: str) -> None:
         for missing in cells.missing([name]):  # looked at when its turn comes: the time may be over
-            facts = cells.keep(missing, row(missing, given.threads, peer_seconds, cells.folder))
+            cores = free.pop()
+            try:
+                facts = cells.keep(missing, row(missing, given.threads, peer_seconds, cells.folder, cores))
+            finally:
+                free.append(cores)
             print(name, json.dumps(facts), file=sys.stderr, flush=True)
 
     with ThreadPoolExecutor(given.jobs) as pool:
