@@ -8,6 +8,7 @@ that is time. Rounded values are kept as codes, a quarter of the numbers' bytes,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -50,6 +51,7 @@ class Prefix:
         runnable = self._carrying(nodes, begun, end)
         constants: dict[fx.Node, Any] = {}
         pool: dict[fx.Node, Tensor] = {}
+        room: dict[fx.Node, int] = {}  # of a batch in it
         for index, batch in enumerate(self.batches):
             values = dict(self.kept[index])
             for node in nodes[begun:end]:
@@ -67,11 +69,11 @@ class Prefix:
             }
             keep = keep and (index > 0 or _bytes(live) * len(self.batches) <= self.memory)
             if keep:
-                self.kept[index] = self._packed(live, index, pool)
+                self.kept[index] = self._packed(live, index, pool, room)
                 self.at = nodes[end] if index == len(self.batches) - 1 else self.at
             yield tuple(self._value(node, values, constants) for node in wanted)
 
-    def _packed(self, live: dict[fx.Node, Any], index: int, pool: dict[fx.Node, Tensor]) -> dict[fx.Node, Any]:
+    def _packed(self, live: dict[fx.Node, Any], index: int, pool: dict[fx.Node, Tensor], room: dict[fx.Node, int]) -> dict[fx.Node, Any]:
         """The same values, those of a few batches side by side in one piece of memory a node: what is kept must not lie scattered among what is let go,
         which a CPU's allocator then can't give back (150 of 1,400 MB)."""
         found = dict(live)
@@ -79,11 +81,11 @@ class Prefix:
             if not isinstance(value, Tensor) or value.device.type != "cpu" or value is self.kept[index].get(node):
                 continue
             if node not in pool or index % TOGETHER == 0:
-                pool[node] = value.new_empty(value.numel() * TOGETHER)
-            begun = index % TOGETHER * (len(pool[node]) // TOGETHER)
-            if begun + value.numel() <= len(pool[node]):
+                room[node] = math.ceil(value.numel() * max(len(one[0]) for one in self.batches) / len(self.batches[index][0]))
+                pool[node] = value.new_empty(room[node] * TOGETHER)
+            if value.numel() <= room[node]:  # batches may be uneven
                 strides = torch.empty_like(value, device="meta").stride()
-                found[node] = torch.as_strided(pool[node], value.shape, strides, begun).copy_(value)
+                found[node] = torch.as_strided(pool[node], value.shape, strides, index % TOGETHER * room[node]).copy_(value)
         return found
 
     def _carrying(self, nodes: list[fx.Node], begun: int, end: int) -> set[fx.Node]:
