@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy.capturing import attribute, finish, set_attribute, shapes
+from rarefy.capturing import attribute, finish, set_attribute, shapes, share_copy
 from rarefy.errors import InputError
 from rarefy.kernels import OPERATORS
 
@@ -67,7 +67,7 @@ def check_globs(graph: fx.GraphModule, **given: Iterable[str]) -> None:
 
 def fold(graph: fx.GraphModule) -> fx.GraphModule:
     """A copy without batch norm, dropout and detach, constants computed, that answers as ``graph`` does in eval mode."""
-    graph = fold_constants(graph)
+    graph = fold_constants(copy.deepcopy(graph))
     for node in list(graph.graph.nodes):
         if node.op == "call_function" and node.target in _TRAINING_ONLY:
             node.replace_all_uses_with(node.args[0])
@@ -77,8 +77,8 @@ def fold(graph: fx.GraphModule) -> fx.GraphModule:
 
 
 def fold_constants(graph: fx.GraphModule) -> fx.GraphModule:
-    """A copy, in eval mode, that stores what no input has a part in. What comes of codes stays computed, and so does what is drawn at random."""
-    graph = copy.deepcopy(graph).eval()
+    """A copy, in eval mode, that stores what no input has a part in, and shares what it had. What comes of codes stays computed, and so does what is drawn at random."""
+    graph = share_copy(graph).eval()
     constant: set[fx.Node] = set()
     for node in graph.graph.nodes:
         if node.op == "get_attr" or (node.op == "call_function" and constant.issuperset(node.all_input_nodes) and _repeatable(node.target)):
@@ -128,8 +128,8 @@ def _computed(graph: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) 
 
 
 def simplify(graph: fx.GraphModule, keep: frozenset[Any] = frozenset()) -> fx.GraphModule:
-    """A copy in which what can be written in several ways is written in one, but for the operators in ``keep``."""
-    graph = copy.deepcopy(graph)
+    """A copy that shares its tensors, in which what can be written in several ways is written in one, but for the operators in ``keep``."""
+    graph = share_copy(graph)
     found = shapes(graph)
     for node in list(graph.graph.nodes):
         if node.op != "call_function":

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rarefy import allocating, equalizing, explaining, gating, grids, patches, plugins, reconstruction, rewriting, smoothing, weight_only
-from rarefy.capturing import as_graph, attribute, device_of, finish, set_attribute, shapes, share_copy
+from rarefy.capturing import as_graph, attribute, device_of, finish, is_graph, set_attribute, shapes, share_copy
 from rarefy.errors import DataError, InputError
 from rarefy.folding import check_globs, fold, layer_name, names, simplify, weighted
 from rarefy.kernels import is_quantised
@@ -112,7 +112,7 @@ def quantize(
         raise InputError(f"images={images}, batch_size={batch_size}: both must be at least 1")
     if is_quantised(model):
         raise InputError("the model is quantised already; start from its float original")
-    graph = as_graph(model, inputs)
+    graph = share_copy(model) if is_graph(model) else as_graph(model, inputs)  # type: ignore[arg-type]  # folding copies
     for name, tensor in graph.named_parameters():
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise InputError(

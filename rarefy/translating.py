@@ -82,13 +82,15 @@ class Writer:
         self.in_4_bits.add(name)
         return self.stored(name, codes)
 
-    def initializer(self, name: str) -> Any:
-        """As ONNX has it."""
+    def initializer(self, name: str, into: Any) -> None:
+        """As ONNX has it. into: an empty tensor of the model, which copies one that is put there (as ``make_graph`` and ``make_model`` do, once each)."""
         tensor = self.initializers[name]
-        if name not in self.in_4_bits:
-            return self.onnx.numpy_helper.from_array(_numpy(tensor), name)
-        kind = self.onnx.TensorProto.INT4 if tensor.dtype == torch.int8 else self.onnx.TensorProto.UINT4
-        return self.onnx.TensorProto(name=name, data_type=kind, dims=tensor.shape, raw_data=_numpy(pack(tensor, 4)).tobytes())
+        kind, value = self.type_of(tensor.dtype), tensor
+        if name in self.in_4_bits:
+            kind = self.onnx.TensorProto.INT4 if tensor.dtype == torch.int8 else self.onnx.TensorProto.UINT4
+            value = pack(tensor, 4)
+        into.name, into.data_type, into.raw_data = name, kind, _numpy(value).tobytes()
+        into.dims.extend(tensor.shape)
 
     def constant(self, value: Any, dtype: torch.dtype = torch.int64) -> str:
         """A number or a list of them, as a tensor of that type."""
@@ -207,13 +209,15 @@ def onnx_model(onnx: Any, graph: fx.GraphModule, four_bits: bool = False) -> Any
         if read.intersection(made.output):
             read.update(made.input)
             nodes.append(made)
-    initializers = [writer.initializer(name) for name in writer.initializers if name in read]
     opset = OPSET_OF_4_BITS if read & writer.in_4_bits else OPSET
     model = helper.make_model(
-        helper.make_graph(nodes[::-1], "main_graph", inputs, outputs, initializers),
+        helper.make_graph(nodes[::-1], "main_graph", inputs, outputs),
         opset_imports=[helper.make_opsetid("", opset)],
         ir_version=IR_VERSION,
     )
+    for name in writer.initializers:
+        if name in read:
+            writer.initializer(name, model.graph.initializer.add())
     return model
 
 

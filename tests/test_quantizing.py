@@ -451,6 +451,18 @@ def test_names_of_values_and_layouts_of_codes_are_free(tmp_path) -> None:
     assert found["passed"] and found["ulp"] <= 1
 
 
+def test_the_float_model_is_left_as_it_was(block: nn.Module, batches: list[torch.Tensor]) -> None:
+    graph = capture(block, batches[0]).requires_grad_(True)
+    before = {name: (value, value.clone()) for name, value in graph.state_dict(keep_vars=True).items()}
+    first = next(node for node in graph.graph.nodes if "conv2d" in str(node.target))
+    small = quantize(graph, batches=batches, ignore=[str(first.args[1].target).rpartition(".")[0]], progress=False)
+    after = graph.state_dict(keep_vars=True)
+    assert all(after[name] is value and torch.equal(value, old) for name, (value, old) in before.items())
+    assert all(parameter.requires_grad for parameter in graph.parameters())
+    own = {value.untyped_storage().data_ptr() for value in small.state_dict().values()}
+    assert not own & {value.untyped_storage().data_ptr() for value in after.values()}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("rounding", ["nearest", "gptaq", "adaround:steps=50", "brecq:steps=20"])
 @pytest.mark.parametrize("weights", ["int4", "mixed:bits=4"])

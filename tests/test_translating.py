@@ -204,6 +204,25 @@ def test_torchs_optimiser_is_not_believed(tmp_path) -> None:
     assert torch.allclose(torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]), graph(x), atol=1e-6)
 
 
+def test_the_file_is_the_model_written_piece_by_piece(tmp_path, monkeypatch) -> None:
+    """Sizes of one to four bytes in protobuf's format, and the graph as it was, which shares its tensors with the folded one."""
+    graph = capture(nn.Sequential(nn.Linear(12, 1), nn.Linear(1, 600), nn.Linear(600, 1000)).requires_grad_(True), torch.randn(2, *TOKENS))
+    before = {name: (value, value.clone()) for name, value in graph.state_dict(keep_vars=True).items()}
+    whole: list[bytes] = []
+    stored = onnxfile._stored
+
+    def seen(model, path):
+        whole.append(model.SerializeToString(deterministic=True))
+        return stored(model, path)
+
+    monkeypatch.setattr(onnxfile, "_stored", seen)
+    path = onnxfile.write(graph, tmp_path / "model.onnx")
+    assert onnx.load(path).SerializeToString(deterministic=True) == whole[0]
+    assert path.stat().st_size == len(whole[0]) > 2**21
+    after = graph.state_dict(keep_vars=True)
+    assert all(after[name] is value and value.requires_grad and torch.equal(value, old) for name, (value, old) in before.items())
+
+
 def test_more_weights_than_a_file_holds_are_refused_before_it_is_written(tmp_path, monkeypatch) -> None:
     graph = capture(nn.Linear(12, 3), torch.randn(2, *TOKENS))
     monkeypatch.setattr(onnxfile, "LARGEST", 4 * (36 + 3))  # bytes: just enough
