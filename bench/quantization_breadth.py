@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import gc
 import json
 import resource
 import sys
@@ -98,6 +99,7 @@ def examined(library: str, kinds: Sequence[str], name: str) -> dict[str, Any]:
         return {kind: {"seconds": made.seconds, "error": made.failure(error)} for kind in kinds}
     made.begin("done")
     for kind in kinds:
+        gc.collect()  # the model and what was made of it are in cycles of references
         facts: dict[str, Any] = {"input": [list(one.shape[1:]) for one in inputs]}
         stages = Stages("begin", dict(made.seconds))
         try:

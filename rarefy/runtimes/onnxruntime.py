@@ -16,7 +16,6 @@ kernel for convolutions, which keep int8 codes and are decoded. By itself it the
 from __future__ import annotations
 
 import collections
-import copy
 import dataclasses
 import json
 import os
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor, fx
 
 from rarefy import onnxfile, parity
-from rarefy.capturing import attribute, set_attribute
+from rarefy.capturing import attribute, set_attribute, share_copy
 from rarefy.doctor import exact_int8
 from rarefy.errors import FormatError
 from rarefy.lowering import is_decoded, to_numbers
@@ -194,8 +193,8 @@ class Session:
 
 
 def _widened(graph: fx.GraphModule) -> fx.GraphModule:
-    """A copy with zero filters where a layer is narrower than the tile; answers as ``graph`` does."""
-    wide = copy.deepcopy(graph).eval()
+    """A copy, which shares its tensors, with zero filters where a layer is narrower than the tile; answers as ``graph`` does."""
+    wide = share_copy(graph).eval()
     for node in wide.graph.nodes:
         readers = _convolutions_reading(node) if _is_integer_convolution(node) else []
         channels = attribute(wide, node.args[1].args[0]).shape[0] if readers else TILE
