@@ -615,6 +615,8 @@ def evaluate(
         _show_comparison(facts)
         for what, which in _left_out(task):
             say(f"{what}: {which}")
+        for warning in found.warnings:
+            say(f"warning: {source.text}: {warning}")
     if most is not None and found.drop is not None and found.drop["value"] > most:
         raise GoalMissed(
             f"{source.text}: loses {100 * found.drop['value']:.2f} points against {reference}, more than {100 * most:g}; "

@@ -54,7 +54,7 @@ from rarefy.certifying import certify
 from rarefy.distilling import distill
 from rarefy.doctor import examine
 from rarefy.errors import CheckFailed, FormatError, InputError
-from rarefy.evaluating import evaluate
+from rarefy.evaluating import doubts, evaluate
 from rarefy.kernels import is_quantised
 from rarefy.masking import mask
 from rarefy.pruning import prune
@@ -504,7 +504,7 @@ class _Run:
         report = {
             "title": title or "a compressed model",
             "goals": self._goals(before, after),
-            "warnings": self._warnings(before),
+            "warnings": self._warnings(before["evaluation"]),
             "before": {"name": "original", **before},
             "after": {"name": winner.name, **after},
             "steps": [_step_facts(one) for one in outcomes],
@@ -604,20 +604,11 @@ class _Run:
             goals.append({"name": "size", "asked": asked.size, "reached": size, "met": size <= asked.size, "advice": advice})
         return goals
 
-    def _warnings(self, before: Mapping[str, Any]) -> list[str]:
-        """What makes the comparison worthless, whatever its numbers."""
-        classes, outputs = self.task.classes, output_shapes(self.original.graph())[0][0]
-        evaluation, found = before["evaluation"], []
-        if evaluation["interval"][0] <= 1 / classes:
-            found.append(
-                f"the original is no better than chance (top-1 {evaluation['value']:.2%} of {evaluation['samples']} images, {classes} classes): "
-                "were its weights given, and are its outputs in the order of the data's classes?"
-            )
-        if outputs != classes:
-            found.append(
-                f"the model has {outputs} outputs, the data {classes} classes: label i is compared with output i; is that their order?"
-            )
-        return found
+    def _warnings(self, found: Mapping[str, Any]) -> list[str]:
+        """found: the original's evaluation."""
+        outputs = output_shapes(self.original.graph())[0][0]
+        said = doubts(found["value"], tuple(found["interval"]), found["samples"], outputs, self.task.classes)
+        return [f"the original: {warning}" for warning in said]
 
     def _say(self, text: str) -> None:
         if self.progress:

@@ -55,7 +55,7 @@ class Evaluation:
     agreement, drop: against the reference, or None; drop is {"value", "interval", "lost", "gained", "worst_class"}: lost and gained are the numbers
     of images only the reference and only the model gets right, worst_class the class that lost most.
     robustness: {corruption: {severity: top-1}}. nonfinite: images whose outputs hold NaN or infinity.
-    reference: the reference's own evaluation on the same images, or None.
+    reference: the reference's own evaluation on the same images, or None. warnings: what makes the numbers worthless, such as a model without its weights.
     """
 
     value: float
@@ -71,6 +71,7 @@ class Evaluation:
     reference: Evaluation | None = None
     seconds: float = 0.0
     metric: str = "top1"
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able: tuples become lists, severities text."""
@@ -88,6 +89,7 @@ class Evaluation:
             "robustness": {name: {str(severity): value for severity, value in of.items()} for name, of in self.robustness.items()},
             "reference": None if self.reference is None else self.reference.to_json(),
             "seconds": self.seconds,
+            **({"warnings": list(self.warnings)} if self.warnings else {}),
         }
 
     def __str__(self) -> str:
@@ -106,7 +108,7 @@ class Evaluation:
                 f"\ndrop {100 * self.drop['value']:.2f} points ({100 * low:.2f} to {100 * high:.2f}; {self.drop['lost']} lost, {self.drop['gained']} gained), "
                 f"agreement {self.agreement:.2%}"
             )
-        return line
+        return "\n".join((line, *(f"warning: {warning}" for warning in self.warnings)))
 
 
 def evaluate(
@@ -151,13 +153,26 @@ def evaluate(
                         of = tally.corrupted.setdefault(name, {})
                         of[severity] = of.get(severity, 0) + int(right.sum())
     seconds = time.perf_counter() - began
-    class_names = task.class_names
+    about = (task.class_names, limit is None)
     if not tallies[0].right:
         raise DataError(f"{task!r}: no image of {split} could be read, so there is nothing to evaluate; repair the data")
     if reference is None:
-        return tallies[0].evaluation(class_names, seconds)
+        return tallies[0].evaluation(seconds, *about)
     of_model, of_reference = tallies
-    return of_model.evaluation(class_names, seconds, of_reference)
+    return of_model.evaluation(seconds, *about, of_reference)
+
+
+def doubts(value: float, interval: tuple[float, float], samples: int, outputs: int, classes: int) -> tuple[str, ...]:
+    """Does the model know anything of these classes? What speaks against it. value, interval: top-1."""
+    found = []
+    if interval[0] <= 1 / classes:
+        found.append(
+            f"no better than chance (top-1 {value:.2%} of {samples} images, {classes} classes): "
+            "were its weights given, and are its outputs in the order of the data's classes?"
+        )
+    if outputs != classes:
+        found.append(f"{outputs} outputs, the data has {classes} classes: label i is compared with output i; is that their order?")
+    return tuple(found)
 
 
 def wilson(successes: int, samples: int) -> tuple[float, float]:
@@ -185,9 +200,10 @@ class _Tally:
         self.right5: list[Tensor] = []
         self.confidence: list[Tensor] = []  # NaN where the outputs are not finite
         self.corrupted: dict[str, dict[int, int]] = {}
+        self.outputs = 0
 
     def add(self, outputs: Tensor, targets: Tensor, task: Any) -> None:
-        targets = targets.to(outputs.device)
+        targets, self.outputs = targets.to(outputs.device), outputs.shape[1]
         if int(targets.max()) >= outputs.shape[1]:
             task.check(outputs.shape[1])
         finite = torch.isfinite(outputs).all(1)
@@ -201,7 +217,8 @@ class _Tally:
         self.right5.append((finite & (before.sum(1) < 5)).cpu())
         self.confidence.append(torch.where(finite, outputs.softmax(1).amax(1), math.nan).cpu())
 
-    def evaluation(self, class_names: Sequence[str] | None, seconds: float, reference: _Tally | None = None) -> Evaluation:
+    def evaluation(self, seconds: float, class_names: Sequence[str] | None, every: bool, reference: _Tally | None = None) -> Evaluation:
+        """every: are these all images of the split, so that their labels tell the number of classes?"""
         targets, answers, right = torch.cat(self.targets), torch.cat(self.answers), torch.cat(self.right)
         confidence = torch.cat(self.confidence)
         samples, correct = len(right), int(right.sum())
@@ -209,20 +226,22 @@ class _Tally:
         if reference is not None:
             theirs, their_answers = torch.cat(reference.right), torch.cat(reference.answers)
             lost, gained = int((theirs & ~right).sum()), int((right & ~theirs).sum())
-            value, interval = paired_drop(lost, gained, samples)
+            dropped, around = paired_drop(lost, gained, samples)
             agreement = float(((answers == their_answers) & (answers >= 0)).double().mean())
             change = right.double() - theirs.double()
             drop = {
-                "value": value,
-                "interval": list(interval),
+                "value": dropped,
+                "interval": list(around),
                 "lost": lost,
                 "gained": gained,
                 "worst_class": _lowest(change, targets, class_names, sign=-1),
             }
-            judged = reference.evaluation(class_names, seconds)
+            judged = reference.evaluation(seconds, class_names, every)
+        value, interval = correct / samples, wilson(correct, samples)
+        classes = len(class_names) if class_names is not None else int(targets.max()) + 1 if every else None
         return Evaluation(
-            value=correct / samples,
-            interval=wilson(correct, samples),
+            value=value,
+            interval=interval,
             samples=samples,
             top5=float(torch.cat(self.right5).double().mean()),
             worst_class=_lowest(right.double(), targets, class_names),
@@ -233,6 +252,7 @@ class _Tally:
             robustness={name: {severity: count / samples for severity, count in of.items()} for name, of in self.corrupted.items()},
             reference=judged,
             seconds=seconds,
+            warnings=() if classes is None else doubts(value, interval, samples, self.outputs, classes),
         )
 
 

@@ -40,7 +40,7 @@ def compare(
 
     decoded: read the numbers that codes stand for out of the runtime, where reading the codes would change what it makes of the file.
 
-    agreement: share of the inputs with equal most likely classes; of an output that is no (N, classes), with a squared difference of at most ``APART`` of its variance. largest_difference: of all outputs. layers: what each rounded value differs by in units of
+    agreement: share of the inputs with equal most likely classes; of an output that is no (N, classes), and of each of several, with a squared difference of at most ``APART`` of its variance. largest_difference: of all outputs. layers: what each rounded value differs by in units of
     the last place (codes) when both start from the file's own inputs of that layer, and the share of codes that differ; ulp: the
     largest of them. unread: values that the runtime gives in another shape (it moved a padding before them), which are not compared; only if there are any.
     first_diverging_layer: the first by more than one unit, which rounding a sum in another order can't explain.
@@ -100,7 +100,8 @@ def against(
                 entry[1] += int((difference > 0).sum())
                 entry[2] += difference.numel()
         largest = max(largest, *(float((one - other).abs().max()) for one, other in zip(answers, theirs, strict=True)))
-        same += int(torch.stack([_agree(one, other) for one, other in zip(answers, theirs, strict=True)]).all(0).sum())
+        agree = [_agree(one, other, len(answers) > 1) for one, other in zip(answers, theirs, strict=True)]
+        same += int(torch.stack(agree).all(0).sum())
     stacks = {name: _layer(codes[name]) for name in tally}
     layers: list[dict[str, Any]] = [
         {"name": stacks[name], "value": name, "difference": entry[0], "share": entry[1] / max(entry[2], 1)} for name, entry in tally.items()
@@ -120,14 +121,17 @@ def against(
     }
 
 
-def _agree(ours: Tensor, theirs: Tensor) -> Tensor:
-    """(N,) bool."""
-    if ours.dim() == 2:
-        return ours.argmax(1) == theirs.argmax(1)
-    if ours.dim() < 2:
-        return torch.isclose(ours, theirs, rtol=APART)
+def _agree(ours: Tensor, theirs: Tensor, close: bool) -> Tensor:
+    """(N,) bool. close: of (N, classes) too, not only the most likely one must be the same."""
+    if ours.dim() < 2 or ours[0].numel() == 1:
+        ours, theirs = ours.reshape(-1).double(), theirs.reshape(-1).double()
+        return (ours - theirs).abs() <= APART * ours.abs().clamp_min(ours.abs().mean())
+    same = ours.argmax(1) == theirs.argmax(1) if ours.dim() == 2 else torch.ones(len(ours), dtype=torch.bool)
+    if ours.dim() == 2 and not close:
+        return same
     ours, theirs = ours.flatten(1).double(), theirs.flatten(1).double()
-    return (ours - theirs).square().mean(1) <= APART * ours.var(1, correction=0) + torch.finfo(torch.float32).eps * ours.square().mean(1)
+    floor = torch.finfo(torch.float32).eps * ours.square().mean(1)
+    return same & ((ours - theirs).square().mean(1) <= APART * ours.var(1, correction=0) + floor)
 
 
 def _grids_in(onnx: Any, model: Any, made: set[str]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -225,7 +225,9 @@ def test_input_says_the_size_of_image_files(capsys: pytest.CaptureFixture[str], 
     options = ("--val", f"imagefolder:{tmp_path}/val", "--channels", 1, "--input", "1,8,8", "--skip-unreadable")
     found = as_json(capsys, "evaluate", f"{HERE}:Tiny", *options)
     assert found["samples"] == 11 and found["unreadable"]["count"] == 1
-    assert "left out of val" in run(capsys, "evaluate", f"{HERE}:Tiny", *options)
+    assert any("10 outputs, the data has 2 classes" in warning for warning in found["warnings"])
+    shown = run(capsys, "evaluate", f"{HERE}:Tiny", *options)
+    assert "left out of val" in shown and f"warning: {HERE}:Tiny: 10 outputs" in shown
 
 
 def test_evaluate_exits_1_for_too_large_a_drop(capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path) -> None:

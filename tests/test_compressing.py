@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from rarefy import artifact, compressing, demo, distilling
 from rarefy.capturing import capture
 from rarefy.compressing import Budget, Candidate, Outcome, compress
 from rarefy.errors import InputError
-from rarefy.evaluating import wilson
+from rarefy.evaluating import doubts, wilson
 from rarefy.tasks import Classification
 
 QUICK = [{"do": "prune", "macs": 0.6, "round_to": 8}, {"do": "distill", "epochs": 2, "batch_size": 64}]
@@ -257,18 +256,16 @@ def test_a_run_that_did_no_step_yet_makes_way(tmp_path: Path) -> None:
     assert [step["step"] for step in other.report["steps"]] == ["prune"] and (tmp_path / "work" / "1-prune").is_dir()
 
 
-def warned(value: float, classes: int) -> list[str]:
-    task = dataclasses.replace(digits(), class_count=classes)
-    run = compressing._Run(Path(), task, Budget(), [], None, 0, None, (), True, False)
-    run.original = SimpleNamespace(graph=untrained)  # type: ignore[assignment]
-    samples = 100
-    return run._warnings({"evaluation": {"value": value, "samples": samples, "interval": wilson(round(value * samples), samples)}})
-
-
 def test_an_original_that_knows_nothing_is_told() -> None:
-    assert warned(0.9, 10) == []
-    assert len(found := warned(0.12, 10)) == 1 and "no better than chance" in found[0] and "weights" in found[0]
-    assert len(found := warned(0.9, 12)) == 1 and "10 outputs, the data 12 classes" in found[0]
+    interval = wilson(12, 100)
+    assert doubts(0.9, wilson(90, 100), 100, 10, 10) == ()
+    assert len(found := doubts(0.12, interval, 100, 10, 10)) == 1 and "no better than chance" in found[0] and "weights" in found[0]
+    assert len(found := doubts(0.9, wilson(90, 100), 100, 10, 12)) == 1 and "10 outputs, the data has 12 classes" in found[0]
+    options: dict[str, Any] = {"steps": [{"do": "prune", "macs": 0.5}], "budget": Budget(), "corruptions": (), "progress": False}
+    assert any(
+        warning.startswith("the original: no better than chance")
+        for warning in compress(untrained(), digits(), **options).report["warnings"]
+    )
 
 
 @pytest.mark.parametrize(("budget", "kept", "said"), [

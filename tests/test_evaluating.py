@@ -233,9 +233,11 @@ def test_robustness_is_by_name_and_severity_and_reproducible() -> None:
 
 
 def test_text_says_the_numbers_with_their_samples() -> None:
-    text = str(evaluate(Lookup(torch.randn(40, CLASSES)), made_task(), progress=False))
+    task = made_task()
+    known = 0.1 * torch.randn(40, CLASSES) + torch.nn.functional.one_hot(targets_of(task), CLASSES)
+    text = str(evaluate(Lookup(known), task, progress=False))
     assert "40 images" in text and "\n" not in text
-    both = str(evaluate(Lookup(torch.randn(40, CLASSES)), made_task(), reference=Lookup(torch.randn(40, CLASSES)), progress=False))
+    both = str(evaluate(Lookup(known), task, reference=Lookup(torch.randn(40, CLASSES)), progress=False))
     assert both.count("\n") == 1 and "lost" in both
     assert isinstance(evaluate(Lookup(torch.randn(40, CLASSES)), made_task(), progress=False), Evaluation)
 
@@ -260,6 +262,19 @@ def test_what_does_not_fit_is_told_in_one_line(model: Any, options: dict[str, An
     with pytest.raises(error, match=message) as caught:
         evaluate(model, made_task(), progress=False, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_more_outputs_than_classes_and_chance_are_told() -> None:
+    task = made_task()
+    right = torch.nn.functional.one_hot(targets_of(task), CLASSES + 3).float()
+    found = evaluate(Lookup(right[:, :CLASSES]), task, progress=False)
+    assert found.warnings == () and "warnings" not in found.to_json()
+    found = evaluate(Lookup(right), task, reference=Lookup(right.roll(1, 1)), progress=False)
+    assert found.warnings == (
+        f"{CLASSES + 3} outputs, the data has {CLASSES} classes: label i is compared with output i; is that their order?",
+    )
+    assert found.reference is not None and found.reference.warnings[0].startswith("no better than chance (top-1 0.00% of 40 images")
+    assert f"warning: {found.warnings[0]}" in str(found) and found.to_json()["warnings"] == list(found.warnings)
 
 
 def test_images_that_are_normalised_already_can_not_be_corrupted() -> None:

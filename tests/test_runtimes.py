@@ -176,7 +176,21 @@ def test_all_outputs_are_compared(runtime: Any, tmp_path: Path) -> None:
     found = runtime.compare(small, path, inputs)
     assert found["passed"] and found["largest_difference"] < 0.1
     small.get_buffer("second.bias_codes").add_(1_000_000)
-    assert runtime.compare(small, path, inputs)["largest_difference"] > 1
+    broken = runtime.compare(small, path, inputs)  # all of its numbers moved alike, so that the largest stays where it is
+    assert broken["largest_difference"] > 1 and broken["agreement"] == 0 and not broken["passed"]
+
+
+def test_a_single_number_is_compared_as_a_number(tmp_path: Path) -> None:
+    """Of one output the largest is always the same."""
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    inputs = torch.randn(8, 5)
+    graph = capture(nn.Linear(5, 1), inputs)
+    runtime = plugins.resolve("runtimes", "onnxruntime:threads=1")
+    path = runtime.export(graph, tmp_path / "model.onnx")
+    assert runtime.compare(graph, path, inputs)["passed"]
+    graph.get_parameter("bias").data.add_(1.0)
+    assert not runtime.compare(graph, path, inputs)["passed"]
 
 
 def test_maps_are_compared_by_their_differences(tmp_path: Path) -> None:
