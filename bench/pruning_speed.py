@@ -241,6 +241,8 @@ def main() -> int:
     median = statistics.median(ratios) if ratios else None
     if median is not None and median > RATIO:
         short.append(f"median ratio {median:.2f}")
+    if cells.left:
+        short.append(f"{cells.left} of {len(names)} were not run")
     titles = {
         "capture_s": "capture s",
         "seconds": "couple+prune s",
