@@ -5,6 +5,7 @@
 ``torch.compile``, and has a plain ``state_dict``. After the trace, this file
 
 * makes in-place operators functional, so that a pass may move or drop any node;
+* stores weights under weight norm, w = g v / |v| (arXiv 1602.07868), as they are, so that they leave and are rounded as any other (further training is of w);
 * lets batch norm and dropout read the module's own ``training`` flag (a ``get_attr`` node of that name), so that
   ``train()`` and ``eval()`` work as they do on any module, with no recompilation;
 * clones the parameters (the caller's model is left alone) and shares those the original shares;
@@ -23,6 +24,7 @@ import io
 import itertools
 import logging
 import os
+import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -85,6 +87,7 @@ def capture(model: nn.Module, inputs: Tensor | Sequence[Tensor], *, core: str | 
             if name in was_training:
                 module.training = was_training[name]
     _make_functional(graph)
+    _fold_weight_norm(graph)
     _read_training_flag(graph)
     graph.meta["inputs"] = [{"shape": list(example.shape[1:]), "dtype": dtype_name(example.dtype)} for example in examples]
     graph.meta["core"] = core
@@ -622,6 +625,29 @@ def _is_view(node: fx.Node) -> bool:
         return False
     first = target._schema.arguments[0] if target._schema.arguments else None
     return bool(first is not None and first.alias_info is not None and not first.alias_info.is_write)
+
+
+def _fold_weight_norm(graph: fx.GraphModule) -> None:
+    """The weight that direction v and length g make, in place of both, unless something else reads one of them."""
+    made: dict[Any, str] = {}
+    taken = {name for name, _ in (*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False))}
+    for node in graph.graph.find_nodes(op="call_function", target=aten._weight_norm.default):
+        direction, length = node.args[:2]
+        if any(source.op != "get_attr" or any(user.args != node.args for user in source.users) for source in node.all_input_nodes):
+            continue
+        v, g = attribute(graph, direction), attribute(graph, length)
+        key = (id(v), id(g), node.args[2:])
+        if key not in made:
+            name = re.sub(r"parametrizations\.(\w+)\.original1$|_v$", r"\1", str(direction.target))
+            made[key] = name if name not in taken else f"{name}_normed"
+            with torch.no_grad():
+                weight = node.target(v, g, *node.args[2:])
+            set_attribute(graph, made[key], nn.Parameter(weight, v.requires_grad or g.requires_grad))
+        with graph.graph.inserting_before(node):
+            stored = graph.graph.get_attr(made[key])
+        stored.meta = {"stack": node.meta.get("stack", "")}
+        node.replace_all_uses_with(stored)
+        graph.graph.erase_node(node)
 
 
 def _read_training_flag(graph: fx.GraphModule) -> None:

@@ -482,12 +482,21 @@ def test_tied_weights_stay_one() -> None:
     assert small.get_parameter("a.weight") is small.get_parameter("b.weight")
 
 
+class Sorted(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.sort(-1)[0]
+
+
+def sorted_weight(layer: nn.Module) -> nn.Module:
+    return torch.nn.utils.parametrize.register_parametrization(layer, "weight", Sorted())
+
+
 class ComputedWeights(nn.Module):
     """Weights that an operator without a rule makes: what is added a channel stays as well."""
 
     def __init__(self, first: type[nn.Module]) -> None:
         super().__init__()
-        norm = torch.nn.utils.parametrizations.weight_norm
+        norm = sorted_weight
         self.first, self.free, self.second, self.head = (
             norm(first(3, 16, 3)), nn.Conv2d(16, 16, 3), norm(nn.Conv2d(16, 12, 3)), nn.Linear(12, 5)
         )  # fmt: skip
@@ -692,3 +701,40 @@ def test_a_large_convolution_runs_in_parts(monkeypatch: pytest.MonkeyPatch, bias
     parts = twin._by_outputs(node, read)
     assert len(calls) == 3
     torch.testing.assert_close(parts, run(node, read), rtol=1e-5, atol=1e-5)
+
+
+class Normed(nn.Module):
+    """Layers under weight norm, one of them run twice; directions and length of the last by hand, the length read once more."""
+
+    def __init__(self, norm) -> None:  # type: ignore[no-untyped-def]
+        super().__init__()
+        self.first, self.twice = norm(nn.Conv2d(3, 8, 3)), norm(nn.Conv2d(8, 8, 3))
+        self.last = norm(nn.ConvTranspose2d(8, 6, 3), dim=1)
+        self.head = nn.Linear(6, 5, bias=False)
+        self.v, self.g = nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.rand(5, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = F.linear(x.mean((2, 3)), torch._weight_norm(self.v, self.g)) * self.g[:, 0]
+        return self.head(self.last(self.twice(self.twice(self.first(x)).relu()).relu()).mean((2, 3))) + side
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("norm", [torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.weight_norm])
+def test_layers_under_weight_norm_are_pruned_as_any_other(norm) -> None:  # type: ignore[no-untyped-def]
+    net = Normed(norm).eval()
+    graph = capture(net, torch.randn(2, 3, 10, 10))
+    x = torch.randn(3, 3, 10, 10)
+    assert torch.equal(graph(x), net(x))
+    weights = {"first.weight", "twice.weight", "last.weight"}
+    assert set(graph.state_dict()) == {*weights, "first.bias", "twice.bias", "last.bias", "head.weight", "v", "g"}
+    found = couple(graph)
+    assert all(len(set(classes(found, name, int(name == "last.weight")))) > 4 for name in weights)
+    cut_half(found)
+
+
+def test_a_weight_norm_written_by_hand() -> None:
+    net = Net(lambda self, x: F.linear(F.linear(x, torch._weight_norm(self.v, self.g)), torch._weight_norm(self.v, self.g)))
+    net.v, net.g = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.rand(6, 1))
+    graph = capture(net, torch.randn(2, 6))
+    x = torch.randn(4, 6)
+    assert list(graph.state_dict()) == ["v_normed"] and torch.equal(graph(x), net(x))
