@@ -114,10 +114,14 @@ def prune(
         raise InputError(f"ranking={ranking!r} is not one of {', '.join(RANKINGS)}")
     if not (isinstance(round_to, int) and round_to >= 1):
         raise InputError(f"round_to={round_to!r} must be a whole number from 1")
-    if not 0 <= floor <= 1:
+    if not (isinstance(floor, (int, float)) and 0 <= floor <= 1):
         raise InputError(f"floor={floor!r} must lie between 0 and 1")
     if repair and task is None:
-        raise InputError("repair=True needs images: pass task=, or call rarefy.repairing.repair() with batches of your own")
+        raise InputError("repair=True needs images: pass task= (--data), or call rarefy.repairing.repair() with batches of your own")
+    if not (isinstance(seed, int) and seed >= 0):
+        raise InputError(f"seed={seed!r} must be a whole number from 0")
+    if not (isinstance(ignore, str) or (isinstance(ignore, Sequence) and all(isinstance(glob, str) for glob in ignore))):
+        raise InputError(f"ignore={ignore!r} must be a list of globs, such as ['head.*']")
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     once = functools.partial(
         _at_once,

@@ -90,7 +90,7 @@ class Reading(fx.Interpreter):
 def batches_of(task: Any, graph: fx.GraphModule, name: str, batches: int, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Any]]:
     """(inputs, targets) of the training split, shuffled by the seed. Raises InputError without a task, DataError without data."""
     if task is None:
-        raise InputError(f"criterion {name!r} needs data: pass task=, or use criterion='magnitude'")
+        raise InputError(f"criterion {name!r} needs data: pass task= (--data), or use criterion='magnitude'")
     seen = 0
     for inputs, targets in itertools.islice(task.batches("train", batch_size, shuffle_seed=seed, device=device_of(graph)), batches):
         yield inputs, targets

@@ -39,7 +39,7 @@ class Wanda:
     def scores(self, graph: fx.GraphModule, weights: Mapping[str, Sequence[fx.Node]], task: Any, seed: int) -> dict[str, Tensor]:
         """Raises InputError without a task, DataError without data."""
         if task is None:
-            raise InputError("criterion 'wanda' needs data: pass task=, or use criterion='magnitude'")
+            raise InputError("criterion 'wanda' needs data: pass task= (--data), or use criterion='magnitude'")
         squares = _Squares(graph, weights)
         split = "train" if task.train is not None else "val"
         for inputs in task.inputs(split, self.images, self.batch_size, seed=seed, device=device_of(graph)):
