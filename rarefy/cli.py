@@ -513,7 +513,12 @@ def quantize(
     rounding: Annotated[str, typer.Option(metavar="CHOICE", help="See `rarefy list rounding`.")] = "narrow",
     runtime: Runtime = "onnxruntime",
     ignore: Ignore = None,
-    equalize: Annotated[bool, typer.Option(help="Equalise channels between layers where that is exact and lowers the noise.")] = True,
+    equalize: Annotated[
+        bool,
+        typer.Option(
+            help="Equalise channels between layers, and let dead ones carry the noisiest, where that is exact and lowers the noise."
+        ),
+    ] = True,
     correct_bias: Annotated[bool, typer.Option(help="Mend the means that rounding moves, and how far the answers vary.")] = True,
     smooth: Annotated[
         float | None, typer.Option(metavar="ALPHA", help="SmoothQuant before linear layers that read a norm; 0.5, say; default: not done.")

@@ -16,7 +16,7 @@ the paper makes meet, matter where a weight tensor has one scale: here they cost
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -60,8 +60,9 @@ def equalize(
     found = [
         stream for stream in streams(graph) if not layers.keys().isdisjoint(stream.readers) and not rounded.keys().isdisjoint(stream.values)
     ]
-    sizes = _sizes(graph, found, batches) if found else {}
-    return sum(_equalize(graph, stream, sizes, rounded, layers) for stream in found)
+    axes = {value: stream.axis for stream in found for value in (*stream.values, *stream.readers)}
+    seen = sizes(graph, axes, batches) if found else {}
+    return sum(_equalize(graph, stream, seen, rounded, layers) for stream in found)
 
 
 def streams(graph: fx.GraphModule) -> list[Stream]:
@@ -88,14 +89,14 @@ def _stream(graph: fx.GraphModule, first: fx.Node, known: Mapping[fx.Node, Any])
         values.add(value)
         sources = [] if weighted(value) else value.all_input_nodes
         if weighted(value):
-            if _axis(value, known) != axis or not _own(graph, value):
+            if _axis(value, known) != axis or not own(graph, value):
                 return None
         elif not _carries(value, known, axis):
             return None
         for user in value.users:
             if not weighted(user):
                 waiting.append(user)
-            elif user.args[0] is value and _axis(user, known) == axis and _own(graph, user) and _channels(graph, user) == channels:
+            elif user.args[0] is value and _axis(user, known) == axis and own(graph, user) and _channels(graph, user) == channels:
                 readers.add(user)
             else:
                 return None
@@ -126,7 +127,7 @@ def _carries(node: fx.Node, known: Mapping[fx.Node, Any], axis: int) -> bool:
     return axis == 1 and sources[0][:2] == shape[:2]
 
 
-def _own(graph: fx.GraphModule, layer: fx.Node) -> bool:
+def own(graph: fx.GraphModule, layer: fx.Node) -> bool:
     """Does nothing else read its weight and bias?"""
     mine = [str(source.target) for source in layer.args[1:3] if isinstance(source, fx.Node)]
     readers = [user for node in graph.graph.nodes if node.op == "get_attr" and str(node.target) in mine for user in node.users]
@@ -142,7 +143,7 @@ def _channels(graph: fx.GraphModule, layer: fx.Node) -> int:
 
 
 @dataclasses.dataclass
-class _Size:
+class Size:
     """Of a value's channels: extremes and mean square, each (channels,) float64; of its numbers around their channel's mean: the variance, summed over channels."""
 
     lo: Tensor
@@ -152,13 +153,13 @@ class _Size:
     count: int
 
     @classmethod
-    def of(cls, value: Tensor, axis: int) -> _Size:
+    def of(cls, value: Tensor, axis: int) -> Size:
         rows = value.detach().float().movedim(axis, -1).flatten(0, -2)
         lo, hi = torch.aminmax(rows, dim=0)
         return cls(lo.double(), hi.double(), rows.sum(0).double(), rows.square().sum(0).double(), len(rows))
 
-    def merged(self, other: _Size) -> _Size:
-        return _Size(
+    def merged(self, other: Size) -> Size:
+        return Size(
             torch.minimum(self.lo, other.lo), torch.maximum(self.hi, other.hi), self.sums + other.sums, self.squares + other.squares,
             self.count + other.count,
         )  # fmt: skip
@@ -172,24 +173,23 @@ class _Size:
         return float((self.power - (self.sums / self.count).square()).sum())
 
 
-def _sizes(graph: fx.GraphModule, found: Collection[Stream], batches: Iterable[tuple[Tensor, ...]]) -> dict[fx.Node, _Size]:
-    """Of all values of streams and of what their readers make."""
-    axes = {value: stream.axis for stream in found for value in (*stream.values, *stream.readers)}
-    sizes: dict[fx.Node, _Size] = {}
+def sizes(graph: fx.GraphModule, axes: Mapping[fx.Node, int], batches: Iterable[tuple[Tensor, ...]]) -> dict[fx.Node, Size]:
+    """Of values. axes: of each the axis of its channels."""
+    found: dict[fx.Node, Size] = {}
 
     def see(node: fx.Node, value: Tensor) -> None:
-        size = _Size.of(value, axes[node])
-        sizes[node] = sizes[node].merged(size) if node in sizes else size
+        size = Size.of(value, axes[node])
+        found[node] = found[node].merged(size) if node in found else size
 
     taps = Taps(graph, axes, see)
     with torch.no_grad():
         for batch in batches:
             taps.run(*(laid_out(value, value.device) for value in batch))
-    return sizes
+    return found
 
 
 def _equalize(
-    graph: fx.GraphModule, stream: Stream, sizes: Mapping[fx.Node, _Size], rounded: Mapping[fx.Node, Grid], layers: Mapping[fx.Node, Grid]
+    graph: fx.GraphModule, stream: Stream, sizes: Mapping[fx.Node, Size], rounded: Mapping[fx.Node, Grid], layers: Mapping[fx.Node, Grid]
 ) -> bool:
     behind = _behind(stream)
     values = [value for value in stream.values if value in rounded]

@@ -3,7 +3,8 @@
 In order, each on the one graph:
 
 1. fold batch norm, write operators in one form (``rarefy.folding``);
-2. choose which values become integers, from the runtime's table (``rarefy.placing``), and equalise their channels where that is exact (``rarefy.equalizing``);
+2. choose which values become integers, from the runtime's table (``rarefy.placing``), equalise their channels where that is exact (``rarefy.equalizing``),
+   and let dead channels carry the noisiest a second time (``rarefy.doubling``);
 3. run the calibration images once and stream every such value into a histogram (``rarefy.observing``), from which the calibration rule
    chooses the range: affine, unsigned, one scale a tensor, and 0 is always a code; put them into the graph (``rarefy.rewriting``);
 4. layer by layer, on what the rounded layers before it yield (``rarefy.prefix``): the weights, symmetric, one scale an output channel by the same kind
@@ -28,7 +29,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy import allocating, equalizing, explaining, gating, grids, patches, plugins, reconstruction, rewriting, smoothing, weight_only
+from rarefy import (
+    allocating,
+    doubling,
+    equalizing,
+    explaining,
+    gating,
+    grids,
+    patches,
+    plugins,
+    reconstruction,
+    rewriting,
+    smoothing,
+    weight_only,
+)
 from rarefy.capturing import as_graph, attribute, device_of, finish, is_graph, set_attribute, shapes, share_copy
 from rarefy.errors import DataError, InputError
 from rarefy.folding import check_globs, fold, layer_name, names, simplify, weighted
@@ -83,7 +97,8 @@ def quantize(
         (``"int4:group=32"``, ``"mxfp4"``), without images (``rarefy.weight_only``). Activations go by their own names or those of layers that read them.
     weight_calibration: the rule for weight scales; None: minmax at 8 bits, where clipping the largest weights costs more than it saves, else mse.
     ignore: globs of layer names that stay float; one that matches nothing is an error, as in weights and activations.
-    equalize: channels of values between layers brought to one range, where that is exact and lowers the noise (``rarefy.equalizing``).
+    equalize: channels of values between layers brought to one range (``rarefy.equalizing``), and the noisiest carried twice where others are dead
+        (``rarefy.doubling``), where that is exact and lowers the noise.
     correct_bias: means of all layers' outputs, and the deviation of the last ones', brought back to float's; block reconstruction does both in its own objective.
     smooth: SmoothQuant before linear layers that read a norm, with this alpha, such as 0.5 (``rarefy.smoothing``); None: not done.
     gate: "latency" times each stretch of layers in integers and in float on the runtime, and keeps only what pays (``rarefy.gating``); where nothing does, the
@@ -157,10 +172,11 @@ def quantize(
         own_grid[node] = layer_grids[node] = dataclasses.replace(own, bits=min(own.bits, runtime.weight_bits))
         rewriting.own_bias(graph, node)
     value_grids = _value_grids(placement, activation_grids)
-    equalized = 0
+    equalized = doubled = 0
     if equalize:
         first, batches = _first(graph, task, batches, EQUALIZED, seed)
-        few = _pieces(graph, [tuple(value[:EQUALIZED] for value in first)])
+        few = list(_pieces(graph, [tuple(value[:EQUALIZED] for value in first)]))
+        doubled = doubling.double(graph, few, value_grids, layer_grids)
         equalized = equalizing.equalize(graph, few, value_grids, layer_grids)
     walks = correct_bias or isinstance(rounder, (OfLayers, OfBlocks))
     total = math.ceil(images / batch_size) if batches is None else None
@@ -235,6 +251,7 @@ def quantize(
                 ],
                 "images_of_rounding": sum(len(batch[0]) for batch in seen.batches) if walks else 0,
                 "equalized": equalized,
+                "doubled": doubled,
                 "batch_norm": norms,
                 **({} if smooth is None else {"smoothed": smoothed}),
                 **({"allocation": allocation} if allocation is not None else {}),
