@@ -22,9 +22,11 @@ A loss (``rarefy/losses``) only says what the student is to copy; batches, sched
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import dataclasses
+import gc
 import importlib.util
 import itertools
 import logging
@@ -725,7 +727,18 @@ def _accelerator(device: torch.device | str | None, logits: bool) -> Accelerator
     on_cpu = torch.device(device).type == "cpu" if device is not None else not torch.cuda.is_available()
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     ddp = DistributedDataParallelKwargs(find_unused_parameters=not logits)
-    return Accelerator(cpu=on_cpu and several, kwargs_handlers=[ddp])
+    theirs = torch.distributed.is_available() and torch.distributed.is_initialized()
+    accelerator = Accelerator(cpu=on_cpu and several, kwargs_handlers=[ddp])
+    if several and not theirs and torch.distributed.get_backend() == "gloo":
+        atexit.register(_end_group)
+    return accelerator
+
+
+def _end_group() -> None:
+    """Gloo's threads let go of tensors after the call that waited for them has gone on; one that does so while the interpreter ends aborts the process."""
+    gc.collect()  # what trained with the group holds it
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _optimizer(parameters: Any, training: Training, device: torch.device) -> torch.optim.Optimizer:
