@@ -136,7 +136,13 @@ def test_frozen_statistics_stand_still(teacher, task) -> None:
 def test_training_mends_what_few_bits_broke_and_the_file_computes_it(teacher, task, tmp_path) -> None:
     runtime = plugins.resolve("runtimes", "onnxruntime:threads=1")
     small = quantize(teacher, task, images=64, weights="int2", activations="uint4", rounding="nearest", correct_bias=False, progress=False)
-    options = {"steps": 120, "batch_size": 64, "lr": 0.02, "loss": "kl", "hard_weight": 0.0, "validate_every": 0}
+    options = {
+        "steps": 120,
+        "batch_size": 64,
+        "loss": "kl",
+        "hard_weight": 0.0,
+        "validate_every": 0,
+    }  # the rate and clipping are training's own
     taught = distill(small, teacher, task, device="cpu", progress=False, **options)
     assert right(teacher, task) > 0.85
     assert apart(taught, teacher, task) < 0.6 * apart(small, teacher, task)
