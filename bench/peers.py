@@ -1,4 +1,6 @@
-"""Other libraries' quantisers, run by a Python that has them (``make bench-setup`` makes .venv-peers), since they ask for packages that rarefy has no use for.
+"""Other libraries, in an environment of their own (``make bench-setup`` makes .venv-peers), since they ask for packages that rarefy has no use for.
+
+Quantisers are run by its Python; Torch-Pruning, which asks for torch alone and cuts in the same run, is imported from there.
 
     .venv-peers/bin/python bench/peers.py nncf FLOAT.onnx IMAGES.npy OUT.xml [--transformer]
     .venv-peers/bin/python bench/peers.py torchao MODEL IMAGES.npy BATCH THREADS SECONDS
@@ -8,6 +10,7 @@ Imports nothing of rarefy. The last line it prints is JSON.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -22,6 +25,25 @@ def python() -> str | None:
     named = os.environ.get("RAREFY_PEERS")
     file = Path(named) if named else Path(__file__).resolve().parents[1] / ".venv-peers" / "bin" / "python"
     return str(file) if file.exists() else None
+
+
+def torch_pruning() -> Any:
+    """The module: this environment's, or the peers' one, of which nothing else is looked at. Raises ImportError where there is none."""
+    name = "torch_pruning"
+    interpreter = python()
+    places = Path(interpreter).parents[1].glob(f"lib/python*/site-packages/{name}/__init__.py") if interpreter else iter(())
+    found = next(places, None)
+    if name in sys.modules or importlib.util.find_spec(name) is not None or found is None:
+        return importlib.import_module(name)
+    spec = importlib.util.spec_from_file_location(name, found, submodule_search_locations=[str(found.parent)])
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def nncf(source: str, images: str, target: str, *flags: str) -> dict[str, Any]:

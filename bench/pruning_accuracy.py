@@ -6,7 +6,7 @@
 ``--check`` exits 1 where repair gives back less than two thirds of what pruning lost; 2 where there is no data. Without it, missing data is a skip.
 
 B trains each pruned network on the same images, in an order by seed, from labels alone; a seed is also that of the images a criterion looks at. Top-1 is on a
-stratified prefix of the test images. Torch-Pruning (``pip install torch-pruning``), where it is installed, prunes with each of its own criteria and rankings, then
+stratified prefix of the test images. Torch-Pruning, where it is installed (``make bench-setup``), prunes with each of its own criteria and rankings, then
 the same graph, training and test. It cannot follow the zero-padded shortcut of this network, so it is told to
 leave the residual stream whole; ``--same-layers`` holds rarefy to that too. Short training on few images tells criteria apart, and is not what a network
 can reach: for that see resnet56_cifar10.py.
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib
 import json
 import statistics
 import sys
@@ -30,7 +29,7 @@ from torch import fx, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import real_data
+from bench import peers, real_data
 from bench.cells import Cells, add_options
 from rarefy import capture, evaluate, plugins, prune
 from rarefy.counting import count_macs
@@ -112,11 +111,11 @@ def compared(given: argparse.Namespace) -> dict[str, Any]:
     library: Any = None
     if not given.only or PEER in given.only:
         try:
-            library = importlib.import_module("torch_pruning")
+            library = peers.torch_pruning()
         except ImportError:
-            why = "Torch-Pruning is not installed, so it is left out: pip install torch-pruning"
+            why = "Torch-Pruning is left out: no .venv-peers; run make bench-setup"
     if library is not None:
-        for name, importance in peers(library):
+        for name, importance in criteria_of_peer(library):
             for ranking in (one for one in given.rankings if one != "loss"):
                 jobs[f"{PEER} {name}", ranking] = lambda seed, importance=importance, ranking=ranking: cut_by_peer(
                     library, importance(), ranking, given.macs, task, seed,
@@ -169,7 +168,7 @@ def told_of(cell: dict[str, Any]) -> str:
     return f"{statistics.mean(tops):.1f}{spread} ({100 * statistics.mean(cell['pruned']):.1f})"
 
 
-def peers(library: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
+def criteria_of_peer(library: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Torch-Pruning's criteria, by their names there."""
     for name in ("GroupMagnitudeImportance", "GroupTaylorImportance", "BNScaleImportance", "FPGMImportance"):
         yield name.removesuffix("Importance"), getattr(library.importance, name)

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench import peers
 from bench.cells import Cells, add_options
 from bench.zoo import torchvision_model, usable
 from rarefy import capture, load, prune, save
@@ -57,8 +58,7 @@ def best(run: Callable[[], Any], prepare: Callable[[], Any] = lambda: None) -> f
 
 
 def theirs(name: str, inputs: tuple[Tensor, ...]) -> float:
-    import torch_pruning
-
+    torch_pruning = peers.torch_pruning()
     made: list[nn.Module] = []
 
     def run() -> None:
@@ -121,7 +121,7 @@ def peer(name: str, threads: int, seconds: float) -> dict[str, Any]:
     try:
         taken = theirs(name, inputs)
     except ImportError:
-        return {"torch_pruning": "not installed"}
+        return {"torch_pruning": "no .venv-peers; run make bench-setup"}
     except Exception as error:
         return {"torch_pruning": f"fails: {said(error)}"}
     return {"torch_pruning_s": taken, "ratio": seconds / taken}

@@ -1,10 +1,10 @@
 """Default int8 on EfficientNet-Lite0, -Lite1 and -Lite2, real weights: ``rarefy.quantize`` as it comes, against float, ONNX Runtime's static quantiser and NNCF.
 
-    python bench/quantization_accuracy.py [--only 0 1 2] [--peers-python PYTHON] [--check]
+    python bench/quantization_accuracy.py [--only 0 1 2] [--check]
 
 128 unlabelled calibration images, the same ones for all; 650 other, labelled ones for accuracy. Each network and quantiser runs in a process of its own, so that
 its CPU seconds and its peak memory are its own; ours counts the whole process, Python and libraries included. Accuracy, agreement and signal-to-noise
-are those of the files in ONNX Runtime (NNCF's too, which quantises the same float file). NNCF runs in the interpreter that ``--peers-python`` names.
+are those of the files in ONNX Runtime (NNCF's too, which quantises the same float file). NNCF runs in .venv-peers (``make bench-setup``).
 
 ``--check`` exits 1 where a goal is missed (2 where there is no data): over the networks, at most 0.3 points mean drop; for each, at least 99 % agreement with float,
 22 dB of the logits (24 is the aim), at most 30 CPU seconds and 1,500 MB.
@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import real_data
+from bench import peers, real_data
 from bench.efficientnet_lite0 import onnxruntime_quantized, peak_mb, sqnr
 from rarefy import capture, evaluate
 from rarefy.errors import DataError, MissingDependency
@@ -100,11 +100,11 @@ def measured(number: int, given: argparse.Namespace) -> dict[str, Any]:
         for how in (OURS, ORT):
             arguments = ["--child", how, "--only", str(number), "--folder", name, "--seed", str(given.seed)]
             found[how] = in_a_process([sys.executable, __file__, *arguments])
-        if given.peers_python is None:
-            found[NNCF] = {"skipped": "no --peers-python"}
+        if (python := peers.python()) is None:
+            found[NNCF] = {"skipped": "no .venv-peers; run make bench-setup"}
         else:
             files = [str(folder / part) for part in ("float.onnx", f"{NNCF}.onnx", "images.npy")]
-            found[NNCF] = in_a_process([str(given.peers_python), "-c", NNCF_PROGRAM, *files])
+            found[NNCF] = in_a_process([python, "-c", NNCF_PROGRAM, *files])
         if "skipped" in found[OURS]:
             raise RuntimeError(f"Lite{number}: {found[OURS]['skipped']}")
         exact = runtime.open(folder / "float.onnx")
@@ -160,7 +160,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     option = parser.add_argument
     option("--only", type=int, nargs="+", default=[0, 1, 2], choices=(0, 1, 2), metavar="NUMBER", help="these networks")
-    option("--peers-python", type=Path, metavar="PYTHON", help="an interpreter that has nncf and onnx")
     option("--limit", type=int, help="so many labelled images only, for a trial")
     option("--seed", type=int, default=0)
     option("--check", action="store_true", help="exit 1 where the goals are missed")
