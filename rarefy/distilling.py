@@ -727,9 +727,9 @@ def _accelerator(device: torch.device | str | None, logits: bool) -> Accelerator
     on_cpu = torch.device(device).type == "cpu" if device is not None else not torch.cuda.is_available()
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     ddp = DistributedDataParallelKwargs(find_unused_parameters=not logits)
-    theirs = torch.distributed.is_available() and torch.distributed.is_initialized()
+    there = _grouped()
     accelerator = Accelerator(cpu=on_cpu and several, kwargs_handlers=[ddp])
-    if several and not theirs and torch.distributed.get_backend() == "gloo":
+    if not there and _grouped() and torch.distributed.get_backend() == "gloo":
         atexit.register(_end_group)
     return accelerator
 
@@ -737,8 +737,12 @@ def _accelerator(device: torch.device | str | None, logits: bool) -> Accelerator
 def _end_group() -> None:
     """Gloo's threads let go of tensors after the call that waited for them has gone on; one that does so while the interpreter ends aborts the process."""
     gc.collect()  # what trained with the group holds it
-    if torch.distributed.is_initialized():
+    if _grouped():
         torch.distributed.destroy_process_group()
+
+
+def _grouped() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _optimizer(parameters: Any, training: Training, device: torch.device) -> torch.optim.Optimizer:
