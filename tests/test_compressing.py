@@ -17,6 +17,7 @@ from rarefy.capturing import capture
 from rarefy.compressing import Budget, Candidate, Outcome, compress
 from rarefy.errors import InputError
 from rarefy.evaluating import doubts, wilson
+from rarefy.quantizing import quantize
 from rarefy.tasks import Classification
 
 QUICK = [{"do": "prune", "macs": 0.6, "round_to": 8}, {"do": "distill", "epochs": 2, "batch_size": 64}]
@@ -224,8 +225,9 @@ def test_a_second_quantization_is_for_where_the_first_is_undone(tmp_path: Path) 
     kept = compress(trained(), digits(), budget=Budget(), steps=steps, **options)
     first, second = kept.report["steps"]  # whether 4 bits are kept is for the machine's timing to say
     assert ((second["kept"], second["why"]) == (False, "the model is quantised already")) == first["kept"]
+    small = quantize(trained(), digits(), images=16, progress=False)
     with pytest.raises(InputError, match="is quantised already; give its float original, or steps that only distil"):
-        compress(kept.graph, digits(), budget=Budget(), **options)
+        compress(small, digits(), budget=Budget(), **options)
 
 
 def test_a_resumed_training_takes_the_time_of_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
