@@ -36,7 +36,7 @@ result = compress(net, task, budget=Budget(size=10**6), steps=steps, workdir=wor
 result.save(output)
 """
 
-pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")]
 
 
 def start(workdir: Path, output: Path) -> subprocess.Popen[str]:
