@@ -6,6 +6,9 @@ import copy
 import hashlib
 import importlib
 import json
+import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -126,6 +129,32 @@ def test_openvino_keeps_integers_together(graph: fx.GraphModule, batches: list[T
     found = runtime.integer_islands(runtime.export(small, tmp_path / "model.onnx"), batches[0])
     assert found["integer"]["Convolution"] == 5 and found["integer"]["FullyConnected"] == 5
     assert "Convolution" not in found["float"] and "FullyConnected" not in found["float"]
+
+
+SIGNALLED = """
+import gc, os, signal, sys
+import torch
+from rarefy import plugins
+
+runtime = plugins.resolve("runtimes", "openvino:threads=1")
+sessions = [runtime.open(sys.argv[1]) for _ in range(2)]
+for session in sessions:
+    session(torch.zeros(1, 3, 32, 32))
+for _ in range(2):  # in the order they were made
+    del session, sessions[0]
+    session = None
+    gc.collect()
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_a_signal_is_handled_after_openvino_sessions_are_gone(graph: fx.GraphModule, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    path = plugins.resolve("runtimes", "openvino").export(graph, tmp_path / "m.onnx")
+    known = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    done = subprocess.run([sys.executable, "-c", SIGNALLED, str(path)], env=known, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
 
 
 def test_openvino_in_bf16_is_another_precision(graph: fx.GraphModule, batches: list[Tensor], tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import operator
 import os
 import statistics
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -154,8 +155,7 @@ class Session:
     """An opened file: called with a CPU tensor (N, ...), it returns the model's first output as a tensor. ``threads``, ``name`` (of the input)."""
 
     def __init__(self, path: str | os.PathLike[str], threads: int = 0, precision: str = "f32", profile: bool = False):
-        openvino = needs("openvino", "openvino")
-        self.core = openvino.Core()
+        self.core = _core()
         self.threads = threads or os.cpu_count() or 1
         self.options = {
             "INFERENCE_NUM_THREADS": self.threads,
@@ -195,6 +195,13 @@ class Session:
                 self.requests.popitem(last=False)
         self.requests.move_to_end(shape)
         return self.requests[shape]
+
+
+@cache
+def _core() -> Any:
+    """One for the whole process. Each puts a stack for signal handlers in place, and at its end puts back the one it had found: of two freed in the order they were
+    made, the second puts back the first one's, which is unmapped, and the next signal that Python handles (a child's end, Ctrl-C) kills the process."""
+    return needs("openvino", "openvino").Core()
 
 
 def _executed(compiled: Any) -> list[Any]:
