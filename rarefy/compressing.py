@@ -20,7 +20,8 @@ is always saved; what is missed is said.
 **Resuming.** In the working folder each finished step is a saved model with its measurements, put in place by one rename; training keeps its own
 checkpoint beside them. A run that was killed anywhere goes on from there, and decides by what was measured before the kill. Another model, data, budget
 or recipe is refused, once a step was done. ``graph.json``, ``weights.safetensors`` and ``model.onnx`` hold no time of any clock: a resumed run, and a second run with the same seed on
-the same machine, ends with the same bytes. ``manifest.json`` and the report hold measurements, and differ.
+the same machine, ends with the same bytes, as long as the gates decide alike (a step that is 10 % slower or faster lies at a threshold; the report gives each verdict with its
+numbers). ``manifest.json`` and the report hold measurements, and differ.
 """
 
 from __future__ import annotations

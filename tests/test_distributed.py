@@ -119,7 +119,6 @@ def test_two_processes_are_one_with_the_whole_batch_and_survive_a_kill(tmp_path:
         torch.testing.assert_close(resumed[name], value, rtol=0, atol=0)
 
 
-@pytest.mark.slow
 def test_a_program_ends_cleanly_though_the_group_is_at_work(tmp_path: Path) -> None:
     """Without an end to the group first, two of three such programs abort: "terminate called without an active exception"."""
     process = start(tmp_path, "unused", 2, program=EXITS)

@@ -1,6 +1,7 @@
 """compress() killed in each step goes on, and ends with the bytes of an undisturbed run; so does a second run with the same seed.
 
 Compared are the files that hold the model: graph.json, weights.safetensors and model.onnx. The manifest and the report hold what clocks said.
+The network is so wide that each step clearly pays: at a gate's threshold the clock of a loaded machine would decide.
 """
 
 from __future__ import annotations
@@ -30,13 +31,18 @@ from rarefy.tasks import Classification
 workdir, output = sys.argv[1:]
 task = Classification(train="sklearn:digits", val="sklearn:digits", augment="none")
 torch.manual_seed(0)
-net = capturing.capture(demo.model(width=32), torch.zeros(2, 1, 8, 8))
-steps = [{"do": "prune", "macs": 0.6, "round_to": 16}, {"do": "distill", "epochs": 3, "batch_size": 64, "lr": 0.1}, {"do": "quantize", "images": 32}]
+net = capturing.capture(demo.model(width=64), torch.zeros(2, 1, 8, 8))
+steps = [
+    {"do": "prune", "macs": 0.6, "round_to": 16},
+    {"do": "distill", "epochs": 3, "batch_size": 64, "lr": 0.02, "hard_weight": 1.0},
+    {"do": "quantize", "images": 32},
+]
 result = compress(net, task, budget=Budget(size=10**6), steps=steps, workdir=workdir, seed=3, corruptions=["brightness"])
 result.save(output)
+assert all(step["kept"] for step in result.report["steps"]), result.report["steps"]
 """
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")]
+pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
 
 
 def start(workdir: Path, output: Path) -> subprocess.Popen[str]:
