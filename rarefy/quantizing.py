@@ -456,13 +456,13 @@ class _Rounding:
                 if "float_outputs" in reads:
                     bias = attribute(self.float_prefix.graph, twin.args[2]).detach().float().view(groups, -1, 1)
                     y = _columns(patches.made(twin, float_outputs, groups, place)) - bias
-                part = Sample(x, other, y)
+                part = Sample(x, other, y, len(place))
                 if room is not None and filled + x.shape[2] > room.inputs.shape[2]:
                     yield _columns_of(room, 0, filled)
                     room = None
                 if room is None:
                     room, filled = _room(part, x.shape[2] * max(1, min(TOGETHER // max(x.numel(), 1), len(self.prefix.batches) - index))), 0
-                for piece, into in zip(part, _columns_of(room, filled, x.shape[2]), strict=True):
+                for piece, into in zip(part[:3], _columns_of(room, filled, x.shape[2])[:3], strict=True):
                     if piece is not None and into is not None:
                         into.copy_(piece)
                 filled += x.shape[2]
@@ -486,11 +486,11 @@ def _columns(x: Tensor) -> Tensor:
 
 def _room(part: Sample, columns: int) -> Sample:
     """For so many: what is gathered bit by bit would lie scattered among activations, and their memory could not be used again (200 MB)."""
-    return Sample(*(None if one is None else one.new_empty(*one.shape[:2], columns) for one in part))  # type: ignore[arg-type]
+    return Sample._make([*(None if one is None else one.new_empty(*one.shape[:2], columns) for one in part[:3]), part.places])
 
 
 def _columns_of(sample: Sample, begun: int, count: int) -> Sample:
-    return Sample(*(None if one is None else one[:, :, begun : begun + count] for one in sample))  # type: ignore[arg-type]
+    return Sample._make([*(None if one is None else one[:, :, begun : begun + count] for one in sample[:3]), sample.places])
 
 
 def _weights_only(

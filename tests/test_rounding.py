@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 
@@ -122,6 +123,50 @@ def test_gptaq_without_drift_is_gptq_and_a_dead_input_breaks_neither() -> None:
         assert torch.isfinite(codes).all() and ((codes[..., 3] - layer.weight[..., 3] / layer.scale[..., 0]).abs() <= 1.001).all()
 
 
+@pytest.mark.parametrize("centered", [False, True])
+def test_one_image_in_four_judges_whatever_the_batches(centered: bool) -> None:
+    torch.manual_seed(0)
+    images, places = 11, 3
+    x, y = torch.randn(2, 5, images * places) + 1, torch.randn(2, 4, images * places)
+    layer = Layer("layer", torch.zeros(2, 4, 5), torch.ones(2, 1, 1), Grid(4, axis=0), lambda: iter(()), centered)
+
+    def over(ends: list[int], chosen: list[int] | None = None) -> Layer:
+        columns = [torch.arange(places) + places * image for image in (range(images) if chosen is None else chosen)]
+        own = [torch.cat(part) for part in (columns[a:b] for a, b in itertools.pairwise(ends)) if part]
+        return dataclasses.replace(layer, samples=lambda: iter([Sample(x[:, :, part], None, y[:, :, part], places) for part in own]))
+
+    judges = [3, 7]
+    for ends in ([0, 11], [0, 1, 3, 4, 9, 11]):
+        found = Moments.halves(over(ends), "float_outputs", 4)
+        for moments, chosen in zip(found, ([image for image in range(images) if image not in judges], judges, None), strict=True):
+            wanted = Moments.of(over([0, images], chosen), "float_outputs")
+            assert moments.count == wanted.count
+            assert torch.allclose(moments.gram, wanted.gram, atol=1e-5) and torch.allclose(moments.cross, wanted.cross, atol=1e-5)
+
+
+def test_descent_does_not_fit_what_few_images_have_by_chance() -> None:
+    """64 inputs, 80 images: what all of the descent gains on these it loses on others."""
+    wins = 0
+    for seed in range(6):
+        few, many = (_drawn(seed, count) for count in (80, 4000))
+        chosen, fitted = (
+            plugins.resolve("rounding", one).layer_codes(few, torch.Generator()) for one in ("descent", "descent:shrink=0,share=1")
+        )
+        assert squared_error(few, fitted).sum() < squared_error(few, chosen).sum()
+        wins += bool(squared_error(many, chosen).sum() < 0.95 * squared_error(many, fitted).sum())
+    assert wins >= 5
+
+
+def _drawn(seed: int, count: int) -> Layer:
+    """The same layer and the same kind of inputs for a seed, ``count`` images of one place."""
+    generator = torch.Generator().manual_seed(seed)
+    weight, mixed = torch.randn(1, 24, 64, generator=generator), torch.randn(1, 64, 64, generator=generator)
+    x = (mixed @ torch.randn(1, 64, count, generator=generator.manual_seed(seed + count)) / 8).relu()
+    other = x + 0.3 * torch.randn(x.shape, generator=generator)
+    grid = Grid(4, axis=0)
+    return Layer("layer", weight, weight.abs().amax(2, keepdim=True) / grid.qmax, grid, lambda: iter([Sample(x, other, weight @ other)]))
+
+
 def test_narrow_is_gptq_up_to_so_many_inputs_and_nearest_above() -> None:
     layer, rule = a_layer(7, outputs=16, inputs=20), "narrow:inputs={}".format
     few, many, gptq = (plugins.resolve("rounding", name).layer_codes(layer, torch.Generator()) for name in (rule(20), rule(19), "gptq"))
@@ -163,7 +208,7 @@ def test_a_network_answers_better_than_with_nearest_and_the_same_each_time(name:
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-@pytest.mark.parametrize("text", ["gptq:block=0", "gptaq:share=2", "adaround:steps=0", "descent:sweeps=0"])
+@pytest.mark.parametrize("text", ["gptq:block=0", "gptaq:share=2", "adaround:steps=0", "descent:sweeps=0", "descent:shrink=2"])
 def test_options_out_of_range_are_refused(text: str) -> None:
     with pytest.raises(InputError, match=text.partition(":")[0]):
         plugins.resolve("rounding", text)

@@ -21,11 +21,12 @@ from rarefy.grids import Format
 
 class Sample(NamedTuple):
     """Of a batch, at a few places of each image. inputs: (groups, K, n) from the rounded layers before. float_inputs: the same from the
-    float model. float_outputs: (groups, outputs, n), what the float layer makes, without its bias."""
+    float model. float_outputs: (groups, outputs, n), what the float layer makes, without its bias. places: so many of the n of each image, side by side."""
 
     inputs: Tensor
     float_inputs: Tensor | None
     float_outputs: Tensor | None
+    places: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,25 +31,71 @@ class Moments:
     @classmethod
     def of(cls, layer: Layer, other: str | None = None) -> Moments:
         """other: the field of ``Sample`` that z is."""
-        around: Tensor | None = None
-        sums: list[Tensor] = []
-        count = 0
-        for sample in layer.samples():
-            both = sample.inputs if other is None else torch.cat([sample.inputs, getattr(sample, other)], 1)
-            around = both.mean(2, keepdim=True) if around is None else around  # products around it keep what varies in float32
-            both = both - around
-            x = both[:, : sample.inputs.shape[1]]
-            made = [both @ x.mT, (both @ both.new_ones(both.shape[2], 1)).double()]  # faster than a sum
-            sums = [one.add_(more) for one, more in zip(sums, made, strict=True)] if sums else made
-            count += both.shape[2]
-        assert around is not None
-        products, mean = sums[0] / count, sums[1] / count
+        around, (sums,) = _summed(layer, other, None)
+        return sums.moments(layer, other, around)
+
+    @classmethod
+    def halves(cls, layer: Layer, other: str, every: int) -> tuple[Moments, Moments, Moments]:
+        """Over the images that fit, over one in ``every`` that judges the fit, and over all."""
+        around, (fit, judge) = _summed(layer, other, every)
+        return tuple(sums.moments(layer, other, around) for sums in (fit, judge, fit + judge))  # type: ignore[return-value]
+
+
+@dataclasses.dataclass
+class _Sums:
+    """products: (groups, K or K + rows of z, K) around a point; sums: (groups, K or K + rows of z, 1) float64."""
+
+    products: Tensor | None = None
+    sums: Tensor | None = None
+    count: int = 0
+
+    def __add__(self, other: _Sums) -> _Sums:
+        if self.products is None or other.products is None:
+            return other if self.products is None else self
+        assert self.sums is not None and other.sums is not None
+        return _Sums(self.products + other.products, self.sums + other.sums, self.count + other.count)
+
+    def add(self, both: Tensor, inputs: int) -> None:
+        """both: (groups, K or K + rows of z, samples), of which the first ``inputs`` rows are x."""
+        made = both @ both[:, :inputs].mT
+        sums = (both @ both.new_ones(both.shape[2], 1)).double()  # faster than a sum
+        self.products = made if self.products is None else self.products.add_(made)
+        self.sums = sums if self.sums is None else self.sums.add_(sums)
+        self.count += both.shape[2]
+
+    def moments(self, layer: Layer, other: str | None, around: Tensor) -> Moments:
+        if self.products is None or self.sums is None:
+            return Moments(around.new_zeros(0), None, 0)
         inputs = layer.weight.shape[2]
+        products, mean = self.products / self.count, self.sums / self.count
         products -= (mean @ mean[:, :inputs].mT).float()
         if not layer.centered:
             whole = mean + around.double()
             products += (whole @ whole[:, :inputs].mT).float()
-        return cls(products[:, :inputs], None if other is None else products[:, inputs:], count)
+        return Moments(products[:, :inputs], None if other is None else products[:, inputs:], self.count)
+
+
+def _summed(layer: Layer, other: str | None, every: int | None) -> tuple[Tensor, list[_Sums]]:
+    """The point around which they are taken, and sums over all images; or over those that fit, and one in ``every`` that judges."""
+    inputs = layer.weight.shape[2]
+    around: Tensor | None = None
+    found = [_Sums()] if every is None else [_Sums(), _Sums()]
+    images = 0
+    for sample in layer.samples():
+        both = sample.inputs if other is None else torch.cat([sample.inputs, getattr(sample, other)], 1)
+        around = both.mean(2, keepdim=True) if around is None else around  # products around it keep what varies in float32
+        both = both - around
+        if every is None:
+            found[0].add(both, inputs)
+            continue
+        image = images + torch.arange(both.shape[2], device=both.device) // sample.places
+        images += both.shape[2] // sample.places
+        judges = image % every == every - 1
+        for sums, chosen in zip(found, (~judges, judges), strict=True):
+            if bool(chosen.any()):
+                sums.add(both[:, :, chosen], inputs)
+    assert around is not None
+    return around, found
 
 
 @dataclasses.dataclass

@@ -5,8 +5,16 @@ r = b - q A,
 
     q_j <- nearest code of  q_j + r_j / A_jj,      r <- r - (change of q_j) A_j
 
-which can only lower it. Larger inputs first, in ``sweeps`` rounds over all columns, in blocks as GPTQ does. The target is what the float layer makes
-of the float model's inputs, so that errors of earlier layers are mended too.
+which can only lower it. Larger inputs first, in ``sweeps`` rounds over all columns, in blocks as GPTQ does.
+
+**What few images say wrongly.** A few hundred images leave A full of chance correlations, and a descent that can only lower the error on these raises it on others. So A
+is taken part of the way to its diagonal, and of what the float layer makes of the float model's own inputs (y, by which errors of earlier layers are mended) only a share is
+wanted:
+
+    A' = (1 - shrink) A + shrink diag A,      b' = w A' + share (E y x' - w A)
+
+Both are chosen for each layer by the error on every fourth image, of codes that the others gave; then all images give the codes. An output that is not better on all of
+them than with nearest rounding stays with that. Where no image is left to judge, the middle of the choices.
 """
 
 from __future__ import annotations
@@ -22,24 +30,51 @@ from rarefy.rounding._quadratic import Moments, Quadratic, by_size, permuted
 from rarefy.rounding.gptq import rounded
 
 _BLOCK = 128
+_JUDGE = 4  # every so many images, one judges
+SHRINKS, SHARES = (0.2, 0.0, 0.05, 0.4, 0.6), (0.5, 0.25, 1.0)  # the middle first
 
 
 @dataclasses.dataclass(frozen=True)
 class Descent:
-    """Each weight in turn to the code that is best given the others."""
+    """Each weight in turn to the code that is best given the others. shrink, share: None is chosen for each layer on images that did not fit it."""
 
     sweeps: int = 3
+    shrink: float | None = None
+    share: float | None = None
 
     reads = frozenset({"float_outputs"})
 
     def __post_init__(self) -> None:
         if self.sweeps < 1:
             raise InputError(f"descent: sweeps={self.sweeps} must be at least 1")
+        for name in ("shrink", "share"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise InputError(f"descent: {name}={value} must be from 0 to 1")
 
     def layer_codes(self, layer: Layer, generator: torch.Generator) -> Tensor:
-        moments = Moments.of(layer, "float_outputs")
+        fit, judge, every = Moments.halves(layer, "float_outputs", _JUDGE)
+        shrinks = SHRINKS if self.shrink is None else (self.shrink,)
+        shares = SHARES if self.share is None else (self.share,)
+        if fit.count and judge.count:
+            shrinks = (self._best(layer, fit, judge, [(shrink, shares[0]) for shrink in shrinks])[0],)
+            shares = (self._best(layer, fit, judge, [(shrinks[0], share) for share in shares])[1],)
+        made = self._codes(layer, every, shrinks[0], shares[0]) * layer.scale
+        assert every.cross is not None
+        nearest = layer.nearest(layer.weight, layer.scale) * layer.scale
+        return layer.nearest(Quadratic(every.gram, every.cross).better(made, nearest), layer.scale)
+
+    def _best(self, layer: Layer, fit: Moments, judge: Moments, choices: list[tuple[float, float]]) -> tuple[float, float]:
+        if len(choices) == 1:
+            return choices[0]
+        assert judge.cross is not None
+        error = Quadratic(judge.gram, judge.cross)
+        return min(choices, key=lambda choice: float(error.loss(self._codes(layer, fit, *choice) * layer.scale).sum()))
+
+    def _codes(self, layer: Layer, moments: Moments, shrink: float, share: float) -> Tensor:
         assert moments.cross is not None
-        error = Quadratic(moments.gram, moments.cross)
+        gram = moments.gram + shrink * (torch.diag_embed(moments.gram.diagonal(dim1=1, dim2=2)) - moments.gram)
+        error = Quadratic(gram, layer.weight @ gram + share * (moments.cross - layer.weight @ moments.gram))
         return descended(layer, error, rounded(layer, error, None, _BLOCK, True), self.sweeps)
 
 
