@@ -20,6 +20,7 @@ them than with nearest rounding stays with that. Where no image is left to judge
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -54,28 +55,31 @@ class Descent:
 
     def layer_codes(self, layer: Layer, generator: torch.Generator) -> Tensor:
         fit, judge, every = Moments.halves(layer, "float_outputs", _JUDGE)
-        shrinks = SHRINKS if self.shrink is None else (self.shrink,)
-        shares = SHARES if self.share is None else (self.share,)
-        if fit.count and judge.count:
-            shrinks = (self._best(layer, fit, judge, [(shrink, shares[0]) for shrink in shrinks])[0],)
-            shares = (self._best(layer, fit, judge, [(shrinks[0], share) for share in shares])[1],)
-        made = self._codes(layer, every, shrinks[0], shares[0]) * layer.scale
-        assert every.cross is not None
-        nearest = layer.nearest(layer.weight, layer.scale) * layer.scale
-        return layer.nearest(Quadratic(every.gram, every.cross).better(made, nearest), layer.scale)
 
-    def _best(self, layer: Layer, fit: Moments, judge: Moments, choices: list[tuple[float, float]]) -> tuple[float, float]:
-        if len(choices) == 1:
-            return choices[0]
-        assert judge.cross is not None
-        error = Quadratic(judge.gram, judge.cross)
-        return min(choices, key=lambda choice: float(error.loss(self._codes(layer, fit, *choice) * layer.scale).sum()))
+        @cache
+        def judged(shrink: float, share: float) -> float:
+            if not (fit.count and judge.count):
+                return 0.0
+            return float(_error(judge).loss(self._codes(layer, fit, shrink, share) * layer.scale).sum())
+
+        share = self.share if self.share is not None else SHARES[0]
+        shrink = self.shrink if self.shrink is not None else min(SHRINKS, key=lambda one: judged(one, share))
+        share = self.share if self.share is not None else min(SHARES, key=lambda one: judged(shrink, one))
+        made = self._codes(layer, every, shrink, share) * layer.scale
+        nearest = layer.nearest(layer.weight, layer.scale) * layer.scale
+        return layer.nearest(_error(every).better(made, nearest), layer.scale)
 
     def _codes(self, layer: Layer, moments: Moments, shrink: float, share: float) -> Tensor:
         assert moments.cross is not None
         gram = moments.gram + shrink * (torch.diag_embed(moments.gram.diagonal(dim1=1, dim2=2)) - moments.gram)
         error = Quadratic(gram, layer.weight @ gram + share * (moments.cross - layer.weight @ moments.gram))
         return descended(layer, error, rounded(layer, error, None, _BLOCK, True), self.sweeps)
+
+
+def _error(moments: Moments) -> Quadratic:
+    """As it is, nothing shrunk."""
+    assert moments.cross is not None
+    return Quadratic(moments.gram, moments.cross)
 
 
 def descended(layer: Layer, error: Quadratic, codes: Tensor, sweeps: int) -> Tensor:
