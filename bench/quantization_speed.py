@@ -1,6 +1,6 @@
 """How fast int8 is, ours beside ONNX Runtime's own quantiser and NNCF's, on ONNX Runtime and OpenVINO, random weights.
 
-    python bench/quantization_speed.py [MODEL ...] [--batches 1,8] [--threads 1,2] [--folder DIR] [--check]
+    python bench/quantization_speed.py [MODEL ...] [--batches 1,8] [--threads 1,2] [--gate] [--folder DIR] [--check]
 
 For each batch size and number of threads all files take turns in one run (``rarefy.measuring.latency``); a ratio is that within a round, its interval that
 of the median (95 %). ONNX Runtime's quantiser: uint8 activations by min-max, int8 weights a channel. NNCF and torchao run in .venv-peers
@@ -120,6 +120,24 @@ def timed(home: Path, inputs: Tensor, threads: int, rounds: int | None) -> dict[
     return {"rounds": counted, "ms": {column: one["ms"] for column, one in found.items()}, "ratio": ratios}
 
 
+def gated(home: Path, stored: Tensor, threads: int) -> list[dict[str, Any]]:
+    """What ``gate="latency"`` times for a batch of one and keeps, with what stays float in f32 and in bf16."""
+    found = []
+    for runtime in (measuring.with_threads(text, threads) for text in ("openvino", "openvino:precision=bf16")):
+        small = quantize(
+            artifact.load(home / "graph"), batches=list(stored.split(8)), images=IMAGES, runtime=runtime, gate="latency", progress=False
+        )
+        facts = small.meta["history"][-1]["facts"]
+        found.append(
+            {
+                "runtime": plugins.describe(runtime),
+                "why": facts["gate"]["why"],
+                "ms": {one["what"]: one["latency_ms"] for one in facts["timing"]["gate"]},
+            }
+        )
+    return found
+
+
 def torchao(name: str, home: Path, batch: int, threads: int) -> dict[str, Any]:
     python = peers.python()
     if python is None:
@@ -180,11 +198,13 @@ def main() -> int:
     option("--rounds", type=int, help="of timing; by default 4 s, 30 to 400")
     option("--folder", type=Path, help="keep the files there, and take those that are there")
     option("--no-torchao", action="store_true", help="it compiles for a minute a setting")
+    option("--gate", action="store_true", help='what quantize(gate="latency") keeps on OpenVINO besides')
     option("--prepare", action="store_true", help="make the files only")
     option("--out", type=Path, metavar="FILE", help="write the JSON there too")
     option("--check", action="store_true", help="exit 1 where the goals are missed")
     given = parser.parse_args()
     rows, skipped = [], []
+    kept: list[dict[str, Any]] = []
     stored = images()
     with tempfile.TemporaryDirectory(prefix="rarefy-bench-") as temporary:
         for name in given.models or MODELS:
@@ -197,10 +217,17 @@ def main() -> int:
                         row["torchao"] = torchao(name, home, batch, threads)
                         skipped += [f"{name}: torchao: {row['torchao'][key]}" for key in row["torchao"] if key == "skipped"]
                     rows.append(row)
+            for threads in map(int, given.threads.split(",")) if given.gate else ():
+                kept += [{"model": name, **one} for one in gated(home, stored, threads)]
     if given.prepare:
         return 0
     shown(rows)
-    found = {"bench": "quantization_speed", "torch": torch.__version__, "rows": rows, "skipped": skipped}
+    if kept:
+        lines = [
+            [one["model"], one["runtime"], one["why"], "\n".join(f"{ms:.2f} {what}" for what, ms in one["ms"].items())] for one in kept
+        ]
+        show_table("What the gate keeps", ["model", "runtime", "verdict", "ms, in turns"], lines)
+    found = {"bench": "quantization_speed", "torch": torch.__version__, "rows": rows, "gate": kept, "skipped": skipped}
     found["short"] = [one for row in rows for one in shortfalls(row)]
     line = json.dumps(found)
     print(line)
