@@ -26,10 +26,10 @@ from torch import Tensor, fx
 
 from rarefy.capturing import attribute
 from rarefy.equalizing import own, sizes
-from rarefy.folding import weighted
+from rarefy.folding import padding_of, weighted
 from rarefy.grids import Grid
 from rarefy.patches import groups_of
-from rarefy.placing import clip_bounds, padding_of
+from rarefy.placing import clip_bounds
 
 aten = torch.ops.aten
 

@@ -23,11 +23,10 @@ import torch
 from torch import Tensor, fx
 
 from rarefy.capturing import attribute, shapes
-from rarefy.folding import weighted
+from rarefy.folding import padding_of, weighted
 from rarefy.grids import Grid
 from rarefy.observing import Taps, laid_out
 from rarefy.patches import groups_of
-from rarefy.placing import padding_of
 
 aten = torch.ops.aten
 

@@ -6,7 +6,8 @@
   one that stands alone (after a concatenation, say) becomes a depthwise 1x1 convolution of the same factors, which every runtime has in
   integers. Dropout goes. The result is for inference only.
 * ``simplify``: one form for what can be written in several (mean over the plane is average pooling; hardswish is x hardsigmoid(x), silu
-  is x sigmoid(x); attention is its two products and a softmax), so that the tables of operators stay short.
+  is x sigmoid(x); attention is its two products and a softmax; as many zeros on either side are the padding of the convolution that reads them), so
+  that the tables of operators stay short.
 """
 
 from __future__ import annotations
@@ -53,6 +54,17 @@ def layer_name(node: fx.Node) -> str:
 def names(node: fx.Node) -> list[str]:
     """What a user may call a node by: its layer, itself, its module."""
     return [name for name in (layer_name(node) if weighted(node) else "", node.name, node.meta.get("stack", "")) if name]
+
+
+def padding_of(node: fx.Node) -> float | None:
+    """What aten.pad(x, sizes, mode="constant", value=None) puts around, if that has a code: 0, or -inf where only max pooling reads it; else None."""
+    mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
+    value: Any = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
+    if mode != "constant":
+        return None
+    if value in (None, 0):
+        return 0.0
+    return float(value) if value == -math.inf and all(user.target is aten.max_pool2d.default for user in node.users) else None
 
 
 def check_globs(graph: fx.GraphModule, **given: Iterable[str]) -> None:
@@ -248,10 +260,29 @@ def _attention(graph: fx.Graph, node: fx.Node, found: dict[fx.Node, Any]) -> fx.
     return made[-1]
 
 
+def _padded(graph: fx.Graph, node: fx.Node, found: dict[fx.Node, Any]) -> None:
+    """A convolution of what has zeros around it puts them there itself, unless there are fewer on one side. In place, so that it keeps its name."""
+    around: Any = node.args[0]
+    if not isinstance(around, fx.Node) or around.target is not aten.pad.default or padding_of(around) != 0:
+        return
+    sizes: Any = around.args[1]
+    before, after = sizes[::2][::-1], sizes[1::2][::-1]  # the last axis comes first
+    spatial = found[node].dim() - 2
+    if before != after or len(before) > spatial or min(before) < 0:
+        return
+    arguments: list[Any] = [*node.args[1:], *[None, [1], [0]][len(node.args) - 2 :]]
+    weight, bias, stride, padding, *others = arguments
+    before = [0] * (spatial - len(before)) + before
+    own = list(padding) * (spatial // len(padding))
+    node.args = (around.args[0], weight, bias, stride, [one + more for one, more in zip(own, before, strict=True)], *others)
+
+
 _SIMPLER = {
     aten.scaled_dot_product_attention.default: _attention,
     aten.mean.dim: _mean,
     aten.adaptive_avg_pool2d.default: _pool,
     aten.hardswish.default: _gated(aten.hardsigmoid.default),
     aten.silu.default: _gated(aten.sigmoid.default),
+    aten.conv2d.default: _padded,
+    aten.conv1d.default: _padded,
 }

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -28,7 +27,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from rarefy.folding import WEIGHTED, names, weighted
+from rarefy.folding import WEIGHTED, names, padding_of, weighted
 
 aten = torch.ops.aten
 # carriers that yield all they read
@@ -228,17 +227,6 @@ def _computes(node: fx.Node) -> bool:
 def _operator(node: fx.Node) -> str:
     """``gelu`` for ``aten::gelu``, ``add`` for ``aten::add.Tensor``."""
     return str(node.target._schema.name).rpartition("::")[2]  # type: ignore[union-attr]
-
-
-def padding_of(node: fx.Node) -> float | None:
-    """What aten.pad(x, sizes, mode="constant", value=None) puts around, if that has a code: 0, or -inf where only max pooling reads it; else None."""
-    mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
-    value: Any = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
-    if mode != "constant":
-        return None
-    if value in (None, 0):
-        return 0.0
-    return float(value) if value == -math.inf and all(user.target is aten.max_pool2d.default for user in node.users) else None
 
 
 def _tensors(node: fx.Node) -> list[fx.Node]:

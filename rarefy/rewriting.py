@@ -16,8 +16,8 @@ from torch import Tensor, fx, nn
 import rarefy.kernels  # noqa: F401  registers torch.ops.rarefy
 from rarefy import grids
 from rarefy.capturing import attribute, device_of, set_attribute
-from rarefy.folding import put
-from rarefy.placing import Placement, clip_bounds, padding_of
+from rarefy.folding import padding_of, put
+from rarefy.placing import Placement, clip_bounds
 
 aten = torch.ops.aten
 OPERATORS = torch.ops.rarefy
@@ -81,6 +81,7 @@ def insert(graph: fx.GraphModule, placement: Placement, ranges: dict[fx.Node, tu
             _after(graph, carrier, value, scale, zero, own[value])
     for clip, source in placement.fused.items():
         clip.replace_all_uses_with(source)
+        graph.graph.erase_node(clip)
 
 
 def _whole(scale: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -188,6 +189,41 @@ def test_folding_and_simplifying_change_no_answer(block: nn.Module, batches: lis
     targets = {str(node.target) for node in folded.graph.nodes}
     assert not any("batch_norm" in target or "hardswish" in target or "mean.dim" in target for target in targets)
     assert torch.allclose(graph(batches[1]), folded(batches[1]), atol=2e-5)
+
+
+class Padded(nn.Module):
+    """Zeros around what convolutions read: as many on either side, and not."""
+
+    def __init__(self, around: Sequence[int], padding: int, value: float = 0.0) -> None:
+        super().__init__()
+        self.conv, self.around, self.value = nn.Conv2d(3, 4, 3, padding=padding, stride=2), list(around), value
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(nn.functional.pad(x, self.around, value=self.value))
+
+
+@pytest.mark.parametrize(
+    ("around", "padding", "value", "melts"),
+    [
+        ((1, 1, 2, 2), 0, 0.0, [2, 1]),
+        ((2, 2), 1, 0.0, [1, 3]),
+        ((0, 1, 0, 1), 0, 0.0, None),  # fewer on one side
+        ((-1, -1, 1, 1), 2, 0.0, None),  # takes some away
+        ((1, 1, 1, 1), 0, 0.5, None),
+    ],
+)
+def test_zeros_around_what_a_convolution_reads_are_its_padding(
+    around: Sequence[int], padding: int, value: float, melts: list[int] | None
+) -> None:
+    x = torch.randn(2, 3, 9, 11)
+    graph = fold(capture(Padded(around, padding, value).eval(), x))
+    simple = simplify(graph)
+    targets = [node.target for node in simple.graph.nodes if node.op == "call_function"]
+    assert (torch.ops.aten.pad.default not in targets) == (melts is not None)
+    (layer,) = [node for node in simple.graph.nodes if node.target is torch.ops.aten.conv2d.default]
+    assert melts is None or list(layer.args[4]) == melts
+    assert layer.name in {node.name for node in graph.graph.nodes}
+    assert torch.allclose(graph(x), simple(x), atol=1e-6)
 
 
 @pytest.mark.parametrize("calibration", plugins.available("calibration"))
