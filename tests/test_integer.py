@@ -103,3 +103,26 @@ def test_a_few_images_at_a_time_make_the_codes_of_all_at_once(piece: int, monkey
     monkeypatch.setattr(pieces, "PIECE", piece)
     assert all(torch.equal(one, two) for one, two in zip(whole, made(), strict=True))
     assert len({tuple(one.shape) for one in whole}) == 3
+
+
+@pytest.mark.parametrize(("dtype", "qmin", "qmax"), [(torch.uint8, 0, 255), (torch.int8, -128, 127), (torch.uint8, 0, 15)])
+def test_codes_are_rounded_half_to_even_before_the_zero_point_is_added(dtype: torch.dtype, qmin: int, qmax: int) -> None:
+    torch.manual_seed(0)
+    halves = torch.arange(-1200, 1200) / 4
+    near = torch.cat(
+        [
+            halves,
+            torch.nextafter(halves, halves + 1),
+            torch.nextafter(halves, halves - 1),
+            300 * torch.randn(10_000),
+            torch.tensor([3e38, -3e38]),
+        ]
+    )
+    numbers = near[: len(near) // 2 * 2].view(2, -1).t()  # not as they lie in memory
+    for zero in (qmin, qmin + 1, (qmin + qmax) // 2, qmax):
+        wanted = (torch.round(numbers.double()) + zero).clamp(qmin, qmax).to(torch.int64)
+        for given in (zero, torch.tensor(zero, dtype=dtype)):
+            assert torch.equal(pieces.to_codes(numbers.clone(), given, qmin, qmax, dtype).to(torch.int64), wanted)
+        assert torch.equal(pieces.to_codes(numbers.double(), zero, qmin, qmax, dtype).to(torch.int64), wanted)
+        codes = wanted.to(dtype)
+        assert torch.equal(pieces.from_codes(codes, torch.tensor(zero, dtype=dtype), torch.float32), (wanted - zero).float())

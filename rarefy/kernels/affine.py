@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rarefy.pieces import PIECE, as_codes
+from rarefy.pieces import PIECE, from_codes, to_codes
 
 _library = torch.library.Library("rarefy", "FRAGMENT")
 _library.define(
@@ -50,17 +50,16 @@ def quantize(
     scaled = x / along(scale, x, axis, group)
     if dtype.is_floating_point:
         return scaled.clamp_(qmin, qmax).to(dtype)
-    return as_codes(torch.round(scaled).add_(along(zero_point, x, axis, group).to(x.dtype)).clamp_(qmin, qmax), dtype)
+    return to_codes(scaled, along(zero_point, x, axis, group), qmin, qmax, dtype)
 
 
 def _in_pieces(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, dtype: torch.dtype) -> Tensor:
     """The same codes through one buffer that stays in the cache: a large tensor on a CPU waits for memory, five times as long."""
     codes = torch.empty_like(x, dtype=dtype)
-    zero = zero_point.to(x.dtype)
     buffer = torch.empty(PIECE, dtype=x.dtype)
     for piece, into in zip(_flat(x).split(PIECE), _flat(codes).split(PIECE), strict=True):
         numbers = torch.div(piece, scale, out=buffer[: len(piece)])
-        into.copy_(as_codes(numbers.round_().add_(zero).clamp_(qmin, qmax), dtype))
+        into.copy_(to_codes(numbers, zero_point, qmin, qmax, dtype))
     return codes
 
 
@@ -76,10 +75,10 @@ def _flat(x: Tensor) -> Tensor:
 
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, group: int = 0) -> Tensor:
     """The numbers the codes stand for, in the type of ``scale``."""
-    numbers = q.to(scale.dtype, copy=True)
-    if torch.is_grad_enabled() and (numbers.requires_grad or scale.requires_grad):
-        return (numbers - along(zero_point, q, axis, group).to(scale.dtype)) * along(scale, q, axis, group)
-    return numbers.sub_(along(zero_point, q, axis, group).to(scale.dtype)).mul_(along(scale, q, axis, group))
+    step, zero = along(scale, q, axis, group), along(zero_point, q, axis, group)
+    if torch.is_grad_enabled() and (q.requires_grad or scale.requires_grad):
+        return (q.to(scale.dtype) - zero.to(scale.dtype)) * step
+    return from_codes(q, zero, scale.dtype).mul_(step)
 
 
 class _FakeQuantize(torch.autograd.Function):

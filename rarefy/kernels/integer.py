@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rarefy.pieces import as_codes, by_images
+from rarefy.pieces import by_images, from_codes, to_codes
 
 _LOW = 2**12  # of a bias in a sum: what is above has at most 2^20 values, so that float32 holds it
 
@@ -113,10 +113,10 @@ def _convolved(
 ) -> Tensor:
     """``then`` of the sums times ``factor`` (outputs,), which may work in place."""
     kind = factor.dtype
-    (low, high), whole, zero = _split(bias, kind), weight.to(kind), zero_point.to(kind)
+    (low, high), whole = _split(bias, kind), weight.to(kind)
 
     def some(x: Tensor) -> Tensor:
-        return then(F.conv2d(x.to(kind, copy=True).sub_(zero), whole, low, *places).add_(_wide(high)).mul_(_wide(factor)))
+        return then(F.conv2d(from_codes(x, zero_point, kind), whole, low, *places).add_(_wide(high)).mul_(_wide(factor)))
 
     stride, plane = places[0], x.shape[-2] * x.shape[-1]
     return by_images(some, (x,), max(x.shape[-3], weight.shape[0] // math.prod(stride)) * plane)
@@ -124,10 +124,10 @@ def _convolved(
 
 def _multiplied(x: Tensor, weight: Tensor, bias: Tensor, zero_point: Tensor, factor: Tensor, then: Callable[[Tensor], Tensor]) -> Tensor:
     kind = factor.dtype
-    (low, high), whole, zero = _split(bias, kind), weight.to(kind), zero_point.to(kind)
+    (low, high), whole = _split(bias, kind), weight.to(kind)
 
     def some(x: Tensor) -> Tensor:
-        return then(F.linear(x.to(kind, copy=True).sub_(zero), whole, low).add_(high).mul_(factor))
+        return then(F.linear(from_codes(x, zero_point, kind), whole, low).add_(high).mul_(factor))
 
     return by_images(some, (x,), max(weight.shape) * math.prod(x.shape[1:-1]))
 
@@ -144,7 +144,7 @@ def _wide(one_a_channel: Tensor) -> Tensor:
 
 def _rounded(numbers: Tensor, zero_point: Tensor, qmin: int, qmax: int, dtype: torch.dtype) -> Tensor:
     """Codes of numbers in units of their step; the numbers are lost."""
-    return as_codes(numbers.round_().add_(zero_point.to(numbers.dtype)).clamp_(qmin, qmax), dtype)
+    return to_codes(numbers, zero_point, qmin, qmax, dtype)
 
 
 def _conv2d_shape(*arguments: object) -> Tensor:

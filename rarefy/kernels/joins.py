@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rarefy.pieces import as_codes, by_images
+from rarefy.pieces import by_images, from_codes, to_codes
 
 _library = torch.library.Library("rarefy", "FRAGMENT")
 _GRIDS = (
@@ -50,7 +50,7 @@ def add(
     offset = zero_point.to(scale.dtype) - _fma(last_factor, last_zero, first_factor * first_zero)
 
     def some(last: Tensor, first: Tensor) -> Tensor:
-        return as_codes(_fma(last, last_factor, _fma(first, first_factor, offset)).round_().clamp_(qmin, qmax), dtype)
+        return to_codes(_fma(last, last_factor, _fma(first, first_factor, offset)), 0, qmin, qmax, dtype)
 
     return _joined(some, last, first)
 
@@ -70,11 +70,11 @@ def mul(
 ) -> Tensor:
     """a, b: codes that broadcast. Scales and zero points: of shape (). Returns the codes of the product, in ``dtype``."""
     kind = scale.dtype
-    a_zero, b_zero, zero, factor = a_zero_point.to(kind), b_zero_point.to(kind), zero_point.to(kind), a_scale * b_scale / scale
+    zero, factor = zero_point.to(kind), a_scale * b_scale / scale
 
     def some(a: Tensor, b: Tensor) -> Tensor:
-        products = a.to(kind, copy=True).sub_(a_zero).mul_(b.to(kind, copy=True).sub_(b_zero))
-        return as_codes(products.mul_(factor).add_(zero).round_().clamp_(qmin, qmax), dtype)
+        products = from_codes(a, a_zero_point, kind).mul_(from_codes(b, b_zero_point, kind))
+        return to_codes(products.mul_(factor).add_(zero), 0, qmin, qmax, dtype)
 
     return _joined(some, a, b)
 
