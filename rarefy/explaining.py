@@ -35,7 +35,7 @@ def noise(float_graph: fx.GraphModule, graph: fx.GraphModule, batches: Iterable[
         for name, exact, value in in_lockstep(float_graph, graph, layers, tuple(one[:left] for one in batch)):
             axis = exact.dim() - 1 if layers[name].target is aten.linear.default else 1
             others = [dim for dim in range(exact.dim()) if dim != axis]
-            own = [part.sum(others, dtype=torch.float64) for part in (exact, exact.square(), (exact - value).square())]
+            own = [part.sum(others).double() for part in (exact, exact.square(), (exact - value).square())]
             sums[name] = [one + more for one, more in zip(sums[name], own, strict=True)] if name in sums else own
             counts[name] = counts.get(name, 0) + exact.numel() // exact.shape[axis]
         left -= len(batch[0])

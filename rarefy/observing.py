@@ -41,8 +41,7 @@ class Histogram:
         """ends: the extremes of ``x``, if they are known."""
         lo, hi = ends or (float(value) for value in torch.aminmax(x))
         width = max(hi - lo, 1e-12, abs(hi) * 1e-6, abs(lo) * 1e-6)
-        counts = torch.histc(_spread(x), BINS, lo, lo + width).double()
-        return cls(counts, lo, lo + width, lo, hi, [(lo, hi)])
+        return cls(_counts(x, lo, lo + width), lo, lo + width, lo, hi, [(lo, hi)])
 
     def add(self, x: Tensor, ends: tuple[float, float] | None = None) -> None:
         lo, hi = ends or (float(value) for value in torch.aminmax(x))
@@ -52,7 +51,7 @@ class Histogram:
         while lo < self.lo:
             self.counts = torch.cat([self.counts.new_zeros(BINS // 2), self.counts.view(-1, 2).sum(1)])
             self.lo -= self.hi - self.lo
-        self.counts += torch.histc(_spread(x), BINS, self.lo, self.hi).double()
+        self.counts += _counts(x, self.lo, self.hi)
         self.minimum, self.maximum = min(self.minimum, lo), max(self.maximum, hi)
         self.extremes.append((lo, hi))
 
@@ -177,6 +176,12 @@ def _flat(x: Tensor) -> Tensor:
 
 def _dense(x: Tensor) -> bool:
     return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
+def _counts(x: Tensor, lo: float, hi: float) -> Tensor:
+    """(BINS,) float64: how many of ``x``, none outside, lie in each. Counting whole numbers takes a CPU a quarter of what ``histc`` takes."""
+    at = (_spread(x) - lo).mul_(BINS / (hi - lo)).to(torch.int32).clamp_(0, BINS - 1)
+    return torch.bincount(at, minlength=BINS).double()
 
 
 def _spread(x: Tensor) -> Tensor:

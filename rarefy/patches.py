@@ -92,23 +92,34 @@ class Mean:
 
     def __init__(self, node: fx.Node, shape: Sequence[int]) -> None:
         self.node, self.shape, self.count = node, shape, 0
+        self.pointwise = node.target is aten.linear.default or _pointwise(
+            node, shape
+        )  # each place is read once, so that places are added up as well
         self.sum: Tensor | None = None
 
     def add(self, source: Tensor) -> None:
         """source: what the layer reads, of one batch."""
-        own = source.reshape(-1, source.shape[-1]) if self.node.target is aten.linear.default else source
         # Channels last, as they lie there on a CPU; a product is faster than a sum.
-        rows = (own.movedim(1, -1) if own.dim() > 2 else own).float().flatten(1)
-        self.sum = (rows.new_ones(1, len(rows)) @ rows).view(own.movedim(1, -1).shape[1:]) + (0 if self.sum is None else self.sum)
-        self.count += len(own)
+        last = source if self.node.target is aten.linear.default else source.movedim(1, -1)
+        rows = last.float().reshape(-1, last.shape[-1]) if self.pointwise else last.float().flatten(1)
+        ones = rows.new_ones(1, len(rows))
+        self.sum = (ones @ rows if self.sum is None else torch.addmm(self.sum.view(1, -1), ones, rows)).view(
+            rows.shape[1:] if self.pointwise else last.shape[1:]
+        )
+        self.count += len(rows)
 
     def value(self, groups: int) -> Tensor:
         """(groups, K, 1), float64"""
         assert self.sum is not None
         mean = self.sum.double() / self.count
-        if self.node.target is not aten.linear.default:
+        if not self.pointwise:
             mean = _windows(self.node, mean.movedim(-1, 0).unsqueeze(0), self.shape)[0].mean(list(range(1, len(self.shape) - 1)))
         return mean.reshape(groups, -1, 1)
+
+
+def _pointwise(node: fx.Node, shape: Sequence[int]) -> bool:
+    stride, _, ends = _window(node, shape)
+    return all(size == 1 for size in (*shape[2:], *stride)) and all(end == (0, 0) for end in ends)
 
 
 def _window(node: fx.Node, shape: Sequence[int]) -> tuple[list[int], list[int], list[tuple[int, int]]]:
