@@ -5,7 +5,8 @@
     ``mxfp4``    s_block times e2m1 (0, .5, 1, 1.5, 2, 3, 4, 6), s_block a power of two for each 32 (OCP MX 1.0)
     ``nvfp4``    s_tensor s_block times e2m1, s_block an e4m3 float for each 16
 
-``symmetric`` fixes z = 0 and, for signed codes, drops the lowest one (int8 is -127..127), so that a sign flip is exact.
+``symmetric`` fixes z = 0 and, of signed codes at 8 bits, drops the lowest one (int8 is -127..127, as kernels that add two products in 16 bits want it). Of fewer
+bits all codes are used (int4 is -8..7, int2 -2..1): one in 16, let alone in 4, is worth more than a sign flip that is exact.
 One scale serves a tensor, a position of ``axis`` (an output channel), or ``group`` neighbours along the input axis within an output channel,
 whole kernels of a convolution; the last group may be shorter. Text, in Python, TOML and on the command line alike, with options after a
 colon: ``"int4:group=32"``, ``"int8:symmetric=no"``. Floats below 8 bits are for weights, and simulated: no CPU runtime multiplies them.
@@ -71,7 +72,9 @@ class Grid:
     def qmin(self) -> int:
         if not self.signed:
             return 0
-        return -(2 ** (self.bits - 1)) + (1 if self.symmetric else 0)
+        return -(2 ** (self.bits - 1)) + (
+            1 if self.symmetric and self.bits == 8 else 0
+        )  # of few levels each counts; of 256, the lowest saturates kernels
 
     @property
     def qmax(self) -> int:

@@ -2,9 +2,9 @@
 
 With one scale an output channel, rounding and batch norm's factor f = g / sqrt(v + e) change places without a rest:
 
-    f · fake_quantize(w, s) = fake_quantize(f w, |f| s)
+    f · fake_quantize(w, s) = fake_quantize(f w, f s)        f > 0
 
-so conv(x, q(w, s)) -> batch norm is the folded layer, and training may keep live statistics, which let it bear the rates that training from scratch takes; the codes that come
+(|g| is what is learned: a grid of few bits reaches further down than up, so that a turned sign would cut codes off), so conv(x, q(w, s)) -> batch norm is the folded layer, and training may keep live statistics, which let it bear the rates that training from scratch takes; the codes that come
 out are those it saw. A quantised graph holds folded weights, so the way back chooses f: such that each channel's weight has norm 1 (how far a step turns it is then alike in all channels,
 as after training with weight decay), and the statistics are those of the layer's output on a few training images. In eval mode nothing changes; in training mode the start is where it
 was up to the images' differences. Late in the training the statistics are frozen (``Training.freeze``), so that weights settle on what will run.
@@ -74,6 +74,7 @@ def put_back(graph: fx.GraphModule, weights: Collection[str], batches: Iterable[
             set_attribute(graph, f"{name}.{part}", value if part.startswith("running") else torch.nn.Parameter(value))
         with graph.graph.inserting_before(node):
             parts = [graph.graph.get_attr(f"{name}.{part}") for part in values]
+            parts[0] = graph.graph.call_function(aten.abs.default, (parts[0],))
         with graph.graph.inserting_after(node):
             norm = graph.graph.call_function(aten.batch_norm.default, (node, *parts, training, MOMENTUM, EPS, True))
         norm.meta |= {"stack": node.meta.get("stack", ""), "bias": str(node.args[2].target)}
@@ -91,11 +92,11 @@ def folded(graph: fx.GraphModule) -> dict[str, Tensor]:
     for node in nodes:
         if node.target is not aten.batch_norm.default or (name := _weight(node.args[0])) is None:
             continue
-        gamma, beta, mean, variance = (attribute(graph, source).detach() for source in node.args[1:5])
-        factor = gamma * torch.rsqrt(variance + node.args[7])
+        gamma, beta, mean, variance = (attribute(graph, source).detach() for source in (node.args[1].args[0], *node.args[2:5]))
+        factor = gamma.abs() * torch.rsqrt(variance + node.args[7])
         weight, scale = (attribute(graph, source).detach() for source in node.args[0].args[1].args[:2])
         found[name] = torch.nn.Parameter(weight * factor.view(-1, *[1] * (weight.dim() - 1)))
-        found[str(node.args[0].args[1].args[1].target)] = torch.nn.Parameter(scale * factor.abs())
+        found[str(node.args[0].args[1].args[1].target)] = torch.nn.Parameter(scale * factor)
         found[node.meta["bias"]] = torch.nn.Parameter(beta - mean * factor)
     return found
 

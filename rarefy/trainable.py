@@ -140,11 +140,11 @@ def _stored(graph: fx.GraphModule, node: fx.Node, bits: dict[str, int]) -> None:
 
 
 def _range(codes: Tensor, bits: int) -> tuple[int, int]:
-    """Codes the grid has. The lowest of a signed one is left out where the codes do."""
+    """Codes the grid has. At 8 bits the lowest of a signed one is left out where the codes do."""
     if codes.dtype == torch.uint8:
         return 0, 2**bits - 1
     most = 2 ** (bits - 1) - 1
-    return (-most - 1 if int(codes.min()) < -most else -most), most
+    return (-most if bits == 8 and int(codes.min()) >= -most else -most - 1), most
 
 
 def _learn(graph: fx.GraphModule, name: str, value: Tensor) -> None:

@@ -271,7 +271,9 @@ def test_fewer_bits_more_noise_and_packed_bits_are_told(block: nn.Module, batche
         small = quantize(graph, batches=batches, weights=f"int{bits}", progress=False)
         noise.append(noise_db(graph(batches[0]), small(batches[0])))
         codes = [value for name, value in small.named_buffers() if name.endswith("weight_codes")]
-        assert max(int(value.abs().max()) for value in codes) <= 2 ** (bits - 1) - 1
+        least, most = min(int(value.min()) for value in codes), max(int(value.max()) for value in codes)
+        assert -(2 ** (bits - 1)) <= least <= -most and most == 2 ** (bits - 1) - 1
+        assert bits < 8 or least == -127
         assert set(small.meta.get("bits", {}).values()) == ({bits} if bits < 8 else set())
     assert noise[0] > noise[2] + 3 and noise[1] > noise[2] + 3  # at 8 and 6 bits the 8-bit activations are what is left
 

@@ -95,7 +95,7 @@ def test_batch_norm_put_back_changes_nothing_and_folds_into_the_same_codes(weigh
 
 
 def test_codes_of_live_batch_norm_are_those_it_was_trained_with(teacher, task) -> None:
-    """Negative factors of batch norm, too: they turn the codes' signs."""
+    """Of batch norm's factor the size alone counts, as a turned sign would turn the codes', and the grid of few bits is no mirror image of itself."""
     small = quantize(teacher, task, images=64, weights="int4", activations="uint8", progress=False)
     x = next(iter(task.batches("val", 256)))[0]
     learns = put_back(to_trainable(small), small.meta["history"][-1]["facts"]["batch_norm"], [x]).eval()
@@ -112,7 +112,7 @@ def test_codes_of_live_batch_norm_are_those_it_was_trained_with(teacher, task) -
 
 def test_training_with_live_batch_norm_ends_in_codes(teacher, task) -> None:
     small = quantize(teacher, task, images=64, weights="int3", activations="uint4", progress=False)
-    options = {"steps": 80, "batch_size": 64, "loss": "kl", "hard_weight": 0.0, "validate_every": 0, "device": "cpu", "progress": False}
+    options = {"steps": 160, "batch_size": 64, "loss": "kl", "hard_weight": 0.0, "validate_every": 0, "device": "cpu", "progress": False}
     taught = distill(small, teacher, task, live_norm="yes", **options)
     told = taught.meta["history"][-1]["options"]
     assert (told["lr"], told["clip"], told["freeze"]) == (0.03, 1.0, 0.25)  # what it bears, as no rate was given
@@ -148,7 +148,7 @@ def test_training_mends_what_few_bits_broke_and_the_file_computes_it(teacher, ta
     assert apart(taught, teacher, task) < 0.6 * apart(small, teacher, task)
     assert [record["step"] for record in taught.meta["history"]][-2:] == ["quantize", "distill"]
     codes = {name: value for name, value in taught.named_buffers() if name.endswith("weight_codes")}
-    assert len(codes) == 4 and all(int(value.abs().max()) <= 1 for value in codes.values())
+    assert len(codes) == 4 and all(int(value.min()) >= -2 and int(value.max()) <= 1 for value in codes.values())
     assert any(not torch.equal(value, dict(small.named_buffers())[name]) for name, value in codes.items())
     x = next(iter(task.batches("val", 128)))[0]
     found = runtime.compare(taught, runtime.export(taught, tmp_path / "taught.onnx"), x)
