@@ -45,14 +45,14 @@ from rarefy.terminal import show_table
 DATA = "bench.real_data:cifar10"
 MODELS = {"resnet20": ("conv1", "linear"), "resnet56": ("conv1", "linear"), "lite0": ("_conv_stem", "_fc")}  # name -> first and last layer
 SETTINGS = {"W4A8": (4, 8), "W4A4": (4, 4), "W3A8": (3, 8), "W2A8": (2, 8)}
-RULES = ("nearest", "adaround", "gptq", "gptaq", "brecq")
+RULES = ("nearest", "adaround", "gptq", "gptaq", "descent", "brecq")
 QAT, AVERAGE = "qat", "4 bits on average"
 MIXES = {"uniform": "int4", "mixed": "mixed:bits=4"}
 IMAGES = {"cifar": 1024, "lite0": 256}
 LEAST_W4A8, LEAST_W4A4, LONGEST = 0.010, 0.015, 180
 QAT_STEPS = {"cpu": 400, "cuda": 4000}
 QAT_STEPS_OF_FILES = 300  # of EfficientNet-Lite0, whose images are decoded anew in each epoch
-LENGTH = {"resnet20": 1, "resnet56": 3, "lite0": 6, "nearest": 1, "gptq": 2, "gptaq": 2, "adaround": 4, "brecq": 12, QAT: 16}  # roughly
+LENGTH = {"resnet20": 1, "resnet56": 3, "lite0": 6, "nearest": 1, "gptq": 2, "gptaq": 2, "descent": 3, "adaround": 4, "brecq": 12, QAT: 16}  # roughly
 
 
 class Cell(NamedTuple):
