@@ -185,6 +185,38 @@ def test_certificate_names_runtimes_file_and_first_layer(graph: fx.GraphModule, 
     assert all(one["first_diverging_layer"].startswith("depthwise") for one in broken["runtimes"].values())
 
 
+class Uneven(nn.Module):
+    """Depthwise layers of 24 channels: one gated as in MobileNetV3, one whose channels are put beside others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first, self.second = nn.Conv2d(3, 24, 1), nn.Conv2d(24, 24, 3, padding=1, groups=24), nn.Conv2d(8, 24, 1)
+        self.squeeze, self.excite, self.project = nn.Conv2d(24, 20, 1), nn.Conv2d(20, 24, 1), nn.Conv2d(24, 8, 1)
+        self.last, self.head = nn.Conv2d(24, 24, 5, padding=2, groups=24), nn.Conv2d(32, 10, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.hardswish(self.first(nn.functional.hardswish(self.stem(x))))
+        x = self.project(x * nn.functional.hardsigmoid(self.excite(self.squeeze(x.mean((2, 3), keepdim=True)).relu())))
+        return self.head(torch.cat([x, self.last(self.second(x).relu())], 1)).mean((2, 3))
+
+
+def test_depthwise_layers_are_written_as_wide_as_the_kernels_tiles(batches: list[Tensor], tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    graph = capture(Uneven().eval(), batches[0])
+    small = quantize(graph, batches=batches, progress=False)
+    runtime = plugins.resolve("runtimes", "onnxruntime:threads=1")
+    path = runtime.export(small, tmp_path / "model.onnx")
+    layers = [node for node in onnx.load(path).graph.node if node.op_type == "Conv"]
+    groups = [next((one.i for one in node.attribute if one.name == "group"), 1) for node in layers]
+    assert sorted(group for group in groups if group > 1) == [24, 32]  # what is put beside others stays as it is
+    assert tuple(dict(small.named_buffers())["first.weight_codes"].shape) == (24, 1, 3, 3)  # and so does the graph
+    found = runtime.compare(small, path, torch.cat(batches))
+    assert found["passed"] and found["ulp"] == 0, found
+    assert torch.allclose(runtime.open(path)(batches[1]), small(batches[1]), atol=1e-6)
+
+
 class Heads(nn.Module):
     """Two answers."""
 
