@@ -92,9 +92,8 @@ class Mean:
 
     def __init__(self, node: fx.Node, shape: Sequence[int]) -> None:
         self.node, self.shape, self.count = node, shape, 0
-        self.pointwise = node.target is aten.linear.default or _pointwise(
-            node, shape
-        )  # each place is read once, so that places are added up as well
+        # Each place is read once: places are added up as well.
+        self.pointwise = node.target is aten.linear.default or _pointwise(node, shape)
         self.sum: Tensor | None = None
 
     def add(self, source: Tensor) -> None:
@@ -102,10 +101,9 @@ class Mean:
         # Channels last, as they lie there on a CPU; a product is faster than a sum.
         last = source if self.node.target is aten.linear.default else source.movedim(1, -1)
         rows = last.float().reshape(-1, last.shape[-1]) if self.pointwise else last.float().flatten(1)
-        ones = rows.new_ones(1, len(rows))
-        self.sum = (ones @ rows if self.sum is None else torch.addmm(self.sum.view(1, -1), ones, rows)).view(
-            rows.shape[1:] if self.pointwise else last.shape[1:]
-        )
+        before = rows.new_zeros(1, rows.shape[1]) if self.sum is None else self.sum.view(1, -1)
+        total = torch.addmm(before, rows.new_ones(1, len(rows)), rows)
+        self.sum = total.view(rows.shape[1:] if self.pointwise else last.shape[1:])
         self.count += len(rows)
 
     def value(self, groups: int) -> Tensor:

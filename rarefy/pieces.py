@@ -18,7 +18,7 @@ _ROUNDS = 1.5 * 2**23  # of float32s this large neighbours are whole numbers, be
 def by_images(compute: Callable[..., Tensor], read: Sequence[Tensor], numbers: int) -> Tensor:
     """``compute(*read)``. read: tensors of as many images, along their first axis. numbers: that an image takes on the way."""
     first = read[0]
-    if first.device.type != "cpu" or not first.dim() or isinstance(first, FakeTensor) or torch.compiler.is_compiling():
+    if not first.dim() or not _runs_on_cpu(first):
         return compute(*read)
     most = max(1, PIECE * torch.get_num_threads() // max(1, numbers))
     if len(first) <= most:
@@ -32,7 +32,7 @@ def to_codes(numbers: Tensor, zero: Tensor | int, qmin: int, qmax: int, dtype: t
     A CPU makes 8-bit integers of floats one by one, and others in its vectors. There a float32 to which 1.5 x 2^23 is added is rounded by that, half to even, and its lowest
     bits are the whole number, which 32-bit integers hand on to 8 bits in vectors.
     """
-    if numbers.device.type != "cpu" or isinstance(numbers, FakeTensor) or torch.compiler.is_compiling():
+    if not _runs_on_cpu(numbers):
         return numbers.round_().add_(_as(zero, numbers)).clamp_(qmin, qmax).to(dtype)
     if numbers.dtype != torch.float32 or dtype.itemsize > 1 or (isinstance(zero, Tensor) and zero.dim()):
         return numbers.round_().add_(_as(zero, numbers)).clamp_(qmin, qmax).to(torch.int32).to(dtype)
@@ -44,16 +44,15 @@ def to_codes(numbers: Tensor, zero: Tensor | int, qmin: int, qmax: int, dtype: t
 def from_codes(codes: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
     """codes - zero as numbers of their own. zero: one for all, or broadcast."""
     numbers = codes.to(dtype, copy=True)
-    if (
-        not zero.dim()
-        and codes.device.type == zero.device.type == "cpu"
-        and not isinstance(zero, FakeTensor)
-        and not torch.compiler.is_compiling()
-        and not int(zero)
-    ):
+    if not zero.dim() and _runs_on_cpu(codes) and _runs_on_cpu(zero) and not int(zero):
         return numbers
     return numbers.sub_(zero.to(dtype))
 
 
 def _as(zero: Tensor | int, numbers: Tensor) -> Tensor | int:
     return zero.to(numbers.dtype) if isinstance(zero, Tensor) else zero
+
+
+def _runs_on_cpu(x: Tensor) -> bool:
+    """Now, and not in a trace."""
+    return x.device.type == "cpu" and not isinstance(x, FakeTensor) and not torch.compiler.is_compiling()

@@ -186,7 +186,7 @@ def test_certificate_names_runtimes_file_and_first_layer(graph: fx.GraphModule, 
 
 
 class Uneven(nn.Module):
-    """Depthwise layers of 24 channels: one gated as in MobileNetV3, one whose channels are put beside others."""
+    """Depthwise layers of 24 channels: one gated as in MobileNetV3, one whose channels are parted and put beside others."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -197,7 +197,8 @@ class Uneven(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = nn.functional.hardswish(self.first(nn.functional.hardswish(self.stem(x))))
         x = self.project(x * nn.functional.hardsigmoid(self.excite(self.squeeze(x.mean((2, 3), keepdim=True)).relu())))
-        return self.head(torch.cat([x, self.last(self.second(x).relu())], 1)).mean((2, 3))
+        left, right = self.last(self.second(x).relu()).chunk(2, 1)
+        return self.head(torch.cat([x, right, left], 1)).mean((2, 3))
 
 
 def test_depthwise_layers_are_written_as_wide_as_the_kernels_tiles(batches: list[Tensor], tmp_path: Path) -> None:

@@ -211,10 +211,10 @@ def _widened(graph: fx.GraphModule) -> fx.GraphModule:
         stream = _channels_of(wide, node, known)
         if stream is None:
             continue
-        taken |= stream.makers
+        taken.update(stream.makers)
         channels = known[node].shape[1]
         by = -channels % TILE if stream.depthwise or (channels < TILE and not stream.joined) else 0
-        grown = [*(part for maker in stream.makers for parameter in maker.args[1:3] for part in parameter.args[:3])]  # type: ignore[union-attr]
+        grown = [part for maker in stream.makers for parameter in maker.args[1:3] for part in parameter.args[:3]]  # type: ignore[union-attr]
         mixed = [reader.args[1].args[0] for reader in stream.readers]  # type: ignore[union-attr]
         if not by or any(readers[str(part.target)] > 1 for part in (*grown, *mixed)):
             continue
@@ -236,9 +236,9 @@ class _Channels:
     """Integer convolutions that make channels and keep them apart from each other: makers, the depthwise ones among them, and those that read and mix them.
     joined: whether values meet on the way."""
 
-    makers: set[fx.Node] = dataclasses.field(default_factory=set)
-    depthwise: set[fx.Node] = dataclasses.field(default_factory=set)
-    readers: set[fx.Node] = dataclasses.field(default_factory=set)
+    makers: list[fx.Node] = dataclasses.field(default_factory=list)
+    depthwise: list[fx.Node] = dataclasses.field(default_factory=list)
+    readers: list[fx.Node] = dataclasses.field(default_factory=list)
     joined: bool = False
 
 
@@ -251,15 +251,15 @@ def _channels_of(graph: fx.GraphModule, first: fx.Node, known: dict[fx.Node, Any
         if value in seen:
             continue
         seen.add(value)
-        if known[value].dim() != 4 or known[value].shape[1] != count:
+        if not isinstance(known[value], Tensor) or known[value].dim() != 4 or known[value].shape[1] != count:
             return None
         if value.target is aten.conv2d.default:
             groups = _groups(value) if _is_integer_convolution(value) else 0
             if groups not in (1, count):
                 return None
-            found.makers.add(value)
+            found.makers.append(value)
             if groups > 1:
-                found.depthwise.add(value)
+                found.depthwise.append(value)
                 waiting.append(value.args[0])  # type: ignore[arg-type]
         elif value.op == "call_function" and value.target in _APART and not value.kwargs:
             sources = [source for source in value.all_input_nodes if known[source].dim()]  # others are one number for all channels
@@ -273,7 +273,7 @@ def _channels_of(graph: fx.GraphModule, first: fx.Node, known: dict[fx.Node, Any
             elif not _is_integer_convolution(user) or user.args[0] is not value:
                 return None
             elif _groups(user) == 1:
-                found.readers.add(user)
+                found.readers.append(user)
             else:
                 waiting.append(user)
     return found
