@@ -52,18 +52,11 @@ IMAGES = {"cifar": 1024, "lite0": 256}
 LEAST_W4A8, LEAST_W4A4, LONGEST = 0.010, 0.015, 180
 QAT_STEPS = {"cpu": 400, "cuda": 4000}
 QAT_STEPS_OF_FILES = 300  # of EfficientNet-Lite0, whose images are decoded anew in each epoch
+# How long cells take, roughly.
 LENGTH = {
-    "resnet20": 1,
-    "resnet56": 3,
-    "lite0": 6,
-    "nearest": 1,
-    "gptq": 2,
-    "gptaq": 2,
-    "descent": 3,
-    "adaround": 4,
-    "brecq": 12,
-    QAT: 16,
-}  # roughly
+    "resnet20": 1, "resnet56": 3, "lite0": 6,
+    "nearest": 1, "gptq": 2, "gptaq": 2, "descent": 3, "adaround": 4, "brecq": 12, QAT: 16,
+}  # fmt: skip
 
 
 class Cell(NamedTuple):

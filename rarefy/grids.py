@@ -72,9 +72,8 @@ class Grid:
     def qmin(self) -> int:
         if not self.signed:
             return 0
-        return -(2 ** (self.bits - 1)) + (
-            1 if self.symmetric and self.bits == 8 else 0
-        )  # of few levels each counts; of 256, the lowest saturates kernels
+        dropped = 1 if self.symmetric and self.bits == 8 else 0  # of few codes each counts
+        return dropped - 2 ** (self.bits - 1)
 
     @property
     def qmax(self) -> int:

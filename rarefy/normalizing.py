@@ -4,7 +4,8 @@ With one scale an output channel, rounding and batch norm's factor f = g / sqrt(
 
     f · fake_quantize(w, s) = fake_quantize(f w, f s)        f > 0
 
-(|g| is what is learned: a grid of few bits reaches further down than up, so that a turned sign would cut codes off), so conv(x, q(w, s)) -> batch norm is the folded layer, and training may keep live statistics, which let it bear the rates that training from scratch takes; the codes that come
+so conv(x, q(w, s)) -> batch norm is the folded layer, and training may keep live statistics, which let it bear the rates that training from scratch takes; |g| stands
+in the graph, as a grid of few bits reaches further down than up, and a turned sign would cut codes off. The codes that come
 out are those it saw. A quantised graph holds folded weights, so the way back chooses f: such that each channel's weight has norm 1 (how far a step turns it is then alike in all channels,
 as after training with weight decay), and the statistics are those of the layer's output on a few training images. In eval mode nothing changes; in training mode the start is where it
 was up to the images' differences. Late in the training the statistics are frozen (``Training.freeze``), so that weights settle on what will run.

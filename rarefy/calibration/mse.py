@@ -47,7 +47,7 @@ class Mse:
         widest = rows.abs().amax(1).clamp_min(1e-30) / grid.qmax
         best, least = widest.clone(), torch.full_like(widest, torch.inf)
         # Of few bits the grid reaches further down than up (-2 to 1), and the largest weight may lie on either side.
-        for share in torch.linspace(1.0, self.smallest * grid.qmax / -grid.qmin, self.steps).tolist():
+        for share in torch.linspace(1.0, self.smallest * grid.qmax / max(grid.qmax, -grid.qmin), self.steps).tolist():
             scale = widest * share
             error = grid.snap(rows / scale[:, None]).mul_(scale[:, None]).sub_(rows).square_().sum(1)
             better = error < least
