@@ -74,7 +74,7 @@ class OpenVINO:
 
     @property
     def weight_bits(self) -> int:
-        """What weights may have: 255 (2^6 - 1) 2 < 2^15, so that no sum of two products saturates."""
+        """What weights may have: 255 2^6 2 < 2^15, so that no sum of two products saturates."""
         exact = exact_int8() if self.vnni is None else self.vnni
         return 7 if exact is False else 8
 
