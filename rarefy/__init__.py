@@ -13,23 +13,23 @@ __version__ = "0.1.0"
 
 # name -> module that defines it
 _HOMES = {
-    "capture": "capturing",
-    "prune": "pruning",
-    "mask": "masking",
-    "distill": "distilling",
-    "quantize": "quantizing",
-    "evaluate": "evaluating",
-    "measure": "measuring",
-    "compress": "compressing",
-    "Budget": "compressing",
-    "save": "artifact",
-    "load": "artifact",
-    "sign": "signing",
-    "verify": "signing",
-    "export": "exporting",
-    "certify": "certifying",
-    "report": "reporting",
-    "RarefyError": "errors",
+    "capture": "rarefy.capturing",
+    "prune": "rarefy.pruning",
+    "mask": "rarefy.masking",
+    "distill": "rarefy.distilling",
+    "quantize": "rarefy.quantizing",
+    "evaluate": "rarefy.evaluating",
+    "measure": "rarefy.measuring",
+    "compress": "rarefy.compressing",
+    "Budget": "rarefy.compressing",
+    "save": "rarefy.artifact",
+    "load": "rarefy.artifact",
+    "sign": "rarefy.signing",
+    "verify": "rarefy.signing",
+    "export": "rarefy.exporting",
+    "certify": "rarefy.certifying",
+    "report": "rarefy.reporting",
+    "RarefyError": "rarefy.errors",
 }
 
 __all__ = [
@@ -73,7 +73,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'rarefy' has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f"rarefy.{_HOMES[name]}"), name)
+    value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
     return value
 
 

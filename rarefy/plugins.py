@@ -22,12 +22,23 @@ from typing import Any
 
 from rarefy.errors import InputError
 
-KINDS = ("criteria", "losses", "rounding", "calibration", "runtimes", "schedules", "selection", "saliency", "students")
+# kind -> the folder of its choices
+KINDS = {
+    "criteria": "rarefy.criteria",
+    "losses": "rarefy.losses",
+    "rounding": "rarefy.rounding",
+    "calibration": "rarefy.calibration",
+    "runtimes": "rarefy.runtimes",
+    "schedules": "rarefy.schedules",
+    "selection": "rarefy.selection",
+    "saliency": "rarefy.saliency",
+    "students": "rarefy.students",
+}
 
 
 def available(kind: str) -> list[str]:
     """Names of the choices of ``kind`` that come with rarefy, sorted."""
-    package = importlib.import_module(f"rarefy.{kind}")
+    package = importlib.import_module(KINDS[kind])
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_"))
 
 
@@ -35,7 +46,7 @@ def choice_class(kind: str, name: str) -> Any:
     """The dataclass in ``rarefy/<kind>/<name>.py``."""
     if name not in available(kind):
         raise InputError(f"{kind}: unknown choice {name!r}; have {', '.join(available(kind))}, or give package.module:Class")
-    module = importlib.import_module(f"rarefy.{kind}.{name}")
+    module = importlib.import_module(f"{KINDS[kind]}.{name}")
     found = [
         value
         for value in vars(module).values()
@@ -45,7 +56,7 @@ def choice_class(kind: str, name: str) -> Any:
         and value.__name__.lower() == name.replace("_", "")
     ]
     if len(found) != 1:
-        raise InputError(f"rarefy/{kind}/{name}.py must define one dataclass named like the file")
+        raise InputError(f"{KINDS[kind]}.{name} must define one dataclass named like the file")
     return found[0]
 
 

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 OPERATORS: set[Any] = set()
 for _module in pkgutil.iter_modules(__path__):
-    OPERATORS |= set(importlib.import_module(f"{__name__}.{_module.name}").OPERATORS)
+    OPERATORS |= set(getattr(importlib.import_module(f"{__name__}.{_module.name}"), "OPERATORS", ()))
 
 
 def is_quantised(model: nn.Module) -> bool:
