@@ -301,7 +301,7 @@ def _decomposed() -> Any:
 def _python(operator: Any) -> Any:
     """The function that an operator of ours was made of, which a compiler sees through."""
     modules = (importlib.import_module(f"rarefy.kernels.{one.name}") for one in pkgutil.iter_modules(rarefy.kernels.__path__))
-    return next(vars(module)[operator._opname] for module in modules if operator in module.OPERATORS)
+    return next(vars(module)[operator._opname] for module in modules if operator in getattr(module, "OPERATORS", ()))
 
 
 _WRITTEN = {operator: _python(operator) for operator in rarefy.kernels.OPERATORS}
