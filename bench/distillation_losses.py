@@ -35,7 +35,7 @@ from bench.cells import in_processes
 from rarefy import capture, evaluate
 from rarefy.distilling import distill, train
 from rarefy.errors import DataError, RarefyError
-from rarefy.tasks import Classification
+from rarefy.tasks.classification import Classification
 from rarefy.terminal import show_table
 
 EXAMPLE = torch.zeros(2, 3, 32, 32)

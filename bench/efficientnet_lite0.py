@@ -42,7 +42,7 @@ from bench import real_data
 from rarefy import capture, evaluate
 from rarefy.counting import count_macs, count_parameters
 from rarefy.errors import DataError, MissingDependency
-from rarefy.tasks import Classification
+from rarefy.tasks.classification import Classification
 from rarefy.terminal import show_table, size_text
 
 IMAGES, BATCH = 128, 16

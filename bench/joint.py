@@ -34,7 +34,7 @@ from bench import real_data
 from rarefy import capture, distill, evaluate, prune, quantize
 from rarefy.counting import count_macs
 from rarefy.errors import DataError
-from rarefy.tasks import Classification
+from rarefy.tasks.classification import Classification
 from rarefy.terminal import show_table
 from rarefy.trainable import CLIP, FREEZE
 

@@ -39,7 +39,7 @@ from bench.cells import in_processes
 from bench.efficientnet_lite0 import sqnr, task_of
 from rarefy import capture, distill, evaluate, load, plugins, quantize, save
 from rarefy.errors import DataError, MissingDependency
-from rarefy.tasks import Classification
+from rarefy.tasks.classification import Classification
 from rarefy.terminal import show_table
 
 DATA = "bench.real_data:cifar10"

@@ -37,7 +37,7 @@ from rarefy.distilling import train
 from rarefy.errors import DataError, InputError
 from rarefy.pruning import RANKINGS
 from rarefy.repairing import repair
-from rarefy.tasks import Classification
+from rarefy.tasks.classification import Classification
 from rarefy.terminal import show_table
 
 DATA = "bench.real_data:cifar10"

@@ -30,7 +30,7 @@ from bench import peers, real_data
 from bench.efficientnet_lite0 import onnxruntime_quantized, peak_mb, sqnr
 from rarefy import capture, evaluate
 from rarefy.errors import DataError, MissingDependency
-from rarefy.tasks import Classification
+from rarefy.tasks.classification import Classification
 from rarefy.terminal import show_table
 
 IMAGES, BATCH = 128, 8

@@ -42,7 +42,7 @@ from bench.efficientnet_lite0 import sqnr
 from bench.zoo import MAKERS, Made, alive, each, images, usable
 from rarefy import capture, prune, quantize
 from rarefy.errors import DataError
-from rarefy.tasks import Classification
+from rarefy.tasks.classification import Classification
 from rarefy.terminal import show_table
 
 AGREEMENT, MOST_FAILURES, LARGEST_FLOAT = 0.999, 0.05, 1e-3

@@ -35,7 +35,7 @@ from rarefy import capture, evaluate, load, prune, save
 from rarefy.counting import count_macs, count_parameters
 from rarefy.distilling import distill
 from rarefy.errors import DataError
-from rarefy.tasks import Classification
+from rarefy.tasks.classification import Classification
 from rarefy.terminal import show_table, size_text
 
 DATA = "bench.real_data:cifar10"

@@ -30,7 +30,7 @@ from rarefy.counting import count_macs
 from rarefy.distilling import distill
 from rarefy.errors import DataError
 from rarefy.measuring import weight_bytes
-from rarefy.tasks import Classification
+from rarefy.tasks.classification import Classification
 from rarefy.terminal import show_table
 
 MACS = 0.5

@@ -34,7 +34,7 @@ from rarefy.distilling import distill
 from rarefy.errors import DataError
 from rarefy.losses.kl import Kl
 from rarefy.tapping import tapped
-from rarefy.tasks import Classification
+from rarefy.tasks.classification import Classification
 from rarefy.teaching import frozen
 from rarefy.terminal import show_table
 

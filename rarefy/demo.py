@@ -62,7 +62,7 @@ def _block(inputs: int, outputs: int) -> nn.Sequential:
 def demonstrate(folder: str | os.PathLike[str], seed: int = 0) -> dict[str, Any]:
     """Train, compress, save, sign. Leaves in ``folder``: ``original/``, ``small/`` and a pair of keys. Returns the report's facts."""
     from rarefy import artifact, capturing, compressing, distilling, measuring, signing
-    from rarefy.tasks import Classification
+    from rarefy.tasks.classification import Classification
 
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)

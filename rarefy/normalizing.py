@@ -22,7 +22,7 @@ from torch import Tensor, fx
 
 from rarefy.capturing import attribute, finish, set_attribute
 from rarefy.folding import weighted
-from rarefy.kernels.affine import fake_quantize
+from rarefy.kernels.quantize import fake_quantize
 
 aten = torch.ops.aten
 LAYERS = (aten.conv2d.default, aten.linear.default)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from rarefy.capturing import attribute
-from rarefy.kernels.affine import OPERATORS
+from rarefy.kernels.quantize import OPERATORS
 from rarefy.observing import laid_out
 
 TOGETHER = 16  # batches of which what is kept lies side by side

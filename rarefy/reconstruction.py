@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from rarefy.capturing import attribute
-from rarefy.kernels.affine import fake_quantize
+from rarefy.kernels.quantize import fake_quantize
 from rarefy.prefix import Prefix
 from rarefy.tapping import cuts
 

@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 import rarefy.kernels
 from rarefy.capturing import attribute, finish, set_attribute, shapes
 from rarefy.errors import InputError
-from rarefy.kernels.affine import along, fake_quantize, quantize
+from rarefy.kernels.quantize import along, fake_quantize, quantize
 from rarefy.lowering import LAYERS, is_decoded, to_numbers
 from rarefy.normalizing import folded
 from rarefy.rewriting import BIAS_LIMIT

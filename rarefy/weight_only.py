@@ -19,7 +19,7 @@ from rarefy import grids, plugins
 from rarefy.capturing import attribute, finish, set_attribute
 from rarefy.errors import InputError
 from rarefy.kernels import fp4
-from rarefy.kernels.affine import along
+from rarefy.kernels.quantize import along
 from rarefy.rounding import OfWeights
 
 OPERATORS = torch.ops.rarefy

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rarefy.errors import DataError, InputError
-from rarefy.tasks import Classification
-from rarefy.tasks.classification import Augmentation, _shifted
+from rarefy.tasks.classification import Augmentation, Classification, _shifted
 from rarefy.tasks.corruptions import CORRUPTIONS, SMALL, corrupt, fits
 
 

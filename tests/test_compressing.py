@@ -18,7 +18,7 @@ from rarefy.compressing import Budget, Candidate, Outcome, compress
 from rarefy.errors import InputError
 from rarefy.evaluating import doubts, wilson
 from rarefy.quantizing import quantize
-from rarefy.tasks import Classification
+from rarefy.tasks.classification import Classification
 
 QUICK = [{"do": "prune", "macs": 0.6, "round_to": 8}, {"do": "distill", "epochs": 2, "batch_size": 64}]
 BUDGET = Budget(max_drop=0.2, size=10**6)

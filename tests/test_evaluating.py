@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rarefy.errors import DataError, InputError
 from rarefy.evaluating import Evaluation, calibration_error, evaluate, paired_drop, wilson
-from rarefy.tasks import Classification
+from rarefy.tasks.classification import Classification
 from rarefy.tasks.corruptions import CORRUPTIONS
 
 CLASSES = 7

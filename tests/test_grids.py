@@ -16,7 +16,7 @@ from rarefy.artifact import load, save
 from rarefy.errors import InputError
 from rarefy.grids import Fp4, Fp8, Grid, parse, rows, shaped
 from rarefy.kernels import fp4
-from rarefy.kernels.affine import along, dequantize, fake_quantize, quantize
+from rarefy.kernels.quantize import along, dequantize, fake_quantize, quantize
 from rarefy.packing import WIDTHS, code_range
 
 OPERATORS = torch.ops.rarefy

@@ -9,10 +9,10 @@ import torch
 from torch.nn import functional as F
 
 import rarefy.kernels  # noqa: F401
-from rarefy import pieces
-from rarefy.kernels.affine import quantize
-from rarefy.kernels.integer import conv2d, conv2d_codes, linear, linear_codes
-from rarefy.kernels.joins import add, mul
+from rarefy.kernels import chunks
+from rarefy.kernels.elementwise import add, mul
+from rarefy.kernels.int_linear import conv2d, conv2d_codes, linear, linear_codes
+from rarefy.kernels.quantize import quantize
 
 onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")
@@ -100,7 +100,7 @@ def test_a_few_images_at_a_time_make_the_codes_of_all_at_once(piece: int, monkey
         return layers + [join(*both, *grid) for join in (add, mul) for both in (pair, shared)]
 
     whole = made()
-    monkeypatch.setattr(pieces, "PIECE", piece)
+    monkeypatch.setattr(chunks, "PIECE", piece)
     assert all(torch.equal(one, two) for one, two in zip(whole, made(), strict=True))
     assert len({tuple(one.shape) for one in whole}) == 3
 
@@ -122,7 +122,7 @@ def test_codes_are_rounded_half_to_even_before_the_zero_point_is_added(dtype: to
     for zero in (qmin, qmin + 1, (qmin + qmax) // 2, qmax):
         wanted = (torch.round(numbers.double()) + zero).clamp(qmin, qmax).to(torch.int64)
         for given in (zero, torch.tensor(zero, dtype=dtype)):
-            assert torch.equal(pieces.to_codes(numbers.clone(), given, qmin, qmax, dtype).to(torch.int64), wanted)
-        assert torch.equal(pieces.to_codes(numbers.double(), zero, qmin, qmax, dtype).to(torch.int64), wanted)
+            assert torch.equal(chunks.to_codes(numbers.clone(), given, qmin, qmax, dtype).to(torch.int64), wanted)
+        assert torch.equal(chunks.to_codes(numbers.double(), zero, qmin, qmax, dtype).to(torch.int64), wanted)
         codes = wanted.to(dtype)
-        assert torch.equal(pieces.from_codes(codes, torch.tensor(zero, dtype=dtype), torch.float32), (wanted - zero).float())
+        assert torch.equal(chunks.from_codes(codes, torch.tensor(zero, dtype=dtype), torch.float32), (wanted - zero).float())

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import rarefy.kernels  # noqa: F401
-from rarefy.kernels.affine import dequantize, quantize
-from rarefy.kernels.averages import avg_pool2d, mean
-from rarefy.kernels.joins import add, mul
+from rarefy.kernels.elementwise import add, mul
+from rarefy.kernels.pooling import avg_pool2d, mean
+from rarefy.kernels.quantize import dequantize, quantize
 
 onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")

@@ -48,7 +48,7 @@ def test_a_folder_of_images_without_classes_distils_in_python_on_the_command_lin
 
     from rarefy import cli, demo, save
     from rarefy.compressing import Budget, compress, usual_steps
-    from rarefy.tasks import Classification
+    from rarefy.tasks.classification import Classification
 
     for index, image in enumerate(load_digits().images[:96]):
         folder = tmp_path / "photos" / str(index % 7)  # which is no class

@@ -24,7 +24,7 @@ from rarefy.distilling import distill, train
 from rarefy.errors import FormatError, InputError
 from rarefy.masking import _blocks, _shares, mask, parse, weights_of
 from rarefy.saliency.wanda import Wanda
-from rarefy.tasks import Classification
+from rarefy.tasks.classification import Classification
 
 QUICK = {"epochs": 2, "batch_size": 96, "lr": 0.05, "progress": False, "validate_every": 0}
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from rarefy import artifact, plugins
 from rarefy.capturing import attribute, capture
 from rarefy.folding import fold, layer_name, simplify
-from rarefy.kernels.affine import dequantize
+from rarefy.kernels.quantize import dequantize
 from rarefy.lowering import to_integers, to_numbers
 from rarefy.placing import place
 from rarefy.quantizing import quantize

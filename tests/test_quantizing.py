@@ -18,8 +18,9 @@ from rarefy.errors import DataError, InputError
 from rarefy.exporting import export
 from rarefy.folding import fold, simplify
 from rarefy.grids import Grid
-from rarefy.kernels.affine import PIECE, dequantize, fake_quantize
-from rarefy.kernels.affine import quantize as to_codes
+from rarefy.kernels.chunks import PIECE
+from rarefy.kernels.quantize import dequantize, fake_quantize
+from rarefy.kernels.quantize import quantize as to_codes
 from rarefy.measuring import measure
 from rarefy.observing import BINS, Histogram, Taps, observe
 from rarefy.prefix import Prefix

@@ -28,7 +28,7 @@ from rarefy.schedules.iterative import Iterative
 from rarefy.schedules.joint import Fade
 from rarefy.selection.best import Best
 from rarefy.selection.sample import Sample
-from rarefy.tasks import Classification
+from rarefy.tasks.classification import Classification
 from rarefy.trainable import is_quantized
 from tests.test_students import Residual as Blocks
 

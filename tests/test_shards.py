@@ -20,7 +20,7 @@ from PIL import Image
 
 from rarefy import cli
 from rarefy.errors import DataError
-from rarefy.tasks import Classification
+from rarefy.tasks.classification import Classification
 from rarefy.tasks.shards import MOST_BYTES, Shards, files_of, shuffled
 
 SIZE = 8

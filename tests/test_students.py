@@ -18,7 +18,7 @@ from rarefy.counting import count_macs, count_parameters
 from rarefy.distilling import distill, train
 from rarefy.errors import InputError
 from rarefy.students.depth import _evenly, blocks, influence, without
-from rarefy.tasks import Classification
+from rarefy.tasks.classification import Classification
 
 
 class Block(nn.Module):

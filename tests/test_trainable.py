@@ -13,7 +13,7 @@ from rarefy.distilling import train
 from rarefy.errors import InputError, TrainingDiverged
 from rarefy.normalizing import put_back
 from rarefy.quantizing import quantize
-from rarefy.tasks import Classification
+from rarefy.tasks.classification import Classification
 from rarefy.trainable import is_quantized, to_codes, to_trainable
 
 

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from rarefy import plugins
+from rarefy.capturing import share_copy
 from rarefy.coupling import Coupling, couple
 from rarefy.errors import InputError
 from rarefy.schedules import Asked, Once, Setting, check_data, check_training, joined, last, trained
-from rarefy.surgery import share_copy
 from rarefy.survivors import unpacked
 
 

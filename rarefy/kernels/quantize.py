@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rarefy.pieces import PIECE, from_codes, to_codes
+from rarefy.kernels.chunks import PIECE, from_codes, to_codes
 
 _library = torch.library.Library("rarefy", "FRAGMENT")
 _library.define(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rarefy.kernels.affine import dequantize
+from rarefy.kernels.quantize import dequantize
 
 _library = torch.library.Library("rarefy", "FRAGMENT")
 _CODES = "Tensor x, Tensor x_scale, Tensor x_zero_point"

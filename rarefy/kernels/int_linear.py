@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rarefy.pieces import by_images, from_codes, to_codes
+from rarefy.kernels.chunks import by_images, from_codes, to_codes
 
 _LOW = 2**12  # of a bias in a sum: what is above has at most 2^20 values, so that float32 holds it
 
