@@ -41,11 +41,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy import packing, strictjson, structure
+from rarefy import packing, structure
 from rarefy.capturing import is_graph
 from rarefy.errors import FormatError, InputError
-from rarefy.strictjson import expect, is_size, located, plain, restore, said
 from rarefy.structure import BY_NAME, DTYPES, MOST_AXES, SCHEMA, check_schema
+from rarefy.system import strict_json
+from rarefy.system.strict_json import expect, is_size, located, plain, restore, said
 
 GRAPH, WEIGHTS, MANIFEST, SIGNATURE = "graph.json", "weights.safetensors", "manifest.json", "model.sig"
 
@@ -133,7 +134,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if not os.path.lexists(path / MANIFEST):
         raise FormatError(f"{path}: not a rarefy folder ({MANIFEST} is missing); give one that rarefy saved")
     with _opened(path / MANIFEST) as file:
-        value: dict[str, Any] = restore(strictjson.parse(_read_json_bytes(file, path / MANIFEST), path / MANIFEST), path / MANIFEST)
+        value: dict[str, Any] = restore(strict_json.parse(_read_json_bytes(file, path / MANIFEST), path / MANIFEST), path / MANIFEST)
     check_schema(value, path / MANIFEST)
     files = value.get("files")
     if not isinstance(files, dict):
@@ -227,9 +228,9 @@ def _read_header(file: BufferedReader, size: int, path: Path) -> tuple[dict[str,
     """The header of a safetensors file, its offsets checked to cover the rest of the file exactly; and where that rest begins."""
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
-    good = size >= 8 and length <= min(size - 8, strictjson.MOST_BYTES)
+    good = size >= 8 and length <= min(size - 8, strict_json.MOST_BYTES)
     expect(good, path, f"is no safetensors file (a header of {length} bytes in {size})")
-    header = strictjson.parse(file.read(length), path)
+    header = strict_json.parse(file.read(length), path)
     header.pop("__metadata__", None)
     position = 0
     for name, entry in header.items():
@@ -308,8 +309,8 @@ def _opened(path: Path) -> Iterator[BufferedReader]:
 
 
 def _read_json_bytes(file: BufferedReader, where: Path) -> bytes:
-    data = file.read(strictjson.MOST_BYTES + 1)
-    expect(len(data) <= strictjson.MOST_BYTES, where, f"is larger than {strictjson.MOST_BYTES} bytes")
+    data = file.read(strict_json.MOST_BYTES + 1)
+    expect(len(data) <= strict_json.MOST_BYTES, where, f"is larger than {strict_json.MOST_BYTES} bytes")
     return data
 
 

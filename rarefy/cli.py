@@ -901,7 +901,7 @@ def _choice(kind: str, name: str) -> dict[str, Any]:
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """What this machine can do, what is missing, and how to get it."""
-    from rarefy.doctor import examine
+    from rarefy.system.cpu import examine
 
     found = examine()
     if as_json:

@@ -53,13 +53,13 @@ from rarefy import artifact, measuring, plugins, reporting
 from rarefy.capturing import as_graph, output_shapes
 from rarefy.certifying import certify
 from rarefy.distilling import distill
-from rarefy.doctor import examine
 from rarefy.errors import CheckFailed, FormatError, InputError
 from rarefy.evaluating import doubts, evaluate
 from rarefy.kernels import is_quantised
 from rarefy.masking import mask
 from rarefy.pruning import prune
 from rarefy.quantizing import quantize
+from rarefy.system.cpu import examine
 from rarefy.tasks.corruptions import fits
 
 Step = Mapping[str, Any]

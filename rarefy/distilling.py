@@ -59,8 +59,8 @@ from rarefy.logs import Logs
 from rarefy.mixing import mix
 from rarefy.normalizing import put_back
 from rarefy.objective import Answer, Losses, Objective, Term, terms
-from rarefy.progress import track
 from rarefy.syncing import batch_norm, synchronised
+from rarefy.system.progress import track
 from rarefy.teaching import Teachers, teachers_of
 from rarefy.trainable import is_quantized, suited, to_codes, to_trainable
 from rarefy.training import AUTO_STEPS, Penalty, Task, Training, training_of

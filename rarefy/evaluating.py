@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from rarefy.capturing import device_of
 from rarefy.errors import DataError, InputError
-from rarefy.progress import track
+from rarefy.system.progress import track
 from rarefy.tasks.corruptions import CORRUPTIONS, SEVERITIES, corrupt, fits
 
 Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution

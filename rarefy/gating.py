@@ -29,7 +29,7 @@ from rarefy.capturing import attribute, example_inputs, finish, share_copy
 from rarefy.folding import layer_name
 from rarefy.lowering import to_integers
 from rarefy.placing import Placement, place
-from rarefy.progress import track
+from rarefy.system.progress import track
 
 CLEARLY = 1.01  # a gain that is more than noise, of a median over rounds that take turns
 CANDIDATES = 12  # at most, in the order of the network

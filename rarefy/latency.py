@@ -51,8 +51,8 @@ from torch import Tensor, fx
 from rarefy import measuring, plugins
 from rarefy.capturing import attribute, example_inputs
 from rarefy.errors import FormatError, InputError
-from rarefy.progress import track
-from rarefy.strictjson import parse
+from rarefy.system.progress import track
+from rarefy.system.strict_json import parse
 
 SAMPLES = 6  # of the table: the whole network and five smaller ones
 BLOCKS = (1, 4, 8, 16, 32)  # what layouts round channels up to

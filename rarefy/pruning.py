@@ -45,13 +45,13 @@ from rarefy.coupling import Coupling, couple
 from rarefy.criteria import Criterion
 from rarefy.errors import InputError
 from rarefy.labels import Value, compact
-from rarefy.releasing import release
 from rarefy.repairing import repair as mended
 from rarefy.schedules import Setting
 from rarefy.selection import Selection
 from rarefy.selection.best import Best
 from rarefy.surgery import cut
 from rarefy.survivors import packed
+from rarefy.system.memory import release
 from rarefy.twin import check as self_check
 
 RANKINGS = ("global", "loss", "local", "isomorphic")

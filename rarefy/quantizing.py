@@ -52,9 +52,9 @@ from rarefy.normalizing import normed
 from rarefy.observing import Average, Observed, observe
 from rarefy.placing import Placement, place
 from rarefy.prefix import Prefix
-from rarefy.progress import track
-from rarefy.releasing import release
 from rarefy.rounding import Block, Layer, OfBlocks, OfLayers, Sample
+from rarefy.system.memory import release
+from rarefy.system.progress import track
 
 EQUALIZED = 16  # images that tell how large a stream's channels get
 SMOOTHED = 32  # images that tell how large a norm's channels get

@@ -32,8 +32,8 @@ from rarefy import patches
 from rarefy.capturing import as_graph, attribute, device_of, is_tensor, set_attribute, shapes, share_copy
 from rarefy.errors import CheckFailed, DataError, InputError
 from rarefy.folding import layer_name, weighted
-from rarefy.progress import track
 from rarefy.survivors import followed
+from rarefy.system.progress import track
 
 aten = torch.ops.aten
 

@@ -28,7 +28,7 @@ from torch import Tensor, fx, nn
 from rarefy import allowlist, packing
 from rarefy.capturing import dtype_name, set_attribute
 from rarefy.errors import FormatError
-from rarefy.strictjson import expect, expected, is_size, located, parse, plain, restore, said, special_float
+from rarefy.system.strict_json import expect, expected, is_size, located, parse, plain, restore, said, special_float
 
 SCHEMA = 1
 

@@ -33,8 +33,8 @@ from rarefy.counting import operator_name
 from rarefy.coupling import Coupling, Kept
 from rarefy.errors import SelfCheckFailed
 from rarefy.labels import Value
-from rarefy.releasing import Level
 from rarefy.surgery import PIECE
+from rarefy.system.memory import Level
 from rarefy.ties import only_moves
 
 

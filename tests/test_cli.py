@@ -19,8 +19,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 import rarefy
-from rarefy import cli, doctor, plugins, recipe, terminal
+from rarefy import cli, plugins, recipe, terminal
 from rarefy.errors import GoalMissed, InputError, SignatureRefused
+from rarefy.system import cpu
 
 COMMANDS = [
     "compress",
@@ -327,10 +328,10 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_doctor_says_how_to_get_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: None if name in ("onnx", "timm") else known(name))
-    monkeypatch.setattr(doctor, "cpu_flags", lambda: {"avx2": True, "avx512": False, "avx512_vnni": False})
-    said = " ".join(doctor.examine()["advice"])
+    known = cpu._version
+    monkeypatch.setattr(cpu, "_version", lambda name: None if name in ("onnx", "timm") else known(name))
+    monkeypatch.setattr(cpu, "cpu_flags", lambda: {"avx2": True, "avx512": False, "avx512_vnni": False})
+    said = " ".join(cpu.examine()["advice"])
     assert "onnx missing: pip install 'rarefy[onnx]'" in said and "rarefy[vision]" in said
     assert "no VNNI" in said and "saturate" in said
 
@@ -342,7 +343,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def explode(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(doctor, "examine", explode)
+    monkeypatch.setattr(cpu, "examine", explode)
 
 
 @pytest.mark.parametrize(

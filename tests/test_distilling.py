@@ -25,12 +25,13 @@ from sklearn.datasets import load_digits
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from rarefy import checkpoint, distilling, objective, progress
+from rarefy import checkpoint, distilling, objective
 from rarefy.capturing import capture, is_graph
 from rarefy.checkpoint import STATE_FILE
 from rarefy.distilling import distill, train
 from rarefy.errors import FormatError, InputError, TrainingDiverged
 from rarefy.mixing import mix
+from rarefy.system import progress
 from rarefy.training import Training
 
 torch.set_num_threads(1)  # as in the process that test_killed_run starts: bits depend on it

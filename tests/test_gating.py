@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rarefy import doctor, gating, measuring, plugins
+from rarefy import gating, measuring, plugins
 from rarefy.capturing import capture
 from rarefy.errors import InputError
 from rarefy.folding import fold
 from rarefy.placing import place
 from rarefy.quantizing import quantize
+from rarefy.system import cpu
 
 
 class Net(nn.Module):
@@ -112,11 +113,11 @@ def test_without_vnni_no_sum_of_two_products_saturates(graph: Any, batches: list
     """vpmaddubsw adds two products of unsigned by signed bytes in 16 bits."""
     for runtime, flags in (("onnxruntime:vnni=no", None), ("onnxruntime", {"avx2": True}), ("openvino", {"avx512": True})):
         if flags is not None:
-            monkeypatch.setattr(doctor, "cpu_flags", lambda flags=flags: flags)
+            monkeypatch.setattr(cpu, "cpu_flags", lambda flags=flags: flags)
         small = quantize(graph, batches=batches, runtime=runtime, progress=False)
         codes = [value for name, value in small.named_buffers() if name.endswith("weight_codes")]
         assert codes and all(2 * 255 * int(value.abs().max()) < 2**15 for value in codes)
         assert {layer["bits"] for layer in small.meta["history"][-1]["facts"]["layers"]} == {7}
-    assert any("7 bits" in line for line in doctor.examine()["advice"])
+    assert any("7 bits" in line for line in cpu.examine()["advice"])
     exact = quantize(graph, batches=batches, runtime="onnxruntime:vnni=yes", progress=False)
     assert {layer["bits"] for layer in exact.meta["history"][-1]["facts"]["layers"]} == {8}

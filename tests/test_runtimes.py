@@ -17,11 +17,12 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy import artifact, doctor, measuring, plugins
+from rarefy import artifact, measuring, plugins
 from rarefy.capturing import capture
 from rarefy.certifying import certify
 from rarefy.errors import FormatError, InputError
 from rarefy.quantizing import quantize
+from rarefy.system import cpu
 
 RUNTIMES = plugins.available("runtimes")
 
@@ -68,7 +69,7 @@ def graph(batches: list[Tensor]) -> fx.GraphModule:
 def runtime(request: pytest.FixtureRequest) -> Any:
     found = plugins.resolve("runtimes", f"{request.param}:threads=1")
     pytest.importorskip(found.package)
-    if request.param == "inductor" and doctor.compiler() is None:
+    if request.param == "inductor" and cpu.compiler() is None:
         pytest.skip("torch.compile needs a C++ compiler")
     return found
 

@@ -37,11 +37,11 @@ from torch import Tensor, fx
 import rarefy.kernels
 from rarefy import artifact, counting, parity
 from rarefy.capturing import attribute, finish, set_attribute, share_copy
-from rarefy.doctor import exact_int8
 from rarefy.errors import FormatError, InputError
 from rarefy.folding import fold
 from rarefy.lowering import LAYERS, to_integers, to_numbers
 from rarefy.placing import Capabilities
+from rarefy.system.cpu import exact_int8
 
 aten = torch.ops.aten
 OPERATORS = torch.ops.rarefy

@@ -31,11 +31,11 @@ from torch import Tensor, fx
 
 from rarefy import onnxfile, parity
 from rarefy.capturing import attribute, set_attribute, shapes, share_copy
-from rarefy.doctor import exact_int8
 from rarefy.errors import FormatError
 from rarefy.lowering import is_decoded, to_numbers
 from rarefy.onnxfile import needs
 from rarefy.placing import Capabilities
+from rarefy.system.cpu import exact_int8
 
 aten = torch.ops.aten
 TILE = 16  # output channels of an integer convolution that are computed together

@@ -22,11 +22,11 @@ from torch import Tensor, fx
 
 from rarefy import onnxfile, parity
 from rarefy.capturing import attribute, finish
-from rarefy.doctor import exact_int8
 from rarefy.errors import FormatError, InputError
 from rarefy.lowering import to_numbers
 from rarefy.onnxfile import needs
 from rarefy.placing import Capabilities
+from rarefy.system.cpu import exact_int8
 
 aten = torch.ops.aten
 OPERATORS = torch.ops.rarefy

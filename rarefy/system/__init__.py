@@ -1,0 +1,1 @@
+"""The machine underneath: files, progress, memory, strict JSON, processors."""
