@@ -40,8 +40,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import real_data
 from rarefy import capture, evaluate
-from rarefy.counting import count_macs, count_parameters
 from rarefy.errors import DataError, MissingDependency
+from rarefy.graph.macs import count_macs, count_parameters
 from rarefy.tasks.classification import Classification
 from rarefy.terminal import show_table, size_text
 

@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import real_data
 from rarefy import capture, distill, evaluate, prune, quantize
-from rarefy.counting import count_macs
 from rarefy.errors import DataError
+from rarefy.graph.macs import count_macs
 from rarefy.tasks.classification import Classification
 from rarefy.terminal import show_table
 from rarefy.trainable import CLIP, FREEZE

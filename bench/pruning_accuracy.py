@@ -32,9 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import peers, real_data
 from bench.cells import Cells, add_options
 from rarefy import capture, evaluate, plugins, prune
-from rarefy.counting import count_macs
 from rarefy.distilling import train
 from rarefy.errors import DataError, InputError
+from rarefy.graph.macs import count_macs
 from rarefy.pruning import RANKINGS
 from rarefy.repairing import repair
 from rarefy.tasks.classification import Classification

@@ -36,8 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.cells import Cells, add_options
 from bench.zoo import MAKERS, Made, alive, each, listed, usable
 from rarefy import artifact, capture, prune
-from rarefy.capturing import example_inputs
-from rarefy.counting import count_parameters
+from rarefy.graph.capture import example_inputs
+from rarefy.graph.macs import count_parameters
 from rarefy.terminal import show_table
 
 SHRINK, MOST_FAILURES = 0.25, {"torchvision": 0.0, "timm": 0.02}

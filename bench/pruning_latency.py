@@ -26,8 +26,8 @@ from torch import fx, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rarefy import capture, measuring, prune
-from rarefy.capturing import example_inputs
 from rarefy.errors import InputError
+from rarefy.graph.capture import example_inputs
 from rarefy.terminal import show_table
 
 BAND, SAME, ROUNDS = (0.95, 1.15), 0.03, 6

@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import real_data
 from rarefy import capture, evaluate, mask, prune
-from rarefy.counting import count_macs
 from rarefy.distilling import distill
 from rarefy.errors import DataError
+from rarefy.graph.macs import count_macs
 from rarefy.measuring import weight_bytes
 from rarefy.tasks.classification import Classification
 from rarefy.terminal import show_table

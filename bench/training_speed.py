@@ -32,8 +32,8 @@ from bench import real_data
 from rarefy import capture
 from rarefy.distilling import distill
 from rarefy.errors import DataError
+from rarefy.graph.features import tapped
 from rarefy.losses.kl import Kl
-from rarefy.tapping import tapped
 from rarefy.tasks.classification import Classification
 from rarefy.teaching import frozen
 from rarefy.terminal import show_table

@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 # name -> module that defines it
 _HOMES = {
-    "capture": "rarefy.capturing",
+    "capture": "rarefy.graph.capture",
     "prune": "rarefy.pruning",
     "mask": "rarefy.masking",
     "distill": "rarefy.distilling",
@@ -55,13 +55,13 @@ __all__ = [
 
 if TYPE_CHECKING:
     from rarefy.artifact import load, save
-    from rarefy.capturing import capture
     from rarefy.certifying import certify
     from rarefy.compressing import Budget, compress
     from rarefy.distilling import distill
     from rarefy.errors import RarefyError
     from rarefy.evaluating import evaluate
     from rarefy.exporting import export
+    from rarefy.graph.capture import capture
     from rarefy.masking import mask
     from rarefy.measuring import measure
     from rarefy.pruning import prune

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx
 
-from rarefy.counting import einsum_letters, operator_name
+from rarefy.graph.macs import einsum_letters, operator_name
 from rarefy.ties import is_elementwise
 
 Shape = tuple[int, ...]

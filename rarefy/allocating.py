@@ -22,10 +22,10 @@ from scipy import optimize, sparse
 from torch import Tensor, fx
 
 from rarefy import grids, plugins
-from rarefy.capturing import attribute
-from rarefy.counting import layer_macs
 from rarefy.errors import InputError
-from rarefy.folding import layer_name
+from rarefy.graph.capture import attribute
+from rarefy.graph.fold import layer_name
+from rarefy.graph.macs import layer_macs
 from rarefy.layer_times import LayerTimes
 
 FLOAT_BITS = 32

@@ -42,8 +42,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from rarefy import packing, structure
-from rarefy.capturing import is_graph
 from rarefy.errors import FormatError, InputError
+from rarefy.graph.capture import is_graph
 from rarefy.structure import BY_NAME, DTYPES, MOST_AXES, SCHEMA, check_schema
 from rarefy.system import strict_json
 from rarefy.system.strict_json import expect, is_size, located, plain, restore, said

@@ -23,9 +23,9 @@ from typing import Any
 from torch import Tensor, fx
 
 from rarefy import plugins
-from rarefy.capturing import example_inputs
 from rarefy.errors import InputError
 from rarefy.evaluating import evaluate
+from rarefy.graph.capture import example_inputs
 
 METRIC = 0.005  # of all samples: what the least agreement allows
 

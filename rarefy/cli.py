@@ -985,7 +985,7 @@ def _completed(options: Mapping[str, Any], source: Any, shape: tuple[int, ...] |
 
     Its size only goes to image files (arrays have one of their own), or where the graph was captured for it.
     """
-    from rarefy.capturing import is_graph
+    from rarefy.graph.capture import is_graph
 
     known = dict(source.preprocessing)
     if shape is not None and len(shape) == 3 and shape[1] == shape[2]:
@@ -1124,7 +1124,7 @@ def _session(runtime: str, place: str, graph: Any) -> Iterator[Callable[..., Any
 
 
 def _outputs(graph: Any) -> int:
-    from rarefy.capturing import shapes
+    from rarefy.graph.capture import shapes
 
     node = next(node for node in graph.graph.nodes if node.op == "output").args[0]
     shape = getattr(shapes(graph).get(node), "shape", None)

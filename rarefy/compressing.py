@@ -50,11 +50,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from rarefy import artifact, measuring, plugins, reporting
-from rarefy.capturing import as_graph, output_shapes
 from rarefy.certifying import certify
 from rarefy.distilling import distill
 from rarefy.errors import CheckFailed, FormatError, InputError
 from rarefy.evaluating import doubts, evaluate
+from rarefy.graph.capture import as_graph, output_shapes
 from rarefy.kernels import is_quantised
 from rarefy.masking import mask
 from rarefy.pruning import prune

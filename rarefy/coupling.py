@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy.capturing import attribute, is_tensor, shapes
 from rarefy.errors import InputError
+from rarefy.graph.capture import attribute, is_tensor, shapes
 from rarefy.kernels import is_quantised
 from rarefy.labels import Trace, Value, axes_of, compact
 from rarefy.shuffling import indexed

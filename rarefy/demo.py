@@ -61,14 +61,15 @@ def _block(inputs: int, outputs: int) -> nn.Sequential:
 
 def demonstrate(folder: str | os.PathLike[str], seed: int = 0) -> dict[str, Any]:
     """Train, compress, save, sign. Leaves in ``folder``: ``original/``, ``small/`` and a pair of keys. Returns the report's facts."""
-    from rarefy import artifact, capturing, compressing, distilling, measuring, signing
+    from rarefy import artifact, compressing, distilling, measuring, signing
+    from rarefy.graph import capture
     from rarefy.tasks.classification import Classification
 
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
     task = Classification(train=DATA, val=DATA, augment="crop=1")
     torch.manual_seed(seed)
-    untrained = capturing.capture(model(), torch.zeros(2, *task.input_shape))
+    untrained = capture.capture(model(), torch.zeros(2, *task.input_shape))
     original = distilling.train(untrained, task, **TRAINING, seed=seed, checkpoint=place / "train.work")
     artifact.save(original, place / "original", manifest={"model": "rarefy.demo:model", "task": task.describe()})
     result = compressing.compress(

@@ -24,11 +24,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx
 
-from rarefy.capturing import attribute
 from rarefy.equalizing import own, sizes
-from rarefy.folding import padding_of, weighted
+from rarefy.graph.capture import attribute
+from rarefy.graph.fold import padding_of, weighted
+from rarefy.graph.im2col import groups_of
 from rarefy.grids import Grid
-from rarefy.patches import groups_of
 from rarefy.placing import clip_bounds
 
 aten = torch.ops.aten

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rarefy.capturing import attribute, shapes
-from rarefy.folding import padding_of, weighted
+from rarefy.graph.capture import attribute, shapes
+from rarefy.graph.fold import padding_of, weighted
+from rarefy.graph.im2col import groups_of
 from rarefy.grids import Grid
 from rarefy.observing import Taps, laid_out
-from rarefy.patches import groups_of
 
 aten = torch.ops.aten
 

@@ -36,8 +36,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rarefy.capturing import device_of
 from rarefy.errors import DataError, InputError
+from rarefy.graph.capture import device_of
 from rarefy.system.progress import track
 from rarefy.tasks.corruptions import CORRUPTIONS, SEVERITIES, corrupt, fits
 

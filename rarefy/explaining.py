@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rarefy.errors import InputError
-from rarefy.folding import weighted
+from rarefy.graph.fold import weighted
 from rarefy.observing import in_lockstep
 
 IMAGES = 8

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from rarefy import plugins
-from rarefy.capturing import as_graph, example_inputs
 from rarefy.errors import InputError
+from rarefy.graph.capture import as_graph, example_inputs
 
 
 def export(

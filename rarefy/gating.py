@@ -25,9 +25,9 @@ import torch
 from torch import fx
 
 from rarefy import grids, measuring, plugins, rewriting
-from rarefy.capturing import attribute, example_inputs, finish, share_copy
-from rarefy.folding import layer_name
-from rarefy.lowering import to_integers
+from rarefy.graph.capture import attribute, example_inputs, finish, share_copy
+from rarefy.graph.fold import layer_name
+from rarefy.graph.lowering import to_integers
 from rarefy.placing import Placement, place
 from rarefy.system.progress import track
 

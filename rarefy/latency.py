@@ -49,8 +49,8 @@ from scipy.optimize import nnls
 from torch import Tensor, fx
 
 from rarefy import measuring, plugins
-from rarefy.capturing import attribute, example_inputs
 from rarefy.errors import FormatError, InputError
+from rarefy.graph.capture import attribute, example_inputs
 from rarefy.system.progress import track
 from rarefy.system.strict_json import parse
 

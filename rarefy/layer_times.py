@@ -21,9 +21,9 @@ from torch import Tensor, fx
 
 from rarefy import gating, grids, measuring, plugins, rewriting
 from rarefy.calibration.minmax import MinMax
-from rarefy.capturing import example_inputs, shapes, share_copy
 from rarefy.errors import InputError
-from rarefy.folding import layer_name, weighted
+from rarefy.graph.capture import example_inputs, shapes, share_copy
+from rarefy.graph.fold import layer_name, weighted
 from rarefy.observing import observe
 from rarefy.placing import place
 

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from rarefy import plugins
-from rarefy.capturing import as_graph
-from rarefy.counting import operator_name
 from rarefy.errors import InputError
+from rarefy.graph.capture import as_graph
+from rarefy.graph.macs import operator_name
 
 # operator -> axis of the weight along which it is summed; the other of the first two axes makes the outputs
 INPUT_AXIS = {

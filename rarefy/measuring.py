@@ -12,7 +12,7 @@ count). On a quiet machine that discards next to nothing; on a busy one it is th
 **Threads** are one unless the runtime (``"onnxruntime:threads=4"``) or the caller says otherwise; the number used is part of the result.
 
 **Bytes** are those of ``weights.safetensors`` as ``save`` writes it. **Parameters** are the numbers the model has learned, also where they are
-stored as integer codes. **MACs** are those of ``rarefy/counting.py``, for one sample.
+stored as integer codes. **MACs** are those of ``rarefy/graph/macs.py``, for one sample.
 
 **Peak memory** is that of a fresh process: its highest resident memory while it opens the exported file and runs it three times, less what it
 held just before, with all libraries loaded. It contains the runtime's buffers and the weights, not the libraries. None where the system doesn't tell.
@@ -39,10 +39,11 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from rarefy import artifact, counting, plugins
-from rarefy.capturing import dtype_name, example_inputs
-from rarefy.counting import count_macs, layer_macs
+from rarefy import artifact, plugins
 from rarefy.errors import InputError
+from rarefy.graph import macs
+from rarefy.graph.capture import dtype_name, example_inputs
+from rarefy.graph.macs import count_macs, layer_macs
 
 __all__ = ["count_macs", "count_parameters", "latency", "layer_macs", "measure", "peak_memory", "timed", "weight_bytes"]
 
@@ -118,7 +119,7 @@ def costs(graph: fx.GraphModule) -> dict[str, int]:
 
 def count_parameters(graph: fx.GraphModule) -> int:
     """Numbers the model has learned: its parameters, and weights that became integer codes."""
-    return counting.count_parameters(graph) + sum(one.numel() for name, one in graph.named_buffers() if name.endswith(CODES))
+    return macs.count_parameters(graph) + sum(one.numel() for name, one in graph.named_buffers() if name.endswith(CODES))
 
 
 def weight_bytes(graph: fx.GraphModule) -> int:

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rarefy.capturing import attribute, finish, set_attribute
-from rarefy.folding import weighted
+from rarefy.graph.capture import attribute, finish, set_attribute
+from rarefy.graph.fold import weighted
 from rarefy.kernels.quantize import fake_quantize
 
 aten = torch.ops.aten

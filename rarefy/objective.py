@@ -20,10 +20,10 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from rarefy import plugins
-from rarefy.capturing import device_of
 from rarefy.errors import InputError
+from rarefy.graph.capture import device_of
+from rarefy.graph.features import Tap, matched, tapped
 from rarefy.losses import FeatureLoss, Loss
-from rarefy.tapping import Tap, matched, tapped
 from rarefy.teaching import frozen
 from rarefy.training import Task, Training
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rarefy.capturing import attribute
 from rarefy.errors import CheckFailed, DataError
+from rarefy.graph.capture import attribute
 
 BINS = 2048
 COUNTED = 2**18  # 2**16 of these few images leaves EfficientNet-Lite2 at 20.7 dB in place of 21.5

@@ -20,9 +20,9 @@ import torch
 from torch import fx
 
 import rarefy.kernels  # noqa: F401  registers torch.ops.rarefy
-from rarefy.capturing import attribute, device_of, example_inputs
 from rarefy.errors import InputError, MissingDependency
-from rarefy.folding import fold_constants
+from rarefy.graph.capture import attribute, device_of, example_inputs
+from rarefy.graph.fold import fold_constants
 from rarefy.translating import OPSET, Untranslated, onnx_model
 
 LARGEST = 2**31 - 2**24  # bytes of weights: what protobuf takes in one message, less room for the nodes

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from rarefy.folding import WEIGHTED, names, padding_of, weighted
+from rarefy.graph.fold import WEIGHTED, names, padding_of, weighted
 
 aten = torch.ops.aten
 # carriers that yield all they read

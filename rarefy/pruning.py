@@ -39,11 +39,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from rarefy import plugins
-from rarefy.capturing import as_graph, is_graph, share_copy
-from rarefy.counting import MACS, operator_name, products
 from rarefy.coupling import Coupling, couple
 from rarefy.criteria import Criterion
 from rarefy.errors import InputError
+from rarefy.graph.capture import as_graph, is_graph, share_copy
+from rarefy.graph.macs import MACS, operator_name, products
 from rarefy.labels import Value, compact
 from rarefy.repairing import repair as mended
 from rarefy.schedules import Setting

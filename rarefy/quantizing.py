@@ -2,16 +2,16 @@
 
 In order, each on the one graph:
 
-1. fold batch norm, write operators in one form (``rarefy.folding``);
+1. fold batch norm, write operators in one form (``rarefy.graph.fold``);
 2. choose which values become integers, from the runtime's table (``rarefy.placing``), equalise their channels where that is exact (``rarefy.equalizing``),
    and let dead channels carry the noisiest a second time (``rarefy.doubling``);
 3. run the calibration images once and stream every such value into a histogram (``rarefy.observing``), from which the calibration rule
    chooses the range: affine, unsigned, one scale a tensor, and 0 is always a code; put them into the graph (``rarefy.rewriting``);
-4. layer by layer, on what the rounded layers before it yield (``rarefy.prefix``): the weights, symmetric, one scale an output channel by the same kind
+4. layer by layer, on what the rounded layers before it yield (``rarefy.graph.interpreter``): the weights, symmetric, one scale an output channel by the same kind
    of rule, are rounded by the rounding rule, on a grid of the layer's own; then the mean that the layer's output moved by, a channel, is taken
    out of its bias before its successors run (sequential bias correction, 1906.04721, sec. 4.2). Means right, what varies around them still shrinks from layer
    to layer, as noise at the ends of ReLUs fills up what was off: the last layers' scales are raised until their outputs deviate as much as in float;
-5. write the layers as what an integer kernel computes (``rarefy.lowering``).
+5. write the layers as what an integer kernel computes (``rarefy.graph.lowering``).
 
 What is simulated is what runs: round half to even, saturation, and clips done by the grid's end.
 """
@@ -29,29 +29,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy import (
-    allocating,
-    doubling,
-    equalizing,
-    explaining,
-    gating,
-    grids,
-    patches,
-    plugins,
-    reconstruction,
-    rewriting,
-    smoothing,
-    weight_only,
-)
-from rarefy.capturing import as_graph, attribute, device_of, finish, is_graph, set_attribute, shapes, share_copy
+from rarefy import allocating, doubling, equalizing, explaining, gating, grids, plugins, reconstruction, rewriting, smoothing, weight_only
 from rarefy.errors import DataError, InputError
-from rarefy.folding import check_globs, fold, layer_name, names, simplify, weighted
+from rarefy.graph import im2col
+from rarefy.graph.capture import as_graph, attribute, device_of, finish, is_graph, set_attribute, shapes, share_copy
+from rarefy.graph.fold import check_globs, fold, layer_name, names, simplify, weighted
+from rarefy.graph.interpreter import Prefix
+from rarefy.graph.lowering import to_integers
 from rarefy.kernels import is_quantised
-from rarefy.lowering import to_integers
 from rarefy.normalizing import normed
 from rarefy.observing import Average, Observed, observe
 from rarefy.placing import Placement, place
-from rarefy.prefix import Prefix
 from rarefy.rounding import Block, Layer, OfBlocks, OfLayers, Sample
 from rarefy.system.memory import release
 from rarefy.system.progress import track
@@ -321,7 +309,7 @@ class _Rounding:
         self.spreads = {node.name: spread for node, spread in seen.spreads.items()}
         self.places = SAMPLES / sum(len(batch[0]) for batch in seen.batches)
         self.marks: frozenset[str] = frozenset()
-        self.read_means: dict[str, patches.Mean] = {}  # of layers whose samples were read: for the bias
+        self.read_means: dict[str, im2col.Mean] = {}  # of layers whose samples were read: for the bias
         self.learned: dict[str, float] = {}  # value -> what its scale was multiplied by
 
     def blocks(self, layers: Sequence[fx.Node]) -> list[list[fx.Node]]:
@@ -351,7 +339,7 @@ class _Rounding:
         weight = attribute(self.graph, node.args[1]).detach()
         if not isinstance(self.rounder, OfLayers):
             return self.rounder.codes(weight.float() / _wide(scale, weight), grid, self.generator)  # type: ignore[no-any-return]
-        groups = patches.groups_of(node)
+        groups = im2col.groups_of(node)
         rows = weight.float().reshape(groups, weight.shape[0] // groups, -1)
         samples = self._samples(node, weight.shape, groups, self.rounder.reads)
         layer = Layer(layer_name(node), rows, scale.view(groups, -1, 1), grid, samples, self.centered)
@@ -414,16 +402,16 @@ class _Rounding:
             source.target(*(attribute(self.graph, part) if isinstance(part, fx.Node) else part for part in source.args))
             for source in node.args[1:3]
         )  # type: ignore[union-attr]
-        groups = patches.groups_of(node)
+        groups = im2col.groups_of(node)
         rows = weight.double().reshape(groups, shape[0] // groups, -1)
         mean = (rows @ average.value(groups)).flatten() + bias.double()
         rewriting.shift_bias(self.graph, node, self.means[node.name] - mean)
 
-    def _mean(self, node: fx.Node, shape: Sequence[int]) -> patches.Mean:
+    def _mean(self, node: fx.Node, shape: Sequence[int]) -> im2col.Mean:
         """Of what the layer reads."""
         average = self.read_means.pop(node.name, None)
         if average is None:
-            average = patches.Mean(node, shape)
+            average = im2col.Mean(node, shape)
             for (inputs,) in self._reads(node):
                 average.add(inputs)
         return average
@@ -436,26 +424,26 @@ class _Rounding:
         """``samples`` of a ``Layer``: what the layer reads in both graphs and makes in float, at the same few places."""
         twin = self.twins[node.name]
         drawn: list[Tensor] = []
-        most = min(patches.PLACES, math.ceil(math.prod(shape[1:]) * self.places))
+        most = min(im2col.PLACES, math.ceil(math.prod(shape[1:]) * self.places))
 
         def gathered() -> Iterator[Sample]:
             exact: Iterator[Any] = iter(lambda: (None, None), 0)
             if reads:
                 exact = self.float_prefix.run(twin.next, (twin.args[0], twin))
-            average = patches.Mean(node, shape)
+            average = im2col.Mean(node, shape)
             room: Sample | None = None
             filled = 0
             for index, ((inputs,), (float_inputs, float_outputs)) in enumerate(zip(self._reads(node), exact)):
                 average.add(inputs)
                 if index == len(drawn):
-                    drawn.append(patches.draw(patches.plane(node, inputs, shape), self.generator, inputs.device, most))
+                    drawn.append(im2col.draw(im2col.plane(node, inputs, shape), self.generator, inputs.device, most))
                 place = drawn[index]
-                x = _columns(patches.read(node, inputs, shape, groups, place))
-                other = _columns(patches.read(twin, float_inputs, shape, groups, place)) if "float_inputs" in reads else None
+                x = _columns(im2col.read(node, inputs, shape, groups, place))
+                other = _columns(im2col.read(twin, float_inputs, shape, groups, place)) if "float_inputs" in reads else None
                 y = None
                 if "float_outputs" in reads:
                     bias = attribute(self.float_prefix.graph, twin.args[2]).detach().float().view(groups, -1, 1)
-                    y = _columns(patches.made(twin, float_outputs, groups, place)) - bias
+                    y = _columns(im2col.made(twin, float_outputs, groups, place)) - bias
                 part = Sample(x, other, y, len(place))
                 if room is not None and filled + x.shape[2] > room.inputs.shape[2]:
                     yield _columns_of(room, 0, filled)

@@ -14,10 +14,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from rarefy.capturing import attribute
+from rarefy.graph.capture import attribute
+from rarefy.graph.features import cuts
+from rarefy.graph.interpreter import Prefix
 from rarefy.kernels.quantize import fake_quantize
-from rarefy.prefix import Prefix
-from rarefy.tapping import cuts
 
 MOST = 16  # layers of a block
 

@@ -28,10 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy import patches
-from rarefy.capturing import as_graph, attribute, device_of, is_tensor, set_attribute, shapes, share_copy
 from rarefy.errors import CheckFailed, DataError, InputError
-from rarefy.folding import layer_name, weighted
+from rarefy.graph import im2col
+from rarefy.graph.capture import as_graph, attribute, device_of, is_tensor, set_attribute, shapes, share_copy
+from rarefy.graph.fold import layer_name, weighted
 from rarefy.survivors import followed
 from rarefy.system.progress import track
 
@@ -219,7 +219,7 @@ class _Repair:
         shifts = norm is not None or (bias_node is not None and _alone(self.small, node, 2))
         axis = -1 if node.target is aten.linear.default else 1
         kept = self.kept.get(str(node.args[1].target))  # type: ignore[union-attr]
-        groups = patches.groups_of(node)
+        groups = im2col.groups_of(node)
         own = weight.reshape(groups, weight.shape[0] // groups, -1)
         bias = None if bias_node is None else attribute(self.small, bias_node).detach()
         fit, judge = _Normal(own, bias), _Normal(own, bias)
@@ -343,8 +343,8 @@ def _pairs(
     node: fx.Node, source: Tensor, wanted: Tensor, shape: Sequence[int], groups: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """What the layer reads, (N, groups, K, places), and what it should make of it, (N, groups, outputs, places), at places drawn once a batch."""
-    place = patches.draw(patches.plane(node, source, shape), generator, source.device)
-    return patches.read(node, source, shape, groups, place), patches.made(node, wanted, groups, place)
+    place = im2col.draw(im2col.plane(node, source, shape), generator, source.device)
+    return im2col.read(node, source, shape, groups, place), im2col.made(node, wanted, groups, place)
 
 
 # ------------------------------------------------------------------------------------------------------------------- graphs
@@ -385,7 +385,7 @@ def _changed(small: fx.GraphModule, wide: fx.GraphModule) -> set[fx.Node]:
 
 def _reads_less(small: fx.GraphModule, wide: fx.GraphModule, node: fx.Node) -> bool:
     """A layer of which input channels are gone. One that only makes fewer outputs makes those as before, and so does batch norm."""
-    if not weighted(node) or patches.groups_of(node) > 1:
+    if not weighted(node) or im2col.groups_of(node) > 1:
         return False
     name = str(node.args[1].target)  # type: ignore[union-attr]
     try:

@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 
 import rarefy.kernels  # noqa: F401  registers torch.ops.rarefy
 from rarefy import grids
-from rarefy.capturing import attribute, device_of, set_attribute
-from rarefy.folding import padding_of, put
+from rarefy.graph.capture import attribute, device_of, set_attribute
+from rarefy.graph.fold import padding_of, put
 from rarefy.placing import Placement, clip_bounds
 
 aten = torch.ops.aten

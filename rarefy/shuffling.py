@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rarefy.capturing import device_of, finish, set_attribute, shapes, share_copy
-from rarefy.counting import operator_name
+from rarefy.graph.capture import device_of, finish, set_attribute, shapes, share_copy
+from rarefy.graph.macs import operator_name
 
 aten = torch.ops.aten
 

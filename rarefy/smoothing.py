@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rarefy.capturing import attribute
 from rarefy.errors import InputError
-from rarefy.folding import put, weighted
+from rarefy.graph.capture import attribute
+from rarefy.graph.fold import put, weighted
 from rarefy.observing import Taps
 
 aten = torch.ops.aten

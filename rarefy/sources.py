@@ -41,8 +41,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy.capturing import capture, is_graph, output_shapes
 from rarefy.errors import CaptureError, FormatError, InputError, MissingDependency
+from rarefy.graph.capture import capture, is_graph, output_shapes
 
 FORMS = "timm:NAME, torchvision:NAME, package.module:function, a folder saved by rarefy, or a .pt2 file"
 

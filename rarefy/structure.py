@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from rarefy import allowlist, packing
-from rarefy.capturing import dtype_name, set_attribute
 from rarefy.errors import FormatError
+from rarefy.graph.capture import dtype_name, set_attribute
 from rarefy.system.strict_json import expect, expected, is_size, located, parse, plain, restore, said, special_float
 
 SCHEMA = 1

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy.capturing import attribute, finish, set_attribute, share_copy
-from rarefy.counting import operator_name
 from rarefy.coupling import Coupling, Kept
 from rarefy.errors import InputError
+from rarefy.graph.capture import attribute, finish, set_attribute, share_copy
+from rarefy.graph.macs import operator_name
 from rarefy.labels import Value
 
 aten = torch.ops.aten

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import fx, nn
 
-from rarefy.capturing import set_attribute
 from rarefy.errors import InputError
-from rarefy.folding import fold, weighted
+from rarefy.graph.capture import set_attribute
+from rarefy.graph.fold import fold, weighted
 
 Teachers = nn.Module | Sequence[nn.Module] | Sequence[tuple[float, nn.Module]] | None
 

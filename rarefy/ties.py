@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rarefy.capturing import attribute, is_tensor
-from rarefy.counting import einsum_letters, operator_name
+from rarefy.graph.capture import attribute, is_tensor
+from rarefy.graph.macs import einsum_letters, operator_name
 from rarefy.labels import Trace, Value, along, axes_of, compact
 
 aten = torch.ops.aten

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, fx, nn
 
 import rarefy.kernels
-from rarefy.capturing import attribute, finish, set_attribute, shapes
 from rarefy.errors import InputError
+from rarefy.graph.capture import attribute, finish, set_attribute, shapes
+from rarefy.graph.lowering import LAYERS, is_decoded, to_numbers
 from rarefy.kernels.quantize import along, fake_quantize, quantize
-from rarefy.lowering import LAYERS, is_decoded, to_numbers
 from rarefy.normalizing import folded
 from rarefy.rewriting import BIAS_LIMIT
 from rarefy.training import Training

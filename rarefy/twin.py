@@ -28,10 +28,10 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from rarefy.alike import Run, alike, lengths, sources_of
-from rarefy.capturing import attribute, example_inputs
-from rarefy.counting import operator_name
 from rarefy.coupling import Coupling, Kept
 from rarefy.errors import SelfCheckFailed
+from rarefy.graph.capture import attribute, example_inputs
+from rarefy.graph.macs import operator_name
 from rarefy.labels import Value
 from rarefy.surgery import PIECE
 from rarefy.system.memory import Level

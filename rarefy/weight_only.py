@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, fx
 
 from rarefy import grids, plugins
-from rarefy.capturing import attribute, finish, set_attribute
 from rarefy.errors import InputError
+from rarefy.graph.capture import attribute, finish, set_attribute
 from rarefy.kernels import fp4
 from rarefy.kernels.quantize import along
 from rarefy.rounding import OfWeights

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rarefy.alike import alike, lengths, sources_of
-from rarefy.capturing import attribute, capture, example_inputs
-from rarefy.counting import operator_name
+from rarefy.graph.capture import attribute, capture, example_inputs
+from rarefy.graph.macs import operator_name
 
 
 class Everything(nn.Module):

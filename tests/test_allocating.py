@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rarefy.allocating import Mixed, parse, program
-from rarefy.capturing import capture
 from rarefy.errors import InputError
-from rarefy.folding import fold, weighted
+from rarefy.graph.capture import capture
+from rarefy.graph.fold import fold, weighted
 from rarefy.layer_times import layer_times
 from rarefy.quantizing import quantize
 

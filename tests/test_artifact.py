@@ -14,8 +14,8 @@ from safetensors import safe_open
 from torch import nn
 
 from rarefy import artifact
-from rarefy.capturing import capture, finish, set_attribute
 from rarefy.errors import FormatError, InputError
+from rarefy.graph.capture import capture, finish, set_attribute
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = {

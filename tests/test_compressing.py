@@ -13,10 +13,10 @@ import torch
 from torch import fx
 
 from rarefy import artifact, compressing, demo, distilling
-from rarefy.capturing import capture
 from rarefy.compressing import Budget, Candidate, Outcome, compress
 from rarefy.errors import InputError
 from rarefy.evaluating import doubts, wilson
+from rarefy.graph.capture import capture
 from rarefy.quantizing import quantize
 from rarefy.tasks.classification import Classification
 

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rarefy.capturing import attribute, capture, set_attribute
 from rarefy.coupling import Coupling, couple
 from rarefy.errors import InputError
+from rarefy.graph.capture import attribute, capture, set_attribute
 from rarefy.surgery import cut
 from rarefy.twin import check
 

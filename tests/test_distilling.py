@@ -26,10 +26,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from rarefy import checkpoint, distilling, objective
-from rarefy.capturing import capture, is_graph
 from rarefy.checkpoint import STATE_FILE
 from rarefy.distilling import distill, train
 from rarefy.errors import FormatError, InputError, TrainingDiverged
+from rarefy.graph.capture import capture, is_graph
 from rarefy.mixing import mix
 from rarefy.system import progress
 from rarefy.training import Training

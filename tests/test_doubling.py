@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rarefy import capture, quantize
-from rarefy.capturing import attribute
 from rarefy.doubling import double, places
-from rarefy.folding import fold, simplify, weighted
+from rarefy.graph.capture import attribute
+from rarefy.graph.fold import fold, simplify, weighted
 from rarefy.grids import Grid
 
 DEAD = (2, 7, 11)

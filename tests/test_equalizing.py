@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rarefy import capture, quantize
-from rarefy.capturing import attribute
 from rarefy.equalizing import equalize, streams
 from rarefy.errors import DataError
-from rarefy.folding import fold, layer_name, simplify, weighted
+from rarefy.graph.capture import attribute
+from rarefy.graph.fold import fold, layer_name, simplify, weighted
 from rarefy.grids import Grid
 
 

@@ -10,9 +10,9 @@ from torch import nn
 
 import rarefy
 from rarefy import reporting
-from rarefy.capturing import capture
 from rarefy.errors import InputError
 from rarefy.explaining import IMAGES, explain
+from rarefy.graph.capture import capture
 from rarefy.quantizing import quantize
 
 

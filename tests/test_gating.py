@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from rarefy import gating, measuring, plugins
-from rarefy.capturing import capture
 from rarefy.errors import InputError
-from rarefy.folding import fold
+from rarefy.graph.capture import capture
+from rarefy.graph.fold import fold
 from rarefy.placing import place
 from rarefy.quantizing import quantize
 from rarefy.system import cpu

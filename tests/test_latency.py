@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from rarefy import latency, measuring
-from rarefy.capturing import capture
-from rarefy.counting import count_macs
 from rarefy.errors import InputError
+from rarefy.graph.capture import capture
+from rarefy.graph.macs import count_macs
 from rarefy.latency import Kernel, Space, damage, descend, fit
 from rarefy.pruning import prune
 from rarefy.runtimes.onnxruntime import OnnxRuntime

@@ -14,10 +14,10 @@ from test_distilling import QUICK, RESUMED, Digits, Stopped, digits, facts, net,
 from torch import Tensor, fx, nn
 
 from rarefy import distilling, objective
-from rarefy.capturing import capture
 from rarefy.distilling import distill, train
 from rarefy.dot import Dot
 from rarefy.errors import DataError, FormatError, InputError
+from rarefy.graph.capture import capture
 from rarefy.teaching import teachers_of
 from rarefy.training import PRESETS, Training, training_of
 

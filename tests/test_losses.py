@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rarefy import plugins
-from rarefy.capturing import capture
 from rarefy.errors import InputError
+from rarefy.graph.capture import capture
+from rarefy.graph.features import cuts, matched, tapped
 from rarefy.losses import FeatureLoss, Loss
 from rarefy.losses.at import At
 from rarefy.losses.dist import Dist
@@ -25,7 +26,6 @@ from rarefy.losses.rkd import Rkd
 from rarefy.losses.skd import Skd
 from rarefy.losses.wkd import Wkd
 from rarefy.objective import terms
-from rarefy.tapping import cuts, matched, tapped
 
 NAMES = plugins.available("losses")
 FORMS = [*NAMES, "mse:on=logits"]

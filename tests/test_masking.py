@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from rarefy import artifact, cli, packing, reporting
-from rarefy.capturing import capture
 from rarefy.compressing import Budget, compress
 from rarefy.distilling import distill, train
 from rarefy.errors import FormatError, InputError
+from rarefy.graph.capture import capture
 from rarefy.masking import _blocks, _shares, mask, parse, weights_of
 from rarefy.saliency.wanda import Wanda
 from rarefy.tasks.classification import Classification

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from rarefy import artifact, measuring
-from rarefy.capturing import capture
 from rarefy.errors import InputError
+from rarefy.graph.capture import capture
 
 
 def network(width: int, side: int = 8) -> fx.GraphModule:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from rarefy import capture, patches
-from rarefy.capturing import attribute
-from rarefy.folding import weighted
+from rarefy import capture
+from rarefy.graph import im2col
+from rarefy.graph.capture import attribute
+from rarefy.graph.fold import weighted
 
 
 @pytest.mark.parametrize(
@@ -32,10 +33,10 @@ def test_the_mean_of_what_a_layer_reads_gives_that_of_its_sums(layer: nn.Module,
     graph = capture(nn.Sequential(layer).eval(), batches[0])
     node: Any = next(node for node in graph.graph.nodes if weighted(node))
     weight, bias = (attribute(graph, source).detach().double() for source in node.args[1:3])
-    mean = patches.Mean(node, weight.shape)
+    mean = im2col.Mean(node, weight.shape)
     for batch in batches:
         mean.add(batch.contiguous(memory_format=torch.channels_last) if batch.dim() == 4 else batch)
-    groups = patches.groups_of(node)
+    groups = im2col.groups_of(node)
     found = (weight.reshape(groups, len(weight) // groups, -1) @ mean.value(groups)).flatten() + bias
     with torch.no_grad():
         made = torch.cat([graph(batch) for batch in batches]).double()

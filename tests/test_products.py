@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from rarefy import artifact, plugins
-from rarefy.capturing import attribute, capture
-from rarefy.folding import fold, layer_name, simplify
+from rarefy.graph.capture import attribute, capture
+from rarefy.graph.fold import fold, layer_name, simplify
+from rarefy.graph.lowering import to_integers, to_numbers
 from rarefy.kernels.quantize import dequantize
-from rarefy.lowering import to_integers, to_numbers
 from rarefy.placing import place
 from rarefy.quantizing import quantize
 from rarefy.trainable import to_codes, to_trainable

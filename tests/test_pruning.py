@@ -19,8 +19,6 @@ from torch import Tensor, fx, nn
 from torchvision.models.convnext import CNBlockConfig
 
 from rarefy import plugins
-from rarefy.capturing import capture
-from rarefy.counting import count_macs, count_parameters, layer_macs
 from rarefy.coupling import couple
 from rarefy.criteria.activation import Activation
 from rarefy.criteria.bn_scale import BnScale
@@ -29,6 +27,8 @@ from rarefy.criteria.hessian import Hessian
 from rarefy.criteria.magnitude import Magnitude
 from rarefy.criteria.taylor import Taylor
 from rarefy.errors import CaptureError, InputError, SelfCheckFailed
+from rarefy.graph.capture import capture
+from rarefy.graph.macs import count_macs, count_parameters, layer_macs
 from rarefy.pruning import Target, choose, prune
 from rarefy.surgery import cut
 from rarefy.twin import check

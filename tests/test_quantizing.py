@@ -13,17 +13,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rarefy import grids, plugins
-from rarefy.capturing import capture
 from rarefy.errors import DataError, InputError
 from rarefy.exporting import export
-from rarefy.folding import fold, simplify
+from rarefy.graph.capture import capture
+from rarefy.graph.fold import fold, simplify
+from rarefy.graph.interpreter import Prefix
 from rarefy.grids import Grid
 from rarefy.kernels.chunks import PIECE
 from rarefy.kernels.quantize import dequantize, fake_quantize
 from rarefy.kernels.quantize import quantize as to_codes
 from rarefy.measuring import measure
 from rarefy.observing import BINS, Histogram, Taps, observe
-from rarefy.prefix import Prefix
 from rarefy.pruning import prune
 from rarefy.quantizing import quantize
 from rarefy.rounding import OfWeights

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from rarefy import plugins, reconstruction
-from rarefy.capturing import capture
 from rarefy.errors import InputError
-from rarefy.folding import fold, layer_name, weighted
+from rarefy.graph.capture import capture
+from rarefy.graph.fold import fold, layer_name, weighted
 from rarefy.quantizing import quantize
 from rarefy.rounding import Rounded
 

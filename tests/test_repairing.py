@@ -13,9 +13,9 @@ import torchvision
 from torch import Tensor, fx, nn
 
 from rarefy.artifact import load, save
-from rarefy.capturing import attribute, capture
 from rarefy.errors import CheckFailed, DataError, InputError
-from rarefy.folding import weighted
+from rarefy.graph.capture import attribute, capture
+from rarefy.graph.fold import weighted
 from rarefy.pruning import prune
 from rarefy.repairing import RIDGES, _Normal, _pairs, kept_channels, repair
 from rarefy.survivors import packed, unpacked

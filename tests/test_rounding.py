@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rarefy import plugins
-from rarefy.capturing import capture
 from rarefy.errors import InputError
+from rarefy.graph.capture import capture
 from rarefy.grids import Grid
 from rarefy.quantizing import quantize
 from rarefy.rounding import Layer, OfLayers, Sample

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from rarefy import artifact, measuring, plugins
-from rarefy.capturing import capture
 from rarefy.certifying import certify
 from rarefy.errors import FormatError, InputError
+from rarefy.graph.capture import capture
 from rarefy.quantizing import quantize
 from rarefy.system import cpu
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from rarefy import artifact, cli, plugins, recipe
-from rarefy.capturing import capture
-from rarefy.counting import count_macs, count_parameters
 from rarefy.coupling import couple
 from rarefy.distilling import train
 from rarefy.errors import InputError
 from rarefy.evaluating import evaluate
+from rarefy.graph.capture import capture
+from rarefy.graph.macs import count_macs, count_parameters
 from rarefy.pruning import Target, choose, prune
 from rarefy.repairing import kept_channels
 from rarefy.schedules.group_sparse import GroupSparse, Pull

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy.capturing import attribute, capture
 from rarefy.errors import InputError
-from rarefy.folding import fold, layer_name
+from rarefy.graph.capture import attribute, capture
+from rarefy.graph.fold import fold, layer_name
 from rarefy.quantizing import quantize
 from rarefy.smoothing import smooth
 

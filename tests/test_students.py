@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from rarefy import artifact, cli, plugins, students
-from rarefy.capturing import capture, example_inputs
-from rarefy.counting import count_macs, count_parameters
 from rarefy.distilling import distill, train
 from rarefy.errors import InputError
+from rarefy.graph.capture import capture, example_inputs
+from rarefy.graph.macs import count_macs, count_parameters
 from rarefy.students.depth import _evenly, blocks, influence, without
 from rarefy.tasks.classification import Classification
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from rarefy.capturing import aten, capture
-from rarefy.tapping import cuts, tapped
+from rarefy.graph.capture import aten, capture
+from rarefy.graph.features import cuts, tapped
 from rarefy.teaching import frozen
 
 

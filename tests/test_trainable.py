@@ -8,9 +8,9 @@ from torch import nn
 
 from rarefy import distill, plugins
 from rarefy.artifact import load, save
-from rarefy.capturing import capture
 from rarefy.distilling import train
 from rarefy.errors import InputError, TrainingDiverged
+from rarefy.graph.capture import capture
 from rarefy.normalizing import put_back
 from rarefy.quantizing import quantize
 from rarefy.tasks.classification import Classification

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rarefy import capture, onnxfile
 from rarefy.errors import InputError
-from rarefy.folding import fold_constants
+from rarefy.graph.fold import fold_constants
 from rarefy.translating import ROWS, Untranslated, onnx_model
 
 onnx = pytest.importorskip("onnx")

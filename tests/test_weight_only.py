@@ -8,8 +8,8 @@ from torch import nn
 
 from rarefy import plugins
 from rarefy.artifact import load, save
-from rarefy.capturing import capture
 from rarefy.errors import InputError
+from rarefy.graph.capture import capture
 from rarefy.quantizing import quantize
 
 

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rarefy.capturing import device_of
-from rarefy.counting import MACS, operator_name
 from rarefy.coupling import Coupling
 from rarefy.errors import DataError, InputError
+from rarefy.graph.capture import device_of
+from rarefy.graph.macs import MACS, operator_name
 from rarefy.labels import Value, axes_of
 
 _SUMS = {*MACS, "mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm", "logsumexp", "var_mean", "std_mean"}

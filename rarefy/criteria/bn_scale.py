@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rarefy.capturing import attribute
-from rarefy.counting import operator_name
 from rarefy.coupling import Coupling
 from rarefy.errors import InputError
+from rarefy.graph.capture import attribute
+from rarefy.graph.macs import operator_name
 
 
 @dataclass(frozen=True)

@@ -35,11 +35,12 @@ import torch
 from torch import Tensor, fx
 
 import rarefy.kernels
-from rarefy import artifact, counting, parity
-from rarefy.capturing import attribute, finish, set_attribute, share_copy
+from rarefy import artifact, parity
 from rarefy.errors import FormatError, InputError
-from rarefy.folding import fold
-from rarefy.lowering import LAYERS, to_integers, to_numbers
+from rarefy.graph import macs
+from rarefy.graph.capture import attribute, finish, set_attribute, share_copy
+from rarefy.graph.fold import fold
+from rarefy.graph.lowering import LAYERS, to_integers, to_numbers
 from rarefy.placing import Capabilities
 from rarefy.system.cpu import exact_int8
 
@@ -315,8 +316,8 @@ class _Timed(fx.Interpreter):
         self.found: list[tuple[str, str, list[list[int]], float]] = []
 
     def run_node(self, node: fx.Node) -> Any:
-        name = counting.operator_name(node)
-        if name not in counting.MACS:
+        name = macs.operator_name(node)
+        if name not in macs.MACS:
             return super().run_node(node)
         reads = [self.env[source] for source in node.all_input_nodes]
         _wait(reads[0])

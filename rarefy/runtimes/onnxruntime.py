@@ -30,9 +30,9 @@ import torch
 from torch import Tensor, fx
 
 from rarefy import onnxfile, parity
-from rarefy.capturing import attribute, set_attribute, shapes, share_copy
 from rarefy.errors import FormatError
-from rarefy.lowering import is_decoded, to_numbers
+from rarefy.graph.capture import attribute, set_attribute, shapes, share_copy
+from rarefy.graph.lowering import is_decoded, to_numbers
 from rarefy.onnxfile import needs
 from rarefy.placing import Capabilities
 from rarefy.system.cpu import exact_int8

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, fx
 
 from rarefy import onnxfile, parity
-from rarefy.capturing import attribute, finish
 from rarefy.errors import FormatError, InputError
-from rarefy.lowering import to_numbers
+from rarefy.graph.capture import attribute, finish
+from rarefy.graph.lowering import to_numbers
 from rarefy.onnxfile import needs
 from rarefy.placing import Capabilities
 from rarefy.system.cpu import exact_int8

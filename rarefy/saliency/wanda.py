@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from rarefy.capturing import attribute, device_of
 from rarefy.errors import DataError, InputError
+from rarefy.graph.capture import attribute, device_of
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import torch
 from torch import fx
 
 from rarefy import plugins
-from rarefy.counting import count_macs, count_parameters
 from rarefy.errors import InputError
+from rarefy.graph.macs import count_macs, count_parameters
 from rarefy.schedules import Asked, Once, Setting, check_training, joined, last, trained
 from rarefy.survivors import followed, packed
 

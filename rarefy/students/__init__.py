@@ -15,9 +15,9 @@ import torch
 from torch import fx
 
 from rarefy import plugins
-from rarefy.capturing import output_shapes
-from rarefy.counting import count_macs, count_parameters
 from rarefy.errors import InputError
+from rarefy.graph.capture import output_shapes
+from rarefy.graph.macs import count_macs, count_parameters
 
 
 @runtime_checkable

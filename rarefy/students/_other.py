@@ -10,8 +10,8 @@ from typing import Any
 from torch import fx
 
 from rarefy import plugins, sources
-from rarefy.capturing import as_graph, device_of, output_shapes
 from rarefy.errors import InputError
+from rarefy.graph.capture import as_graph, device_of, output_shapes
 
 
 @dataclass(frozen=True)

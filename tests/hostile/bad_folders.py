@@ -22,7 +22,7 @@ import zstandard
 from torch import nn
 
 from rarefy import artifact
-from rarefy.capturing import capture
+from rarefy.graph.capture import capture
 
 KINDS: dict[str, Callable[[Path], None]] = {}
 HUGE = 2**40

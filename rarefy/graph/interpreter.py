@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rarefy.capturing import attribute
+from rarefy.graph.capture import attribute
 from rarefy.kernels.quantize import OPERATORS
 from rarefy.observing import laid_out
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import fx
 
-from rarefy.capturing import shapes
+from rarefy.graph.capture import shapes
 
 Axis = tuple[fx.Node, int]
 Products = list[list[Axis]]  # the MACs of a node: the sum over products of the sizes of these axes

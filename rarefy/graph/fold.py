@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy.capturing import attribute, finish, set_attribute, shapes, share_copy
 from rarefy.errors import InputError
+from rarefy.graph.capture import attribute, finish, set_attribute, shapes, share_copy
 from rarefy.kernels import OPERATORS
 
 aten = torch.ops.aten

@@ -16,8 +16,8 @@ from typing import NamedTuple
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from rarefy.capturing import TRAINING_FLAG, aten, is_tensor, shapes
 from rarefy.errors import InputError
+from rarefy.graph.capture import TRAINING_FLAG, aten, is_tensor, shapes
 
 DEPTHS = 4  # features of a network of one resolution
 
