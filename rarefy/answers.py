@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from rarefy.data.transfer import sent
 from rarefy.errors import FormatError, InputError
-from rarefy.sending import sent
 
 _MOST_OF_A_GPU = 0.125  # of its memory, for answers that stay there
 _NAMES = {

@@ -52,11 +52,11 @@ from torch.utils import _pytree as pytree
 from rarefy import plugins, students
 from rarefy.answers import Answers
 from rarefy.checkpoint import Store, digest, load_into, tensors_of
+from rarefy.data.augmentation import mix
 from rarefy.dot import Dot
 from rarefy.errors import FormatError, InputError, RarefyError, TrainingDiverged, WorkerLost
 from rarefy.graph.capture import as_graph, aten, device_of, output_shapes
 from rarefy.logs import Logs
-from rarefy.mixing import mix
 from rarefy.normalizing import put_back
 from rarefy.objective import Answer, Losses, Objective, Term, terms
 from rarefy.syncing import batch_norm, synchronised

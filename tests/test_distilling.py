@@ -27,10 +27,10 @@ from torch.nn import functional as F
 
 from rarefy import checkpoint, distilling, objective
 from rarefy.checkpoint import STATE_FILE
+from rarefy.data.augmentation import mix
 from rarefy.distilling import distill, train
 from rarefy.errors import FormatError, InputError, TrainingDiverged
 from rarefy.graph.capture import capture, is_graph
-from rarefy.mixing import mix
 from rarefy.system import progress
 from rarefy.training import Training
 

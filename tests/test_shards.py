@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 
 from rarefy import cli
+from rarefy.data.shards import MOST_BYTES, Shards, files_of, shuffled
 from rarefy.errors import DataError
 from rarefy.tasks.classification import Classification
-from rarefy.tasks.shards import MOST_BYTES, Shards, files_of, shuffled
 
 SIZE = 8
 
@@ -389,7 +389,7 @@ def test_parquet_says_what_is_missing(tmp_path: Path) -> None:
 
 
 def test_parquet_keeps_few_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rarefy.tasks import parquet
+    from rarefy.data import parquet
 
     noise: list[bytes] = []
     for seed in range(64):

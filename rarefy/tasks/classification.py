@@ -47,9 +47,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from rarefy.data.sources import Arrays, Items, Source, Split, load
+from rarefy.data.transfer import sent
 from rarefy.errors import DataError
-from rarefy.sending import sent
-from rarefy.tasks.sources import Arrays, Items, Source, Split, load
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _RESAMPLING = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -76,7 +76,7 @@ class Augmentation(NamedTuple):
 class Classification:
     """A data set to train on, one to judge on, and how images are prepared for the model.
 
-    train, val: a source (see ``rarefy/tasks/sources.py``); either may be left out.
+    train, val: a source (see ``rarefy/data/sources.py``); either may be left out.
     size: side of the model's square input in pixels; None: the arrays' own, 224 for files.
     channels: 1 or 3; None: the arrays' own, 3 for files.
     class_count: number of classes, where it is not the number of folders or the largest label + 1.

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rarefy.data.shards import MOST_BYTES, LeftOut, digest_of, plain
 from rarefy.errors import DataError, MissingDependency
-from rarefy.tasks.shards import MOST_BYTES, LeftOut, digest_of, plain
 
 CACHE = 128 * 2**20  # bytes of row groups kept, a process
 MOST_IN_A_GROUP = 2**30

@@ -43,9 +43,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from rarefy.data.parquet import Parquet
+from rarefy.data.shards import Shards, files_of, shuffled
 from rarefy.errors import DataError, MissingDependency
-from rarefy.tasks.parquet import Parquet
-from rarefy.tasks.shards import Shards, files_of, shuffled
 
 Split = Literal["train", "val"]
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
