@@ -33,7 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import peers
 from bench.efficientnet_lite0 import WIDEST, interval, onnxruntime_quantized
 from bench.speed_models import MODELS, TRANSFORMERS, build
-from rarefy import artifact, capture, measuring, plugins, quantize
+from rarefy import capture, measuring, plugins, quantize
+from rarefy.artifact import folder
 from rarefy.errors import DataError, MissingDependency
 from rarefy.terminal import show_table
 
@@ -72,8 +73,8 @@ def prepared(name: str, home: Path, stored: Tensor) -> list[str]:
     batches = list(stored.split(8))
     missing = []
     if not (home / "graph").exists():
-        artifact.save(capture(build(name), torch.zeros(2, 3, SIZE, SIZE)), home / "graph")
-    graph = artifact.load(home / "graph")
+        folder.save(capture(build(name), torch.zeros(2, 3, SIZE, SIZE)), home / "graph")
+    graph = folder.load(home / "graph")
     for runtime in ("onnxruntime", "openvino"):
         target = home / f"rarefy_{runtime}.onnx"
         if not target.exists():
@@ -125,7 +126,7 @@ def gated(home: Path, stored: Tensor, threads: int) -> list[dict[str, Any]]:
     found = []
     for runtime in (measuring.with_threads(text, threads) for text in ("openvino", "openvino:precision=bf16")):
         small = quantize(
-            artifact.load(home / "graph"), batches=list(stored.split(8)), images=IMAGES, runtime=runtime, gate="latency", progress=False
+            folder.load(home / "graph"), batches=list(stored.split(8)), images=IMAGES, runtime=runtime, gate="latency", progress=False
         )
         facts = small.meta["history"][-1]["facts"]
         found.append(

@@ -22,10 +22,10 @@ _HOMES = {
     "measure": "rarefy.measuring",
     "compress": "rarefy.compressing",
     "Budget": "rarefy.compressing",
-    "save": "rarefy.artifact",
-    "load": "rarefy.artifact",
-    "sign": "rarefy.signing",
-    "verify": "rarefy.signing",
+    "save": "rarefy.artifact.folder",
+    "load": "rarefy.artifact.folder",
+    "sign": "rarefy.artifact.signing",
+    "verify": "rarefy.artifact.signing",
     "export": "rarefy.exporting",
     "certify": "rarefy.certifying",
     "report": "rarefy.reporting",
@@ -54,7 +54,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from rarefy.artifact import load, save
+    from rarefy.artifact.folder import load, save
+    from rarefy.artifact.signing import sign, verify
     from rarefy.certifying import certify
     from rarefy.compressing import Budget, compress
     from rarefy.distilling import distill
@@ -67,7 +68,6 @@ if TYPE_CHECKING:
     from rarefy.pruning import prune
     from rarefy.quantizing import quantize
     from rarefy.reporting import report
-    from rarefy.signing import sign, verify
 
 
 def __getattr__(name: str) -> Any:

@@ -266,7 +266,7 @@ def _compress(asked: Any, key: str | None, as_json: bool) -> None:
     )
     result.save(output)
     if signer:
-        from rarefy import signing
+        from rarefy.artifact import signing
 
         signing.sign(output, signer)
     shutil.rmtree(f"{output}.work", ignore_errors=True)
@@ -808,7 +808,7 @@ def sign(
     as_json: Json = False,
 ) -> None:
     """Sign a folder: every file in it. A key's password is taken from $RAREFY_KEY_PASSWORD."""
-    from rarefy import signing
+    from rarefy.artifact import signing
 
     password = os.environ.get("RAREFY_KEY_PASSWORD")
     signature = signing.sign(folder, key, password=password, certificate=certificate, chain=chain or (), sigstore=sigstore)
@@ -828,7 +828,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Refuse (exit 1) a folder in which a file was changed, added or removed, or that another key signed."""
-    from rarefy import signing
+    from rarefy.artifact import signing
 
     names = signing.verify(folder, key, chain=chain or (), identity=identity, issuer=issuer)
     if as_json:
@@ -843,7 +843,7 @@ def keygen(
     as_json: Json = False,
 ) -> None:
     """Make a pair of keys to sign with. With $RAREFY_KEY_PASSWORD, the private one is encrypted."""
-    from rarefy import signing
+    from rarefy.artifact import signing
 
     private, public = signing.keygen(path, password=os.environ.get("RAREFY_KEY_PASSWORD"))
     if as_json:
@@ -1174,10 +1174,11 @@ def _readable(text: str, option: str) -> str:
 
 
 def _save(graph: Any, folder: str, source: Any, task: Any, as_json: bool) -> None:
-    from rarefy import artifact, measuring
+    from rarefy import measuring
+    from rarefy.artifact import folder as folder_
 
     manifest = {"model": source.text, "weights": source.weights, "task": task.describe() if task is not None else None}
-    artifact.save(graph, folder, manifest=manifest)
+    folder_.save(graph, folder, manifest=manifest)
     step = graph.meta["history"][-1]
     found = {
         "folder": folder,

@@ -49,7 +49,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy import artifact, measuring, plugins, reporting
+from rarefy import measuring, plugins, reporting
+from rarefy.artifact import folder as folder_
 from rarefy.certifying import certify
 from rarefy.distilling import distill
 from rarefy.errors import CheckFailed, FormatError, InputError
@@ -123,7 +124,7 @@ class Result:
             "report.html": reporting.html(self.report).encode(),
             "report.json": reporting.as_json(self.report).encode(),
         }
-        return artifact.save(self.graph, folder, manifest=self.manifest, files=files)
+        return folder_.save(self.graph, folder, manifest=self.manifest, files=files)
 
 
 def compress(
@@ -268,10 +269,10 @@ class Candidate:
 
     @cached_property
     def size(self) -> int:
-        return (self.folder / artifact.WEIGHTS).stat().st_size
+        return (self.folder / folder_.WEIGHTS).stat().st_size
 
     def graph(self) -> fx.GraphModule:
-        return artifact.load(self.folder)
+        return folder_.load(self.folder)
 
 
 @dataclass
@@ -336,7 +337,7 @@ class _Run:
 
     def _identity(self, original: fx.GraphModule) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="rarefy-") as folder:
-            content = artifact.content_hash(artifact.save(original, Path(folder) / "original"))
+            content = folder_.content_hash(folder_.save(original, Path(folder) / "original"))
         splits = [split for split in ("train", "val") if getattr(self.task, split, None) is not None]
         identity = {
             "model": content,
@@ -354,7 +355,7 @@ class _Run:
 
     def candidate_of(self, index: int) -> Candidate:
         folder = self._place(index)
-        return Candidate(index, folder, artifact.read_manifest(folder)["found"])
+        return Candidate(index, folder, folder_.read_manifest(folder)["found"])
 
     def _place(self, index: int) -> Path:
         return self.folder / (f"{index}-{self.steps[index - 1]['do']}" if index else "0-original")
@@ -414,7 +415,7 @@ class _Run:
             others = {} if parent is None else {one.name: one.folder / self.model for one in (self.original, parent)}
             times = measuring.timed({**others, name: file}, self._example(1), runtime=self.runtime)[name]
             found |= {"latency_ms": times["latency_ms"], "speedup": times["speedup"]}
-            artifact.save(graph, place, manifest={"found": found}, files={self.model: file})
+            folder_.save(graph, place, manifest={"found": found}, files={self.model: file})
         return self.candidate_of(index)
 
     def _example(self, count: int) -> Tensor:
@@ -491,10 +492,10 @@ class _Run:
         winner = self.chosen(outcomes, last)
         self._say(f"final evaluation of {winner.name}")
         before, after, parity = self._compared(winner)
-        files = {"graph.json": winner.folder / artifact.GRAPH, "weights.safetensors": winner.folder / artifact.WEIGHTS}
+        files = {"graph.json": winner.folder / folder_.GRAPH, "weights.safetensors": winner.folder / folder_.WEIGHTS}
         hashes = {
-            "original": artifact.content_hash(self.original.folder),
-            "teacher": artifact.content_hash(self.original.folder),
+            "original": folder_.content_hash(self.original.folder),
+            "teacher": folder_.content_hash(self.original.folder),
             **{f"data.{split}": digest for split, digest in _read(self.folder / RUN)["data"].items()},
             **{
                 name: hashlib.sha256(file.read_bytes()).hexdigest()

@@ -39,7 +39,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from rarefy import artifact, plugins
+from rarefy import plugins
+from rarefy.artifact import folder as folder_
 from rarefy.errors import InputError
 from rarefy.graph import macs
 from rarefy.graph.capture import dtype_name, example_inputs
@@ -125,7 +126,7 @@ def count_parameters(graph: fx.GraphModule) -> int:
 def weight_bytes(graph: fx.GraphModule) -> int:
     """Size of ``weights.safetensors``, as ``save`` writes it."""
     with tempfile.TemporaryDirectory(prefix="rarefy-") as folder:
-        return (artifact.save(graph, Path(folder) / "model") / artifact.WEIGHTS).stat().st_size
+        return (folder_.save(graph, Path(folder) / "model") / folder_.WEIGHTS).stat().st_size
 
 
 def timed(

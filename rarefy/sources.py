@@ -294,12 +294,12 @@ def _folder(text: str, weights: Any, classes: int | None) -> Source:
         raise FormatError(f"{text}: no graph.json in that folder, so rarefy did not save it; give {FORMS}")
     if weights is not None:
         raise InputError(f"{text}: a saved folder has its own weights; leave out --weights")
-    from rarefy import artifact
+    from rarefy.artifact import folder
 
-    graph = artifact.load(text)
+    graph = folder.load(text)
     if classes is not None:
         _check_classes(text, output_shapes(graph), classes)
-    task = artifact.read_manifest(text).get("task")
+    task = folder.read_manifest(text).get("task")
     known = {key: task[key] for key in ("mean", "std", "crop", "interpolation") if key in task} if isinstance(task, dict) else {}
     shape = _shape_of(graph)
     if shape is not None and len(shape) == 3 and shape[1] == shape[2]:

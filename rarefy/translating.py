@@ -24,10 +24,10 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 import rarefy.kernels  # noqa: F401  registers torch.ops.rarefy
+from rarefy.artifact.packing import pack
 from rarefy.errors import InputError
 from rarefy.graph.capture import attribute, is_tensor, shapes
 from rarefy.graph.lowering import is_decoded
-from rarefy.packing import pack
 
 aten = torch.ops.aten
 OPERATORS = torch.ops.rarefy

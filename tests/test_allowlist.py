@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import fx
 
-from rarefy import allowlist
-from rarefy.allowlist import ANY, LIST, NUMBER, TENSOR, TENSORS, check_call, function_named, name_of
+from rarefy.artifact import allowlist
+from rarefy.artifact.allowlist import ANY, LIST, NUMBER, TENSOR, TENSORS, check_call, function_named, name_of
 from rarefy.errors import FormatError
 
 aten = torch.ops.aten

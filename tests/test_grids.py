@@ -12,12 +12,12 @@ from safetensors import safe_open
 from torch import fx, nn
 
 from rarefy import grids
-from rarefy.artifact import load, save
+from rarefy.artifact.folder import load, save
+from rarefy.artifact.packing import WIDTHS, code_range
 from rarefy.errors import InputError
 from rarefy.grids import Fp4, Fp8, Grid, parse, rows, shaped
 from rarefy.kernels import fp4
 from rarefy.kernels.quantize import along, dequantize, fake_quantize, quantize
-from rarefy.packing import WIDTHS, code_range
 
 OPERATORS = torch.ops.rarefy
 TEXTS = [

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy import artifact, measuring
+from rarefy import measuring
+from rarefy.artifact import folder
 from rarefy.errors import InputError
 from rarefy.graph.capture import capture
 
@@ -94,7 +95,7 @@ def test_measure_counts_exactly(tmp_path: Path) -> None:
     found = measuring.measure({"net": graph}, repeats=3, memory=False, batch=2, folder=tmp_path)["net"]
     assert found["parameters"] == 1 * 4 * 9 + 4 + 4 * 4 * 9 + 4 + 4 * 64 * 10 + 10
     assert found["macs"] == (4 * 9 + 4 * 4 * 9) * 64 + 4 * 64 * 10
-    saved = artifact.save(graph, tmp_path / "saved") / "weights.safetensors"
+    saved = folder.save(graph, tmp_path / "saved") / "weights.safetensors"
     assert found["size_bytes"] == saved.stat().st_size
     assert found["latency_ms"]["batch"] == 2 and found["latency_ms"]["threads"] == 1 and 1 <= found["latency_ms"]["repeats"] <= 3
     assert found["latency_ms"]["runtime"] == "onnxruntime"

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+from rarefy.artifact.packing import LARGEST_RATIO, WIDTHS, code_range, entropy_decode, entropy_encode, pack, packed_size, unpack
 from rarefy.errors import FormatError, InputError
-from rarefy.packing import LARGEST_RATIO, WIDTHS, code_range, entropy_decode, entropy_encode, pack, packed_size, unpack
 
 shapes = st.lists(st.integers(0, 7), max_size=4)
 codings = {

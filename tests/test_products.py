@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy import artifact, plugins
+from rarefy import plugins
+from rarefy.artifact import folder
 from rarefy.graph.capture import attribute, capture
 from rarefy.graph.fold import fold, layer_name, simplify
 from rarefy.graph.lowering import to_integers, to_numbers
@@ -102,7 +103,7 @@ def test_forms_training_and_folder_keep_the_answers(small: fx.GraphModule, batch
     numbers = to_numbers(small)
     assert not products(numbers) and torch.allclose(numbers(x), wanted, atol=1e-5)
     assert len(products(to_integers(numbers))) == 1
-    assert torch.equal(artifact.load(artifact.save(small, tmp_path / "small"))(x), wanted)
+    assert torch.equal(folder.load(folder.save(small, tmp_path / "small"))(x), wanted)
     learns = to_trainable(small)
     assert torch.allclose(learns(x), wanted, atol=1e-4)
     learns(x).square().sum().backward()

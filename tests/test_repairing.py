@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, fx, nn
 
-from rarefy.artifact import load, save
+from rarefy.artifact.folder import load, save
 from rarefy.errors import CheckFailed, DataError, InputError
 from rarefy.graph.capture import attribute, capture
 from rarefy.graph.fold import weighted

@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy import artifact, measuring, plugins
+from rarefy import measuring, plugins
+from rarefy.artifact import folder
 from rarefy.certifying import certify
 from rarefy.errors import FormatError, InputError
 from rarefy.graph.capture import capture
@@ -301,7 +302,7 @@ def test_inductor_multiplies_codes_and_reads_a_saved_folder(graph: fx.GraphModul
     """Layers become oneDNN's integer ones, the weights packed; a folder is as good as the file; no GPU, no other member and no packed file are taken."""
     runtime = plugins.resolve("runtimes", "inductor:threads=1")
     small = quantize(graph, batches=batches, runtime=runtime, progress=False)
-    session = runtime.open(artifact.save(small, tmp_path / "small"))
+    session = runtime.open(folder.save(small, tmp_path / "small"))
     called = [str(node.target) for node in session.graph.graph.nodes if node.op == "call_function"]
     assert sum("qconv_pointwise" in name for name in called) == 5 and sum("qlinear_pointwise" in name for name in called) == 5
     assert not any(name.startswith("rarefy") for name in called)

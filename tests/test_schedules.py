@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy import artifact, cli, plugins, recipe
+from rarefy import cli, plugins, recipe
+from rarefy.artifact import folder
 from rarefy.coupling import couple
 from rarefy.distilling import train
 from rarefy.errors import InputError
@@ -343,12 +344,12 @@ def test_a_recipe_takes_them_and_checks_them_when_it_is_read() -> None:
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    artifact.save(net(), tmp_path / "net")
+    folder.save(net(), tmp_path / "net")
     arguments = ["prune", str(tmp_path / "net"), "--macs", "0.5", "--schedule", ITERATIVE, "--data", "sklearn:digits", "--augment", "none"]
     assert cli.run([*arguments, "-o", str(tmp_path / "small"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["options"]["schedule"].startswith("iterative") and len(found["facts"]["rounds"]) == 3
-    assert same(artifact.load(tmp_path / "small"), prune(net(), macs=0.5, schedule=ITERATIVE, task=digits(), progress=False))
+    assert same(folder.load(tmp_path / "small"), prune(net(), macs=0.5, schedule=ITERATIVE, task=digits(), progress=False))
     assert not (tmp_path / "small.work").exists()
     assert cli.run([*arguments[:4], "--schedule", "slowly", "-o", str(tmp_path / "x")]) == 2
     assert "group_sparse, iterative, joint, oneshot" in capsys.readouterr().err
@@ -373,7 +374,7 @@ def test_joint_prunes_distils_and_quantises_in_one_training(tmp_path: Path) -> N
     again = prune(original, **options, checkpoint=tmp_path / "work")  # all trainings are read from their checkpoints
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in small.state_dict().items())
     images = next(iter(task.batches("val", 64)))[0]
-    assert torch.equal(artifact.load(artifact.save(small, tmp_path / "small"))(images), small(images))
+    assert torch.equal(folder.load(folder.save(small, tmp_path / "small"))(images), small(images))
     with pytest.raises(InputError, match="quantises by itself"):
         prune(small, **options)
     with pytest.raises(InputError, match="needs data"):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from rarefy import signing
+from rarefy.artifact import signing
 from rarefy.errors import InputError, MissingDependency, SignatureRefused
 
 pytest.importorskip("model_signing", reason="signing needs pip install 'rarefy[sign]'")

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy import artifact, cli, plugins, students
+from rarefy import cli, plugins, students
+from rarefy.artifact import folder
 from rarefy.distilling import distill, train
 from rarefy.errors import InputError
 from rarefy.graph.capture import capture, example_inputs
@@ -123,7 +124,7 @@ def test_every_student_trains_saves_and_leaves_the_teacher_alone(word: str, digi
     taught = distill(word, teacher, digits, steps=2, batch_size=16, validate_every=0, seed=1, progress=False, device="cpu")
     assert [one["step"] for one in taught.meta["history"]] == ["student", "distill"] and not same(state(taught), state(student))
     assert {name: value.shape for name, value in taught.state_dict().items()} == {name: value.shape for name, value in student.state_dict().items()}  # fmt: skip
-    loaded = artifact.load(artifact.save(taught, tmp_path / "student"))
+    loaded = folder.load(folder.save(taught, tmp_path / "student"))
     inputs = example_inputs(teacher, 3)
     assert torch.equal(loaded(*inputs), taught(*inputs)) and loaded(*inputs).shape == (3, 10)
 
@@ -289,7 +290,7 @@ def test_a_shallow_student_learns_on_the_command_line(tmp_path: Path, capsys: py
     assert cli.run(["distill", *arguments]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["step"] == "distill" and told["facts"]["curve"][-1]["val"] > 0.85
-    student, teacher = artifact.load(tmp_path / "student"), artifact.load(tmp_path / "teacher")
+    student, teacher = folder.load(tmp_path / "student"), folder.load(tmp_path / "teacher")
     assert len(blocks(student)) == 3 and count_macs(student) < 0.65 * count_macs(teacher)
     assert cli.run(["distill", str(tmp_path / "teacher"), "--student", "deep", *common, "-o", str(tmp_path / "none")]) == 2
     assert "neither one of" in capsys.readouterr().err

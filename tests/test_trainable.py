@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rarefy import distill, plugins
-from rarefy.artifact import load, save
+from rarefy.artifact.folder import load, save
 from rarefy.distilling import train
 from rarefy.errors import InputError, TrainingDiverged
 from rarefy.graph.capture import capture

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rarefy import plugins
-from rarefy.artifact import load, save
+from rarefy.artifact.folder import load, save
 from rarefy.errors import InputError
 from rarefy.graph.capture import capture
 from rarefy.quantizing import quantize

@@ -9,7 +9,7 @@ An argument that JSON has a form for is written as it is; any other is an object
 
 ``read`` and ``build`` believe nothing: the module is made by torch.fx, which writes a Python function from the names of the nodes,
 so a name is an identifier that function does not use, a tensor's name can't hide one of the module's attributes, a node reads
-only nodes before it, and every call passes ``rarefy.allowlist``.
+only nodes before it, and every call passes ``rarefy.artifact.allowlist``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy import allowlist, packing
+from rarefy.artifact import allowlist, packing
 from rarefy.errors import FormatError
 from rarefy.graph.capture import dtype_name, set_attribute
 from rarefy.system.strict_json import expect, expected, is_size, located, parse, plain, restore, said, special_float

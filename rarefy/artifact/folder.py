@@ -4,12 +4,12 @@
     weights.safetensors   the tensors; codes below 8 bits without gaps, entropy-coded where that is smaller; masked weights without zeros
     manifest.json         recipe, seeds, hashes of data and teacher, measurements, environment; size and sha256 of every other file
     model.onnx, report.html, ...   what the caller adds
-    model.sig             the signature (rarefy.signing)
+    model.sig             the signature (rarefy.artifact.signing)
 
 docs/format.md is the specification. ``load`` gives what ``capture`` gave: a module that trains on, with outputs equal bit for
 bit, in a process that has never seen the model's class.
 
-Nothing in the folder is believed. Names can't escape, operators are those of ``rarefy.allowlist``, every size is compared with the
+Nothing in the folder is believed. Names can't escape, operators are those of ``rarefy.artifact.allowlist``, every size is compared with the
 bytes that are there before memory is taken, and whatever is wrong raises FormatError in one line. ``save`` builds from what it is
 about to write exactly as ``load`` would, so what was saved loads.
 
@@ -41,10 +41,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy import packing, structure
+from rarefy.artifact import graph_json, packing
+from rarefy.artifact.graph_json import BY_NAME, DTYPES, MOST_AXES, SCHEMA, check_schema
 from rarefy.errors import FormatError, InputError
 from rarefy.graph.capture import is_graph
-from rarefy.structure import BY_NAME, DTYPES, MOST_AXES, SCHEMA, check_schema
 from rarefy.system import strict_json
 from rarefy.system.strict_json import expect, is_size, located, plain, restore, said
 
@@ -76,7 +76,7 @@ def save(
     _check_replaceable(target)
     try:
         text, tensors = _described(graph, entropy)
-        structure.build(structure.read(text.encode(), GRAPH), _meta_tensors(graph), GRAPH)
+        graph_json.build(graph_json.read(text.encode(), GRAPH), _meta_tensors(graph), GRAPH)
     except FormatError as error:
         raise InputError(f"{target}: the graph can't be saved: {str(error).removeprefix(GRAPH + ': ')}") from error
     extra = plain(dict(manifest or {}), "manifest")
@@ -118,12 +118,12 @@ def load(folder: str | os.PathLike[str]) -> fx.GraphModule:
     with _opened(path / GRAPH) as file:
         data = _read_json_bytes(file, path / GRAPH)
         _check_hash(path / GRAPH, len(data), hashlib.sha256(data).hexdigest(), listed[GRAPH])
-    description = structure.read(data, str(path / GRAPH))
+    description = graph_json.read(data, str(path / GRAPH))
     with _opened(path / WEIGHTS) as file:
         size = os.fstat(file.fileno()).st_size
         _check_hash(path / WEIGHTS, size, hashlib.file_digest(file, "sha256").hexdigest(), listed[WEIGHTS])
         tensors = _read_tensors(file, size, description, path / WEIGHTS)
-    return structure.build(description, tensors, str(path / GRAPH))
+    return graph_json.build(description, tensors, str(path / GRAPH))
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def _described(graph: fx.GraphModule, entropy: bool) -> tuple[str, dict[str, Ten
     first: dict[int, str] = {}
     for name in sorted(found):
         value = found[name]
-        entry = entries[name] = structure.tensor_entry(graph, name, value)
+        entry = entries[name] = graph_json.tensor_entry(graph, name, value)
         if first.setdefault(id(value), name) != name:
             entries[name] = {"kind": entry["kind"], "same_as": first[id(value)]}
             continue
@@ -184,7 +184,7 @@ def _described(graph: fx.GraphModule, entropy: bool) -> tuple[str, dict[str, Ten
         if small:
             entry["stored"] = "sparse"
         stored[name] = packing.sparse_pack(value) if small else _stored(name, value, bits.get(name), entry, entropy)
-    return structure.write(graph, entries), stored
+    return graph_json.write(graph, entries), stored
 
 
 def _stored(name: str, value: Tensor, bits: int | None, entry: dict[str, Any], entropy: bool) -> Tensor:

@@ -1,0 +1,1 @@
+"""A model as a folder: structure as data, packed weights, a signature."""
