@@ -28,7 +28,7 @@ _HOMES = {
     "verify": "rarefy.artifact.signing",
     "export": "rarefy.exporting",
     "certify": "rarefy.certifying",
-    "report": "rarefy.reporting",
+    "report": "rarefy.reports.report",
     "RarefyError": "rarefy.errors",
 }
 
@@ -67,7 +67,7 @@ if TYPE_CHECKING:
     from rarefy.measuring import measure
     from rarefy.pruning import prune
     from rarefy.quantizing import quantize
-    from rarefy.reporting import report
+    from rarefy.reports.report import report
 
 
 def __getattr__(name: str) -> Any:

@@ -731,7 +731,7 @@ def report_command(
     as_json: Json = False,
 ) -> None:
     """The report of a folder as HTML. With data (and --reference), what it claims is measured again, here and now."""
-    from rarefy import reporting
+    from rarefy.reports import report
 
     place = Path(folder)
     beside = place.resolve() if place.is_dir() else place.resolve().parent
@@ -745,17 +745,17 @@ def report_command(
         raise InputError("--reference is judged on data; pass --data, or leave it out")
     else:
         facts = _recorded(place)
-    reporting.report(facts, target)
+    report.report(facts, target)
     if as_json:
         show_json(facts)
     else:
-        say(reporting.summary(facts).rstrip())
+        say(report.summary(facts).rstrip())
         say(f"\nreport: {target}")
 
 
 def _recorded(place: Path) -> dict[str, Any]:
     """The facts that lie in a saved folder."""
-    from rarefy import reporting
+    from rarefy.reports import report
 
     file = place / "report.json" if place.is_dir() else place
     if not file.exists():
@@ -765,7 +765,7 @@ def _recorded(place: Path) -> dict[str, Any]:
     except ValueError as error:
         raise FormatError(f"{file}: is no JSON ({error}); pass --data to measure the folder again") from error
     try:
-        reporting.view(facts)
+        report.view(facts)
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise FormatError(f"{file}: is no report ({type(error).__name__}: {error}); pass --data to measure the folder again") from error
     if not {"before", "after", "goals", "steps"} & facts.keys():
@@ -776,8 +776,9 @@ def _recorded(place: Path) -> dict[str, Any]:
 def _measured_again(
     place: Path, data: DataOptions, reference: str | None, reference_weights: str | None, runtime: str, limit: int | None
 ) -> dict[str, Any]:
-    from rarefy import measuring, reporting
+    from rarefy import measuring
     from rarefy.evaluating import evaluate as judge
+    from rarefy.reports import report
 
     facts: dict[str, Any] = _recorded(place) if (place / "report.json").exists() else {"title": str(place)}
     _, graph, task = _prepared(ModelOptions(str(place)), data)
@@ -789,7 +790,7 @@ def _measured_again(
         evaluation = found if name == "after" else found.reference
         assert evaluation is not None
         facts[name] = {**facts.get(name, {}), **measured[name], "evaluation": evaluation.to_json()}
-    facts |= {key: value for key, value in reporting.told_by(graph.meta.get("history", [])).items() if key not in facts}
+    facts |= {key: value for key, value in report.told_by(graph.meta.get("history", [])).items() if key not in facts}
     for claim in ("verdict", "warnings"):
         facts.pop(claim, None)
     facts["goals"] = []
@@ -1175,10 +1176,10 @@ def _readable(text: str, option: str) -> str:
 
 def _save(graph: Any, folder: str, source: Any, task: Any, as_json: bool) -> None:
     from rarefy import measuring
-    from rarefy.artifact import folder as folder_
+    from rarefy.artifact import folder as folder_module
 
     manifest = {"model": source.text, "weights": source.weights, "task": task.describe() if task is not None else None}
-    folder_.save(graph, folder, manifest=manifest)
+    folder_module.save(graph, folder, manifest=manifest)
     step = graph.meta["history"][-1]
     found = {
         "folder": folder,
@@ -1192,10 +1193,10 @@ def _save(graph: Any, folder: str, source: Any, task: Any, as_json: bool) -> Non
     if as_json:
         show_json(found)
         return
-    from rarefy import reporting
+    from rarefy.reports import report
 
     facts = [
-        (name.replace("_", " "), reporting.plain(value))
+        (name.replace("_", " "), report.plain(value))
         for name, value in step["facts"].items()
         if value is not None and not isinstance(value, (Mapping, list, tuple))
     ]
@@ -1222,17 +1223,17 @@ def _left_out(task: Any) -> list[tuple[str, str]]:
 
 def _show_report(facts: Mapping[str, Any], folder: str, as_json: bool) -> None:
     """The result, and exit 1 for a missed goal."""
-    from rarefy import reporting
+    from rarefy.reports import report
 
     if as_json:
         show_json(facts)
     else:
         _show_comparison(facts)
-        say(reporting.view(facts)["verdict"]["sentence"])
-        for warning in reporting.view(facts)["warnings"]:
+        say(report.view(facts)["verdict"]["sentence"])
+        for warning in report.view(facts)["warnings"]:
             say(f"warning: {warning}")
         say(f"report: {Path(folder) / 'report.html'}")
-    shown = reporting.view(facts)
+    shown = report.view(facts)
     if any(not goal["met"] for goal in shown["goals"]):
         advice = shown["verdict"]["advice"]
         raise GoalMissed(
@@ -1248,9 +1249,9 @@ def _show_report(facts: Mapping[str, Any], folder: str, as_json: bool) -> None:
 
 
 def _show_comparison(facts: Mapping[str, Any]) -> None:
-    from rarefy import reporting
+    from rarefy.reports import report
 
-    shown = reporting.view(facts)
+    shown = report.view(facts)
     both = "before" in facts
     columns = ("", *shown["names"], "change") if both else ("", shown["names"][1])
     rows = [

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 import rarefy
-from rarefy import reporting
 from rarefy.errors import InputError
 from rarefy.explaining import IMAGES, explain
 from rarefy.graph.capture import capture
 from rarefy.quantizing import quantize
+from rarefy.reports import report
 
 
 class Net(nn.Module):
@@ -95,10 +95,10 @@ def test_a_saved_model_and_weights_alone_are_explained(graph: torch.fx.GraphModu
 
 def test_the_report_names_the_noisiest_layers(graph: torch.fx.GraphModule, batches: list[torch.Tensor]) -> None:
     small = quantize(graph, batches=batches, weights="int8;inner=int2", progress=False)
-    told = reporting.told_by(small.meta["history"])
-    shown = reporting.view(told)["layers"]
+    told = report.told_by(small.meta["history"])
+    shown = report.view(told)["layers"]
     rows = [row for key in ("layers", "float") for row in explain(small)[key] if row["sqnr_db"] is not None]
     noisiest = min((row for row in rows if row in explain(small)["layers"]), key=lambda row: row["sqnr_db"])
     assert shown["worst"][0] == (noisiest["name"], f"{noisiest['sqnr_db']:.1f} dB")
-    page = reporting.html(told)
+    page = report.html(told)
     assert "noisiest outputs" in page and "the runtime has no integer kernel for conv1d" in page

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rarefy import reporting
 from rarefy.errors import InputError
+from rarefy.reports import report
 
 VOID = {"meta", "br", "line", "circle", "polyline"}
 HOSTILE = "</title><script>alert(1)</script>\"'><img src=x onerror=alert(1)>&{{7*7}}"
@@ -161,16 +161,16 @@ def hostile(value: Any, key: str = "") -> Any:
 
 
 def test_page_is_self_contained_and_well_formed() -> None:
-    page = Page(reporting.html(facts()))
+    page = Page(report.html(facts()))
     assert not {"script", "link", "iframe", "img", "object", "embed", "form"} & {tag for tag, _ in page.tags}
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on") or name in ("src", "href", "action")]
-    assert "http://" not in reporting.html(facts()) and "https://" not in reporting.html(facts()) and "url(" not in reporting.html(facts())
+    assert "http://" not in report.html(facts()) and "https://" not in report.html(facts()) and "url(" not in report.html(facts())
     policies = [attributes["content"] for _, attributes in page.tags if attributes.get("http-equiv") == "Content-Security-Policy"]
     assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
 
 
 def test_page_says_all_it_was_told() -> None:
-    text = Page(reporting.html(facts())).text
+    text = Page(report.html(facts())).text
     for said in (
         "1 of 2 goals missed", "train for longer", "93.00 % (92.00 to 94.00, 1,234 images)", "−0.61 points", "−1.02 to −0.20", "3.5× faster", "8× smaller", "2× fewer",
         "2.5× fewer", "4.2 ms (4 to 4.4, batch 1, 2 threads, onnxruntime)", "97.00 %", "(cat, 100 images)", "2.10 %", "it was slower than float", "1 min 20 s",
@@ -181,7 +181,7 @@ def test_page_says_all_it_was_told() -> None:
 
 
 def test_everything_is_escaped() -> None:
-    clean, bad = Page(reporting.html(facts())), Page(reporting.html(hostile(facts())))
+    clean, bad = Page(report.html(facts())), Page(report.html(hostile(facts())))
     # Equal tags with equal attributes: hostile text added no element and no attribute, and is shown as text.
     assert [tag for tag, _ in clean.tags] == [tag for tag, _ in bad.tags]
     assert [sorted(attributes) for _, attributes in clean.tags] == [sorted(attributes) for _, attributes in bad.tags]
@@ -189,8 +189,8 @@ def test_everything_is_escaped() -> None:
 
 
 def test_what_is_not_told_is_left_out() -> None:
-    everything = Page(reporting.html(facts())).text
-    empty = Page(reporting.html({})).text
+    everything = Page(report.html(facts())).text
+    empty = Page(report.html({})).text
     headings = [
         "Goals",
         "Before and after",
@@ -208,10 +208,10 @@ def test_what_is_not_told_is_left_out() -> None:
         assert heading not in empty.replace("Words used here", "").split("accuracy The share")[0]
     for name in facts():
         one = {name: facts()[name]}
-        Page(reporting.html(one))
+        Page(report.html(one))
         without = {key: value for key, value in facts().items() if key != name}
-        Page(reporting.html(without))
-        reporting.summary(one)
+        Page(report.html(without))
+        report.summary(one)
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, None])
@@ -223,18 +223,18 @@ def test_a_number_that_is_none_is_not_shown(number: float | None) -> None:
             return [emptied(item) for item in value]
         return number if isinstance(value, float) else value
 
-    text = Page(reporting.html(emptied(facts()))).text
+    text = Page(report.html(emptied(facts()))).text
     for sign in ("nan", "inf ", "None"):
         assert sign not in text.split("Words used here")[0], sign
-    json.loads(reporting.as_json(emptied(facts())), parse_constant=pytest.fail)
+    json.loads(report.as_json(emptied(facts())), parse_constant=pytest.fail)
 
 
 def test_json_is_the_facts() -> None:
-    assert json.loads(reporting.as_json(facts())) == facts()
+    assert json.loads(report.as_json(facts())) == facts()
 
 
 def test_report_writes_both_files_and_replaces_them_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = reporting.report(facts(), tmp_path / "deep" / "report.html")
+    path = report.report(facts(), tmp_path / "deep" / "report.html")
     first = path.read_text(encoding="utf-8")
     assert json.loads(path.with_suffix(".json").read_text(encoding="utf-8")) == facts()
     assert sorted(file.name for file in path.parent.iterdir()) == ["report.html", "report.json"]
@@ -244,56 +244,54 @@ def test_report_writes_both_files_and_replaces_them_whole(tmp_path: Path, monkey
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match="No space"):
-        reporting.report({"title": "other"}, path)
+        report.report({"title": "other"}, path)
     monkeypatch.undo()
     assert path.read_text(encoding="utf-8") == first
 
 
 def test_report_is_an_html_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"ends in \.html"):
-        reporting.report({}, tmp_path / "report.pdf")
+        report.report({}, tmp_path / "report.pdf")
 
 
 def test_facts_are_not_changed() -> None:
     before = facts()
     kept = copy.deepcopy(before)
-    reporting.html(before)
-    reporting.summary(before)
+    report.html(before)
+    report.summary(before)
     assert before == kept
 
 
 def test_same_facts_same_page() -> None:
-    assert reporting.html(facts()) == reporting.html(facts())
+    assert report.html(facts()) == report.html(facts())
 
 
 def test_the_table_and_the_goal_tell_one_speed() -> None:
     """The median of ratios, not the ratio of medians: at a goal of 2x one may be above and the other below."""
     for told in ({"median": 2.01, "low": 1.9, "high": 2.1}, {"original": {"median": 2.01}, "result": {"median": 1.0}}):
         both = {"before": {"latency_ms": {"median": 10.0}}, "after": {"latency_ms": {"median": 5.1}, "speedup": told}}
-        assert [row["change"] for row in reporting.view(both)["comparison"] if row["label"] == "latency"] == ["2.01× faster"]
+        assert [row["change"] for row in report.view(both)["comparison"] if row["label"] == "latency"] == ["2.01× faster"]
 
 
 def test_verdict_follows_the_goals() -> None:
     told = facts()
-    assert reporting.view(told)["verdict"]["light"] == "bad"
-    assert reporting.view(told)["verdict"]["advice"] == ["train for longer"]
+    assert report.view(told)["verdict"]["light"] == "bad"
+    assert report.view(told)["verdict"]["advice"] == ["train for longer"]
     for goal in told["goals"]:
         goal["met"] = True
-    assert reporting.view(told)["verdict"]["light"] == "good"
+    assert report.view(told)["verdict"]["light"] == "good"
     told["warnings"] = ["the original knows <nothing>"]
-    assert reporting.view(told)["verdict"]["light"] == "neutral"
-    assert "the original knows &lt;nothing&gt;" in reporting.html(told) and "warning: the original knows <nothing>" in reporting.summary(
-        told
-    )
-    assert reporting.view(told)["verdict"]["sentence"].startswith("Both goals were met.")
+    assert report.view(told)["verdict"]["light"] == "neutral"
+    assert "the original knows &lt;nothing&gt;" in report.html(told) and "warning: the original knows <nothing>" in report.summary(told)
+    assert report.view(told)["verdict"]["sentence"].startswith("Both goals were met.")
     told["goals"] = []
-    assert reporting.view(told)["verdict"]["light"] == "neutral"
+    assert report.view(told)["verdict"]["light"] == "neutral"
     told["verdict"] = {"status": "missed", "sentence": "It was not to be."}
-    assert reporting.view(told)["verdict"]["sentence"] == "It was not to be."
+    assert report.view(told)["verdict"]["sentence"] == "It was not to be."
 
 
 def test_summary_names_verdict_table_and_what_was_undone() -> None:
-    text = reporting.summary(facts())
+    text = report.summary(facts())
     assert text.splitlines()[0].startswith("1 of 2 goals missed")
     assert "try: train for longer" in text
     assert any(line.startswith("latency") and line.endswith("3.5× faster") for line in text.splitlines())
@@ -315,14 +313,14 @@ def test_a_graphs_history_as_facts() -> None:
             "facts": {"layers": [{"name": "conv", "bits": 8, "activation_bits": 8, "error": 1e-3, "input": "x"}]},
         },
     ]
-    told = reporting.told_by(history)
+    told = report.told_by(history)
     assert told["layers"] == [
         {"name": "conv", "channels_before": 16, "channels_after": 6, "bits": 8, "activation_bits": 8, "error": 1e-3},
         {"name": "fc", "channels_before": 10, "channels_after": 10},
     ]
     assert [step["step"] for step in told["steps"]] == ["prune", "distill", "prune", "quantize"] and told["steps"][1]["seconds"] == 9
     assert [curve["series"][0]["y"] for curve in told["curves"]] == [[2.0, 1.0], [50.0, 75.0]]
-    text = Page(reporting.html(told)).text
+    text = Page(report.html(told)).text
     assert "6 of 16" in text and "macs=0.5" in text and "clip" not in text and "seed" not in text
 
 
@@ -333,22 +331,22 @@ def test_a_training_tells_how_long_it_waited_for_data(share: float, words: str) 
     """As a graph's history holds it, and as compress() does; nothing is said where it was not measured."""
     curve = [{"epoch": 1, "loss": 2.0, "val": 0.5}]
     for facts in ({"curve": curve, "timing": {"seconds": 9, "data_share": share}}, {"data_share": share}):
-        text = Page(reporting.html({"steps": [{"step": "distill", "options": {}, "facts": facts}]})).text
+        text = Page(report.html({"steps": [{"step": "distill", "options": {}, "facts": facts}]})).text
         assert words in text and ("more workers would shorten it" in text) == (share > 0.2)
     for facts in ({}, {"data_share": None}, {"timing": None}):
-        assert "waiting for data" not in Page(reporting.html({"steps": [{"step": "prune", "facts": facts}]})).text
+        assert "waiting for data" not in Page(report.html({"steps": [{"step": "prune", "facts": facts}]})).text
 
 
 def test_a_worse_result_is_called_worse() -> None:
     told = facts()
     told["before"], told["after"] = told["after"], told["before"]
-    changes = {row["label"]: (row["change"], row["good"]) for row in reporting.view(told)["comparison"]}
+    changes = {row["label"]: (row["change"], row["good"]) for row in report.view(told)["comparison"]}
     assert changes["latency"] == ("3.5× slower", False)
     assert changes["size"] == ("8× larger", False)
 
 
 def test_a_faster_and_better_candidate_makes_the_other_pale() -> None:
-    marks = {mark["name"]: mark for mark in reporting.view(facts())["frontier"]["marks"]}
+    marks = {mark["name"]: mark for mark in report.view(facts())["frontier"]["marks"]}
     assert marks["pruned"]["beaten"] and not marks["original"]["beaten"] and not marks["quantized"]["beaten"]
     assert marks["quantized"]["chosen"]
     assert marks["quantized"]["x"] < marks["original"]["x"]
@@ -359,10 +357,10 @@ def test_a_faster_and_better_candidate_makes_the_other_pale() -> None:
 def test_names_of_candidates_do_not_cover_each_other_or_leave_the_figure() -> None:
     names = ["original", "prune", "prune + distill", "prune + distill + quantize", "quantize"]
     close = [{"name": name, "value": 0.98 + 0.001 * index, "latency_ms": 1 + 0.01 * index} for index, name in enumerate(names)]
-    marks = reporting.view({"frontier": [*close, {"name": "slow", "value": 0.9, "latency_ms": 9}]})["frontier"]["marks"]
-    boxes = [reporting._around(mark["label"]["x"], mark["label"]["y"], reporting._LETTER * len(mark["name"])) for mark in marks]
+    marks = report.view({"frontier": [*close, {"name": "slow", "value": 0.9, "latency_ms": 9}]})["frontier"]["marks"]
+    boxes = [report._around(mark["label"]["x"], mark["label"]["y"], report._LETTER * len(mark["name"])) for mark in marks]
     for index, (left, top, right, bottom) in enumerate(boxes):
-        assert left >= 0 and right <= reporting._WIDTH and top >= 0 and bottom <= reporting._HEIGHT
+        assert left >= 0 and right <= report._WIDTH and top >= 0 and bottom <= report._HEIGHT
         for other in boxes[:index]:
             assert right <= other[0] or other[2] <= left or bottom <= other[1] or other[3] <= top
 
@@ -370,20 +368,20 @@ def test_names_of_candidates_do_not_cover_each_other_or_leave_the_figure() -> No
 def test_advice_is_for_goals_that_were_missed() -> None:
     told = facts()
     told["goals"] = [{"name": "speedup", "asked": 2, "reached": 3, "met": True, "advice": "prune more"}]
-    assert "prune more" not in Page(reporting.html(told)).text
+    assert "prune more" not in Page(report.html(told)).text
 
 
 def test_page_of_a_deep_network_stays_small() -> None:
     told = facts()
     told["layers"] = [{**told["layers"][0], "name": f"stage{index}.conv"} for index in range(300)]
     told["curves"][0]["series"][0] = {"name": "loss", "x": list(range(100_000)), "y": [1.0 / (1 + index) for index in range(100_000)]}
-    assert len(reporting.html(told).encode()) < 400_000
+    assert len(report.html(told).encode()) < 400_000
 
 
 @given(st.floats(-1e9, 1e9), st.floats(1e-6, 1e9))
 def test_ticks_span_the_data_in_equal_round_steps(low: float, span: float) -> None:
     high = low + span
-    ticks = reporting._ticks(low, high)
+    ticks = report._ticks(low, high)
     slack = 1e-6 * max(abs(low), abs(high), span)
     assert 2 <= len(ticks) <= 12
     if high > low and span > slack:
@@ -395,7 +393,7 @@ def test_ticks_span_the_data_in_equal_round_steps(low: float, span: float) -> No
 @given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=2000), st.integers(1, 400))
 def test_thinning_keeps_ends_and_mean(values: list[float], most: int) -> None:
     points = list(enumerate(values))
-    thin = reporting._thinned(points, most)
+    thin = report._thinned(points, most)
     assert len(thin) <= max(most, 1)
     assert thin[-1][0] == points[-1][0]
     if len(values) % most == 0:  # equal stretches: the mean of means is the mean
@@ -405,10 +403,10 @@ def test_thinning_keeps_ends_and_mean(values: list[float], most: int) -> None:
 @pytest.mark.parametrize(
     ("function", "value", "text"),
     [
-        (reporting.size, 0, "0 B"), (reporting.size, 999, "999 B"), (reporting.size, 214_000, "214 kB"), (reporting.size, 3_500_000, "3.5 MB"),
-        (reporting.count, 126_550_000, "127 M"), (reporting.count, 12, "12"), (reporting.seconds, 3.21, "3.21 s"), (reporting.seconds, 1520, "25 min 20 s"),
-        (reporting.seconds, 7300, "2 h 1 min"), (reporting._short, 1234567.0, "1.23e+06"), (reporting._short, 4.0, "4"), (reporting._short, 0.123456, "0.123"),
-        (reporting._signed, -0.612, "−0.61"), (reporting._signed, 0.4, "+0.40"), (reporting._signed, 0.001, "0.00"),
+        (report.size, 0, "0 B"), (report.size, 999, "999 B"), (report.size, 214_000, "214 kB"), (report.size, 3_500_000, "3.5 MB"),
+        (report.count, 126_550_000, "127 M"), (report.count, 12, "12"), (report.seconds, 3.21, "3.21 s"), (report.seconds, 1520, "25 min 20 s"),
+        (report.seconds, 7300, "2 h 1 min"), (report._short, 1234567.0, "1.23e+06"), (report._short, 4.0, "4"), (report._short, 0.123456, "0.123"),
+        (report._signed, -0.612, "−0.61"), (report._signed, 0.4, "+0.40"), (report._signed, 0.001, "0.00"),
     ],
 )  # fmt: skip
 def test_numbers_as_text(function: Any, value: float, text: str) -> None:

@@ -1,0 +1,1 @@
+"""What people read: a page and a summary, from facts alone."""
