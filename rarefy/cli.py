@@ -239,17 +239,18 @@ def run_recipe(
 
 
 def _compress(asked: Any, key: str | None, as_json: bool) -> None:
-    from rarefy import compressing, recipe, sources
+    from rarefy import compressing, recipe
+    from rarefy.models import load
 
     if asked.output is None:
         raise InputError('the recipe names no output; add output = "small/", or pass -o')
     _check_data(asked.data)
     output = _claim_folder(asked.output)
     signer = _readable(key, "--key") if key else None
-    source = sources.load(asked.model, weights=asked.weights, classes=asked.classes)
+    source = load.load(asked.model, weights=asked.weights, classes=asked.classes)
     asked = dataclasses.replace(asked, data=_completed(asked.data, source, asked.input))
     task = recipe.make_task(asked.data, asked.task)
-    graph = sources.graph_of(source, _agreed(asked.input, task), asked.core)
+    graph = load.graph_of(source, _agreed(asked.input, task), asked.core)
     task.check(_outputs(graph))
     budget = compressing.Budget(**asked.budget)
     result = compressing.compress(
@@ -450,9 +451,10 @@ def distill(
     as_json: Json = False,
 ) -> None:
     """Train MODEL, or with --student one made of it, to answer like the teacher. Killed and started again, it goes on where it was."""
-    from rarefy import sources, students
+    from rarefy import students
     from rarefy.distilling import distill as verb
     from rarefy.distilling import train as without_teacher
+    from rarefy.models import load
     from rarefy.objective import terms
     from rarefy.training import Training, training_of
 
@@ -474,8 +476,8 @@ def distill(
     for text, weights in zip(teacher or (), teacher_weights or [""] * len(teacher or ())):
         number, star, name = text.partition("*")
         share = _number_of(number, f"--teacher {text}") if star else 1.0
-        guide = sources.load(name if star else text, weights=weights or None, classes=model.classes)
-        guides.append((share, sources.graph_of(guide, task.input_shape)))
+        guide = load.load(name if star else text, weights=weights or None, classes=model.classes)
+        guides.append((share, load.graph_of(guide, task.input_shape)))
     if student is not None:
         graph, guides = students.made(student, graph, task=task, seed=seed), guides or [(1.0, graph)]
     if not guides:
@@ -641,16 +643,17 @@ def measure(
     as_json: Json = False,
 ) -> None:
     """Bytes, parameters, MACs, latency on the runtime, peak memory; with --reference, of both, interleaved."""
-    from rarefy import measuring, plugins, sources
+    from rarefy import measuring, plugins
+    from rarefy.models import load
 
     plugins.resolve("runtimes", runtime)
-    source = sources.load(model.model, weights=model.weights, classes=model.classes)
-    graph = sources.graph_of(source, _shape(model), model.core)
+    source = load.load(model.model, weights=model.weights, classes=model.classes)
+    graph = load.graph_of(source, _shape(model), model.core)
     shape = tuple(graph.meta["inputs"][0]["shape"])
     models = {source.text: graph}
     if reference is not None:
-        other = sources.load(reference, weights=reference_weights, classes=model.classes)
-        models = {str(reference): sources.graph_of(other, shape), **models}
+        other = load.load(reference, weights=reference_weights, classes=model.classes)
+        models = {str(reference): load.graph_of(other, shape), **models}
     found = measuring.measure(models, runtime=runtime, batch=batch_size, repeats=repeats)
     if as_json:
         show_json(found)
@@ -976,7 +979,7 @@ def _share_or_count(value: float | None) -> float | int | None:
 
 
 def _shape(model: ModelOptions) -> tuple[int, ...] | None:
-    from rarefy.sources import parse_shape
+    from rarefy.models.load import parse_shape
 
     return parse_shape(model.input) if model.input is not None else None
 
@@ -1041,17 +1044,18 @@ def _show_noise(graph: Any, as_json: bool) -> None:
 
 def _prepared(model: ModelOptions, data: DataOptions, needed: bool = True) -> tuple[Any, Any, Any]:
     """The source, its graph, and the task (None where no data is given and none is needed)."""
-    from rarefy import recipe, sources
+    from rarefy import recipe
+    from rarefy.models import load
 
     options = data.options()
     if needed:
         _check_data(options)
     shape = _shape(model)
-    source = sources.load(model.model, weights=model.weights, classes=model.classes)
+    source = load.load(model.model, weights=model.weights, classes=model.classes)
     task = None
     if options:
         task = recipe.make_task(recipe.data_options(_completed(options, source, shape)))
-    graph = sources.graph_of(source, _agreed(shape, task), model.core)
+    graph = load.graph_of(source, _agreed(shape, task), model.core)
     return source, graph, task
 
 
@@ -1098,13 +1102,13 @@ def _device(text: str | None) -> str | None:
 
 
 def _reference(reference: str | None, weights: str | None, classes: int | None, task: Any) -> Any:
-    from rarefy import sources
+    from rarefy.models import load
 
     if reference is None:
         if weights is not None:
             raise InputError("--reference-weights belongs to --reference; name the model too")
         return None
-    return sources.graph_of(sources.load(reference, weights=weights, classes=classes), task.input_shape)
+    return load.graph_of(load.load(reference, weights=weights, classes=classes), task.input_shape)
 
 
 @contextlib.contextmanager
@@ -1176,10 +1180,10 @@ def _readable(text: str, option: str) -> str:
 
 def _save(graph: Any, folder: str, source: Any, task: Any, as_json: bool) -> None:
     from rarefy import measuring
-    from rarefy.artifact import folder as folder_module
+    from rarefy.artifact import folder as folder_
 
     manifest = {"model": source.text, "weights": source.weights, "task": task.describe() if task is not None else None}
-    folder_module.save(graph, folder, manifest=manifest)
+    folder_.save(graph, folder, manifest=manifest)
     step = graph.meta["history"][-1]
     found = {
         "folder": folder,

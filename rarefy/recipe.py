@@ -2,7 +2,7 @@
 
 ::
 
-    model = "timm:resnet18"             # any source of rarefy.sources
+    model = "timm:resnet18"             # any source of rarefy.models.load
     weights = "best.safetensors"
     output = "small/"
     runtime = "onnxruntime"
@@ -53,8 +53,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, NonNegativeInt, PositiveInt, ValidationError, create_model
 
-from rarefy import plugins, sources
+from rarefy import plugins
 from rarefy.errors import InputError
+from rarefy.models import load
 
 # verb -> where it is
 VERBS = {"prune": "rarefy.pruning", "mask": "rarefy.masking", "distill": "rarefy.distilling", "quantize": "rarefy.quantizing"}
@@ -142,7 +143,7 @@ def check(content: Mapping[str, Any], where: str = "recipe") -> Recipe:
     steps = tuple(step(item, f"{where}: step {index}") for index, item in enumerate(top.pop("step"), 1))
     shape = top.pop("input")
     if shape is not None:
-        top["input"] = sources.parse_shape(shape if isinstance(shape, str) else ",".join(map(str, shape)))
+        top["input"] = load.parse_shape(shape if isinstance(shape, str) else ",".join(map(str, shape)))
     choice("runtime", top["runtime"], f"{where}: runtime")
     return Recipe(**top, data=data, budget=budget, steps=steps)
 
@@ -339,7 +340,7 @@ def _step_of_text(text: str, where: str) -> dict[str, Any]:
         key, equals, value = option.partition("=")
         if not equals:
             raise InputError(f"{where}: {option!r} is no option; write '{verb} name=value name=value'")
-        content[key.replace("-", "_")] = sources.parse_value(value)
+        content[key.replace("-", "_")] = load.parse_value(value)
     return content
 
 

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rarefy import sources
 from rarefy.errors import CaptureError, FormatError, InputError, RarefyError
+from rarefy.models import load
 
 
 class Small(nn.Module):
@@ -90,23 +90,23 @@ def rezipped(path: Path, change: Callable[[str, bytes], bytes], extra: dict[str,
     ],
 )  # fmt: skip
 def test_every_form_loads_and_captures(text: str) -> None:
-    source = sources.load(text)
+    source = load.load(text)
     assert not source.model.training
-    graph = sources.graph_of(source, (3, 64, 64))
+    graph = load.graph_of(source, (3, 64, 64))
     assert graph(torch.randn(5, 3, 64, 64)).shape == (5, 3)
 
 
 def test_what_the_maker_says_of_the_input() -> None:
-    assert sources.load("timm:resnet10t").shape == (3, 176, 176)
-    assert sources.load("timm:resnet10t").preprocessing["mean"] == (0.485, 0.456, 0.406)
-    assert sources.load("timm:resnet10t?in_chans=1").shape == (1, 176, 176)
-    assert "mean" not in sources.load("timm:resnet10t?in_chans=1").preprocessing
-    assert sources.load("torchvision:mobilenet_v3_small").shape == (3, 224, 224)
+    assert load.load("timm:resnet10t").shape == (3, 176, 176)
+    assert load.load("timm:resnet10t").preprocessing["mean"] == (0.485, 0.456, 0.406)
+    assert load.load("timm:resnet10t?in_chans=1").shape == (1, 176, 176)
+    assert "mean" not in load.load("timm:resnet10t?in_chans=1").preprocessing
+    assert load.load("torchvision:mobilenet_v3_small").shape == (3, 224, 224)
 
 
 def test_classes_reach_the_model() -> None:
     for text in (f"{HERE}:small", "torchvision:resnet18", "timm:resnet10t"):
-        graph = sources.graph_of(sources.load(text, classes=7), (3, 32, 32))
+        graph = load.graph_of(load.load(text, classes=7), (3, 32, 32))
         assert graph(torch.randn(2, 3, 32, 32)).shape == (2, 7)
 
 
@@ -116,12 +116,12 @@ def test_nothing_is_downloaded_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", refuse)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
-    assert "backbone" in dict(sources.load("torchvision:ssdlite320_mobilenet_v3_large").model.named_children())
+    assert "backbone" in dict(load.load("torchvision:ssdlite320_mobilenet_v3_large").model.named_children())
 
 
 def test_the_same_model_every_time_and_no_seed_touched() -> None:
     before = torch.get_rng_state()
-    first, second = sources.load(f"{HERE}:small"), sources.load(f"{HERE}:small")
+    first, second = load.load(f"{HERE}:small"), load.load(f"{HERE}:small")
     assert torch.equal(first.model.conv.weight, second.model.conv.weight)  # type: ignore[union-attr, arg-type]
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -130,7 +130,7 @@ def test_a_module_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "worked_here.py").write_text("import torch\ndef net(): return torch.nn.Flatten()\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", list(__import__("sys").path))
-    assert isinstance(sources.load("worked_here:net").model, nn.Flatten)
+    assert isinstance(load.load("worked_here:net").model, nn.Flatten)
 
 
 @pytest.mark.parametrize(
@@ -155,23 +155,23 @@ def test_a_module_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.M
 )
 def test_no_such_source(text: str, classes: int | None, said: str) -> None:
     with pytest.raises(InputError) as raised:
-        sources.load(text, classes=classes)
+        load.load(text, classes=classes)
     assert said in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_a_file_and_a_folder_that_are_no_models(tmp_path: Path) -> None:
     (tmp_path / "weights.safetensors").write_bytes(b"x")
     with pytest.raises(InputError, match="weights with --weights"):
-        sources.load(str(tmp_path / "weights.safetensors"))
+        load.load(str(tmp_path / "weights.safetensors"))
     with pytest.raises(FormatError, match=r"no graph\.json in that folder"):
-        sources.load(str(tmp_path))
+        load.load(str(tmp_path))
 
 
 def test_a_wrong_input_shape_is_told_as_such() -> None:
     with pytest.raises(CaptureError, match=r"does not take an input of 1x8x8 \(.*\); pass the right --input"):
-        sources.graph_of(sources.load(f"{HERE}:small"), (1, 8, 8))
+        load.graph_of(load.load(f"{HERE}:small"), (1, 8, 8))
     with pytest.raises(InputError, match="pass --input"):
-        sources.graph_of(sources.load(f"{HERE}:small"))
+        load.graph_of(load.load(f"{HERE}:small"))
 
 
 # ------------------------------------------------------------------ weights
@@ -187,14 +187,14 @@ def state() -> dict[str, Tensor]:
                                   lambda s: {"state_dict": {f"_orig_mod.module.{k}": v for k, v in s.items()}}])  # fmt: skip
 def test_checkpoints(tmp_path: Path, state: dict[str, Tensor], wrap: Any) -> None:
     torch.save(wrap(state), tmp_path / "w.pt")
-    source = sources.load(f"{HERE}:small", weights=tmp_path / "w.pt")
+    source = load.load(f"{HERE}:small", weights=tmp_path / "w.pt")
     assert all(torch.equal(value, state[name]) for name, value in source.model.state_dict().items())
     assert source.weights == str(tmp_path / "w.pt")
 
 
 def test_safetensors(tmp_path: Path, state: dict[str, Tensor]) -> None:
     save_file(state, tmp_path / "w.safetensors")
-    source = sources.load(f"{HERE}:small", weights=tmp_path / "w.safetensors")
+    source = load.load(f"{HERE}:small", weights=tmp_path / "w.safetensors")
     assert torch.equal(source.model.state_dict()["conv.weight"], state["conv.weight"])
 
 
@@ -230,7 +230,7 @@ def changed(state: dict[str, Tensor], what: str) -> dict[str, Tensor]:
 def test_weights_that_do_not_fit(tmp_path: Path, state: dict[str, Tensor], what: str, said: str) -> None:
     save_file(changed(state, what), tmp_path / "w.safetensors")
     with pytest.raises(InputError) as raised:
-        sources.load(f"{HERE}:small", weights=tmp_path / "w.safetensors")
+        load.load(f"{HERE}:small", weights=tmp_path / "w.safetensors")
     assert said in str(raised.value) and str(tmp_path / "w.safetensors") in str(raised.value)
 
 
@@ -238,7 +238,7 @@ def test_huge_finite_weights_are_not_called_infinite() -> None:
     model = Small()
     with torch.no_grad():
         model.conv.weight.fill_(torch.finfo(torch.float32).max)
-    sources._check_finite(sources.Source("x", model))
+    load._check_finite(load.Source("x", model))
 
 
 def test_pickled_code_in_weights_is_refused_and_not_run(tmp_path: Path, state: dict[str, Tensor]) -> None:
@@ -249,7 +249,7 @@ def test_pickled_code_in_weights_is_refused_and_not_run(tmp_path: Path, state: d
     ):
         write(tmp_path / name)
         with pytest.raises(FormatError, match=r"safetensors"):
-            sources.load(f"{HERE}:small", weights=tmp_path / name)
+            load.load(f"{HERE}:small", weights=tmp_path / name)
     assert not (tmp_path / "mark").exists()
 
 
@@ -266,23 +266,23 @@ def test_pickled_code_in_weights_is_refused_and_not_run(tmp_path: Path, state: d
 def test_broken_weights(tmp_path: Path, name: str, content: bytes, said: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(FormatError, match=said):
-        sources.read_weights(tmp_path / name)
+        load.read_weights(tmp_path / name)
 
 
 def test_weights_without_tensors(tmp_path: Path) -> None:
     torch.save({"epoch": 3}, tmp_path / "w.pt")
     with pytest.raises(FormatError, match="no named tensors"):
-        sources.read_weights(tmp_path / "w.pt")
+        load.read_weights(tmp_path / "w.pt")
     torch.save(torch.zeros(3), tmp_path / "t.pt")
     with pytest.raises(FormatError, match="no named tensors"):
-        sources.read_weights(tmp_path / "t.pt")
+        load.read_weights(tmp_path / "t.pt")
 
 
 def test_weights_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
-        sources.read_weights(tmp_path / "w.pt")
+        load.read_weights(tmp_path / "w.pt")
     with pytest.raises(InputError, match="is a folder"):
-        sources.read_weights(tmp_path)
+        load.read_weights(tmp_path)
 
 
 # ------------------------------------------------------------------ .pt2
@@ -290,22 +290,22 @@ def test_weights_that_are_not_there(tmp_path: Path) -> None:
 
 def test_an_exported_program(tmp_path: Path) -> None:
     path = exported(tmp_path / "m.pt2")
-    source = sources.load(str(path))
+    source = load.load(str(path))
     assert source.shape == (3, 8, 8)
-    graph = sources.graph_of(source)
+    graph = load.graph_of(source)
     x = torch.randn(5, 3, 8, 8)
     assert torch.equal(graph(x), torch.export.load(path).module()(x))
     assert {name for name, _ in graph.named_parameters()} == {"conv.weight", "conv.bias", "head.weight", "head.bias"}
     graph.train()
     outputs = graph(x).shape[1]
-    assert sources.load(str(path), classes=outputs).shape == (3, 8, 8)
+    assert load.load(str(path), classes=outputs).shape == (3, 8, 8)
     with pytest.raises(InputError, match=f"outputs of {outputs}, not 99; leave out --classes"):
-        sources.load(str(path), classes=99)
+        load.load(str(path), classes=99)
 
 
 def test_an_exported_program_of_one_batch_size(tmp_path: Path) -> None:
     with pytest.raises(CaptureError, match="for batches of 2 only"):
-        sources.load(str(exported(tmp_path / "m.pt2", free=False)))
+        load.load(str(exported(tmp_path / "m.pt2", free=False)))
 
 
 def pickled(mark: Path) -> bytes:
@@ -357,7 +357,7 @@ def test_a_hostile_exported_program_is_refused_and_not_run(tmp_path: Path, attac
     change, extra = ATTACKS[attack](tmp_path / "mark")
     path = rezipped(exported(tmp_path / "m.pt2"), change, extra)
     with pytest.raises(FormatError, match=r"save it again with torch\.export\.save"):
-        sources.load(str(path))
+        load.load(str(path))
     assert not (tmp_path / "mark").exists()
 
 
@@ -366,12 +366,12 @@ def test_an_archive_with_two_roots_or_a_name_twice_is_refused(tmp_path: Path) ->
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("other/models/model.json", b"{}")
     with pytest.raises(FormatError, match="not laid out"):
-        sources.load(str(path))
+        load.load(str(path))
     path = exported(tmp_path / "n.pt2")
     with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
         archive.writestr(archive.namelist()[0], b"")
     with pytest.raises(FormatError, match="not laid out"):
-        sources.load(str(path))
+        load.load(str(path))
 
 
 def test_a_damaged_exported_program(tmp_path: Path) -> None:
@@ -379,5 +379,5 @@ def test_a_damaged_exported_program(tmp_path: Path) -> None:
     for content in (b"", b"nothing", whole[: len(whole) // 2], whole[:200] + b"\0" * 50 + whole[250:]):
         (tmp_path / "m.pt2").write_bytes(content)
         with pytest.raises(RarefyError) as raised:
-            sources.load(str(tmp_path / "m.pt2"))
+            load.load(str(tmp_path / "m.pt2"))
         assert "\n" not in str(raised.value)

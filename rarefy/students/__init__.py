@@ -3,7 +3,7 @@
     make(teacher, task, seed) -> the student, a new graph whose inputs and outputs have the teacher's shapes
 
 ``made`` takes the word: ``"depth:keep=0.5"``, ``"width:macs=0.25"``, ``"copy:fresh=true"``; a source of another model (``"timm:resnet18"``, ``"small/"``,
-see ``rarefy/sources.py``), built with as many outputs as the teacher has; or an object with ``make``. The record it leaves in ``meta["history"]``
+see ``rarefy/models/load.py``), built with as many outputs as the teacher has; or an object with ``make``. The record it leaves in ``meta["history"]``
 says what was asked, and MACs and parameters before and after.
 """
 

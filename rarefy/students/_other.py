@@ -1,4 +1,4 @@
-"""Another model: any that ``rarefy/sources.py`` can name, with the teacher's input and number of classes."""
+"""Another model: any that ``rarefy/models/load.py`` can name, with the teacher's input and number of classes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import fx
 
-from rarefy import plugins, sources
+from rarefy import plugins
 from rarefy.errors import InputError
 from rarefy.graph.capture import as_graph, device_of, output_shapes
+from rarefy.models import load
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Other:
         module, _, name = text.strip().partition(":")
         name = name.partition(":")[0]
         if "." in module and re.fullmatch(r"[A-Za-z_][\w.]*", module) and name.isidentifier():
-            found = sources.imported(module, name, text)
+            found = load.imported(module, name, text)
             if isinstance(found, type) and dataclasses.is_dataclass(found):
                 return plugins.resolve("students", text)
         return cls(text.strip())
@@ -34,12 +35,12 @@ class Other:
     def make(self, teacher: fx.GraphModule, task: Any, seed: int) -> fx.GraphModule:
         try:
             built = any(self.text.startswith(prefix) for prefix in ("timm:", "torchvision:"))
-            source = sources.load(self.text, classes=_classes(teacher) if built else None, seed=seed)
+            source = load.load(self.text, classes=_classes(teacher) if built else None, seed=seed)
         except InputError as error:
             kinds = ", ".join(plugins.available("students"))
             raise InputError(f"student={self.text!r}: neither one of {kinds}, nor a model ({error})") from error
         specs = teacher.meta["inputs"]
-        graph = as_graph(sources.graph_of(source, tuple(specs[0]["shape"])))
+        graph = as_graph(load.graph_of(source, tuple(specs[0]["shape"])))
         return graph.train(teacher.training).to(device_of(teacher))
 
 
