@@ -26,7 +26,7 @@ _HOMES = {
     "load": "rarefy.artifact.folder",
     "sign": "rarefy.artifact.signing",
     "verify": "rarefy.artifact.signing",
-    "export": "rarefy.exporting",
+    "export": "rarefy.deployment.export",
     "certify": "rarefy.certifying",
     "report": "rarefy.reports.report",
     "RarefyError": "rarefy.errors",
@@ -58,10 +58,10 @@ if TYPE_CHECKING:
     from rarefy.artifact.signing import sign, verify
     from rarefy.certifying import certify
     from rarefy.compressing import Budget, compress
+    from rarefy.deployment.export import export
     from rarefy.distilling import distill
     from rarefy.errors import RarefyError
     from rarefy.evaluating import evaluate
-    from rarefy.exporting import export
     from rarefy.graph.capture import capture
     from rarefy.masking import mask
     from rarefy.measuring import measure

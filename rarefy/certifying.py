@@ -4,7 +4,7 @@ The certificate is JSON, and names the file by its hash:
 
     file, sha256, written_for             what is deployed
     samples                               inputs of the comparison
-    runtimes     {name: {version, agreement, largest_difference, ulp, first_diverging_layer, layers, passed}}     (``rarefy.parity``)
+    runtimes     {name: {version, agreement, largest_difference, ulp, first_diverging_layer, layers, passed}}     (``rarefy.deployment.parity``)
     metric       {"simulation" or name: {value, interval, samples}}     where a task was given, on its validation images
     first_diverging_layer                 in the first runtime that has one
     passed                                in each runtime, and no metric further from the simulation's than ``METRIC``

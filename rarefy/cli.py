@@ -682,7 +682,8 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write the file that the runtime runs, and check that it answers like the model."""
-    from rarefy import certifying, exporting, plugins
+    from rarefy import certifying, plugins
+    from rarefy.deployment import export as export_
 
     if certify is None and (also or limit is not None or data.options()):
         raise InputError("--also, --limit and data belong to the certificate; name its file with --certify")
@@ -693,9 +694,9 @@ def export(
         _claim_parent(certify, "--certify")
     _, graph, task = _prepared(model, data, needed=False)
     if certify is None:
-        parity = exporting.export(graph, target, runtime=runtime, compare=compare)
+        parity = export_.export(graph, target, runtime=runtime, compare=compare)
     else:
-        exporting.export(graph, target, runtime=runtime, compare=False)
+        export_.export(graph, target, runtime=runtime, compare=False)
         inputs = None if task is None else next(iter(task.inputs("val", 64, 64, seed=0)))
         facts = certifying.certify(graph, target, runtime=runtime, also=also or (), inputs=inputs, task=task, limit=limit)
         certify.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -1180,10 +1181,10 @@ def _readable(text: str, option: str) -> str:
 
 def _save(graph: Any, folder: str, source: Any, task: Any, as_json: bool) -> None:
     from rarefy import measuring
-    from rarefy.artifact import folder as folder_
+    from rarefy.artifact import folder as folder_module
 
     manifest = {"model": source.text, "weights": source.weights, "task": task.describe() if task is not None else None}
-    folder_.save(graph, folder, manifest=manifest)
+    folder_module.save(graph, folder, manifest=manifest)
     step = graph.meta["history"][-1]
     found = {
         "folder": folder,

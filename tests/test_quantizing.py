@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rarefy import grids, plugins
+from rarefy.deployment.export import export
 from rarefy.errors import DataError, InputError
-from rarefy.exporting import export
 from rarefy.graph.capture import capture
 from rarefy.graph.fold import fold, simplify
 from rarefy.graph.interpreter import Prefix

@@ -29,11 +29,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rarefy import onnxfile, parity
+from rarefy.deployment import parity
+from rarefy.deployment.onnx import file
+from rarefy.deployment.onnx.file import needs
 from rarefy.errors import FormatError
 from rarefy.graph.capture import attribute, set_attribute, shapes, share_copy
 from rarefy.graph.lowering import is_decoded, to_numbers
-from rarefy.onnxfile import needs
 from rarefy.placing import Capabilities
 from rarefy.system.cpu import exact_int8
 
@@ -96,7 +97,7 @@ class OnnxRuntime:
 
     def export(self, graph: fx.GraphModule, path: str | os.PathLike[str]) -> Path:
         """Write ``graph`` (in eval mode) as an ONNX file. Raises InputError for an operator ONNX has no form of."""
-        return onnxfile.write(_widened(to_numbers(graph)), path, four_bits=True)
+        return file.write(_widened(to_numbers(graph)), path, four_bits=True)
 
     def open(self, path: str | os.PathLike[str]) -> Session:
         """The file, ready to run."""
@@ -138,7 +139,7 @@ class OnnxRuntime:
     def compare(
         self, graph: fx.GraphModule, path: str | os.PathLike[str], inputs: Tensor, batch: int = 32, on: Any = None
     ) -> dict[str, Any]:
-        """Parity of ``graph`` and the file it was exported to, run by ``on`` (None: this runtime); see ``rarefy.parity``."""
+        """Parity of ``graph`` and the file it was exported to, run by ``on`` (None: this runtime); see ``rarefy.deployment.parity``."""
         reader = self if on is None else on
         return parity.compare(_widened(to_numbers(graph)), path, inputs, reader.open, batch, reader.decoded)
 

@@ -20,10 +20,10 @@ import torch
 from torch import fx
 
 import rarefy.kernels  # noqa: F401  registers torch.ops.rarefy
+from rarefy.deployment.onnx.writer import OPSET, Untranslated, onnx_model
 from rarefy.errors import InputError, MissingDependency
 from rarefy.graph.capture import attribute, device_of, example_inputs
 from rarefy.graph.fold import fold_constants
-from rarefy.translating import OPSET, Untranslated, onnx_model
 
 LARGEST = 2**31 - 2**24  # bytes of weights: what protobuf takes in one message, less room for the nodes
 
