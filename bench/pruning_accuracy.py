@@ -35,8 +35,8 @@ from rarefy import capture, evaluate, plugins, prune
 from rarefy.distilling import train
 from rarefy.errors import DataError, InputError
 from rarefy.graph.macs import count_macs
-from rarefy.pruning import RANKINGS
-from rarefy.repairing import repair
+from rarefy.pruning.prune import RANKINGS
+from rarefy.pruning.repair import repair
 from rarefy.tasks.classification import Classification
 from rarefy.terminal import show_table
 

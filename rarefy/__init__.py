@@ -1,9 +1,9 @@
 """rarefy makes a trained PyTorch model smaller and faster without making it worse, and proves it.
 
 The public names stand below, one a line. They are imported when first used, so that ``import rarefy`` and ``rarefy --help``
-answer at once. Tasks are in ``rarefy.tasks``; what comes in several kinds lies in a folder each: ``rarefy.criteria``,
-``rarefy.losses``, ``rarefy.rounding``, ``rarefy.calibration``, ``rarefy.runtimes``, ``rarefy.schedules``, ``rarefy.selection``,
-``rarefy.saliency``, ``rarefy.students``.
+answer at once. Tasks are in ``rarefy.tasks``; what comes in several kinds lies in a folder each: ``rarefy.pruning.criteria``,
+``rarefy.losses``, ``rarefy.rounding``, ``rarefy.calibration``, ``rarefy.runtimes``, ``rarefy.schedules``, ``rarefy.pruning.selection``,
+``rarefy.pruning.saliency``, ``rarefy.students``.
 """
 
 import importlib
@@ -14,8 +14,8 @@ __version__ = "0.1.0"
 # name -> module that defines it
 _HOMES = {
     "capture": "rarefy.graph.capture",
-    "prune": "rarefy.pruning",
-    "mask": "rarefy.masking",
+    "prune": "rarefy.pruning.prune",
+    "mask": "rarefy.pruning.mask",
     "distill": "rarefy.distilling",
     "quantize": "rarefy.quantizing",
     "evaluate": "rarefy.evaluating",
@@ -63,9 +63,9 @@ if TYPE_CHECKING:
     from rarefy.errors import RarefyError
     from rarefy.evaluating import evaluate
     from rarefy.graph.capture import capture
-    from rarefy.masking import mask
     from rarefy.measuring import measure
-    from rarefy.pruning import prune
+    from rarefy.pruning.mask import mask
+    from rarefy.pruning.prune import prune
     from rarefy.quantizing import quantize
     from rarefy.reports.report import report
 

@@ -331,7 +331,7 @@ def prune(
         raise InputError("no --output is given; pass -o PATH, or --explain to only look (rarefy prune --help)")
     folder = _claim_folder(output)
     source, graph, task = _prepared(model, data, needed=False)
-    from rarefy.pruning import prune as verb
+    from rarefy.pruning.prune import prune as verb
 
     small = verb(
         graph,
@@ -378,8 +378,8 @@ def mask(
 ) -> None:
     """Make single weights zero, and keep them so in training: smaller on disk, no faster on ONNX Runtime. wanda needs data."""
     from rarefy import plugins
-    from rarefy.masking import mask as verb
-    from rarefy.masking import parse
+    from rarefy.pruning.mask import mask as verb
+    from rarefy.pruning.mask import parse
 
     parse(sparsity)
     plugins.resolve("saliency", criterion)
@@ -683,7 +683,7 @@ def export(
 ) -> None:
     """Write the file that the runtime runs, and check that it answers like the model."""
     from rarefy import certifying, plugins
-    from rarefy.deployment import export as export_
+    from rarefy.deployment import export as export_module
 
     if certify is None and (also or limit is not None or data.options()):
         raise InputError("--also, --limit and data belong to the certificate; name its file with --certify")
@@ -694,9 +694,9 @@ def export(
         _claim_parent(certify, "--certify")
     _, graph, task = _prepared(model, data, needed=False)
     if certify is None:
-        parity = export_.export(graph, target, runtime=runtime, compare=compare)
+        parity = export_module.export(graph, target, runtime=runtime, compare=compare)
     else:
-        export_.export(graph, target, runtime=runtime, compare=False)
+        export_module.export(graph, target, runtime=runtime, compare=False)
         inputs = None if task is None else next(iter(task.inputs("val", 64, 64, seed=0)))
         facts = certifying.certify(graph, target, runtime=runtime, also=also or (), inputs=inputs, task=task, limit=limit)
         certify.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -1002,7 +1002,7 @@ def _completed(options: Mapping[str, Any], source: Any, shape: tuple[int, ...] |
 
 
 def _show_coupling(graph: Any, ignore: tuple[str, ...], heads: str, as_json: bool) -> None:
-    from rarefy.coupling import couple
+    from rarefy.pruning.groups.groups import couple
 
     coupling = couple(graph, ignore, heads)
     groups = coupling.groups()
@@ -1181,10 +1181,10 @@ def _readable(text: str, option: str) -> str:
 
 def _save(graph: Any, folder: str, source: Any, task: Any, as_json: bool) -> None:
     from rarefy import measuring
-    from rarefy.artifact import folder as folder_module
+    from rarefy.artifact import folder as folder_
 
     manifest = {"model": source.text, "weights": source.weights, "task": task.describe() if task is not None else None}
-    folder_module.save(graph, folder, manifest=manifest)
+    folder_.save(graph, folder, manifest=manifest)
     step = graph.meta["history"][-1]
     found = {
         "folder": folder,

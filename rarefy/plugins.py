@@ -24,14 +24,14 @@ from rarefy.errors import InputError
 
 # kind -> the folder of its choices
 KINDS = {
-    "criteria": "rarefy.criteria",
+    "criteria": "rarefy.pruning.criteria",
     "losses": "rarefy.losses",
     "rounding": "rarefy.rounding",
     "calibration": "rarefy.calibration",
     "runtimes": "rarefy.runtimes",
     "schedules": "rarefy.schedules",
-    "selection": "rarefy.selection",
-    "saliency": "rarefy.saliency",
+    "selection": "rarefy.pruning.selection",
+    "saliency": "rarefy.pruning.saliency",
     "students": "rarefy.students",
 }
 

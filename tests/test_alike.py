@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from rarefy.alike import alike, lengths, sources_of
 from rarefy.graph.capture import attribute, capture, example_inputs
 from rarefy.graph.macs import operator_name
+from rarefy.pruning.groups.probes import alike, lengths, sources_of
 
 
 class Everything(nn.Module):

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rarefy.coupling import Coupling, couple
 from rarefy.errors import InputError
 from rarefy.graph.capture import attribute, capture, set_attribute
-from rarefy.surgery import cut
-from rarefy.twin import check
+from rarefy.pruning.groups.equivalence import check
+from rarefy.pruning.groups.groups import Coupling, couple
+from rarefy.pruning.groups.slicing import cut
 
 
 class Net(nn.Module):
@@ -652,7 +652,7 @@ def test_components_are_those_of_scipy() -> None:
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
-    from rarefy.coupling import _components
+    from rarefy.pruning.groups.groups import _components
 
     generator = torch.Generator().manual_seed(0)
     for labels, edges in ((1, 0), (7, 0), (50, 20), (200, 150), (1000, 990), (300, 5000)):
@@ -665,8 +665,8 @@ def test_components_are_those_of_scipy() -> None:
 
 def test_a_row_that_meets_a_column_is_tied_in_few_edges() -> None:
     """Labels (groups, n, 1) and (groups, 1, m): in each group all leave with all, as the n * m pairs say."""
-    from rarefy.coupling import _components
-    from rarefy.labels import Trace
+    from rarefy.pruning.groups.groups import _components
+    from rarefy.pruning.groups.labels import Trace
 
     trace = Trace(torch.fx.symbolic_trace(nn.Identity()), {})
     one, other = trace.fresh(3 * 40).reshape(3, 40, 1), trace.fresh(3 * 50).reshape(3, 1, 50)
@@ -689,16 +689,16 @@ def test_equal_layers_of_classes_are_one_tensor() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_large_convolution_runs_in_parts(monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
-    from rarefy import twin
+    from rarefy.pruning.groups import equivalence
 
     graph = capture(nn.Conv2d(6, 20, 3, bias=bias), torch.randn(2, 6, 9, 9))
     (node,) = (node for node in graph.graph.nodes if node.op == "call_function")
     read = [torch.randn(2, 6, 9, 9), *(attribute(graph, str(source.target)).detach() for source in node.all_input_nodes[1:])]
     calls = []
-    run = twin._called
-    monkeypatch.setattr(twin, "LARGE", 6 * 9 * 7)  # 7 of the 20 outputs
-    monkeypatch.setattr(twin, "_called", lambda *given: calls.append(1) or run(*given))
-    parts = twin._by_outputs(node, read)
+    run = equivalence._called
+    monkeypatch.setattr(equivalence, "LARGE", 6 * 9 * 7)  # 7 of the 20 outputs
+    monkeypatch.setattr(equivalence, "_called", lambda *given: calls.append(1) or run(*given))
+    parts = equivalence._by_outputs(node, read)
     assert len(calls) == 3
     torch.testing.assert_close(parts, run(node, read), rtol=1e-5, atol=1e-5)
 

@@ -19,19 +19,19 @@ from torch import Tensor, fx, nn
 from torchvision.models.convnext import CNBlockConfig
 
 from rarefy import plugins
-from rarefy.coupling import couple
-from rarefy.criteria.activation import Activation
-from rarefy.criteria.bn_scale import BnScale
-from rarefy.criteria.fpgm import Fpgm
-from rarefy.criteria.hessian import Hessian
-from rarefy.criteria.magnitude import Magnitude
-from rarefy.criteria.taylor import Taylor
 from rarefy.errors import CaptureError, InputError, SelfCheckFailed
 from rarefy.graph.capture import capture
 from rarefy.graph.macs import count_macs, count_parameters, layer_macs
-from rarefy.pruning import Target, choose, prune
-from rarefy.surgery import cut
-from rarefy.twin import check
+from rarefy.pruning.criteria.activation import Activation
+from rarefy.pruning.criteria.bn_scale import BnScale
+from rarefy.pruning.criteria.fpgm import Fpgm
+from rarefy.pruning.criteria.hessian import Hessian
+from rarefy.pruning.criteria.magnitude import Magnitude
+from rarefy.pruning.criteria.taylor import Taylor
+from rarefy.pruning.groups.equivalence import check
+from rarefy.pruning.groups.groups import couple
+from rarefy.pruning.groups.slicing import cut
+from rarefy.pruning.prune import Target, choose, prune
 
 
 class Block(nn.Module):

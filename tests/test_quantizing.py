@@ -24,7 +24,7 @@ from rarefy.kernels.quantize import dequantize, fake_quantize
 from rarefy.kernels.quantize import quantize as to_codes
 from rarefy.measuring import measure
 from rarefy.observing import BINS, Histogram, Taps, observe
-from rarefy.pruning import prune
+from rarefy.pruning.prune import prune
 from rarefy.quantizing import quantize
 from rarefy.rounding import OfWeights
 

@@ -16,9 +16,9 @@ from rarefy.artifact.folder import load, save
 from rarefy.errors import CheckFailed, DataError, InputError
 from rarefy.graph.capture import attribute, capture
 from rarefy.graph.fold import weighted
-from rarefy.pruning import prune
-from rarefy.repairing import RIDGES, _Normal, _pairs, kept_channels, repair
-from rarefy.survivors import packed, unpacked
+from rarefy.pruning.prune import prune
+from rarefy.pruning.records import packed, unpacked
+from rarefy.pruning.repair import RIDGES, _Normal, _pairs, kept_channels, repair
 
 aten = torch.ops.aten
 

@@ -16,19 +16,19 @@ from torch import Tensor, fx, nn
 
 from rarefy import cli, plugins, recipe
 from rarefy.artifact import folder
-from rarefy.coupling import couple
 from rarefy.distilling import train
 from rarefy.errors import InputError
 from rarefy.evaluating import evaluate
 from rarefy.graph.capture import capture
 from rarefy.graph.macs import count_macs, count_parameters
-from rarefy.pruning import Target, choose, prune
-from rarefy.repairing import kept_channels
+from rarefy.pruning.groups.groups import couple
+from rarefy.pruning.prune import Target, choose, prune
+from rarefy.pruning.repair import kept_channels
+from rarefy.pruning.selection.best import Best
+from rarefy.pruning.selection.sample import Sample
 from rarefy.schedules.group_sparse import GroupSparse, Pull
 from rarefy.schedules.iterative import Iterative
 from rarefy.schedules.joint import Fade
-from rarefy.selection.best import Best
-from rarefy.selection.sample import Sample
 from rarefy.tasks.classification import Classification
 from rarefy.trainable import is_quantized
 from tests.test_students import Residual as Blocks

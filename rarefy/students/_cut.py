@@ -11,7 +11,7 @@ from rarefy.students._fresh import fresh as anew
 
 def narrowed(teacher: fx.GraphModule, task: Any, seed: int, keep: float, macs: float | None, fresh: bool, **options: Any) -> fx.GraphModule:
     """The teacher without channels: to a share of them, or of the MACs. Raises what ``prune`` raises."""
-    from rarefy.pruning import prune  # once asked for: other kinds need none of it
+    from rarefy.pruning.prune import prune  # once asked for: other kinds need none of it
 
     target: dict[str, Any] = {"keep": keep} if macs is None else {"macs": macs}
     small = prune(teacher, **target, task=task, seed=seed, progress=False, **options)

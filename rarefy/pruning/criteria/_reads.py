@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rarefy.coupling import Coupling
 from rarefy.errors import DataError, InputError
 from rarefy.graph.capture import device_of
 from rarefy.graph.macs import MACS, operator_name
-from rarefy.labels import Value, axes_of
+from rarefy.pruning.groups.groups import Coupling
+from rarefy.pruning.groups.labels import Value, axes_of
 
 _SUMS = {*MACS, "mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm", "logsumexp", "var_mean", "std_mean"}
 

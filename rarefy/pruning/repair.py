@@ -32,7 +32,7 @@ from rarefy.errors import CheckFailed, DataError, InputError
 from rarefy.graph import im2col
 from rarefy.graph.capture import as_graph, attribute, device_of, is_tensor, set_attribute, shapes, share_copy
 from rarefy.graph.fold import layer_name, weighted
-from rarefy.survivors import followed
+from rarefy.pruning.records import followed
 from rarefy.system.progress import track
 
 aten = torch.ops.aten

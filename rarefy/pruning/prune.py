@@ -39,20 +39,20 @@ import torch
 from torch import Tensor, fx, nn
 
 from rarefy import plugins
-from rarefy.coupling import Coupling, couple
-from rarefy.criteria import Criterion
 from rarefy.errors import InputError
 from rarefy.graph.capture import as_graph, is_graph, share_copy
 from rarefy.graph.macs import MACS, operator_name, products
-from rarefy.labels import Value, compact
-from rarefy.repairing import repair as mended
+from rarefy.pruning.criteria import Criterion
+from rarefy.pruning.groups.equivalence import check as self_check
+from rarefy.pruning.groups.groups import Coupling, couple
+from rarefy.pruning.groups.labels import Value, compact
+from rarefy.pruning.groups.slicing import cut
+from rarefy.pruning.records import packed
+from rarefy.pruning.repair import repair as mended
+from rarefy.pruning.selection import Selection
+from rarefy.pruning.selection.best import Best
 from rarefy.schedules import Setting
-from rarefy.selection import Selection
-from rarefy.selection.best import Best
-from rarefy.surgery import cut
-from rarefy.survivors import packed
 from rarefy.system.memory import release
-from rarefy.twin import check as self_check
 
 RANKINGS = ("global", "loss", "local", "isomorphic")
 TILE = 8  # channels, where a family's width is chosen by time: what kernels compute together, or half of it
@@ -90,14 +90,14 @@ def prune(
 
     model: a graph, or a module with ``inputs`` (an example batch) to capture it.
     keep: fraction of prunable channels to keep;  macs, params: what may remain, a fraction up to 1.0 of the original or (int) a number.
-    speedup: how many times as fast as the original the result runs, measured on ``runtime`` (``rarefy/latency.py``). Exactly one of the four.
-    criterion: what a channel is worth (``rarefy/criteria``), an object or text such as "taylor:batches=50".
+    speedup: how many times as fast as the original the result runs, measured on ``runtime`` (``rarefy/pruning/latency_search.py``). Exactly one of the four.
+    criterion: what a channel is worth (``rarefy/pruning/criteria``), an object or text such as "taylor:batches=50".
     ranking: "global", "loss" (of hessian:group=true: the best here, where there is data), "local" or "isomorphic".
     round_to: each family of channels is cut to a multiple of this; one narrower than this stays whole. With speedup at least 8, unless given.
     floor: fraction of the channels of any layer that stays in any case.
     ignore: globs on dotted names of parameters or modules whose outputs all stay.
     heads: attention loses the same "dims" of each head, or "whole" heads.
-    select: how scores decide (``rarefy/selection``): "best", or "sample:temperature=0.5" to draw by them.
+    select: how scores decide (``rarefy/pruning/selection``): "best", or "sample:temperature=0.5" to draw by them.
     schedule: all at once, or with training (``rarefy/schedules``): "oneshot", "iterative:rounds=5", "group_sparse:epochs=10".
     task, seed: for criteria that need data or chance, and schedules that train.
     device, checkpoint, progress: of such a schedule's training, as ``distill`` takes them; a killed run goes on from the checkpoint.
@@ -117,7 +117,7 @@ def prune(
     if not (isinstance(floor, (int, float)) and 0 <= floor <= 1):
         raise InputError(f"floor={floor!r} must lie between 0 and 1")
     if repair and task is None:
-        raise InputError("repair=True needs images: pass task= (--data), or call rarefy.repairing.repair() with batches of your own")
+        raise InputError("repair=True needs images: pass task= (--data), or call rarefy.pruning.repair.repair() with batches of your own")
     if not (isinstance(seed, int) and seed >= 0):
         raise InputError(f"seed={seed!r} must be a whole number from 0")
     if not (isinstance(ignore, str) or (isinstance(ignore, Sequence) and all(isinstance(glob, str) for glob in ignore))):
@@ -501,7 +501,7 @@ def _for_speed(
     coupling: Coupling, ranked: _Ranked, build: Callable[[Tensor], fx.GraphModule], speedup: float, **where: Any
 ) -> tuple[Plan, Any]:
     """The plan that is ``speedup`` times as fast, and what was measured; ``build``: (classes,) bool -> the graph."""
-    from rarefy import latency
+    from rarefy.pruning import latency_search
 
     families = np.flatnonzero(ranked.least < ranked.sizes)
     families = families[families > 0]
@@ -513,16 +513,16 @@ def _for_speed(
         stride = ranked.round_to * max(1, round(len(members) / (OPTIONS * ranked.round_to)))
         own = np.unique(np.append(np.arange(ranked.least[index], len(members), stride), len(members)))
         widths.append(own)
-        damages.append(latency.damage(ranked.importance[members], own) * ranked.made[members].mean())
+        damages.append(latency_search.damage(ranked.importance[members], own) * ranked.made[members].mean())
         parts.append(np.cumsum(ranked.counted.of(members), 1)[:, own - 1].T)
-    space = latency.Space(widths, damages, parts, fixed)
+    space = latency_search.Space(widths, damages, parts, fixed)
 
     def alive(kept: np.ndarray) -> np.ndarray:
         counts = ranked.sizes.copy()
         counts[families] = kept
         return ranked.alive(counts)
 
-    kept, facts = latency.search(space, lambda kept: build(torch.from_numpy(alive(kept))), speedup, **where)
+    kept, facts = latency_search.search(space, lambda kept: build(torch.from_numpy(alive(kept))), speedup, **where)
     return _plan(coupling, ranked, alive(kept)), facts
 
 

@@ -27,15 +27,15 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from rarefy.alike import Run, alike, lengths, sources_of
-from rarefy.coupling import Coupling, Kept
 from rarefy.errors import SelfCheckFailed
 from rarefy.graph.capture import attribute, example_inputs
 from rarefy.graph.macs import operator_name
-from rarefy.labels import Value
-from rarefy.surgery import PIECE
+from rarefy.pruning.groups.groups import Coupling, Kept
+from rarefy.pruning.groups.labels import Value
+from rarefy.pruning.groups.probes import Run, alike, lengths, sources_of
+from rarefy.pruning.groups.rules import only_moves
+from rarefy.pruning.groups.slicing import PIECE
 from rarefy.system.memory import Level
-from rarefy.ties import only_moves
 
 
 @dataclass(frozen=True)

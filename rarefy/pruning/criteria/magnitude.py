@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from rarefy.coupling import Coupling
+from rarefy.pruning.groups.groups import Coupling
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy.coupling import Coupling, Kept
 from rarefy.errors import InputError
 from rarefy.graph.capture import attribute, finish, set_attribute, share_copy
 from rarefy.graph.macs import operator_name
-from rarefy.labels import Value
+from rarefy.pruning.groups.groups import Coupling, Kept
+from rarefy.pruning.groups.labels import Value
 
 aten = torch.ops.aten
 # Numbers of a tensor that are copied or compared at a time: they stay in the cache, and torch leaves so few to one thread. Threads that wait for each other

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 from rarefy.graph.capture import attribute, is_tensor
 from rarefy.graph.macs import einsum_letters, operator_name
-from rarefy.labels import Trace, Value, along, axes_of, compact
+from rarefy.pruning.groups.labels import Trace, Value, along, axes_of, compact
 
 aten = torch.ops.aten
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rarefy.coupling import Coupling
-from rarefy.criteria._reads import batches_of, check_reads, reads, sensitivities
+from rarefy.pruning.criteria._reads import batches_of, check_reads, reads, sensitivities
+from rarefy.pruning.groups.groups import Coupling
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rarefy.coupling import Coupling
 from rarefy.errors import InputError
 from rarefy.graph.capture import attribute
 from rarefy.graph.macs import operator_name
+from rarefy.pruning.groups.groups import Coupling
 
 
 @dataclass(frozen=True)

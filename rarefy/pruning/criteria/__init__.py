@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, fx
 
-from rarefy.coupling import Coupling
+from rarefy.pruning.groups.groups import Coupling
 
 
 class Criterion(Protocol):

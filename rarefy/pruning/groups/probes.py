@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx
 
 from rarefy.graph.macs import einsum_letters, operator_name
-from rarefy.ties import is_elementwise
+from rarefy.pruning.groups.rules import is_elementwise
 
 Shape = tuple[int, ...]
 

@@ -55,7 +55,7 @@ def mask(
 
     model: a graph, or a module with ``inputs`` (an example batch) to capture it.
     sparsity: share of the weights that become zero, 0.5; or "N:M", 2:4, of each M along the inputs N stay.
-    criterion: what a weight is worth (``rarefy/saliency``), an object or text such as "wanda:images=64".
+    criterion: what a weight is worth (``rarefy/pruning/saliency``), an object or text such as "wanda:images=64".
     scope: where a share is taken: "global", "layer" or "output"; None: as the criterion's authors do. N:M has none.
     ignore: globs on dotted names of weights or modules to leave dense.
     task, seed: for criteria that look at data.

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from rarefy.coupling import Coupling
-from rarefy.criteria._reads import batches_of, check_reads, reads, sensitivities
+from rarefy.pruning.criteria._reads import batches_of, check_reads, reads, sensitivities
+from rarefy.pruning.groups.groups import Coupling
 
 
 @dataclass(frozen=True)

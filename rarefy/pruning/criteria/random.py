@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rarefy.coupling import Coupling
+from rarefy.pruning.groups.groups import Coupling
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ from torch import Tensor, fx, nn
 from rarefy.errors import InputError
 from rarefy.graph.capture import attribute, is_tensor, shapes
 from rarefy.kernels import is_quantised
-from rarefy.labels import Trace, Value, axes_of, compact
-from rarefy.shuffling import indexed
-from rarefy.ties import Unknown, blank, rule_of
+from rarefy.pruning.groups.channel_shuffle import indexed
+from rarefy.pruning.groups.labels import Trace, Value, axes_of, compact
+from rarefy.pruning.groups.rules import Unknown, blank, rule_of
 
 HEADS = ("dims", "whole")
 Kept = list["Tensor | None"]  # for each axis, the positions that survive, or None for all

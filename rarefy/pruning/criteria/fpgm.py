@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rarefy.coupling import Coupling, Row
 from rarefy.graph.capture import attribute
+from rarefy.pruning.groups.groups import Coupling, Row
 
 
 @dataclass(frozen=True)

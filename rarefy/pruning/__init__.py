@@ -1,0 +1,1 @@
+"""prune() and mask(): channels that leave, weights that become zero."""
