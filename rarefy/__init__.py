@@ -2,7 +2,7 @@
 
 The public names stand below, one a line. They are imported when first used, so that ``import rarefy`` and ``rarefy --help``
 answer at once. Tasks are in ``rarefy.tasks``; what comes in several kinds lies in a folder each: ``rarefy.pruning.criteria``,
-``rarefy.losses``, ``rarefy.rounding``, ``rarefy.calibration``, ``rarefy.runtimes``, ``rarefy.schedules``, ``rarefy.pruning.selection``,
+``rarefy.losses``, ``rarefy.quantization.rounding``, ``rarefy.quantization.calibration``, ``rarefy.runtimes``, ``rarefy.schedules``, ``rarefy.pruning.selection``,
 ``rarefy.pruning.saliency``, ``rarefy.students``.
 """
 
@@ -17,7 +17,7 @@ _HOMES = {
     "prune": "rarefy.pruning.prune",
     "mask": "rarefy.pruning.mask",
     "distill": "rarefy.distilling",
-    "quantize": "rarefy.quantizing",
+    "quantize": "rarefy.quantization.quantize",
     "evaluate": "rarefy.evaluating",
     "measure": "rarefy.measuring",
     "compress": "rarefy.compressing",
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     from rarefy.measuring import measure
     from rarefy.pruning.mask import mask
     from rarefy.pruning.prune import prune
-    from rarefy.quantizing import quantize
+    from rarefy.quantization.quantize import quantize
     from rarefy.reports.report import report
 
 

@@ -543,7 +543,7 @@ def quantize(
         raise InputError("no --output is given; pass -o PATH, or --explain to only look (rarefy quantize --help)")
     folder = _claim_folder(output) if output is not None and not explain else None
     source, graph, task = _prepared(model, data, needed=activation_grid.strip() != "float")  # weights alone need no images
-    from rarefy.quantizing import quantize as verb
+    from rarefy.quantization.quantize import quantize as verb
 
     small = verb(
         graph,
@@ -683,7 +683,7 @@ def export(
 ) -> None:
     """Write the file that the runtime runs, and check that it answers like the model."""
     from rarefy import certifying, plugins
-    from rarefy.deployment import export as export_module
+    from rarefy.deployment import export as export_
 
     if certify is None and (also or limit is not None or data.options()):
         raise InputError("--also, --limit and data belong to the certificate; name its file with --certify")
@@ -694,9 +694,9 @@ def export(
         _claim_parent(certify, "--certify")
     _, graph, task = _prepared(model, data, needed=False)
     if certify is None:
-        parity = export_module.export(graph, target, runtime=runtime, compare=compare)
+        parity = export_.export(graph, target, runtime=runtime, compare=compare)
     else:
-        export_module.export(graph, target, runtime=runtime, compare=False)
+        export_.export(graph, target, runtime=runtime, compare=False)
         inputs = None if task is None else next(iter(task.inputs("val", 64, 64, seed=0)))
         facts = certifying.certify(graph, target, runtime=runtime, also=also or (), inputs=inputs, task=task, limit=limit)
         certify.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -1024,7 +1024,7 @@ def _show_coupling(graph: Any, ignore: tuple[str, ...], heads: str, as_json: boo
 
 
 def _show_noise(graph: Any, as_json: bool) -> None:
-    from rarefy.explaining import explain
+    from rarefy.quantization.explain import explain
 
     found = explain(graph)
     if as_json:
@@ -1181,10 +1181,10 @@ def _readable(text: str, option: str) -> str:
 
 def _save(graph: Any, folder: str, source: Any, task: Any, as_json: bool) -> None:
     from rarefy import measuring
-    from rarefy.artifact import folder as folder_
+    from rarefy.artifact import folder as folder_module
 
     manifest = {"model": source.text, "weights": source.weights, "task": task.describe() if task is not None else None}
-    folder_.save(graph, folder, manifest=manifest)
+    folder_module.save(graph, folder, manifest=manifest)
     step = graph.meta["history"][-1]
     found = {
         "folder": folder,

@@ -26,8 +26,8 @@ from rarefy.errors import InputError
 KINDS = {
     "criteria": "rarefy.pruning.criteria",
     "losses": "rarefy.losses",
-    "rounding": "rarefy.rounding",
-    "calibration": "rarefy.calibration",
+    "rounding": "rarefy.quantization.rounding",
+    "calibration": "rarefy.quantization.calibration",
     "runtimes": "rarefy.runtimes",
     "schedules": "rarefy.schedules",
     "selection": "rarefy.pruning.selection",

@@ -58,7 +58,12 @@ from rarefy.errors import InputError
 from rarefy.models import load
 
 # verb -> where it is
-VERBS = {"prune": "rarefy.pruning.prune", "mask": "rarefy.pruning.mask", "distill": "rarefy.distilling", "quantize": "rarefy.quantizing"}
+VERBS = {
+    "prune": "rarefy.pruning.prune",
+    "mask": "rarefy.pruning.mask",
+    "distill": "rarefy.distilling",
+    "quantize": "rarefy.quantization.quantize",
+}
 TASKS = {"classification": ("rarefy.tasks", "Classification")}
 
 # What the runner hands to a verb, and a recipe therefore does not.

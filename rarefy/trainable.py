@@ -29,7 +29,7 @@ from rarefy.graph.capture import attribute, finish, set_attribute, shapes
 from rarefy.graph.lowering import LAYERS, is_decoded, to_numbers
 from rarefy.kernels.quantize import along, fake_quantize, quantize
 from rarefy.normalizing import folded
-from rarefy.rewriting import BIAS_LIMIT
+from rarefy.quantization.qdq import BIAS_LIMIT
 from rarefy.training import Training
 
 aten = torch.ops.aten

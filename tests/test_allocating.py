@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from rarefy.allocating import Mixed, parse, program
 from rarefy.errors import InputError
 from rarefy.graph.capture import capture
 from rarefy.graph.fold import fold, weighted
-from rarefy.layer_times import layer_times
-from rarefy.quantizing import quantize
+from rarefy.quantization.layer_times import layer_times
+from rarefy.quantization.mixed_precision import Mixed, parse, program
+from rarefy.quantization.quantize import quantize
 
 
 @given(st.integers(0, 10_000), st.integers(1, 5), st.floats(0.0, 1.0))

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rarefy import capture, quantize
-from rarefy.doubling import double, places
 from rarefy.graph.capture import attribute
 from rarefy.graph.fold import fold, simplify, weighted
-from rarefy.grids import Grid
+from rarefy.quantization.formats import Grid
+from rarefy.quantization.transforms.split_channels import double, places
 
 DEAD = (2, 7, 11)
 LOUD = 5

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rarefy import capture, quantize
-from rarefy.equalizing import equalize, streams
 from rarefy.errors import DataError
 from rarefy.graph.capture import attribute
 from rarefy.graph.fold import fold, layer_name, simplify, weighted
-from rarefy.grids import Grid
+from rarefy.quantization.formats import Grid
+from rarefy.quantization.transforms.equalize import equalize, streams
 
 
 class Bottlenecks(nn.Module):

@@ -10,9 +10,9 @@ from torch import nn
 
 import rarefy
 from rarefy.errors import InputError
-from rarefy.explaining import IMAGES, explain
 from rarefy.graph.capture import capture
-from rarefy.quantizing import quantize
+from rarefy.quantization.explain import IMAGES, explain
+from rarefy.quantization.quantize import quantize
 from rarefy.reports import report
 
 

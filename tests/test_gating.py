@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rarefy import gating, measuring, plugins
+from rarefy import measuring, plugins
 from rarefy.errors import InputError
 from rarefy.graph.capture import capture
 from rarefy.graph.fold import fold
-from rarefy.placing import place
-from rarefy.quantizing import quantize
+from rarefy.quantization import latency_gate
+from rarefy.quantization.placement import place
+from rarefy.quantization.quantize import quantize
 from rarefy.system import cpu
 
 
@@ -50,7 +51,7 @@ def graph(batches: list[Tensor]) -> Any:
 def test_candidates_are_stretches_and_kinds_of_layers(graph: Any) -> None:
     folded = fold(graph)
     placement = place(folded, plugins.resolve("runtimes", "onnxruntime").capabilities)
-    found = {one.layers: one.name for one in gating.candidates(folded, placement)}
+    found = {one.layers: one.name for one in latency_gate.candidates(folded, placement)}
     assert ("first.0", "second.0", "first.1", "second.1") in found
     assert found["depthwise",].startswith("depthwise layers of stem") and ("head",) in found
     assert all(0 < len(layers) < len(placement.layers) for layers in found)
@@ -100,7 +101,7 @@ def test_gate_times_for_real(graph: Any, batches: list[Tensor]) -> None:
     small = quantize(graph, batches=batches, gate="latency", runtime="openvino:threads=1", progress=False)
     facts = small.meta["history"][-1]["facts"]
     timed = {one["what"]: one["latency_ms"] for one in facts["timing"]["gate"]}
-    assert {"float on openvino:threads=1", "float on openvino:threads=1,precision=bf16", gating.INTEGER} <= timed.keys()
+    assert {"float on openvino:threads=1", "float on openvino:threads=1,precision=bf16", latency_gate.INTEGER} <= timed.keys()
     assert all(ms > 0 for ms in timed.values()) and facts["gate"]["threads"] == 1
 
 

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import fx, nn
 
-from rarefy import grids
 from rarefy.artifact.folder import load, save
 from rarefy.artifact.packing import WIDTHS, code_range
 from rarefy.errors import InputError
-from rarefy.grids import Fp4, Fp8, Grid, parse, rows, shaped
 from rarefy.kernels import fp4
 from rarefy.kernels.quantize import along, dequantize, fake_quantize, quantize
+from rarefy.quantization import formats
+from rarefy.quantization.formats import Fp4, Fp8, Grid, parse, rows, shaped
 
 OPERATORS = torch.ops.rarefy
 TEXTS = [
@@ -36,7 +36,7 @@ TEXTS = [
 @pytest.mark.parametrize("text", TEXTS)
 def test_text_and_back(text: str) -> None:
     grid = parse(text, symmetric=not text.startswith("u"), axis=0)
-    assert str(grid) == text and parse(grid, symmetric=True) is grid and isinstance(grid, grids.Format)
+    assert str(grid) == text and parse(grid, symmetric=True) is grid and isinstance(grid, formats.Format)
     assert parse(str(grid), symmetric=not text.startswith("u"), axis=0) == grid
 
 

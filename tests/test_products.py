@@ -14,8 +14,8 @@ from rarefy.graph.capture import attribute, capture
 from rarefy.graph.fold import fold, layer_name, simplify
 from rarefy.graph.lowering import to_integers, to_numbers
 from rarefy.kernels.quantize import dequantize
-from rarefy.placing import place
-from rarefy.quantizing import quantize
+from rarefy.quantization.placement import place
+from rarefy.quantization.quantize import quantize
 from rarefy.trainable import to_codes, to_trainable
 
 aten = torch.ops.aten

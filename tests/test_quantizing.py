@@ -12,21 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from rarefy import grids, plugins
+from rarefy import plugins
 from rarefy.deployment.export import export
 from rarefy.errors import DataError, InputError
 from rarefy.graph.capture import capture
 from rarefy.graph.fold import fold, simplify
 from rarefy.graph.interpreter import Prefix
-from rarefy.grids import Grid
 from rarefy.kernels.chunks import PIECE
 from rarefy.kernels.quantize import dequantize, fake_quantize
 from rarefy.kernels.quantize import quantize as to_codes
 from rarefy.measuring import measure
-from rarefy.observing import BINS, Histogram, Taps, observe
 from rarefy.pruning.prune import prune
-from rarefy.quantizing import quantize
-from rarefy.rounding import OfWeights
+from rarefy.quantization import formats
+from rarefy.quantization.formats import Grid
+from rarefy.quantization.observers import BINS, Histogram, Taps, observe
+from rarefy.quantization.quantize import quantize
+from rarefy.quantization.rounding import OfWeights
 
 
 class Block(nn.Module):
@@ -384,7 +385,7 @@ def test_wrong_requests_are_refused(block: nn.Module, batches: list[torch.Tensor
         quantize(graph, batches=[], progress=False)
     with pytest.raises(InputError):
         Grid(1)
-    assert str(grids.parse("uint4", symmetric=False)) == "uint4"
+    assert str(formats.parse("uint4", symmetric=False)) == "uint4"
 
 
 def test_ignored_layers_stay_float(block: nn.Module, batches: list[torch.Tensor]) -> None:
@@ -414,8 +415,8 @@ def test_each_layer_has_the_grid_it_is_given(block: nn.Module, batches: list[tor
         assert small.meta["bits"]["squeeze.weight_codes"] == 3 and "stem.0.weight_codes" not in small.meta["bits"]
     assert all(torch.equal(value, as_table.state_dict()[name]) for name, value in as_text.state_dict().items())
     with pytest.raises(InputError, match="names no layer"):
-        grids.assign("int4;int8", symmetric=True)
-    assert grids.assign("float; a.*=int4 ;a.b=int8:symmetric=no", symmetric=True).of(["a.b"]) == Grid(8, True, False)
+        formats.assign("int4;int8", symmetric=True)
+    assert formats.assign("float; a.*=int4 ;a.b=int8:symmetric=no", symmetric=True).of(["a.b"]) == Grid(8, True, False)
 
 
 @pytest.mark.parametrize("memory", [0, 10**5, 10**9])

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from rarefy import plugins, reconstruction
+from rarefy import plugins
 from rarefy.errors import InputError
 from rarefy.graph.capture import capture
 from rarefy.graph.fold import fold, layer_name, weighted
-from rarefy.quantizing import quantize
-from rarefy.rounding import Rounded
+from rarefy.quantization import blocks
+from rarefy.quantization.quantize import quantize
+from rarefy.quantization.rounding import Rounded
 
 BRECQ = "brecq:steps=100,lr=0.03"
 
@@ -80,7 +81,7 @@ def graph_of(model: nn.Module) -> Any:
 )
 def test_layers_between_two_cuts_go_together(make: Any, expected: list[list[str]]) -> None:
     graph = fold(graph_of(make()))
-    found, _ = reconstruction.together(graph, [node for node in graph.graph.nodes if weighted(node)])
+    found, _ = blocks.together(graph, [node for node in graph.graph.nodes if weighted(node)])
     assert [[layer_name(node) for node in block] for block in found] == expected
 
 

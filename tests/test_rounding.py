@@ -15,11 +15,11 @@ from torch import nn
 from rarefy import plugins
 from rarefy.errors import InputError
 from rarefy.graph.capture import capture
-from rarefy.grids import Grid
-from rarefy.quantizing import quantize
-from rarefy.rounding import Layer, OfLayers, Sample
-from rarefy.rounding._quadratic import Moments, Quadratic, inverse_factor
-from rarefy.rounding.gptq import rounded
+from rarefy.quantization.formats import Grid
+from rarefy.quantization.quantize import quantize
+from rarefy.quantization.rounding import Layer, OfLayers, Sample
+from rarefy.quantization.rounding._quadratic import Moments, Quadratic, inverse_factor
+from rarefy.quantization.rounding.gptq import rounded
 
 OF_LAYERS = [name for name in plugins.available("rounding") if isinstance(plugins.resolve("rounding", name), OfLayers)]
 FEW = {"adaround": "adaround:steps=400,lr=0.03", "narrow": "narrow:inputs=40"}

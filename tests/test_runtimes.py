@@ -22,7 +22,7 @@ from rarefy.artifact import folder
 from rarefy.certifying import certify
 from rarefy.errors import FormatError, InputError
 from rarefy.graph.capture import capture
-from rarefy.quantizing import quantize
+from rarefy.quantization.quantize import quantize
 from rarefy.system import cpu
 
 RUNTIMES = plugins.available("runtimes")

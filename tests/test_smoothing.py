@@ -9,8 +9,8 @@ from torch import Tensor, fx, nn
 from rarefy.errors import InputError
 from rarefy.graph.capture import attribute, capture
 from rarefy.graph.fold import fold, layer_name
-from rarefy.quantizing import quantize
-from rarefy.smoothing import smooth
+from rarefy.quantization.quantize import quantize
+from rarefy.quantization.transforms.smoothquant import smooth
 
 aten = torch.ops.aten
 

@@ -12,7 +12,7 @@ from rarefy.distilling import train
 from rarefy.errors import InputError, TrainingDiverged
 from rarefy.graph.capture import capture
 from rarefy.normalizing import put_back
-from rarefy.quantizing import quantize
+from rarefy.quantization.quantize import quantize
 from rarefy.tasks.classification import Classification
 from rarefy.trainable import is_quantized, to_codes, to_trainable
 

@@ -10,7 +10,7 @@ from rarefy import plugins
 from rarefy.artifact.folder import load, save
 from rarefy.errors import InputError
 from rarefy.graph.capture import capture
-from rarefy.quantizing import quantize
+from rarefy.quantization.quantize import quantize
 
 
 class Net(nn.Module):

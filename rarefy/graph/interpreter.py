@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from rarefy.graph.capture import attribute
 from rarefy.kernels.quantize import OPERATORS
-from rarefy.observing import laid_out
+from rarefy.quantization.observers import laid_out
 
 TOGETHER = 16  # batches of which what is kept lies side by side
 

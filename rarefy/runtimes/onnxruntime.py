@@ -3,7 +3,7 @@
 What the capability table rests on (measured on an AVX-512 VNNI CPU): unsigned activations with signed weights are the fast grid (signed/signed
 is as slow as float); convolution, linear, add, multiply, concatenate, average pooling and sigmoid have integer kernels (QLinearConv, QGemm,
 QLinearAdd, ...); max pooling and reshapes move codes. HardSwish and HardSigmoid have none, so that the gate is written as an integer
-addition that saturates (``rarefy.quantizing``), and a mean over the plane must be GlobalAveragePool (ReduceMean has none).
+addition that saturates (``rarefy.quantization.quantize``), and a mean over the plane must be GlobalAveragePool (ReduceMean has none).
 
 Width: its integer convolution handles 16 output channels at a time and the rest one by one, so that fewer than 16 cost more than 16 (3x3,
 16 channels in, 32x32: 37 us for 8 out, 25 us for 16), and so does a depthwise one (3x3, 56x56: 476 us for 72 channels, 193 for 80; 5x5, 28x28: 323 for 120, 160 for
@@ -35,7 +35,7 @@ from rarefy.deployment.onnx.file import needs
 from rarefy.errors import FormatError
 from rarefy.graph.capture import attribute, set_attribute, shapes, share_copy
 from rarefy.graph.lowering import is_decoded, to_numbers
-from rarefy.placing import Capabilities
+from rarefy.quantization.placement import Capabilities
 from rarefy.system.cpu import exact_int8
 
 aten = torch.ops.aten

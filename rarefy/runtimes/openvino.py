@@ -26,7 +26,7 @@ from rarefy.deployment.onnx.file import needs
 from rarefy.errors import FormatError, InputError
 from rarefy.graph.capture import attribute, finish
 from rarefy.graph.lowering import to_numbers
-from rarefy.placing import Capabilities
+from rarefy.quantization.placement import Capabilities
 from rarefy.system.cpu import exact_int8
 
 aten = torch.ops.aten

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from rarefy.errors import InputError
 from rarefy.graph.capture import attribute
 from rarefy.graph.fold import put, weighted
-from rarefy.observing import Taps
+from rarefy.quantization.observers import Taps
 
 aten = torch.ops.aten
 _NORMS: dict[Any, tuple[int, ...]] = {aten.layer_norm.default: (2, 3), aten.rms_norm.default: (2,)}  # places of weight and bias

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from rarefy.errors import InputError
-from rarefy.rounding import Layer
-from rarefy.rounding._quadratic import Moments, Quadratic, by_size, inverse_factor, permuted
+from rarefy.quantization.rounding import Layer
+from rarefy.quantization.rounding._quadratic import Moments, Quadratic, by_size, inverse_factor, permuted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Gptq:
 
 
 def rounded(layer: Layer, error: Quadratic, drift: Tensor | None, block: int, order: bool) -> Tensor:
-    """Codes (groups, outputs, K). drift: (groups, K, K) E (x~ - x) x', weighted: see ``rarefy.rounding.gptaq``; None: there is none."""
+    """Codes (groups, outputs, K). drift: (groups, K, K) E (x~ - x) x', weighted: see ``rarefy.quantization.rounding.gptaq``; None: there is none."""
     scale = layer.scale.expand_as(layer.weight)
     columns = by_size(error.gram) if order else torch.arange(layer.weight.shape[2], device=scale.device).expand(len(scale), -1)
     weight, step = (permuted(value, columns, 2) for value in (layer.weight, scale))

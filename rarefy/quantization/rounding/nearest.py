@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from rarefy.grids import Format
+from rarefy.quantization.formats import Format
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from rarefy.grids import Grid
-from rarefy.observing import Histogram
+from rarefy.quantization.formats import Grid
+from rarefy.quantization.observers import Histogram
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from rarefy.errors import InputError
-from rarefy.grids import Grid
-from rarefy.observing import BINS, Histogram
+from rarefy.quantization.formats import Grid
+from rarefy.quantization.observers import BINS, Histogram
 
 
 @dataclasses.dataclass(frozen=True)

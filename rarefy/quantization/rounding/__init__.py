@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from rarefy.grids import Format
+from rarefy.quantization.formats import Format
 
 
 class Sample(NamedTuple):

@@ -4,7 +4,7 @@
 
 e_l(b) is the squared error of the answers, in shares of their variance, when layer l alone is rounded to b bits: the network behind the layer is run
 once for each layer and width, on a few images, with the layer's mean error taken out a channel as bias correction will do. c_l(b) is what the width
-costs: bits of weights, products of bits (MACs x weight bits x activation bits), or microseconds on the runtime (``rarefy.layer_times``), which are the same for all whole
+costs: bits of weights, products of bits (MACs x weight bits x activation bits), or microseconds on the runtime (``rarefy.quantization.layer_times``), which are the same for all whole
 numbers; then the goal is corrected by what the network measures, in a few rounds. Float is one of the choices. The program is solved exactly by
 HiGHS (scipy). What is assumed: errors of different layers add up, as small independent errors do (HAWQ-V3, 2011.10680, has the same program, with
 second derivatives in place of measured errors).
@@ -21,12 +21,13 @@ import torch
 from scipy import optimize, sparse
 from torch import Tensor, fx
 
-from rarefy import grids, plugins
+from rarefy import plugins
 from rarefy.errors import InputError
 from rarefy.graph.capture import attribute
 from rarefy.graph.fold import layer_name
 from rarefy.graph.macs import layer_macs
-from rarefy.layer_times import LayerTimes
+from rarefy.quantization import formats
+from rarefy.quantization.layer_times import LayerTimes
 
 FLOAT_BITS = 32
 ROUNDS, NEAR = 3, 1.02  # of correcting a goal of latency, and how near it is to be
@@ -77,10 +78,10 @@ def allocate(
     layers: Sequence[fx.Node],
     batch: tuple[Tensor, ...],
     mixed: Mixed,
-    grid: grids.Grid,
+    grid: formats.Grid,
     runtime: Any = "onnxruntime",
     ignore: Sequence[str] = (),
-) -> tuple[grids.Assignment, dict[str, Any]]:
+) -> tuple[formats.Assignment, dict[str, Any]]:
     """The grid of each of ``layers`` (of a folded float graph), and facts: errors, widths, the budget and what of it is used.
 
     grid: of activations. runtime, ignore: what time is measured on, and what stays float there.
@@ -122,7 +123,7 @@ def allocate(
         budget *= mixed.latency / share  # type: ignore[operator]
         chosen = program([errors[node] for node in layers], [costs[node] for node in layers], budget)
     picked = {node: widths[index] for node, index in zip(layers, chosen, strict=True)}
-    rules = tuple((layer_name(node), None if width == FLOAT_BITS else grids.Grid(width, axis=0)) for node, width in picked.items())
+    rules = tuple((layer_name(node), None if width == FLOAT_BITS else formats.Grid(width, axis=0)) for node, width in picked.items())
     facts = {
         "errors": {layer_name(node): dict(zip(map(str, widths), errors[node], strict=True)) for node in layers},
         "bits": {layer_name(node): width for node, width in picked.items()},
@@ -131,7 +132,7 @@ def allocate(
         "error": sum(errors[node][index] for node, index in zip(layers, chosen, strict=True)),
         **({"measured": measured} if measured else {}),
     }
-    return grids.Assignment(grids.Grid(8, axis=0), rules), facts
+    return formats.Assignment(formats.Grid(8, axis=0), rules), facts
 
 
 def program(errors: Sequence[Sequence[float]], costs: Sequence[Sequence[float]], budget: float) -> list[int]:
@@ -192,8 +193,8 @@ def sensitivities(
 def _rounded_layer(graph: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Any], width: int, rule: Any) -> Tensor:
     """What the layer makes of rounded weights, its mean a channel as it was."""
     source: Any = node.args[1]
-    weight, grid = values[source].float(), grids.Grid(width, axis=0)
-    scale = rule.weight_scale(grids.rows(weight, grid), grid).float().clamp_min(1e-12).view(-1, *[1] * (weight.dim() - 1))
+    weight, grid = values[source].float(), formats.Grid(width, axis=0)
+    scale = rule.weight_scale(formats.rows(weight, grid), grid).float().clamp_min(1e-12).view(-1, *[1] * (weight.dim() - 1))
     made: Tensor = _value(graph, node, {**values, source: grid.snap(weight / scale) * scale})
     moved = made - values[node]
     axis = moved.dim() - 1 if node.target is torch.ops.aten.linear.default else 1

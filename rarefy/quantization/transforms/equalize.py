@@ -25,8 +25,8 @@ from torch import Tensor, fx
 from rarefy.graph.capture import attribute, shapes
 from rarefy.graph.fold import padding_of, weighted
 from rarefy.graph.im2col import groups_of
-from rarefy.grids import Grid
-from rarefy.observing import Taps, laid_out
+from rarefy.quantization.formats import Grid
+from rarefy.quantization.observers import Taps, laid_out
 
 aten = torch.ops.aten
 

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from rarefy.errors import InputError
 from rarefy.graph.fold import weighted
-from rarefy.observing import in_lockstep
+from rarefy.quantization.observers import in_lockstep
 
 IMAGES = 8
 aten = torch.ops.aten

@@ -11,8 +11,8 @@ import dataclasses
 from torch import Tensor
 
 from rarefy.errors import InputError
-from rarefy.grids import Format
-from rarefy.observing import Histogram
+from rarefy.quantization.formats import Format
+from rarefy.quantization.observers import Histogram
 
 
 @dataclasses.dataclass(frozen=True)

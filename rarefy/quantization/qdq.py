@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, fx, nn
 
 import rarefy.kernels  # noqa: F401  registers torch.ops.rarefy
-from rarefy import grids
 from rarefy.graph.capture import attribute, device_of, set_attribute
 from rarefy.graph.fold import padding_of, put
-from rarefy.placing import Placement, clip_bounds
+from rarefy.quantization import formats
+from rarefy.quantization.placement import Placement, clip_bounds
 
 aten = torch.ops.aten
 OPERATORS = torch.ops.rarefy
@@ -39,12 +39,12 @@ def own_bias(graph: fx.GraphModule, node: fx.Node) -> None:
     put(graph, node, weight.clone(), bias.clone())
 
 
-def grid_of(placement: Placement, value: fx.Node, grid: grids.Grid) -> grids.Grid:
+def grid_of(placement: Placement, value: fx.Node, grid: formats.Grid) -> formats.Grid:
     """The grid that ``value`` is on where values in general are on ``grid``."""
     return dataclasses.replace(grid, signed=True, symmetric=False) if value in placement.centered else grid
 
 
-def clipped(placement: Placement, value: fx.Node, lo: float, hi: float, grid: grids.Grid) -> tuple[float, float]:
+def clipped(placement: Placement, value: fx.Node, lo: float, hi: float, grid: formats.Grid) -> tuple[float, float]:
     """A range no wider than the clip whose work the grid's ends do, and with zero in the middle where it has to be."""
     if value in placement.centered:
         scale = max(lo / grid.qmin, hi / grid.qmax)
@@ -59,7 +59,9 @@ def clipped(placement: Placement, value: fx.Node, lo: float, hi: float, grid: gr
     return lo, hi
 
 
-def insert(graph: fx.GraphModule, placement: Placement, ranges: dict[fx.Node, tuple[float, float]], own: dict[fx.Node, grids.Grid]) -> None:
+def insert(
+    graph: fx.GraphModule, placement: Placement, ranges: dict[fx.Node, tuple[float, float]], own: dict[fx.Node, formats.Grid]
+) -> None:
     """Put quantize/dequantize after every value and every carrier of one."""
     seen_scale: dict[fx.Node, Tensor] = {}
     sources: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
@@ -148,7 +150,7 @@ def _decoded(graph: fx.GraphModule, name: str, codes: Tensor, scale: Tensor) -> 
     return graph.graph.call_function(OPERATORS.dequantize.default, (*parts, 0))
 
 
-def _pad_codes(graph: fx.GraphModule, pad: fx.Node, grid: grids.Grid) -> None:
+def _pad_codes(graph: fx.GraphModule, pad: fx.Node, grid: formats.Grid) -> None:
     """Padding done on the codes: zero is the code of the zero point, and -inf, before max pooling, is the lowest."""
     number = pad.args[0]
     codes, scale, zero, axis = number.args
@@ -163,7 +165,9 @@ def _yields_tuple(node: fx.Node) -> bool:
     return any(user.target is operator.getitem for user in node.users)
 
 
-def _after(graph: fx.GraphModule, node: fx.Node, value: fx.Node, scale: Tensor, zero: Tensor, grid: grids.Grid) -> tuple[fx.Node, fx.Node]:
+def _after(
+    graph: fx.GraphModule, node: fx.Node, value: fx.Node, scale: Tensor, zero: Tensor, grid: formats.Grid
+) -> tuple[fx.Node, fx.Node]:
     """quantize and dequantize ``node``; everybody who read it reads the result. The grid's tensors are named after ``value``."""
     name = f"quantization.{value.name}"
     place_after = node
@@ -185,7 +189,7 @@ def _constant(graph: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
     return graph.graph.get_attr(name)
 
 
-def _open_gate(graph: fx.GraphModule, gate: fx.Node, scale: Tensor, grid: grids.Grid) -> Tensor:
+def _open_gate(graph: fx.GraphModule, gate: fx.Node, scale: Tensor, grid: formats.Grid) -> Tensor:
     """hardsigmoid(x) = clip(x + 3, 0, 6) / 6 as an integer addition: the grid of x + 3 clips it, and its codes are read on a grid six times finer."""
     name = f"quantization.{gate.name}"
     finer = scale / 6

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from rarefy.errors import InputError
-from rarefy.rounding import Layer
-from rarefy.rounding._quadratic import Moments, Quadratic
-from rarefy.rounding.gptq import rounded
+from rarefy.quantization.rounding import Layer
+from rarefy.quantization.rounding._quadratic import Moments, Quadratic
+from rarefy.quantization.rounding.gptq import rounded
 
 
 @dataclasses.dataclass(frozen=True)

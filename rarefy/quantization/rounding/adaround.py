@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from rarefy.errors import InputError
-from rarefy.rounding import Layer
-from rarefy.rounding._quadratic import Moments, Quadratic
-from rarefy.rounding._soft import beta_at, initial, opened, undecided
+from rarefy.quantization.rounding import Layer
+from rarefy.quantization.rounding._quadratic import Moments, Quadratic
+from rarefy.quantization.rounding._soft import beta_at, initial, opened, undecided
 
 
 @dataclasses.dataclass(frozen=True)

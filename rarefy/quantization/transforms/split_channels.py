@@ -24,12 +24,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx
 
-from rarefy.equalizing import own, sizes
 from rarefy.graph.capture import attribute
 from rarefy.graph.fold import padding_of, weighted
 from rarefy.graph.im2col import groups_of
-from rarefy.grids import Grid
-from rarefy.placing import clip_bounds
+from rarefy.quantization.formats import Grid
+from rarefy.quantization.placement import clip_bounds
+from rarefy.quantization.transforms.equalize import own, sizes
 
 aten = torch.ops.aten
 

@@ -1,4 +1,4 @@
-"""What each layer costs on the runtime, in integers and in float: the table of the integer program of mixed precision (``rarefy.allocating``).
+"""What each layer costs on the runtime, in integers and in float: the table of the integer program of mixed precision (``rarefy.quantization.mixed_precision``).
 
 The network is exported whole in float and whole in integers, and the runtime tells the time of each kernel in the caches as it finds them there. A kernel is a layer's by what
 it is (``LAYERS``) and by how many numbers it reads and makes, in the order of the network; where the runtime made other sizes of some (padded channels), by the order alone. All that is
@@ -19,13 +19,14 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from rarefy import gating, grids, measuring, plugins, rewriting
-from rarefy.calibration.minmax import MinMax
+from rarefy import measuring, plugins
 from rarefy.errors import InputError
 from rarefy.graph.capture import example_inputs, shapes, share_copy
 from rarefy.graph.fold import layer_name, weighted
-from rarefy.observing import observe
-from rarefy.placing import place
+from rarefy.quantization import formats, latency_gate, qdq
+from rarefy.quantization.calibration.minmax import MinMax
+from rarefy.quantization.observers import observe
+from rarefy.quantization.placement import place
 
 LAYERS = ("Conv", "FusedConv", "Gemm", "MatMul", "FusedGemm", "FusedMatMul", "QLinearConv", "QGemm", "QLinearMatMul", "MatMulInteger")
 CALM = 1.3  # between the quartiles of a ratio, from which on it tells nothing
@@ -41,20 +42,20 @@ class LayerTimes:
         batch: tuple[Tensor, ...],
         ignore: Sequence[str],
         runtime: Any,
-        grid: grids.Grid,
+        grid: formats.Grid,
     ):
         self.runtime, self.grid, self.ignore = measuring.with_threads(runtime), grid, ignore
         self.graph = share_copy(graph)
         for node in self.graph.graph.nodes:
             if weighted(node):
-                rewriting.own_bias(self.graph, node)
+                qdq.own_bias(self.graph, node)
         placement = place(self.graph, self.runtime.capabilities, ignore)
         seen = observe(self.graph, placement.values, [batch])
         self.ranges = {}
         for value in placement.values:
-            own = rewriting.grid_of(placement, value, grid)
+            own = qdq.grid_of(placement, value, grid)
             lo, hi = MinMax().activation_range(seen.histograms[value], own)
-            self.ranges[value.name] = rewriting.clipped(placement, value, min(lo, 0.0), max(hi, 0.0), own)
+            self.ranges[value.name] = qdq.clipped(placement, value, min(lo, 0.0), max(hi, 0.0), own)
         self.example = example_inputs(self.graph, batch=1)[0]
         sizes = shapes(self.graph)
         twins = {node.name: node for node in self.graph.graph.nodes}
@@ -76,7 +77,11 @@ class LayerTimes:
 
     def _export(self, folder: Path, floats: Sequence[str] | None) -> Path:
         """floats: layers in float beside ``ignore``; None: all."""
-        made = self.graph if floats is None else gating.rounded(self.graph, self.ranges, [*self.ignore, *floats], self.runtime, self.grid)
+        made = (
+            self.graph
+            if floats is None
+            else latency_gate.rounded(self.graph, self.ranges, [*self.ignore, *floats], self.runtime, self.grid)
+        )
         name = "float" if floats is None else "integer"
         exported: Path = self.runtime.export(made, folder / f"{name}{self.runtime.suffix}")
         return exported

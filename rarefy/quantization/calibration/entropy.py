@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from rarefy.errors import InputError
-from rarefy.grids import Format
-from rarefy.observing import Histogram
+from rarefy.quantization.formats import Format
+from rarefy.quantization.observers import Histogram
 
 _WEIGHT_BINS = 512
 

@@ -15,18 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rarefy import grids, plugins
+from rarefy import plugins
 from rarefy.errors import InputError
 from rarefy.graph.capture import attribute, finish, set_attribute
 from rarefy.kernels import fp4
 from rarefy.kernels.quantize import along
-from rarefy.rounding import OfWeights
+from rarefy.quantization import formats
+from rarefy.quantization.rounding import OfWeights
 
 OPERATORS = torch.ops.rarefy
 
 
 def encode(
-    graph: fx.GraphModule, own: Mapping[fx.Node, grids.Format], rule: Any, rounder: Any, generator: torch.Generator
+    graph: fx.GraphModule, own: Mapping[fx.Node, formats.Format], rule: Any, rounder: Any, generator: torch.Generator
 ) -> list[dict[str, Any]]:
     """Codes in place of the weights of ``own``'s layers, in place; one fact a layer. rule: None: minmax at 8 bits, else mse."""
     if not isinstance(rounder, OfWeights):
@@ -39,7 +40,7 @@ def encode(
         name, weight = str(source.target), attribute(graph, source).detach().float()
         chosen = rule or plugins.resolve("calibration", "minmax" if grid.bits == 8 else "mse")
         with graph.graph.inserting_before(node):
-            if isinstance(grid, grids.Fp4):
+            if isinstance(grid, formats.Fp4):
                 number, codes = _block_floats(graph, name, weight, grid)
             else:
                 number, codes = _scaled(graph, name, weight, grid, chosen, rounder, generator)
@@ -63,7 +64,7 @@ def encode(
     return facts
 
 
-def chosen_layers(graph: fx.GraphModule, layers: list[fx.Node], own: Mapping[fx.Node, Any]) -> dict[fx.Node, grids.Format]:
+def chosen_layers(graph: fx.GraphModule, layers: list[fx.Node], own: Mapping[fx.Node, Any]) -> dict[fx.Node, formats.Format]:
     """The layers that get codes. Raises InputError where there are none."""
     found = {node: own[node] for node in layers if own[node] is not None}
     if not found:
@@ -74,18 +75,18 @@ def chosen_layers(graph: fx.GraphModule, layers: list[fx.Node], own: Mapping[fx.
 def _scaled(
     graph: fx.GraphModule, name: str, weight: Tensor, grid: Any, rule: Any, rounder: Any, generator: torch.Generator
 ) -> tuple[fx.Node, Tensor]:
-    rows = grids.rows(weight, grid)
+    rows = formats.rows(weight, grid)
     axis = 1 if grid.group else grid.axis
     zero = torch.zeros((), dtype=grid.dtype, device=weight.device)
-    if isinstance(grid, grids.Grid) and not (grid.symmetric and grid.signed):
+    if isinstance(grid, formats.Grid) and not (grid.symmetric and grid.signed):
         low, high = rows.amin(1).clamp_max(0), rows.amax(1).clamp_min(0)
         steps = ((high - low) / grid.levels).clamp_min(1e-12)
-        scale = grids.shaped(steps, weight, grid)
-        zero = grids.shaped(torch.round(grid.qmin - low / steps).clamp(grid.qmin, grid.qmax).to(grid.dtype), weight, grid)
+        scale = formats.shaped(steps, weight, grid)
+        zero = formats.shaped(torch.round(grid.qmin - low / steps).clamp(grid.qmin, grid.qmax).to(grid.dtype), weight, grid)
         shifted = weight / along(scale, weight, axis, grid.group or 0) + along(zero, weight, axis, grid.group or 0).float()
         codes = rounder.codes(shifted, grid, generator)
     else:
-        scale = grids.shaped(rule.weight_scale(rows, grid).float().clamp_min(1e-12).expand(len(rows)), weight, grid)
+        scale = formats.shaped(rule.weight_scale(rows, grid).float().clamp_min(1e-12).expand(len(rows)), weight, grid)
         codes = rounder.codes(weight / along(scale, weight, axis, grid.group or 0), grid, generator)
     zero = zero if grid.group else zero.expand(scale.shape)  # ONNX wants one for each scale
     stored = (("codes", codes), ("scale", scale), ("zero_point", zero))
@@ -94,7 +95,7 @@ def _scaled(
     return graph.graph.call_function(OPERATORS.dequantize.default, (*parts, axis, *group)), codes
 
 
-def _block_floats(graph: fx.GraphModule, name: str, weight: Tensor, grid: grids.Fp4) -> tuple[fx.Node, Tensor]:
+def _block_floats(graph: fx.GraphModule, name: str, weight: Tensor, grid: formats.Fp4) -> tuple[fx.Node, Tensor]:
     scale, whole = grid.scales(weight)
     step = along(fp4.block_scale(scale) * whole, weight, 1, grid.group)
     codes = grid.codes(grid.snap(weight / step))

@@ -10,7 +10,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from rarefy.grids import Grid
+from rarefy.quantization.formats import Grid
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Learned rounding (``rarefy.rounding.gptq``) of the layers of few inputs alone: a stem that reads three channels, depthwise kernels; nearest elsewhere.
+"""Learned rounding (``rarefy.quantization.rounding.gptq``) of the layers of few inputs alone: a stem that reads three channels, depthwise kernels; nearest elsewhere.
 
 Of few products, an output has no others in which an error of rounding averages out, and of 27 or 9 inputs second moments are known and inverted in no time.
 At 8 bits other layers are as good by nearest rounding (docs/log.md).
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from rarefy.errors import InputError
-from rarefy.grids import Format
-from rarefy.rounding import Layer
-from rarefy.rounding.gptq import Gptq
-from rarefy.rounding.nearest import Nearest
+from rarefy.quantization.formats import Format
+from rarefy.quantization.rounding import Layer
+from rarefy.quantization.rounding.gptq import Gptq
+from rarefy.quantization.rounding.nearest import Nearest
 
 
 @dataclasses.dataclass(frozen=True)

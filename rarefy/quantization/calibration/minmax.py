@@ -6,8 +6,8 @@ import dataclasses
 
 from torch import Tensor
 
-from rarefy.grids import Grid
-from rarefy.observing import Histogram
+from rarefy.quantization.formats import Grid
+from rarefy.quantization.observers import Histogram
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,10 +3,10 @@
 In order, each on the one graph:
 
 1. fold batch norm, write operators in one form (``rarefy.graph.fold``);
-2. choose which values become integers, from the runtime's table (``rarefy.placing``), equalise their channels where that is exact (``rarefy.equalizing``),
-   and let dead channels carry the noisiest a second time (``rarefy.doubling``);
-3. run the calibration images once and stream every such value into a histogram (``rarefy.observing``), from which the calibration rule
-   chooses the range: affine, unsigned, one scale a tensor, and 0 is always a code; put them into the graph (``rarefy.rewriting``);
+2. choose which values become integers, from the runtime's table (``rarefy.quantization.placement``), equalise their channels where that is exact (``rarefy.quantization.transforms.equalize``),
+   and let dead channels carry the noisiest a second time (``rarefy.quantization.transforms.split_channels``);
+3. run the calibration images once and stream every such value into a histogram (``rarefy.quantization.observers``), from which the calibration rule
+   chooses the range: affine, unsigned, one scale a tensor, and 0 is always a code; put them into the graph (``rarefy.quantization.qdq``);
 4. layer by layer, on what the rounded layers before it yield (``rarefy.graph.interpreter``): the weights, symmetric, one scale an output channel by the same kind
    of rule, are rounded by the rounding rule, on a grid of the layer's own; then the mean that the layer's output moved by, a channel, is taken
    out of its bias before its successors run (sequential bias correction, 1906.04721, sec. 4.2). Means right, what varies around them still shrinks from layer
@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy import allocating, doubling, equalizing, explaining, gating, grids, plugins, reconstruction, rewriting, smoothing, weight_only
+from rarefy import plugins
 from rarefy.errors import DataError, InputError
 from rarefy.graph import im2col
 from rarefy.graph.capture import as_graph, attribute, device_of, finish, is_graph, set_attribute, shapes, share_copy
@@ -38,9 +38,13 @@ from rarefy.graph.interpreter import Prefix
 from rarefy.graph.lowering import to_integers
 from rarefy.kernels import is_quantised
 from rarefy.normalizing import normed
-from rarefy.observing import Average, Observed, observe
-from rarefy.placing import Placement, place
-from rarefy.rounding import Block, Layer, OfBlocks, OfLayers, Sample
+from rarefy.quantization import blocks as blocks_
+from rarefy.quantization import explain, formats, latency_gate, mixed_precision, qdq, weight_only
+from rarefy.quantization.observers import Average, Observed, observe
+from rarefy.quantization.placement import Placement, place
+from rarefy.quantization.rounding import Block, Layer, OfBlocks, OfLayers, Sample
+from rarefy.quantization.transforms import equalize as equalize_
+from rarefy.quantization.transforms import smoothquant, split_channels
 from rarefy.system.memory import release
 from rarefy.system.progress import track
 
@@ -61,8 +65,8 @@ def quantize(
     batches: Iterable[Tensor | tuple[Tensor, ...]] | None = None,
     images: int = 128,
     batch_size: int = 16,
-    weights: str | grids.Format | Mapping[str, str] | allocating.Mixed = "int8",
-    activations: str | grids.Format | Mapping[str, str] = "uint8",
+    weights: str | formats.Format | Mapping[str, str] | mixed_precision.Mixed = "int8",
+    activations: str | formats.Format | Mapping[str, str] = "uint8",
     calibration: Any = "mse",
     weight_calibration: Any = None,
     rounding: Any = "narrow",
@@ -81,33 +85,33 @@ def quantize(
     inputs: an example batch, where ``model`` is not captured yet.
     weights, activations: number formats, ``"int8"``, ``"uint8"``, ``"int4"``; weights also a layer, by globs of names of which the last that
     matches holds: ``"int4;stem.*=int8;head=float"`` or ``{"*": "int4", "stem.*": "int8", "head": "float"}``; or ``"mixed:bits=4"``: widths chosen a layer
-        for an average, a size, bit-operations or a latency (``rarefy.allocating``). activations="float" rounds the weights alone, to any format
-        (``"int4:group=32"``, ``"mxfp4"``), without images (``rarefy.weight_only``). Activations go by their own names or those of layers that read them.
+        for an average, a size, bit-operations or a latency (``rarefy.quantization.mixed_precision``). activations="float" rounds the weights alone, to any format
+        (``"int4:group=32"``, ``"mxfp4"``), without images (``rarefy.quantization.weight_only``). Activations go by their own names or those of layers that read them.
     weight_calibration: the rule for weight scales; None: minmax at 8 bits, where clipping the largest weights costs more than it saves, else mse.
     ignore: globs of layer names that stay float; one that matches nothing is an error, as in weights and activations.
-    equalize: channels of values between layers brought to one range (``rarefy.equalizing``), and the noisiest carried twice where others are dead
-        (``rarefy.doubling``), where that is exact and lowers the noise.
+    equalize: channels of values between layers brought to one range (``rarefy.quantization.transforms.equalize``), and the noisiest carried twice where others are dead
+        (``rarefy.quantization.transforms.split_channels``), where that is exact and lowers the noise.
     correct_bias: means of all layers' outputs, and the deviation of the last ones', brought back to float's; block reconstruction does both in its own objective.
-    smooth: SmoothQuant before linear layers that read a norm, with this alpha, such as 0.5 (``rarefy.smoothing``); None: not done.
-    gate: "latency" times each stretch of layers in integers and in float on the runtime, and keeps only what pays (``rarefy.gating``); where nothing does, the
+    smooth: SmoothQuant before linear layers that read a norm, with this alpha, such as 0.5 (``rarefy.quantization.transforms.smoothquant``); None: not done.
+    gate: "latency" times each stretch of layers in integers and in float on the runtime, and keeps only what pays (``rarefy.quantization.latency_gate``); where nothing does, the
     model comes back in float, and its history says so.
 
     Raises InputError for a contradiction, DataError without images, CheckFailed where the float model yields NaN.
     """
     runtime = plugins.resolve("runtimes", runtime)
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-    mixed = allocating.parse(weights)
-    assigned = grids.assign("int8" if mixed is not None else weights, symmetric=True, axis=0)  # type: ignore[arg-type]
+    mixed = mixed_precision.parse(weights)
+    assigned = formats.assign("int8" if mixed is not None else weights, symmetric=True, axis=0)  # type: ignore[arg-type]
     rule = plugins.resolve("calibration", calibration)
     given_rule = None if weight_calibration is None else plugins.resolve("calibration", weight_calibration)
     rounder = plugins.resolve("rounding", rounding)
-    activation_grids = grids.assign(activations, symmetric=False, default="uint8")
-    if activations == grids.FLOAT:
+    activation_grids = formats.assign(activations, symmetric=False, default="uint8")
+    if activations == formats.FLOAT:
         if mixed is not None or gate is not None:
             raise InputError("activations=float: mixed widths and the gate look at integer layers; write a format such as int4:group=32")
         return _weights_only(model, inputs, assigned, given_rule, rounder, ignore, seed)
     grid = activation_grids.default
-    if not isinstance(grid, grids.Grid):
+    if not isinstance(grid, formats.Grid):
         raise InputError(f"activations={activation_grids}: integer kernels take uint8 or int8, and simulation fewer bits; write uint4, say")
     if gate not in GATES:
         raise InputError(f"gate={gate!r}: choose latency, or none")
@@ -123,7 +127,7 @@ def quantize(
             )
     norms = normed(graph)
     graph = simplify(fold(graph), runtime.capabilities.whole)
-    rewriting.free_names(graph)
+    qdq.free_names(graph)
     check_globs(
         graph, ignore=ignore, weights=[glob for glob, _ in assigned.rules], activations=[glob for glob, _ in activation_grids.rules]
     )
@@ -132,14 +136,14 @@ def quantize(
     smoothed = 0
     if smooth is not None:
         first, batches = _first(graph, task, batches, SMOOTHED, seed)
-        smoothed = smoothing.smooth(graph, zip(*(one.split(8) for one in first), strict=True), smooth)
+        smoothed = smoothquant.smooth(graph, zip(*(one.split(8) for one in first), strict=True), smooth)
     allocation = None
     timing: dict[str, Any] = {}
     if mixed is not None:
         begun = time.monotonic()
         first, batches = _first(graph, task, batches, mixed.images, seed)
         open_to = place(graph, runtime.capabilities, ignore).layers
-        assigned, allocation = allocating.allocate(graph, open_to, first, mixed, grid, runtime, ignore)
+        assigned, allocation = mixed_precision.allocate(graph, open_to, first, mixed, grid, runtime, ignore)
         timing["allocation"] = time.monotonic() - begun
         if "measured" in allocation:
             timing["latency"] = allocation.pop("measured")
@@ -151,21 +155,21 @@ def quantize(
             f"no layer can be quantised for {plugins.describe(runtime)}; ignore={list(ignore)} and weights={assigned} leave none, "
             "or the model has no convolution or linear layer"
         )
-    layer_grids: dict[fx.Node, grids.Grid] = {}
+    layer_grids: dict[fx.Node, formats.Grid] = {}
     for node in placement.layers:
-        if not isinstance(own := own_grid[node], grids.Grid) or own.group is not None or not own.symmetric or not own.signed:
+        if not isinstance(own := own_grid[node], formats.Grid) or own.group is not None or not own.symmetric or not own.signed:
             raise InputError(
                 f"{layer_name(node)}: weights={own}: integer kernels take int2 to int8 with one scale a channel; write int4, say"
             )
         own_grid[node] = layer_grids[node] = dataclasses.replace(own, bits=min(own.bits, runtime.weight_bits))
-        rewriting.own_bias(graph, node)
+        qdq.own_bias(graph, node)
     value_grids = _value_grids(placement, activation_grids)
     equalized = doubled = 0
     if equalize:
         first, batches = _first(graph, task, batches, EQUALIZED, seed)
         few = list(_pieces(graph, [tuple(value[:EQUALIZED] for value in first)]))
-        doubled = doubling.double(graph, few, value_grids, layer_grids)
-        equalized = equalizing.equalize(graph, few, value_grids, layer_grids)
+        doubled = split_channels.double(graph, few, value_grids, layer_grids)
+        equalized = equalize_.equalize(graph, few, value_grids, layer_grids)
     walks = correct_bias or isinstance(rounder, (OfLayers, OfBlocks))
     total = math.ceil(images / batch_size) if batches is None else None
     checked = track(_checked_batches(graph, task, batches, images, batch_size, seed), total, "calibrate", progress)
@@ -183,18 +187,18 @@ def quantize(
     verdict = None
     if gate is not None:
         by_name = {value.name: span for value, span in ranges.items()}
-        verdict = gating.judge(graph, placement, by_name, left_out, runtime, grid, progress)
+        verdict = latency_gate.judge(graph, placement, by_name, left_out, runtime, grid, progress)
         timing["gate"] = verdict.pop("timed")
         placement = place(graph, runtime.capabilities, [*left_out, *verdict["undone"]])
         value_grids = _value_grids(placement, activation_grids)
         ranges = _ranges(placement, seen, rule, value_grids)
-    rewriting.insert(graph, placement, ranges, value_grids)
+    qdq.insert(graph, placement, ranges, value_grids)
     run = _Rounding(graph, float_graph, seen, rounder, correct_bias, torch.Generator().manual_seed(seed))
     facts = []
     grid_of = {value.name: own for value, own in value_grids.items()}
     blocks = run.blocks(placement.layers)
     for index, block in enumerate(track(blocks, len(blocks), "round", progress and walks)):
-        chosen: list[tuple[grids.Format, Any]] = []
+        chosen: list[tuple[formats.Format, Any]] = []
         for node in block:
             own = own_grid[node]
             assert own is not None
@@ -209,7 +213,7 @@ def quantize(
     learned = run.learned
     del run  # and the values that it keeps
     release()
-    noise = explaining.noise(float_graph, graph, seen.batches)
+    noise = explain.noise(float_graph, graph, seen.batches)
     graph = to_integers(finish(graph))
     if any(fact["bits"] < 8 for fact in facts):
         graph.meta["bits"] = {f"{fact['weight']}_codes": fact["bits"] for fact in facts if fact["bits"] < 8}
@@ -286,11 +290,11 @@ def _last(layers: Sequence[fx.Node]) -> list[fx.Node]:
     return [node for node in layers if node not in before]
 
 
-def _ranges(placement: Placement, seen: Observed, rule: Any, own: Mapping[fx.Node, grids.Grid]) -> dict[fx.Node, tuple[float, float]]:
+def _ranges(placement: Placement, seen: Observed, rule: Any, own: Mapping[fx.Node, formats.Grid]) -> dict[fx.Node, tuple[float, float]]:
     found = {}
     for value in placement.values:
         lo, hi = rule.activation_range(seen.histograms[value], own[value])
-        found[value] = rewriting.clipped(placement, value, min(lo, 0.0), max(hi, 0.0), own[value])
+        found[value] = qdq.clipped(placement, value, min(lo, 0.0), max(hi, 0.0), own[value])
     return found
 
 
@@ -317,10 +321,10 @@ class _Rounding:
         if not isinstance(self.rounder, OfBlocks):
             return [[node] for node in layers]
         own = {node.name: node for node in layers}
-        found, self.marks = reconstruction.together(self.float_prefix.graph, [self.twins[name] for name in own])
+        found, self.marks = blocks_.together(self.float_prefix.graph, [self.twins[name] for name in own])
         return [[own[twin.name] for twin in block] for block in found]
 
-    def round(self, block: Sequence[fx.Node], chosen: Sequence[tuple[grids.Format, Any]], before: fx.Node | None) -> list[dict[str, Any]]:
+    def round(self, block: Sequence[fx.Node], chosen: Sequence[tuple[formats.Format, Any]], before: fx.Node | None) -> list[dict[str, Any]]:
         """Codes in place of the layers' weights and biases; facts about each. chosen: grid and scale rule of each; before: the layer after them."""
         steps = [self._scale(node, grid, rule) for node, (grid, rule) in zip(block, chosen, strict=True)]
         own = [grid for grid, _ in chosen]
@@ -330,12 +334,12 @@ class _Rounding:
             codes = [self._alone(block[0], own[0], steps[0])]
         return [self._put(*one) for one in zip(block, own, steps, codes, strict=True)]
 
-    def _scale(self, node: fx.Node, grid: grids.Format, rule: Any) -> Tensor:
+    def _scale(self, node: fx.Node, grid: formats.Format, rule: Any) -> Tensor:
         weight = attribute(self.graph, node.args[1]).detach()
-        scale: Tensor = rule.weight_scale(grids.rows(weight, grid), grid).float().expand(weight.shape[0])
-        return torch.maximum(scale, rewriting.least_scale(self.graph, node))
+        scale: Tensor = rule.weight_scale(formats.rows(weight, grid), grid).float().expand(weight.shape[0])
+        return torch.maximum(scale, qdq.least_scale(self.graph, node))
 
-    def _alone(self, node: fx.Node, grid: grids.Format, scale: Tensor) -> Tensor:
+    def _alone(self, node: fx.Node, grid: formats.Format, scale: Tensor) -> Tensor:
         weight = attribute(self.graph, node.args[1]).detach()
         if not isinstance(self.rounder, OfLayers):
             return self.rounder.codes(weight.float() / _wide(scale, weight), grid, self.generator)  # type: ignore[no-any-return]
@@ -346,17 +350,17 @@ class _Rounding:
         return self.rounder.layer_codes(layer, self.generator).reshape(weight.shape).to(grid.dtype)
 
     def _together(
-        self, block: Sequence[fx.Node], own: Sequence[grids.Format], steps: Sequence[Tensor], before: fx.Node | None
+        self, block: Sequence[fx.Node], own: Sequence[formats.Format], steps: Sequence[Tensor], before: fx.Node | None
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Codes and steps; biases and the scales of activations are put in place."""
-        stretch = reconstruction.Stretch(self.graph, self.float_prefix.graph, block, before, self.marks)
+        stretch = blocks_.Stretch(self.graph, self.float_prefix.graph, block, before, self.marks)
         inputs, float_inputs, outputs, images = stretch.gather(self.prefix, self.float_prefix, MEMORY)
         weights, biases = ([attribute(self.graph, node.args[at]).detach().float() for node in block] for at in (1, 2))
         scales = [attribute(self.graph, quantize.args[1]) for quantize in stretch.scales.values()]
         wide = [_wide(step, weight) for step, weight in zip(steps, weights, strict=True)]
         task = Block(
             layer_name(block[0]), weights, wide, own, biases, scales, inputs, float_inputs, outputs, images, self.centered,
-            stretch.run, reconstruction.batch_of,
+            stretch.run, blocks_.batch_of,
         )  # fmt: skip
         made = self.rounder.reconstruct(task, self.generator)
         for name, scale, value in zip(stretch.scales, scales, made.scales, strict=True):
@@ -367,21 +371,21 @@ class _Rounding:
             set_attribute(self.graph, source.target, bias.to(attribute(self.graph, source).dtype))
         codes = [code.to(grid.dtype) for code, grid in zip(made.codes, own, strict=True)]
         return codes, [
-            torch.maximum(step.reshape(-1), rewriting.least_scale(self.graph, node)) for step, node in zip(made.steps, block, strict=True)
+            torch.maximum(step.reshape(-1), qdq.least_scale(self.graph, node)) for step, node in zip(made.steps, block, strict=True)
         ]
 
-    def _put(self, node: fx.Node, grid: grids.Format, scale: Tensor, codes: Tensor) -> dict[str, Any]:
+    def _put(self, node: fx.Node, grid: formats.Format, scale: Tensor, codes: Tensor) -> dict[str, Any]:
         source: Any = node.args[1]
         weight = attribute(self.graph, source).detach()
         error = (codes.float() * _wide(scale, weight) - weight).double().square().sum() / weight.double().square().sum().clamp_min(1e-30)
         name = layer_name(node)
-        rewriting.put_codes(self.graph, node, codes, scale)
+        qdq.put_codes(self.graph, node, codes, scale)
         return {
             "name": name,
             "weight": str(source.target),
             "bits": grid.bits,
             "error": float(error),
-            "input": rewriting.value_name(node),
+            "input": qdq.value_name(node),
         }
 
     def correct_spread(self, node: fx.Node) -> None:
@@ -392,7 +396,7 @@ class _Rounding:
         for (value,) in self.prefix.run(node.next, (node,), keep=False):
             average.add(node, value)
         if average.spread > 0 and self.spreads[node.name] > 0:
-            rewriting.scale_output(self.graph, node, self.spreads[node.name] / average.spread)
+            qdq.scale_output(self.graph, node, self.spreads[node.name] / average.spread)
 
     def correct_bias(self, node: fx.Node) -> None:
         """On the mean of what the layer reads: its sums are linear in it, so that it need not run."""
@@ -405,7 +409,7 @@ class _Rounding:
         groups = im2col.groups_of(node)
         rows = weight.double().reshape(groups, shape[0] // groups, -1)
         mean = (rows @ average.value(groups)).flatten() + bias.double()
-        rewriting.shift_bias(self.graph, node, self.means[node.name] - mean)
+        qdq.shift_bias(self.graph, node, self.means[node.name] - mean)
 
     def _mean(self, node: fx.Node, shape: Sequence[int]) -> im2col.Mean:
         """Of what the layer reads."""
@@ -418,7 +422,7 @@ class _Rounding:
 
     def _reads(self, node: fx.Node) -> Iterator[tuple[Any, ...]]:
         """(what the layer reads,) from the rounded layers before it, for each batch."""
-        return self.prefix.run(rewriting.read_by(node), (node.args[0],))  # type: ignore[arg-type]
+        return self.prefix.run(qdq.read_by(node), (node.args[0],))  # type: ignore[arg-type]
 
     def _samples(self, node: fx.Node, shape: Sequence[int], groups: int, reads: frozenset[str]) -> Any:
         """``samples`` of a ``Layer``: what the layer reads in both graphs and makes in float, at the same few places."""
@@ -482,9 +486,9 @@ def _columns_of(sample: Sample, begun: int, count: int) -> Sample:
 
 
 def _weights_only(
-    model: nn.Module, inputs: Any, assigned: grids.Assignment, rule: Any, rounder: Any, ignore: Sequence[str], seed: int
+    model: nn.Module, inputs: Any, assigned: formats.Assignment, rule: Any, rounder: Any, ignore: Sequence[str], seed: int
 ) -> fx.GraphModule:
-    """Codes for weights, floats for the rest (``rarefy.weight_only``)."""
+    """Codes for weights, floats for the rest (``rarefy.quantization.weight_only``)."""
     if is_quantised(model):
         raise InputError("the model is quantised already; start from its float original")
     graph = fold(as_graph(model, inputs))
@@ -496,7 +500,7 @@ def _weights_only(
     facts = weight_only.encode(graph, own, rule, rounder, torch.Generator().manual_seed(seed))
     options = {
         "weights": str(assigned),
-        "activations": grids.FLOAT,
+        "activations": formats.FLOAT,
         "weight_calibration": None if rule is None else plugins.describe(rule),
         "rounding": plugins.describe(rounder),
         "ignore": list(ignore),
@@ -508,7 +512,7 @@ def _weights_only(
     return graph.eval()
 
 
-def _value_grids(placement: Placement, assigned: grids.Assignment) -> dict[fx.Node, grids.Grid]:
+def _value_grids(placement: Placement, assigned: formats.Assignment) -> dict[fx.Node, formats.Grid]:
     """The grid of each rounded value: by its own name, or by that of a layer that reads it. Raises InputError for a value in float."""
     values = set(placement.values)
     readers: dict[fx.Node, list[str]] = {value: [value.name] for value in placement.values}
@@ -519,9 +523,9 @@ def _value_grids(placement: Placement, assigned: grids.Assignment) -> dict[fx.No
         readers[source] += names(layer)
     found = {value: assigned.of(known) for value, known in readers.items()}
     for value, grid in found.items():
-        if not isinstance(grid, grids.Grid):
+        if not isinstance(grid, formats.Grid):
             raise InputError(f"{value.name}: activations={assigned}: integer kernels take uint8 or int8, and simulation fewer bits")
-        found[value] = rewriting.grid_of(placement, value, grid)
+        found[value] = qdq.grid_of(placement, value, grid)
     return found  # type: ignore[return-value]
 
 

@@ -24,11 +24,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from rarefy import grids, measuring, plugins, rewriting
+from rarefy import measuring, plugins
 from rarefy.graph.capture import attribute, example_inputs, finish, share_copy
 from rarefy.graph.fold import layer_name
 from rarefy.graph.lowering import to_integers
-from rarefy.placing import Placement, place
+from rarefy.quantization import formats, qdq
+from rarefy.quantization.placement import Placement, place
 from rarefy.system.progress import track
 
 CLEARLY = 1.01  # a gain that is more than noise, of a median over rounds that take turns
@@ -76,7 +77,7 @@ def judge(
     ranges: Ranges,
     ignore: Sequence[str],
     runtime: Any,
-    grid: grids.Grid,
+    grid: formats.Grid,
     progress: bool = True,
 ) -> dict[str, Any]:
     """What was found, timed with a batch of one: ``{"undone": [layer names], "why": str, "timed": [...], "batch", "threads", "runtime"}``.
@@ -135,17 +136,17 @@ def _why(best: str, slow: Sequence[Candidate]) -> str:
     return f"faster in float: {', '.join(one.name for one in slow)}" if best == MIXED else f"the whole network is faster in {best}"
 
 
-def rounded(graph: fx.GraphModule, ranges: Ranges, ignore: Sequence[str], runtime: Any, grid: grids.Grid) -> fx.GraphModule:
+def rounded(graph: fx.GraphModule, ranges: Ranges, ignore: Sequence[str], runtime: Any, grid: formats.Grid) -> fx.GraphModule:
     """A copy in integers, weights at the nearest of 8 bits."""
     copied = share_copy(graph)
     placement = place(copied, runtime.capabilities, ignore)
-    own = {value: rewriting.grid_of(placement, value, grid) for value in placement.values}
-    rewriting.insert(copied, placement, {value: ranges[value.name] for value in placement.values}, own)
+    own = {value: qdq.grid_of(placement, value, grid) for value in placement.values}
+    qdq.insert(copied, placement, {value: ranges[value.name] for value in placement.values}, own)
     for node in placement.layers:
         weight = attribute(copied, node.args[1]).detach()
-        scale = torch.maximum(weight.abs().flatten(1).amax(1) / 127, rewriting.least_scale(copied, node))
+        scale = torch.maximum(weight.abs().flatten(1).amax(1) / 127, qdq.least_scale(copied, node))
         codes = torch.round(weight / scale.view(-1, *[1] * (weight.dim() - 1))).to(torch.int8)
-        rewriting.put_codes(copied, node, codes, scale)
+        qdq.put_codes(copied, node, codes, scale)
     return to_integers(finish(copied)).eval()
 
 

@@ -1,0 +1,1 @@
+"""quantize(): numbers on grids, chosen and rounded on a few images."""
