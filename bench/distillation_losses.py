@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import real_data
 from bench.cells import in_processes
 from rarefy import capture, evaluate
-from rarefy.distilling import distill, train
+from rarefy.distillation.distill import distill, train
 from rarefy.errors import DataError, RarefyError
 from rarefy.tasks.classification import Classification
 from rarefy.terminal import show_table

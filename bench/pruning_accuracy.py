@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import peers, real_data
 from bench.cells import Cells, add_options
 from rarefy import capture, evaluate, plugins, prune
-from rarefy.distilling import train
+from rarefy.distillation.distill import train
 from rarefy.errors import DataError, InputError
 from rarefy.graph.macs import count_macs
 from rarefy.pruning.prune import RANKINGS

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import real_data
 from rarefy import capture, evaluate, load, prune, save
-from rarefy.distilling import distill
+from rarefy.distillation.distill import distill
 from rarefy.errors import DataError
 from rarefy.graph.macs import count_macs, count_parameters
 from rarefy.tasks.classification import Classification

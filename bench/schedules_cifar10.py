@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import real_data
 from rarefy import capture, evaluate, mask, prune
-from rarefy.distilling import distill
+from rarefy.distillation.distill import distill
 from rarefy.errors import DataError
 from rarefy.graph.macs import count_macs
 from rarefy.measuring import weight_bytes

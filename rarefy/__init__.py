@@ -2,7 +2,7 @@
 
 The public names stand below, one a line. They are imported when first used, so that ``import rarefy`` and ``rarefy --help``
 answer at once. Tasks are in ``rarefy.tasks``; what comes in several kinds lies in a folder each: ``rarefy.pruning.criteria``,
-``rarefy.losses``, ``rarefy.quantization.rounding``, ``rarefy.quantization.calibration``, ``rarefy.runtimes``, ``rarefy.schedules``, ``rarefy.pruning.selection``,
+``rarefy.distillation.losses``, ``rarefy.quantization.rounding``, ``rarefy.quantization.calibration``, ``rarefy.runtimes``, ``rarefy.schedules``, ``rarefy.pruning.selection``,
 ``rarefy.pruning.saliency``, ``rarefy.students``.
 """
 
@@ -16,7 +16,7 @@ _HOMES = {
     "capture": "rarefy.graph.capture",
     "prune": "rarefy.pruning.prune",
     "mask": "rarefy.pruning.mask",
-    "distill": "rarefy.distilling",
+    "distill": "rarefy.distillation.distill",
     "quantize": "rarefy.quantization.quantize",
     "evaluate": "rarefy.evaluating",
     "measure": "rarefy.measuring",
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from rarefy.certifying import certify
     from rarefy.compressing import Budget, compress
     from rarefy.deployment.export import export
-    from rarefy.distilling import distill
+    from rarefy.distillation.distill import distill
     from rarefy.errors import RarefyError
     from rarefy.evaluating import evaluate
     from rarefy.graph.capture import capture

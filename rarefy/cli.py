@@ -452,11 +452,11 @@ def distill(
 ) -> None:
     """Train MODEL, or with --student one made of it, to answer like the teacher. Killed and started again, it goes on where it was."""
     from rarefy import students
-    from rarefy.distilling import distill as verb
-    from rarefy.distilling import train as without_teacher
+    from rarefy.distillation.distill import distill as verb
+    from rarefy.distillation.distill import train as without_teacher
+    from rarefy.distillation.objective import terms
+    from rarefy.distillation.options import Training, training_of
     from rarefy.models import load
-    from rarefy.objective import terms
-    from rarefy.training import Training, training_of
 
     given = locals()
     sources_of = {field.name: context.get_parameter_source(field.name) for field in dataclasses.fields(Training)}
@@ -683,7 +683,7 @@ def export(
 ) -> None:
     """Write the file that the runtime runs, and check that it answers like the model."""
     from rarefy import certifying, plugins
-    from rarefy.deployment import export as export_
+    from rarefy.deployment import export as export_module
 
     if certify is None and (also or limit is not None or data.options()):
         raise InputError("--also, --limit and data belong to the certificate; name its file with --certify")
@@ -694,9 +694,9 @@ def export(
         _claim_parent(certify, "--certify")
     _, graph, task = _prepared(model, data, needed=False)
     if certify is None:
-        parity = export_.export(graph, target, runtime=runtime, compare=compare)
+        parity = export_module.export(graph, target, runtime=runtime, compare=compare)
     else:
-        export_.export(graph, target, runtime=runtime, compare=False)
+        export_module.export(graph, target, runtime=runtime, compare=False)
         inputs = None if task is None else next(iter(task.inputs("val", 64, 64, seed=0)))
         facts = certifying.certify(graph, target, runtime=runtime, also=also or (), inputs=inputs, task=task, limit=limit)
         certify.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -1181,10 +1181,10 @@ def _readable(text: str, option: str) -> str:
 
 def _save(graph: Any, folder: str, source: Any, task: Any, as_json: bool) -> None:
     from rarefy import measuring
-    from rarefy.artifact import folder as folder_module
+    from rarefy.artifact import folder as folder_
 
     manifest = {"model": source.text, "weights": source.weights, "task": task.describe() if task is not None else None}
-    folder_module.save(graph, folder, manifest=manifest)
+    folder_.save(graph, folder, manifest=manifest)
     step = graph.meta["history"][-1]
     found = {
         "folder": folder,

@@ -61,9 +61,10 @@ def _block(inputs: int, outputs: int) -> nn.Sequential:
 
 def demonstrate(folder: str | os.PathLike[str], seed: int = 0) -> dict[str, Any]:
     """Train, compress, save, sign. Leaves in ``folder``: ``original/``, ``small/`` and a pair of keys. Returns the report's facts."""
-    from rarefy import compressing, distilling, measuring
-    from rarefy.artifact import folder as folder_module
+    from rarefy import compressing, measuring
+    from rarefy.artifact import folder as folder_
     from rarefy.artifact import signing
+    from rarefy.distillation import distill
     from rarefy.graph import capture
     from rarefy.tasks.classification import Classification
 
@@ -72,8 +73,8 @@ def demonstrate(folder: str | os.PathLike[str], seed: int = 0) -> dict[str, Any]
     task = Classification(train=DATA, val=DATA, augment="crop=1")
     torch.manual_seed(seed)
     untrained = capture.capture(model(), torch.zeros(2, *task.input_shape))
-    original = distilling.train(untrained, task, **TRAINING, seed=seed, checkpoint=place / "train.work")
-    folder_module.save(original, place / "original", manifest={"model": "rarefy.demo:model", "task": task.describe()})
+    original = distill.train(untrained, task, **TRAINING, seed=seed, checkpoint=place / "train.work")
+    folder_.save(original, place / "original", manifest={"model": "rarefy.demo:model", "task": task.describe()})
     result = compressing.compress(
         original,
         task,

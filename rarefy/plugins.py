@@ -25,7 +25,7 @@ from rarefy.errors import InputError
 # kind -> the folder of its choices
 KINDS = {
     "criteria": "rarefy.pruning.criteria",
-    "losses": "rarefy.losses",
+    "losses": "rarefy.distillation.losses",
     "rounding": "rarefy.quantization.rounding",
     "calibration": "rarefy.quantization.calibration",
     "runtimes": "rarefy.runtimes",

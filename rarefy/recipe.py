@@ -61,7 +61,7 @@ from rarefy.models import load
 VERBS = {
     "prune": "rarefy.pruning.prune",
     "mask": "rarefy.pruning.mask",
-    "distill": "rarefy.distilling",
+    "distill": "rarefy.distillation.distill",
     "quantize": "rarefy.quantization.quantize",
 }
 TASKS = {"classification": ("rarefy.tasks", "Classification")}
@@ -176,7 +176,7 @@ def choice(option: str, value: Any, where: str) -> None:
         return
     try:
         if option == "loss":  # a weighted sum of choices
-            importlib.import_module("rarefy.objective").terms(value)
+            importlib.import_module("rarefy.distillation.objective").terms(value)
         elif option == "student":  # or the source of a model
             importlib.import_module("rarefy.students").resolve(value)
         else:

@@ -25,14 +25,15 @@ from sklearn.datasets import load_digits
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from rarefy import checkpoint, distilling, objective
-from rarefy.checkpoint import STATE_FILE
 from rarefy.data.augmentation import mix
-from rarefy.distilling import distill, train
+from rarefy.distillation import checkpoint, objective
+from rarefy.distillation import distill as distill_
+from rarefy.distillation.checkpoint import STATE_FILE
+from rarefy.distillation.distill import distill, train
+from rarefy.distillation.options import Training
 from rarefy.errors import FormatError, InputError, TrainingDiverged
 from rarefy.graph.capture import capture, is_graph
 from rarefy.system import progress
-from rarefy.training import Training
 
 torch.set_num_threads(1)  # as in the process that test_killed_run starts: bits depend on it
 
@@ -214,7 +215,7 @@ def test_caller_keeps_models_modes_generators_and_gets_a_finished_graph() -> Non
 
 def test_matches_a_loop_written_by_hand() -> None:
     """SGD, Nesterov, warm-up, cosine, no decay on norm and bias, CE + LSKD: the same weights as the plain loop's."""
-    from rarefy.losses.lskd import Lskd
+    from rarefy.distillation.losses.lskd import Lskd
 
     task = Digits(images=120)
     result = distill(
@@ -647,7 +648,7 @@ def test_nan_in_the_first_epoch_keeps_the_start() -> None:
 
 def test_infinite_weights_after_a_finite_loss_are_not_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last step's gradient may break the weights when no loss is left to show it."""
-    advance = distilling._Run._advance
+    advance = distill_._Run._advance
 
     def broken(self: Any, inputs: Tensor, targets: Tensor, taught: Any, rate: float) -> None:
         advance(self, inputs, targets, taught, rate)
@@ -655,7 +656,7 @@ def test_infinite_weights_after_a_finite_loss_are_not_accepted(monkeypatch: pyte
             with torch.no_grad():
                 next(self.graph.parameters()).view(-1)[0] = float("inf")
 
-    monkeypatch.setattr(distilling._Run, "_advance", broken)
+    monkeypatch.setattr(distill_._Run, "_advance", broken)
     with pytest.raises(TrainingDiverged, match="weights not finite at step 4"):
         train(student(), Digits(), **{**QUICK, "epochs": 1})
 

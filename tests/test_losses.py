@@ -10,22 +10,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rarefy import plugins
+from rarefy.distillation.losses import FeatureLoss, Loss
+from rarefy.distillation.losses.at import At
+from rarefy.distillation.losses.dist import Dist
+from rarefy.distillation.losses.dkd import Dkd
+from rarefy.distillation.losses.kl import Kl
+from rarefy.distillation.losses.lskd import Lskd
+from rarefy.distillation.losses.mlkd import Mlkd
+from rarefy.distillation.losses.mse import Mse
+from rarefy.distillation.losses.reviewkd import Reviewkd
+from rarefy.distillation.losses.rkd import Rkd
+from rarefy.distillation.losses.skd import Skd
+from rarefy.distillation.losses.wkd import Wkd
+from rarefy.distillation.objective import terms
 from rarefy.errors import InputError
 from rarefy.graph.capture import capture
 from rarefy.graph.features import cuts, matched, tapped
-from rarefy.losses import FeatureLoss, Loss
-from rarefy.losses.at import At
-from rarefy.losses.dist import Dist
-from rarefy.losses.dkd import Dkd
-from rarefy.losses.kl import Kl
-from rarefy.losses.lskd import Lskd
-from rarefy.losses.mlkd import Mlkd
-from rarefy.losses.mse import Mse
-from rarefy.losses.reviewkd import Reviewkd
-from rarefy.losses.rkd import Rkd
-from rarefy.losses.skd import Skd
-from rarefy.losses.wkd import Wkd
-from rarefy.objective import terms
 
 NAMES = plugins.available("losses")
 FORMS = [*NAMES, "mse:on=logits"]

@@ -16,7 +16,8 @@ from torch import Tensor, fx, nn
 
 from rarefy import cli, plugins, recipe
 from rarefy.artifact import folder
-from rarefy.distilling import train
+from rarefy.distillation.distill import train
+from rarefy.distillation.qat import is_quantized
 from rarefy.errors import InputError
 from rarefy.evaluating import evaluate
 from rarefy.graph.capture import capture
@@ -30,7 +31,6 @@ from rarefy.schedules.group_sparse import GroupSparse, Pull
 from rarefy.schedules.iterative import Iterative
 from rarefy.schedules.joint import Fade
 from rarefy.tasks.classification import Classification
-from rarefy.trainable import is_quantized
 from tests.test_students import Residual as Blocks
 
 OPTIONS = "epochs=1,batch_size=96,lr=0.05"

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from rarefy import cli, plugins, students
 from rarefy.artifact import folder
-from rarefy.distilling import distill, train
+from rarefy.distillation.distill import distill, train
 from rarefy.errors import InputError
 from rarefy.graph.capture import capture, example_inputs
 from rarefy.graph.macs import count_macs, count_parameters

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from rarefy.distillation.teachers import frozen
 from rarefy.graph.capture import aten, capture
 from rarefy.graph.features import cuts, tapped
-from rarefy.teaching import frozen
 
 
 class Small(nn.Module):

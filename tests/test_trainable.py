@@ -8,13 +8,13 @@ from torch import nn
 
 from rarefy import distill, plugins
 from rarefy.artifact.folder import load, save
-from rarefy.distilling import train
+from rarefy.distillation.distill import train
+from rarefy.distillation.qat import is_quantized, to_codes, to_trainable
+from rarefy.distillation.qat_batch_norm import put_back
 from rarefy.errors import InputError, TrainingDiverged
 from rarefy.graph.capture import capture
-from rarefy.normalizing import put_back
 from rarefy.quantization.quantize import quantize
 from rarefy.tasks.classification import Classification
-from rarefy.trainable import is_quantized, to_codes, to_trainable
 
 
 class Net(nn.Module):

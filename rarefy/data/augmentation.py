@@ -7,7 +7,7 @@ import random
 
 from torch import Tensor, nn
 
-from rarefy.training import Training
+from rarefy.distillation.options import Training
 
 
 def mix(inputs: Tensor, targets: Tensor | None, training: Training, classes: int, step: int) -> tuple[Tensor, Tensor | None]:

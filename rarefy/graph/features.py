@@ -52,7 +52,7 @@ def tapped(graph: fx.GraphModule, taps: Sequence[Tap]) -> fx.GraphModule:
 
 
 def matched(student: fx.GraphModule, teacher: fx.GraphModule, on: str) -> list[tuple[Tap, Tap]]:
-    """(student's, teacher's) taps for a loss's ``on`` (see rarefy/losses). Raises InputError if nothing fits."""
+    """(student's, teacher's) taps for a loss's ``on`` (see rarefy/distillation/losses). Raises InputError if nothing fits."""
     if on == "logits":
         return []
     if on == "embedding":

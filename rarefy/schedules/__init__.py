@@ -59,7 +59,7 @@ def trained(
 
     part: the folder below the checkpoint. options: fields of ``Training``. Raises InputError without training data.
     """
-    from rarefy.distilling import distill, train  # once asked for: `prune` alone needs no training loop
+    from rarefy.distillation.distill import distill, train  # once asked for: `prune` alone needs no training loop
 
     check_data(name, setting)
     common: dict[str, Any] = {

@@ -64,8 +64,8 @@ class Joint:
 
     def run(self, graph: fx.GraphModule, once: Once, asked: Asked, setting: Setting) -> fx.GraphModule:
         """Raises InputError where there is no training data, for a graph that is quantised already, or for what ``prune`` refuses."""
+        from rarefy.distillation.qat import CLIP, FREEZE, is_quantized
         from rarefy.quantization.quantize import quantize  # once asked for: `prune` alone needs none of it
-        from rarefy.trainable import CLIP, FREEZE, is_quantized
 
         if is_quantized(graph):
             raise InputError("schedule 'joint' quantises by itself; pass the float network")

@@ -2,7 +2,7 @@
 
     loss = hard_weight · task(student, labels) + Σ weight · distillation(student, teacher)
 
-A loss (``rarefy/losses``) only says what the student is to copy; batches, schedule, precision, averaging and recovery are here, and
+A loss (``rarefy/distillation/losses``) only says what the student is to copy; batches, schedule, precision, averaging and recovery are here, and
 ``train()`` is the same loop without a teacher. The options are in ``training.py``, what a step minimises in ``objective.py``, mixup and cutmix in
 ``mixing.py``, the file a killed run goes on from in ``checkpoint.py``. Choices made:
 
@@ -50,20 +50,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from rarefy import plugins, students
-from rarefy.answers import Answers
-from rarefy.checkpoint import Store, digest, load_into, tensors_of
 from rarefy.data.augmentation import mix
-from rarefy.dot import Dot
+from rarefy.distillation.checkpoint import Store, digest, load_into, tensors_of
+from rarefy.distillation.distributed import batch_norm, synchronised
+from rarefy.distillation.objective import Answer, Losses, Objective, Term, terms
+from rarefy.distillation.optimizer import Dot
+from rarefy.distillation.options import AUTO_STEPS, Penalty, Task, Training, training_of
+from rarefy.distillation.qat import is_quantized, suited, to_codes, to_trainable
+from rarefy.distillation.qat_batch_norm import put_back
+from rarefy.distillation.teacher_cache import Answers
+from rarefy.distillation.teachers import Teachers, teachers_of
+from rarefy.distillation.tensorboard import Logs
 from rarefy.errors import FormatError, InputError, RarefyError, TrainingDiverged, WorkerLost
 from rarefy.graph.capture import as_graph, aten, device_of, output_shapes
-from rarefy.logs import Logs
-from rarefy.normalizing import put_back
-from rarefy.objective import Answer, Losses, Objective, Term, terms
-from rarefy.syncing import batch_norm, synchronised
 from rarefy.system.progress import track
-from rarefy.teaching import Teachers, teachers_of
-from rarefy.trainable import is_quantized, suited, to_codes, to_trainable
-from rarefy.training import AUTO_STEPS, Penalty, Task, Training, training_of
 
 CHECK_STEPS = 50
 MOMENT_BATCHES = 8

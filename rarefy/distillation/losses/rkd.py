@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rarefy.distillation.losses import Features, Shapes
 from rarefy.errors import InputError
-from rarefy.losses import Features, Shapes
 
 NEAR = 1e-6  # squared distances below this share of the mean are rounding
 EPS = 1e-12

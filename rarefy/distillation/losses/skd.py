@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rarefy.distillation.losses import Features
+from rarefy.distillation.losses._logits import check_temperature, divergence
 from rarefy.errors import InputError
-from rarefy.losses import Features
-from rarefy.losses._logits import check_temperature, divergence
 
 EPS = 1e-8
 

@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, fx, nn
 
 import rarefy.kernels
+from rarefy.distillation.options import Training
+from rarefy.distillation.qat_batch_norm import folded
 from rarefy.errors import InputError
 from rarefy.graph.capture import attribute, finish, set_attribute, shapes
 from rarefy.graph.lowering import LAYERS, is_decoded, to_numbers
 from rarefy.kernels.quantize import along, fake_quantize, quantize
-from rarefy.normalizing import folded
 from rarefy.quantization.qdq import BIAS_LIMIT
-from rarefy.training import Training
 
 aten = torch.ops.aten
 OPERATORS = torch.ops.rarefy

@@ -20,12 +20,12 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from rarefy import plugins
+from rarefy.distillation.losses import FeatureLoss, Loss
+from rarefy.distillation.options import Task, Training
+from rarefy.distillation.teachers import frozen
 from rarefy.errors import InputError
 from rarefy.graph.capture import device_of
 from rarefy.graph.features import Tap, matched, tapped
-from rarefy.losses import FeatureLoss, Loss
-from rarefy.teaching import frozen
-from rarefy.training import Task, Training
 
 Losses = str | Loss | Sequence[tuple[float, Loss]] | None
 Term = tuple[float, Loss]
@@ -50,7 +50,7 @@ def terms(loss: Losses) -> list[Term]:
     for weight, one in pairs:
         if not isinstance(one, Loss) or (one.on != "logits" and not isinstance(one, FeatureLoss)):
             raise InputError(
-                f"loss: {type(one).__name__} is no loss; it needs `on`, a call, and `adapter` if it looks at features (rarefy/losses)"
+                f"loss: {type(one).__name__} is no loss; it needs `on`, a call, and `adapter` if it looks at features (rarefy/distillation/losses)"
             )
         if not 0 <= weight < math.inf:
             raise InputError(f"loss: weight {weight} of {plugins.describe(one)} is not 0 or more")

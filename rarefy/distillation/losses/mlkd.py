@@ -18,9 +18,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from rarefy.distillation.losses import Features
+from rarefy.distillation.losses._logits import divergence
 from rarefy.errors import InputError
-from rarefy.losses import Features
-from rarefy.losses._logits import divergence
 
 PAPER_BATCH, PAPER_CLASSES = 64, 100
 

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rarefy.distillation.losses import Features, Shapes
+from rarefy.distillation.losses._maps import projection
 from rarefy.errors import InputError
-from rarefy.losses import Features, Shapes
-from rarefy.losses._maps import projection
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rarefy.distillation.losses import Features, Shapes
 from rarefy.errors import InputError
-from rarefy.losses import Features, Shapes
 
 CELLS = (4, 2, 1)
 

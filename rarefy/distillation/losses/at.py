@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rarefy.distillation.losses import Features, Shapes
 from rarefy.errors import InputError
-from rarefy.losses import Features, Shapes
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""distill() and train(): the training loop and what a student learns from."""
