@@ -120,7 +120,7 @@ def interval(ratio: dict[str, float], rounds: int) -> list[float]:
 
 def timings(files: dict[str, Path], inputs: Tensor, rounds: int | None) -> list[dict[str, Any]]:
     """Three files in turn for each setting. ``against_NAME``: our time over theirs, within a round."""
-    from rarefy.measuring import latency
+    from rarefy.evaluation.measure import latency
     from rarefy.runtimes.onnxruntime import OnnxRuntime
 
     rows = []
@@ -143,7 +143,7 @@ def timings(files: dict[str, Path], inputs: Tensor, rounds: int | None) -> list[
 
 def measured(given: argparse.Namespace) -> dict[str, Any]:
     from rarefy import quantize
-    from rarefy.measuring import weight_bytes
+    from rarefy.evaluation.measure import weight_bytes
     from rarefy.runtimes.onnxruntime import OnnxRuntime
 
     task = task_of(real_data.LITE_MEAN, real_data.LITE_STD)

@@ -25,8 +25,9 @@ from torch import fx, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rarefy import capture, measuring, prune
+from rarefy import capture, prune
 from rarefy.errors import InputError
+from rarefy.evaluation import measure
 from rarefy.graph.capture import example_inputs
 from rarefy.terminal import show_table
 
@@ -64,13 +65,13 @@ class Clock:
     """Times as fast as the original, each time from a run in which both take turns."""
 
     def __init__(self, graph: fx.GraphModule, threads: int, folder: Path):
-        self.runtime, self.folder = measuring.with_threads("onnxruntime", threads), folder
+        self.runtime, self.folder = measure.with_threads("onnxruntime", threads), folder
         self.example = example_inputs(graph, batch=1)[0]
         self.original = self.runtime.export(graph, folder / "original.onnx")
 
     def __call__(self, small: fx.GraphModule) -> dict[str, float]:
         files = {"original": self.original, "pruned": self.runtime.export(small, self.folder / "small.onnx")}
-        found: dict[str, float] = measuring.timed(files, self.example, runtime=self.runtime)["pruned"]["speedup"]["original"]
+        found: dict[str, float] = measure.timed(files, self.example, runtime=self.runtime)["pruned"]["speedup"]["original"]
         return found
 
 

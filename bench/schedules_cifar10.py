@@ -28,8 +28,8 @@ from bench import real_data
 from rarefy import capture, evaluate, mask, prune
 from rarefy.distillation.distill import distill
 from rarefy.errors import DataError
+from rarefy.evaluation.measure import weight_bytes
 from rarefy.graph.macs import count_macs
-from rarefy.measuring import weight_bytes
 from rarefy.tasks.classification import Classification
 from rarefy.terminal import show_table
 

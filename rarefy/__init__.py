@@ -18,8 +18,8 @@ _HOMES = {
     "mask": "rarefy.pruning.mask",
     "distill": "rarefy.distillation.distill",
     "quantize": "rarefy.quantization.quantize",
-    "evaluate": "rarefy.evaluating",
-    "measure": "rarefy.measuring",
+    "evaluate": "rarefy.evaluation.evaluate",
+    "measure": "rarefy.evaluation.measure",
     "compress": "rarefy.compressing",
     "Budget": "rarefy.compressing",
     "save": "rarefy.artifact.folder",
@@ -27,7 +27,7 @@ _HOMES = {
     "sign": "rarefy.artifact.signing",
     "verify": "rarefy.artifact.signing",
     "export": "rarefy.deployment.export",
-    "certify": "rarefy.certifying",
+    "certify": "rarefy.evaluation.certify",
     "report": "rarefy.reports.report",
     "RarefyError": "rarefy.errors",
 }
@@ -56,14 +56,14 @@ __all__ = [
 if TYPE_CHECKING:
     from rarefy.artifact.folder import load, save
     from rarefy.artifact.signing import sign, verify
-    from rarefy.certifying import certify
     from rarefy.compressing import Budget, compress
     from rarefy.deployment.export import export
     from rarefy.distillation.distill import distill
     from rarefy.errors import RarefyError
-    from rarefy.evaluating import evaluate
+    from rarefy.evaluation.certify import certify
+    from rarefy.evaluation.evaluate import evaluate
+    from rarefy.evaluation.measure import measure
     from rarefy.graph.capture import capture
-    from rarefy.measuring import measure
     from rarefy.pruning.mask import mask
     from rarefy.pruning.prune import prune
     from rarefy.quantization.quantize import quantize

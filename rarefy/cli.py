@@ -589,7 +589,7 @@ def evaluate(
 ) -> None:
     """Accuracy with its interval, worst class, calibration, agreement with the reference, paired drop, robustness."""
     from rarefy import recipe
-    from rarefy.evaluating import evaluate as verb
+    from rarefy.evaluation.evaluate import evaluate as verb
 
     if max_drop is not None and reference is None:
         raise InputError("--max-drop compares with the original; name it with --reference")
@@ -643,7 +643,8 @@ def measure(
     as_json: Json = False,
 ) -> None:
     """Bytes, parameters, MACs, latency on the runtime, peak memory; with --reference, of both, interleaved."""
-    from rarefy import measuring, plugins
+    from rarefy import plugins
+    from rarefy.evaluation import measure as measure_
     from rarefy.models import load
 
     plugins.resolve("runtimes", runtime)
@@ -654,7 +655,7 @@ def measure(
     if reference is not None:
         other = load.load(reference, weights=reference_weights, classes=model.classes)
         models = {str(reference): load.graph_of(other, shape), **models}
-    found = measuring.measure(models, runtime=runtime, batch=batch_size, repeats=repeats)
+    found = measure_.measure(models, runtime=runtime, batch=batch_size, repeats=repeats)
     if as_json:
         show_json(found)
         return
@@ -682,23 +683,24 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write the file that the runtime runs, and check that it answers like the model."""
-    from rarefy import certifying, plugins
-    from rarefy.deployment import export as export_module
+    from rarefy import plugins
+    from rarefy.deployment import export as export_
+    from rarefy.evaluation import certify as certify_
 
     if certify is None and (also or limit is not None or data.options()):
         raise InputError("--also, --limit and data belong to the certificate; name its file with --certify")
-    certifying.readers_of(runtime, also or ())
+    certify_.readers_of(runtime, also or ())
     suffix = plugins.resolve("runtimes", runtime).suffix
     target = _claim_file(output, (".onnx", ".xml") if suffix == ".onnx" else (suffix,))
     if certify is not None:
         _claim_parent(certify, "--certify")
     _, graph, task = _prepared(model, data, needed=False)
     if certify is None:
-        parity = export_module.export(graph, target, runtime=runtime, compare=compare)
+        parity = export_.export(graph, target, runtime=runtime, compare=compare)
     else:
-        export_module.export(graph, target, runtime=runtime, compare=False)
+        export_.export(graph, target, runtime=runtime, compare=False)
         inputs = None if task is None else next(iter(task.inputs("val", 64, 64, seed=0)))
-        facts = certifying.certify(graph, target, runtime=runtime, also=also or (), inputs=inputs, task=task, limit=limit)
+        facts = certify_.certify(graph, target, runtime=runtime, also=also or (), inputs=inputs, task=task, limit=limit)
         certify.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         parity = {"certificate": str(certify), **facts["runtimes"][plugins.describe(plugins.resolve("runtimes", runtime))]}
         parity |= {key: facts[key] for key in ("first_diverging_layer", "passed")}
@@ -780,8 +782,8 @@ def _recorded(place: Path) -> dict[str, Any]:
 def _measured_again(
     place: Path, data: DataOptions, reference: str | None, reference_weights: str | None, runtime: str, limit: int | None
 ) -> dict[str, Any]:
-    from rarefy import measuring
-    from rarefy.evaluating import evaluate as judge
+    from rarefy.evaluation import measure as measure_
+    from rarefy.evaluation.evaluate import evaluate as judge
     from rarefy.reports import report
 
     facts: dict[str, Any] = _recorded(place) if (place / "report.json").exists() else {"title": str(place)}
@@ -789,7 +791,7 @@ def _measured_again(
     other = _reference(reference, reference_weights, None, task)
     found = judge(graph, task, reference=other, limit=limit)
     models = {"after": graph} if other is None else {"before": other, "after": graph}
-    measured = measuring.measure(models, runtime=runtime)
+    measured = measure_.measure(models, runtime=runtime)
     for name in models:
         evaluation = found if name == "after" else found.reference
         assert evaluation is not None
@@ -1180,20 +1182,20 @@ def _readable(text: str, option: str) -> str:
 
 
 def _save(graph: Any, folder: str, source: Any, task: Any, as_json: bool) -> None:
-    from rarefy import measuring
-    from rarefy.artifact import folder as folder_
+    from rarefy.artifact import folder as folder_module
+    from rarefy.evaluation import measure as measure_
 
     manifest = {"model": source.text, "weights": source.weights, "task": task.describe() if task is not None else None}
-    folder_.save(graph, folder, manifest=manifest)
+    folder_module.save(graph, folder, manifest=manifest)
     step = graph.meta["history"][-1]
     found = {
         "folder": folder,
         "step": step["step"],
         "options": step["options"],
         "facts": step["facts"],
-        "parameters": measuring.count_parameters(graph),
-        "macs": measuring.count_macs(graph),
-        "weight_bytes": measuring.weight_bytes(graph),
+        "parameters": measure_.count_parameters(graph),
+        "macs": measure_.count_macs(graph),
+        "weight_bytes": measure_.weight_bytes(graph),
     }
     if as_json:
         show_json(found)

@@ -49,20 +49,21 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy import measuring, plugins
-from rarefy.artifact import folder as folder_
-from rarefy.certifying import certify
+from rarefy import plugins
+from rarefy.artifact import folder as folder_module
 from rarefy.distillation.distill import distill
 from rarefy.errors import CheckFailed, FormatError, InputError
-from rarefy.evaluating import doubts, evaluate
+from rarefy.evaluation import measure
+from rarefy.evaluation.certify import certify
+from rarefy.evaluation.corruptions import fits
+from rarefy.evaluation.evaluate import doubts, evaluate
 from rarefy.graph.capture import as_graph, output_shapes
 from rarefy.kernels import is_quantised
 from rarefy.pruning.mask import mask
 from rarefy.pruning.prune import prune
 from rarefy.quantization.quantize import quantize
-from rarefy.reports import report as report_module
+from rarefy.reports import report as report_
 from rarefy.system.cpu import examine
-from rarefy.tasks.corruptions import fits
 
 Step = Mapping[str, Any]
 
@@ -122,10 +123,10 @@ class Result:
         """The folder of ``artifact.save``, with ``model.onnx`` (or what the runtime calls its files), ``report.html`` and ``report.json``."""
         files: dict[str, bytes | Path] = {
             self.model.name: self.model,
-            "report.html": report_module.html(self.report).encode(),
-            "report.json": report_module.as_json(self.report).encode(),
+            "report.html": report_.html(self.report).encode(),
+            "report.json": report_.as_json(self.report).encode(),
         }
-        return folder_.save(self.graph, folder, manifest=self.manifest, files=files)
+        return folder_module.save(self.graph, folder, manifest=self.manifest, files=files)
 
 
 def compress(
@@ -159,8 +160,8 @@ def compress(
     if getattr(task, "val", None) is None:
         raise InputError("compress: the task has no validation data, without which no drop can be measured; pass val=")
     original = _untimed(as_graph(model, given)).eval()
-    chosen = measuring.with_threads(runtime)
-    listed = [dict(step) for step in (steps if steps is not None else usual_steps(budget, measuring.weight_bytes(original), task))]
+    chosen = measure.with_threads(runtime)
+    listed = [dict(step) for step in (steps if steps is not None else usual_steps(budget, measure.weight_bytes(original), task))]
     _check_steps(listed)
     if is_quantised(original) and any(step["do"] in FLOAT_ONLY for step in listed):
         raise InputError(f"compress: the model {QUANTISED}; give its float original, or steps that only distil")
@@ -270,10 +271,10 @@ class Candidate:
 
     @cached_property
     def size(self) -> int:
-        return (self.folder / folder_.WEIGHTS).stat().st_size
+        return (self.folder / folder_module.WEIGHTS).stat().st_size
 
     def graph(self) -> fx.GraphModule:
-        return folder_.load(self.folder)
+        return folder_module.load(self.folder)
 
 
 @dataclass
@@ -338,7 +339,7 @@ class _Run:
 
     def _identity(self, original: fx.GraphModule) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="rarefy-") as folder:
-            content = folder_.content_hash(folder_.save(original, Path(folder) / "original"))
+            content = folder_module.content_hash(folder_module.save(original, Path(folder) / "original"))
         splits = [split for split in ("train", "val") if getattr(self.task, split, None) is not None]
         identity = {
             "model": content,
@@ -356,7 +357,7 @@ class _Run:
 
     def candidate_of(self, index: int) -> Candidate:
         folder = self._place(index)
-        return Candidate(index, folder, folder_.read_manifest(folder)["found"])
+        return Candidate(index, folder, folder_module.read_manifest(folder)["found"])
 
     def _place(self, index: int) -> Path:
         return self.folder / (f"{index}-{self.steps[index - 1]['do']}" if index else "0-original")
@@ -414,9 +415,9 @@ class _Run:
             )
             found = {**made, "name": name, "seconds": spent, "evaluation": {**judged.to_json(), "reference": None}}
             others = {} if parent is None else {one.name: one.folder / self.model for one in (self.original, parent)}
-            times = measuring.timed({**others, name: file}, self._example(1), runtime=self.runtime)[name]
+            times = measure.timed({**others, name: file}, self._example(1), runtime=self.runtime)[name]
             found |= {"latency_ms": times["latency_ms"], "speedup": times["speedup"]}
-            folder_.save(graph, place, manifest={"found": found}, files={self.model: file})
+            folder_module.save(graph, place, manifest={"found": found}, files={self.model: file})
         return self.candidate_of(index)
 
     def _example(self, count: int) -> Tensor:
@@ -493,10 +494,10 @@ class _Run:
         winner = self.chosen(outcomes, last)
         self._say(f"final evaluation of {winner.name}")
         before, after, parity = self._compared(winner)
-        files = {"graph.json": winner.folder / folder_.GRAPH, "weights.safetensors": winner.folder / folder_.WEIGHTS}
+        files = {"graph.json": winner.folder / folder_module.GRAPH, "weights.safetensors": winner.folder / folder_module.WEIGHTS}
         hashes = {
-            "original": folder_.content_hash(self.original.folder),
-            "teacher": folder_.content_hash(self.original.folder),
+            "original": folder_module.content_hash(self.original.folder),
+            "teacher": folder_module.content_hash(self.original.folder),
             **{f"data.{split}": digest for split, digest in _read(self.folder / RUN)["data"].items()},
             **{
                 name: hashlib.sha256(file.read_bytes()).hexdigest()
@@ -542,7 +543,7 @@ class _Run:
                 "recipe": recipe,
             },
         }
-        _write(path, json.loads(report_module.as_json(report)))
+        _write(path, json.loads(report_.as_json(report)))
         return _read(path)
 
     def _compared(self, winner: Candidate) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -557,15 +558,15 @@ class _Run:
             sampled = evaluate(second, self.task, corruptions=self.corruptions, limit=CORRUPTED_IMAGES, **options).to_json()
             judged["robustness"], reference["robustness"] = sampled["robustness"], sampled["reference"]["robustness"]
         example = self._example(1)
-        times = measuring.timed(files, example, runtime=self.runtime)
+        times = measure.timed(files, example, runtime=self.runtime)
         parity = self._certified(winner, files["result"])
         sides = []
         for name, candidate, evaluation in (("original", self.original, reference), ("result", winner, judged)):
             sides.append(
                 {
-                    **measuring.costs(candidate.graph()),
+                    **measure.costs(candidate.graph()),
                     "size_bytes": candidate.size,
-                    "peak_memory_bytes": measuring.peak_memory(files[name], example, runtime=self.runtime),
+                    "peak_memory_bytes": measure.peak_memory(files[name], example, runtime=self.runtime),
                     **times[name],
                     "evaluation": evaluation,
                 }
@@ -576,7 +577,7 @@ class _Run:
         """Parity in the run's runtime, and in each other one that is installed and reads its files."""
         own = plugins.describe(self.runtime)
         others = [name for name in plugins.available("runtimes") if name != own.partition(":")[0]]
-        readers = [one for one in map(measuring.with_threads, others) if one.suffix == self.runtime.suffix and find_spec(one.package)]
+        readers = [one for one in map(measure.with_threads, others) if one.suffix == self.runtime.suffix and find_spec(one.package)]
         facts = certify(
             winner.graph(), file, runtime=self.runtime, also=readers, inputs=self._example(PARITY_IMAGES), progress=self.progress
         )
@@ -757,14 +758,14 @@ def _weighted(graph: fx.GraphModule) -> dict[str, tuple[int, int]]:
     """{name of the weight: (output channels, MACs)}."""
     nodes = {node.name: node for node in graph.graph.nodes}
     found: dict[str, tuple[int, int]] = {}
-    for name, macs in measuring.layer_macs(graph).items():
+    for name, macs in measure.layer_macs(graph).items():
         source = nodes[name].args[1] if len(nodes[name].args) > 1 else None
         while isinstance(source, fx.Node) and source.op == "call_function" and source.args:
             source = source.args[0]
         if isinstance(source, fx.Node) and source.op == "get_attr":
             target = str(source.target)
             weight: Any = graph.get_parameter(target) if target in dict(graph.named_parameters()) else graph.get_buffer(target)
-            found[target.removesuffix(measuring.CODES)] = (weight.shape[0], macs)
+            found[target.removesuffix(measure.CODES)] = (weight.shape[0], macs)
     return found
 
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rarefy.errors import DataError, InputError
+from rarefy.evaluation.corruptions import CORRUPTIONS, SMALL, corrupt, fits
 from rarefy.tasks.classification import Augmentation, Classification, _shifted
-from rarefy.tasks.corruptions import CORRUPTIONS, SMALL, corrupt, fits
 
 
 def picture(seed: int, width: int, height: int, mode: str = "RGB") -> Image.Image:

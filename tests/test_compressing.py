@@ -13,11 +13,11 @@ import torch
 from torch import fx
 
 from rarefy import compressing, demo
-from rarefy.artifact import folder as folder_
+from rarefy.artifact import folder as folder_module
 from rarefy.compressing import Budget, Candidate, Outcome, compress
 from rarefy.distillation import distill
 from rarefy.errors import InputError
-from rarefy.evaluating import doubts, wilson
+from rarefy.evaluation.evaluate import doubts, wilson
 from rarefy.graph.capture import capture
 from rarefy.quantization.quantize import quantize
 from rarefy.tasks.classification import Classification
@@ -83,7 +83,7 @@ def test_wrong_steps_are_told_before_anything_is_done(steps: list[dict[str, Any]
 def candidate(tmp_path: Path, index: int, name: str, *, drop: float = 0.0, speed: float = 1.0, size: int = 1000) -> Candidate:
     folder = tmp_path / str(index)
     folder.mkdir()
-    (folder / folder_.WEIGHTS).write_bytes(bytes(size))
+    (folder / folder_module.WEIGHTS).write_bytes(bytes(size))
     ratio = {"median": speed, "low": 0.98 * speed, "high": 1.02 * speed}
     found = {"name": name, "evaluation": {"value": 0.9 - drop, "drop": {"value": drop}}, "speedup": {"original": ratio, "parent": ratio}}
     return Candidate(index, folder, found)
@@ -191,10 +191,10 @@ def test_what_is_saved_loads_and_tells_no_time(whole: tuple[Path, compressing.Re
     _, result = whole
     folder = result.save(tmp_path / "small")
     assert {"model.onnx", "report.html", "report.json"} <= {path.name for path in folder.iterdir()}
-    graph, inputs = folder_.load(folder), torch.rand(3, 1, 8, 8)
+    graph, inputs = folder_module.load(folder), torch.rand(3, 1, 8, 8)
     assert torch.equal(graph(inputs), result.graph(inputs))
     assert not {"timing", "seconds"} & set(json.dumps(graph.meta["history"]).replace('"', " ").split())
-    manifest = folder_.read_manifest(folder)
+    manifest = folder_module.read_manifest(folder)
     assert manifest["hashes"]["data.val"] == digits().fingerprint("val")
 
 

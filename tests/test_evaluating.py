@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rarefy.errors import DataError, InputError
-from rarefy.evaluating import Evaluation, calibration_error, evaluate, paired_drop, wilson
+from rarefy.evaluation.corruptions import CORRUPTIONS
+from rarefy.evaluation.evaluate import Evaluation, calibration_error, evaluate, paired_drop, wilson
 from rarefy.tasks.classification import Classification
-from rarefy.tasks.corruptions import CORRUPTIONS
 
 CLASSES = 7
 

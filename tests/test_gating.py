@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rarefy import measuring, plugins
+from rarefy import plugins
 from rarefy.errors import InputError
+from rarefy.evaluation import measure
 from rarefy.graph.capture import capture
 from rarefy.graph.fold import fold
 from rarefy.quantization import latency_gate
@@ -87,7 +88,7 @@ def test_what_does_not_pay_goes_back(
 ) -> None:
     """Clocks are planted, since no timing can be promised on a machine that others use; everything else is real."""
     pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(measuring, "latency", clock(price))
+    monkeypatch.setattr(measure, "latency", clock(price))
     small = quantize(graph, batches=batches, gate="latency", progress=False)
     facts = small.meta["history"][-1]["facts"]
     assert set(facts["gate"]["undone"]) == undone and why in facts["gate"]["why"]

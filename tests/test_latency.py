@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rarefy import measuring
 from rarefy.errors import InputError
+from rarefy.evaluation import measure
 from rarefy.graph.capture import capture
 from rarefy.graph.macs import count_macs
 from rarefy.pruning import latency_search
@@ -128,7 +128,7 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = OnnxRuntime(threads=1)
     files = {name: runtime.open(runtime.export(one, tmp_path / f"{name}.onnx")) for name, one in (("whole", graph), ("small", small))}
     # Measured anew, in turns, so not the round that was picked for its figure: half of the time was asked for.
-    assert measuring.latency(files, example[:1], repeats=100)["small"]["speedup"]["whole"]["median"] > 1.3
+    assert measure.latency(files, example[:1], repeats=100)["small"]["speedup"]["whole"]["median"] > 1.3
     assert not found["table"]["from_cache"]
     assert 1 <= len(found["rounds"]) <= latency_search.ROUNDS + latency_search.SPARE
     assert all(after % 8 == 0 or after == before for before, after in facts["channels"].values())

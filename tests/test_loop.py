@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from test_distilling import QUICK, RESUMED, Digits, Stopped, digits, facts, net, same, student, teacher, tensors, top1
 from torch import Tensor, fx, nn
 
-from rarefy.distillation import distill as distill_
+from rarefy.distillation import distill as distill_module
 from rarefy.distillation import objective
 from rarefy.distillation.distill import distill, train
 from rarefy.distillation.optimizer import Dot
@@ -271,7 +271,7 @@ def test_out_of_memory_on_a_cpu_halves_too_and_is_told(monkeypatch: pytest.Monke
 
 def test_what_the_compiler_can_t_do_is_trained_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = distill(student(), teacher(), Digits(), **QUICK)
-    monkeypatch.setattr(distill_._Run, "_compiling", lambda self: "default")
+    monkeypatch.setattr(distill_module._Run, "_compiling", lambda self: "default")
 
     def broken(model: nn.Module, **_: Any) -> Any:
         def call(*_: Any) -> Any:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy import measuring
 from rarefy.artifact import folder
 from rarefy.errors import InputError
+from rarefy.evaluation import measure
 from rarefy.graph.capture import capture
 
 
@@ -42,7 +42,7 @@ class Clock:
 
 def test_models_take_turns_and_the_order_rotates() -> None:
     log: list[str] = []
-    found = measuring.latency({name: Clock(name, 0.0025, log) for name in "abc"}, torch.zeros(1), repeats=3, warmup=1)
+    found = measure.latency({name: Clock(name, 0.0025, log) for name in "abc"}, torch.zeros(1), repeats=3, warmup=1)
     assert log[-9:] == list("abcbcacab")  # one run a sample, since a run takes longer than a sample must
     assert 1 <= found["a"]["repeats"] <= 3
 
@@ -54,14 +54,14 @@ def test_a_disturbed_round_counts_for_no_model() -> None:
     def disturbed(inputs: Tensor) -> None:
         Clock("", 0.1 if next(calls) % 3 == 2 else 0.01, [])(inputs)
 
-    found = measuring.latency({"a": disturbed, "b": Clock("b", 0.01, [])}, torch.zeros(1), repeats=30)
+    found = measure.latency({"a": disturbed, "b": Clock("b", 0.01, [])}, torch.zeros(1), repeats=30)
     assert found["a"]["repeats"] <= 20
     assert found["a"]["ms"]["high"] < 50 and 0.7 < found["b"]["speedup"]["a"]["median"] < 1.4
 
 
 def test_speedup_is_of_pairs() -> None:
     log: list[str] = []
-    found = measuring.latency({"slow": Clock("slow", 0.006, log), "fast": Clock("fast", 0.002, log)}, torch.zeros(1), repeats=15)
+    found = measure.latency({"slow": Clock("slow", 0.006, log), "fast": Clock("fast", 0.002, log)}, torch.zeros(1), repeats=15)
     assert found["slow"]["speedup"]["slow"] == {"median": 1.0, "low": 1.0, "high": 1.0}
     ratio = found["fast"]["speedup"]["slow"]
     assert ratio["high"] >= ratio["median"] >= ratio["low"]
@@ -72,27 +72,27 @@ def test_speedup_is_of_pairs() -> None:
 def test_a_sample_is_long_enough() -> None:
     log: list[str] = []
     clock = Clock("a", 1e-4, log)
-    measuring.latency({"a": clock}, torch.zeros(1), repeats=1, warmup=1)
+    measure.latency({"a": clock}, torch.zeros(1), repeats=1, warmup=1)
     before = len(log)
-    measuring.latency({"a": clock}, torch.zeros(1), repeats=2, warmup=1)
+    measure.latency({"a": clock}, torch.zeros(1), repeats=2, warmup=1)
     inner = (len(log) - before - 11) / 2  # without the warm-up and the ten runs that estimate
     assert inner == int(inner) and 2 <= inner <= 20  # 2 ms of runs of 0.1 ms, fewer where the machine is slow
 
 
 def test_repeats_are_chosen_within_bounds() -> None:
-    found = measuring.latency({"a": Clock("a", 0.02, [])}, torch.zeros(1))
-    assert measuring.ROUNDS[0] / 10 <= found["a"]["repeats"] <= measuring.ROUNDS[1]
+    found = measure.latency({"a": Clock("a", 0.02, [])}, torch.zeros(1))
+    assert measure.ROUNDS[0] / 10 <= found["a"]["repeats"] <= measure.ROUNDS[1]
 
 
 @pytest.mark.parametrize(("repeats", "warmup"), [(0, 1), (1, -1)])
 def test_bad_counts(repeats: int, warmup: int) -> None:
     with pytest.raises(InputError, match="at least"):
-        measuring.latency({"a": torch.relu}, torch.zeros(1), repeats=repeats, warmup=warmup)
+        measure.latency({"a": torch.relu}, torch.zeros(1), repeats=repeats, warmup=warmup)
 
 
 def test_measure_counts_exactly(tmp_path: Path) -> None:
     graph = network(4)
-    found = measuring.measure({"net": graph}, repeats=3, memory=False, batch=2, folder=tmp_path)["net"]
+    found = measure.measure({"net": graph}, repeats=3, memory=False, batch=2, folder=tmp_path)["net"]
     assert found["parameters"] == 1 * 4 * 9 + 4 + 4 * 4 * 9 + 4 + 4 * 64 * 10 + 10
     assert found["macs"] == (4 * 9 + 4 * 4 * 9) * 64 + 4 * 64 * 10
     saved = folder.save(graph, tmp_path / "saved") / "weights.safetensors"
@@ -104,31 +104,31 @@ def test_measure_counts_exactly(tmp_path: Path) -> None:
 
 
 def test_threads_are_stated() -> None:
-    assert measuring.with_threads("onnxruntime").threads == 1
-    assert measuring.with_threads("onnxruntime:threads=3").threads == 3
-    assert measuring.with_threads("onnxruntime:threads=3", 2).threads == 2
+    assert measure.with_threads("onnxruntime").threads == 1
+    assert measure.with_threads("onnxruntime:threads=3").threads == 3
+    assert measure.with_threads("onnxruntime:threads=3", 2).threads == 2
     with pytest.raises(InputError, match="threads=0"):
-        measuring.with_threads("onnxruntime", 0)
+        measure.with_threads("onnxruntime", 0)
 
 
 def test_models_of_other_inputs_are_not_compared() -> None:
     with pytest.raises(InputError, match="different inputs"):
-        measuring.measure({"a": network(2, 8), "b": network(2, 4)})
+        measure.measure({"a": network(2, 8), "b": network(2, 4)})
     with pytest.raises(InputError, match=r"GraphModule\w* has no name; pass \{name: graph\}"):
-        measuring.measure(network(8))  # type: ignore[arg-type]
+        measure.measure(network(8))  # type: ignore[arg-type]
     with pytest.raises(InputError, match="no model"):
-        measuring.measure({})
+        measure.measure({})
 
 
 def test_peak_memory_sees_the_weights(tmp_path: Path) -> None:
     """A model of 32 MB more of weights takes at least that much more memory, whatever this process holds."""
     ballast = torch.ones(64 * 2**20 // 4)  # a child that inherited its parent's peak would hide everything below it
-    runtime = measuring.with_threads("onnxruntime")
+    runtime = measure.with_threads("onnxruntime")
     found = []
     for width in (8, 2**20):
         graph = capture(nn.Sequential(nn.Flatten(), nn.Linear(8, width), nn.ReLU()), torch.zeros(2, 2, 4))
         runtime.export(graph, tmp_path / "net.onnx")
-        found.append(measuring.peak_memory(tmp_path / "net.onnx", torch.zeros(1, 2, 4), runtime=runtime))
+        found.append(measure.peak_memory(tmp_path / "net.onnx", torch.zeros(1, 2, 4), runtime=runtime))
     if None in found:
         pytest.skip("this system does not tell a process's peak memory")
     small, large = found
@@ -140,4 +140,4 @@ def test_peak_memory_sees_the_weights(tmp_path: Path) -> None:
 def test_peak_memory_of_what_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "net.onnx").write_bytes(b"no model")
     with pytest.raises(InputError, match=r"net\.onnx"):
-        measuring.peak_memory(tmp_path / "net.onnx", torch.zeros(1, 2))
+        measure.peak_memory(tmp_path / "net.onnx", torch.zeros(1, 2))

@@ -15,13 +15,13 @@ from torch import nn
 from rarefy import plugins
 from rarefy.deployment.export import export
 from rarefy.errors import DataError, InputError
+from rarefy.evaluation.measure import measure
 from rarefy.graph.capture import capture
 from rarefy.graph.fold import fold, simplify
 from rarefy.graph.interpreter import Prefix
 from rarefy.kernels.chunks import PIECE
 from rarefy.kernels.quantize import dequantize, fake_quantize
 from rarefy.kernels.quantize import quantize as to_codes
-from rarefy.measuring import measure
 from rarefy.pruning.prune import prune
 from rarefy.quantization import formats
 from rarefy.quantization.formats import Grid

@@ -17,10 +17,11 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy import measuring, plugins
+from rarefy import plugins
 from rarefy.artifact import folder
-from rarefy.certifying import certify
 from rarefy.errors import FormatError, InputError
+from rarefy.evaluation import measure
+from rarefy.evaluation.certify import certify
 from rarefy.graph.capture import capture
 from rarefy.quantization.quantize import quantize
 from rarefy.system import cpu
@@ -118,7 +119,7 @@ def test_a_file_that_is_none_is_refused(runtime: Any, tmp_path: Path) -> None:
 
 
 def test_measured_by_name(runtime: Any, graph: fx.GraphModule) -> None:
-    found = measuring.measure({"a": graph}, runtime=runtime, repeats=5, memory=True)["a"]
+    found = measure.measure({"a": graph}, runtime=runtime, repeats=5, memory=True)["a"]
     assert found["latency_ms"]["runtime"] == plugins.describe(runtime).partition(":")[0]
     assert found["peak_memory_bytes"] is None or found["peak_memory_bytes"] < 500e6
 

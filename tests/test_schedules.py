@@ -19,7 +19,7 @@ from rarefy.artifact import folder
 from rarefy.distillation.distill import train
 from rarefy.distillation.qat import is_quantized
 from rarefy.errors import InputError
-from rarefy.evaluating import evaluate
+from rarefy.evaluation.evaluate import evaluate
 from rarefy.graph.capture import capture
 from rarefy.graph.macs import count_macs, count_parameters
 from rarefy.pruning.groups.groups import couple

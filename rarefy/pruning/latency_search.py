@@ -48,8 +48,9 @@ import numpy as np
 from scipy.optimize import nnls
 from torch import Tensor, fx
 
-from rarefy import measuring, plugins
+from rarefy import plugins
 from rarefy.errors import FormatError, InputError
+from rarefy.evaluation import measure
 from rarefy.graph.capture import attribute, example_inputs
 from rarefy.system.progress import track
 from rarefy.system.strict_json import parse
@@ -286,7 +287,7 @@ def search(
     build: widths (families,) -> the network.  threads, batch: of what is timed.  cache: folder of measured samples, None: the user's.
     Raises InputError where the goal is out of reach, with what was reached.
     """
-    chosen = measuring.with_threads(runtime, threads)
+    chosen = measure.with_threads(runtime, threads)
     settings = {"runtime": plugins.describe(chosen).partition(":")[0], "threads": chosen.threads, "batch": batch}
     original = build(space.kept(space.whole))
     example = example_inputs(original, batch=batch, seed=seed)[0]
@@ -304,7 +305,7 @@ def search(
         def tried(option: Array, repeats: int | None = None) -> tuple[list[Kernel], dict[str, Any]]:
             """Its kernels, their sum in the proportion that the two networks have when they take turns: a machine's speed drifts between profiles."""
             kernels = _kernels(chosen, chosen.export(build(space.kept(option)), files["pruned"]), example, settings["runtime"])
-            times = measuring.timed(files, example, runtime=chosen, repeats=repeats, warmup=5)
+            times = measure.timed(files, example, runtime=chosen, repeats=repeats, warmup=5)
             ratio = times["pruned"]["speedup"]["original"]
             share = _total(whole_run) / ratio["median"] / _total(kernels) if _is_calm(ratio) else 1.0
             return [kernel._replace(us=share * kernel.us) for kernel in kernels], times

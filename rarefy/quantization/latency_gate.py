@@ -5,7 +5,7 @@
 A *stretch* is a set of integer layers that hand codes to each other, with no float operator between. Stretches of the same layers (the blocks of a
 transformer) are one candidate, and where a candidate holds layers of several kinds (depthwise, 1x1, other convolutions, linear), so is each kind of it. What is timed
 is the whole network with the candidate in float, since a stretch alone would pay neither for the conversions that its neighbours no longer need
-nor for the caches it finds. All files take turns in one run (``rarefy.measuring``); the weights are rounded to the nearest code for it, as time does not
+nor for the caches it finds. All files take turns in one run (``rarefy.evaluation.measure``); the weights are rounded to the nearest code for it, as time does not
 depend on them.
 
 A candidate goes back to float where the network without it is faster by 1 %, and in three of four rounds. Those that do go together, and the result is
@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from rarefy import measuring, plugins
+from rarefy import plugins
+from rarefy.evaluation import measure
 from rarefy.graph.capture import attribute, example_inputs, finish, share_copy
 from rarefy.graph.fold import layer_name
 from rarefy.graph.lowering import to_integers
@@ -85,7 +86,7 @@ def judge(
     graph: float, folded, with the biases that layers in codes need. ranges: of all values, by name. ignore: globs that stay float in any case.
     undone: all integer layers where the whole network is faster in float.
     """
-    chosen = measuring.with_threads(runtime)
+    chosen = measure.with_threads(runtime)
     example = example_inputs(graph, batch=1)[0]
     tried = candidates(graph, placement)
     everything = _everything(placement)
@@ -100,13 +101,13 @@ def judge(
         floats = {f"float on {plugins.describe(form)}": opened(graph, form) for form in chosen.floats}
         whole = {INTEGER: without(())}
         parts = {f"{one.name} in float": without(one.layers) for one in track(tried, len(tried), "gate", progress)}
-        found = measuring.latency({**whole, **parts, **floats}, example, warmup=3)
+        found = measure.latency({**whole, **parts, **floats}, example, warmup=3)
         slow = [one for one, name in zip(tried, parts, strict=True) if _faster(found, name, INTEGER)]
         undone = sorted({layer for one in slow for layer in one.layers})
         timed = {name: one["ms"]["median"] for name, one in found.items()}
         if undone and undone != everything:
             whole[MIXED] = without(undone)
-            found = measuring.latency({**whole, **floats}, example, warmup=3)
+            found = measure.latency({**whole, **floats}, example, warmup=3)
             timed |= {name: one["ms"]["median"] for name, one in found.items()}
     best = MIXED if MIXED in whole and _faster(found, MIXED, INTEGER) else INTEGER
     faster = [name for name in floats if _faster(found, name, best)]

@@ -19,8 +19,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from rarefy import measuring, plugins
+from rarefy import plugins
 from rarefy.errors import InputError
+from rarefy.evaluation import measure
 from rarefy.graph.capture import example_inputs, shapes, share_copy
 from rarefy.graph.fold import layer_name, weighted
 from rarefy.quantization import formats, latency_gate, qdq
@@ -44,7 +45,7 @@ class LayerTimes:
         runtime: Any,
         grid: formats.Grid,
     ):
-        self.runtime, self.grid, self.ignore = measuring.with_threads(runtime), grid, ignore
+        self.runtime, self.grid, self.ignore = measure.with_threads(runtime), grid, ignore
         self.graph = share_copy(graph)
         for node in self.graph.graph.nodes:
             if weighted(node):
@@ -98,7 +99,7 @@ class LayerTimes:
     def _ratio(self, whole: Path, other: Path) -> float:
         """How many times as fast ``other`` is, taking turns."""
         for _ in range(3):
-            found = measuring.timed({"float": whole, "other": other}, self.example, runtime=self.runtime, warmup=5)
+            found = measure.timed({"float": whole, "other": other}, self.example, runtime=self.runtime, warmup=5)
             ratio = found["other"]["speedup"]["float"]
             if ratio["high"] <= CALM * ratio["low"]:
                 return float(ratio["median"])

@@ -24,7 +24,7 @@ from torch import Tensor, fx
 
 from rarefy import plugins
 from rarefy.errors import InputError
-from rarefy.evaluating import evaluate
+from rarefy.evaluation.evaluate import evaluate
 from rarefy.graph.capture import example_inputs
 
 METRIC = 0.005  # of all samples: what the least agreement allows

@@ -37,9 +37,9 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.errors import DataError, InputError
+from rarefy.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt, fits
 from rarefy.graph.capture import device_of
 from rarefy.system.progress import track
-from rarefy.tasks.corruptions import CORRUPTIONS, SEVERITIES, corrupt, fits
 
 Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 _ECE_BINS = 15
