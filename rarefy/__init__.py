@@ -2,8 +2,8 @@
 
 The public names stand below, one a line. They are imported when first used, so that ``import rarefy`` and ``rarefy --help``
 answer at once. Tasks are in ``rarefy.tasks``; what comes in several kinds lies in a folder each: ``rarefy.pruning.criteria``,
-``rarefy.distillation.losses``, ``rarefy.quantization.rounding``, ``rarefy.quantization.calibration``, ``rarefy.runtimes``, ``rarefy.schedules``, ``rarefy.pruning.selection``,
-``rarefy.pruning.saliency``, ``rarefy.students``.
+``rarefy.distillation.losses``, ``rarefy.quantization.rounding``, ``rarefy.quantization.calibration``, ``rarefy.runtimes``, ``rarefy.compression.schedules``, ``rarefy.pruning.selection``,
+``rarefy.pruning.saliency``, ``rarefy.compression.students``.
 """
 
 import importlib
@@ -20,8 +20,8 @@ _HOMES = {
     "quantize": "rarefy.quantization.quantize",
     "evaluate": "rarefy.evaluation.evaluate",
     "measure": "rarefy.evaluation.measure",
-    "compress": "rarefy.compressing",
-    "Budget": "rarefy.compressing",
+    "compress": "rarefy.compression.compress",
+    "Budget": "rarefy.compression.compress",
     "save": "rarefy.artifact.folder",
     "load": "rarefy.artifact.folder",
     "sign": "rarefy.artifact.signing",
@@ -56,7 +56,7 @@ __all__ = [
 if TYPE_CHECKING:
     from rarefy.artifact.folder import load, save
     from rarefy.artifact.signing import sign, verify
-    from rarefy.compressing import Budget, compress
+    from rarefy.compression.compress import Budget, compress
     from rarefy.deployment.export import export
     from rarefy.distillation.distill import distill
     from rarefy.errors import RarefyError

@@ -29,10 +29,10 @@ KINDS = {
     "rounding": "rarefy.quantization.rounding",
     "calibration": "rarefy.quantization.calibration",
     "runtimes": "rarefy.runtimes",
-    "schedules": "rarefy.schedules",
+    "schedules": "rarefy.compression.schedules",
     "selection": "rarefy.pruning.selection",
     "saliency": "rarefy.pruning.saliency",
-    "students": "rarefy.students",
+    "students": "rarefy.compression.students",
 }
 
 

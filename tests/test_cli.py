@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 import rarefy
-from rarefy import cli, plugins, recipe, terminal
+from rarefy import cli, plugins, terminal
+from rarefy.compression import recipe
 from rarefy.errors import GoalMissed, InputError, SignatureRefused
 from rarefy.system import cpu
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from rarefy import cli, recipe
+from rarefy import cli
+from rarefy.compression import recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 SCORES = """

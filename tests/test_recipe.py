@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rarefy import recipe
+from rarefy.compression import recipe
 from rarefy.errors import InputError
 
 WHOLE = """

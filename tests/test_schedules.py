@@ -14,8 +14,12 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy import cli, plugins, recipe
+from rarefy import cli, plugins
 from rarefy.artifact import folder
+from rarefy.compression import recipe
+from rarefy.compression.schedules.group_sparse import GroupSparse, Pull
+from rarefy.compression.schedules.iterative import Iterative
+from rarefy.compression.schedules.joint import Fade
 from rarefy.distillation.distill import train
 from rarefy.distillation.qat import is_quantized
 from rarefy.errors import InputError
@@ -27,9 +31,6 @@ from rarefy.pruning.prune import Target, choose, prune
 from rarefy.pruning.repair import kept_channels
 from rarefy.pruning.selection.best import Best
 from rarefy.pruning.selection.sample import Sample
-from rarefy.schedules.group_sparse import GroupSparse, Pull
-from rarefy.schedules.iterative import Iterative
-from rarefy.schedules.joint import Fade
 from rarefy.tasks.classification import Classification
 from tests.test_students import Residual as Blocks
 

@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy import cli, plugins, students
+from rarefy import cli, plugins
 from rarefy.artifact import folder
+from rarefy.compression import students
+from rarefy.compression.students.depth import _evenly, blocks, influence, without
 from rarefy.distillation.distill import distill, train
 from rarefy.errors import InputError
 from rarefy.graph.capture import capture, example_inputs
 from rarefy.graph.macs import count_macs, count_parameters
-from rarefy.students.depth import _evenly, blocks, influence, without
 from rarefy.tasks.classification import Classification
 
 

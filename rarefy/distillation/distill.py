@@ -49,7 +49,8 @@ from torch import Tensor, fx, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
-from rarefy import plugins, students
+from rarefy import plugins
+from rarefy.compression import students
 from rarefy.data.augmentation import mix
 from rarefy.distillation.checkpoint import Store, digest, load_into, tensors_of
 from rarefy.distillation.distributed import batch_norm, synchronised
@@ -90,7 +91,7 @@ def distill(
     """The student's graph with trained weights; student and teacher stay as they are. A quantised student is trained in its codes
     (quantization-aware training, ``trainable.py``) and comes back quantised.
 
-    student: a network, or a word for one made from the (first) teacher (``"depth:keep=0.5"``, ``"timm:resnet18"``; rarefy/students).
+    student: a network, or a word for one made from the (first) teacher (``"depth:keep=0.5"``, ``"timm:resnet18"``; rarefy/compression/students).
     teacher: a module, several, or [(weight, module), ...]: the mean of their losses. The student itself may be one.
     loss: text (``"lskd"``, ``"lskd + 50*mse:on=stages"``), a loss, or [(weight, loss), ...].
     training, options: a Training, or the name of one: fast, normal, patient; options are its fields and go before it. Where images have no labels,

@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rarefy import plugins
+from rarefy.compression.schedules import Setting
 from rarefy.errors import InputError
 from rarefy.graph.capture import as_graph, is_graph, share_copy
 from rarefy.graph.macs import MACS, operator_name, products
@@ -51,7 +52,6 @@ from rarefy.pruning.records import packed
 from rarefy.pruning.repair import repair as mended
 from rarefy.pruning.selection import Selection
 from rarefy.pruning.selection.best import Best
-from rarefy.schedules import Setting
 from rarefy.system.memory import release
 
 RANKINGS = ("global", "loss", "local", "isomorphic")
@@ -98,7 +98,7 @@ def prune(
     ignore: globs on dotted names of parameters or modules whose outputs all stay.
     heads: attention loses the same "dims" of each head, or "whole" heads.
     select: how scores decide (``rarefy/pruning/selection``): "best", or "sample:temperature=0.5" to draw by them.
-    schedule: all at once, or with training (``rarefy/schedules``): "oneshot", "iterative:rounds=5", "group_sparse:epochs=10".
+    schedule: all at once, or with training (``rarefy/compression/schedules``): "oneshot", "iterative:rounds=5", "group_sparse:epochs=10".
     task, seed: for criteria that need data or chance, and schedules that train.
     device, checkpoint, progress: of such a schedule's training, as ``distill`` takes them; a killed run goes on from the checkpoint.
     check: compare with the masked original (in float64) and refuse to return anything that differs.

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from rarefy import plugins
+from rarefy.compression.schedules import Asked, Once, Setting, check_training, joined, last, trained
 from rarefy.graph.capture import share_copy
 from rarefy.pruning.groups.groups import Coupling, Row, couple
-from rarefy.schedules import Asked, Once, Setting, check_training, joined, last, trained
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from rarefy.students._fresh import fresh
+from rarefy.compression.students._fresh import fresh
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,7 @@ def choice(option: str, value: Any, where: str) -> None:
         if option == "loss":  # a weighted sum of choices
             importlib.import_module("rarefy.distillation.objective").terms(value)
         elif option == "student":  # or the source of a model
-            importlib.import_module("rarefy.students").resolve(value)
+            importlib.import_module("rarefy.compression.students").resolve(value)
         else:
             plugins.resolve(kind, value)
     except InputError as error:
@@ -269,7 +269,7 @@ def _task_options(task: str) -> type[BaseModel]:
 
 
 def _budget_options() -> type[BaseModel]:
-    return _options("Budget", importlib.import_module("rarefy.compressing").Budget)
+    return _options("Budget", importlib.import_module("rarefy.compression.compress").Budget)
 
 
 def _verb_options(verb: str) -> type[BaseModel]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from rarefy.students._fresh import fresh as anew
+from rarefy.compression.students._fresh import fresh as anew
 
 
 def narrowed(teacher: fx.GraphModule, task: Any, seed: int, keep: float, macs: float | None, fresh: bool, **options: Any) -> fx.GraphModule:

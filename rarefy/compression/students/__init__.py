@@ -53,7 +53,7 @@ def made(student: Any, teacher: fx.GraphModule, *, task: Any = None, seed: int =
 
 def resolve(student: Any) -> Student:
     """The object for a word. Raises InputError."""
-    from rarefy.students._other import Other
+    from rarefy.compression.students._other import Other
 
     found = student
     if isinstance(student, str):
@@ -61,12 +61,12 @@ def resolve(student: Any) -> Student:
         found = plugins.resolve("students", student) if head in plugins.available("students") else Other.of(student)
     if not isinstance(found, Student):
         raise InputError(
-            f"student={student!r}: a {type(found).__name__} makes no student; it needs make(teacher, task, seed) (rarefy/students)"
+            f"student={student!r}: a {type(found).__name__} makes no student; it needs make(teacher, task, seed) (rarefy/compression/students)"
         )
     return found
 
 
 def _said(kind: Student) -> str:
-    from rarefy.students._other import Other
+    from rarefy.compression.students._other import Other
 
     return kind.text if isinstance(kind, Other) else plugins.describe(kind)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from rarefy.students import _cut
+from rarefy.compression.students import _cut
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from rarefy.compression.students._fresh import fresh as anew
 from rarefy.errors import InputError
 from rarefy.graph.capture import attribute, device_of, finish, shapes
 from rarefy.graph.features import Tap, cuts, tapped
 from rarefy.graph.macs import count_macs, layer_macs, operator_name
-from rarefy.students._fresh import fresh as anew
 
 BATCH = 32
 
