@@ -24,8 +24,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rarefy import capture
+from rarefy.cli.terminal import show_table
 from rarefy.errors import RarefyError
-from rarefy.terminal import show_table
 
 FAMILIES = {
     "alexnet": 224,

@@ -33,10 +33,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import real_data
 from bench.cells import in_processes
 from rarefy import capture, evaluate
+from rarefy.cli.terminal import show_table
 from rarefy.distillation.distill import distill, train
 from rarefy.errors import DataError, RarefyError
 from rarefy.tasks.classification import Classification
-from rarefy.terminal import show_table
 
 EXAMPLE = torch.zeros(2, 3, 32, 32)
 LEAST_GAIN = 0.7  # points

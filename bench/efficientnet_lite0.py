@@ -40,10 +40,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import real_data
 from rarefy import capture, evaluate
+from rarefy.cli.terminal import show_table, size_text
 from rarefy.errors import DataError, MissingDependency
 from rarefy.graph.macs import count_macs, count_parameters
 from rarefy.tasks.classification import Classification
-from rarefy.terminal import show_table, size_text
 
 IMAGES, BATCH = 128, 16
 SETTINGS = ((1, 1), (1, 2), (8, 1), (8, 2))  # batch, threads

@@ -32,11 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import real_data
 from rarefy import capture, distill, evaluate, prune, quantize
+from rarefy.cli.terminal import show_table
 from rarefy.distillation.qat import CLIP, FREEZE
 from rarefy.errors import DataError
 from rarefy.graph.macs import count_macs
 from rarefy.tasks.classification import Classification
-from rarefy.terminal import show_table
 
 DATA = "bench.real_data:cifar10"
 WAYS = ("joint", "fading", "sequential", "ptq")

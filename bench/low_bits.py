@@ -38,9 +38,9 @@ from bench import real_data
 from bench.cells import in_processes
 from bench.efficientnet_lite0 import sqnr, task_of
 from rarefy import capture, distill, evaluate, load, plugins, quantize, save
+from rarefy.cli.terminal import show_table
 from rarefy.errors import DataError, MissingDependency
 from rarefy.tasks.classification import Classification
-from rarefy.terminal import show_table
 
 DATA = "bench.real_data:cifar10"
 MODELS = {"resnet20": ("conv1", "linear"), "resnet56": ("conv1", "linear"), "lite0": ("_conv_stem", "_fc")}  # name -> first and last layer

@@ -32,13 +32,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import peers, real_data
 from bench.cells import Cells, add_options
 from rarefy import capture, evaluate, plugins, prune
+from rarefy.cli.terminal import show_table
 from rarefy.distillation.distill import train
 from rarefy.errors import DataError, InputError
 from rarefy.graph.macs import count_macs
 from rarefy.pruning.prune import RANKINGS
 from rarefy.pruning.repair import repair
 from rarefy.tasks.classification import Classification
-from rarefy.terminal import show_table
 
 DATA = "bench.real_data:cifar10"
 EXAMPLE = torch.zeros(2, 3, 32, 32)

@@ -26,10 +26,10 @@ from torch import fx, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rarefy import capture, prune
+from rarefy.cli.terminal import show_table
 from rarefy.errors import InputError
 from rarefy.evaluation import measure
 from rarefy.graph.capture import example_inputs
-from rarefy.terminal import show_table
 
 BAND, SAME, ROUNDS = (0.95, 1.15), 0.03, 6
 

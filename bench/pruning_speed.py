@@ -39,7 +39,7 @@ from bench import peers
 from bench.cells import Cells, add_options
 from bench.zoo import torchvision_model, usable
 from rarefy import capture, load, prune, save
-from rarefy.terminal import show_table
+from rarefy.cli.terminal import show_table
 
 LIMITS = {"resnet50": 1.5, "vit_b_16": 5.0, "swin_t": 5.0, "densenet201": 5.0}
 LIMIT, GIGABYTES, RATIO = 15.0, 4.0, 1.5

@@ -29,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import peers, real_data
 from bench.efficientnet_lite0 import onnxruntime_quantized, peak_mb, sqnr
 from rarefy import capture, evaluate
+from rarefy.cli.terminal import show_table
 from rarefy.errors import DataError, MissingDependency
 from rarefy.tasks.classification import Classification
-from rarefy.terminal import show_table
 
 IMAGES, BATCH = 128, 8
 MOST_LOST, LEAST_AGREEMENT, LEAST_DB, MOST_SECONDS, MOST_MB = 0.003, 0.99, 22.0, 30.0, 1500.0

@@ -41,9 +41,9 @@ from bench.cells import Cells, add_options
 from bench.efficientnet_lite0 import sqnr
 from bench.zoo import MAKERS, Made, alive, each, images, usable
 from rarefy import capture, prune, quantize
+from rarefy.cli.terminal import show_table
 from rarefy.errors import DataError
 from rarefy.tasks.classification import Classification
-from rarefy.terminal import show_table
 
 AGREEMENT, MOST_FAILURES, LARGEST_FLOAT = 0.999, 0.05, 1e-3
 SAMPLES, CALIBRATION, BATCH = {"real": 256}, {"real": 128}, {"real": 16}  # others: 2 images each

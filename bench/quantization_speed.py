@@ -35,9 +35,9 @@ from bench.efficientnet_lite0 import WIDEST, interval, onnxruntime_quantized
 from bench.speed_models import MODELS, TRANSFORMERS, build
 from rarefy import capture, plugins, quantize
 from rarefy.artifact import folder
+from rarefy.cli.terminal import show_table
 from rarefy.errors import DataError, MissingDependency
 from rarefy.evaluation import measure
-from rarefy.terminal import show_table
 
 IMAGES, SIZE = 32, 224
 LEFT_AT_FLOAT = ("mobilenet_v3_large", "vit_tiny")  # by ONNX Runtime's own quantiser

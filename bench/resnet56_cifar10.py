@@ -32,11 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import real_data
 from rarefy import capture, evaluate, load, prune, save
+from rarefy.cli.terminal import show_table, size_text
 from rarefy.distillation.distill import distill
 from rarefy.errors import DataError
 from rarefy.graph.macs import count_macs, count_parameters
 from rarefy.tasks.classification import Classification
-from rarefy.terminal import show_table, size_text
 
 DATA = "bench.real_data:cifar10"
 CALIBRATION_IMAGES = 128

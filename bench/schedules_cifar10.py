@@ -26,12 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import real_data
 from rarefy import capture, evaluate, mask, prune
+from rarefy.cli.terminal import show_table
 from rarefy.distillation.distill import distill
 from rarefy.errors import DataError
 from rarefy.evaluation.measure import weight_bytes
 from rarefy.graph.macs import count_macs
 from rarefy.tasks.classification import Classification
-from rarefy.terminal import show_table
 
 MACS = 0.5
 BATCH, LR = 128, 0.02

@@ -31,9 +31,9 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import real_data
+from rarefy.cli.terminal import show_table, size_text
 from rarefy.errors import DataError
 from rarefy.tasks.classification import Classification
-from rarefy.terminal import show_table, size_text
 
 SIDE, KINDS, EVERY, CLASSES = 8, 256, 10_000, 10
 GROWTH = 1.05

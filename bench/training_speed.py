@@ -30,13 +30,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import real_data
 from rarefy import capture
+from rarefy.cli.terminal import show_table
 from rarefy.distillation.distill import distill
 from rarefy.distillation.losses.kl import Kl
 from rarefy.distillation.teachers import frozen
 from rarefy.errors import DataError
 from rarefy.graph.features import tapped
 from rarefy.tasks.classification import Classification
-from rarefy.terminal import show_table
 
 EXAMPLE = torch.zeros(2, 3, 32, 32)
 LEAST_SHARE, LEAST_CACHED = 0.95, 1.3

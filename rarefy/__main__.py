@@ -1,5 +1,5 @@
 """``python -m rarefy``."""
 
-from rarefy.cli import main
+from rarefy.cli.main import main
 
 main()

@@ -61,7 +61,7 @@ def _block(inputs: int, outputs: int) -> nn.Sequential:
 
 def demonstrate(folder: str | os.PathLike[str], seed: int = 0) -> dict[str, Any]:
     """Train, compress, save, sign. Leaves in ``folder``: ``original/``, ``small/`` and a pair of keys. Returns the report's facts."""
-    from rarefy.artifact import folder as folder_
+    from rarefy.artifact import folder as folder_module
     from rarefy.artifact import signing
     from rarefy.compression import compress
     from rarefy.distillation import distill
@@ -75,7 +75,7 @@ def demonstrate(folder: str | os.PathLike[str], seed: int = 0) -> dict[str, Any]
     torch.manual_seed(seed)
     untrained = capture.capture(model(), torch.zeros(2, *task.input_shape))
     original = distill.train(untrained, task, **TRAINING, seed=seed, checkpoint=place / "train.work")
-    folder_.save(original, place / "original", manifest={"model": "rarefy.demo:model", "task": task.describe()})
+    folder_module.save(original, place / "original", manifest={"model": "rarefy.demo:model", "task": task.describe()})
     result = compress.compress(
         original,
         task,

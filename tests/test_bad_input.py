@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rarefy import cli
+from rarefy.cli import main
 
 HERE = __name__
 ROOT = Path(__file__).resolve().parents[1]
@@ -256,7 +256,7 @@ class Evil:
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that each case gets a copy of."""
     here = tmp_path_factory.mktemp("prepared")
-    assert cli.run(["prune", MODEL, "--input", "1,8,8", "--keep", "0.5", "-o", str(here / "saved")]) == 0
+    assert main.run(["prune", MODEL, "--input", "1,8,8", "--keep", "0.5", "-o", str(here / "saved")]) == 0
     for name in ("changed", "missing", "broken"):
         shutil.copytree(here / "saved", here / name)
     content = bytearray((here / "changed" / "weights.safetensors").read_bytes())
@@ -317,7 +317,7 @@ def test_there_are_at_least_25_kinds() -> None:
 def test_one_line_exit_2_nothing_lost(case: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words, line = CASES[case]
     before = contents(place)
-    code = cli.run(shlex.split(line.replace("{here}", str(place))))
+    code = main.run(shlex.split(line.replace("{here}", str(place))))
     out, err = capsys.readouterr()
     assert code == 2, err
     assert out == ""
@@ -398,7 +398,7 @@ def test_interrupt_is_one_line_and_keeps_what_was_there(place: Path) -> None:
     ],
 )
 def test_a_missing_extra_prints_the_pip_line(place: Path, hidden: str, arguments: tuple[str, ...], line: str) -> None:
-    hide = f"import sys; sys.modules[{hidden!r}] = None; from rarefy.cli import run; sys.exit(run({list(arguments)!r}))"
+    hide = f"import sys; sys.modules[{hidden!r}] = None; from rarefy.cli.main import run; sys.exit(run({list(arguments)!r}))"
     done = subprocess.run(
         [sys.executable, "-c", hide], env=ENVIRONMENT, cwd=place, capture_output=True, text=True, check=False, timeout=120
     )

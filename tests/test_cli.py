@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 import rarefy
-from rarefy import cli, plugins, terminal
+from rarefy import plugins
+from rarefy.cli import main, terminal
 from rarefy.compression import recipe
 from rarefy.errors import GoalMissed, InputError, SignatureRefused
 from rarefy.system import cpu
@@ -68,7 +69,7 @@ class Sized(Tiny):
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> str:
     """stdout of that command line; stderr must be empty when it went well."""
-    returned = cli.run([str(argument) for argument in arguments])
+    returned = main.run([str(argument) for argument in arguments])
     out, err = capsys.readouterr()
     assert returned == code, err
     assert code or err == "", err
@@ -83,12 +84,12 @@ def as_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model saved by the command line, pruned without data."""
     folder = tmp_path_factory.mktemp("saved") / "small"
-    assert cli.run(["prune", f"{HERE}:Tiny", "--input", "1,8,8", "--keep", "0.5", "-o", str(folder)]) == 0
+    assert main.run(["prune", f"{HERE}:Tiny", "--input", "1,8,8", "--keep", "0.5", "-o", str(folder)]) == 0
     return folder
 
 
 def test_all_commands_are_there_with_help(capsys: pytest.CaptureFixture[str]) -> None:
-    group = typer.main.get_command(cli.app)
+    group = typer.main.get_command(main.app)
     assert sorted(group.commands) == sorted(COMMANDS)  # type: ignore[attr-defined]
     for command in COMMANDS:
         assert "Usage: rarefy" in run(capsys, command, "--help")
@@ -100,7 +101,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_does_not_import_torch() -> None:
-    program = "import sys; from rarefy.cli import run; run(['compress', '--help']); assert 'torch' not in sys.modules"
+    program = "import sys; from rarefy.cli.main import run; run(['compress', '--help']); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
 
@@ -113,7 +114,7 @@ def test_every_option_of_a_verb_is_an_option_of_its_command(verb: str) -> None:
         "distill": {"training": "preset"},
     }
     renamed = names.get(verb, {})
-    command = typer.main.get_command(cli.app).commands[verb]  # type: ignore[attr-defined]
+    command = typer.main.get_command(main.app).commands[verb]  # type: ignore[attr-defined]
     have = {parameter.name: parameter for parameter in command.params}
     for name, field in recipe._verb_options(verb).model_fields.items():
         assert renamed.get(name, name) in have, f"{verb} has no --{name.replace('_', '-')}"
@@ -129,7 +130,7 @@ def test_every_option_of_a_verb_is_an_option_of_its_command(verb: str) -> None:
 
 def test_every_option_of_the_task_is_an_option_of_its_commands() -> None:
     renamed = {"size": "image_size"}
-    fields = {field.name for field in cli.dataclasses.fields(cli.DataOptions)}
+    fields = {field.name for field in main.dataclasses.fields(main.DataOptions)}
     assert {renamed.get(name, name) for name in recipe._task_options("classification").model_fields} <= fields
 
 
@@ -149,11 +150,11 @@ def test_prune_explains_and_writes_nothing(capsys: pytest.CaptureFixture[str], t
     found = as_json(capsys, "prune", f"{HERE}:Tiny", "--input", "1,8,8", "--explain")
     assert found["groups"] and all(group["channels"] > 0 and "[" in group["members"][0] for group in found["groups"])
     assert any("output of the network" in why for why in found["frozen"].values())
-    assert cli.run(["prune", f"{HERE}:Tiny", "--input", "1,8,8", "--explain"]) == 0
+    assert main.run(["prune", f"{HERE}:Tiny", "--input", "1,8,8", "--explain"]) == 0
     shown = capsys.readouterr().out
     assert "leave together" in shown and "output of the network" in shown
     assert not list(tmp_path.iterdir())
-    assert cli.run(["prune", f"{HERE}:Tiny", "--input", "1,8,8", "--keep", "0.5"]) == 2
+    assert main.run(["prune", f"{HERE}:Tiny", "--input", "1,8,8", "--keep", "0.5"]) == 2
     assert "pass -o PATH" in capsys.readouterr().err
 
 
@@ -171,7 +172,7 @@ def test_prune_repairs_with_data(capsys: pytest.CaptureFixture[str], saved: Path
     assert found["options"]["repair"] is True
     (record,) = [one for one in rarefy.load(tmp_path / "mended").meta["history"][-1:] if one["step"] == "prune"]
     assert record["facts"]["repair"]["images"] == 512 and record["facts"]["repair"]["reconstructed"]
-    assert cli.run(["prune", str(saved), "--keep", "0.5", "--repair", "-o", str(tmp_path / "none")]) == 2
+    assert main.run(["prune", str(saved), "--keep", "0.5", "--repair", "-o", str(tmp_path / "none")]) == 2
     assert "repair=True needs images: pass task=" in capsys.readouterr().err
 
 
@@ -251,7 +252,7 @@ def test_evaluate_exits_1_for_too_large_a_drop(capsys: pytest.CaptureFixture[str
         "-o",
         trained,
     )
-    assert cli.run(["evaluate", str(saved), "--data", "sklearn:digits", "--reference", str(trained), "--max-drop", "1%"]) == 1
+    assert main.run(["evaluate", str(saved), "--data", "sklearn:digits", "--reference", str(trained), "--max-drop", "1%"]) == 1
     out, err = capsys.readouterr()
     assert "top-1 accuracy" in out and err.count("\n") == 1 and "more than 1" in err
 
@@ -264,11 +265,11 @@ def test_quantize_explains_and_writes_nothing(
     found = as_json(capsys, *given, "--explain", "--ignore", "*head*")
     assert found["layers"] and all(row["bits"] == 8 and row["sqnr_db"] > 10 for row in found["layers"])
     assert all(row["why"] for row in found["float"])
-    assert cli.run([*map(str, given), "--explain"]) == 0
+    assert main.run([*map(str, given), "--explain"]) == 0
     shown = capsys.readouterr().out
     assert "in integers" in shown and "output, dB" in shown and found["layers"][0]["name"] in shown
     assert not list(tmp_path.iterdir())
-    assert cli.run([*map(str, given)]) == 2
+    assert main.run([*map(str, given)]) == 2
     assert "pass -o PATH" in capsys.readouterr().err
 
 
@@ -301,7 +302,7 @@ def test_keygen_sign_verify(capsys: pytest.CaptureFixture[str], saved: Path, tmp
     content = weights.read_bytes()
     try:
         weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        assert cli.run(["verify", str(saved), "--key", keys["public"]]) == 1
+        assert main.run(["verify", str(saved), "--key", keys["public"]]) == 1
         assert capsys.readouterr().err.count("\n") == 1
     finally:
         weights.write_bytes(content)
@@ -372,7 +373,7 @@ def test_every_error_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, said: str
 ) -> None:
     failing(monkeypatch, error)
-    assert cli.run(["doctor"]) == code
+    assert main.run(["doctor"]) == code
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and said in err and "Traceback" not in err and "\x1b" not in err
 
@@ -380,7 +381,7 @@ def test_every_error_is_one_line(
 def test_debug_shows_the_traceback_wherever_it_stands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     failing(monkeypatch, ZeroDivisionError("no"))
     for arguments in (["--debug", "doctor"], ["doctor", "--debug"]):
-        assert cli.run(arguments) == 70
+        assert main.run(arguments) == 70
         err = capsys.readouterr().err
         assert "Traceback" in err and err.splitlines()[-1].startswith("rarefy: ZeroDivisionError at test_cli.py:")
 
@@ -407,11 +408,11 @@ def test_output_to_a_closed_pipe_is_no_error() -> None:
 
 
 def test_grouped_gives_typer_each_field() -> None:
-    parameters = inspect.signature(cli.grouped(_with_group)).parameters
+    parameters = inspect.signature(main.grouped(_with_group)).parameters
     assert next(iter(parameters)) == "model" and "weights" in parameters and "extra" in parameters and "group" not in parameters
-    packed, extra = cli.grouped(_with_group)(model="m", weights="w", classes=None, input=None, core=None, extra=3)
+    packed, extra = main.grouped(_with_group)(model="m", weights="w", classes=None, input=None, core=None, extra=3)
     assert (packed.model, packed.weights, extra) == ("m", "w", 3)
 
 
-def _with_group(group: cli.ModelOptions, extra: int = 1) -> Any:
+def _with_group(group: main.ModelOptions, extra: int = 1) -> Any:
     return group, extra

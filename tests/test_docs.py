@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from rarefy import cli
+from rarefy.cli import main
 from rarefy.compression import recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,7 +45,7 @@ def commands(file: str, *languages: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("file", ["README.md", "docs/tutorial.md"])
 def test_every_command_is_one_that_there_is(file: str) -> None:
-    group = typer.main.get_command(cli.app)
+    group = typer.main.get_command(main.app)
     found = commands(file, "sh")
     assert len(found) >= 5
     for name, *arguments in found:
@@ -81,7 +81,7 @@ def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     (tmp_path / "mylab").mkdir()
     (tmp_path / "mylab" / "scores.py").write_text(SCORES, encoding="utf-8")
     for arguments in commands("docs/tutorial.md"):
-        code = cli.run(arguments)
+        code = main.run(arguments)
         out, err = capsys.readouterr()
         # A budget may be missed on a busy machine; anything else must go well.
         assert code == 0 or (code == 1 and arguments[0] in ("compress", "run")), f"rarefy {shlex.join(arguments)}: {err}"

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from test_distilling import QUICK, RESUMED, Digits, Stopped, digits, facts, net, same, student, teacher, tensors, top1
 from torch import Tensor, fx, nn
 
-from rarefy.distillation import distill as distill_
+from rarefy.distillation import distill as distill_module
 from rarefy.distillation import objective
 from rarefy.distillation.distill import distill, train
 from rarefy.distillation.optimizer import Dot
@@ -47,7 +47,8 @@ def test_a_folder_of_images_without_classes_distils_in_python_on_the_command_lin
 ) -> None:
     from PIL import Image
 
-    from rarefy import cli, demo, save
+    from rarefy import demo, save
+    from rarefy.cli import main
     from rarefy.compression.compress import Budget, compress, usual_steps
     from rarefy.tasks.classification import Classification
 
@@ -79,7 +80,7 @@ def test_a_folder_of_images_without_classes_distils_in_python_on_the_command_lin
         "none",
     ]
     teaching = ["--teacher", str(tmp_path / "model"), "--hard-weight", "0", "--steps", "2", "--batch-size", "32"]
-    assert cli.run(["distill", str(tmp_path / "model"), *given, *teaching, "-o", str(tmp_path / "small"), "--json"]) == 0
+    assert main.run(["distill", str(tmp_path / "model"), *given, *teaching, "-o", str(tmp_path / "small"), "--json"]) == 0
     assert '"hard_weight": 0.0' in capsys.readouterr().out
     steps = [{"do": "distill", "hard_weight": 0.0, "steps": 2, "batch_size": 32, "training": "fast"}]
     done = compress(model, task, budget=Budget(), steps=steps, workdir=tmp_path / "work", corruptions=[], progress=False)
@@ -271,7 +272,7 @@ def test_out_of_memory_on_a_cpu_halves_too_and_is_told(monkeypatch: pytest.Monke
 
 def test_what_the_compiler_can_t_do_is_trained_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = distill(student(), teacher(), Digits(), **QUICK)
-    monkeypatch.setattr(distill_._Run, "_compiling", lambda self: "default")
+    monkeypatch.setattr(distill_module._Run, "_compiling", lambda self: "default")
 
     def broken(model: nn.Module, **_: Any) -> Any:
         def call(*_: Any) -> Any:

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy import cli, plugins
+from rarefy import plugins
 from rarefy.artifact import folder
+from rarefy.cli import main
 from rarefy.compression import recipe
 from rarefy.compression.schedules.group_sparse import GroupSparse, Pull
 from rarefy.compression.schedules.iterative import Iterative
@@ -347,12 +348,12 @@ def test_a_recipe_takes_them_and_checks_them_when_it_is_read() -> None:
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder.save(net(), tmp_path / "net")
     arguments = ["prune", str(tmp_path / "net"), "--macs", "0.5", "--schedule", ITERATIVE, "--data", "sklearn:digits", "--augment", "none"]
-    assert cli.run([*arguments, "-o", str(tmp_path / "small"), "--json"]) == 0
+    assert main.run([*arguments, "-o", str(tmp_path / "small"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["options"]["schedule"].startswith("iterative") and len(found["facts"]["rounds"]) == 3
     assert same(folder.load(tmp_path / "small"), prune(net(), macs=0.5, schedule=ITERATIVE, task=digits(), progress=False))
     assert not (tmp_path / "small.work").exists()
-    assert cli.run([*arguments[:4], "--schedule", "slowly", "-o", str(tmp_path / "x")]) == 2
+    assert main.run([*arguments[:4], "--schedule", "slowly", "-o", str(tmp_path / "x")]) == 2
     assert "group_sparse, iterative, joint, oneshot" in capsys.readouterr().err
 
 

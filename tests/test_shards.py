@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rarefy import cli
+from rarefy.cli import main
 from rarefy.data.shards import MOST_BYTES, Shards, files_of, shuffled
 from rarefy.errors import DataError
 from rarefy.tasks.classification import Classification
@@ -283,10 +283,10 @@ def test_strict_on_the_command_line_is_one_line_and_exit_2(tmp_path: Path, capsy
     members = [one for index in range(40) for one in sample(index, index % 10)]
     file = write(tmp_path / "a.tar", [*members, member("9999.png", picture(1)), member("9999.cls", b"cat")])
     common = ["distill", "tests.test_shards:net", "--train", f"tar:{file}", "--image-size", str(SIZE), "--steps", "2", "--batch-size", "16", "--device", "cpu"]  # fmt: skip
-    assert cli.run([*common, "--strict", "-o", str(tmp_path / "strict")]) == 2
+    assert main.run([*common, "--strict", "-o", str(tmp_path / "strict")]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and "1 members can't be used, the first is" in lines[0] and "9999" in lines[0]
-    assert cli.run([*common, "-o", str(tmp_path / "done")]) == 0
+    assert main.run([*common, "-o", str(tmp_path / "done")]) == 0
     told = capsys.readouterr().out
     assert "left out of train" in told and "9999" in told
     manifest = json.loads((tmp_path / "done" / "manifest.json").read_text())

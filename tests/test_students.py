@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy import cli, plugins
+from rarefy import plugins
 from rarefy.artifact import folder
+from rarefy.cli import main
 from rarefy.compression import students
 from rarefy.compression.students.depth import _evenly, blocks, influence, without
 from rarefy.distillation.distill import distill, train
@@ -284,14 +285,14 @@ def test_a_student_of_other_classes_is_refused() -> None:
 def test_a_shallow_student_learns_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["--data", "sklearn:digits", "--augment", "crop=1", "--batch-size", "64", "--device", "cpu", "--json"]
     assert (
-        cli.run(["distill", "tests.test_students:Residual", *common, "--epochs", "4", "--lr", "0.1", "-o", str(tmp_path / "teacher")]) == 0
+        main.run(["distill", "tests.test_students:Residual", *common, "--epochs", "4", "--lr", "0.1", "-o", str(tmp_path / "teacher")]) == 0
     )
     capsys.readouterr()
     arguments = [str(tmp_path / "teacher"), "--student", "depth:keep=0.5", *common, "--epochs", "3", "-o", str(tmp_path / "student")]
-    assert cli.run(["distill", *arguments]) == 0
+    assert main.run(["distill", *arguments]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["step"] == "distill" and told["facts"]["curve"][-1]["val"] > 0.85
     student, teacher = folder.load(tmp_path / "student"), folder.load(tmp_path / "teacher")
     assert len(blocks(student)) == 3 and count_macs(student) < 0.65 * count_macs(teacher)
-    assert cli.run(["distill", str(tmp_path / "teacher"), "--student", "deep", *common, "-o", str(tmp_path / "none")]) == 2
+    assert main.run(["distill", str(tmp_path / "teacher"), "--student", "deep", *common, "-o", str(tmp_path / "none")]) == 2
     assert "neither one of" in capsys.readouterr().err

@@ -50,7 +50,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rarefy import plugins
-from rarefy.artifact import folder as folder_
+from rarefy.artifact import folder as folder_module
 from rarefy.distillation.distill import distill
 from rarefy.errors import CheckFailed, FormatError, InputError
 from rarefy.evaluation import measure
@@ -62,7 +62,7 @@ from rarefy.kernels import is_quantised
 from rarefy.pruning.mask import mask
 from rarefy.pruning.prune import prune
 from rarefy.quantization.quantize import quantize
-from rarefy.reports import report as report_module
+from rarefy.reports import report as report_
 from rarefy.system.cpu import examine
 
 Step = Mapping[str, Any]
@@ -123,10 +123,10 @@ class Result:
         """The folder of ``artifact.save``, with ``model.onnx`` (or what the runtime calls its files), ``report.html`` and ``report.json``."""
         files: dict[str, bytes | Path] = {
             self.model.name: self.model,
-            "report.html": report_module.html(self.report).encode(),
-            "report.json": report_module.as_json(self.report).encode(),
+            "report.html": report_.html(self.report).encode(),
+            "report.json": report_.as_json(self.report).encode(),
         }
-        return folder_.save(self.graph, folder, manifest=self.manifest, files=files)
+        return folder_module.save(self.graph, folder, manifest=self.manifest, files=files)
 
 
 def compress(
@@ -271,10 +271,10 @@ class Candidate:
 
     @cached_property
     def size(self) -> int:
-        return (self.folder / folder_.WEIGHTS).stat().st_size
+        return (self.folder / folder_module.WEIGHTS).stat().st_size
 
     def graph(self) -> fx.GraphModule:
-        return folder_.load(self.folder)
+        return folder_module.load(self.folder)
 
 
 @dataclass
@@ -339,7 +339,7 @@ class _Run:
 
     def _identity(self, original: fx.GraphModule) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="rarefy-") as folder:
-            content = folder_.content_hash(folder_.save(original, Path(folder) / "original"))
+            content = folder_module.content_hash(folder_module.save(original, Path(folder) / "original"))
         splits = [split for split in ("train", "val") if getattr(self.task, split, None) is not None]
         identity = {
             "model": content,
@@ -357,7 +357,7 @@ class _Run:
 
     def candidate_of(self, index: int) -> Candidate:
         folder = self._place(index)
-        return Candidate(index, folder, folder_.read_manifest(folder)["found"])
+        return Candidate(index, folder, folder_module.read_manifest(folder)["found"])
 
     def _place(self, index: int) -> Path:
         return self.folder / (f"{index}-{self.steps[index - 1]['do']}" if index else "0-original")
@@ -417,7 +417,7 @@ class _Run:
             others = {} if parent is None else {one.name: one.folder / self.model for one in (self.original, parent)}
             times = measure.timed({**others, name: file}, self._example(1), runtime=self.runtime)[name]
             found |= {"latency_ms": times["latency_ms"], "speedup": times["speedup"]}
-            folder_.save(graph, place, manifest={"found": found}, files={self.model: file})
+            folder_module.save(graph, place, manifest={"found": found}, files={self.model: file})
         return self.candidate_of(index)
 
     def _example(self, count: int) -> Tensor:
@@ -494,10 +494,10 @@ class _Run:
         winner = self.chosen(outcomes, last)
         self._say(f"final evaluation of {winner.name}")
         before, after, parity = self._compared(winner)
-        files = {"graph.json": winner.folder / folder_.GRAPH, "weights.safetensors": winner.folder / folder_.WEIGHTS}
+        files = {"graph.json": winner.folder / folder_module.GRAPH, "weights.safetensors": winner.folder / folder_module.WEIGHTS}
         hashes = {
-            "original": folder_.content_hash(self.original.folder),
-            "teacher": folder_.content_hash(self.original.folder),
+            "original": folder_module.content_hash(self.original.folder),
+            "teacher": folder_module.content_hash(self.original.folder),
             **{f"data.{split}": digest for split, digest in _read(self.folder / RUN)["data"].items()},
             **{
                 name: hashlib.sha256(file.read_bytes()).hexdigest()
@@ -543,7 +543,7 @@ class _Run:
                 "recipe": recipe,
             },
         }
-        _write(path, json.loads(report_module.as_json(report)))
+        _write(path, json.loads(report_.as_json(report)))
         return _read(path)
 
     def _compared(self, winner: Candidate) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

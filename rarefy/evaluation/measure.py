@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, fx
 
 from rarefy import plugins
-from rarefy.artifact import folder as folder_
+from rarefy.artifact import folder as folder_module
 from rarefy.errors import InputError
 from rarefy.graph import macs
 from rarefy.graph.capture import dtype_name, example_inputs
@@ -126,7 +126,7 @@ def count_parameters(graph: fx.GraphModule) -> int:
 def weight_bytes(graph: fx.GraphModule) -> int:
     """Size of ``weights.safetensors``, as ``save`` writes it."""
     with tempfile.TemporaryDirectory(prefix="rarefy-") as folder:
-        return (folder_.save(graph, Path(folder) / "model") / folder_.WEIGHTS).stat().st_size
+        return (folder_module.save(graph, Path(folder) / "model") / folder_module.WEIGHTS).stat().st_size
 
 
 def timed(

@@ -38,12 +38,12 @@ from rarefy.graph.fold import check_globs, fold, layer_name, names, simplify, we
 from rarefy.graph.interpreter import Prefix
 from rarefy.graph.lowering import to_integers
 from rarefy.kernels import is_quantised
-from rarefy.quantization import blocks as blocks_module
+from rarefy.quantization import blocks as blocks_
 from rarefy.quantization import explain, formats, latency_gate, mixed_precision, qdq, weight_only
 from rarefy.quantization.observers import Average, Observed, observe
 from rarefy.quantization.placement import Placement, place
 from rarefy.quantization.rounding import Block, Layer, OfBlocks, OfLayers, Sample
-from rarefy.quantization.transforms import equalize as equalize_module
+from rarefy.quantization.transforms import equalize as equalize_
 from rarefy.quantization.transforms import smoothquant, split_channels
 from rarefy.system.memory import release
 from rarefy.system.progress import track
@@ -169,7 +169,7 @@ def quantize(
         first, batches = _first(graph, task, batches, EQUALIZED, seed)
         few = list(_pieces(graph, [tuple(value[:EQUALIZED] for value in first)]))
         doubled = split_channels.double(graph, few, value_grids, layer_grids)
-        equalized = equalize_module.equalize(graph, few, value_grids, layer_grids)
+        equalized = equalize_.equalize(graph, few, value_grids, layer_grids)
     walks = correct_bias or isinstance(rounder, (OfLayers, OfBlocks))
     total = math.ceil(images / batch_size) if batches is None else None
     checked = track(_checked_batches(graph, task, batches, images, batch_size, seed), total, "calibrate", progress)
@@ -321,7 +321,7 @@ class _Rounding:
         if not isinstance(self.rounder, OfBlocks):
             return [[node] for node in layers]
         own = {node.name: node for node in layers}
-        found, self.marks = blocks_module.together(self.float_prefix.graph, [self.twins[name] for name in own])
+        found, self.marks = blocks_.together(self.float_prefix.graph, [self.twins[name] for name in own])
         return [[own[twin.name] for twin in block] for block in found]
 
     def round(self, block: Sequence[fx.Node], chosen: Sequence[tuple[formats.Format, Any]], before: fx.Node | None) -> list[dict[str, Any]]:
@@ -353,14 +353,14 @@ class _Rounding:
         self, block: Sequence[fx.Node], own: Sequence[formats.Format], steps: Sequence[Tensor], before: fx.Node | None
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Codes and steps; biases and the scales of activations are put in place."""
-        stretch = blocks_module.Stretch(self.graph, self.float_prefix.graph, block, before, self.marks)
+        stretch = blocks_.Stretch(self.graph, self.float_prefix.graph, block, before, self.marks)
         inputs, float_inputs, outputs, images = stretch.gather(self.prefix, self.float_prefix, MEMORY)
         weights, biases = ([attribute(self.graph, node.args[at]).detach().float() for node in block] for at in (1, 2))
         scales = [attribute(self.graph, quantize.args[1]) for quantize in stretch.scales.values()]
         wide = [_wide(step, weight) for step, weight in zip(steps, weights, strict=True)]
         task = Block(
             layer_name(block[0]), weights, wide, own, biases, scales, inputs, float_inputs, outputs, images, self.centered,
-            stretch.run, blocks_module.batch_of,
+            stretch.run, blocks_.batch_of,
         )  # fmt: skip
         made = self.rounder.reconstruct(task, self.generator)
         for name, scale, value in zip(stretch.scales, scales, made.scales, strict=True):

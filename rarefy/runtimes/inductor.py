@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, fx
 
 import rarefy.kernels
-from rarefy.artifact import folder as folder_
+from rarefy.artifact import folder as folder_module
 from rarefy.deployment import parity
 from rarefy.errors import FormatError, InputError
 from rarefy.graph import macs
@@ -48,7 +48,7 @@ from rarefy.system.cpu import exact_int8
 aten = torch.ops.aten
 OPERATORS = torch.ops.rarefy
 KEPT = 3  # shapes a session stays compiled for
-_MEMBERS = (folder_.MANIFEST, folder_.GRAPH, folder_.WEIGHTS)
+_MEMBERS = (folder_module.MANIFEST, folder_module.GRAPH, folder_module.WEIGHTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Inductor:
     def export(self, graph: fx.GraphModule, path: str | os.PathLike[str]) -> Path:
         """Write ``graph`` (in eval mode) as one file. Raises InputError for a graph that can't be saved."""
         with tempfile.TemporaryDirectory(prefix="rarefy-") as folder:
-            saved = folder_.save(graph, Path(folder) / "model")
+            saved = folder_module.save(graph, Path(folder) / "model")
             with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as file:
                 for name in _MEMBERS:
                     file.writestr(zipfile.ZipInfo(name), (saved / name).read_bytes())
@@ -190,7 +190,7 @@ class Session:
 def _opened(path: str | os.PathLike[str]) -> fx.GraphModule:
     """Raises FormatError for what ``export`` has not written; nothing of the file is believed before it is checked."""
     if Path(path).is_dir():
-        return folder_.load(path)
+        return folder_module.load(path)
     try:
         with zipfile.ZipFile(path) as file, tempfile.TemporaryDirectory(prefix="rarefy-") as folder:
             members = file.infolist()
@@ -199,7 +199,7 @@ def _opened(path: str | os.PathLike[str]) -> fx.GraphModule:
                 raise FormatError(f"{path}: rarefy can't open it (not the three files, uncompressed, that export writes)")
             for name in _MEMBERS:
                 (Path(folder) / name).write_bytes(file.read(name))
-            return folder_.load(folder)
+            return folder_module.load(folder)
     except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
         raise FormatError(f"{path}: rarefy can't open it ({error})") from error
 

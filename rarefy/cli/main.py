@@ -1,7 +1,7 @@
 """The command line: text is parsed, the verbs are called, and what they found is printed. Nothing is decided here.
 
 Results go to stdout (``--json`` for machines), progress to stderr. An error is one line on stderr: what, where, with what, and the
-way out; the exit codes stand in ``rarefy/terminal.py``.
+way out; the exit codes stand in ``rarefy/cli/terminal.py``.
 
 torch is imported inside the commands, so that ``rarefy --help`` answers at once.
 """
@@ -25,8 +25,8 @@ from typing import Annotated, Any
 
 import typer
 
+from rarefy.cli.terminal import guarded, say, show_json, show_table, size_text
 from rarefy.errors import FormatError, GoalMissed, InputError, SelfCheckFailed
-from rarefy.terminal import guarded, say, show_json, show_table, size_text
 
 app = typer.Typer(
     name="rarefy",
@@ -239,7 +239,7 @@ def run_recipe(
 
 
 def _compress(asked: Any, key: str | None, as_json: bool) -> None:
-    from rarefy.compression import compress as compress_
+    from rarefy.compression import compress as compress_module
     from rarefy.compression import recipe
     from rarefy.models import load
 
@@ -253,8 +253,8 @@ def _compress(asked: Any, key: str | None, as_json: bool) -> None:
     task = recipe.make_task(asked.data, asked.task)
     graph = load.graph_of(source, _agreed(asked.input, task), asked.core)
     task.check(_outputs(graph))
-    budget = compress_.Budget(**asked.budget)
-    result = compress_.compress(
+    budget = compress_module.Budget(**asked.budget)
+    result = compress_module.compress(
         graph,
         task,
         budget=budget,
@@ -645,7 +645,7 @@ def measure(
 ) -> None:
     """Bytes, parameters, MACs, latency on the runtime, peak memory; with --reference, of both, interleaved."""
     from rarefy import plugins
-    from rarefy.evaluation import measure as measure_module
+    from rarefy.evaluation import measure as measure_
     from rarefy.models import load
 
     plugins.resolve("runtimes", runtime)
@@ -656,7 +656,7 @@ def measure(
     if reference is not None:
         other = load.load(reference, weights=reference_weights, classes=model.classes)
         models = {str(reference): load.graph_of(other, shape), **models}
-    found = measure_module.measure(models, runtime=runtime, batch=batch_size, repeats=repeats)
+    found = measure_.measure(models, runtime=runtime, batch=batch_size, repeats=repeats)
     if as_json:
         show_json(found)
         return
@@ -685,23 +685,23 @@ def export(
 ) -> None:
     """Write the file that the runtime runs, and check that it answers like the model."""
     from rarefy import plugins
-    from rarefy.deployment import export as export_module
-    from rarefy.evaluation import certify as certify_module
+    from rarefy.deployment import export as export_
+    from rarefy.evaluation import certify as certify_
 
     if certify is None and (also or limit is not None or data.options()):
         raise InputError("--also, --limit and data belong to the certificate; name its file with --certify")
-    certify_module.readers_of(runtime, also or ())
+    certify_.readers_of(runtime, also or ())
     suffix = plugins.resolve("runtimes", runtime).suffix
     target = _claim_file(output, (".onnx", ".xml") if suffix == ".onnx" else (suffix,))
     if certify is not None:
         _claim_parent(certify, "--certify")
     _, graph, task = _prepared(model, data, needed=False)
     if certify is None:
-        parity = export_module.export(graph, target, runtime=runtime, compare=compare)
+        parity = export_.export(graph, target, runtime=runtime, compare=compare)
     else:
-        export_module.export(graph, target, runtime=runtime, compare=False)
+        export_.export(graph, target, runtime=runtime, compare=False)
         inputs = None if task is None else next(iter(task.inputs("val", 64, 64, seed=0)))
-        facts = certify_module.certify(graph, target, runtime=runtime, also=also or (), inputs=inputs, task=task, limit=limit)
+        facts = certify_.certify(graph, target, runtime=runtime, also=also or (), inputs=inputs, task=task, limit=limit)
         certify.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         parity = {"certificate": str(certify), **facts["runtimes"][plugins.describe(plugins.resolve("runtimes", runtime))]}
         parity |= {key: facts[key] for key in ("first_diverging_layer", "passed")}
@@ -783,7 +783,7 @@ def _recorded(place: Path) -> dict[str, Any]:
 def _measured_again(
     place: Path, data: DataOptions, reference: str | None, reference_weights: str | None, runtime: str, limit: int | None
 ) -> dict[str, Any]:
-    from rarefy.evaluation import measure as measure_module
+    from rarefy.evaluation import measure as measure_
     from rarefy.evaluation.evaluate import evaluate as judge
     from rarefy.reports import report
 
@@ -792,7 +792,7 @@ def _measured_again(
     other = _reference(reference, reference_weights, None, task)
     found = judge(graph, task, reference=other, limit=limit)
     models = {"after": graph} if other is None else {"before": other, "after": graph}
-    measured = measure_module.measure(models, runtime=runtime)
+    measured = measure_.measure(models, runtime=runtime)
     for name in models:
         evaluation = found if name == "after" else found.reference
         assert evaluation is not None
@@ -1183,20 +1183,20 @@ def _readable(text: str, option: str) -> str:
 
 
 def _save(graph: Any, folder: str, source: Any, task: Any, as_json: bool) -> None:
-    from rarefy.artifact import folder as folder_
-    from rarefy.evaluation import measure as measure_module
+    from rarefy.artifact import folder as folder_module
+    from rarefy.evaluation import measure as measure_
 
     manifest = {"model": source.text, "weights": source.weights, "task": task.describe() if task is not None else None}
-    folder_.save(graph, folder, manifest=manifest)
+    folder_module.save(graph, folder, manifest=manifest)
     step = graph.meta["history"][-1]
     found = {
         "folder": folder,
         "step": step["step"],
         "options": step["options"],
         "facts": step["facts"],
-        "parameters": measure_module.count_parameters(graph),
-        "macs": measure_module.count_macs(graph),
-        "weight_bytes": measure_module.weight_bytes(graph),
+        "parameters": measure_.count_parameters(graph),
+        "macs": measure_.count_macs(graph),
+        "weight_bytes": measure_.weight_bytes(graph),
     }
     if as_json:
         show_json(found)
