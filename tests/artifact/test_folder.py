@@ -17,7 +17,7 @@ from rarefy.artifact import folder as folder_module
 from rarefy.errors import FormatError, InputError
 from rarefy.graph.capture import capture, finish, set_attribute
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = {
     "resnet18": torchvision.models.resnet18,
     "mobilenet_v3_small": torchvision.models.mobilenet_v3_small,

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from rarefy.cli import main
 
 HERE = __name__
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Net(nn.Module):

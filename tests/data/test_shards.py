@@ -302,7 +302,7 @@ def net() -> torch.nn.Module:
 
 
 def test_memory_is_flat_in_a_small_run(tmp_path: Path) -> None:
-    bench = Path(__file__).resolve().parents[1] / "bench" / "shards.py"
+    bench = Path(__file__).resolve().parents[2] / "bench" / "shards.py"
     options = [
         "--images",
         "10000",

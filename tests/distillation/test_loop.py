@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
-from test_distilling import QUICK, RESUMED, Digits, Stopped, digits, facts, net, same, student, teacher, tensors, top1
+from test_distill import QUICK, RESUMED, Digits, Stopped, digits, facts, net, same, student, teacher, tensors, top1
 from torch import Tensor, fx, nn
 
 from rarefy.distillation import distill as distill_module

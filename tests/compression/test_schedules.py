@@ -33,7 +33,7 @@ from rarefy.pruning.repair import kept_channels
 from rarefy.pruning.selection.best import Best
 from rarefy.pruning.selection.sample import Sample
 from rarefy.tasks.classification import Classification
-from tests.test_students import Residual as Blocks
+from test_students import Residual as Blocks
 
 OPTIONS = "epochs=1,batch_size=96,lr=0.05"
 ITERATIVE = f"iterative:rounds=3,{OPTIONS}"

@@ -17,14 +17,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import os, sys, time
 import torch
 from torch import nn
 from safetensors.torch import save_file
 torch.set_num_threads(1)
-from test_distilling import Digits
+from test_distill import Digits
 from rarefy.distilling import distill
 from rarefy.terminal import guarded
 
@@ -51,7 +51,7 @@ import sys
 import torch
 from rarefy.demo import Net
 from rarefy.distilling import train
-from test_distilling import Digits
+from test_distill import Digits
 
 train(Net(), Digits(), steps=1, batch_size=8, lr=0.01, validate_every=0, device="cpu", progress=False)
 for _ in range(200):  # the group's threads are still at work when the program ends

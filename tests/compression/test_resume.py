@@ -46,7 +46,7 @@ pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this sys
 
 
 def start(workdir: Path, output: Path) -> subprocess.Popen[str]:
-    root = str(Path(__file__).resolve().parents[1])
+    root = str(Path(__file__).resolve().parents[2])
     known = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, "-c", PROGRAM, str(workdir), str(output)], env=known, stderr=subprocess.PIPE, text=True)
 

@@ -155,7 +155,7 @@ signal.raise_signal(signal.SIGINT)
 def test_a_signal_is_handled_after_openvino_sessions_are_gone(graph: fx.GraphModule, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     path = plugins.resolve("runtimes", "openvino").export(graph, tmp_path / "m.onnx")
-    known = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    known = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     done = subprocess.run([sys.executable, "-c", SIGNALLED, str(path)], env=known, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
 

@@ -37,7 +37,7 @@ from rarefy.system import progress
 
 torch.set_num_threads(1)  # as in the process that test_killed_run starts: bits depend on it
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @functools.cache
@@ -521,7 +521,7 @@ def test_killed_run_ends_with_the_same_bits(tmp_path: Path, kills: int) -> None:
     script = (
         "import sys; sys.path[:0] = sys.argv[1:3]\n"
         "import torch, time; torch.set_num_threads(1)\n"
-        "from test_distilling import *\n"
+        "from test_distill import *\n"
         "task = Digits(watch=lambda *_: (print('step', flush=True), time.sleep(0.02)))\n"
         "distill(student(dropout=0.2), teacher(), task, optimizer='sgd', checkpoint=sys.argv[3], checkpoint_seconds=0, **RESUMED)\n"
     )
