@@ -58,6 +58,7 @@ from rarefy.evaluation.certify import certify
 from rarefy.evaluation.corruptions import fits
 from rarefy.evaluation.evaluate import doubts, evaluate
 from rarefy.graph.capture import as_graph, output_shapes
+from rarefy.graph.macs import layer_macs
 from rarefy.kernels import is_quantised
 from rarefy.pruning.mask import mask
 from rarefy.pruning.prune import prune
@@ -758,7 +759,7 @@ def _weighted(graph: fx.GraphModule) -> dict[str, tuple[int, int]]:
     """{name of the weight: (output channels, MACs)}."""
     nodes = {node.name: node for node in graph.graph.nodes}
     found: dict[str, tuple[int, int]] = {}
-    for name, macs in measure.layer_macs(graph).items():
+    for name, macs in layer_macs(graph).items():
         source = nodes[name].args[1] if len(nodes[name].args) > 1 else None
         while isinstance(source, fx.Node) and source.op == "call_function" and source.args:
             source = source.args[0]

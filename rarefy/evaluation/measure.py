@@ -44,9 +44,8 @@ from rarefy.artifact import folder as folder_module
 from rarefy.errors import InputError
 from rarefy.graph import macs
 from rarefy.graph.capture import dtype_name, example_inputs
-from rarefy.graph.macs import count_macs, layer_macs
+from rarefy.graph.macs import count_macs
 
-__all__ = ["count_macs", "count_parameters", "latency", "layer_macs", "measure", "peak_memory", "timed", "weight_bytes"]
 
 SAMPLE_SECONDS = 2e-3
 SECONDS = 4.0  # of all rounds together, where nobody says how many
