@@ -120,7 +120,7 @@ def interval(ratio: dict[str, float], rounds: int) -> list[float]:
 
 def timings(files: dict[str, Path], inputs: Tensor, rounds: int | None) -> list[dict[str, Any]]:
     """Three files in turn for each setting. ``against_NAME``: our time over theirs, within a round."""
-    from rarefy.evaluation.measure import latency
+    from rarefy.deployment.latency import latency
     from rarefy.runtimes.onnxruntime import OnnxRuntime
 
     rows = []

@@ -36,10 +36,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.cells import Cells, add_options
 from bench.zoo import MAKERS, Made, alive, each, listed, usable
 from rarefy import capture, prune
-from rarefy.artifact import folder as folder_module
+from rarefy.artifact import folder as folder_
 from rarefy.cli.terminal import show_table
-from rarefy.graph.capture import example_inputs
 from rarefy.graph.macs import count_parameters
+from rarefy.graph.nodes import example_inputs
 
 SHRINK, MOST_FAILURES = 0.25, {"torchvision": 0.0, "timm": 0.02}
 
@@ -68,7 +68,7 @@ def examined(make: Callable[[str], Made], name: str) -> dict[str, Any]:
         check_run(small)
         stage = "save and load"
         with tempfile.TemporaryDirectory() as folder:
-            loaded = folder_module.load(folder_module.save(small, Path(folder) / "small"))
+            loaded = folder_.load(folder_.save(small, Path(folder) / "small"))
         stage = "loaded forward"
         sample = example_inputs(small, 3)
         small.eval()

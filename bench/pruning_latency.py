@@ -27,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rarefy import capture, prune
 from rarefy.cli.terminal import show_table
+from rarefy.deployment import latency
 from rarefy.errors import InputError
-from rarefy.evaluation import measure
-from rarefy.graph.capture import example_inputs
+from rarefy.graph.nodes import example_inputs
 
 BAND, SAME, ROUNDS = (0.95, 1.15), 0.03, 6
 
@@ -65,13 +65,13 @@ class Clock:
     """Times as fast as the original, each time from a run in which both take turns."""
 
     def __init__(self, graph: fx.GraphModule, threads: int, folder: Path):
-        self.runtime, self.folder = measure.with_threads("onnxruntime", threads), folder
+        self.runtime, self.folder = latency.with_threads("onnxruntime", threads), folder
         self.example = example_inputs(graph, batch=1)[0]
         self.original = self.runtime.export(graph, folder / "original.onnx")
 
     def __call__(self, small: fx.GraphModule) -> dict[str, float]:
         files = {"original": self.original, "pruned": self.runtime.export(small, self.folder / "small.onnx")}
-        found: dict[str, float] = measure.timed(files, self.example, runtime=self.runtime)["pruned"]["speedup"]["original"]
+        found: dict[str, float] = latency.timed(files, self.example, runtime=self.runtime)["pruned"]["speedup"]["original"]
         return found
 
 

@@ -2,7 +2,7 @@
 
     python bench/quantization_speed.py [MODEL ...] [--batches 1,8] [--threads 1,2] [--gate] [--folder DIR] [--check]
 
-For each batch size and number of threads all files take turns in one run (``rarefy.evaluation.measure.latency``); a ratio is that within a round, its interval that
+For each batch size and number of threads all files take turns in one run (``rarefy.deployment.latency.latency``); a ratio is that within a round, its interval that
 of the median (95 %). ONNX Runtime's quantiser: uint8 activations by min-max, int8 weights a channel. NNCF and torchao run in .venv-peers
 (``make bench-setup``) and are left out where it is missing; torchao's time is taken beside its float model in a process of its own, since it needs Inductor. Calibration: 32
 images of RAREFY_DATA, or noise. With --folder, files that are there already are not made again, so that a run may be split.
@@ -36,8 +36,8 @@ from bench.speed_models import MODELS, TRANSFORMERS, build
 from rarefy import capture, plugins, quantize
 from rarefy.artifact import folder
 from rarefy.cli.terminal import show_table
+from rarefy.deployment import latency
 from rarefy.errors import DataError, MissingDependency
-from rarefy.evaluation import measure
 
 IMAGES, SIZE = 32, 224
 LEFT_AT_FLOAT = ("mobilenet_v3_large", "vit_tiny")  # by ONNX Runtime's own quantiser
@@ -106,11 +106,11 @@ def prepared(name: str, home: Path, stored: Tensor) -> list[str]:
 def timed(home: Path, inputs: Tensor, threads: int, rounds: int | None) -> dict[str, Any]:
     """``{"rounds", "ms": {column: quartiles}, "ratio": {column: {other: {"median", "interval"}}}}``: time of a column over that of the other."""
     sessions = {
-        column: measure.with_threads(runtime, threads).open(home / file)
+        column: latency.with_threads(runtime, threads).open(home / file)
         for column, (file, runtime) in COLUMNS.items()
         if (home / file).exists()
     }
-    found = measure.latency(sessions, inputs, repeats=rounds, warmup=3)
+    found = latency.latency(sessions, inputs, repeats=rounds, warmup=3)
     counted = next(iter(found.values()))["repeats"]
     ratios = {
         column: {
@@ -125,7 +125,7 @@ def timed(home: Path, inputs: Tensor, threads: int, rounds: int | None) -> dict[
 def gated(home: Path, stored: Tensor, threads: int) -> list[dict[str, Any]]:
     """What ``gate="latency"`` times for a batch of one and keeps, with what stays float in f32 and in bf16."""
     found = []
-    for runtime in (measure.with_threads(text, threads) for text in ("openvino", "openvino:precision=bf16")):
+    for runtime in (latency.with_threads(text, threads) for text in ("openvino", "openvino:precision=bf16")):
         small = quantize(
             folder.load(home / "graph"), batches=list(stored.split(8)), images=IMAGES, runtime=runtime, gate="latency", progress=False
         )

@@ -92,7 +92,8 @@ def trained(original: fx.GraphModule, task: Classification, given: argparse.Name
 def judged(original: fx.GraphModule, student: fx.GraphModule, task: Classification, given: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Quantised, exported, and measured against the original: everything a row of the table says."""
     from rarefy import quantize
-    from rarefy.evaluation.measure import latency, weight_bytes
+    from rarefy.deployment.latency import latency
+    from rarefy.evaluation.measure import weight_bytes
     from rarefy.runtimes.onnxruntime import OnnxRuntime
 
     small = quantize(student, task, images=CALIBRATION_IMAGES, calibration=given.calibration, seed=seed)

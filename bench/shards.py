@@ -126,7 +126,8 @@ def epoch(task: Classification, batch_size: int, start: int, steps: int | None) 
 
 def decoders(workers: int) -> dict[str, float]:
     """Images a second of the JPEG files of the calibration set, by processes and by threads, taking turns."""
-    from rarefy.tasks.classification import Augmentation, _Decoder
+    from rarefy.data.augmentation import Augmentation
+    from rarefy.data.decoding import _Decoder
 
     items = real_data.imagenet_calib() * 8
     found: dict[str, list[float]] = {"processes": [], "threads": []}

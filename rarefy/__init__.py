@@ -56,7 +56,8 @@ __all__ = [
 if TYPE_CHECKING:
     from rarefy.artifact.folder import load, save
     from rarefy.artifact.signing import sign, verify
-    from rarefy.compression.compress import Budget, compress
+    from rarefy.compression.budget import Budget
+    from rarefy.compression.compress import compress
     from rarefy.deployment.export import export
     from rarefy.distillation.distill import distill
     from rarefy.errors import RarefyError

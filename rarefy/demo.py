@@ -61,9 +61,9 @@ def _block(inputs: int, outputs: int) -> nn.Sequential:
 
 def demonstrate(folder: str | os.PathLike[str], seed: int = 0) -> dict[str, Any]:
     """Train, compress, save, sign. Leaves in ``folder``: ``original/``, ``small/`` and a pair of keys. Returns the report's facts."""
-    from rarefy.artifact import folder as folder_module
+    from rarefy.artifact import folder as folder_
     from rarefy.artifact import signing
-    from rarefy.compression import compress
+    from rarefy.compression import budget, compress
     from rarefy.distillation import distill
     from rarefy.evaluation import measure
     from rarefy.graph import capture
@@ -75,11 +75,11 @@ def demonstrate(folder: str | os.PathLike[str], seed: int = 0) -> dict[str, Any]
     torch.manual_seed(seed)
     untrained = capture.capture(model(), torch.zeros(2, *task.input_shape))
     original = distill.train(untrained, task, **TRAINING, seed=seed, checkpoint=place / "train.work")
-    folder_module.save(original, place / "original", manifest={"model": "rarefy.demo:model", "task": task.describe()})
+    folder_.save(original, place / "original", manifest={"model": "rarefy.demo:model", "task": task.describe()})
     result = compress.compress(
         original,
         task,
-        budget=compress.Budget(**BUDGET, size=measure.weight_bytes(original) // SMALLER),
+        budget=budget.Budget(**BUDGET, size=measure.weight_bytes(original) // SMALLER),
         steps=STEPS,
         workdir=place / "compress.work",
         seed=seed,

@@ -44,7 +44,7 @@ from torch import Tensor, fx, nn
 from rarefy.artifact import graph_json, packing
 from rarefy.artifact.graph_json import BY_NAME, DTYPES, MOST_AXES, SCHEMA, check_schema
 from rarefy.errors import FormatError, InputError
-from rarefy.graph.capture import is_graph
+from rarefy.graph.nodes import is_graph
 from rarefy.system import strict_json
 from rarefy.system.strict_json import expect, is_size, located, plain, restore, said
 

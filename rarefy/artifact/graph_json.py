@@ -27,7 +27,7 @@ from torch import Tensor, fx, nn
 
 from rarefy.artifact import allowlist, packing
 from rarefy.errors import FormatError
-from rarefy.graph.capture import dtype_name, set_attribute
+from rarefy.graph.nodes import dtype_name, set_attribute
 from rarefy.system.strict_json import expect, expected, is_size, located, parse, plain, restore, said, special_float
 
 SCHEMA = 1

@@ -239,7 +239,8 @@ def run_recipe(
 
 
 def _compress(asked: Any, key: str | None, as_json: bool) -> None:
-    from rarefy.compression import compress as compress_module
+    from rarefy.compression import budget as budget_
+    from rarefy.compression import compress as compress_
     from rarefy.compression import recipe
     from rarefy.models import load
 
@@ -253,8 +254,8 @@ def _compress(asked: Any, key: str | None, as_json: bool) -> None:
     task = recipe.make_task(asked.data, asked.task)
     graph = load.graph_of(source, _agreed(asked.input, task), asked.core)
     task.check(_outputs(graph))
-    budget = compress_module.Budget(**asked.budget)
-    result = compress_module.compress(
+    budget = budget_.Budget(**asked.budget)
+    result = compress_.compress(
         graph,
         task,
         budget=budget,
@@ -645,7 +646,7 @@ def measure(
 ) -> None:
     """Bytes, parameters, MACs, latency on the runtime, peak memory; with --reference, of both, interleaved."""
     from rarefy import plugins
-    from rarefy.evaluation import measure as measure_
+    from rarefy.evaluation import measure as measure_module
     from rarefy.models import load
 
     plugins.resolve("runtimes", runtime)
@@ -656,7 +657,7 @@ def measure(
     if reference is not None:
         other = load.load(reference, weights=reference_weights, classes=model.classes)
         models = {str(reference): load.graph_of(other, shape), **models}
-    found = measure_.measure(models, runtime=runtime, batch=batch_size, repeats=repeats)
+    found = measure_module.measure(models, runtime=runtime, batch=batch_size, repeats=repeats)
     if as_json:
         show_json(found)
         return
@@ -685,23 +686,23 @@ def export(
 ) -> None:
     """Write the file that the runtime runs, and check that it answers like the model."""
     from rarefy import plugins
-    from rarefy.deployment import export as export_
-    from rarefy.evaluation import certify as certify_
+    from rarefy.deployment import export as export_module
+    from rarefy.evaluation import certify as certify_module
 
     if certify is None and (also or limit is not None or data.options()):
         raise InputError("--also, --limit and data belong to the certificate; name its file with --certify")
-    certify_.readers_of(runtime, also or ())
+    certify_module.readers_of(runtime, also or ())
     suffix = plugins.resolve("runtimes", runtime).suffix
     target = _claim_file(output, (".onnx", ".xml") if suffix == ".onnx" else (suffix,))
     if certify is not None:
         _claim_parent(certify, "--certify")
     _, graph, task = _prepared(model, data, needed=False)
     if certify is None:
-        parity = export_.export(graph, target, runtime=runtime, compare=compare)
+        parity = export_module.export(graph, target, runtime=runtime, compare=compare)
     else:
-        export_.export(graph, target, runtime=runtime, compare=False)
+        export_module.export(graph, target, runtime=runtime, compare=False)
         inputs = None if task is None else next(iter(task.inputs("val", 64, 64, seed=0)))
-        facts = certify_.certify(graph, target, runtime=runtime, also=also or (), inputs=inputs, task=task, limit=limit)
+        facts = certify_module.certify(graph, target, runtime=runtime, also=also or (), inputs=inputs, task=task, limit=limit)
         certify.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         parity = {"certificate": str(certify), **facts["runtimes"][plugins.describe(plugins.resolve("runtimes", runtime))]}
         parity |= {key: facts[key] for key in ("first_diverging_layer", "passed")}
@@ -762,7 +763,7 @@ def report_command(
 
 def _recorded(place: Path) -> dict[str, Any]:
     """The facts that lie in a saved folder."""
-    from rarefy.reports import report
+    from rarefy.reports import view
 
     file = place / "report.json" if place.is_dir() else place
     if not file.exists():
@@ -772,7 +773,7 @@ def _recorded(place: Path) -> dict[str, Any]:
     except ValueError as error:
         raise FormatError(f"{file}: is no JSON ({error}); pass --data to measure the folder again") from error
     try:
-        report.view(facts)
+        view.view(facts)
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise FormatError(f"{file}: is no report ({type(error).__name__}: {error}); pass --data to measure the folder again") from error
     if not {"before", "after", "goals", "steps"} & facts.keys():
@@ -783,21 +784,21 @@ def _recorded(place: Path) -> dict[str, Any]:
 def _measured_again(
     place: Path, data: DataOptions, reference: str | None, reference_weights: str | None, runtime: str, limit: int | None
 ) -> dict[str, Any]:
-    from rarefy.evaluation import measure as measure_
+    from rarefy.evaluation import measure as measure_module
     from rarefy.evaluation.evaluate import evaluate as judge
-    from rarefy.reports import report
+    from rarefy.reports import facts as facts_
 
     facts: dict[str, Any] = _recorded(place) if (place / "report.json").exists() else {"title": str(place)}
     _, graph, task = _prepared(ModelOptions(str(place)), data)
     other = _reference(reference, reference_weights, None, task)
     found = judge(graph, task, reference=other, limit=limit)
     models = {"after": graph} if other is None else {"before": other, "after": graph}
-    measured = measure_.measure(models, runtime=runtime)
+    measured = measure_module.measure(models, runtime=runtime)
     for name in models:
         evaluation = found if name == "after" else found.reference
         assert evaluation is not None
         facts[name] = {**facts.get(name, {}), **measured[name], "evaluation": evaluation.to_json()}
-    facts |= {key: value for key, value in report.told_by(graph.meta.get("history", [])).items() if key not in facts}
+    facts |= {key: value for key, value in facts_.told_by(graph.meta.get("history", [])).items() if key not in facts}
     for claim in ("verdict", "warnings"):
         facts.pop(claim, None)
     facts["goals"] = []
@@ -909,7 +910,7 @@ def _choice(kind: str, name: str) -> dict[str, Any]:
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """What this machine can do, what is missing, and how to get it."""
-    from rarefy.system.cpu import examine
+    from rarefy.compression.environment import examine
 
     found = examine()
     if as_json:
@@ -983,7 +984,7 @@ def _share_or_count(value: float | None) -> float | int | None:
 
 
 def _shape(model: ModelOptions) -> tuple[int, ...] | None:
-    from rarefy.models.load import parse_shape
+    from rarefy.models.source import parse_shape
 
     return parse_shape(model.input) if model.input is not None else None
 
@@ -993,7 +994,7 @@ def _completed(options: Mapping[str, Any], source: Any, shape: tuple[int, ...] |
 
     Its size only goes to image files (arrays have one of their own), or where the graph was captured for it.
     """
-    from rarefy.graph.capture import is_graph
+    from rarefy.graph.nodes import is_graph
 
     known = dict(source.preprocessing)
     if shape is not None and len(shape) == 3 and shape[1] == shape[2]:
@@ -1133,7 +1134,7 @@ def _session(runtime: str, place: str, graph: Any) -> Iterator[Callable[..., Any
 
 
 def _outputs(graph: Any) -> int:
-    from rarefy.graph.capture import shapes
+    from rarefy.graph.shapes import shapes
 
     node = next(node for node in graph.graph.nodes if node.op == "output").args[0]
     shape = getattr(shapes(graph).get(node), "shape", None)
@@ -1183,28 +1184,28 @@ def _readable(text: str, option: str) -> str:
 
 
 def _save(graph: Any, folder: str, source: Any, task: Any, as_json: bool) -> None:
-    from rarefy.artifact import folder as folder_module
-    from rarefy.evaluation import measure as measure_
+    from rarefy.artifact import folder as folder_
+    from rarefy.evaluation import measure as measure_module
 
     manifest = {"model": source.text, "weights": source.weights, "task": task.describe() if task is not None else None}
-    folder_module.save(graph, folder, manifest=manifest)
+    folder_.save(graph, folder, manifest=manifest)
     step = graph.meta["history"][-1]
     found = {
         "folder": folder,
         "step": step["step"],
         "options": step["options"],
         "facts": step["facts"],
-        "parameters": measure_.count_parameters(graph),
-        "macs": measure_.count_macs(graph),
-        "weight_bytes": measure_.weight_bytes(graph),
+        "parameters": measure_module.count_parameters(graph),
+        "macs": measure_module.count_macs(graph),
+        "weight_bytes": measure_module.weight_bytes(graph),
     }
     if as_json:
         show_json(found)
         return
-    from rarefy.reports import report
+    from rarefy.reports import units
 
     facts = [
-        (name.replace("_", " "), report.plain(value))
+        (name.replace("_", " "), units.plain(value))
         for name, value in step["facts"].items()
         if value is not None and not isinstance(value, (Mapping, list, tuple))
     ]
@@ -1231,17 +1232,17 @@ def _left_out(task: Any) -> list[tuple[str, str]]:
 
 def _show_report(facts: Mapping[str, Any], folder: str, as_json: bool) -> None:
     """The result, and exit 1 for a missed goal."""
-    from rarefy.reports import report
+    from rarefy.reports import view
 
     if as_json:
         show_json(facts)
     else:
         _show_comparison(facts)
-        say(report.view(facts)["verdict"]["sentence"])
-        for warning in report.view(facts)["warnings"]:
+        say(view.view(facts)["verdict"]["sentence"])
+        for warning in view.view(facts)["warnings"]:
             say(f"warning: {warning}")
         say(f"report: {Path(folder) / 'report.html'}")
-    shown = report.view(facts)
+    shown = view.view(facts)
     if any(not goal["met"] for goal in shown["goals"]):
         advice = shown["verdict"]["advice"]
         raise GoalMissed(
@@ -1257,9 +1258,9 @@ def _show_report(facts: Mapping[str, Any], folder: str, as_json: bool) -> None:
 
 
 def _show_comparison(facts: Mapping[str, Any]) -> None:
-    from rarefy.reports import report
+    from rarefy.reports import view
 
-    shown = report.view(facts)
+    shown = view.view(facts)
     both = "before" in facts
     columns = ("", *shown["names"], "change") if both else ("", shown["names"][1])
     rows = [

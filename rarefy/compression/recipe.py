@@ -55,7 +55,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, NonNegativeInt, Pos
 
 from rarefy import plugins
 from rarefy.errors import InputError
-from rarefy.models import load
+from rarefy.models import source
 
 # verb -> where it is
 VERBS = {
@@ -148,7 +148,7 @@ def check(content: Mapping[str, Any], where: str = "recipe") -> Recipe:
     steps = tuple(step(item, f"{where}: step {index}") for index, item in enumerate(top.pop("step"), 1))
     shape = top.pop("input")
     if shape is not None:
-        top["input"] = load.parse_shape(shape if isinstance(shape, str) else ",".join(map(str, shape)))
+        top["input"] = source.parse_shape(shape if isinstance(shape, str) else ",".join(map(str, shape)))
     choice("runtime", top["runtime"], f"{where}: runtime")
     return Recipe(**top, data=data, budget=budget, steps=steps)
 
@@ -345,7 +345,7 @@ def _step_of_text(text: str, where: str) -> dict[str, Any]:
         key, equals, value = option.partition("=")
         if not equals:
             raise InputError(f"{where}: {option!r} is no option; write '{verb} name=value name=value'")
-        content[key.replace("-", "_")] = load.parse_value(value)
+        content[key.replace("-", "_")] = source.parse_value(value)
     return content
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from rarefy import plugins
 from rarefy.errors import InputError
-from rarefy.graph.capture import as_graph, example_inputs
+from rarefy.graph.capture import as_graph
+from rarefy.graph.nodes import example_inputs
+from rarefy.system.files import replacing
 
 
 def export(
@@ -41,15 +41,3 @@ def export(
             return {}
         given = (inputs,) if isinstance(inputs, Tensor) else inputs
         return dict(chosen.compare(graph, partial, (given or example_inputs(graph, batch=8))[0]))
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A file beside ``path`` that takes its place when all went well."""
-    target = Path(path)
-    partial = target.with_name(f".{target.stem}.part{target.suffix}")
-    try:
-        yield partial
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -17,8 +17,8 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 import rarefy.kernels  # noqa: F401  registers torch.ops.rarefy
-from rarefy.deployment.onnx.file import needs
 from rarefy.graph.lowering import LAYERS, to_integers
+from rarefy.system.dependencies import needs
 
 LEAST_AGREEMENT = 0.995
 APART = 0.01  # 20 dB

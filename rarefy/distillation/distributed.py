@@ -8,10 +8,74 @@ gradients). Two passes, because E x² - m² loses digits. ``torch.nn.SyncBatchNo
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import gc
+import os
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, fx
+
+from rarefy.errors import WorkerLost
+
+
+def _accelerator(device: torch.device | str | None, logits: bool) -> Accelerator:
+    """Knows of torchrun. A run of one process uses it for nothing else, and leaves its global state alone."""
+    on_cpu = torch.device(device).type == "cpu" if device is not None else not torch.cuda.is_available()
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=not logits)
+    there = _grouped()
+    accelerator = Accelerator(cpu=on_cpu and several, kwargs_handlers=[ddp])
+    if not there and _grouped() and torch.distributed.get_backend() == "gloo":
+        atexit.register(_end_group)
+    return accelerator
+
+
+def _end_group() -> None:
+    """Gloo's threads let go of tensors after the call that waited for them has gone on; one that does so while the interpreter ends aborts the process."""
+    gc.collect()  # what trained with the group holds it
+    if _grouped():
+        torch.distributed.destroy_process_group()
+
+
+def _grouped() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+@contextlib.contextmanager
+def _all_or_none(accelerator: Accelerator, checkpoint: str | Path | None) -> Iterator[None]:
+    """Where one of several processes ends, the others' next exchange fails, or torchrun ends them: either is told in one line."""
+    if accelerator.num_processes == 1:
+        yield
+        return
+    again = f"start it again the same way, and it goes on from {checkpoint}" if checkpoint is not None else "pass checkpoint= to lose less"
+    lost = WorkerLost(
+        f"process {accelerator.process_index} of {accelerator.num_processes}: another one ended, so this one does too; {again}"
+    )
+
+    def told_to_end(*_: Any) -> None:
+        raise lost
+
+    mine = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, told_to_end) if mine else None
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search("gloo|nccl|Connection (reset|closed)|peer", str(error), re.IGNORECASE):
+            raise
+        raise lost from error
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, before)
+
 
 aten = torch.ops.aten
 

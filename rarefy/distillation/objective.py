@@ -12,20 +12,44 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from rarefy import plugins
-from rarefy.distillation.losses import FeatureLoss, Loss
-from rarefy.distillation.options import Task, Training
+from rarefy.distillation.options import Training
 from rarefy.distillation.teachers import frozen
 from rarefy.errors import InputError
-from rarefy.graph.capture import device_of
 from rarefy.graph.features import Tap, matched, tapped
+from rarefy.graph.nodes import device_of
+from rarefy.tasks.task import Task
+
+Features = Mapping[str, tuple[Tensor, Tensor]]
+Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+
+
+@runtime_checkable
+class Loss(Protocol):
+    @property
+    def on(self) -> str: ...
+
+    def __call__(self, student: Tensor, teacher: Tensor, targets: Tensor | None, features: Features) -> Tensor:
+        """student, teacher: logits (N, classes). targets: int64 (N,), or probabilities (N, classes), or None without labels."""
+        ...
+
+
+@runtime_checkable
+class FeatureLoss(Loss, Protocol):
+    def adapter(self, shapes: Shapes) -> nn.Module | None:
+        """A module from the student's features, {name: value}, to {name: value} as this loss compares them with the teacher's.
+
+        shapes: node name -> (student's, teacher's) shape without the batch, (channels, ...).
+        """
+        ...
+
 
 Losses = str | Loss | Sequence[tuple[float, Loss]] | None
 Term = tuple[float, Loss]

@@ -10,9 +10,49 @@ CIFAR, 0.09 for ImageNet. The price is a second pass backwards through the stude
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from rarefy.distillation.checkpoint import tensors_of
+from rarefy.distillation.options import Training
+
+
+def _optimizer(parameters: Any, training: Training, device: torch.device) -> torch.optim.Optimizer:
+    parameters = list(parameters)
+    groups = [
+        {"params": [one for one in parameters if one.dim() > 1], "weight_decay": training.weight_decay},
+        {"params": [one for one in parameters if one.dim() <= 1], "weight_decay": 0.0},
+    ]
+    fused = device.type in ("cpu", "cuda") and all(one.is_floating_point() for one in parameters)
+    if training.dot:  # whose update is the gradient
+        return torch.optim.SGD([{"params": parameters, "weight_decay": 0.0}], lr=0.0, fused=fused)
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=training.momentum, nesterov=training.momentum > 0, fused=fused)
+    return torch.optim.AdamW(groups, lr=0.0, fused=fused)
+
+
+class _Averaged(NamedTuple):
+    """The tensors of a model and of its running mean, listed once."""
+
+    means: list[Tensor]
+    values: list[Tensor]
+
+    @classmethod
+    def of(cls, average: nn.Module, model: nn.Module) -> _Averaged:
+        """Codes and other integers do not train, so they need no mean."""
+        pairs = [
+            (mean, value.detach())
+            for mean, value in zip(tensors_of(average).values(), tensors_of(model).values())
+            if mean.is_floating_point()
+        ]
+        return cls([mean for mean, _ in pairs], [value for _, value in pairs])
+
+    @torch.no_grad()
+    def update(self, decay: float, count: int) -> None:
+        """θ̄ += (θ - θ̄) (1 - d) / (1 - dᵗ): the mean of all t states so far, the one i steps back weighing dⁱ."""
+        torch._foreach_lerp_(self.means, self.values, (1 - decay) / (1 - decay**count))
 
 
 class Dot:

@@ -27,14 +27,15 @@ import rarefy.kernels
 from rarefy.distillation.options import Training
 from rarefy.distillation.qat_batch_norm import folded
 from rarefy.errors import InputError
-from rarefy.graph.capture import attribute, finish, set_attribute, shapes
 from rarefy.graph.lowering import LAYERS, is_decoded, to_numbers
+from rarefy.graph.nodes import attribute, finish, set_attribute
+from rarefy.graph.shapes import shapes
+from rarefy.kernels.int_linear import BIAS_LIMIT, CODES
 from rarefy.kernels.quantize import along, fake_quantize, quantize
-from rarefy.quantization.qdq import BIAS_LIMIT
 
 aten = torch.ops.aten
+
 OPERATORS = torch.ops.rarefy
-CODES = "_codes"
 
 LR, LIVE_LR, CLIP, FREEZE = 0.01, 0.03, 1.0, 0.25  # FREEZE: share of the steps
 

@@ -20,25 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rarefy.graph.capture import attribute, finish, set_attribute
-from rarefy.graph.fold import weighted
+from rarefy.graph.fold import EPS, MOMENTUM, NORM
+from rarefy.graph.nodes import attribute, finish, set_attribute
 from rarefy.kernels.quantize import fake_quantize
 
 aten = torch.ops.aten
 LAYERS = (aten.conv2d.default, aten.linear.default)
-NORM = "batch_norm"
-EPS, MOMENTUM = 1e-5, 0.1
 # Than LSQ's, the rate of a weight's scale: a factor that batch norm takes out again, and whose steps passed through 0 at 8 bits.
 SLOWER = 0.1
-
-
-def normed(graph: fx.GraphModule) -> list[str]:
-    """Names of the weights of layers that batch norm alone reads."""
-    return [
-        str(node.args[1].target)  # type: ignore[union-attr]
-        for node in graph.graph.nodes
-        if weighted(node) and len(node.users) == 1 and next(iter(node.users)).target is aten.batch_norm.default
-    ]
 
 
 def put_back(graph: fx.GraphModule, weights: Collection[str], batches: Iterable[Tensor]) -> fx.GraphModule:

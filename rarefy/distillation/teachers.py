@@ -13,8 +13,9 @@ import torch
 from torch import fx, nn
 
 from rarefy.errors import InputError
-from rarefy.graph.capture import set_attribute
-from rarefy.graph.fold import fold, weighted
+from rarefy.graph.fold import fold
+from rarefy.graph.layers import weighted
+from rarefy.graph.nodes import set_attribute
 
 Teachers = nn.Module | Sequence[nn.Module] | Sequence[tuple[float, nn.Module]] | None
 

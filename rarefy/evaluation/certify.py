@@ -25,7 +25,7 @@ from torch import Tensor, fx
 from rarefy import plugins
 from rarefy.errors import InputError
 from rarefy.evaluation.evaluate import evaluate
-from rarefy.graph.capture import example_inputs
+from rarefy.graph.nodes import example_inputs
 
 METRIC = 0.005  # of all samples: what the least agreement allows
 

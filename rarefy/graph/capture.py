@@ -21,22 +21,20 @@ import contextlib
 import copy
 import inspect
 import io
-import itertools
 import logging
 import os
 import re
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
 from rarefy.errors import CaptureError
+from rarefy.graph.nodes import attribute, dtype_name, finish, is_graph, set_attribute
 
 aten = torch.ops.aten
 
@@ -95,11 +93,6 @@ def capture(model: nn.Module, inputs: Tensor | Sequence[Tensor], *, core: str | 
     return graph.eval()
 
 
-def is_graph(model: nn.Module) -> bool:
-    """Is this a model that ``capture`` (or ``load``) made?"""
-    return isinstance(model, fx.GraphModule) and "inputs" in model.meta
-
-
 def as_graph(model: nn.Module, inputs: Tensor | Sequence[Tensor] | None = None) -> fx.GraphModule:
     """A private graph of ``model`` for a step to work on: a graph is copied, any other module captured from ``inputs``."""
     if is_graph(model):
@@ -107,252 +100,6 @@ def as_graph(model: nn.Module, inputs: Tensor | Sequence[Tensor] | None = None) 
     if inputs is None:
         raise CaptureError(f"{type(model).__name__} is not captured yet; pass inputs= (an example batch), or capture() it first")
     return capture(model, inputs)
-
-
-def share_copy(graph: fx.GraphModule) -> fx.GraphModule:
-    """A copy of the graph that shares its tensors."""
-    tensors = itertools.chain(graph.parameters(), graph.buffers())
-    copied = copy.deepcopy(graph, {id(tensor): tensor for tensor in tensors})
-    copied.train(graph.training)
-    return copied
-
-
-def example_inputs(graph: fx.GraphModule, batch: int = 2, seed: int = 0) -> tuple[Tensor, ...]:
-    """Random inputs of the captured shape, on the graph's device: normal for floats, zeros for integers."""
-    generator = torch.Generator().manual_seed(seed)
-    device = device_of(graph)
-    made = []
-    for spec in graph.meta["inputs"]:
-        dtype = getattr(torch, spec["dtype"])
-        shape = (batch, *spec["shape"])
-        value = torch.randn(shape, generator=generator) if dtype.is_floating_point else torch.zeros(shape)
-        made.append(value.to(device=device, dtype=dtype))
-    return tuple(made)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first parameter or buffer lives (the CPU for a model without any)."""
-    first = next(itertools.chain(model.parameters(), model.buffers()), None)
-    return first.device if first is not None else torch.device("cpu")
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``torch.float32`` -> ``"float32"``."""
-    return str(dtype).removeprefix("torch.")
-
-
-def shapes(graph: fx.GraphModule, batch: int = 2) -> dict[fx.Node, Any]:
-    """What every node yields for that batch size, without computing: a tensor of no device (``.shape``, ``.dtype``), or a plain value."""
-    with torch.no_grad():
-        try:
-            return _meta_shapes(graph, batch)
-        except Exception:  # an operator that needs real devices or numbers: slower, and knows more of them
-            return _fake_shapes(graph, batch)
-
-
-def output_shapes(graph: fx.GraphModule) -> list[tuple[int, ...]]:
-    """Shape of each output, without the batch."""
-    values = shapes(graph)
-    outputs = [node for node in pytree.tree_leaves(next(iter(reversed(graph.graph.nodes))).args[0]) if isinstance(node, fx.Node)]
-    return [tuple(values[node].shape[1:]) for node in outputs]
-
-
-def _meta_shapes(graph: fx.GraphModule, batch: int) -> dict[fx.Node, Any]:
-    """Every operator on the meta device, with no bookkeeping around it."""
-    inputs = iter(
-        [torch.empty((batch, *spec["shape"]), dtype=getattr(torch, spec["dtype"]), device="meta") for spec in graph.meta["inputs"]]
-    )
-    found: dict[fx.Node, Any] = {}
-    for node in graph.graph.nodes:
-        if node.op == "placeholder":
-            found[node] = next(inputs)
-        elif node.op == "get_attr":
-            value = attribute(graph, str(node.target))
-            found[node] = value.detach().to("meta") if isinstance(value, Tensor) else value
-        elif node.op == "call_function":
-            args, kwargs = fx.map_arg((node.args, node.kwargs), found.__getitem__)
-            if _keeps_shape(node, args):
-                found[node] = args[0]
-                continue
-            rule: Any = _SHAPES.get(node.target)
-            made = rule(*args, **kwargs) if rule is not None else None
-            if made is not None:
-                found[node] = made
-                continue
-            args, kwargs = fx.node.map_aggregate((args, kwargs), _nowhere)
-            if "device" in kwargs or node.target in _CREATORS:
-                kwargs = {**kwargs, "device": _META}
-            found[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-    return found
-
-
-def _keeps_shape(node: fx.Node, args: tuple[Any, ...]) -> bool:
-    """Does the node plainly yield a tensor like its first argument? Asking the operator takes a millisecond, and these are most of a network."""
-    first = args[0] if args else None
-    if not isinstance(first, Tensor) or not first.is_floating_point() or node.kwargs:
-        return False
-    if node.target in _LIKE_FIRST:
-        return True
-    return (
-        node.target in _LIKE_BOTH
-        and len(args) == 2
-        and isinstance(args[1], Tensor)
-        and (args[1].shape, args[1].dtype) == (first.shape, first.dtype)
-    )
-
-
-_LIKE_FIRST = {
-    aten.batch_norm.default,
-    aten.relu.default,
-    aten.relu6.default,
-    aten.hardswish.default,
-    aten.hardsigmoid.default,
-    aten.hardtanh.default,
-    aten.silu.default,
-    aten.sigmoid.default,
-    aten.gelu.default,
-    aten.dropout.default,
-    aten.layer_norm.default,
-    aten.group_norm.default,
-}
-_LIKE_BOTH = {aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor}
-
-
-def _convolved(
-    input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
-) -> Any:
-    rank = weight.dim() - 2
-    if input.dim() != weight.dim():
-        return None
-    step, around, apart = (
-        [value] * rank if isinstance(value, int) else [*value] * (rank // len(value)) for value in (stride, padding, dilation)
-    )
-    sizes = zip(input.shape[2:], weight.shape[2:], step, around, apart, strict=True)
-    places = [(size + 2 * edge - gap * (kernel - 1) - 1) // jump + 1 for size, kernel, jump, edge, gap in sizes]
-    return input.new_empty((input.shape[0], weight.shape[0], *places))
-
-
-def _projected(input: Tensor, weight: Tensor, bias: Any = None) -> Any:
-    return input.new_empty((*input.shape[:-1], weight.shape[0])) if weight.dim() == 2 else None
-
-
-def _attended(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
-    if query.dim() != 4 or query.shape[:2] != value.shape[:2]:
-        return None
-    return query.new_empty((*query.shape[:-1], value.shape[-1]))
-
-
-def _joined(tensors: Any, dim: int = 0) -> Any:
-    first = tensors[0]
-    if any((one.dtype, one.dim()) != (first.dtype, first.dim()) for one in tensors):
-        return None
-    dim %= first.dim()
-    return first.new_empty((*first.shape[:dim], sum(one.shape[dim] for one in tensors), *first.shape[dim + 1 :]))
-
-
-def _pooled(input: Tensor, output_size: Any) -> Any:
-    if any(size is None for size in output_size):
-        return None
-    return input.new_empty((*input.shape[: input.dim() - len(output_size)], *output_size))
-
-
-def _spread(one: Tensor, other: Any) -> Any:
-    if not isinstance(other, Tensor) or one.dtype != other.dtype or not one.is_floating_point():
-        return None
-    rank = max(one.dim(), other.dim())
-    sizes = zip(*((1,) * (rank - each.dim()) + tuple(each.shape) for each in (one, other)), strict=True)
-    return one.new_empty([size if least == 1 else least for size, least in sizes])
-
-
-# Shapes known without the operator, which on a tensor without numbers takes a millisecond, and the first time imports a compiler of 150 MB. None: not that plain.
-_SHAPES: dict[Any, Callable[..., Any]] = {
-    aten.conv1d.default: _convolved,
-    aten.conv2d.default: _convolved,
-    aten.conv3d.default: _convolved,
-    aten.linear.default: _projected,
-    aten.scaled_dot_product_attention.default: _attended,
-    aten.cat.default: _joined,
-    aten.adaptive_avg_pool2d.default: _pooled,
-    **dict.fromkeys(_LIKE_BOTH, _spread),
-}
-_META = torch.device("meta")
-_CREATORS = {
-    aten.arange.default,
-    aten.arange.start,
-    aten.arange.start_step,
-    aten.zeros.default,
-    aten.ones.default,
-    aten.full.default,
-    aten.empty.memory_format,
-    aten.linspace.default,
-    aten.eye.default,
-    aten.eye.m,
-    aten.scalar_tensor.default,
-}
-
-
-def _nowhere(value: Any) -> Any:
-    return _META if isinstance(value, torch.device) else value
-
-
-def _fake_shapes(graph: fx.GraphModule, batch: int) -> dict[fx.Node, Any]:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode:
-        fakes = [mode.from_tensor(example) for example in example_inputs(graph, batch)]
-    found: dict[fx.Node, Any] = {}
-
-    class Recorder(FakeTensorProp):
-        def run_node(self, node: fx.Node) -> Any:
-            found[node] = fx.Interpreter.run_node(self, node)
-            return found[node]
-
-    Recorder(graph, mode).propagate_dont_convert_inputs(*fakes)
-    return found
-
-
-def is_tensor(value: Any) -> bool:
-    return isinstance(value, (Tensor, FakeTensor))
-
-
-def attribute(graph: nn.Module, target: Any) -> Any:
-    """The parameter, buffer or flag of that dotted name, or that a ``get_attr`` node reads."""
-    target = target.target if isinstance(target, fx.Node) else target
-    owner, _, name = str(target).rpartition(".")
-    return getattr(graph.get_submodule(owner), name)
-
-
-def set_attribute(graph: nn.Module, target: str, value: Tensor) -> None:
-    """Put a parameter or a buffer at that dotted name, making the modules on the way; replaces what was there."""
-    owner, _, name = target.rpartition(".")
-    module: nn.Module = graph
-    for part in filter(None, owner.split(".")):
-        if part not in module._modules:
-            module.add_module(part, nn.Module())
-        module = module._modules[part]  # type: ignore[assignment]
-    if name in module._parameters and not isinstance(value, nn.Parameter):
-        del module._parameters[name]
-    if name in module._buffers and isinstance(value, nn.Parameter):
-        del module._buffers[name]
-    if isinstance(value, nn.Parameter):
-        module.register_parameter(name, value)
-    else:
-        module.register_buffer(name, value)
-
-
-def finish(graph: fx.GraphModule) -> fx.GraphModule:
-    """End of every pass: drop nodes and tensors nothing reads, check, recompile."""
-    graph.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
-    used = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
-    for name, _ in [*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False)]:
-        if name not in used:
-            owner, _, leaf = name.rpartition(".")
-            delattr(graph.get_submodule(owner), leaf)
-    graph.delete_all_unused_submodules()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*does not reference an nn.Module, nn.Parameter, or buffer.*")
-        graph.graph.lint()
-    graph.recompile()
-    return graph
 
 
 def _core(model: nn.Module, core: str, examples: tuple[Tensor, ...]) -> tuple[nn.Module, tuple[Tensor, ...]]:

@@ -17,7 +17,9 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from rarefy.errors import InputError
-from rarefy.graph.capture import TRAINING_FLAG, aten, is_tensor, shapes
+from rarefy.graph.capture import TRAINING_FLAG, aten
+from rarefy.graph.nodes import is_tensor
+from rarefy.graph.shapes import shapes
 
 DEPTHS = 4  # features of a network of one resolution
 

@@ -13,20 +13,17 @@
 from __future__ import annotations
 
 import copy
-import fnmatch
-import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy.errors import InputError
-from rarefy.graph.capture import attribute, finish, set_attribute, shapes, share_copy
+from rarefy.graph.layers import weighted
+from rarefy.graph.nodes import attribute, finish, set_attribute, share_copy
+from rarefy.graph.shapes import shapes
 from rarefy.kernels import OPERATORS
 
 aten = torch.ops.aten
-WEIGHTED = {aten.conv2d.default, aten.conv2d.padding, aten.conv1d.default, aten.linear.default}
 _TRAINING_ONLY = {
     aten.dropout.default,
     aten.feature_dropout.default,
@@ -34,47 +31,6 @@ _TRAINING_ONLY = {
     aten.feature_alpha_dropout.default,
     aten.detach.default,
 }
-
-
-def weighted(node: fx.Node) -> bool:
-    """A convolution or linear layer whose weight (and bias, if any) is a stored tensor."""
-    if node.op != "call_function" or node.target not in WEIGHTED:
-        return False
-    sources = node.args[1:3]
-    return all(source is None or (isinstance(source, fx.Node) and source.op == "get_attr") for source in sources)
-
-
-def layer_name(node: fx.Node) -> str:
-    """``layer1.0.conv1`` for the node that reads ``layer1.0.conv1.weight``."""
-    source = node.args[1]
-    assert isinstance(source, fx.Node)
-    return str(source.target).rpartition(".")[0] or str(source.target)
-
-
-def names(node: fx.Node) -> list[str]:
-    """What a user may call a node by: its layer, itself, its module."""
-    return [name for name in (layer_name(node) if weighted(node) else "", node.name, node.meta.get("stack", "")) if name]
-
-
-def padding_of(node: fx.Node) -> float | None:
-    """What aten.pad(x, sizes, mode="constant", value=None) puts around, if that has a code: 0, or -inf where only max pooling reads it; else None."""
-    mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
-    value: Any = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
-    if mode != "constant":
-        return None
-    if value in (None, 0):
-        return 0.0
-    return float(value) if value == -math.inf and all(user.target is aten.max_pool2d.default for user in node.users) else None
-
-
-def check_globs(graph: fx.GraphModule, **given: Iterable[str]) -> None:
-    """Raises InputError for a glob of layer names that nothing in the graph goes by; the keyword says which option it stands in."""
-    known = {name for node in graph.graph.nodes for name in names(node)}
-    for option, globs in given.items():
-        for glob in globs:
-            if not fnmatch.filter(known, glob):
-                example = next((layer_name(node) for node in graph.graph.nodes if weighted(node)), "nothing")
-                raise InputError(f"{option}: {glob!r} matches no layer; names look like {example}, and 'NAME.*' is all that lies in NAME")
 
 
 def fold(graph: fx.GraphModule) -> fx.GraphModule:
@@ -139,24 +95,6 @@ def _computed(graph: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) 
     return values[node]
 
 
-def simplify(graph: fx.GraphModule, keep: frozenset[Any] = frozenset()) -> fx.GraphModule:
-    """A copy that shares its tensors, in which what can be written in several ways is written in one, but for the operators in ``keep``."""
-    graph = share_copy(graph)
-    found = shapes(graph)
-    for node in list(graph.graph.nodes):
-        if node.op != "call_function":
-            continue
-        if node.target is aten.view.default:
-            node.target = aten.reshape.default  # the same, however its source lies in memory
-        with graph.graph.inserting_before(node):
-            rule = None if node.target in keep else _SIMPLER.get(node.target)
-            simpler = rule(graph.graph, node, found) if rule else None
-        if simpler is not None:
-            node.replace_all_uses_with(simpler)
-            found[simpler] = found[node]
-    return finish(graph)
-
-
 def _fold_batch_norm(graph: fx.GraphModule, node: fx.Node) -> None:
     source, *parameters = node.args[:5]
     tensors: list[Any] = [None if value is None else attribute(graph, value).detach() for value in parameters]
@@ -206,83 +144,14 @@ def _stored(graph: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
     return graph.graph.get_attr(name)
 
 
-def _mean(graph: fx.Graph, node: fx.Node, found: dict[fx.Node, Any]) -> fx.Node | None:
-    source = node.args[0]
-    axes: Any = node.args[1] if len(node.args) > 1 else None
-    assert isinstance(source, fx.Node)
-    if len(found[source].shape) != 4 or axes is None or sorted(axis % 4 for axis in axes) != [2, 3]:
-        return None
-    pooled = graph.call_function(aten.adaptive_avg_pool2d.default, (source, [1, 1]))
-    keep = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
-    return pooled if keep else graph.call_function(aten.flatten.using_ints, (pooled, 1))
+NORM = "batch_norm"
+EPS, MOMENTUM = 1e-5, 0.1
 
 
-def _pool(graph: fx.Graph, node: fx.Node, found: dict[fx.Node, Any]) -> Any:
-    source, size = node.args[0], node.args[1]
-    assert isinstance(source, fx.Node)
-    sizes = [int(value) for value in size] if isinstance(size, (list, tuple)) else [int(size)] * 2  # type: ignore[arg-type, union-attr]
-    plane = list(found[source].shape[-2:])
-    if plane == sizes:
-        return source
-    if sizes != [1, 1] and all(side % wanted == 0 for side, wanted in zip(plane, sizes, strict=True)):
-        kernel = [side // wanted for side, wanted in zip(plane, sizes, strict=True)]
-        return graph.call_function(aten.avg_pool2d.default, (source, kernel, kernel))
-    return None
-
-
-def _gated(gate: Any) -> Any:
-    def rule(graph: fx.Graph, node: fx.Node, found: dict[fx.Node, Any]) -> fx.Node:
-        opened = graph.call_function(gate, (node.args[0],))
-        product = graph.call_function(aten.mul.Tensor, (node.args[0], opened))
-        opened.meta, product.meta = dict(node.meta), dict(node.meta)
-        return product
-
-    return rule
-
-
-def _attention(graph: fx.Graph, node: fx.Node, found: dict[fx.Node, Any]) -> fx.Node | None:
-    """softmax((q scale) k' + mask) v, where it is no more than that."""
-    query, key, value = node.args[:3]
-    mask: Any = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-    others = (*node.args[4:6], node.kwargs.get("dropout_p"), node.kwargs.get("is_causal"), node.kwargs.get("enable_gqa"))
-    if any(others) or (mask is not None and found[mask].dtype == torch.bool):
-        return None
-    scale: Any = node.kwargs.get("scale")
-    made = [graph.call_function(aten.mul.Tensor, (query, 1 / math.sqrt(found[query].shape[-1]) if scale is None else scale))]  # type: ignore[index]
-    made.append(graph.call_function(aten.transpose.int, (key, -2, -1)))
-    made.append(graph.call_function(aten.matmul.default, tuple(made)))
-    if mask is not None:
-        made.append(graph.call_function(aten.add.Tensor, (made[-1], mask)))
-    made.append(graph.call_function(aten.softmax.int, (made[-1], -1)))
-    made.append(graph.call_function(aten.matmul.default, (made[-1], value)))
-    for one in made:
-        one.meta = dict(node.meta)
-    return made[-1]
-
-
-def _padded(graph: fx.Graph, node: fx.Node, found: dict[fx.Node, Any]) -> None:
-    """A convolution of what has zeros around it puts them there itself, unless there are fewer on one side. In place, so that it keeps its name."""
-    around: Any = node.args[0]
-    if not isinstance(around, fx.Node) or around.target is not aten.pad.default or padding_of(around) != 0:
-        return
-    sizes: Any = around.args[1]
-    before, after = sizes[::2][::-1], sizes[1::2][::-1]  # the last axis comes first
-    spatial = found[node].dim() - 2
-    if before != after or len(before) > spatial or min(before) < 0:
-        return
-    arguments: list[Any] = [*node.args[1:], *[None, [1], [0]][len(node.args) - 2 :]]
-    weight, bias, stride, padding, *others = arguments
-    before = [0] * (spatial - len(before)) + before
-    own = list(padding) * (spatial // len(padding))
-    node.args = (around.args[0], weight, bias, stride, [one + more for one, more in zip(own, before, strict=True)], *others)
-
-
-_SIMPLER = {
-    aten.scaled_dot_product_attention.default: _attention,
-    aten.mean.dim: _mean,
-    aten.adaptive_avg_pool2d.default: _pool,
-    aten.hardswish.default: _gated(aten.hardsigmoid.default),
-    aten.silu.default: _gated(aten.sigmoid.default),
-    aten.conv2d.default: _padded,
-    aten.conv1d.default: _padded,
-}
+def normed(graph: fx.GraphModule) -> list[str]:
+    """Names of the weights of layers that batch norm alone reads."""
+    return [
+        str(node.args[1].target)  # type: ignore[union-attr]
+        for node in graph.graph.nodes
+        if weighted(node) and len(node.users) == 1 and next(iter(node.users)).target is aten.batch_norm.default
+    ]

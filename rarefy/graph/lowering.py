@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from rarefy.graph.capture import attribute, finish, set_attribute
+from rarefy.graph.nodes import attribute, finish, set_attribute
 
 aten = torch.ops.aten
 OPERATORS = torch.ops.rarefy

@@ -18,7 +18,8 @@ from typing import Any
 
 from torch import fx
 
-from rarefy.graph.capture import shapes
+from rarefy.graph.nodes import operator_name
+from rarefy.graph.shapes import shapes
 
 Axis = tuple[fx.Node, int]
 Products = list[list[Axis]]  # the MACs of a node: the sum over products of the sizes of these axes
@@ -42,14 +43,6 @@ def layer_macs(graph: fx.GraphModule, found: dict[fx.Node, Any] | None = None) -
 def count_parameters(graph: fx.GraphModule) -> int:
     """Parameters, each shared one once; buffers (batch norm statistics) are not parameters."""
     return sum(parameter.numel() for parameter in graph.parameters())
-
-
-def operator_name(node: fx.Node) -> str:
-    """``aten.conv2d.default`` -> ``"conv2d"``; "" for a node that is no ATen operator."""
-    if node.op != "call_function":
-        return ""
-    name = getattr(node.target, "_opname", "") or getattr(node.target, "__name__", "")
-    return str(name)
 
 
 def products(node: fx.Node, found: dict[fx.Node, Any]) -> Products:

@@ -18,7 +18,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rarefy.kernels.chunks import by_images, from_codes, to_codes
+from rarefy.kernels.chunks import by_images
+from rarefy.kernels.quantize import from_codes, to_codes
 
 _library = torch.library.Library("rarefy", "FRAGMENT")
 _GRIDS = (

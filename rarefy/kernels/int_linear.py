@@ -25,7 +25,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rarefy.kernels.chunks import by_images, from_codes, to_codes
+from rarefy.kernels.chunks import by_images
+from rarefy.kernels.quantize import from_codes, to_codes
+
+BIAS_LIMIT = 2.0**30  # of the codes of a bias, which are 32 bits wide
+
+
+CODES = "_codes"
+
 
 _LOW = 2**12  # of a bias in a sum: what is above has at most 2^20 values, so that float32 holds it
 

@@ -22,7 +22,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rarefy.kernels.chunks import PIECE, from_codes, to_codes
+from rarefy.kernels.chunks import PIECE, _runs_on_cpu
+
+_ROUNDS = 1.5 * 2**23  # of float32s this large neighbours are whole numbers, below and above
+
+
+def to_codes(numbers: Tensor, zero: Tensor | int, qmin: int, qmax: int, dtype: torch.dtype) -> Tensor:
+    """clip(round(numbers) + zero, qmin, qmax) in ``dtype``, half to even; ``numbers`` (float) are lost. zero: one for all, or broadcast.
+
+    A CPU makes 8-bit integers of floats one by one, and others in its vectors. There a float32 to which 1.5 x 2^23 is added is rounded by that, half to even, and its lowest
+    bits are the whole number, which 32-bit integers hand on to 8 bits in vectors.
+    """
+    if not _runs_on_cpu(numbers):
+        return numbers.round_().add_(_as(zero, numbers)).clamp_(qmin, qmax).to(dtype)
+    if numbers.dtype != torch.float32 or dtype.itemsize > 1 or (isinstance(zero, Tensor) and zero.dim()):
+        return numbers.round_().add_(_as(zero, numbers)).clamp_(qmin, qmax).to(torch.int32).to(dtype)
+    offset = int(zero)
+    codes = numbers.clamp_(qmin - offset, qmax - offset).add_(_ROUNDS).view(torch.int32).to(dtype)
+    return codes.add_(offset) if offset else codes
+
+
+def from_codes(codes: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
+    """codes - zero as numbers of their own. zero: one for all, or broadcast."""
+    numbers = codes.to(dtype, copy=True)
+    if not zero.dim() and _runs_on_cpu(codes) and _runs_on_cpu(zero) and not int(zero):
+        return numbers
+    return numbers.sub_(zero.to(dtype))
+
+
+def _as(zero: Tensor | int, numbers: Tensor) -> Tensor | int:
+    return zero.to(numbers.dtype) if isinstance(zero, Tensor) else zero
+
 
 _library = torch.library.Library("rarefy", "FRAGMENT")
 _library.define(

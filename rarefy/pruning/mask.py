@@ -18,9 +18,9 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -28,7 +28,14 @@ from torch import Tensor, fx, nn
 from rarefy import plugins
 from rarefy.errors import InputError
 from rarefy.graph.capture import as_graph
-from rarefy.graph.macs import operator_name
+from rarefy.graph.nodes import operator_name
+
+
+class Saliency(Protocol):
+    @property
+    def scope(self) -> str: ...
+    def scores(self, graph: fx.GraphModule, weights: Mapping[str, Sequence[fx.Node]], task: Any, seed: int) -> dict[str, Tensor]: ...
+
 
 # operator -> axis of the weight along which it is summed; the other of the first two axes makes the outputs
 INPUT_AXIS = {

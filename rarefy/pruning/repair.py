@@ -30,8 +30,10 @@ from torch import Tensor, fx, nn
 
 from rarefy.errors import CheckFailed, DataError, InputError
 from rarefy.graph import im2col
-from rarefy.graph.capture import as_graph, attribute, device_of, is_tensor, set_attribute, shapes, share_copy
-from rarefy.graph.fold import layer_name, weighted
+from rarefy.graph.capture import as_graph
+from rarefy.graph.layers import layer_name, weighted
+from rarefy.graph.nodes import attribute, device_of, is_tensor, set_attribute, share_copy
+from rarefy.graph.shapes import shapes
 from rarefy.pruning.records import followed
 from rarefy.system.progress import track
 

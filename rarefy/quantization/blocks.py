@@ -14,9 +14,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from rarefy.graph.capture import attribute
 from rarefy.graph.features import cuts
 from rarefy.graph.interpreter import Prefix
+from rarefy.graph.nodes import attribute
 from rarefy.kernels.quantize import fake_quantize
 
 MOST = 16  # layers of a block

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from rarefy.errors import InputError
-from rarefy.graph.fold import weighted
-from rarefy.quantization.observers import in_lockstep
+from rarefy.graph.interpreter import in_lockstep
+from rarefy.graph.layers import weighted
 
 IMAGES = 8
 aten = torch.ops.aten

@@ -25,10 +25,10 @@ import torch
 from torch import fx
 
 from rarefy import plugins
-from rarefy.evaluation import measure
-from rarefy.graph.capture import attribute, example_inputs, finish, share_copy
-from rarefy.graph.fold import layer_name
+from rarefy.deployment import latency
+from rarefy.graph.layers import layer_name
 from rarefy.graph.lowering import to_integers
+from rarefy.graph.nodes import attribute, example_inputs, finish, share_copy
 from rarefy.quantization import formats, qdq
 from rarefy.quantization.placement import Placement, place
 from rarefy.system.progress import track
@@ -86,7 +86,7 @@ def judge(
     graph: float, folded, with the biases that layers in codes need. ranges: of all values, by name. ignore: globs that stay float in any case.
     undone: all integer layers where the whole network is faster in float.
     """
-    chosen = measure.with_threads(runtime)
+    chosen = latency.with_threads(runtime)
     example = example_inputs(graph, batch=1)[0]
     tried = candidates(graph, placement)
     everything = _everything(placement)
@@ -101,13 +101,13 @@ def judge(
         floats = {f"float on {plugins.describe(form)}": opened(graph, form) for form in chosen.floats}
         whole = {INTEGER: without(())}
         parts = {f"{one.name} in float": without(one.layers) for one in track(tried, len(tried), "gate", progress)}
-        found = measure.latency({**whole, **parts, **floats}, example, warmup=3)
+        found = latency.latency({**whole, **parts, **floats}, example, warmup=3)
         slow = [one for one, name in zip(tried, parts, strict=True) if _faster(found, name, INTEGER)]
         undone = sorted({layer for one in slow for layer in one.layers})
         timed = {name: one["ms"]["median"] for name, one in found.items()}
         if undone and undone != everything:
             whole[MIXED] = without(undone)
-            found = measure.latency({**whole, **floats}, example, warmup=3)
+            found = latency.latency({**whole, **floats}, example, warmup=3)
             timed |= {name: one["ms"]["median"] for name, one in found.items()}
     best = MIXED if MIXED in whole and _faster(found, MIXED, INTEGER) else INTEGER
     faster = [name for name in floats if _faster(found, name, best)]

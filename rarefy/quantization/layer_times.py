@@ -20,10 +20,11 @@ from typing import Any
 from torch import Tensor, fx
 
 from rarefy import plugins
+from rarefy.deployment import latency
 from rarefy.errors import InputError
-from rarefy.evaluation import measure
-from rarefy.graph.capture import example_inputs, shapes, share_copy
-from rarefy.graph.fold import layer_name, weighted
+from rarefy.graph.layers import layer_name, weighted
+from rarefy.graph.nodes import example_inputs, share_copy
+from rarefy.graph.shapes import shapes
 from rarefy.quantization import formats, latency_gate, qdq
 from rarefy.quantization.calibration.minmax import MinMax
 from rarefy.quantization.observers import observe
@@ -45,7 +46,7 @@ class LayerTimes:
         runtime: Any,
         grid: formats.Grid,
     ):
-        self.runtime, self.grid, self.ignore = measure.with_threads(runtime), grid, ignore
+        self.runtime, self.grid, self.ignore = latency.with_threads(runtime), grid, ignore
         self.graph = share_copy(graph)
         for node in self.graph.graph.nodes:
             if weighted(node):
@@ -99,7 +100,7 @@ class LayerTimes:
     def _ratio(self, whole: Path, other: Path) -> float:
         """How many times as fast ``other`` is, taking turns."""
         for _ in range(3):
-            found = measure.timed({"float": whole, "other": other}, self.example, runtime=self.runtime, warmup=5)
+            found = latency.timed({"float": whole, "other": other}, self.example, runtime=self.runtime, warmup=5)
             ratio = found["other"]["speedup"]["float"]
             if ratio["high"] <= CALM * ratio["low"]:
                 return float(ratio["median"])

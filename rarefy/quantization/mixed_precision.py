@@ -23,9 +23,9 @@ from torch import Tensor, fx
 
 from rarefy import plugins
 from rarefy.errors import InputError
-from rarefy.graph.capture import attribute
-from rarefy.graph.fold import layer_name
+from rarefy.graph.layers import layer_name
 from rarefy.graph.macs import layer_macs
+from rarefy.graph.nodes import attribute
 from rarefy.quantization import formats
 from rarefy.quantization.layer_times import LayerTimes
 

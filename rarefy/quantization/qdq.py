@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-import rarefy.kernels  # noqa: F401  registers torch.ops.rarefy
-from rarefy.graph.capture import attribute, device_of, set_attribute
-from rarefy.graph.fold import padding_of, put
+from rarefy.graph.fold import put
+from rarefy.graph.layers import padding_of
+from rarefy.graph.nodes import attribute, device_of, set_attribute
+from rarefy.kernels.int_linear import BIAS_LIMIT
 from rarefy.quantization import formats
 from rarefy.quantization.placement import Placement, clip_bounds
 
 aten = torch.ops.aten
-OPERATORS = torch.ops.rarefy
 
-BIAS_LIMIT = 2.0**30  # of the codes of a bias, which are 32 bits wide
+OPERATORS = torch.ops.rarefy
 
 
 def free_names(graph: fx.GraphModule) -> None:

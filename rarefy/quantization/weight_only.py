@@ -17,11 +17,11 @@ from torch import Tensor, fx
 
 from rarefy import plugins
 from rarefy.errors import InputError
-from rarefy.graph.capture import attribute, finish, set_attribute
+from rarefy.graph.nodes import attribute, finish, set_attribute
 from rarefy.kernels import fp4
 from rarefy.kernels.quantize import along
 from rarefy.quantization import formats
-from rarefy.quantization.rounding import OfWeights
+from rarefy.quantization.rounding_pass import OfWeights
 
 OPERATORS = torch.ops.rarefy
 

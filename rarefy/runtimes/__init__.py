@@ -2,7 +2,7 @@
 
 A runtime is a frozen dataclass with
 
-    capabilities                      what it runs in integers (``rarefy.quantization.placement.Capabilities``)
+    capabilities                      what it runs in integers (``rarefy.deployment.runtime.Capabilities``)
     threads                           of one operator; 0: one a core
     floats                            runtimes that a float network may run on instead: itself, and what is faster at a lower precision
     weight_bits                       most bits of a weight whose products add up exactly

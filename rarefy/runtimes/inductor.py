@@ -35,20 +35,20 @@ import torch
 from torch import Tensor, fx
 
 import rarefy.kernels
-from rarefy.artifact import folder as folder_module
+from rarefy.artifact import folder as folder_
 from rarefy.deployment import parity
+from rarefy.deployment.runtime import Capabilities
 from rarefy.errors import FormatError, InputError
-from rarefy.graph import macs
-from rarefy.graph.capture import attribute, finish, set_attribute, share_copy
+from rarefy.graph import macs, nodes
 from rarefy.graph.fold import fold
 from rarefy.graph.lowering import LAYERS, to_integers, to_numbers
-from rarefy.quantization.placement import Capabilities
+from rarefy.graph.nodes import attribute, finish, set_attribute, share_copy
 from rarefy.system.cpu import exact_int8
 
 aten = torch.ops.aten
 OPERATORS = torch.ops.rarefy
 KEPT = 3  # shapes a session stays compiled for
-_MEMBERS = (folder_module.MANIFEST, folder_module.GRAPH, folder_module.WEIGHTS)
+_MEMBERS = (folder_.MANIFEST, folder_.GRAPH, folder_.WEIGHTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Inductor:
     def export(self, graph: fx.GraphModule, path: str | os.PathLike[str]) -> Path:
         """Write ``graph`` (in eval mode) as one file. Raises InputError for a graph that can't be saved."""
         with tempfile.TemporaryDirectory(prefix="rarefy-") as folder:
-            saved = folder_module.save(graph, Path(folder) / "model")
+            saved = folder_.save(graph, Path(folder) / "model")
             with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as file:
                 for name in _MEMBERS:
                     file.writestr(zipfile.ZipInfo(name), (saved / name).read_bytes())
@@ -190,7 +190,7 @@ class Session:
 def _opened(path: str | os.PathLike[str]) -> fx.GraphModule:
     """Raises FormatError for what ``export`` has not written; nothing of the file is believed before it is checked."""
     if Path(path).is_dir():
-        return folder_module.load(path)
+        return folder_.load(path)
     try:
         with zipfile.ZipFile(path) as file, tempfile.TemporaryDirectory(prefix="rarefy-") as folder:
             members = file.infolist()
@@ -199,7 +199,7 @@ def _opened(path: str | os.PathLike[str]) -> fx.GraphModule:
                 raise FormatError(f"{path}: rarefy can't open it (not the three files, uncompressed, that export writes)")
             for name in _MEMBERS:
                 (Path(folder) / name).write_bytes(file.read(name))
-            return folder_module.load(folder)
+            return folder_.load(folder)
     except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
         raise FormatError(f"{path}: rarefy can't open it ({error})") from error
 
@@ -317,7 +317,7 @@ class _Timed(fx.Interpreter):
         self.found: list[tuple[str, str, list[list[int]], float]] = []
 
     def run_node(self, node: fx.Node) -> Any:
-        name = macs.operator_name(node)
+        name = nodes.operator_name(node)
         if name not in macs.MACS:
             return super().run_node(node)
         reads = [self.env[source] for source in node.all_input_nodes]

@@ -22,12 +22,12 @@ from torch import Tensor, fx
 
 from rarefy.deployment import parity
 from rarefy.deployment.onnx import file
-from rarefy.deployment.onnx.file import needs
+from rarefy.deployment.runtime import Capabilities
 from rarefy.errors import FormatError, InputError
-from rarefy.graph.capture import attribute, finish
 from rarefy.graph.lowering import to_numbers
-from rarefy.quantization.placement import Capabilities
+from rarefy.graph.nodes import attribute, finish
 from rarefy.system.cpu import exact_int8
+from rarefy.system.dependencies import needs
 
 aten = torch.ops.aten
 OPERATORS = torch.ops.rarefy

@@ -29,47 +29,42 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import gc
-import io
 import logging
 import math
-import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from rarefy.data.sources import Arrays, Items, Source, Split, load
+from rarefy.data.augmentation import Augmentation, _shifted
+from rarefy.data.decoding import (
+    _FILE_SIZE,
+    _MOST_SCANNED,
+    _RESAMPLING,
+    _UNLABELLED,
+    _all_broken,
+    _begin_worker,
+    _collated,
+    _Decoder,
+    _generator,
+    _item_or_none,
+    _Keys,
+    _label_or_none,
+    _resized,
+    _said,
+    _uninterrupted,
+)
+from rarefy.data.items import Arrays, Items, Source, Split
+from rarefy.data.sources import load
 from rarefy.data.transfer import sent
 from rarefy.errors import DataError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_RESAMPLING = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-_UNLABELLED = (
-    "{}: has no labels, which training and evaluation need; only calibration and learning from a teacher alone (hard_weight=0) do without"
-)
-_FILE_SIZE = 224  # pixels, where a source of files is given no size
-_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # others run programs (EPS) or are rarely what is meant
-_MOST_PIXELS = 2**26  # of one image: a few bytes can declare gigabytes
-_MOST_SCANNED = 10_000  # images looked at to count the unreadable ones
-
-
-class Augmentation(NamedTuple):
-    """``"crop=4,flip"``: crop: pixels of shift (None: an eighth of the image); scale: least area of a random crop of a file; erase: side of a square."""
-
-    cropped: bool = False
-    crop: int | None = None
-    flip: bool = False
-    scale: float = 0.35
-    erase: int = 0
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -564,258 +559,5 @@ class Classification:
         known.update(broken)
 
 
-class _Decoded(NamedTuple):
-    """image: uint8 or float (C, H, W). broken: which file and why. refused: the error the whole source gets."""
-
-    position: int
-    image: Tensor | None = None
-    label: int | None = None
-    broken: str | None = None
-    refused: str | None = None
-
-
-class _Keys:
-    """What a step's workers are asked for, made when its turn comes: a million tuples would be 200 MB."""
-
-    def __init__(self, chunks: Sequence[Tensor], seeds: tuple[int, int] | None):
-        self.chunks, self.seeds = chunks, seeds
-
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def __iter__(self) -> Iterator[list[tuple[int, tuple[int, int] | None]]]:
-        for chunk in self.chunks:
-            yield [(index, self.seeds) for index in chunk.tolist()]
-
-
-class _Decoder:
-    """Items of a source as tensors of one shape, for a DataLoader's workers."""
-
-    def __init__(self, source: Items, shape: tuple[int, int, int], crop: float, resample: Image.Resampling, augmentation: Augmentation):
-        self.source, self.shape, self.crop, self.resample, self.augmentation = source, shape, crop, resample, augmentation
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, key: tuple[int, tuple[int, int] | None]) -> _Decoded:
-        """Never raises: what a worker raises would reach the user as a page of text."""
-        index, seeds = key
-        image: Any = None
-        try:
-            image, label = self.source.item(index)
-            draw = None if seeds is None else np.random.default_rng([seed % 2**63 for seed in (*seeds, index)])
-            return _Decoded(index, self._decoded(image, draw), label)
-        except DataError as error:
-            return _Decoded(index, refused=str(error))
-        except Exception as error:
-            return _Decoded(index, broken=f"{self.source.name(index, image)} ({_why(error)})")
-
-    def _decoded(self, image: Any, draw: np.random.Generator | None) -> Tensor:
-        channels, size = self.shape[0], self.shape[1:]
-        if isinstance(image, str | Path | bytes):
-            with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=_FORMATS) as opened:
-                if opened.width * opened.height > _MOST_PIXELS:
-                    raise ValueError(f"declares {opened.width} x {opened.height} pixels, more than {_MOST_PIXELS:,}")
-                return self._from_pil(_converted(opened, channels), draw)
-        if isinstance(image, Image.Image):
-            return self._from_pil(_converted(image, channels), draw)
-        if isinstance(image, np.ndarray):
-            image = torch.from_numpy(np.array(image))
-            image = image.unsqueeze(0) if image.dim() == 2 else image.permute(2, 0, 1)
-        if not isinstance(image, Tensor) or image.dim() != 3:
-            raise DataError(
-                f"{self.source.where}: yields {_kind(image)} for an image; yield a path, a PIL image, an (H, W[, C]) array or a (C, H, W) tensor"
-            )
-        if image.shape[0] != channels:
-            if image.shape[0] != 1:
-                raise DataError(
-                    f"{self.source.where}: yields an image of {image.shape[0]} channels where {channels} are expected; convert them all, or pass channels="
-                )
-            image = image.expand(channels, -1, -1)
-        image = image if image.dtype == torch.uint8 else image.float()
-        if draw is not None:
-            if self.augmentation.cropped and self.augmentation.crop is None and image.shape[1:] != size:
-                left, top, right, bottom = (
-                    int(edge) for edge in _random_box(image.shape[2], image.shape[1], draw, self.augmentation.scale)
-                )
-                image = image[:, top:bottom, left:right]
-            else:
-                image = _shifted(
-                    image.unsqueeze(0), self.augmentation._replace(flip=False), torch.Generator().manual_seed(int(draw.integers(2**63)))
-                ).squeeze(0)
-            if self.augmentation.flip and draw.random() < 0.5:
-                image = image.flip(2)
-        return image if image.shape[1:] == size else _resized(image.unsqueeze(0), size, self.resample.name.lower()).squeeze(0)
-
-    def _from_pil(self, image: Image.Image, draw: np.random.Generator | None) -> Tensor:
-        height, width = self.shape[1:]
-        if draw is not None and self.augmentation.cropped:
-            image = image.resize((width, height), self.resample, box=_random_box(*image.size, draw, self.augmentation.scale))
-        else:
-            short = min(image.size)
-            target = max(round(max(height, width) / self.crop), height, width)
-            # torchvision's rounding: the longer side is cut to a whole number, the crop's corner rounded
-            resized = tuple(target if side == short else int(target * side / short) for side in image.size)
-            image = image if image.size == resized else image.resize(resized, self.resample)  # type: ignore[arg-type]
-            left, top = round((image.size[0] - width) / 2), round((image.size[1] - height) / 2)
-            image = image.crop((left, top, left + width, top + height))
-        if draw is not None and self.augmentation.flip and draw.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        array = np.asarray(image)
-        return torch.from_numpy(array.copy()).unsqueeze(0) if array.ndim == 2 else torch.from_numpy(array.transpose(2, 0, 1).copy())
-
-
-def _converted(image: Image.Image, channels: int) -> Image.Image:
-    if image.mode.startswith("I;16") or image.mode == "I":  # 16 bits, which PIL would clip instead of scale
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("holds floats, and nothing says which of them is white; save it in 8 or 16 bits")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    mode = "L" if channels == 1 else "RGB"
-    image.load()
-    return image if image.mode == mode else image.convert(mode)
-
-
-def _random_box(width: int, height: int, draw: np.random.Generator, scale: float) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom of a crop of random area and aspect; the whole image's centre where ten tries do not fit."""
-    area = width * height * draw.uniform(scale, 1, 10)
-    ratio = np.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3), 10))
-    widths, heights = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
-    fits = (widths >= 1) & (heights >= 1) & (widths <= width) & (heights <= height)
-    across, down = draw.random(2)
-    if fits.any():
-        crop_width, crop_height = int(widths[fits.argmax()]), int(heights[fits.argmax()])
-    else:
-        crop_width, crop_height = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-        across = down = 0.5
-    left, top = round(across * (width - crop_width)), round(down * (height - crop_height))
-    return left, top, left + crop_width, top + crop_height
-
-
-def _shifted(images: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
-    """(N, C, H, W), each shifted and mirrored at random: one gather for the whole batch."""
-    count, _, height, width = images.shape
-    pad = 0
-    if augmentation.cropped:
-        pad = augmentation.crop if augmentation.crop is not None else max(1, height // 8)
-    down, across = sent(torch.randint(0, 2 * pad + 1, (2, count), generator=generator), images.device).unsqueeze(2)
-    mirror = sent(torch.rand(count, 1, generator=generator) < (0.5 if augmentation.flip else 0.0), images.device)
-    rows = torch.arange(height, device=images.device) + down
-    straight = torch.arange(width, device=images.device)
-    columns = torch.where(mirror, width - 1 - straight, straight) + across
-    batch = torch.arange(count, device=images.device).view(-1, 1, 1)
-    padded = F.pad(images, (pad,) * 4)
-    return padded.permute(0, 2, 3, 1)[batch, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
-
-
-def _resized(images: Tensor, size: tuple[int, ...], interpolation: str) -> Tensor:
-    """(N, C, H, W) to the size, antialiased; uint8 stays uint8."""
-    smooth = interpolation != "nearest"
-    done = F.interpolate(images.float(), size=size, mode=interpolation, antialias=smooth, align_corners=False if smooth else None)
-    if images.dtype == torch.uint8:
-        return done.round().clamp(0, 255).to(torch.uint8)
-    return done.clamp(images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True))  # bicubic overshoots
-
-
-def _collated(where: str, full: bool, found: list[_Decoded]) -> tuple[Tensor | str | None, Tensor | None, dict[int, str]]:
-    """Images, labels, and index -> what is broken; an error's text in place of images that can't be one batch. full: keep the batch's size."""
-    broken = {one.position: one.broken for one in found if one.broken is not None}
-    refused = next((one.refused for one in found if one.refused is not None), None)
-    if refused is not None:
-        return refused, None, broken
-    good = [one for one in found if one.image is not None]
-    if full and good:  # the next sound one stands in, round the end
-        places = np.flatnonzero([one.image is not None for one in found])
-        good = [good[place % len(good)] for place in np.searchsorted(places, np.arange(len(found))).tolist()]
-    images = [one.image for one in good if one.image is not None]
-    labels = [one.label for one in good if one.label is not None]
-    if not images:
-        return None, None, broken
-    kinds = sorted({f"{tuple(image.shape)} {image.dtype}" for image in images})
-    if len(kinds) > 1:
-        return f"{where}: yields images of different kinds ({kinds[0]} and {kinds[1]}); yield one kind, or pass size=", None, broken
-    return torch.stack(images), torch.tensor(labels, dtype=torch.int64) if len(labels) == len(images) else None, broken
-
-
-def _uninterrupted(loader: DataLoader[Any], where: str) -> Iterator[Any]:
-    """The loader's batches; a worker that dies is told of in a line."""
-    batches = iter(loader)
-    while True:
-        try:
-            with warnings.catch_warnings():
-                _quiet_pictures()
-                batch = next(batches)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            raise DataError(
-                f"{where}: a worker stopped ({_why(error)}); pass fewer workers, or workers=0 to decode in this process"
-            ) from error
-        yield batch
-
-
-def _begin_worker(worker: int) -> None:
-    """What the process had before the fork stays shared: a collection of garbage would write to each of its objects, 40 MB a worker."""
-    gc.freeze()
-    _quiet_pictures()
-
-
-def _quiet_pictures() -> None:
-    """Pillow warns of odd files besides refusing them; what it refuses is told in our own words."""
-    warnings.filterwarnings("ignore", module="PIL")
-
-
-def _all_broken(source: Items) -> dict[int, str]:
-    """Every unreadable image among the first ten thousand."""
-    decoder = _Decoder(source, (3, 8, 8), 1.0, Image.Resampling.NEAREST, Augmentation())
-    seen = range(min(len(source), _MOST_SCANNED))
-    if isinstance(source.items, list):
-        with warnings.catch_warnings(), ThreadPoolExecutor(4) as pool:
-            _quiet_pictures()
-            found = list(pool.map(lambda index: decoder[index, None].broken, seen))
-    else:
-        found = [decoder[index, None].broken for index in seen]
-    return {index: text for index, text in enumerate(found) if text is not None}
-
-
-def _item_or_none(source: Items, index: int) -> Any:
-    try:
-        return source.item(index)[0]
-    except DataError:
-        raise
-    except Exception:  # an unreadable one is told of when its batch comes
-        return None
-
-
-def _label_or_none(source: Items, index: int) -> int | None:
-    try:
-        return source.item(index)[1]
-    except DataError:
-        raise
-    except Exception:
-        return None
-
-
-def _generator(*seeds: int) -> torch.Generator:
-    """Seeded from several numbers, so that neighbours do not give related streams."""
-    entropy = np.random.SeedSequence([seed % 2**63 for seed in seeds]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(entropy >> np.uint64(1)))
-
-
 def _is_folder(given: Any) -> bool:
     return isinstance(given, str) and given.startswith("imagefolder:")
-
-
-def _said(given: Any) -> str:
-    return given if isinstance(given, str) else f"<{type(given).__name__}>"
-
-
-def _kind(value: Any) -> str:
-    return (
-        f"a {type(value).__name__} of shape {tuple(value.shape)}" if isinstance(value, Tensor | np.ndarray) else f"a {type(value).__name__}"
-    )
-
-
-def _why(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

@@ -13,9 +13,10 @@ import torchvision
 from safetensors import safe_open
 from torch import nn
 
-from rarefy.artifact import folder as folder_module
+from rarefy.artifact import folder as folder_
 from rarefy.errors import FormatError, InputError
-from rarefy.graph.capture import capture, finish, set_attribute
+from rarefy.graph.capture import capture
+from rarefy.graph.nodes import finish, set_attribute
 
 ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = {
@@ -88,7 +89,7 @@ def assert_same(one, other):
 def test_a_family_comes_back_and_trains_on(family, tmp_path):
     torch.manual_seed(0)
     graph = capture(FAMILIES[family](), torch.zeros(2, 3, 64, 64))
-    loaded = folder_module.load(folder_module.save(graph, tmp_path / "model"))
+    loaded = folder_.load(folder_.save(graph, tmp_path / "model"))
     x = torch.randn(3, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(graph(x), loaded(x))
@@ -105,14 +106,14 @@ def test_the_graph_saved_is_left_alone(tmp_path):
     graph = small()
     code, state = graph.code, {name: value.clone() for name, value in graph.state_dict().items()}
     graph.train()
-    folder_module.save(graph, tmp_path / "model")
+    folder_.save(graph, tmp_path / "model")
     assert graph.training and graph.code == code
     assert all(torch.equal(value, state[name]) for name, value in graph.state_dict().items())
 
 
 def test_a_loaded_graph_owns_its_memory(tmp_path):
-    folder = folder_module.save(small(), tmp_path / "model")
-    loaded = folder_module.load(folder)
+    folder = folder_.save(small(), tmp_path / "model")
+    loaded = folder_.load(folder)
     before = (folder / "weights.safetensors").read_bytes()
     with torch.no_grad():
         for parameter in loaded.parameters():
@@ -123,8 +124,8 @@ def test_a_loaded_graph_owns_its_memory(tmp_path):
 
 
 def test_a_loaded_graph_is_saved_as_the_same_bytes(tmp_path):
-    first = folder_module.save(small(), tmp_path / "first")
-    second = folder_module.save(folder_module.load(first), tmp_path / "second")
+    first = folder_.save(small(), tmp_path / "first")
+    second = folder_.save(folder_.load(first), tmp_path / "second")
     for name in ("graph.json", "weights.safetensors", "manifest.json"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
 
@@ -146,7 +147,7 @@ def test_tied_frozen_and_unsaved_tensors_stay_so(tmp_path):
     graph = capture(Tied(), torch.zeros(2, 4))
     set_attribute(graph, "two.weight", graph.one.weight)  # one parameter of two names
     graph._non_persistent_buffers_set.add("lost")
-    loaded = folder_module.load(folder_module.save(graph, tmp_path / "model"))
+    loaded = folder_.load(folder_.save(graph, tmp_path / "model"))
     assert loaded.one.weight is loaded.two.weight and len(list(loaded.parameters())) == 3
     assert not loaded.one.bias.requires_grad and loaded.two.bias.requires_grad
     assert not isinstance(loaded.kept, nn.Parameter) and torch.equal(loaded.lost, torch.full((4,), 2.0))
@@ -177,7 +178,7 @@ def test_every_dtype_shape_and_layout(tmp_path):
     graph = small()
     for name, value in values.items():
         set_attribute(graph, f"some.{name}_", value)
-    loaded = folder_module.load(folder_module.save(graph, tmp_path / "model"))
+    loaded = folder_.load(folder_.save(graph, tmp_path / "model"))
     for name, value in values.items():
         back = getattr(loaded.some, f"{name}_")
         assert back.dtype == value.dtype and back.shape == value.shape
@@ -196,7 +197,7 @@ def test_every_kind_of_argument_and_output(tmp_path):
             return {"b": [parts[0], (x[:, None, ::2], None)], "a": scattered.to(x.dtype, memory_format=torch.preserve_format), "n": 3}
 
     graph = capture(Odd(), (torch.zeros(2, 3), torch.zeros(2, 3)))
-    loaded = folder_module.load(folder_module.save(graph, tmp_path / "model"))
+    loaded = folder_.load(folder_.save(graph, tmp_path / "model"))
     x, y = torch.randn(5, 3), torch.randn(5, 3)
     one, other = graph(x, y), loaded(x, y)
     assert list(one) == list(other) == ["b", "a", "n"] and other["n"] == 3
@@ -209,7 +210,7 @@ def test_meta_comes_back(tmp_path):
     graph.meta["core"] = "backbone"
     facts = {"kept": [1, 2], "loss": float("nan"), "best": -float("inf"), "rate": 1e-17, "none": None, "text": "ü\n"}
     graph.meta["history"] = [{"step": "prune", "options": {"keep": 0.5}, "facts": facts}]
-    loaded = folder_module.load(folder_module.save(graph, tmp_path / "model"))
+    loaded = folder_.load(folder_.save(graph, tmp_path / "model"))
     back = loaded.meta["history"][0]["facts"]
     assert back.pop("loss") != facts.pop("loss") and back == facts
     assert loaded.meta["core"] == "backbone" and loaded.meta["inputs"] == graph.meta["inputs"]
@@ -228,8 +229,8 @@ def test_no_file_is_a_pickle_and_none_is_read(tmp_path, monkeypatch):
         monkeypatch.setattr(pickle, name, refuse)
     for name in ("load", "save"):
         monkeypatch.setattr(torch, name, refuse)
-    folder = folder_module.save(small(), tmp_path / "model")
-    folder_module.load(folder)
+    folder = folder_.save(small(), tmp_path / "model")
+    folder_.load(folder)
     assert {path.name for path in folder.iterdir()} == {"graph.json", "weights.safetensors", "manifest.json"}
     json.loads((folder / "graph.json").read_text())
     json.loads((folder / "manifest.json").read_text())
@@ -239,7 +240,7 @@ def test_no_file_is_a_pickle_and_none_is_read(tmp_path, monkeypatch):
 
 def test_it_loads_where_the_class_does_not_exist(tmp_path):
     graph = small()
-    folder = folder_module.save(graph, tmp_path / "model")
+    folder = folder_.save(graph, tmp_path / "model")
     program = f"""
 import sys, torch
 from rarefy import artifact
@@ -271,7 +272,7 @@ def test_golden_bytes(tmp_path):
     module = torch.fx.GraphModule(root, graph)
     module.meta = {"inputs": [{"shape": [2], "dtype": "float32"}], "core": None}
     linear.meta["stack"] = "fc"
-    folder = folder_module.save(module, tmp_path / "model")
+    folder = folder_.save(module, tmp_path / "model")
     assert (folder / "graph.json").read_text() == (
         '{\n"format":"rarefy",\n"schema":1,\n'
         '"meta":{"core":null,"inputs":[{"dtype":"float32","shape":[2]}]},\n'
@@ -292,7 +293,7 @@ def test_golden_bytes(tmp_path):
     data = (folder / "weights.safetensors").read_bytes()
     header = b'{"weight":{"dtype":"F32","shape":[1,2],"data_offsets":[0,8]}}'
     assert data == (64).to_bytes(8, "little") + header.ljust(64) + bytes.fromhex("0000803f000000c0")
-    assert folder_module.content_hash(folder) == "b820357a7b86cc4f373df782da5002f82832c74d0edd672d28ce1ce658ad501f"
+    assert folder_.content_hash(folder) == "b820357a7b86cc4f373df782da5002f82832c74d0edd672d28ce1ce658ad501f"
 
 
 def test_the_same_graph_gives_the_same_bytes_in_another_process(tmp_path, monkeypatch):
@@ -305,15 +306,15 @@ def test_the_same_graph_gives_the_same_bytes_in_another_process(tmp_path, monkey
     import bad_folders
 
     bad_folders.good_folder(tmp_path / "here")
-    assert folder_module.content_hash(tmp_path / "here") == folder_module.content_hash(tmp_path / "there")
+    assert folder_.content_hash(tmp_path / "here") == folder_.content_hash(tmp_path / "there")
     assert contents(tmp_path / "here") == contents(tmp_path / "there")
-    assert folder_module.content_hash(tmp_path / "here") != folder_module.content_hash(folder_module.save(small(1), tmp_path / "other"))
+    assert folder_.content_hash(tmp_path / "here") != folder_.content_hash(folder_.save(small(1), tmp_path / "other"))
 
 
 def test_the_hash_is_of_the_model_not_of_what_was_measured(tmp_path):
-    one = folder_module.save(small(), tmp_path / "one", manifest={"timing": {"seconds": 1.5}}, files={"report.html": b"1"})
-    two = folder_module.save(small(), tmp_path / "two", manifest={"timing": {"seconds": 2.5}}, files={"report.html": b"2"})
-    assert folder_module.content_hash(one) == folder_module.content_hash(two) == folder_module.read_manifest(one)["content"]
+    one = folder_.save(small(), tmp_path / "one", manifest={"timing": {"seconds": 1.5}}, files={"report.html": b"1"})
+    two = folder_.save(small(), tmp_path / "two", manifest={"timing": {"seconds": 2.5}}, files={"report.html": b"2"})
+    assert folder_.content_hash(one) == folder_.content_hash(two) == folder_.read_manifest(one)["content"]
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
@@ -324,8 +325,8 @@ def test_codes_take_their_bits(bits, dtype, tmp_path):
     count = graph.codes.numel()
     stored = {}
     for entropy in (False, True):
-        folder = folder_module.save(graph, tmp_path / str(entropy), entropy=entropy)
-        loaded = folder_module.load(folder)
+        folder = folder_.save(graph, tmp_path / str(entropy), entropy=entropy)
+        loaded = folder_.load(folder)
         assert loaded.codes.dtype == dtype and torch.equal(loaded.codes, graph.codes) and loaded.meta["bits"] == {"codes": bits}
         with safe_open(folder / "weights.safetensors", "pt") as file:
             stored[entropy] = file.get_tensor("codes")
@@ -338,7 +339,7 @@ def test_codes_take_their_bits(bits, dtype, tmp_path):
 def test_codes_that_entropy_coding_would_enlarge_stay_as_they_are(tmp_path):
     graph = with_codes(8)
     graph.codes.copy_(torch.randint(-128, 128, graph.codes.shape))
-    folder = folder_module.save(graph, tmp_path / "model")
+    folder = folder_.save(graph, tmp_path / "model")
     with safe_open(folder / "weights.safetensors", "pt") as file:
         assert torch.equal(file.get_tensor("codes"), graph.codes)
 
@@ -347,10 +348,10 @@ def test_bits_that_do_not_fit_and_bits_of_nothing(tmp_path):
     graph = with_codes(8)
     graph.meta["bits"] = {"codes": 3, "gone": 4}
     with pytest.raises(InputError, match="codes: codes from .* do not fit 3 bits"):
-        folder_module.save(graph, tmp_path / "model")
+        folder_.save(graph, tmp_path / "model")
     assert not (tmp_path / "model").exists()
     graph.meta["bits"] = {"codes": 8, "gone": 4}
-    assert folder_module.load(folder_module.save(graph, tmp_path / "model")).meta["bits"] == {"codes": 8}
+    assert folder_.load(folder_.save(graph, tmp_path / "model")).meta["bits"] == {"codes": 8}
 
 
 def test_a_quantised_graph(tmp_path):
@@ -376,7 +377,7 @@ def test_a_quantised_graph(tmp_path):
         linear.update_arg(0, graph.graph.call_function(operators.dequantize.default, (quantised, one, none, None)))
     graph = finish(graph)
     graph.meta["bits"] = {"linear.weight_codes": 4}
-    loaded = folder_module.load(folder_module.save(graph, tmp_path / "model"))
+    loaded = folder_.load(folder_.save(graph, tmp_path / "model"))
     x = torch.randn(4, 1, 5, 5)
     assert torch.equal(graph(x), loaded(x)) and loaded.code == graph.code
 
@@ -390,21 +391,21 @@ def test_the_manifest_lists_every_file_and_what_it_was_given(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"onnx" * 100)
     given = {"recipe": {"keep": 0.5}, "seeds": [1, 2], "measurements": {"drop": float("inf"), "pair": (1, 2)}, "environment": {"cpu": "x"}}
     files = {"report.html": b"<html>", "model.onnx": tmp_path / "model.onnx"}
-    folder = folder_module.save(small(), tmp_path / "model", manifest=given, files=files)
-    manifest = folder_module.read_manifest(folder)
+    folder = folder_.save(small(), tmp_path / "model", manifest=given, files=files)
+    manifest = folder_.read_manifest(folder)
     assert manifest["files"].keys() == {"graph.json", "weights.safetensors", "report.html", "model.onnx"}
     for name, entry in manifest["files"].items():
         data = (folder / name).read_bytes()
         assert entry == {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
     assert manifest["recipe"] == given["recipe"] and manifest["measurements"] == {"drop": float("inf"), "pair": [1, 2]}
     assert manifest["environment"]["cpu"] == "x" and manifest["environment"]["torch"] == torch.__version__
-    assert manifest["schema"] == 1 and folder_module.is_artifact(folder)
+    assert manifest["schema"] == 1 and folder_.is_artifact(folder)
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "graph.json", "Manifest.JSON", "model.sig", "a" * 200, "a\nb"])
 def test_a_further_file_can_not_be_anywhere(name, tmp_path):
     with pytest.raises(InputError, match="can't be a file of the folder"):
-        folder_module.save(small(), tmp_path / "model", files={name: b""})
+        folder_.save(small(), tmp_path / "model", files={name: b""})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -416,28 +417,28 @@ def test_a_manifest_that_is_no_json_is_refused(tmp_path):
         ({"environment": "linux"}, "not a dictionary"),
     ):
         with pytest.raises(InputError, match=words):
-            folder_module.save(small(), tmp_path / "model", manifest=manifest)
+            folder_.save(small(), tmp_path / "model", manifest=manifest)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_damage_is_found_at_load(tmp_path):
-    folder = folder_module.save(small(), tmp_path / "model")
+    folder = folder_.save(small(), tmp_path / "model")
     for name in ("graph.json", "weights.safetensors"):
         whole = (folder / name).read_bytes()
         for damaged in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1])):
             (folder / name).write_bytes(damaged)
             with pytest.raises(FormatError, match=f"{name}: differs from what manifest.json lists.*copy the folder again"):
-                folder_module.load(folder)
+                folder_.load(folder)
         (folder / name).write_bytes(whole)
-    folder_module.load(folder)
+    folder_.load(folder)
 
 
 def test_a_folder_that_is_none(tmp_path):
     with pytest.raises(FormatError, match="no such folder"):
-        folder_module.load(tmp_path / "nowhere")
+        folder_.load(tmp_path / "nowhere")
     with pytest.raises(FormatError, match="not a rarefy folder"):
-        folder_module.load(tmp_path)
-    assert not folder_module.is_artifact(tmp_path)
+        folder_.load(tmp_path)
+    assert not folder_.is_artifact(tmp_path)
 
 
 # -------------------------------------------------------------------------------------------------------------- what can't be
@@ -445,7 +446,7 @@ def test_a_folder_that_is_none(tmp_path):
 
 def test_a_module_is_not_a_graph(tmp_path):
     with pytest.raises(InputError, match=r"Net is not a graph; capture\(\) it first"):
-        folder_module.save(Net(), tmp_path / "model")
+        folder_.save(Net(), tmp_path / "model")
 
 
 def test_what_load_would_refuse_is_not_saved(tmp_path):
@@ -457,11 +458,11 @@ def test_what_load_would_refuse_is_not_saved(tmp_path):
         added = graph.graph.call_function(torch.ops.aten.add.Tensor, (output.args[0], empty))
     output.args = (added,)
     with pytest.raises(InputError, match=r"can't be saved: head\.mask: calls 'aten\.empty\.memory_format'"):
-        folder_module.save(finish(graph), tmp_path / "model")
+        folder_.save(finish(graph), tmp_path / "model")
     graph = small()
     set_attribute(graph, "wide", torch.zeros(2, dtype=torch.complex128))
     with pytest.raises(InputError, match="wide: a tensor of torch.complex128"):
-        folder_module.save(graph, tmp_path / "model")
+        folder_.save(graph, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -476,34 +477,34 @@ def test_what_is_not_ours_is_never_replaced(tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "thesis.tex").write_text("mine")
-    folder_module.save(small(), tmp_path / "model")
+    folder_.save(small(), tmp_path / "model")
     (tmp_path / "model" / "notes.txt").write_text("mine")
     before = contents(tmp_path)
     for name, words in (("file", "is a file"), ("folder", "not a rarefy folder"), ("model", "'notes.txt', which rarefy did not write")):
         with pytest.raises(InputError, match=words):
-            folder_module.save(small(1), tmp_path / name)
+            folder_.save(small(1), tmp_path / name)
     assert contents(tmp_path) == before
 
 
 def test_an_older_folder_and_an_empty_one_are_replaced(tmp_path):
     folder = tmp_path / "deep" / "model"
-    folder_module.save(small(), folder, files={"report.html": b"old"})
+    folder_.save(small(), folder, files={"report.html": b"old"})
     (folder / "model.sig").write_text("{}")
-    folder_module.save(small(1), folder)
+    folder_.save(small(1), folder)
     assert {path.name for path in folder.iterdir()} == {"graph.json", "weights.safetensors", "manifest.json"}
-    assert_same(folder_module.load(folder), small(1))
+    assert_same(folder_.load(folder), small(1))
     (tmp_path / "empty").mkdir()
-    assert_same(folder_module.load(folder_module.save(small(), tmp_path / "empty")), small())
+    assert_same(folder_.load(folder_.save(small(), tmp_path / "empty")), small())
     (tmp_path / "link").symlink_to(folder)
-    folder_module.save(small(2), tmp_path / "link")
+    folder_.save(small(2), tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
-    assert_same(folder_module.load(folder), small(2))
+    assert_same(folder_.load(folder), small(2))
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
 def test_a_folder_can_be_saved_with_its_own_files(tmp_path):
-    folder = folder_module.save(small(), tmp_path / "model", files={"report.html": b"old"})
-    folder_module.save(folder_module.load(folder), folder, files={"report.html": folder / "report.html"})
+    folder = folder_.save(small(), tmp_path / "model", files={"report.html": b"old"})
+    folder_.save(folder_.load(folder), folder, files={"report.html": folder / "report.html"})
     assert (folder / "report.html").read_bytes() == b"old"
 
 
@@ -512,7 +513,7 @@ def test_a_folder_can_be_saved_with_its_own_files(tmp_path):
     "place", ["safetensors.torch.save_file", "rarefy.artifact.folder._sync", "rarefy.artifact.folder._exchanged", "shutil.copyfile"]
 )
 def test_a_save_that_fails_leaves_what_was_there(error, place, tmp_path, monkeypatch):
-    folder = folder_module.save(small(), tmp_path / "model", files={"report.html": b"old"})
+    folder = folder_.save(small(), tmp_path / "model", files={"report.html": b"old"})
     (tmp_path / "x").touch()
     before = contents(tmp_path)
 
@@ -521,16 +522,16 @@ def test_a_save_that_fails_leaves_what_was_there(error, place, tmp_path, monkeyp
 
     monkeypatch.setattr(place, fail)
     with pytest.raises(InputError if isinstance(error, OSError) else type(error)):
-        folder_module.save(small(1), folder, files={"x": tmp_path / "x"})
+        folder_.save(small(1), folder, files={"x": tmp_path / "x"})
     assert contents(tmp_path) == before
-    assert_same(folder_module.load(folder), small())
+    assert_same(folder_.load(folder), small())
 
 
 def test_without_an_exchange_of_folders_the_result_is_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder_module, "_exchanged", lambda one, other: False)
-    folder = folder_module.save(small(), tmp_path / "model")
-    folder_module.save(small(1), folder)
-    assert_same(folder_module.load(folder), small(1))
+    monkeypatch.setattr(folder_, "_exchanged", lambda one, other: False)
+    folder = folder_.save(small(), tmp_path / "model")
+    folder_.save(small(1), folder)
+    assert_same(folder_.load(folder), small(1))
     rename = Path.rename
 
     def fail(self, target):
@@ -540,28 +541,28 @@ def test_without_an_exchange_of_folders_the_result_is_the_same(tmp_path, monkeyp
 
     monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(KeyboardInterrupt):
-        folder_module.save(small(2), folder)
-    assert_same(folder_module.load(folder), small(1))
+        folder_.save(small(2), folder)
+    assert_same(folder_.load(folder), small(1))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path):
-    folder = folder_module.save(small(), tmp_path / "model")
+    folder = folder_.save(small(), tmp_path / "model")
     before = contents(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
     try:
         with pytest.raises(InputError, match="can't be written.*what was there before is unchanged"):
-            folder_module.save(small(1), folder)
+            folder_.save(small(1), folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert contents(tmp_path) == before
 
 
 def test_a_kill_at_any_moment_leaves_a_whole_folder(tmp_path):
-    folder = folder_module.save(small(), tmp_path / "model")
-    other = folder_module.save(small(1), tmp_path / "other")
-    allowed = {folder_module.content_hash(folder), folder_module.content_hash(other)}
+    folder = folder_.save(small(), tmp_path / "model")
+    other = folder_.save(small(1), tmp_path / "other")
+    allowed = {folder_.content_hash(folder), folder_.content_hash(other)}
     program = """
 import sys
 from rarefy import artifact
@@ -578,8 +579,8 @@ while True:
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        folder_module.load(folder)
-        assert folder_module.content_hash(folder) in allowed
+        folder_.load(folder)
+        assert folder_.content_hash(folder) in allowed
 
 
 def test_a_name_with_a_hyphen_is_kept(tmp_path):
@@ -587,7 +588,7 @@ def test_a_name_with_a_hyphen_is_kept(tmp_path):
     net = nn.Sequential()
     net.add_module("block1-0", nn.Linear(4, 3))
     graph = capture(net, torch.randn(2, 4))
-    loaded = folder_module.load(folder_module.save(graph, tmp_path / "model"))
+    loaded = folder_.load(folder_.save(graph, tmp_path / "model"))
     assert dict(loaded.named_parameters()).keys() == {"block1-0.weight", "block1-0.bias"}
     x = torch.randn(5, 4)
     assert torch.equal(loaded(x), graph(x))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import rarefy
 from rarefy import plugins
 from rarefy.cli import main, terminal
-from rarefy.compression import recipe
+from rarefy.compression import environment, recipe
 from rarefy.errors import GoalMissed, InputError, SignatureRefused
 from rarefy.system import cpu
 
@@ -330,10 +330,10 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_doctor_says_how_to_get_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = cpu._version
+    known = environment._version
     monkeypatch.setattr(cpu, "_version", lambda name: None if name in ("onnx", "timm") else known(name))
     monkeypatch.setattr(cpu, "cpu_flags", lambda: {"avx2": True, "avx512": False, "avx512_vnni": False})
-    said = " ".join(cpu.examine()["advice"])
+    said = " ".join(environment.examine()["advice"])
     assert "onnx missing: pip install 'rarefy[onnx]'" in said and "rarefy[vision]" in said
     assert "no VNNI" in said and "saturate" in said
 

@@ -13,12 +13,17 @@ import torch
 from torch import fx
 
 from rarefy import demo
-from rarefy.artifact import folder as folder_module
-from rarefy.compression import compress as compress_module
-from rarefy.compression.compress import Budget, Candidate, Outcome, compress
+from rarefy.artifact import folder as folder_
+from rarefy.compression import budget as budget_
+from rarefy.compression import compress as compress_
+from rarefy.compression import run as run_
+from rarefy.compression.budget import Budget
+from rarefy.compression.candidate import Candidate, Outcome
+from rarefy.compression.compress import compress
 from rarefy.distillation import distill
 from rarefy.errors import InputError
-from rarefy.evaluation.evaluate import doubts, wilson
+from rarefy.evaluation.accuracy import doubts
+from rarefy.evaluation.intervals import wilson
 from rarefy.graph.capture import capture
 from rarefy.quantization.quantize import quantize
 from rarefy.tasks.classification import Classification
@@ -54,12 +59,12 @@ def test_a_budget_that_contradicts_itself(wrong: dict[str, Any]) -> None:
 
 def test_the_usual_recipe_follows_the_budget() -> None:
     task = digits()
-    plain = compress_module.usual_steps(Budget(), 10**6, task)
+    plain = budget_.usual_steps(Budget(), 10**6, task)
     assert [step["do"] for step in plain] == ["prune", "distill", "quantize"] and plain[0]["macs"] == 0.5
-    fast, faster = (compress_module.usual_steps(Budget(speedup=ratio), 10**6, task)[0]["macs"] for ratio in (2.0, 4.0))
+    fast, faster = (budget_.usual_steps(Budget(speedup=ratio), 10**6, task)[0]["macs"] for ratio in (2.0, 4.0))
     assert fast == pytest.approx(2 * faster, abs=0.002)
-    assert [step["do"] for step in compress_module.usual_steps(Budget(speedup=1.1), 10**6, task)] == ["quantize"]
-    assert compress_module.usual_steps(Budget(size=10**5), 10**6, task)[0]["params"] == pytest.approx(0.36)  # int8 alone is a quarter
+    assert [step["do"] for step in budget_.usual_steps(Budget(speedup=1.1), 10**6, task)] == ["quantize"]
+    assert budget_.usual_steps(Budget(size=10**5), 10**6, task)[0]["params"] == pytest.approx(0.36)  # int8 alone is a quarter
 
 
 @pytest.mark.parametrize(
@@ -84,13 +89,13 @@ def test_wrong_steps_are_told_before_anything_is_done(steps: list[dict[str, Any]
 def candidate(tmp_path: Path, index: int, name: str, *, drop: float = 0.0, speed: float = 1.0, size: int = 1000) -> Candidate:
     folder = tmp_path / str(index)
     folder.mkdir()
-    (folder / folder_module.WEIGHTS).write_bytes(bytes(size))
+    (folder / folder_.WEIGHTS).write_bytes(bytes(size))
     ratio = {"median": speed, "low": 0.98 * speed, "high": 1.02 * speed}
     found = {"name": name, "evaluation": {"value": 0.9 - drop, "drop": {"value": drop}}, "speedup": {"original": ratio, "parent": ratio}}
     return Candidate(index, folder, found)
 
 
-class Scripted(compress_module._Run):
+class Scripted(run_._Run):
     """A run whose steps make what the test says."""
 
     def _attempted(self, index: int, parent: Candidate) -> Candidate | str:
@@ -167,12 +172,12 @@ def test_accuracy_is_not_traded_for_speed_asked_in_vain(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, compress_module.Result]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, compress_.Result]:
     work = tmp_path_factory.mktemp("compress") / "work"
     return work, compress(trained(), digits(), budget=BUDGET, steps=QUICK, workdir=work, corruptions=["fog"], progress=False)
 
 
-def test_the_report_tells_what_was_done(whole: tuple[Path, compress_module.Result]) -> None:
+def test_the_report_tells_what_was_done(whole: tuple[Path, compress_.Result]) -> None:
     _, result = whole
     facts = result.report
     assert facts["warnings"] == []
@@ -188,25 +193,25 @@ def test_the_report_tells_what_was_done(whole: tuple[Path, compress_module.Resul
     assert len(facts["curves"][0]["series"][0]["x"]) == 2
 
 
-def test_what_is_saved_loads_and_tells_no_time(whole: tuple[Path, compress_module.Result], tmp_path: Path) -> None:
+def test_what_is_saved_loads_and_tells_no_time(whole: tuple[Path, compress_.Result], tmp_path: Path) -> None:
     _, result = whole
     folder = result.save(tmp_path / "small")
     assert {"model.onnx", "report.html", "report.json"} <= {path.name for path in folder.iterdir()}
-    graph, inputs = folder_module.load(folder), torch.rand(3, 1, 8, 8)
+    graph, inputs = folder_.load(folder), torch.rand(3, 1, 8, 8)
     assert torch.equal(graph(inputs), result.graph(inputs))
     assert not {"timing", "seconds"} & set(json.dumps(graph.meta["history"]).replace('"', " ").split())
-    manifest = folder_module.read_manifest(folder)
+    manifest = folder_.read_manifest(folder)
     assert manifest["hashes"]["data.val"] == digits().fingerprint("val")
 
 
-def test_a_finished_run_is_returned_at_once(whole: tuple[Path, compress_module.Result]) -> None:
+def test_a_finished_run_is_returned_at_once(whole: tuple[Path, compress_.Result]) -> None:
     work, result = whole
     again = compress(trained(), digits(), budget=BUDGET, steps=QUICK, workdir=work, corruptions=["fog"], progress=False)
     assert again.report == result.report
 
 
 @pytest.mark.parametrize("change", ["budget", "recipe", "seed", "model"])
-def test_another_run_is_refused(whole: tuple[Path, compress_module.Result], change: str) -> None:
+def test_another_run_is_refused(whole: tuple[Path, compress_.Result], change: str) -> None:
     work, _ = whole
     options: dict[str, Any] = {"budget": BUDGET, "steps": QUICK, "seed": 0, "corruptions": ["fog"]}
     options |= {"budget": {"budget": Budget()}, "recipe": {"steps": QUICK[:1]}, "seed": {"seed": 1}}.get(change, {})
@@ -237,7 +242,7 @@ def test_a_resumed_training_takes_the_time_of_all_of_it(tmp_path: Path, monkeypa
     options: dict[str, Any] = {
         "budget": Budget(), "steps": [{"do": "distill", "epochs": 2}], "workdir": tmp_path / "work", "corruptions": (), "progress": False
     }  # fmt: skip
-    stored = compress_module._Run._stored
+    stored = run_._Run._stored
 
     def killed(run: Any, index: int, *given: Any) -> Any:
         if index:
@@ -245,7 +250,7 @@ def test_a_resumed_training_takes_the_time_of_all_of_it(tmp_path: Path, monkeypa
         return stored(run, index, *given)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(compress_module._Run, "_stored", killed)
+        patched.setattr(run_._Run, "_stored", killed)
         compress(untrained(), digits(), **options)
     (step,) = compress(untrained(), digits(), **options).report["steps"]
     assert step["seconds"] >= step["facts"]["seconds"] > 0.1
@@ -278,7 +283,7 @@ def test_an_original_that_knows_nothing_is_told() -> None:
     (Budget(size=10), 0.6, "ask for a larger size"), (Budget(size=500), 0.6, "params=0.27"), (Budget(speedup=900), 0.6, "ask for less"), (Budget(speedup=4), 0.6, "macs=0.27")
 ])  # fmt: skip
 def test_advice_can_be_followed(budget: Budget, kept: float, said: str) -> None:
-    run = compress_module._Run(Path(), None, budget, [], None, 0, None, (), True, False)
+    run = run_._Run(Path(), None, budget, [], None, 0, None, (), True, False)
     after = {
         "evaluation": {"drop": {"value": 0.0}},
         "speedup": {"original": {"median": 2.0}},

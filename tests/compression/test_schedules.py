@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_students import Residual as Blocks
 from torch import Tensor, fx, nn
 
 from rarefy import plugins
@@ -28,12 +29,12 @@ from rarefy.evaluation.evaluate import evaluate
 from rarefy.graph.capture import capture
 from rarefy.graph.macs import count_macs, count_parameters
 from rarefy.pruning.groups.groups import couple
-from rarefy.pruning.prune import Target, choose, prune
+from rarefy.pruning.prune import prune
+from rarefy.pruning.ranking import Target, choose
 from rarefy.pruning.repair import kept_channels
 from rarefy.pruning.selection.best import Best
 from rarefy.pruning.selection.sample import Sample
 from rarefy.tasks.classification import Classification
-from test_students import Residual as Blocks
 
 OPTIONS = "epochs=1,batch_size=96,lr=0.05"
 ITERATIVE = f"iterative:rounds=3,{OPTIONS}"

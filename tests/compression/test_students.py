@@ -19,8 +19,9 @@ from rarefy.compression import students
 from rarefy.compression.students.depth import _evenly, blocks, influence, without
 from rarefy.distillation.distill import distill, train
 from rarefy.errors import InputError
-from rarefy.graph.capture import capture, example_inputs
+from rarefy.graph.capture import capture
 from rarefy.graph.macs import count_macs, count_parameters
+from rarefy.graph.nodes import example_inputs
 from rarefy.tasks.classification import Classification
 
 

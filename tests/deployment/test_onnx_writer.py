@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rarefy import capture
-from rarefy.deployment.onnx import file as file_
+from rarefy.deployment.onnx import file as file_module
 from rarefy.deployment.onnx.writer import ROWS, Untranslated, onnx_model
 from rarefy.errors import InputError
 from rarefy.graph.fold import fold_constants
@@ -181,7 +181,7 @@ def test_an_operator_without_a_row_goes_through_torchs_exporter(tmp_path) -> Non
     with pytest.raises(Untranslated, match="atan"):
         onnx_model(onnx, graph)
     x = torch.randn(5, *TOKENS)
-    session = runtime.InferenceSession(str(file_.write(graph, tmp_path / "atan.onnx")), providers=["CPUExecutionProvider"])
+    session = runtime.InferenceSession(str(file_module.write(graph, tmp_path / "atan.onnx")), providers=["CPUExecutionProvider"])
     assert torch.allclose(torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]), x.atan(), atol=1e-6)
     assert issubclass(Untranslated, InputError)
 
@@ -201,7 +201,7 @@ def test_torchs_optimiser_is_not_believed(tmp_path) -> None:
             return torch.clamp(x, self.low, self.high) + torch.clamp(x, self.lower, self.higher).flip(1)
 
     graph, x = capture(Clips(), torch.randn(2, *TOKENS)), torch.randn(5, *TOKENS)
-    session = runtime.InferenceSession(str(file_.write(graph, tmp_path / "clips.onnx")), providers=["CPUExecutionProvider"])
+    session = runtime.InferenceSession(str(file_module.write(graph, tmp_path / "clips.onnx")), providers=["CPUExecutionProvider"])
     assert torch.allclose(torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]), graph(x), atol=1e-6)
 
 
@@ -210,14 +210,14 @@ def test_the_file_is_the_model_written_piece_by_piece(tmp_path, monkeypatch) -> 
     graph = capture(nn.Sequential(nn.Linear(12, 1), nn.Linear(1, 600), nn.Linear(600, 1000)).requires_grad_(True), torch.randn(2, *TOKENS))
     before = {name: (value, value.clone()) for name, value in graph.state_dict(keep_vars=True).items()}
     whole: list[bytes] = []
-    stored = file_._stored
+    stored = file_module._stored
 
     def seen(model, path):
         whole.append(model.SerializeToString(deterministic=True))
         return stored(model, path)
 
-    monkeypatch.setattr(file_, "_stored", seen)
-    path = file_.write(graph, tmp_path / "model.onnx")
+    monkeypatch.setattr(file_module, "_stored", seen)
+    path = file_module.write(graph, tmp_path / "model.onnx")
     assert onnx.load(path).SerializeToString(deterministic=True) == whole[0]
     assert path.stat().st_size == len(whole[0]) > 2**21
     after = graph.state_dict(keep_vars=True)
@@ -226,11 +226,11 @@ def test_the_file_is_the_model_written_piece_by_piece(tmp_path, monkeypatch) -> 
 
 def test_more_weights_than_a_file_holds_are_refused_before_it_is_written(tmp_path, monkeypatch) -> None:
     graph = capture(nn.Linear(12, 3), torch.randn(2, *TOKENS))
-    monkeypatch.setattr(file_, "LARGEST", 4 * (36 + 3))  # bytes: just enough
-    file_.write(graph, tmp_path / "enough.onnx")
-    monkeypatch.setattr(file_, "LARGEST", 4 * (36 + 3) - 1)
+    monkeypatch.setattr(file_module, "LARGEST", 4 * (36 + 3))  # bytes: just enough
+    file_module.write(graph, tmp_path / "enough.onnx")
+    monkeypatch.setattr(file_module, "LARGEST", 4 * (36 + 3) - 1)
     with pytest.raises(InputError, match=r"weight.*protobuf.*quantise or prune"):
-        file_.write(graph, tmp_path / "more.onnx")
+        file_module.write(graph, tmp_path / "more.onnx")
     assert not (tmp_path / "more.onnx").exists()
 
 

@@ -26,13 +26,13 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from rarefy.data.augmentation import mix
-from rarefy.distillation import checkpoint, objective
-from rarefy.distillation import distill as distill_module
+from rarefy.distillation import checkpoint, loop, objective
 from rarefy.distillation.checkpoint import STATE_FILE
 from rarefy.distillation.distill import distill, train
 from rarefy.distillation.options import Training
 from rarefy.errors import FormatError, InputError, TrainingDiverged
-from rarefy.graph.capture import capture, is_graph
+from rarefy.graph.capture import capture
+from rarefy.graph.nodes import is_graph
 from rarefy.system import progress
 
 torch.set_num_threads(1)  # as in the process that test_killed_run starts: bits depend on it
@@ -648,7 +648,7 @@ def test_nan_in_the_first_epoch_keeps_the_start() -> None:
 
 def test_infinite_weights_after_a_finite_loss_are_not_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last step's gradient may break the weights when no loss is left to show it."""
-    advance = distill_module._Run._advance
+    advance = loop._Run._advance
 
     def broken(self: Any, inputs: Tensor, targets: Tensor, taught: Any, rate: float) -> None:
         advance(self, inputs, targets, taught, rate)
@@ -656,7 +656,7 @@ def test_infinite_weights_after_a_finite_loss_are_not_accepted(monkeypatch: pyte
             with torch.no_grad():
                 next(self.graph.parameters()).view(-1)[0] = float("inf")
 
-    monkeypatch.setattr(distill_module._Run, "_advance", broken)
+    monkeypatch.setattr(loop._Run, "_advance", broken)
     with pytest.raises(TrainingDiverged, match="weights not finite at step 4"):
         train(student(), Digits(), **{**QUICK, "epochs": 1})
 

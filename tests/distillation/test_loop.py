@@ -13,8 +13,7 @@ from sklearn.datasets import load_digits
 from test_distill import QUICK, RESUMED, Digits, Stopped, digits, facts, net, same, student, teacher, tensors, top1
 from torch import Tensor, fx, nn
 
-from rarefy.distillation import distill as distill_module
-from rarefy.distillation import objective
+from rarefy.distillation import loop, objective
 from rarefy.distillation.distill import distill, train
 from rarefy.distillation.optimizer import Dot
 from rarefy.distillation.options import PRESETS, Training, training_of
@@ -49,7 +48,8 @@ def test_a_folder_of_images_without_classes_distils_in_python_on_the_command_lin
 
     from rarefy import demo, save
     from rarefy.cli import main
-    from rarefy.compression.compress import Budget, compress, usual_steps
+    from rarefy.compression.budget import Budget, usual_steps
+    from rarefy.compression.compress import compress
     from rarefy.tasks.classification import Classification
 
     for index, image in enumerate(load_digits().images[:96]):
@@ -272,7 +272,7 @@ def test_out_of_memory_on_a_cpu_halves_too_and_is_told(monkeypatch: pytest.Monke
 
 def test_what_the_compiler_can_t_do_is_trained_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = distill(student(), teacher(), Digits(), **QUICK)
-    monkeypatch.setattr(distill_module._Run, "_compiling", lambda self: "default")
+    monkeypatch.setattr(loop._Run, "_compiling", lambda self: "default")
 
     def broken(model: nn.Module, **_: Any) -> Any:
         def call(*_: Any) -> Any:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rarefy import plugins
-from rarefy.distillation.losses import FeatureLoss, Loss
 from rarefy.distillation.losses.at import At
 from rarefy.distillation.losses.dist import Dist
 from rarefy.distillation.losses.dkd import Dkd
@@ -22,7 +21,7 @@ from rarefy.distillation.losses.reviewkd import Reviewkd
 from rarefy.distillation.losses.rkd import Rkd
 from rarefy.distillation.losses.skd import Skd
 from rarefy.distillation.losses.wkd import Wkd
-from rarefy.distillation.objective import terms
+from rarefy.distillation.objective import FeatureLoss, Loss, terms
 from rarefy.errors import InputError
 from rarefy.graph.capture import capture
 from rarefy.graph.features import cuts, matched, tapped

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rarefy.errors import DataError, InputError
+from rarefy.evaluation.accuracy import Evaluation, calibration_error
 from rarefy.evaluation.corruptions import CORRUPTIONS
-from rarefy.evaluation.evaluate import Evaluation, calibration_error, evaluate, paired_drop, wilson
+from rarefy.evaluation.evaluate import evaluate
+from rarefy.evaluation.intervals import paired_drop, wilson
 from rarefy.tasks.classification import Classification
 
 CLASSES = 7

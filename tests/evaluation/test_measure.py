@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rarefy.artifact import folder
+from rarefy.deployment import latency
 from rarefy.errors import InputError
 from rarefy.evaluation import measure
 from rarefy.graph.capture import capture
@@ -42,7 +43,7 @@ class Clock:
 
 def test_models_take_turns_and_the_order_rotates() -> None:
     log: list[str] = []
-    found = measure.latency({name: Clock(name, 0.0025, log) for name in "abc"}, torch.zeros(1), repeats=3, warmup=1)
+    found = latency.latency({name: Clock(name, 0.0025, log) for name in "abc"}, torch.zeros(1), repeats=3, warmup=1)
     assert log[-9:] == list("abcbcacab")  # one run a sample, since a run takes longer than a sample must
     assert 1 <= found["a"]["repeats"] <= 3
 
@@ -54,14 +55,14 @@ def test_a_disturbed_round_counts_for_no_model() -> None:
     def disturbed(inputs: Tensor) -> None:
         Clock("", 0.1 if next(calls) % 3 == 2 else 0.01, [])(inputs)
 
-    found = measure.latency({"a": disturbed, "b": Clock("b", 0.01, [])}, torch.zeros(1), repeats=30)
+    found = latency.latency({"a": disturbed, "b": Clock("b", 0.01, [])}, torch.zeros(1), repeats=30)
     assert found["a"]["repeats"] <= 20
     assert found["a"]["ms"]["high"] < 50 and 0.7 < found["b"]["speedup"]["a"]["median"] < 1.4
 
 
 def test_speedup_is_of_pairs() -> None:
     log: list[str] = []
-    found = measure.latency({"slow": Clock("slow", 0.006, log), "fast": Clock("fast", 0.002, log)}, torch.zeros(1), repeats=15)
+    found = latency.latency({"slow": Clock("slow", 0.006, log), "fast": Clock("fast", 0.002, log)}, torch.zeros(1), repeats=15)
     assert found["slow"]["speedup"]["slow"] == {"median": 1.0, "low": 1.0, "high": 1.0}
     ratio = found["fast"]["speedup"]["slow"]
     assert ratio["high"] >= ratio["median"] >= ratio["low"]
@@ -72,22 +73,22 @@ def test_speedup_is_of_pairs() -> None:
 def test_a_sample_is_long_enough() -> None:
     log: list[str] = []
     clock = Clock("a", 1e-4, log)
-    measure.latency({"a": clock}, torch.zeros(1), repeats=1, warmup=1)
+    latency.latency({"a": clock}, torch.zeros(1), repeats=1, warmup=1)
     before = len(log)
-    measure.latency({"a": clock}, torch.zeros(1), repeats=2, warmup=1)
+    latency.latency({"a": clock}, torch.zeros(1), repeats=2, warmup=1)
     inner = (len(log) - before - 11) / 2  # without the warm-up and the ten runs that estimate
     assert inner == int(inner) and 2 <= inner <= 20  # 2 ms of runs of 0.1 ms, fewer where the machine is slow
 
 
 def test_repeats_are_chosen_within_bounds() -> None:
-    found = measure.latency({"a": Clock("a", 0.02, [])}, torch.zeros(1))
-    assert measure.ROUNDS[0] / 10 <= found["a"]["repeats"] <= measure.ROUNDS[1]
+    found = latency.latency({"a": Clock("a", 0.02, [])}, torch.zeros(1))
+    assert latency.ROUNDS[0] / 10 <= found["a"]["repeats"] <= latency.ROUNDS[1]
 
 
 @pytest.mark.parametrize(("repeats", "warmup"), [(0, 1), (1, -1)])
 def test_bad_counts(repeats: int, warmup: int) -> None:
     with pytest.raises(InputError, match="at least"):
-        measure.latency({"a": torch.relu}, torch.zeros(1), repeats=repeats, warmup=warmup)
+        latency.latency({"a": torch.relu}, torch.zeros(1), repeats=repeats, warmup=warmup)
 
 
 def test_measure_counts_exactly(tmp_path: Path) -> None:
@@ -104,11 +105,11 @@ def test_measure_counts_exactly(tmp_path: Path) -> None:
 
 
 def test_threads_are_stated() -> None:
-    assert measure.with_threads("onnxruntime").threads == 1
-    assert measure.with_threads("onnxruntime:threads=3").threads == 3
-    assert measure.with_threads("onnxruntime:threads=3", 2).threads == 2
+    assert latency.with_threads("onnxruntime").threads == 1
+    assert latency.with_threads("onnxruntime:threads=3").threads == 3
+    assert latency.with_threads("onnxruntime:threads=3", 2).threads == 2
     with pytest.raises(InputError, match="threads=0"):
-        measure.with_threads("onnxruntime", 0)
+        latency.with_threads("onnxruntime", 0)
 
 
 def test_models_of_other_inputs_are_not_compared() -> None:
@@ -123,7 +124,7 @@ def test_models_of_other_inputs_are_not_compared() -> None:
 def test_peak_memory_sees_the_weights(tmp_path: Path) -> None:
     """A model of 32 MB more of weights takes at least that much more memory, whatever this process holds."""
     ballast = torch.ones(64 * 2**20 // 4)  # a child that inherited its parent's peak would hide everything below it
-    runtime = measure.with_threads("onnxruntime")
+    runtime = latency.with_threads("onnxruntime")
     found = []
     for width in (8, 2**20):
         graph = capture(nn.Sequential(nn.Flatten(), nn.Linear(8, width), nn.ReLU()), torch.zeros(2, 2, 4))

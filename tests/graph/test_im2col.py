@@ -10,8 +10,8 @@ from torch import nn
 
 from rarefy import capture
 from rarefy.graph import im2col
-from rarefy.graph.capture import attribute
-from rarefy.graph.fold import weighted
+from rarefy.graph.layers import weighted
+from rarefy.graph.nodes import attribute
 
 
 @pytest.mark.parametrize(

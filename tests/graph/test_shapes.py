@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rarefy.graph.capture import _SHAPES
+from rarefy.graph.shapes import _SHAPES
 
 aten = torch.ops.aten
 t = torch.randn

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import rarefy.kernels  # noqa: F401
 from rarefy.kernels import chunks
+from rarefy.kernels import quantize as quantize_
 from rarefy.kernels.elementwise import add, mul
 from rarefy.kernels.int_linear import conv2d, conv2d_codes, linear, linear_codes
 from rarefy.kernels.quantize import quantize
@@ -122,7 +123,7 @@ def test_codes_are_rounded_half_to_even_before_the_zero_point_is_added(dtype: to
     for zero in (qmin, qmin + 1, (qmin + qmax) // 2, qmax):
         wanted = (torch.round(numbers.double()) + zero).clamp(qmin, qmax).to(torch.int64)
         for given in (zero, torch.tensor(zero, dtype=dtype)):
-            assert torch.equal(chunks.to_codes(numbers.clone(), given, qmin, qmax, dtype).to(torch.int64), wanted)
-        assert torch.equal(chunks.to_codes(numbers.double(), zero, qmin, qmax, dtype).to(torch.int64), wanted)
+            assert torch.equal(quantize_.to_codes(numbers.clone(), given, qmin, qmax, dtype).to(torch.int64), wanted)
+        assert torch.equal(quantize_.to_codes(numbers.double(), zero, qmin, qmax, dtype).to(torch.int64), wanted)
         codes = wanted.to(dtype)
-        assert torch.equal(chunks.from_codes(codes, torch.tensor(zero, dtype=dtype), torch.float32), (wanted - zero).float())
+        assert torch.equal(quantize_.from_codes(codes, torch.tensor(zero, dtype=dtype), torch.float32), (wanted - zero).float())

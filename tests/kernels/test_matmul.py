@@ -11,9 +11,12 @@ from torch import Tensor, fx, nn
 from rarefy import plugins
 from rarefy.artifact import folder
 from rarefy.distillation.qat import to_codes, to_trainable
-from rarefy.graph.capture import attribute, capture
-from rarefy.graph.fold import fold, layer_name, simplify
+from rarefy.graph.canonical import simplify
+from rarefy.graph.capture import capture
+from rarefy.graph.fold import fold
+from rarefy.graph.layers import layer_name
 from rarefy.graph.lowering import to_integers, to_numbers
+from rarefy.graph.nodes import attribute
 from rarefy.kernels.quantize import dequantize
 from rarefy.quantization.placement import place
 from rarefy.quantization.quantize import quantize

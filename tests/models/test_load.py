@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rarefy.errors import CaptureError, FormatError, InputError, RarefyError
-from rarefy.models import load
+from rarefy.models import load, weights
+from rarefy.models import source as source_
 
 
 class Small(nn.Module):
@@ -238,7 +239,7 @@ def test_huge_finite_weights_are_not_called_infinite() -> None:
     model = Small()
     with torch.no_grad():
         model.conv.weight.fill_(torch.finfo(torch.float32).max)
-    load._check_finite(load.Source("x", model))
+    weights._check_finite(source_.Source("x", model))
 
 
 def test_pickled_code_in_weights_is_refused_and_not_run(tmp_path: Path, state: dict[str, Tensor]) -> None:
@@ -266,23 +267,23 @@ def test_pickled_code_in_weights_is_refused_and_not_run(tmp_path: Path, state: d
 def test_broken_weights(tmp_path: Path, name: str, content: bytes, said: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(FormatError, match=said):
-        load.read_weights(tmp_path / name)
+        weights.read_weights(tmp_path / name)
 
 
 def test_weights_without_tensors(tmp_path: Path) -> None:
     torch.save({"epoch": 3}, tmp_path / "w.pt")
     with pytest.raises(FormatError, match="no named tensors"):
-        load.read_weights(tmp_path / "w.pt")
+        weights.read_weights(tmp_path / "w.pt")
     torch.save(torch.zeros(3), tmp_path / "t.pt")
     with pytest.raises(FormatError, match="no named tensors"):
-        load.read_weights(tmp_path / "t.pt")
+        weights.read_weights(tmp_path / "t.pt")
 
 
 def test_weights_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
-        load.read_weights(tmp_path / "w.pt")
+        weights.read_weights(tmp_path / "w.pt")
     with pytest.raises(InputError, match="is a folder"):
-        load.read_weights(tmp_path)
+        weights.read_weights(tmp_path)
 
 
 # ------------------------------------------------------------------ .pt2

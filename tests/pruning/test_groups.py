@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rarefy.errors import InputError
-from rarefy.graph.capture import attribute, capture, set_attribute
+from rarefy.graph.capture import capture
+from rarefy.graph.nodes import attribute, set_attribute
 from rarefy.pruning.groups.equivalence import check
 from rarefy.pruning.groups.groups import Coupling, couple
 from rarefy.pruning.groups.slicing import cut

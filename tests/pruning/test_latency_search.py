@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rarefy.deployment import latency
 from rarefy.errors import InputError
-from rarefy.evaluation import measure
 from rarefy.graph.capture import capture
 from rarefy.graph.macs import count_macs
-from rarefy.pruning import latency_search
-from rarefy.pruning.latency_search import Kernel, Space, damage, descend, fit
+from rarefy.pruning import latency_search, latency_table
+from rarefy.pruning.latency_search import damage, descend
+from rarefy.pruning.latency_table import Kernel, Space, fit
 from rarefy.pruning.prune import prune
 from rarefy.runtimes.onnxruntime import OnnxRuntime
 
@@ -40,7 +41,7 @@ def run(space: Space, option: np.ndarray, slope: float = 2e-3) -> list[Kernel]:
 
 def test_table_finds_planted_times_at_widths_it_never_saw() -> None:
     space = chain(128, 96, 256, 64)
-    options = latency_search._design(space, 0)
+    options = latency_table._design(space, 0)
     table = fit([run(space, option) for option in options], np.stack([space.axes(option) for option in options]))
     random = np.random.default_rng(1)
     apart = []
@@ -56,7 +57,7 @@ def test_table_finds_planted_times_at_widths_it_never_saw() -> None:
 
 def test_path_spares_what_is_cheap_and_keeps_blocks_full() -> None:
     space = chain(128, 128, 128, 128)
-    options = latency_search._design(space, 0)
+    options = latency_table._design(space, 0)
     table = fit([run(space, option) for option in options], np.stack([space.axes(option) for option in options]))
     path = descend(space, table)
     assert (np.diff(path.us) < 0).all()
@@ -83,18 +84,18 @@ def test_damage_is_convex_and_falls_on_the_least_important() -> None:
 
 def test_cache_gives_back_what_was_kept_and_nothing_else(tmp_path: Path) -> None:
     space = chain(64, 64)
-    samples = [run(space, option) for option in latency_search._design(space, 0)]
+    samples = [run(space, option) for option in latency_table._design(space, 0)]
     file = tmp_path / "deep" / "one.json"
-    latency_search._keep(file, samples)
-    assert latency_search._cached(file) == samples
+    latency_table._keep(file, samples)
+    assert latency_table._cached(file) == samples
     assert [path.name for path in file.parent.iterdir()] == ["one.json"]
     sound = file.read_bytes()
     content = json.loads(sound)
     content["samples"][0][0][3] += 1
     for broken in (sound[:-20], b"", b"[]", b'{"format": 1}', json.dumps(content).encode(), sound.replace(b'"format": 1', b'"format": 0')):
         file.write_bytes(broken)
-        assert latency_search._cached(file) is None
-    assert latency_search._cached(tmp_path / "none.json") is None
+        assert latency_table._cached(file) is None
+    assert latency_table._cached(tmp_path / "none.json") is None
 
 
 class Small(nn.Module):
@@ -128,7 +129,7 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = OnnxRuntime(threads=1)
     files = {name: runtime.open(runtime.export(one, tmp_path / f"{name}.onnx")) for name, one in (("whole", graph), ("small", small))}
     # Measured anew, in turns, so not the round that was picked for its figure: half of the time was asked for.
-    assert measure.latency(files, example[:1], repeats=100)["small"]["speedup"]["whole"]["median"] > 1.3
+    assert latency.latency(files, example[:1], repeats=100)["small"]["speedup"]["whole"]["median"] > 1.3
     assert not found["table"]["from_cache"]
     assert 1 <= len(found["rounds"]) <= latency_search.ROUNDS + latency_search.SPARE
     assert all(after % 8 == 0 or after == before for before, after in facts["channels"].values())
@@ -147,13 +148,13 @@ def test_refuses_what_is_no_speedup(speedup: object) -> None:
 
 def test_refuses_a_runtime_that_tells_no_times() -> None:
     with pytest.raises(InputError, match="can't tell the time of each of its kernels"):
-        latency_search._kernels(object(), Path("none"), torch.zeros(1), "mine")
+        latency_table._kernels(object(), Path("none"), torch.zeros(1), "mine")
 
 
 def test_the_best_round_is_the_nearest_of_those_fast_enough_and_calm() -> None:
     def one(median: float, spread: float = 1.1) -> latency_search.Round:
         return latency_search.Round(np.zeros(1), 2.0, {"median": median, "low": median, "high": spread * median}, {}, 0.0)
 
-    rounds = [one(2.6), one(1.8), one(2.4), one(2.04, latency_search.SPREAD + 1)]
+    rounds = [one(2.6), one(1.8), one(2.4), one(2.04, latency_table.SPREAD + 1)]
     assert latency_search._best(rounds, 2.0) is rounds[2]
     assert latency_search._best(rounds[1:2], 2.0) is rounds[1]

@@ -17,16 +17,17 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from rarefy.artifact import folder as folder_module
+from rarefy.artifact import folder as folder_
 from rarefy.artifact import packing
 from rarefy.cli import main
-from rarefy.compression.compress import Budget, compress
+from rarefy.compression.budget import Budget
+from rarefy.compression.compress import compress
 from rarefy.distillation.distill import distill, train
 from rarefy.errors import FormatError, InputError
 from rarefy.graph.capture import capture
 from rarefy.pruning.mask import _blocks, _shares, mask, parse, weights_of
 from rarefy.pruning.saliency.wanda import Wanda
-from rarefy.reports import report
+from rarefy.reports import view
 from rarefy.tasks.classification import Classification
 
 QUICK = {"epochs": 2, "batch_size": 96, "lr": 0.05, "progress": False, "validate_every": 0}
@@ -329,24 +330,22 @@ def test_a_saved_folder_is_smaller_and_comes_back(tmp_path: Path, sparsity: floa
     torch.manual_seed(0)
     dense = capture(nn.Sequential(nn.Conv2d(4, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(1152, 64)), torch.zeros(2, 4, 8, 8))
     sparse = mask(dense, sparsity=sparsity).to(memory_format=torch.channels_last)
-    sizes = [
-        (folder_module.save(one, tmp_path / name) / "weights.safetensors").stat().st_size for one, name in ((dense, "d"), (sparse, "s"))
-    ]
+    sizes = [(folder_.save(one, tmp_path / name) / "weights.safetensors").stat().st_size for one, name in ((dense, "d"), (sparse, "s"))]
     assert sizes[1] < most * sizes[0]
-    loaded = folder_module.load(tmp_path / "s")
+    loaded = folder_.load(tmp_path / "s")
     assert same(state(loaded), state(sparse)) and loaded.meta == sparse.meta
     weight = loaded.get_parameter("0.weight")
     assert weight.is_contiguous(memory_format=torch.channels_last) and weight.requires_grad
-    folder_module.save(loaded, tmp_path / "again")
-    assert folder_module.content_hash(tmp_path / "again") == folder_module.content_hash(tmp_path / "s")
+    folder_.save(loaded, tmp_path / "again")
+    assert folder_.content_hash(tmp_path / "again") == folder_.content_hash(tmp_path / "s")
     (loaded(torch.randn(2, 4, 8, 8)).sum()).backward()  # it trains on
 
 
 def test_what_sparse_storage_does_not_shrink_is_stored_as_it_is(tmp_path: Path) -> None:
     graph = mask(net(), sparsity=0.02)
-    entries = json.loads((folder_module.save(graph, tmp_path / "m") / "graph.json").read_text())["tensors"]
+    entries = json.loads((folder_.save(graph, tmp_path / "m") / "graph.json").read_text())["tensors"]
     assert not any("stored" in entry for entry in entries.values())
-    assert same(state(folder_module.load(tmp_path / "m")), state(graph))
+    assert same(state(folder_.load(tmp_path / "m")), state(graph))
 
 
 def _damaged(folder: Path, change: Any) -> Path:
@@ -405,22 +404,22 @@ def _of_integers(header: dict[str, Any], tensors: dict[str, Any], body: bytearra
     ],
 )
 def test_a_damaged_sparse_tensor_is_refused(tmp_path: Path, change: Any, words: str) -> None:
-    folder = folder_module.save(mask(net(), sparsity=0.6, scope="layer"), tmp_path / "m")
-    assert same(state(folder_module.load(_damaged(folder, lambda header, tensors, body: body))), state(folder_module.load(folder)))
+    folder = folder_.save(mask(net(), sparsity=0.6, scope="layer"), tmp_path / "m")
+    assert same(state(folder_.load(_damaged(folder, lambda header, tensors, body: body))), state(folder_.load(folder)))
     with pytest.raises(FormatError, match=words) as caught:
-        folder_module.load(_damaged(folder, change))
+        folder_.load(_damaged(folder, change))
     assert "grouped.weight" in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("sparse", ["first.weight", ["nothing"], [1]])
 def test_a_damaged_list_of_sparse_tensors_is_refused(tmp_path: Path, sparse: Any) -> None:
-    folder = folder_module.save(net(), tmp_path / "m")
+    folder = folder_.save(net(), tmp_path / "m")
     text = (folder / "graph.json").read_text()
     graph = json.loads(text)
     graph["meta"]["sparse"] = sparse
     (folder / "graph.json").write_text(json.dumps(graph))
     with pytest.raises(FormatError, match="meta.sparse"):
-        folder_module.load(_damaged(folder, lambda header, tensors, body: body))
+        folder_.load(_damaged(folder, lambda header, tensors, body: body))
 
 
 # -- within compress, and on the command line
@@ -436,21 +435,21 @@ def test_compress_prunes_by_rounds_masks_and_keeps_the_zeros(tmp_path: Path) -> 
     ]
     result = compress(dense, digits(), budget=Budget(max_drop=0.9), steps=steps, corruptions=(), workdir=tmp_path / "w", progress=False)
     assert [step["kept"] for step in result.report["steps"]][1] is True, result.report["steps"]
-    masked = folder_module.load(tmp_path / "w" / "2-mask")
-    assert same(zeros(folder_module.load(tmp_path / "w" / "3-distill")), zeros(masked)) and masked.meta["sparse"]
+    masked = folder_.load(tmp_path / "w" / "2-mask")
+    assert same(zeros(folder_.load(tmp_path / "w" / "3-distill")), zeros(masked)) and masked.meta["sparse"]
     assert masked.meta["history"][-2]["options"]["schedule"].startswith("iterative")
     sizes = [(tmp_path / "w" / name / "weights.safetensors").stat().st_size for name in ("1-prune", "2-mask", "3-distill")]
     assert sizes[1] < 0.85 * sizes[0] and sizes[2] == sizes[1]
-    note = [fact for step in report.view(result.report)["steps"] for fact in step["facts"] if fact[0] == "note"]
+    note = [fact for step in view.view(result.report)["steps"] for fact in step["facts"] if fact[0] == "note"]
     assert note and "no faster" in note[0][1]
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder_module.save(net(), tmp_path / "dense")
+    folder_.save(net(), tmp_path / "dense")
     arguments = ["mask", str(tmp_path / "dense"), "--sparsity", "2:4", "--criterion", "wanda:images=16", "--data", "sklearn:digits"]
     assert main.run([*arguments, "-o", str(tmp_path / "sparse"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["step"] == "mask" and found["facts"]["note"].endswith("no faster on onnxruntime")
-    assert folder_module.load(tmp_path / "sparse").meta["sparse"]
+    assert folder_.load(tmp_path / "sparse").meta["sparse"]
     assert main.run(["mask", str(tmp_path / "dense"), "--sparsity", "3", "-o", str(tmp_path / "x")]) == 2
     assert "write 0.5 or 2:4" in capsys.readouterr().err and not (tmp_path / "x").exists()

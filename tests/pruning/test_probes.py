@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from rarefy.graph.capture import attribute, capture, example_inputs
-from rarefy.graph.macs import operator_name
+from rarefy.graph.capture import capture
+from rarefy.graph.nodes import attribute, example_inputs, operator_name
 from rarefy.pruning.groups.probes import alike, lengths, sources_of
 
 

@@ -31,7 +31,8 @@ from rarefy.pruning.criteria.taylor import Taylor
 from rarefy.pruning.groups.equivalence import check
 from rarefy.pruning.groups.groups import couple
 from rarefy.pruning.groups.slicing import cut
-from rarefy.pruning.prune import Target, choose, prune
+from rarefy.pruning.prune import prune
+from rarefy.pruning.ranking import Target, choose
 
 
 class Block(nn.Module):

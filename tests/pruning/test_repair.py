@@ -14,8 +14,9 @@ from torch import Tensor, fx, nn
 
 from rarefy.artifact.folder import load, save
 from rarefy.errors import CheckFailed, DataError, InputError
-from rarefy.graph.capture import attribute, capture
-from rarefy.graph.fold import weighted
+from rarefy.graph.capture import capture
+from rarefy.graph.layers import weighted
+from rarefy.graph.nodes import attribute
 from rarefy.pruning.prune import prune
 from rarefy.pruning.records import packed, unpacked
 from rarefy.pruning.repair import RIDGES, _Normal, _pairs, kept_channels, repair

@@ -11,10 +11,11 @@ from torch import nn
 from rarefy import plugins
 from rarefy.errors import InputError
 from rarefy.graph.capture import capture
-from rarefy.graph.fold import fold, layer_name, weighted
+from rarefy.graph.fold import fold
+from rarefy.graph.layers import layer_name, weighted
 from rarefy.quantization import blocks
 from rarefy.quantization.quantize import quantize
-from rarefy.quantization.rounding import Rounded
+from rarefy.quantization.rounding_pass import Rounded
 
 BRECQ = "brecq:steps=100,lr=0.03"
 

@@ -12,8 +12,10 @@ from torch import Tensor, fx, nn
 
 from rarefy import capture, quantize
 from rarefy.errors import DataError
-from rarefy.graph.capture import attribute
-from rarefy.graph.fold import fold, layer_name, simplify, weighted
+from rarefy.graph.canonical import simplify
+from rarefy.graph.fold import fold
+from rarefy.graph.layers import layer_name, weighted
+from rarefy.graph.nodes import attribute
 from rarefy.quantization.formats import Grid
 from rarefy.quantization.transforms.equalize import equalize, streams
 

@@ -13,7 +13,7 @@ from rarefy.errors import InputError
 from rarefy.graph.capture import capture
 from rarefy.quantization.explain import IMAGES, explain
 from rarefy.quantization.quantize import quantize
-from rarefy.reports import report
+from rarefy.reports import facts, report, view
 
 
 class Net(nn.Module):
@@ -95,8 +95,8 @@ def test_a_saved_model_and_weights_alone_are_explained(graph: torch.fx.GraphModu
 
 def test_the_report_names_the_noisiest_layers(graph: torch.fx.GraphModule, batches: list[torch.Tensor]) -> None:
     small = quantize(graph, batches=batches, weights="int8;inner=int2", progress=False)
-    told = report.told_by(small.meta["history"])
-    shown = report.view(told)["layers"]
+    told = facts.told_by(small.meta["history"])
+    shown = view.view(told)["layers"]
     rows = [row for key in ("layers", "float") for row in explain(small)[key] if row["sqnr_db"] is not None]
     noisiest = min((row for row in rows if row in explain(small)["layers"]), key=lambda row: row["sqnr_db"])
     assert shown["worst"][0] == (noisiest["name"], f"{noisiest['sqnr_db']:.1f} dB")

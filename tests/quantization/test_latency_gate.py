@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy import plugins
+from rarefy.compression import environment
 from rarefy.errors import InputError
 from rarefy.evaluation import measure
 from rarefy.graph.capture import capture
@@ -120,6 +121,6 @@ def test_without_vnni_no_sum_of_two_products_saturates(graph: Any, batches: list
         codes = [value for name, value in small.named_buffers() if name.endswith("weight_codes")]
         assert codes and all(2 * 255 * int(value.abs().max()) < 2**15 for value in codes)
         assert {layer["bits"] for layer in small.meta["history"][-1]["facts"]["layers"]} == {7}
-    assert any("7 bits" in line for line in cpu.examine()["advice"])
+    assert any("7 bits" in line for line in environment.examine()["advice"])
     exact = quantize(graph, batches=batches, runtime="onnxruntime:vnni=yes", progress=False)
     assert {layer["bits"] for layer in exact.meta["history"][-1]["facts"]["layers"]} == {8}

@@ -12,7 +12,8 @@ from torch import nn
 
 from rarefy.errors import InputError
 from rarefy.graph.capture import capture
-from rarefy.graph.fold import fold, weighted
+from rarefy.graph.fold import fold
+from rarefy.graph.layers import weighted
 from rarefy.quantization.layer_times import layer_times
 from rarefy.quantization.mixed_precision import Mixed, parse, program
 from rarefy.quantization.quantize import quantize

@@ -16,18 +16,19 @@ from rarefy import plugins
 from rarefy.deployment.export import export
 from rarefy.errors import DataError, InputError
 from rarefy.evaluation.measure import measure
+from rarefy.graph.canonical import simplify
 from rarefy.graph.capture import capture
-from rarefy.graph.fold import fold, simplify
-from rarefy.graph.interpreter import Prefix
+from rarefy.graph.fold import fold
+from rarefy.graph.interpreter import Prefix, Taps
 from rarefy.kernels.chunks import PIECE
 from rarefy.kernels.quantize import dequantize, fake_quantize
 from rarefy.kernels.quantize import quantize as to_codes
 from rarefy.pruning.prune import prune
 from rarefy.quantization import formats
 from rarefy.quantization.formats import Grid
-from rarefy.quantization.observers import BINS, Histogram, Taps, observe
+from rarefy.quantization.observers import BINS, Histogram, observe
 from rarefy.quantization.quantize import quantize
-from rarefy.quantization.rounding import OfWeights
+from rarefy.quantization.rounding_pass import OfWeights
 
 
 class Block(nn.Module):

@@ -17,9 +17,9 @@ from rarefy.errors import InputError
 from rarefy.graph.capture import capture
 from rarefy.quantization.formats import Grid
 from rarefy.quantization.quantize import quantize
-from rarefy.quantization.rounding import Layer, OfLayers, Sample
 from rarefy.quantization.rounding._quadratic import Moments, Quadratic, inverse_factor
 from rarefy.quantization.rounding.gptq import rounded
+from rarefy.quantization.rounding_pass import Layer, OfLayers, Sample
 
 OF_LAYERS = [name for name in plugins.available("rounding") if isinstance(plugins.resolve("rounding", name), OfLayers)]
 FEW = {"adaround": "adaround:steps=400,lr=0.03", "narrow": "narrow:inputs=40"}

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from rarefy.errors import InputError
-from rarefy.graph.capture import attribute, capture
-from rarefy.graph.fold import fold, layer_name
+from rarefy.graph.capture import capture
+from rarefy.graph.fold import fold
+from rarefy.graph.layers import layer_name
+from rarefy.graph.nodes import attribute
 from rarefy.quantization.quantize import quantize
 from rarefy.quantization.transforms.smoothquant import smooth
 

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rarefy import capture, quantize
-from rarefy.graph.capture import attribute
-from rarefy.graph.fold import fold, simplify, weighted
+from rarefy.graph.canonical import simplify
+from rarefy.graph.fold import fold
+from rarefy.graph.layers import weighted
+from rarefy.graph.nodes import attribute
 from rarefy.quantization.formats import Grid
 from rarefy.quantization.transforms.split_channels import double, places
 

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rarefy.errors import InputError
-from rarefy.reports import report
+from rarefy.reports import charts, report, units, view
+from rarefy.reports import facts as facts_
 
 VOID = {"meta", "br", "line", "circle", "polyline"}
 HOSTILE = "</title><script>alert(1)</script>\"'><img src=x onerror=alert(1)>&{{7*7}}"
@@ -270,24 +271,24 @@ def test_the_table_and_the_goal_tell_one_speed() -> None:
     """The median of ratios, not the ratio of medians: at a goal of 2x one may be above and the other below."""
     for told in ({"median": 2.01, "low": 1.9, "high": 2.1}, {"original": {"median": 2.01}, "result": {"median": 1.0}}):
         both = {"before": {"latency_ms": {"median": 10.0}}, "after": {"latency_ms": {"median": 5.1}, "speedup": told}}
-        assert [row["change"] for row in report.view(both)["comparison"] if row["label"] == "latency"] == ["2.01× faster"]
+        assert [row["change"] for row in view.view(both)["comparison"] if row["label"] == "latency"] == ["2.01× faster"]
 
 
 def test_verdict_follows_the_goals() -> None:
     told = facts()
-    assert report.view(told)["verdict"]["light"] == "bad"
-    assert report.view(told)["verdict"]["advice"] == ["train for longer"]
+    assert view.view(told)["verdict"]["light"] == "bad"
+    assert view.view(told)["verdict"]["advice"] == ["train for longer"]
     for goal in told["goals"]:
         goal["met"] = True
-    assert report.view(told)["verdict"]["light"] == "good"
+    assert view.view(told)["verdict"]["light"] == "good"
     told["warnings"] = ["the original knows <nothing>"]
-    assert report.view(told)["verdict"]["light"] == "neutral"
+    assert view.view(told)["verdict"]["light"] == "neutral"
     assert "the original knows &lt;nothing&gt;" in report.html(told) and "warning: the original knows <nothing>" in report.summary(told)
-    assert report.view(told)["verdict"]["sentence"].startswith("Both goals were met.")
+    assert view.view(told)["verdict"]["sentence"].startswith("Both goals were met.")
     told["goals"] = []
-    assert report.view(told)["verdict"]["light"] == "neutral"
+    assert view.view(told)["verdict"]["light"] == "neutral"
     told["verdict"] = {"status": "missed", "sentence": "It was not to be."}
-    assert report.view(told)["verdict"]["sentence"] == "It was not to be."
+    assert view.view(told)["verdict"]["sentence"] == "It was not to be."
 
 
 def test_summary_names_verdict_table_and_what_was_undone() -> None:
@@ -313,7 +314,7 @@ def test_a_graphs_history_as_facts() -> None:
             "facts": {"layers": [{"name": "conv", "bits": 8, "activation_bits": 8, "error": 1e-3, "input": "x"}]},
         },
     ]
-    told = report.told_by(history)
+    told = facts_.told_by(history)
     assert told["layers"] == [
         {"name": "conv", "channels_before": 16, "channels_after": 6, "bits": 8, "activation_bits": 8, "error": 1e-3},
         {"name": "fc", "channels_before": 10, "channels_after": 10},
@@ -340,13 +341,13 @@ def test_a_training_tells_how_long_it_waited_for_data(share: float, words: str) 
 def test_a_worse_result_is_called_worse() -> None:
     told = facts()
     told["before"], told["after"] = told["after"], told["before"]
-    changes = {row["label"]: (row["change"], row["good"]) for row in report.view(told)["comparison"]}
+    changes = {row["label"]: (row["change"], row["good"]) for row in view.view(told)["comparison"]}
     assert changes["latency"] == ("3.5× slower", False)
     assert changes["size"] == ("8× larger", False)
 
 
 def test_a_faster_and_better_candidate_makes_the_other_pale() -> None:
-    marks = {mark["name"]: mark for mark in report.view(facts())["frontier"]["marks"]}
+    marks = {mark["name"]: mark for mark in view.view(facts())["frontier"]["marks"]}
     assert marks["pruned"]["beaten"] and not marks["original"]["beaten"] and not marks["quantized"]["beaten"]
     assert marks["quantized"]["chosen"]
     assert marks["quantized"]["x"] < marks["original"]["x"]
@@ -357,10 +358,10 @@ def test_a_faster_and_better_candidate_makes_the_other_pale() -> None:
 def test_names_of_candidates_do_not_cover_each_other_or_leave_the_figure() -> None:
     names = ["original", "prune", "prune + distill", "prune + distill + quantize", "quantize"]
     close = [{"name": name, "value": 0.98 + 0.001 * index, "latency_ms": 1 + 0.01 * index} for index, name in enumerate(names)]
-    marks = report.view({"frontier": [*close, {"name": "slow", "value": 0.9, "latency_ms": 9}]})["frontier"]["marks"]
-    boxes = [report._around(mark["label"]["x"], mark["label"]["y"], report._LETTER * len(mark["name"])) for mark in marks]
+    marks = view.view({"frontier": [*close, {"name": "slow", "value": 0.9, "latency_ms": 9}]})["frontier"]["marks"]
+    boxes = [charts._around(mark["label"]["x"], mark["label"]["y"], charts._LETTER * len(mark["name"])) for mark in marks]
     for index, (left, top, right, bottom) in enumerate(boxes):
-        assert left >= 0 and right <= report._WIDTH and top >= 0 and bottom <= report._HEIGHT
+        assert left >= 0 and right <= charts._WIDTH and top >= 0 and bottom <= charts._HEIGHT
         for other in boxes[:index]:
             assert right <= other[0] or other[2] <= left or bottom <= other[1] or other[3] <= top
 
@@ -381,7 +382,7 @@ def test_page_of_a_deep_network_stays_small() -> None:
 @given(st.floats(-1e9, 1e9), st.floats(1e-6, 1e9))
 def test_ticks_span_the_data_in_equal_round_steps(low: float, span: float) -> None:
     high = low + span
-    ticks = report._ticks(low, high)
+    ticks = charts._ticks(low, high)
     slack = 1e-6 * max(abs(low), abs(high), span)
     assert 2 <= len(ticks) <= 12
     if high > low and span > slack:
@@ -393,7 +394,7 @@ def test_ticks_span_the_data_in_equal_round_steps(low: float, span: float) -> No
 @given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=2000), st.integers(1, 400))
 def test_thinning_keeps_ends_and_mean(values: list[float], most: int) -> None:
     points = list(enumerate(values))
-    thin = report._thinned(points, most)
+    thin = charts._thinned(points, most)
     assert len(thin) <= max(most, 1)
     assert thin[-1][0] == points[-1][0]
     if len(values) % most == 0:  # equal stretches: the mean of means is the mean
@@ -403,10 +404,10 @@ def test_thinning_keeps_ends_and_mean(values: list[float], most: int) -> None:
 @pytest.mark.parametrize(
     ("function", "value", "text"),
     [
-        (report.size, 0, "0 B"), (report.size, 999, "999 B"), (report.size, 214_000, "214 kB"), (report.size, 3_500_000, "3.5 MB"),
-        (report.count, 126_550_000, "127 M"), (report.count, 12, "12"), (report.seconds, 3.21, "3.21 s"), (report.seconds, 1520, "25 min 20 s"),
-        (report.seconds, 7300, "2 h 1 min"), (report._short, 1234567.0, "1.23e+06"), (report._short, 4.0, "4"), (report._short, 0.123456, "0.123"),
-        (report._signed, -0.612, "−0.61"), (report._signed, 0.4, "+0.40"), (report._signed, 0.001, "0.00"),
+        (units.size, 0, "0 B"), (units.size, 999, "999 B"), (units.size, 214_000, "214 kB"), (units.size, 3_500_000, "3.5 MB"),
+        (units.count, 126_550_000, "127 M"), (units.count, 12, "12"), (units.seconds, 3.21, "3.21 s"), (units.seconds, 1520, "25 min 20 s"),
+        (units.seconds, 7300, "2 h 1 min"), (units._short, 1234567.0, "1.23e+06"), (units._short, 4.0, "4"), (units._short, 0.123456, "0.123"),
+        (units._signed, -0.612, "−0.61"), (units._signed, 0.4, "+0.40"), (units._signed, 0.001, "0.00"),
     ],
 )  # fmt: skip
 def test_numbers_as_text(function: Any, value: float, text: str) -> None:

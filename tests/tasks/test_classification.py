@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from rarefy.data.augmentation import Augmentation, _shifted
 from rarefy.errors import DataError, InputError
 from rarefy.evaluation.corruptions import CORRUPTIONS, SMALL, corrupt, fits
-from rarefy.tasks.classification import Augmentation, Classification, _shifted
+from rarefy.tasks.classification import Classification
 
 
 def picture(seed: int, width: int, height: int, mode: str = "RGB") -> Image.Image:

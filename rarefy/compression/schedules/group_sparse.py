@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from rarefy import plugins
-from rarefy.compression.schedules import Asked, Once, Setting, check_training, joined, last, trained
-from rarefy.graph.capture import share_copy
+from rarefy.compression.schedules._training import check_training, joined, last, trained
+from rarefy.graph.nodes import share_copy
 from rarefy.pruning.groups.groups import Coupling, Row, couple
+from rarefy.pruning.schedule import Asked, Once, Setting
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ import torch
 from torch import fx
 
 from rarefy import plugins
-from rarefy.compression.schedules import Asked, Once, Setting, check_training, joined, last, trained
+from rarefy.compression.schedules._training import check_training, joined, last, trained
 from rarefy.errors import InputError
 from rarefy.graph.macs import count_macs, count_parameters
 from rarefy.pruning.records import followed, packed
+from rarefy.pruning.schedule import Asked, Once, Setting
 
 
 @dataclass(frozen=True)

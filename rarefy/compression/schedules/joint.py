@@ -26,11 +26,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from rarefy import plugins
-from rarefy.compression.schedules import Asked, Once, Setting, check_data, check_training, joined, last, trained
+from rarefy.compression.schedules._training import check_data, check_training, joined, last, trained
 from rarefy.errors import InputError
-from rarefy.graph.capture import share_copy
+from rarefy.graph.nodes import share_copy
 from rarefy.pruning.groups.groups import Coupling, couple
 from rarefy.pruning.records import unpacked
+from rarefy.pruning.schedule import Asked, Once, Setting
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from rarefy.compression.schedules import Asked, Once, Setting
+from rarefy.pruning.schedule import Asked, Once, Setting
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from torch import fx
 
 from rarefy import plugins
 from rarefy.errors import InputError
-from rarefy.graph.capture import output_shapes
 from rarefy.graph.macs import count_macs, count_parameters
+from rarefy.graph.shapes import output_shapes
 
 
 @runtime_checkable

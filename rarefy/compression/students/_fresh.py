@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rarefy.errors import InputError
-from rarefy.graph.capture import attribute
-from rarefy.graph.macs import operator_name
+from rarefy.graph.nodes import attribute, operator_name
 
 _CONVOLUTIONS = {"conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
 _LAYERS = {"linear", "batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"} | _CONVOLUTIONS

@@ -11,8 +11,10 @@ from torch import fx
 
 from rarefy import plugins
 from rarefy.errors import InputError
-from rarefy.graph.capture import as_graph, device_of, output_shapes
-from rarefy.models import load
+from rarefy.graph.capture import as_graph
+from rarefy.graph.nodes import device_of
+from rarefy.graph.shapes import output_shapes
+from rarefy.models import libraries, load
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Other:
         module, _, name = text.strip().partition(":")
         name = name.partition(":")[0]
         if "." in module and re.fullmatch(r"[A-Za-z_][\w.]*", module) and name.isidentifier():
-            found = load.imported(module, name, text)
+            found = libraries.imported(module, name, text)
             if isinstance(found, type) and dataclasses.is_dataclass(found):
                 return plugins.resolve("students", text)
         return cls(text.strip())

@@ -26,9 +26,10 @@ from torch import Tensor, fx, nn
 
 from rarefy.compression.students._fresh import fresh as anew
 from rarefy.errors import InputError
-from rarefy.graph.capture import attribute, device_of, finish, shapes
 from rarefy.graph.features import Tap, cuts, tapped
-from rarefy.graph.macs import count_macs, layer_macs, operator_name
+from rarefy.graph.macs import count_macs, layer_macs
+from rarefy.graph.nodes import attribute, device_of, finish, operator_name
+from rarefy.graph.shapes import shapes
 
 BATCH = 32
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
 import logging
 import os
 import warnings
@@ -19,11 +18,11 @@ from typing import Any
 import torch
 from torch import fx
 
-import rarefy.kernels  # noqa: F401  registers torch.ops.rarefy
 from rarefy.deployment.onnx.writer import OPSET, Untranslated, onnx_model
-from rarefy.errors import InputError, MissingDependency
-from rarefy.graph.capture import attribute, device_of, example_inputs
+from rarefy.errors import InputError
 from rarefy.graph.fold import fold_constants
+from rarefy.graph.nodes import attribute, device_of, example_inputs
+from rarefy.system.dependencies import needs
 
 LARGEST = 2**31 - 2**24  # bytes of weights: what protobuf takes in one message, less room for the nodes
 
@@ -81,14 +80,6 @@ def _head(owner: Any, field: str, size: int) -> bytes:
             number >>= 7
         found.append(number)
     return bytes(found)
-
-
-def needs(package: str, extra: str = "onnx") -> Any:
-    """The package, imported; MissingDependency with the pip line of ``extra`` where it is not installed."""
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise MissingDependency(package, extra) from error
 
 
 def _fits(graph: fx.GraphModule) -> None:

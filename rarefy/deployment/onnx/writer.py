@@ -26,8 +26,9 @@ from torch.utils import _pytree as pytree
 import rarefy.kernels  # noqa: F401  registers torch.ops.rarefy
 from rarefy.artifact.packing import pack
 from rarefy.errors import InputError
-from rarefy.graph.capture import attribute, is_tensor, shapes
 from rarefy.graph.lowering import is_decoded
+from rarefy.graph.nodes import attribute, is_tensor
+from rarefy.graph.shapes import shapes
 
 aten = torch.ops.aten
 OPERATORS = torch.ops.rarefy

@@ -16,31 +16,3 @@ layout is. A loss that looks at features also has ``adapter``, which may return 
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
-
-from torch import Tensor, nn
-
-Features = Mapping[str, tuple[Tensor, Tensor]]
-Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
-
-
-@runtime_checkable
-class Loss(Protocol):
-    @property
-    def on(self) -> str: ...
-
-    def __call__(self, student: Tensor, teacher: Tensor, targets: Tensor | None, features: Features) -> Tensor:
-        """student, teacher: logits (N, classes). targets: int64 (N,), or probabilities (N, classes), or None without labels."""
-        ...
-
-
-@runtime_checkable
-class FeatureLoss(Loss, Protocol):
-    def adapter(self, shapes: Shapes) -> nn.Module | None:
-        """A module from the student's features, {name: value}, to {name: value} as this loss compares them with the teacher's.
-
-        shapes: node name -> (student's, teacher's) shape without the batch, (channels, ...).
-        """
-        ...

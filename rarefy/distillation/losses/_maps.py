@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from rarefy.distillation.losses import Shapes
+from rarefy.distillation.objective import Shapes
 
 
 class Projection(nn.Module):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rarefy.distillation.losses import Features, Shapes
+from rarefy.distillation.objective import Features, Shapes
 from rarefy.errors import InputError
 
 

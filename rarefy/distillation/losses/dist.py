@@ -14,8 +14,8 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from rarefy.distillation.losses import Features
 from rarefy.distillation.losses._logits import check_temperature
+from rarefy.distillation.objective import Features
 
 EPS = 1e-12
 

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rarefy.distillation.losses import Features
 from rarefy.distillation.losses._logits import check_temperature
+from rarefy.distillation.objective import Features
 from rarefy.errors import InputError
 
 

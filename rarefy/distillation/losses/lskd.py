@@ -15,8 +15,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from rarefy.distillation.losses import Features
 from rarefy.distillation.losses._logits import check_temperature, divergence
+from rarefy.distillation.objective import Features
 
 EPS = 1e-12
 

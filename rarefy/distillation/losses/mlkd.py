@@ -18,8 +18,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rarefy.distillation.losses import Features
 from rarefy.distillation.losses._logits import divergence
+from rarefy.distillation.objective import Features
 from rarefy.errors import InputError
 
 PAPER_BATCH, PAPER_CLASSES = 64, 100

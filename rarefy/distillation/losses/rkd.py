@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rarefy.distillation.losses import Features, Shapes
+from rarefy.distillation.objective import Features, Shapes
 from rarefy.errors import InputError
 
 NEAR = 1e-6  # squared distances below this share of the mean are rounding

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rarefy.distillation.losses import Features, Shapes
 from rarefy.distillation.losses._maps import projection
+from rarefy.distillation.objective import Features, Shapes
 from rarefy.errors import InputError
 
 EPS = 1e-12

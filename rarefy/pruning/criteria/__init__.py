@@ -9,13 +9,3 @@ of parameters and let ``coupling.gather`` sum them by class; one that needs the 
 """
 
 from __future__ import annotations
-
-from typing import Any, Protocol
-
-from torch import Tensor, fx
-
-from rarefy.pruning.groups.groups import Coupling
-
-
-class Criterion(Protocol):
-    def scores(self, graph: fx.GraphModule, coupling: Coupling, task: Any, seed: int) -> Tensor: ...

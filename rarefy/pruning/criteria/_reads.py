@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, fx
 
 from rarefy.errors import DataError, InputError
-from rarefy.graph.capture import device_of
-from rarefy.graph.macs import MACS, operator_name
+from rarefy.graph.macs import MACS
+from rarefy.graph.nodes import device_of, operator_name
 from rarefy.pruning.groups.groups import Coupling
 from rarefy.pruning.groups.labels import Value, axes_of
 

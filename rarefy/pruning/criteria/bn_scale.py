@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from rarefy.errors import InputError
-from rarefy.graph.capture import attribute
-from rarefy.graph.macs import operator_name
+from rarefy.graph.nodes import attribute, operator_name
 from rarefy.pruning.groups.groups import Coupling
 
 

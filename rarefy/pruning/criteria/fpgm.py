@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rarefy.graph.capture import attribute
+from rarefy.graph.nodes import attribute
 from rarefy.pruning.groups.groups import Coupling, Row
 
 

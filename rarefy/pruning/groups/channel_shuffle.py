@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rarefy.graph.capture import device_of, finish, set_attribute, shapes, share_copy
-from rarefy.graph.macs import operator_name
+from rarefy.graph.nodes import device_of, finish, operator_name, set_attribute, share_copy
+from rarefy.graph.shapes import shapes
 
 aten = torch.ops.aten
 

@@ -28,8 +28,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from rarefy.errors import SelfCheckFailed
-from rarefy.graph.capture import attribute, example_inputs
-from rarefy.graph.macs import operator_name
+from rarefy.graph.nodes import attribute, example_inputs, operator_name
 from rarefy.pruning.groups.groups import Coupling, Kept
 from rarefy.pruning.groups.labels import Value
 from rarefy.pruning.groups.probes import Run, alike, lengths, sources_of

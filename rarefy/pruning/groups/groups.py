@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from rarefy.errors import InputError
-from rarefy.graph.capture import attribute, is_tensor, shapes
+from rarefy.graph.nodes import attribute, is_tensor
+from rarefy.graph.shapes import shapes
 from rarefy.kernels import is_quantised
 from rarefy.pruning.groups.channel_shuffle import indexed
 from rarefy.pruning.groups.labels import Trace, Value, axes_of, compact

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rarefy.graph.capture import attribute
-from rarefy.graph.macs import operator_name
+from rarefy.graph.nodes import attribute, operator_name
 
 
 @dataclass(eq=False)

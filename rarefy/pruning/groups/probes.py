@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import fx
 
-from rarefy.graph.macs import einsum_letters, operator_name
+from rarefy.graph.macs import einsum_letters
+from rarefy.graph.nodes import operator_name
 from rarefy.pruning.groups.rules import is_elementwise
 
 Shape = tuple[int, ...]

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rarefy.graph.capture import attribute, is_tensor
-from rarefy.graph.macs import einsum_letters, operator_name
+from rarefy.graph.macs import einsum_letters
+from rarefy.graph.nodes import attribute, is_tensor, operator_name
 from rarefy.pruning.groups.labels import Trace, Value, along, axes_of, compact
 
 aten = torch.ops.aten

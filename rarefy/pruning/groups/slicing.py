@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rarefy.errors import InputError
-from rarefy.graph.capture import attribute, finish, set_attribute, share_copy
-from rarefy.graph.macs import operator_name
+from rarefy.graph.nodes import attribute, finish, operator_name, set_attribute, share_copy
 from rarefy.pruning.groups.groups import Coupling, Kept
 from rarefy.pruning.groups.labels import Value
 

@@ -9,14 +9,3 @@ where ``weights`` is {name: the nodes that multiply by it}; ``graph`` is in eval
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
-
-from torch import Tensor, fx
-
-
-class Saliency(Protocol):
-    @property
-    def scope(self) -> str: ...
-    def scores(self, graph: fx.GraphModule, weights: Mapping[str, Sequence[fx.Node]], task: Any, seed: int) -> dict[str, Tensor]: ...

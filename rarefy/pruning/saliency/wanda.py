@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from rarefy.errors import DataError, InputError
-from rarefy.graph.capture import attribute, device_of
+from rarefy.graph.nodes import attribute, device_of
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,3 @@ where ``scores`` (classes,) float64 is what the criterion said, made comparable 
 """
 
 from __future__ import annotations
-
-from typing import Protocol
-
-import numpy as np
-
-
-class Selection(Protocol):
-    def keys(self, scores: np.ndarray, seed: int) -> np.ndarray: ...

@@ -15,7 +15,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from rarefy.quantization.rounding import Layer
+from rarefy.quantization.rounding_pass import Layer
 
 _DAMPING = 0.01  # of A's mean diagonal (2210.17323)
 

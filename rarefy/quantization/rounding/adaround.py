@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from rarefy.errors import InputError
-from rarefy.quantization.rounding import Layer
 from rarefy.quantization.rounding._quadratic import Moments, Quadratic
 from rarefy.quantization.rounding._soft import beta_at, initial, opened, undecided
+from rarefy.quantization.rounding_pass import Layer
 
 
 @dataclasses.dataclass(frozen=True)

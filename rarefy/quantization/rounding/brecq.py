@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from rarefy.errors import InputError
-from rarefy.quantization.rounding import Block, Rounded
 from rarefy.quantization.rounding._soft import beta_at, initial, opened, undecided
+from rarefy.quantization.rounding_pass import Block, Rounded
 
 _RANGE = 4.0  # a learned scale stays within this factor of where it started
 _SETTLING = 0.2  # of the steps, for scales and biases alone

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from rarefy.errors import InputError
-from rarefy.quantization.rounding import Layer
 from rarefy.quantization.rounding._quadratic import Moments, Quadratic, by_size, permuted
 from rarefy.quantization.rounding.gptq import rounded
+from rarefy.quantization.rounding_pass import Layer
 
 _BLOCK = 128
 _JUDGE = 4  # every so many images, one judges

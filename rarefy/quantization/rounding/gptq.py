@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from rarefy.errors import InputError
-from rarefy.quantization.rounding import Layer
 from rarefy.quantization.rounding._quadratic import Moments, Quadratic, by_size, inverse_factor, permuted
+from rarefy.quantization.rounding_pass import Layer
 
 
 @dataclasses.dataclass(frozen=True)

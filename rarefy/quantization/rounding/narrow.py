@@ -13,9 +13,9 @@ from torch import Tensor
 
 from rarefy.errors import InputError
 from rarefy.quantization.formats import Format
-from rarefy.quantization.rounding import Layer
 from rarefy.quantization.rounding.gptq import Gptq
 from rarefy.quantization.rounding.nearest import Nearest
+from rarefy.quantization.rounding_pass import Layer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rarefy.graph.capture import attribute, shapes
-from rarefy.graph.fold import padding_of, weighted
 from rarefy.graph.im2col import groups_of
+from rarefy.graph.interpreter import Taps, laid_out
+from rarefy.graph.layers import padding_of, weighted
+from rarefy.graph.nodes import attribute
+from rarefy.graph.shapes import shapes
 from rarefy.quantization.formats import Grid
-from rarefy.quantization.observers import Taps, laid_out
 
 aten = torch.ops.aten
 

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, fx
 
 from rarefy.errors import InputError
-from rarefy.graph.capture import attribute
-from rarefy.graph.fold import put, weighted
-from rarefy.quantization.observers import Taps
+from rarefy.graph.fold import put
+from rarefy.graph.interpreter import Taps
+from rarefy.graph.layers import weighted
+from rarefy.graph.nodes import attribute
 
 aten = torch.ops.aten
 _NORMS: dict[Any, tuple[int, ...]] = {aten.layer_norm.default: (2, 3), aten.rms_norm.default: (2,)}  # places of weight and bias

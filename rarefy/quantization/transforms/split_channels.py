@@ -24,9 +24,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx
 
-from rarefy.graph.capture import attribute
-from rarefy.graph.fold import padding_of, weighted
 from rarefy.graph.im2col import groups_of
+from rarefy.graph.layers import padding_of, weighted
+from rarefy.graph.nodes import attribute
 from rarefy.quantization.formats import Grid
 from rarefy.quantization.placement import clip_bounds
 from rarefy.quantization.transforms.equalize import own, sizes

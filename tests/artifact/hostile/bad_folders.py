@@ -21,7 +21,7 @@ import torch
 import zstandard
 from torch import nn
 
-from rarefy.artifact import folder as folder_module
+from rarefy.artifact import folder as folder_
 from rarefy.graph.capture import capture
 
 KINDS: dict[str, Callable[[Path], None]] = {}
@@ -56,7 +56,7 @@ def small_graph() -> torch.fx.GraphModule:
 
 
 def good_folder(folder: Path) -> Path:
-    return folder_module.save(small_graph(), folder)
+    return folder_.save(small_graph(), folder)
 
 
 def seal(folder: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from bad_folders import KINDS, good_folder, seal, small_graph
 from hypothesis import strategies as st
 
-from rarefy.artifact import folder as folder_module
+from rarefy.artifact import folder as folder_
 from rarefy.errors import FormatError
 
 MEMORY = 400 * 2**20
@@ -40,7 +40,7 @@ def little_memory():
 def test_the_good_folder_is_good(good):
     graph = small_graph()
     with little_memory():
-        loaded = folder_module.load(good)
+        loaded = folder_.load(good)
     x = torch.randn(3, 3, 8, 8)
     assert torch.equal(graph(x), loaded(x))
     entries = json.loads((good / "graph.json").read_text())["tensors"]
@@ -55,7 +55,7 @@ def test_a_broken_promise_is_refused(promise, good, tmp_path):
     KINDS[promise](folder)
     start = time.perf_counter()
     with pytest.raises(FormatError) as refusal, little_memory():
-        folder_module.load(folder)
+        folder_.load(folder)
     assert time.perf_counter() - start < SECONDS
     text = str(refusal.value)
     assert "\n" not in text and str(folder) in text and len(text) < 1000
@@ -89,7 +89,7 @@ def test_any_value_in_place_of_another_loads_or_is_refused(good, tmp_path, data)
     (folder / "graph.json").write_text(json.dumps(value))
     seal(folder)
     try:
-        folder_module.load(folder)
+        folder_.load(folder)
     except FormatError as error:
         assert str(error).isprintable()
 
@@ -105,6 +105,6 @@ def test_any_byte_in_place_of_another_loads_or_is_refused(good, tmp_path, positi
     (folder / name).write_bytes(changed)
     seal(folder)
     try:
-        folder_module.load(folder)
+        folder_.load(folder)
     except FormatError as error:
         assert str(error).isprintable()

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from rarefy.data.items import Items, Source, Split
+from rarefy.errors import DataError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+_SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
+
+
+def _imagefolder(text: str, rest: str, split: Split) -> tuple[Source, bool]:
+    root = Path(rest).expanduser()
+    if not root.is_dir():
+        raise DataError(
+            f"{text}: {'is a file, not a folder' if root.exists() else 'no such folder'}; give the folder that holds one folder a class"
+        )
+    divided = False
+    folders = _folders(root)
+    if {folder.name for folder in folders} & set(_SPLIT_FOLDERS["train"]) and {folder.name for folder in folders} & set(
+        _SPLIT_FOLDERS["val"]
+    ):
+        by_name = {folder.name: folder for folder in folders}
+        root = next(by_name[name] for name in _SPLIT_FOLDERS[split] if name in by_name)
+        folders, divided = _folders(root), True
+    if not folders:
+        files = _images(root)
+        if not files:
+            raise DataError(
+                f"{text}: {root} has neither class folders nor images ({' '.join(EXTENSIONS)}); give the folder that holds one folder a class"
+            )
+        return Items(text, files, torch.arange(len(files)), None), divided
+    found = [(file, label) for label, folder in enumerate(folders) for file in _images(folder)]
+    labels = torch.tensor([label for _, label in found], dtype=torch.int64)
+    counts = torch.bincount(labels, minlength=len(folders))
+    if int(counts.min()) == 0:
+        empty = [folder.name for folder, count in zip(folders, counts.tolist(), strict=True) if count == 0]
+        raise DataError(
+            f"{text}: no images ({' '.join(EXTENSIONS)}) in class folder {root / empty[0]} ({len(empty)} of {len(folders)} are empty); fill or delete it"
+        )
+    names = tuple(folder.name for folder in folders)
+    return Items(text, [file for file, _ in found], torch.arange(len(found)), labels, names), divided
+
+
+def _unlabelled(text: str, rest: str, split: Split) -> tuple[Source, bool]:
+    root = Path(rest).expanduser()
+    if not root.is_dir():
+        raise DataError(f"{text}: {'is a file, not a folder' if root.exists() else 'no such folder'}; give a folder of images")
+    files = _images(root)
+    if not files:
+        raise DataError(f"{text}: {root} has no images ({' '.join(EXTENSIONS)}); give a folder of images")
+    return Items(text, files, torch.arange(len(files)), None), False
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(Path(entry.path) for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _images(root: Path) -> list[str]:
+    """Paths of the images at any depth, sorted, as text (a million Path objects would not be small)."""
+    return [
+        os.path.join(folder, name)
+        for folder, _, names in sorted(os.walk(root, followlinks=True))
+        for name in sorted(names)
+        if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+    ]

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def is_graph(model: nn.Module) -> bool:
+    """Is this a model that ``capture`` (or ``load``) made?"""
+    return isinstance(model, fx.GraphModule) and "inputs" in model.meta
+
+
+def share_copy(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph that shares its tensors."""
+    tensors = itertools.chain(graph.parameters(), graph.buffers())
+    copied = copy.deepcopy(graph, {id(tensor): tensor for tensor in tensors})
+    copied.train(graph.training)
+    return copied
+
+
+def example_inputs(graph: fx.GraphModule, batch: int = 2, seed: int = 0) -> tuple[Tensor, ...]:
+    """Random inputs of the captured shape, on the graph's device: normal for floats, zeros for integers."""
+    generator = torch.Generator().manual_seed(seed)
+    device = device_of(graph)
+    made = []
+    for spec in graph.meta["inputs"]:
+        dtype = getattr(torch, spec["dtype"])
+        shape = (batch, *spec["shape"])
+        value = torch.randn(shape, generator=generator) if dtype.is_floating_point else torch.zeros(shape)
+        made.append(value.to(device=device, dtype=dtype))
+    return tuple(made)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter or buffer lives (the CPU for a model without any)."""
+    first = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return first.device if first is not None else torch.device("cpu")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.float32`` -> ``"float32"``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def is_tensor(value: Any) -> bool:
+    return isinstance(value, (Tensor, FakeTensor))
+
+
+def attribute(graph: nn.Module, target: Any) -> Any:
+    """The parameter, buffer or flag of that dotted name, or that a ``get_attr`` node reads."""
+    target = target.target if isinstance(target, fx.Node) else target
+    owner, _, name = str(target).rpartition(".")
+    return getattr(graph.get_submodule(owner), name)
+
+
+def set_attribute(graph: nn.Module, target: str, value: Tensor) -> None:
+    """Put a parameter or a buffer at that dotted name, making the modules on the way; replaces what was there."""
+    owner, _, name = target.rpartition(".")
+    module: nn.Module = graph
+    for part in filter(None, owner.split(".")):
+        if part not in module._modules:
+            module.add_module(part, nn.Module())
+        module = module._modules[part]  # type: ignore[assignment]
+    if name in module._parameters and not isinstance(value, nn.Parameter):
+        del module._parameters[name]
+    if name in module._buffers and isinstance(value, nn.Parameter):
+        del module._buffers[name]
+    if isinstance(value, nn.Parameter):
+        module.register_parameter(name, value)
+    else:
+        module.register_buffer(name, value)
+
+
+def finish(graph: fx.GraphModule) -> fx.GraphModule:
+    """End of every pass: drop nodes and tensors nothing reads, check, recompile."""
+    graph.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    used = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
+    for name, _ in [*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False)]:
+        if name not in used:
+            owner, _, leaf = name.rpartition(".")
+            delattr(graph.get_submodule(owner), leaf)
+    graph.delete_all_unused_submodules()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not reference an nn.Module, nn.Parameter, or buffer.*")
+        graph.graph.lint()
+    graph.recompile()
+    return graph
+
+
+def operator_name(node: fx.Node) -> str:
+    """``aten.conv2d.default`` -> ``"conv2d"``; "" for a node that is no ATen operator."""
+    if node.op != "call_function":
+        return ""
+    name = getattr(node.target, "_opname", "") or getattr(node.target, "__name__", "")
+    return str(name)
