@@ -58,7 +58,9 @@ def built(name: str) -> nn.Module:
     import torchvision
 
     torch.manual_seed(0)
-    options: dict[str, Any] = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    options: dict[str, Any] = (
+        {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    )
     model = torchvision.models.get_model(name, weights=None, **options)
     for module in model.modules():
         for attribute in (
@@ -74,7 +76,11 @@ def built(name: str) -> nn.Module:
 def difference(ours: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Largest over all pairs of max |a - b| / max |b|."""
     return max(
-        (float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in ((a.double(), b.double()) for a, b in ours)), default=0.0
+        (
+            float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
+            for a, b in ((a.double(), b.double()) for a, b in ours)
+        ),
+        default=0.0,
     )
 
 
@@ -89,10 +95,14 @@ def examined(name: str) -> dict[str, Any]:
     graph.train()(inputs).square().mean().backward()
     twin.train()(inputs).square().mean().backward()
     ours, theirs = dict(graph.named_parameters()), dict(twin.named_parameters())
-    gradients = difference((ours[key].grad, one.grad) for key, one in theirs.items() if key in ours and one.grad is not None)
+    gradients = difference(
+        (ours[key].grad, one.grad) for key, one in theirs.items() if key in ours and one.grad is not None
+    )
     kept = dict(graph.named_buffers())
     statistics = difference((kept[key], one) for key, one in twin.named_buffers() if key in kept)
-    without = sorted(key for key, one in theirs.items() if one.grad is not None and (key not in ours or ours[key].grad is None))
+    without = sorted(
+        key for key, one in theirs.items() if one.grad is not None and (key not in ours or ours[key].grad is None)
+    )
     return {
         "output": outputs, "gradient": gradients, "statistics": statistics, "seconds": seconds,
         "parameters": sum(one.numel() for one in theirs.values()), "without_gradient": without,
@@ -101,7 +111,9 @@ def examined(name: str) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"default: all {len(FAMILIES)}: {', '.join(FAMILIES)}")
+    parser.add_argument(
+        "families", nargs="*", metavar="FAMILY", help=f"default: all {len(FAMILIES)}: {', '.join(FAMILIES)}"
+    )
     parser.add_argument("--check", action="store_true", help="exit 1 where a family falls short")
     parser.add_argument("--out", type=Path, help="write the JSON there too")
     given = parser.parse_args()
@@ -118,7 +130,11 @@ def main() -> int:
     short = [
         name
         for name, one in found.items()
-        if "error" in one or one["output"] or one["statistics"] or one["gradient"] > GRADIENT_TOLERANCE or one["without_gradient"]
+        if "error" in one
+        or one["output"]
+        or one["statistics"]
+        or one["gradient"] > GRADIENT_TOLERANCE
+        or one["without_gradient"]
     ]
     show_table(
         f"capture against original, torch {torch.__version__}",
@@ -126,7 +142,13 @@ def main() -> int:
         [
             [name, one["error"], "", "", ""]
             if "error" in one
-            else [name, f"{one['output']:.1e}", f"{one['gradient']:.1e}", f"{one['statistics']:.1e}", f"{one['seconds']:.1f}"]
+            else [
+                name,
+                f"{one['output']:.1e}",
+                f"{one['gradient']:.1e}",
+                f"{one['statistics']:.1e}",
+                f"{one['seconds']:.1f}",
+            ]
             for name, one in found.items()
         ],
         (1, 2, 3, 4),

@@ -79,7 +79,14 @@ def in_processes(attempt: Callable[[Any], dict[str, Any]], cells: Sequence[Any],
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--resume", action="store_true", help="take the results that are there (below out/) and make the others")
     parser.add_argument(
-        "--for", dest="seconds_in_all", metavar="SECONDS", type=float, default=float("inf"), help="begin nothing after that"
+        "--resume", action="store_true", help="take the results that are there (below out/) and make the others"
+    )
+    parser.add_argument(
+        "--for",
+        dest="seconds_in_all",
+        metavar="SECONDS",
+        type=float,
+        default=float("inf"),
+        help="begin nothing after that",
     )

@@ -161,7 +161,11 @@ def attempted(cell: Cell, setting: Setting) -> dict[str, Any]:
     try:
         return run(cell, setting)
     except Exception as error:
-        return {"loss": cell.loss, "seed": cell.seed, "failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"}
+        return {
+            "loss": cell.loss,
+            "seed": cell.seed,
+            "failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}",
+        }
 
 
 # ------------------------------------------------------------------------------------------------------------ the table
@@ -214,7 +218,9 @@ def arguments() -> argparse.Namespace:
     option("--lr", type=float, default=0.2)
     option("--weight-decay", type=float, default=5e-4)
     option("--mixup", type=float, default=0.0)
-    option("--loss-warmup", type=float, default=0.0, metavar="SHARE", help="of the steps, in which the loss's weight rises")
+    option(
+        "--loss-warmup", type=float, default=0.0, metavar="SHARE", help="of the steps, in which the loss's weight rises"
+    )
     option("--student", type=int, choices=real_data.DEPTHS, default=20, help="its depth")
     option("--teacher", type=int, choices=real_data.DEPTHS, default=56, help="its depth")
     option("--precision", choices=("auto", "fp32", "bf16"), default="auto")
@@ -233,7 +239,9 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     given, began = arguments(), time.perf_counter()
-    setting = Setting(**{name: getattr(given, name) for name in Setting._fields if name != "work"}, work=str(given.work))
+    setting = Setting(
+        **{name: getattr(given, name) for name in Setting._fields if name != "work"}, work=str(given.work)
+    )
     try:
         unpacked(setting.work)
         real_data.resnet_cifar(setting.teacher)
@@ -247,7 +255,9 @@ def main() -> int:
         said = one.get("failed") or f"{one['value']:.2%}, {one['images_per_second']:,.0f} images/s" + (
             f" ({one['remark']})" if one["remark"] else ""
         )
-        told(f"{len(found)}/{len(cells)} after {time.perf_counter() - began:.0f} s: {one['loss']}, seed {one['seed']}: {said}")
+        told(
+            f"{len(found)}/{len(cells)} after {time.perf_counter() - began:.0f} s: {one['loss']}, seed {one['seed']}: {said}"
+        )
     rows = summary(found)
     shown(rows, setting)
     gains = {row["loss"]: row["gain"] for row in rows if row["gain"] is not None and row["loss"] != "none"}
@@ -273,7 +283,9 @@ def main() -> int:
         given.out.write_text(line + "\n")
     short = []
     if best is None or gains[best] < LEAST_GAIN:
-        short.append(f"the best loss ({best}) gains {gains[best] if best else 0:.2f} points over none, {LEAST_GAIN} are wanted")
+        short.append(
+            f"the best loss ({best}) gains {gains[best] if best else 0:.2f} points over none, {LEAST_GAIN} are wanted"
+        )
     if len(given.seeds) < 2:
         short.append("one seed; at least 2 are wanted")
     short += [f"{one['loss']}, seed {one['seed']} failed: {one['failed']}" for one in found if "failed" in one]

@@ -54,7 +54,13 @@ FLOAT, OURS, THEIRS = "float", "rarefy", "onnxruntime"
 
 def task_of(mean: Any, std: Any) -> Classification:
     return Classification(
-        train=real_data.imagenet_calib(), val=real_data.imagenet_val(), size=224, class_count=1000, mean=mean, std=std, crop=224 / 227
+        train=real_data.imagenet_calib(),
+        val=real_data.imagenet_val(),
+        size=224,
+        class_count=1000,
+        mean=mean,
+        std=std,
+        crop=224 / 227,
     )
 
 
@@ -91,7 +97,12 @@ def onnxruntime_quantized(source: Path, target: Path, batches: list[Tensor]) -> 
 
 def sqnr(exact: Tensor, noisy: Tensor) -> float:
     """Signal to quantization noise of the logits, in dB."""
-    return float(10 * torch.log10(exact.double().square().sum() / (exact.double() - noisy.double()).square().sum().clamp_min(1e-300)))
+    return float(
+        10
+        * torch.log10(
+            exact.double().square().sum() / (exact.double() - noisy.double()).square().sum().clamp_min(1e-300)
+        )
+    )
 
 
 class Spent:
@@ -151,7 +162,14 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
     batches = list(task.inputs("train", IMAGES, BATCH, seed=given.seed))
     before = peak_mb()
     with Spent() as ours:
-        small = quantize(original, batches=batches, images=IMAGES, calibration=given.calibration, rounding=given.rounding, seed=given.seed)
+        small = quantize(
+            original,
+            batches=batches,
+            images=IMAGES,
+            calibration=given.calibration,
+            rounding=given.rounding,
+            seed=given.seed,
+        )
     peak = peak_mb()
     with tempfile.TemporaryDirectory(prefix="rarefy-bench-") as folder:
         files = {name: Path(folder) / f"{name}.onnx" for name in (FLOAT, OURS, THEIRS)}
@@ -161,7 +179,10 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
         with Spent() as theirs:
             onnxruntime_quantized(files[FLOAT], files[THEIRS], batches)
         sessions = {name: runtime.open(path) for name, path in files.items()}
-        found = {name: evaluate(sessions[name], task, reference=sessions[FLOAT], limit=given.limit).to_json() for name in (OURS, THEIRS)}
+        found = {
+            name: evaluate(sessions[name], task, reference=sessions[FLOAT], limit=given.limit).to_json()
+            for name in (OURS, THEIRS)
+        }
         simulated = evaluate(small, task, reference=sessions[OURS], limit=given.limit)
         logits: dict[str, list[Tensor]] = {name: [] for name in sessions}
         for inputs, _ in task.batches("val", 50, limit=given.limit):
@@ -203,7 +224,9 @@ def shortfalls(found: dict[str, Any]) -> list[str]:
     if lost > MOST_LOST:
         short.append(f"{100 * lost:.2f} points lost; at most {100 * MOST_LOST:g}")
     if not found["agreement_of_simulation_and_file"] >= LEAST_AGREEMENT:
-        short.append(f"simulation and file agree on {found['agreement_of_simulation_and_file']:.2%}; at least {LEAST_AGREEMENT:.1%}")
+        short.append(
+            f"simulation and file agree on {found['agreement_of_simulation_and_file']:.2%}; at least {LEAST_AGREEMENT:.1%}"
+        )
     for row in found["latency"]:
         ratio = row[f"against_{THEIRS}"]
         low, high = ratio["interval"]
@@ -243,7 +266,10 @@ def shown(found: dict[str, Any]) -> None:
     ]
     for row in found["latency"]:
         rows.append(
-            [f"ms, batch {row['batch']}, threads {row['threads']}", *(f"{row['ms'][name]['median']:.2f}" for name in (FLOAT, OURS, THEIRS))]
+            [
+                f"ms, batch {row['batch']}, threads {row['threads']}",
+                *(f"{row['ms'][name]['median']:.2f}" for name in (FLOAT, OURS, THEIRS)),
+            ]
         )
         for name, said in ((THEIRS, "ONNX Runtime's"), (FLOAT, "float")):
             ratio = row[f"against_{name}"]

@@ -44,7 +44,13 @@ IMAGES = 128
 
 
 def made(
-    way: str, original: fx.GraphModule, task: Classification, share: float, weights: str, seed: int, given: argparse.Namespace
+    way: str,
+    original: fx.GraphModule,
+    task: Classification,
+    share: float,
+    weights: str,
+    seed: int,
+    given: argparse.Namespace,
 ) -> fx.GraphModule:
     place = given.work / "training" / f"{given.model}-{share:g}-{weights}-{way}-{seed}" if given.work else None
     common: dict[str, Any] = {"device": given.device, "checkpoint": place, "progress": False, "seed": seed}
@@ -52,11 +58,21 @@ def made(
     if way in ("joint", "fading"):
         shrink = 0.2 if way == "fading" else 0.0
         schedule = f"joint:shrink={shrink},steps={given.steps},batch_size={given.batch_size},lr={given.lr},code_lr={given.code_lr},weights={weights},images={IMAGES}"
-        return prune(original, schedule=schedule, **pruning, **{key: common[key] for key in ("device", "checkpoint", "progress")})
+        return prune(
+            original, schedule=schedule, **pruning, **{key: common[key] for key in ("device", "checkpoint", "progress")}
+        )
     small = prune(original, **pruning)
     steps = given.steps if way == "ptq" else given.steps // 2
     training: dict[str, Any] = {"batch_size": given.batch_size, "validate_every": 0}
-    taught = distill(small, original, task, steps=steps, lr=given.lr, **training, **{**common, "checkpoint": place and place / "float"})
+    taught = distill(
+        small,
+        original,
+        task,
+        steps=steps,
+        lr=given.lr,
+        **training,
+        **{**common, "checkpoint": place and place / "float"},
+    )
     coded = quantize(taught, task, images=IMAGES, weights=weights, seed=seed, progress=False)
     if way == "ptq":
         return coded
@@ -66,7 +82,13 @@ def made(
 
 
 def cell(
-    way: str, original: fx.GraphModule, task: Classification, share: float, weights: str, seed: int, given: argparse.Namespace
+    way: str,
+    original: fx.GraphModule,
+    task: Classification,
+    share: float,
+    weights: str,
+    seed: int,
+    given: argparse.Namespace,
 ) -> dict[str, Any]:
     """One figure of the table, from the folder if it lies there."""
     about = {"model": given.model, "macs": share, "weights": weights, "way": way, "seed": seed, "steps": given.steps, "batch_size": given.batch_size,
@@ -142,12 +164,20 @@ def main() -> int:
                 if {"joint", "sequential"} <= mean.keys():
                     gaps.append(mean["joint"] - mean["sequential"])
     show_table(
-        f"top-1, %, {given.steps} steps of {given.batch_size}, {len(given.seeds)} seed(s)", ("model", "MACs", "weights", *given.ways), rows
+        f"top-1, %, {given.steps} steps of {given.batch_size}, {len(given.seeds)} seed(s)",
+        ("model", "MACs", "weights", *given.ways),
+        rows,
     )
     difference = statistics.mean(gaps) if gaps else None
     print(
         json.dumps(
-            {"bench": "joint", "torch": torch.__version__, "device": given.device, "joint_minus_sequential": difference, "cells": cells}
+            {
+                "bench": "joint",
+                "torch": torch.__version__,
+                "device": given.device,
+                "joint_minus_sequential": difference,
+                "cells": cells,
+            }
         )
     )
     if difference is not None and difference < -1:

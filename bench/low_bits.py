@@ -43,7 +43,11 @@ from rarefy.errors import DataError, MissingDependency
 from rarefy.tasks.classification import Classification
 
 DATA = "bench.real_data:cifar10"
-MODELS = {"resnet20": ("conv1", "linear"), "resnet56": ("conv1", "linear"), "lite0": ("_conv_stem", "_fc")}  # name -> first and last layer
+MODELS = {
+    "resnet20": ("conv1", "linear"),
+    "resnet56": ("conv1", "linear"),
+    "lite0": ("_conv_stem", "_fc"),
+}  # name -> first and last layer
 SETTINGS = {"W4A8": (4, 8), "W4A4": (4, 4), "W3A8": (3, 8), "W2A8": (2, 8)}
 RULES = ("nearest", "adaround", "gptq", "gptaq", "descent", "brecq")
 QAT, AVERAGE = "qat", "4 bits on average"
@@ -90,14 +94,21 @@ def cells(given: argparse.Namespace) -> list[Cell]:
 @cache
 def model_and_task(name: str) -> tuple[fx.GraphModule, Classification]:
     if name == "lite0":
-        return capture(real_data.efficientnet_lite0(), torch.zeros(2, 3, 224, 224)), task_of(real_data.LITE_MEAN, real_data.LITE_STD)
+        return capture(real_data.efficientnet_lite0(), torch.zeros(2, 3, 224, 224)), task_of(
+            real_data.LITE_MEAN, real_data.LITE_STD
+        )
     task = Classification(train=DATA, val=DATA, augment="crop=4,flip")
     return capture(real_data.resnet_cifar(int(name.removeprefix("resnet"))), torch.zeros(2, 3, 32, 32)), task
 
 
 def quantised(graph: fx.GraphModule, task: Classification, cell: Cell, given: argparse.Namespace) -> fx.GraphModule:
     images = given.images or IMAGES.get(cell.model, IMAGES["cifar"])
-    common: dict[str, Any] = {"images": images, "batch_size": 16 if cell.model == "lite0" else 64, "seed": given.seed, "progress": False}
+    common: dict[str, Any] = {
+        "images": images,
+        "batch_size": 16 if cell.model == "lite0" else 64,
+        "seed": given.seed,
+        "progress": False,
+    }
     mix, _, rule = cell.method.rpartition(" ")
     if mix:
         return quantize(graph, task, weights=MIXES[mix], rounding=_short(rule, given), **common)
@@ -128,13 +139,19 @@ def measured(cell: Cell, given: argparse.Namespace) -> dict[str, Any]:
     seconds = facts["seconds_here"]
     of_files = cell.model == "lite0"
     if cell.method == QAT:
-        steps, at_once = (min(given.steps, QAT_STEPS_OF_FILES), min(given.batch_size, 32)) if of_files else (given.steps, given.batch_size)
+        steps, at_once = (
+            (min(given.steps, QAT_STEPS_OF_FILES), min(given.batch_size, 32))
+            if of_files
+            else (given.steps, given.batch_size)
+        )
         small = distill(
             small, graph, task, loss="kl", hard_weight=0.0, weight_decay=0.0, steps=steps, batch_size=at_once, lr=given.lr, clip=given.clip, device=given.device,
             precision=given.precision, compile=given.compile, validate_every=0, seed=given.seed, checkpoint=given.work / f"{cell.file}_{steps}x{at_once}", checkpoint_seconds=20, progress=False,
         )  # fmt: skip
         seconds = small.meta["history"][-1]["facts"]["timing"]["seconds"]
-    found = evaluate(small, task, reference=graph, batch_size=50 if of_files else 200, limit=given.limit, device=given.device)
+    found = evaluate(
+        small, task, reference=graph, batch_size=50 if of_files else 200, limit=given.limit, device=given.device
+    )
     exact, rough = [], []
     with torch.no_grad():
         for inputs in task.inputs("val", min(500, given.limit or 500), 50, seed=0):
@@ -148,7 +165,9 @@ def measured(cell: Cell, given: argparse.Namespace) -> dict[str, Any]:
         "device": given.device,
     }
     if "allocation" in facts:
-        row |= {key: facts["allocation"][key] for key in ("average_bits", "bits", "used")} | {"choosing_s": facts["timing"]["allocation"]}
+        row |= {key: facts["allocation"][key] for key in ("average_bits", "bits", "used")} | {
+            "choosing_s": facts["timing"]["allocation"]
+        }
     return row
 
 
@@ -182,7 +201,9 @@ def made(missing: list[Cell], given: argparse.Namespace) -> Iterator[dict[str, A
     return in_processes(partial(attempted, given=given), missing, given.jobs)
 
 
-def write(file: Path | None, wanted: list[Cell], found: dict[Cell, dict[str, Any]], wrong: list[dict[str, Any]]) -> None:
+def write(
+    file: Path | None, wanted: list[Cell], found: dict[Cell, dict[str, Any]], wrong: list[dict[str, Any]]
+) -> None:
     """What there is so far, whole at any moment."""
     if file is None:
         return
@@ -198,10 +219,14 @@ def shortfalls(wanted: list[Cell], by: dict[Cell, dict[str, Any]]) -> list[str]:
     for model in dict.fromkeys(cell.model for cell in wanted):
         drops = [row["drop"]["value"] for cell, row in by.items() if cell[:2] == (model, "W4A8") and cell.method != QAT]
         if drops and min(drops) > LEAST_W4A8:
-            short.append(f"{model}: W4A8 without training loses {100 * min(drops):.2f} points, at most {100 * LEAST_W4A8:g}")
+            short.append(
+                f"{model}: W4A8 without training loses {100 * min(drops):.2f} points, at most {100 * LEAST_W4A8:g}"
+            )
         trained = by.get(Cell(model, "W4A4", QAT))
         if model != "lite0" and trained and trained["drop"]["value"] > LEAST_W4A4:
-            short.append(f"{model}: W4A4 by training loses {100 * trained['drop']['value']:.2f} points, at most {100 * LEAST_W4A4:g}")
+            short.append(
+                f"{model}: W4A4 by training loses {100 * trained['drop']['value']:.2f} points, at most {100 * LEAST_W4A4:g}"
+            )
     for cell, row in by.items():
         nearest = by.get(cell._replace(method="nearest"))
         if nearest and cell.method != "nearest" and not row["sqnr_db"] > nearest["sqnr_db"]:
@@ -224,7 +249,11 @@ def shown(rows: list[dict[str, Any]]) -> None:
         ]
         for row in rows
     ]  # fmt: skip
-    show_table("Few bits", ["model", "setting", "method", "float", "top-1, %", "drop, points (95 %)", "as float, %", "dB", "s"], table)
+    show_table(
+        "Few bits",
+        ["model", "setting", "method", "float", "top-1, %", "drop, points (95 %)", "as float, %", "dB", "s"],
+        table,
+    )
 
 
 def arguments() -> argparse.Namespace:
@@ -232,10 +261,24 @@ def arguments() -> argparse.Namespace:
     option = parser.add_argument
     option("--model", action="append", choices=tuple(MODELS))
     option("--setting", action="append", choices=(*SETTINGS, AVERAGE))
-    option("--method", action="append", metavar="TEXT", help=f"{', '.join(RULES)}, {QAT}, {', '.join(MIXES)}, or a rule with options")
-    option("--images", type=int, help=f"to calibrate on; default: {IMAGES['cifar']:,} of CIFAR-10, all {IMAGES['lite0']} of ImageNet")
+    option(
+        "--method",
+        action="append",
+        metavar="TEXT",
+        help=f"{', '.join(RULES)}, {QAT}, {', '.join(MIXES)}, or a rule with options",
+    )
+    option(
+        "--images",
+        type=int,
+        help=f"to calibrate on; default: {IMAGES['cifar']:,} of CIFAR-10, all {IMAGES['lite0']} of ImageNet",
+    )
     option("--limit", type=int, help="so many labelled images only, for a trial")
-    option("--rounding", action="append", metavar="RULE", help="of the rows uniform and mixed; default: nearest and adaround")
+    option(
+        "--rounding",
+        action="append",
+        metavar="RULE",
+        help="of the rows uniform and mixed; default: nearest and adaround",
+    )
     option("--start", default="adaround", metavar="RULE", help="that training starts from")
     option("--steps", type=int, help="of training; default: 400 on a CPU, 4,000 on a GPU")
     option("--batch-size", type=int, default=64)
@@ -246,7 +289,14 @@ def arguments() -> argparse.Namespace:
     option("--device", choices=("cpu", "cuda"), default="cpu")
     option("--seed", type=int, default=0)
     option("--jobs", type=int, default=1, metavar="N", help="so many cells at a time")
-    option("--for", dest="seconds_in_all", metavar="SECONDS", type=float, default=float("inf"), help="begin no cell after that")
+    option(
+        "--for",
+        dest="seconds_in_all",
+        metavar="SECONDS",
+        type=float,
+        default=float("inf"),
+        help="begin no cell after that",
+    )
     option("--work", type=Path, default=Path("out/low_bits"), metavar="FOLDER", help="finished cells and checkpoints")
     option("--out", type=Path, metavar="FILE", help="rows as JSON, written anew with each cell that is done")
     option("--trial", action="store_true", help="every cell in little: it runs or it does not")
@@ -269,11 +319,17 @@ def main() -> int:
     given.work.mkdir(parents=True, exist_ok=True)
     wanted = cells(given)
     begun = time.perf_counter()
-    found = {cell: json.loads(file.read_text()) for cell in wanted if (file := given.work / f"{cell.file}.json").exists()}
+    found = {
+        cell: json.loads(file.read_text()) for cell in wanted if (file := given.work / f"{cell.file}.json").exists()
+    }
     wrong: list[dict[str, Any]] = []
     write(given.out, wanted, found, wrong)
     missing = [] if given.only_show else [cell for cell in wanted if cell not in found]
-    if given.device == "cpu" and not given.trial and (left := [cell for cell in missing if cell.model == "lite0" and cell.method == QAT]):
+    if (
+        given.device == "cpu"
+        and not given.trial
+        and (left := [cell for cell in missing if cell.model == "lite0" and cell.method == QAT])
+    ):
         print(f"skipped {len(left)} cells, lite0 by {QAT}: training it needs a GPU", file=sys.stderr)
         missing = [cell for cell in missing if cell not in left]
     for row in made(missing, given):
@@ -284,13 +340,26 @@ def main() -> int:
             print(at + why.strip(), file=sys.stderr, flush=True)
         else:
             found[cell] = row
-            print(f"{at}top-1 {100 * row['value']:.2f}, {row['sqnr_db']:.2f} dB, {row['seconds']:.0f} s", file=sys.stderr, flush=True)
+            print(
+                f"{at}top-1 {100 * row['value']:.2f}, {row['sqnr_db']:.2f} dB, {row['seconds']:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
         write(given.out, wanted, found, wrong)
     rows = [found[cell] for cell in wanted if cell in found]
     shown(rows)
     short = shortfalls(wanted, found)
     print(
-        json.dumps({"bench": "low_bits", "torch": torch.__version__, "device": given.device, "rows": rows, "wrong": wrong, "short": short})
+        json.dumps(
+            {
+                "bench": "low_bits",
+                "torch": torch.__version__,
+                "device": given.device,
+                "rows": rows,
+                "wrong": wrong,
+                "short": short,
+            }
+        )
     )
     for one in short:
         print(f"falls short: {one}", file=sys.stderr)

@@ -31,7 +31,9 @@ def torch_pruning() -> Any:
     """The module: this environment's, or the peers' one, of which nothing else is looked at. Raises ImportError where there is none."""
     name = "torch_pruning"
     interpreter = python()
-    places = Path(interpreter).parents[1].glob(f"lib/python*/site-packages/{name}/__init__.py") if interpreter else iter(())
+    places = (
+        Path(interpreter).parents[1].glob(f"lib/python*/site-packages/{name}/__init__.py") if interpreter else iter(())
+    )
     found = next(places, None)
     if name in sys.modules or importlib.util.find_spec(name) is not None or found is None:
         return importlib.import_module(name)

@@ -52,7 +52,9 @@ def task_of(train_images: int, test_images: int) -> Classification:
     """The first so many images of each; a multiple of 10 is stratified."""
     (images, labels), (test, answers) = real_data.cifar10("train"), real_data.cifar10("val")
     return Classification(
-        train=(images[:train_images], labels[:train_images]), val=(test[:test_images], answers[:test_images]), augment="crop=4,flip"
+        train=(images[:train_images], labels[:train_images]),
+        val=(test[:test_images], answers[:test_images]),
+        augment="crop=4,flip",
     )
 
 
@@ -63,7 +65,9 @@ def repaired(given: argparse.Namespace) -> dict[str, Any]:
     """Top-1 of the original, pruned and repaired network, and the share of the loss that repair gives back."""
     task = task_of(50_000, given.test_images)
     original = capture(real_data.resnet56(), EXAMPLE)
-    small = prune(original, macs=given.macs, criterion=given.criterion, ranking=given.ranking, task=task, seed=given.seeds[0])
+    small = prune(
+        original, macs=given.macs, criterion=given.criterion, ranking=given.ranking, task=task, seed=given.seeds[0]
+    )
     began = time.perf_counter()
     whole = repair(small, original, task, images=given.images, seed=given.seeds[0])
     seconds = time.perf_counter() - began
@@ -71,7 +75,9 @@ def repaired(given: argparse.Namespace) -> dict[str, Any]:
     networks = {"original": original, "pruned": small, "batch norm only": norms, "repaired": whole}
     found = {name: evaluate(network, task, batch_size=500).to_json() for name, network in networks.items()}
     lost = found["original"]["value"] - found["pruned"]["value"]
-    shares = {name: (one["value"] - found["pruned"]["value"]) / lost if lost > 0 else 1.0 for name, one in found.items()}
+    shares = {
+        name: (one["value"] - found["pruned"]["value"]) / lost if lost > 0 else 1.0 for name, one in found.items()
+    }
     rows = [
         (name, *(f"{100 * number:.2f}" for number in (one["value"], *one["interval"])), f"{count_macs(networks[name]) / count_macs(original):.1%}",
          f"{shares[name]:.1%}" if name not in ("original", "pruned") else "")
@@ -128,7 +134,12 @@ def compared(given: argparse.Namespace) -> dict[str, Any]:
         options = {"epochs": given.epochs, "batch_size": 64, "lr": given.lr, "validate_every": 0, "progress": False}
         taught = train(small, task, seed=seed, device=given.device, **options)
         top = evaluate(taught, task, batch_size=500, progress=False).to_json()["value"]
-        return {"top1": top, "pruned": raw, "macs": count_macs(small) / count_macs(original), "seconds": time.perf_counter() - began}
+        return {
+            "top1": top,
+            "pruned": raw,
+            "macs": count_macs(small) / count_macs(original),
+            "seconds": time.perf_counter() - began,
+        }
 
     names = ("macs", "train_images", "test_images", "epochs", "lr", "same_layers", "repair", "device")
     store = Cells("pruning_accuracy", {name: getattr(given, name) for name in names}, given)
@@ -140,7 +151,9 @@ def compared(given: argparse.Namespace) -> dict[str, Any]:
     for key, (name, ranking, seed) in keys.items():
         one = store.found(key)
         if one is not None:
-            cell = cells.setdefault((name, ranking), {"name": name, "ranking": ranking, "seeds": [], "top1": [], "pruned": [], "macs": []})
+            cell = cells.setdefault(
+                (name, ranking), {"name": name, "ranking": ranking, "seeds": [], "top1": [], "pruned": [], "macs": []}
+            )
             cell["seeds"].append(seed)
             for fact in ("top1", "pruned", "macs"):
                 cell[fact].append(one[fact])
@@ -159,7 +172,14 @@ def compared(given: argparse.Namespace) -> dict[str, Any]:
     show_table(title, ["criterion", *given.rankings], rows)
     for line in filter(None, (why, f"{store.left} cells are not made yet: --resume goes on" if store.left else "")):
         told(line)
-    return {"original": before, "best": best, "peer": peer, "skipped": why or None, "left": store.left, "cells": list(cells.values())}
+    return {
+        "original": before,
+        "best": best,
+        "peer": peer,
+        "skipped": why or None,
+        "left": store.left,
+        "cells": list(cells.values()),
+    }
 
 
 def told_of(cell: dict[str, Any]) -> str:
@@ -174,7 +194,9 @@ def criteria_of_peer(library: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield name.removesuffix("Importance"), getattr(library.importance, name)
 
 
-def cut_by_peer(library: Any, importance: Any, ranking: str, macs: float, task: Classification, seed: int) -> fx.GraphModule:
+def cut_by_peer(
+    library: Any, importance: Any, ranking: str, macs: float, task: Classification, seed: int
+) -> fx.GraphModule:
     """The network as Torch-Pruning cuts it: the least ratio whose MACs, counted by rarefy's own counter, are within the target."""
     model: Any = real_data.resnet56()
     inputs, targets = next(task.batches("train", 640, shuffle_seed=seed))
@@ -185,7 +207,10 @@ def cut_by_peer(library: Any, importance: Any, ranking: str, macs: float, task: 
         copied: Any = copy.deepcopy(model)
         for mine, other in zip(copied.parameters(), model.parameters(), strict=True):
             mine.grad = None if other.grad is None else other.grad.clone()
-        stream = [copied.conv1, *(block.conv2 for stage in (copied.layer1, copied.layer2, copied.layer3) for block in stage)]
+        stream = [
+            copied.conv1,
+            *(block.conv2 for stage in (copied.layer1, copied.layer2, copied.layer3) for block in stage),
+        ]
         pruner = library.pruner.BasePruner(
             copied, EXAMPLE[:1], importance=importance, global_pruning=ranking != "local", isomorphic=ranking == "isomorphic",
             pruning_ratio=ratio, max_pruning_ratio=0.9, ignored_layers=[copied.linear, *stream],
@@ -198,7 +223,10 @@ def cut_by_peer(library: Any, importance: Any, ranking: str, macs: float, task: 
     for _ in range(8):
         middle = (low + high) / 2
         tried = cut(middle)
-        if library.utils.count_ops_and_params(tried, EXAMPLE[:1])[0] <= macs * library.utils.count_ops_and_params(model, EXAMPLE[:1])[0]:
+        if (
+            library.utils.count_ops_and_params(tried, EXAMPLE[:1])[0]
+            <= macs * library.utils.count_ops_and_params(model, EXAMPLE[:1])[0]
+        ):
             best, high = tried, middle
         else:
             low = middle
@@ -270,7 +298,9 @@ def main() -> int:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(line + "\n")
     if given.check and found["given_back"] < LEAST_RECOVERED:
-        told(f"falls short: repair gives back {found['given_back']:.1%} of what pruning lost, below {LEAST_RECOVERED:.1%}")
+        told(
+            f"falls short: repair gives back {found['given_back']:.1%} of what pruning lost, below {LEAST_RECOVERED:.1%}"
+        )
         return 1
     return 0
 

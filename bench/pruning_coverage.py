@@ -61,7 +61,12 @@ def examined(make: Callable[[str], Made], name: str) -> dict[str, Any]:
         facts["prune_seconds"] = time.perf_counter() - start
         own = small.meta["history"][-1]["facts"]
         frozen = {key: why for key, why in own["frozen"].items() if not why.startswith("output of the network")}
-        facts |= {"before": before, "after": count_parameters(small), "frozen": frozen, "unknown": own["unknown_operators"]}
+        facts |= {
+            "before": before,
+            "after": count_parameters(small),
+            "frozen": frozen,
+            "unknown": own["unknown_operators"],
+        }
         facts["channels"] = [sum(width[index] for width in own["channels"].values()) for index in (0, 1)]
         del graph
         stage = "forward"
@@ -111,7 +116,15 @@ def summary(name: str, facts: dict[str, Any]) -> list[str]:
     notes = facts.get("error") or " ".join(filter(None, [frozen, f"unknown: {unknown}" if unknown else ""]))
     prune_seconds = f"{facts['prune_seconds']:.1f}" if "prune_seconds" in facts else ""
     outcome = "fails" if "error" in facts else "ok"
-    return [name, outcome, left, prune_seconds, f"{facts.get('seconds', 0):.0f}", f"{facts.get('gigabytes', 0):.1f}", notes]
+    return [
+        name,
+        outcome,
+        left,
+        prune_seconds,
+        f"{facts.get('seconds', 0):.0f}",
+        f"{facts.get('gigabytes', 0):.1f}",
+        notes,
+    ]
 
 
 def reasons(facts: dict[str, Any]) -> Counter[str]:
@@ -121,7 +134,12 @@ def reasons(facts: dict[str, Any]) -> Counter[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--library", choices=sorted(MOST_FAILURES), default="torchvision")
-    parser.add_argument("--only", metavar="GLOB", action="append", help="models (torchvision) or modules (timm) by name; may be repeated")
+    parser.add_argument(
+        "--only",
+        metavar="GLOB",
+        action="append",
+        help="models (torchvision) or modules (timm) by name; may be repeated",
+    )
     parser.add_argument("--model", action="append", help="this model instead, by its own name; may be repeated")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--seconds", type=float, default=600, help="limit for a model")
@@ -132,7 +150,9 @@ def main() -> int:
     given = parser.parse_args()
     try:
         names = given.model or [
-            name for name in listed(given.library) if not given.only or any(fnmatch.fnmatch(name, glob) for glob in given.only)
+            name
+            for name in listed(given.library)
+            if not given.only or any(fnmatch.fnmatch(name, glob) for glob in given.only)
         ]
     except ImportError:
         print(f"skipped: {given.library} is not installed")

@@ -71,7 +71,9 @@ class Clock:
 
     def __call__(self, small: fx.GraphModule) -> dict[str, float]:
         files = {"original": self.original, "pruned": self.runtime.export(small, self.folder / "small.onnx")}
-        found: dict[str, float] = latency.timed(files, self.example, runtime=self.runtime)["pruned"]["speedup"]["original"]
+        found: dict[str, float] = latency.timed(files, self.example, runtime=self.runtime)["pruned"]["speedup"][
+            "original"
+        ]
         return found
 
 
@@ -142,8 +144,20 @@ def main() -> int:
         )
         for row in found
     ]  # fmt: skip
-    heads = ("model", "asked", "measured", "channels kept", "MACs kept", "MACs target: measured", "channels kept", "MACs kept", "took")
-    show_table("Pruning to a measured latency, ONNX Runtime float on the CPU, batch 1", heads, rows, range(1, len(heads)))
+    heads = (
+        "model",
+        "asked",
+        "measured",
+        "channels kept",
+        "MACs kept",
+        "MACs target: measured",
+        "channels kept",
+        "MACs kept",
+        "took",
+    )
+    show_table(
+        "Pruning to a measured latency, ONNX Runtime float on the CPU, batch 1", heads, rows, range(1, len(heads))
+    )
     print(json.dumps({"torch": torch.__version__, "threads": asked.threads, "models": found}))
     short = [
         row["model"]

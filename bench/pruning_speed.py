@@ -207,12 +207,21 @@ def main() -> int:
 
         names = list(torchvision.models.list_models())
     peer_seconds = given.peer_seconds if given.peer_seconds is not None else 20.0 if given.all else 120.0
-    options = {"torch": torch.__version__, "threads": given.threads, "jobs": given.jobs, "peer_seconds": peer_seconds, "processes": 2}
+    options = {
+        "torch": torch.__version__,
+        "threads": given.threads,
+        "jobs": given.jobs,
+        "peer_seconds": peer_seconds,
+        "processes": 2,
+    }
     cells = Cells("pruning_speed", options, given)
 
     free = apart(given.jobs, given.threads)
     if given.jobs > 1 and not free[0]:
-        print(f"fewer than {given.jobs} x {given.threads} cores: jobs wait for each other, times are no goal's", file=sys.stderr)
+        print(
+            f"fewer than {given.jobs} x {given.threads} cores: jobs wait for each other, times are no goal's",
+            file=sys.stderr,
+        )
 
     def make(name: str) -> None:
         for missing in cells.missing([name]):  # looked at when its turn comes: the time may be over
@@ -258,7 +267,9 @@ def main() -> int:
         f"half of the channels, {given.threads} threads, torch {torch.__version__}",
         ["model", *titles.values()],
         [
-            [name, *(cell(one, key) for key in titles)] if "error" not in one else [name, one["error"], *[""] * (len(titles) - 1)]
+            [name, *(cell(one, key) for key in titles)]
+            if "error" not in one
+            else [name, one["error"], *[""] * (len(titles) - 1)]
             for name, one in found.items()
         ],
         range(1, len(titles) + 1),
@@ -266,7 +277,9 @@ def main() -> int:
     done = [one for one in found.values() if "error" not in one]
     slow = sum(one["with_check_s"] > LIMIT for one in done)
     large = sum(one["with_check_gigabytes"] > GIGABYTES for one in done)
-    print(f"{len(found)} models: {len(done)} pruned; with the check {slow} above {LIMIT:.0f} s, {large} above {GIGABYTES:.0f} GB")
+    print(
+        f"{len(found)} models: {len(done)} pruned; with the check {slow} above {LIMIT:.0f} s, {large} above {GIGABYTES:.0f} GB"
+    )
     if cells.left:
         print(f"{cells.left} of {len(names)} not run yet: --resume goes on")
     print(

@@ -129,7 +129,9 @@ def shortfalls(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         ours, name = row["quantisers"][OURS], row["network"]
         if not ours["top1"]["agreement"] >= LEAST_AGREEMENT:
-            short.append(f"{name}: the same answer as float on {ours['top1']['agreement']:.2%}; at least {LEAST_AGREEMENT:.0%}")
+            short.append(
+                f"{name}: the same answer as float on {ours['top1']['agreement']:.2%}; at least {LEAST_AGREEMENT:.0%}"
+            )
         if not ours["sqnr_db"] >= LEAST_DB:
             short.append(f"{name}: {ours['sqnr_db']:.2f} dB; at least {LEAST_DB:g}")
         if ours["cpu_s"] > MOST_SECONDS:
@@ -171,14 +173,28 @@ def main() -> int:
         print(json.dumps(quantized(given.only[0], given.child, given.folder, given.seed)))
         return 0
     try:
-        real_data.imagenet_val(), real_data.imagenet_calib(), [real_data.efficientnet_lite(number) for number in given.only]
+        (
+            real_data.imagenet_val(),
+            real_data.imagenet_calib(),
+            [real_data.efficientnet_lite(number) for number in given.only],
+        )
     except (DataError, MissingDependency) as error:
         print(f"skipped: {error}", file=sys.stderr)
         return 2 if given.check else 0
     rows = [measured(number, given) for number in given.only]
     short = shortfalls(rows)
     shown(rows)
-    print(json.dumps({"bench": "quantization_accuracy", "torch": torch.__version__, "images": IMAGES, "rows": rows, "short": short}))
+    print(
+        json.dumps(
+            {
+                "bench": "quantization_accuracy",
+                "torch": torch.__version__,
+                "images": IMAGES,
+                "rows": rows,
+                "short": short,
+            }
+        )
+    )
     for one in short:
         print(f"falls short: {one}", file=sys.stderr)
     return 1 if given.check and short else 0

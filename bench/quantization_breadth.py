@@ -107,7 +107,10 @@ def examined(library: str, kinds: Sequence[str], name: str) -> dict[str, Any]:
         except Exception as error:
             facts |= {"error": stages.failure(error), "traceback": traceback.format_exc()[-6000:]}
         stages.begin("done")
-        watch[kind] = facts | {"seconds": stages.seconds, "gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+        watch[kind] = facts | {
+            "seconds": stages.seconds,
+            "gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        }
     return watch
 
 
@@ -126,7 +129,13 @@ class Stages:
 
 
 def examine(
-    facts: dict[str, Any], stages: Stages, library: str, kind: str, name: str, graph: fx.GraphModule, inputs: tuple[Tensor, ...]
+    facts: dict[str, Any],
+    stages: Stages,
+    library: str,
+    kind: str,
+    name: str,
+    graph: fx.GraphModule,
+    inputs: tuple[Tensor, ...],
 ) -> None:
     from rarefy.runtimes.onnxruntime import OnnxRuntime
 
@@ -137,10 +146,14 @@ def examine(
     small = graph
     if kind != "float":
         stages.begin("quantize")
-        small = quantize(graph, batches=natural(name, inputs, "train", CALIBRATION.get(library, 2), batch), progress=False)
+        small = quantize(
+            graph, batches=natural(name, inputs, "train", CALIBRATION.get(library, 2), batch), progress=False
+        )
         own = small.meta["history"][-1]["facts"]
         facts |= {"integer_layers": len(own["layers"]), "float_layers": own["float"]}
-    samples = tuple(torch.cat(parts) for parts in zip(*natural(name, inputs, "val", SAMPLES.get(library, 2), batch), strict=True))
+    samples = tuple(
+        torch.cat(parts) for parts in zip(*natural(name, inputs, "val", SAMPLES.get(library, 2), batch), strict=True)
+    )
     runtime = OnnxRuntime(threads=1)
     with tempfile.TemporaryDirectory() as folder:
         stages.begin("export")
@@ -171,7 +184,9 @@ def examine(
 def answered(model: Any, samples: tuple[Tensor, ...], batch: int) -> Tensor:
     """The first answer to all samples, (N, ...)."""
     with torch.no_grad():
-        return torch.cat([pytree.tree_leaves(model(*part))[0] for part in zip(*(one.split(batch) for one in samples), strict=True)])
+        return torch.cat(
+            [pytree.tree_leaves(model(*part))[0] for part in zip(*(one.split(batch) for one in samples), strict=True)]
+        )
 
 
 def compared(answers: Tensor, simulated: Tensor) -> dict[str, Any]:
@@ -210,7 +225,10 @@ def listed(library: str) -> list[str]:
         import torchvision
 
         models = torchvision.models
-        sizes = {name: models.get_model_weights(name).DEFAULT.meta["num_params"] for name in models.list_models(module=models)}  # type: ignore[attr-defined]
+        sizes = {
+            name: models.get_model_weights(name).DEFAULT.meta["num_params"]
+            for name in models.list_models(module=models)
+        }  # type: ignore[attr-defined]
         return sorted(sizes, key=lambda name: -sizes[name])
     import timm
 
@@ -239,7 +257,21 @@ def summary(name: str, facts: dict[str, Any]) -> list[str]:
     ]
 
 
-HEADINGS = ["model", "", "int8+float", "SQNR dB", "same top-1", "largest", "in std", "file dB", "codes", "share", "s", "GiB", "cause"]
+HEADINGS = [
+    "model",
+    "",
+    "int8+float",
+    "SQNR dB",
+    "same top-1",
+    "largest",
+    "in std",
+    "file dB",
+    "codes",
+    "share",
+    "s",
+    "GiB",
+    "cause",
+]
 
 
 def main() -> int:
@@ -248,8 +280,16 @@ def main() -> int:
     option("--library", choices=["torchvision", "timm", "real"], default="torchvision")
     option("--only", metavar="GLOB", action="append", help="models (of timm: modules) by name; may be repeated")
     option("--part", metavar="I/N", help="every Nth of them, from the Ith on: for several machines")
-    option("--float", dest="kinds", action="append_const", const="float", help="the model as it is, as well as or instead of int8")
-    option("--pruned", dest="kinds", action="append_const", const="pruned", help="half of the channels pruned, then int8")
+    option(
+        "--float",
+        dest="kinds",
+        action="append_const",
+        const="float",
+        help="the model as it is, as well as or instead of int8",
+    )
+    option(
+        "--pruned", dest="kinds", action="append_const", const="pruned", help="half of the channels pruned, then int8"
+    )
     option("--int8", dest="kinds", action="append_const", const="int8", help="int8 (the default)")
     option("--jobs", type=int, default=1, help="processes at a time, of one thread each")
     option("--seconds", type=float, default=250, help="limit for a model")
@@ -270,13 +310,23 @@ def main() -> int:
         names = names[index - 1 :: parts]
     torch.set_num_threads(1)
     kinds = list(dict.fromkeys(given.kinds or ["int8"]))
-    cells = Cells("quantization_breadth", {"library": given.library, "kinds": sorted(kinds), "torch": torch.__version__}, given)
-    found: dict[str, dict[str, dict[str, Any]]] = {name: kept for name in names if (kept := cells.found(name)) is not None}
-    for name in [name for name, facts in found.items() if given.retry and any("error" in one for one in facts.values())]:
+    cells = Cells(
+        "quantization_breadth", {"library": given.library, "kinds": sorted(kinds), "torch": torch.__version__}, given
+    )
+    found: dict[str, dict[str, dict[str, Any]]] = {
+        name: kept for name in names if (kept := cells.found(name)) is not None
+    }
+    for name in [
+        name for name, facts in found.items() if given.retry and any("error" in one for one in facts.values())
+    ]:
         cells.forget(name)
         del found[name]
-    for name, results in each(partial(examined, given.library, kinds), cells.missing(names), given.jobs, given.seconds, given.memory):
-        found[name] = cells.keep(name, dict.fromkeys(kinds, results) if "error" in results else results)  # killed before it could tell
+    for name, results in each(
+        partial(examined, given.library, kinds), cells.missing(names), given.jobs, given.seconds, given.memory
+    ):
+        found[name] = cells.keep(
+            name, dict.fromkeys(kinds, results) if "error" in results else results
+        )  # killed before it could tell
         for kind in kinds:
             print("  ".join([kind, *summary(name, found[name][kind])]), file=sys.stderr, flush=True)
         if given.out:
@@ -290,7 +340,11 @@ def main() -> int:
         left = f"; {cells.left} not looked at yet: --resume goes on" if cells.left else ""
         spread = sorted(facts["relative_difference"] for facts in rows.values() if "relative_difference" in facts)
         exact = sum(facts.get("difference") == 0 for facts in rows.values())
-        middle = f"; largest difference in std, median {spread[len(spread) // 2]:.1e}, {exact} equal to the bit" if spread else ""
+        middle = (
+            f"; largest difference in std, median {spread[len(spread) // 2]:.1e}, {exact} equal to the bit"
+            if spread
+            else ""
+        )
         print(f"{len(rows) - len(failed)} of {len(rows)} pass{left}{middle}")
         short |= len(failed) > (0 if given.library == "real" else MOST_FAILURES) * len(names)
     print(as_line(given.library, cells.left, found))
@@ -299,10 +353,20 @@ def main() -> int:
 
 def as_line(library: str, left: int, found: dict[str, dict[str, dict[str, Any]]]) -> str:
     models = {
-        name: {kind: {key: value for key, value in facts.items() if key != "traceback"} for kind, facts in kinds.items()}
+        name: {
+            kind: {key: value for key, value in facts.items() if key != "traceback"} for kind, facts in kinds.items()
+        }
         for name, kinds in found.items()
     }
-    return json.dumps({"bench": "quantization_breadth", "library": library, "torch": torch.__version__, "left": left, "models": models})
+    return json.dumps(
+        {
+            "bench": "quantization_breadth",
+            "library": library,
+            "torch": torch.__version__,
+            "left": left,
+            "models": models,
+        }
+    )
 
 
 if __name__ == "__main__":

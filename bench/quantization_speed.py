@@ -114,7 +114,10 @@ def timed(home: Path, inputs: Tensor, threads: int, rounds: int | None) -> dict[
     counted = next(iter(found.values()))["repeats"]
     ratios = {
         column: {
-            other: {"median": found[other]["speedup"][column]["median"], "interval": interval(found[other]["speedup"][column], counted)}
+            other: {
+                "median": found[other]["speedup"][column]["median"],
+                "interval": interval(found[other]["speedup"][column], counted),
+            }
             for other in found
         }
         for column in found
@@ -127,7 +130,12 @@ def gated(home: Path, stored: Tensor, threads: int) -> list[dict[str, Any]]:
     found = []
     for runtime in (latency.with_threads(text, threads) for text in ("openvino", "openvino:precision=bf16")):
         small = quantize(
-            folder.load(home / "graph"), batches=list(stored.split(8)), images=IMAGES, runtime=runtime, gate="latency", progress=False
+            folder.load(home / "graph"),
+            batches=list(stored.split(8)),
+            images=IMAGES,
+            runtime=runtime,
+            gate="latency",
+            progress=False,
         )
         facts = small.meta["history"][-1]["facts"]
         found.append(
@@ -158,7 +166,9 @@ def torchao(name: str, home: Path, batch: int, threads: int) -> dict[str, Any]:
 def shortfalls(row: dict[str, Any]) -> list[str]:
     ratios, ms = row["ratio"], {column: one["median"] for column, one in row["ms"].items()}
     own_goal = ("ORT float", 0.8) if row["model"] in LEFT_AT_FLOAT else ("ORT int8", 1.03)
-    best_ours, best_float = (min(names, key=ms.__getitem__) for names in (("OV rarefy", "OV rarefy bf16"), ("OV f32", "OV bf16")))
+    best_ours, best_float = (
+        min(names, key=ms.__getitem__) for names in (("OV rarefy", "OV rarefy bf16"), ("OV f32", "OV bf16"))
+    )
     goals = [
         ("ORT rarefy", *own_goal),
         ("ORT rarefy", "ORT float", 1.0),
@@ -188,7 +198,11 @@ def shown(rows: list[dict[str, Any]]) -> None:
         found = row.get("torchao", {})
         ratios.append(f"{found['ms']['int8'] / best:.2f}" if "ms" in found else "-")
         table.append([f"{row['model']}, {row['batch']}, {row['threads']}", f"{best:.2f}", *ratios])
-    show_table("time, as a share of the fastest float32's", ["model, batch, threads", "float32, ms", *columns, "torchao"], table)
+    show_table(
+        "time, as a share of the fastest float32's",
+        ["model, batch, threads", "float32, ms", *columns, "torchao"],
+        table,
+    )
 
 
 def main() -> int:
@@ -214,10 +228,17 @@ def main() -> int:
             skipped += [f"{name}: {one}" for one in prepared(name, home, stored)]
             for batch in map(int, given.batches.split(",")) if not given.prepare else ():
                 for threads in map(int, given.threads.split(",")):
-                    row = {"model": name, "batch": batch, "threads": threads, **timed(home, stored[:batch], threads, given.rounds)}
+                    row = {
+                        "model": name,
+                        "batch": batch,
+                        "threads": threads,
+                        **timed(home, stored[:batch], threads, given.rounds),
+                    }
                     if not given.no_torchao:
                         row["torchao"] = torchao(name, home, batch, threads)
-                        skipped += [f"{name}: torchao: {row['torchao'][key]}" for key in row["torchao"] if key == "skipped"]
+                        skipped += [
+                            f"{name}: torchao: {row['torchao'][key]}" for key in row["torchao"] if key == "skipped"
+                        ]
                     rows.append(row)
             for threads in map(int, given.threads.split(",")) if given.gate else ():
                 kept += [{"model": name, **one} for one in gated(home, stored, threads)]
@@ -226,7 +247,8 @@ def main() -> int:
     shown(rows)
     if kept:
         lines = [
-            [one["model"], one["runtime"], one["why"], "\n".join(f"{ms:.2f} {what}" for what, ms in one["ms"].items())] for one in kept
+            [one["model"], one["runtime"], one["why"], "\n".join(f"{ms:.2f} {what}" for what, ms in one["ms"].items())]
+            for one in kept
         ]
         show_table("What the gate keeps", ["model", "runtime", "verdict", "ms, in turns"], lines)
     found = {"bench": "quantization_speed", "torch": torch.__version__, "rows": rows, "gate": kept, "skipped": skipped}

@@ -34,7 +34,9 @@ def data_folder() -> Path:
     named = os.environ.get("RAREFY_DATA")
     folder = Path(named) if named else Path(__file__).resolve().parents[2] / "shared" / "data"
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder of real data; set RAREFY_DATA to the folder that holds cifar10 and imagenet_val650")
+        raise DataError(
+            f"{folder}: no such folder of real data; set RAREFY_DATA to the folder that holds cifar10 and imagenet_val650"
+        )
     return folder
 
 
@@ -106,7 +108,9 @@ class CifarResNet(nn.Module):
 
     @staticmethod
     def _stage(width_in: int, width: int, blocks: int, stride: int) -> nn.Sequential:
-        return nn.Sequential(BasicBlock(width_in, width, stride), *(BasicBlock(width, width, 1) for _ in range(blocks - 1)))
+        return nn.Sequential(
+            BasicBlock(width_in, width, stride), *(BasicBlock(width, width, 1) for _ in range(blocks - 1))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))

@@ -89,7 +89,9 @@ def trained(original: fx.GraphModule, task: Classification, given: argparse.Name
     )  # fmt: skip
 
 
-def judged(original: fx.GraphModule, student: fx.GraphModule, task: Classification, given: argparse.Namespace, seed: int) -> dict[str, Any]:
+def judged(
+    original: fx.GraphModule, student: fx.GraphModule, task: Classification, given: argparse.Namespace, seed: int
+) -> dict[str, Any]:
     """Quantised, exported, and measured against the original: everything a row of the table says."""
     from rarefy import quantize
     from rarefy.deployment.latency import latency
@@ -102,12 +104,18 @@ def judged(original: fx.GraphModule, student: fx.GraphModule, task: Classificati
         runtime = OnnxRuntime(threads=max(THREADS))
         runtime.export(original, files["float"])
         runtime.export(small, files["int8"])
-        parity = runtime.compare(small, files["int8"], next(iter(task.inputs("val", PARITY_IMAGES, PARITY_IMAGES, seed=seed))))
+        parity = runtime.compare(
+            small, files["int8"], next(iter(task.inputs("val", PARITY_IMAGES, PARITY_IMAGES, seed=seed)))
+        )
         sessions = {name: runtime.open(file) for name, file in files.items()}
         found = evaluate(sessions["int8"], task, reference=sessions["float"], batch_size=200, limit=given.limit)
         one = next(iter(task.batches("val", 1)))[0]
         times = {
-            threads: latency({name: OnnxRuntime(threads=threads).open(file) for name, file in files.items()}, one, repeats=given.repeats)
+            threads: latency(
+                {name: OnnxRuntime(threads=threads).open(file) for name, file in files.items()},
+                one,
+                repeats=given.repeats,
+            )
             for threads in THREADS
         }
         file_bytes = {name: file.stat().st_size for name, file in files.items()}
@@ -140,7 +148,11 @@ def shortfalls(run: dict[str, Any], goals: Mode, minutes: float) -> list[str]:
         ("times faster, 1 thread", run["latency"]["1"]["int8"]["speedup"]["float"]["median"], goals.faster),
         ("times smaller", run["smaller"], goals.smaller),
     ]
-    short = [f"{name}: {value:.4g} is below {least:g}" for name, value, least in wanted if least is not None and not value >= least]
+    short = [
+        f"{name}: {value:.4g} is below {least:g}"
+        for name, value, least in wanted
+        if least is not None and not value >= least
+    ]
     if goals.minutes is not None and minutes > goals.minutes:
         short.append(f"minutes: {minutes:.1f} is above {goals.minutes:g}")
     return short
@@ -162,14 +174,28 @@ def shown(runs: list[dict[str, Any]], original: dict[str, Any]) -> None:
     ]  # fmt: skip
     for threads in map(str, THREADS):
         columns = [run["latency"][threads] for run in runs]
-        rows.append((f"ms an image, threads {threads}", spread(columns[0]["float"]["ms"]), *(spread(one["int8"]["ms"]) for one in columns)))
-        rows.append((f"  times faster, threads {threads}", "", *(spread(one["int8"]["speedup"]["float"]) for one in columns)))
+        rows.append(
+            (
+                f"ms an image, threads {threads}",
+                spread(columns[0]["float"]["ms"]),
+                *(spread(one["int8"]["ms"]) for one in columns),
+            )
+        )
+        rows.append(
+            (f"  times faster, threads {threads}", "", *(spread(one["int8"]["speedup"]["float"]) for one in columns))
+        )
     rows += [
-        ("simulation and file, same top-1", "", *(f"{run['parity']['agreement']:.2%} of {run['parity']['samples']}" for run in runs)),
+        (
+            "simulation and file, same top-1",
+            "",
+            *(f"{run['parity']['agreement']:.2%} of {run['parity']['samples']}" for run in runs),
+        ),
         ("training, s", "", *(f"{run['training']['timing']['seconds']:.0f}" for run in runs)),
     ]
     show_table(
-        "ResNet-56, CIFAR-10; latency: median and quartiles", ["", "float original", *(f"int8, seed {run['seed']}" for run in runs)], rows
+        "ResNet-56, CIFAR-10; latency: median and quartiles",
+        ["", "float original", *(f"int8, seed {run['seed']}" for run in runs)],
+        rows,
     )
 
 
@@ -204,10 +230,21 @@ def arguments() -> argparse.Namespace:
     option("--ranking", default="local", help="global, local or isomorphic")
     option("--ignore", action="append", metavar="GLOB", help="leave these layers whole; default: the residual stream")
     option("--loss", default="lskd", help="lskd, kl, 'lskd + 50*mse:on=stages', ...")
-    option("--also-taught-by", type=int, nargs="+", default=[], metavar="DEPTH", help="the CIFAR ResNets of these depths too: 20, 32, 44")
+    option(
+        "--also-taught-by",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="DEPTH",
+        help="the CIFAR ResNets of these depths too: 20, 32, 44",
+    )
     option("--hard-weight", type=float, default=1.0, help="of the labels; 0: the teacher alone")
     option("--augment", default="crop=4,flip", help="crop=4,flip,erase=16, ...")
-    option("--top1", type=float, help="least mean top-1 over the seeds, of what --judge names, in place of the mode's goal for each seed")
+    option(
+        "--top1",
+        type=float,
+        help="least mean top-1 over the seeds, of what --judge names, in place of the mode's goal for each seed",
+    )
     option("--judge", choices=("int8", "student"), default="int8", help="what --top1 is compared with")
     option("--fewer-macs", type=float, help="goal, in place of the mode's")
     option("--epochs", type=float, help="of 390 steps of 128 images; fractions too")
@@ -221,9 +258,17 @@ def arguments() -> argparse.Namespace:
     option("--compile", choices=("no", "default", "reduce-overhead"))
     option("--calibration", default="mse")
     option(
-        "--tune-convolutions", action="store_true", help="let cuDNN time its kernels and take the fastest: the same work, not the same bits"
+        "--tune-convolutions",
+        action="store_true",
+        help="let cuDNN time its kernels and take the fastest: the same work, not the same bits",
     )
-    option("--validate-every", type=int, default=0, metavar="EPOCHS", help="look at the test images while training (only looks)")
+    option(
+        "--validate-every",
+        type=int,
+        default=0,
+        metavar="EPOCHS",
+        help="look at the test images while training (only looks)",
+    )
     option("--seeds", type=int, nargs="+", default=[0])
     option("--repeats", type=int, help="rounds of timing")
     option("--limit", type=int, help="so many test images only, for a trial")
@@ -272,7 +317,9 @@ def main() -> int:
         run = judged(original, student, task, given, seed)
         run["minutes"] = (seconds + time.perf_counter() - began) / 60
         goals = MODES[given.goals]
-        goals = goals._replace(top1=goals.top1 if given.top1 is None else 0.0, fewer_macs=given.fewer_macs or goals.fewer_macs)
+        goals = goals._replace(
+            top1=goals.top1 if given.top1 is None else 0.0, fewer_macs=given.fewer_macs or goals.fewer_macs
+        )
         run["short"] = shortfalls(run, goals, run["minutes"])
         told(f"seed {seed}: int8 {accuracy(run['int8'])}, {run['minutes']:.1f} minutes")
         runs.append(run)
@@ -302,7 +349,9 @@ def main() -> int:
             told(f"seed {run['seed']} falls short: {one}")
     missed = given.top1 is not None and mean < given.top1
     if given.top1 is not None:
-        told(f"mean top-1 of {given.judge} over {len(runs)} seeds: {100 * mean:.2f}{f', below {100 * given.top1:.2f}' if missed else ''}")
+        told(
+            f"mean top-1 of {given.judge} over {len(runs)} seeds: {100 * mean:.2f}{f', below {100 * given.top1:.2f}' if missed else ''}"
+        )
     return 1 if given.check and (missed or any(run["short"] for run in runs)) else 0
 
 

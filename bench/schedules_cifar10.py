@@ -37,7 +37,9 @@ MACS = 0.5
 BATCH, LR = 128, 0.02
 
 
-def row(name: str, graph: fx.GraphModule, original: fx.GraphModule, task: Classification, test: int, **more: Any) -> dict[str, Any]:
+def row(
+    name: str, graph: fx.GraphModule, original: fx.GraphModule, task: Classification, test: int, **more: Any
+) -> dict[str, Any]:
     found = evaluate(graph, task, reference=original, batch_size=200, limit=test, progress=False)
     drop = found.drop or {"value": 0.0, "interval": [0.0, 0.0]}
     return {"name": name, "top1": found.value, "drop": drop["value"], "drop_interval": drop["interval"], **more}
@@ -64,13 +66,19 @@ def masks(original: fx.GraphModule, task: Classification, test: int) -> tuple[li
             if dense - size < 0.98 * saved:
                 short.append(f"{name}: {dense - size} bytes smaller, its zeros save {saved:.0f}")
     trained = distill(sparse, original, task, epochs=1, batch_size=BATCH, lr=LR, validate_every=0)
-    rows.append(row(f"{name}, one epoch", trained, original, task, test, bytes=weight_bytes(trained), sparsity=facts["sparsity"]))
+    rows.append(
+        row(
+            f"{name}, one epoch", trained, original, task, test, bytes=weight_bytes(trained), sparsity=facts["sparsity"]
+        )
+    )
     if any(not torch.equal(now, zeros(sparse)[name]) for name, now in zeros(trained).items()):
         short.append("training moved a zero")
     return rows, short
 
 
-def schedules(original: fx.GraphModule, task: Classification, test: int, epochs: int) -> tuple[list[dict[str, Any]], list[str]]:
+def schedules(
+    original: fx.GraphModule, task: Classification, test: int, epochs: int
+) -> tuple[list[dict[str, Any]], list[str]]:
     half = max(epochs // 2, 1)
     options = f"batch_size={BATCH},lr={LR}"
     settings = {
@@ -85,7 +93,18 @@ def schedules(original: fx.GraphModule, task: Classification, test: int, epochs:
         before = row(schedule, small, original, task, test)
         small = distill(small, original, task, epochs=left, batch_size=BATCH, lr=LR, validate_every=0)
         share = count_macs(small) / count_macs(original)
-        rows.append(row(schedule, small, original, task, test, before=before["top1"], macs=share, seconds=time.monotonic() - begun))
+        rows.append(
+            row(
+                schedule,
+                small,
+                original,
+                task,
+                test,
+                before=before["top1"],
+                macs=share,
+                seconds=time.monotonic() - begun,
+            )
+        )
         if share > MACS:
             short.append(f"{schedule}: {share:.3f} of the MACs are left, asked for {MACS}")
     return rows, short
@@ -106,14 +125,20 @@ def main() -> int:
         return 2 if given.check else 0
     constants = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
     task = Classification(
-        train=(images[: given.images], labels[: given.images]), val="bench.real_data:cifar10", augment="crop=4,flip", **constants
+        train=(images[: given.images], labels[: given.images]),
+        val="bench.real_data:cifar10",
+        augment="crop=4,flip",
+        **constants,
     )
     original = capture(model, torch.zeros(2, 3, 32, 32))
     masked, short = masks(original, task, given.test)
     show_table(
         f"masks, {given.test} test images",
         ("mask", "top-1", "points lost (95 %)", "zeros", "kB on disk"),
-        [(one["name"], f"{one['top1']:.2%}", _points(one), f"{one['sparsity']:.2%}", f"{one['bytes'] / 1000:.0f}") for one in masked],
+        [
+            (one["name"], f"{one['top1']:.2%}", _points(one), f"{one['sparsity']:.2%}", f"{one['bytes'] / 1000:.0f}")
+            for one in masked
+        ],
     )
     pruned, missed = schedules(original, task, given.test, given.epochs)
     show_table(

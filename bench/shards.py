@@ -58,7 +58,10 @@ def write(folder: Path, images: int, shards: int) -> None:
     bounds = np.linspace(0, images, shards + 1).astype(int)
     for shard, (first, last) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist())):
         index = np.arange(first, last)
-        kinds = np.where(index % EVERY == 17, KINDS, index % KINDS), np.where(index % EVERY == 23, CLASSES, index % CLASSES)
+        kinds = (
+            np.where(index % EVERY == 17, KINDS, index % KINDS),
+            np.where(index % EVERY == 23, CLASSES, index % CLASSES),
+        )
         made = np.stack([block[kind] for block, kind in zip(blocks, kinds)], 1)  # (images, 2, bytes)
         made[:, :, :8] += (index[:, None] // 10 ** np.arange(7, -1, -1) % 10).astype(np.uint8)[:, None]
         header = made[:, :, :512]
@@ -101,7 +104,9 @@ def epoch(task: Classification, batch_size: int, start: int, steps: int | None) 
     total = task.steps("train", batch_size, augment=True)
     peaks, tenths, digest, seen = [0, 0], [0] * 10, hashlib.sha256(), 0
     begun = time.perf_counter()
-    for step, (inputs, targets) in enumerate(task.batches("train", batch_size, shuffle_seed=0, augment=True, start=start), start):
+    for step, (inputs, targets) in enumerate(
+        task.batches("train", batch_size, shuffle_seed=0, augment=True, start=start), start
+    ):
         if steps is not None and step >= start + steps:
             break
         if step == start:
@@ -138,11 +143,15 @@ def decoders(workers: int) -> dict[str, float]:
         for _ in task.batches("train", 32, shuffle_seed=0, augment=True):
             pass
         found["processes"].append(count / (time.perf_counter() - began))
-        decoder = _Decoder(task._source("train"), (3, 224, 224), 0.875, Image.Resampling.BILINEAR, Augmentation(True, None, True))  # type: ignore[arg-type]
+        decoder = _Decoder(
+            task._source("train"), (3, 224, 224), 0.875, Image.Resampling.BILINEAR, Augmentation(True, None, True)
+        )  # type: ignore[arg-type]
         began = time.perf_counter()
         with ThreadPoolExecutor(workers) as pool:
             for batch in torch.arange(count).split(32):
-                images = [one.image for one in pool.map(decoder.__getitem__, [(index, (0, 0)) for index in batch.tolist()])]
+                images = [
+                    one.image for one in pool.map(decoder.__getitem__, [(index, (0, 0)) for index in batch.tolist()])
+                ]
                 task.normalize(torch.stack([one for one in images if one is not None]))
         found["threads"].append(count / (time.perf_counter() - began))
     return {name: sorted(rates)[1] for name, rates in found.items()}
@@ -161,7 +170,9 @@ def main() -> int:
     given = parser.parse_args()
     if given.compare_decoders:
         rates = decoders(given.workers)
-        show_table("decoding JPEG to 224 pixels", ("by", "images/s"), [(name, f"{rate:.0f}") for name, rate in rates.items()])
+        show_table(
+            "decoding JPEG to 224 pixels", ("by", "images/s"), [(name, f"{rate:.0f}") for name, rate in rates.items()]
+        )
         print(json.dumps({"bench": "shards", "workers": given.workers, "decoders": rates}))
         return 0
     begun = time.perf_counter()
@@ -169,7 +180,13 @@ def main() -> int:
     print(f"shards written in {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
     begun = time.perf_counter()
     task = Classification(
-        train=f"tar:{given.folder}", size=SIDE, class_count=CLASSES, mean=0.5, std=0.25, augment="flip", workers=given.workers
+        train=f"tar:{given.folder}",
+        size=SIDE,
+        class_count=CLASSES,
+        mean=0.5,
+        std=0.25,
+        augment="flip",
+        workers=given.workers,
     )
     found = task.length("train")
     indexed = time.perf_counter() - begun

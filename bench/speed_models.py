@@ -17,7 +17,9 @@ def build(name: str) -> nn.Module:
     if name in ("efficientnet_lite0", "vit_tiny"):
         import timm
 
-        network = timm.create_model("vit_tiny_patch16_224" if name == "vit_tiny" else "tf_efficientnet_lite0", pretrained=False)
+        network = timm.create_model(
+            "vit_tiny_patch16_224" if name == "vit_tiny" else "tf_efficientnet_lite0", pretrained=False
+        )
     else:
         import torchvision
 

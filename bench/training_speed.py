@@ -74,7 +74,9 @@ def bare(student: fx.GraphModule, teacher: fx.GraphModule, task: Classification,
     optimizer = torch.optim.SGD(groups, lr=LR, momentum=MOMENTUM, weight_decay=DECAY, nesterov=True, fused=True)
     done, epoch, begun = 0, 0, 0.0
     while done <= given.steps:
-        for inputs, targets in task.batches("train", given.batch_size, shuffle_seed=0, augment=True, epoch=epoch, device=device):
+        for inputs, targets in task.batches(
+            "train", given.batch_size, shuffle_seed=0, augment=True, epoch=epoch, device=device
+        ):
             if done == given.warm:
                 _wait(device)
                 begun = time.perf_counter()
@@ -92,7 +94,11 @@ def bare(student: fx.GraphModule, teacher: fx.GraphModule, task: Classification,
 
 
 def ours(
-    student: fx.GraphModule, teacher: fx.GraphModule, task: Classification, given: argparse.Namespace, cache: Path | None = None
+    student: fx.GraphModule,
+    teacher: fx.GraphModule,
+    task: Classification,
+    given: argparse.Namespace,
+    cache: Path | None = None,
 ) -> tuple[float, float]:
     """(images a second, the loader's share) of the loop, from the task's own clock: the time between the batch after the warm-up and the end."""
     timed = Timed(task, given.warm, torch.device(given.device))
@@ -138,7 +144,13 @@ def arguments() -> argparse.Namespace:
     option("--repeats", type=int, default=5)
     option("--student", type=int, choices=real_data.DEPTHS, default=20, help="its depth")
     option("--teacher", type=int, choices=real_data.DEPTHS, default=56, help="its depth")
-    option("--no-compile", dest="compile", action="store_const", const=False, help="neither loop is compiled (on a CPU none is)")
+    option(
+        "--no-compile",
+        dest="compile",
+        action="store_const",
+        const=False,
+        help="neither loop is compiled (on a CPU none is)",
+    )
     option("--check", action="store_true")
     given = parser.parse_args()
     cuda = given.device == "cuda"
@@ -182,7 +194,11 @@ def main() -> int:
                     found[name] = bare(student, teacher, task, given)
                 else:
                     found[name], share = ours(
-                        student, teacher, task if name == "loop" else still, given, Path(folder) if name == "cached" else None
+                        student,
+                        teacher,
+                        task if name == "loop" else still,
+                        given,
+                        Path(folder) if name == "cached" else None,
                     )
                     found[f"{name} data"] = share
                 torch.compiler.reset()
@@ -197,7 +213,12 @@ def main() -> int:
         ("bare PyTorch", f"{medians['bare']:,.0f}", "", ""),
         ("the loop", f"{medians['loop']:,.0f}", f"{ratios['loop']:.1%} of the bare one", f"{medians['loop data']:.1%}"),
         ("the loop, augmentation off", f"{medians['still']:,.0f}", "", f"{medians['still data']:.1%}"),
-        ("  and the teacher's answers cached", f"{medians['cached']:,.0f}", f"{ratios['cached']:.2f}x", f"{medians['cached data']:.1%}"),
+        (
+            "  and the teacher's answers cached",
+            f"{medians['cached']:,.0f}",
+            f"{ratios['cached']:.2f}x",
+            f"{medians['cached data']:.1%}",
+        ),
     ]
     show_table(
         f"ResNet-{given.teacher} teaches ResNet-{given.student}, batch {given.batch_size}, {given.device}, {given.repeats} turns of {given.steps} steps",

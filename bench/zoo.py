@@ -71,7 +71,11 @@ def timm_model(module: str) -> Made:
 
     model = timm.create_model(smallest(module) if module in timm.models.list_modules() else module)
     channels, side, _ = model.default_cfg["input_size"]
-    sizes = [side] if model.default_cfg.get("fixed_input_size") else [size for size in (96, 128, 160, 192, 224) if size < side] + [side]
+    sizes = (
+        [side]
+        if model.default_cfg.get("fixed_input_size")
+        else [size for size in (96, 128, 160, 192, 224) if size < side] + [side]
+    )
     return model, [images(size, channels) for size in sizes]
 
 

@@ -45,7 +45,9 @@ def available(kind: str) -> list[str]:
 def choice_class(kind: str, name: str) -> Any:
     """The dataclass in ``rarefy/<kind>/<name>.py``."""
     if name not in available(kind):
-        raise InputError(f"{kind}: unknown choice {name!r}; have {', '.join(available(kind))}, or give package.module:Class")
+        raise InputError(
+            f"{kind}: unknown choice {name!r}; have {', '.join(available(kind))}, or give package.module:Class"
+        )
     module = importlib.import_module(f"{KINDS[kind]}.{name}")
     found = [
         value
@@ -91,7 +93,9 @@ def describe(choice: Any) -> str:
     if isinstance(choice, str):
         return choice
     cls = type(choice)
-    name = cls.__module__.rsplit(".", 1)[1] if cls.__module__.startswith("rarefy.") else f"{cls.__module__}:{cls.__name__}"
+    name = (
+        cls.__module__.rsplit(".", 1)[1] if cls.__module__.startswith("rarefy.") else f"{cls.__module__}:{cls.__name__}"
+    )
     if not dataclasses.is_dataclass(choice):
         return name
     options = [

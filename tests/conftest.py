@@ -41,7 +41,11 @@ def _seeds_and_globals() -> Iterator[None]:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 (the libraries under test use it)
     torch.manual_seed(0)
-    threads, dtype, deterministic = torch.get_num_threads(), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
+    threads, dtype, deterministic = (
+        torch.get_num_threads(),
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
     yield
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)

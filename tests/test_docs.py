@@ -27,7 +27,9 @@ class MyScore:
 
 
 def blocks(file: str, language: str) -> list[str]:
-    fences = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / file).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    fences = re.findall(
+        r"^```(\w*)\n(.*?)^```$", (ROOT / file).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+    )
     return [block for named, block in fences if named == language]
 
 
@@ -84,5 +86,7 @@ def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         code = main.run(arguments)
         out, err = capsys.readouterr()
         # A budget may be missed on a busy machine; anything else must go well.
-        assert code == 0 or (code == 1 and arguments[0] in ("compress", "run")), f"rarefy {shlex.join(arguments)}: {err}"
+        assert code == 0 or (code == 1 and arguments[0] in ("compress", "run")), (
+            f"rarefy {shlex.join(arguments)}: {err}"
+        )
         assert out

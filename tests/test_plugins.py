@@ -58,7 +58,9 @@ def test_each_choice_is_described_as_text_that_makes_it_again(kind: str, name: s
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         try:
-            other = dataclasses.replace(made, **{field.name: value + 1 if isinstance(value, int) else value * 0.5 or 0.25})
+            other = dataclasses.replace(
+                made, **{field.name: value + 1 if isinstance(value, int) else value * 0.5 or 0.25}
+            )
         except (InputError, ValueError, TypeError):  # outside its range
             continue
         text = plugins.describe(other)

@@ -110,7 +110,23 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], int]] = {
     "operator.getitem": (operator.getitem, 2),
     **{
         f"operator.{name}": (getattr(operator, name), 2)
-        for name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "pow", "eq", "ne", "lt", "le", "gt", "ge", "and_", "or_")
+        for name in (
+            "add",
+            "sub",
+            "mul",
+            "floordiv",
+            "truediv",
+            "mod",
+            "pow",
+            "eq",
+            "ne",
+            "lt",
+            "le",
+            "gt",
+            "ge",
+            "and_",
+            "or_",
+        )
     },
     **{f"operator.{name}": (getattr(operator, name), 1) for name in ("neg", "pos")},
     **{f"math.{name}": (getattr(math, name), 1) for name in ("ceil", "floor", "trunc", "sqrt")},
@@ -162,7 +178,9 @@ def function_named(name: str) -> Any:
         raise FormatError(f"calls {name[:80]!r}, which is not in the list of operators a saved graph may call")
     packet = getattr(torch.ops.aten, match[2], None)
     if packet is None or match[3] not in packet.overloads():
-        raise FormatError(f"calls {name}, which torch {torch.__version__} does not have; load with the torch that manifest.json names")
+        raise FormatError(
+            f"calls {name}, which torch {torch.__version__} does not have; load with the torch that manifest.json names"
+        )
     overload = getattr(packet, match[3])
     if overload._schema.is_mutable:
         raise FormatError(f"calls {name}, which changes its argument")
@@ -217,7 +235,13 @@ def _fits(value: Any, kind: str, yields: Mapping[fx.Node, str]) -> bool:
 
 
 def _check_sizes(target: Any, name: str, argument: str, value: Any, kind: str) -> None:
-    numbers = [value] if type(value) is int else [item for item in value if type(item) is int] if isinstance(value, (list, tuple)) else []
+    numbers = (
+        [value]
+        if type(value) is int
+        else [item for item in value if type(item) is int]
+        if isinstance(value, (list, tuple))
+        else []
+    )
     if "int" not in kind or not numbers:
         return
     whole = math.prod(max(abs(number), 1) for number in numbers) if argument in _SIZES else max(map(abs, numbers))
@@ -238,7 +262,15 @@ def _check_arange(target: Any, given: Mapping[str, Any]) -> None:
 def _yielded(returns: Sequence[str]) -> str:
     if len(returns) == 1:
         kind = returns[0]
-        return TENSOR if kind == "Tensor" else TENSORS if kind == "List[Tensor]" else LIST if kind.startswith("List[") else NUMBER
+        return (
+            TENSOR
+            if kind == "Tensor"
+            else TENSORS
+            if kind == "List[Tensor]"
+            else LIST
+            if kind.startswith("List[")
+            else NUMBER
+        )
     return TENSORS if all(kind == "Tensor" for kind in returns) else LIST
 
 

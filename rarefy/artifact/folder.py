@@ -85,7 +85,9 @@ def save(
         raise InputError(f"manifest.environment: {said(environment)} is not a dictionary")
     for name in files or {}:
         if not _FILE_NAME.fullmatch(name) or name.lower() in (GRAPH, WEIGHTS, MANIFEST, SIGNATURE):
-            raise InputError(f"files: {name!r} can't be a file of the folder; use letters, digits, '.', '_', '-', and no name of save's")
+            raise InputError(
+                f"files: {name!r} can't be a file of the folder; use letters, digits, '.', '_', '-', and no name of save's"
+            )
     reserved = extra.keys() & {"format", "schema", "rarefy", "files", "content"}
     if reserved:
         raise InputError(f"manifest: {min(reserved)!r} is written by save; use another key")
@@ -98,9 +100,18 @@ def save(
                 (temporary / name).write_bytes(content)
             else:
                 shutil.copyfile(content, temporary / name)
-        listed = {path.name: {"sha256": _sha256(path), "size": path.stat().st_size} for path in sorted(temporary.iterdir())}
+        listed = {
+            path.name: {"sha256": _sha256(path), "size": path.stat().st_size} for path in sorted(temporary.iterdir())
+        }
         extra["environment"] = {**_environment(), **environment}
-        whole = {**extra, "format": "rarefy", "schema": SCHEMA, "rarefy": _version(), "files": listed, "content": _content(listed)}
+        whole = {
+            **extra,
+            "format": "rarefy",
+            "schema": SCHEMA,
+            "rarefy": _version(),
+            "files": listed,
+            "content": _content(listed),
+        }
         (temporary / MANIFEST).write_text(json.dumps(whole, indent=1, sort_keys=True, allow_nan=False) + "\n")
     return Path(folder)
 
@@ -134,7 +145,9 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if not os.path.lexists(path / MANIFEST):
         raise FormatError(f"{path}: not a rarefy folder ({MANIFEST} is missing); give one that rarefy saved")
     with _opened(path / MANIFEST) as file:
-        value: dict[str, Any] = restore(strict_json.parse(_read_json_bytes(file, path / MANIFEST), path / MANIFEST), path / MANIFEST)
+        value: dict[str, Any] = restore(
+            strict_json.parse(_read_json_bytes(file, path / MANIFEST), path / MANIFEST), path / MANIFEST
+        )
     check_schema(value, path / MANIFEST)
     files = value.get("files")
     if not isinstance(files, dict):
@@ -166,7 +179,10 @@ def is_artifact(folder: str | os.PathLike[str]) -> bool:
 
 def _described(graph: fx.GraphModule, entropy: bool) -> tuple[str, dict[str, Tensor]]:
     """graph.json, and the tensors of weights.safetensors."""
-    found = {**dict(graph.named_parameters(remove_duplicate=False)), **dict(graph.named_buffers(remove_duplicate=False))}
+    found = {
+        **dict(graph.named_parameters(remove_duplicate=False)),
+        **dict(graph.named_buffers(remove_duplicate=False)),
+    }
     bits = {name: width for name, width in graph.meta.get("bits", {}).items() if name in found}
     sparse = {id(found[name]) for name in graph.meta.get("sparse", []) if name in found}
     entries: dict[str, dict[str, Any]] = {}
@@ -179,7 +195,9 @@ def _described(graph: fx.GraphModule, entropy: bool) -> tuple[str, dict[str, Ten
             entries[name] = {"kind": entry["kind"], "same_as": first[id(value)]}
             continue
         if value.dtype not in DTYPES or value.layout != torch.strided:
-            raise FormatError(f"{name}: a tensor of {value.dtype} ({value.layout}) has no place in safetensors; convert it first")
+            raise FormatError(
+                f"{name}: a tensor of {value.dtype} ({value.layout}) has no place in safetensors; convert it first"
+            )
         small = id(value) in sparse and value.is_floating_point() and packing.sparse_size(value) < value.nbytes
         if small:
             entry["stored"] = "sparse"
@@ -190,7 +208,9 @@ def _described(graph: fx.GraphModule, entropy: bool) -> tuple[str, dict[str, Ten
 def _stored(name: str, value: Tensor, bits: int | None, entry: dict[str, Any], entropy: bool) -> Tensor:
     """The tensor as safetensors holds it; says in ``entry`` how, where it is not as it is."""
     plain = value.detach().to(device="cpu", memory_format=torch.contiguous_format, copy=True)
-    if bits is None and (not entropy or value.dtype not in (torch.int8, torch.uint8) or isinstance(value, nn.Parameter)):
+    if bits is None and (
+        not entropy or value.dtype not in (torch.int8, torch.uint8) or isinstance(value, nn.Parameter)
+    ):
         return plain
     try:
         packed = packing.pack(plain, 8 if bits is None else bits)
@@ -237,13 +257,23 @@ def _read_header(file: BufferedReader, size: int, path: Path) -> tuple[dict[str,
         at = f"{path}: tensor {said(name)}"
         expect(isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}, at, "has other keys")
         offsets = entry["data_offsets"]
-        expect(isinstance(offsets, list) and len(offsets) == 2 and all(map(is_size, offsets)), at, f"has the offsets {said(offsets)}")
-        good = isinstance(entry["shape"], list) and len(entry["shape"]) <= MOST_AXES and all(map(is_size, entry["shape"]))
+        expect(
+            isinstance(offsets, list) and len(offsets) == 2 and all(map(is_size, offsets)),
+            at,
+            f"has the offsets {said(offsets)}",
+        )
+        good = (
+            isinstance(entry["shape"], list) and len(entry["shape"]) <= MOST_AXES and all(map(is_size, entry["shape"]))
+        )
         expect(good, at, f"has the shape {said(entry['shape'])}")
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = entry["data_offsets"]
         good = begin == position <= end <= size - 8 - length
-        expect(good, f"{path}: tensor {said(name)}", f"has the offsets {begin} to {end}, after {position} of {size - 8 - length}")
+        expect(
+            good,
+            f"{path}: tensor {said(name)}",
+            f"has the offsets {begin} to {end}, after {position} of {size - 8 - length}",
+        )
         position = end
     expect(position == size - 8 - length, path, f"holds {size - 8 - length} bytes, its tensors {position}")
     return header, 8 + length
@@ -289,7 +319,9 @@ def _meta_tensors(graph: nn.Module) -> dict[str, Tensor]:
 def _check_hash(path: Path, size: int, digest: str, listed: Mapping[str, Any]) -> None:
     if size != listed["size"] or digest != listed["sha256"]:
         what = f"{size} bytes, listed {listed['size']}" if size != listed["size"] else "other bytes"
-        raise FormatError(f"{path}: differs from what {MANIFEST} lists ({what}); it was damaged or edited: copy the folder again")
+        raise FormatError(
+            f"{path}: differs from what {MANIFEST} lists ({what}); it was damaged or edited: copy the folder again"
+        )
 
 
 @contextlib.contextmanager
@@ -323,11 +355,22 @@ def _check_replaceable(target: Path) -> None:
     if not found:
         return
     try:
-        known = read_manifest(target)["files"].keys() | {MANIFEST, SIGNATURE, "model.onnx", "model.zip", "report.html", "report.json"}
+        known = read_manifest(target)["files"].keys() | {
+            MANIFEST,
+            SIGNATURE,
+            "model.onnx",
+            "model.zip",
+            "report.html",
+            "report.json",
+        }
     except FormatError as error:
-        raise InputError(f"{target}: exists and is not a rarefy folder; choose another name, or move it away") from error
+        raise InputError(
+            f"{target}: exists and is not a rarefy folder; choose another name, or move it away"
+        ) from error
     if found - known:
-        raise InputError(f"{target}: holds {min(found - known)!r}, which rarefy did not write; move it, or choose another name")
+        raise InputError(
+            f"{target}: holds {min(found - known)!r}, which rarefy did not write; move it, or choose another name"
+        )
 
 
 @contextlib.contextmanager
@@ -389,11 +432,18 @@ def _sha256(path: Path) -> str:
 
 
 def _content(listed: Mapping[str, Mapping[str, Any]]) -> str:
-    return hashlib.sha256("".join(f"{listed[name]['sha256']}  {name}\n" for name in (GRAPH, WEIGHTS)).encode()).hexdigest()
+    return hashlib.sha256(
+        "".join(f"{listed[name]['sha256']}  {name}\n" for name in (GRAPH, WEIGHTS)).encode()
+    ).hexdigest()
 
 
 def _environment() -> dict[str, Any]:
-    return {"python": platform.python_version(), "torch": torch.__version__, "system": platform.system(), "machine": platform.machine()}
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": platform.system(),
+        "machine": platform.machine(),
+    }
 
 
 def _version() -> str:

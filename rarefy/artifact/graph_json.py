@@ -40,7 +40,8 @@ DTYPES = {
 }  # fmt: skip
 BY_NAME = {dtype_name(dtype): dtype for dtype in [*DTYPES, torch.complex128]}
 _MEMORY_FORMATS = {
-    str(value).removeprefix("torch."): value for value in (torch.contiguous_format, torch.preserve_format, torch.channels_last)
+    str(value).removeprefix("torch."): value
+    for value in (torch.contiguous_format, torch.preserve_format, torch.channels_last)
 }
 
 # Limits of a file; the largest model of torchvision and timm has 6,000 nodes and 2,000 tensors in 1,500 modules.
@@ -144,12 +145,20 @@ def read(data: bytes, where: str) -> dict[str, Any]:
     """graph.json, checked as far as it can be without building anything: keys, tensors, meta."""
     value = parse(data, where)
     check_schema(value, where)
-    expect(value.keys() == {"format", "schema", "meta", "nodes", "tensors"}, where, f"has the keys {said(sorted(value))}")
+    expect(
+        value.keys() == {"format", "schema", "meta", "nodes", "tensors"}, where, f"has the keys {said(sorted(value))}"
+    )
     tensors = value["tensors"]
-    expect(isinstance(tensors, dict) and len(tensors) <= MOST_TENSORS, where, f"tensors is no object of at most {MOST_TENSORS}")
+    expect(
+        isinstance(tensors, dict) and len(tensors) <= MOST_TENSORS,
+        where,
+        f"tensors is no object of at most {MOST_TENSORS}",
+    )
     for name, entry in tensors.items():
         _check_tensor_entry(name, entry, tensors, where)
-    inner = {".".join(parts[:count]) for parts in (name.split(".") for name in tensors) for count in range(1, len(parts))}
+    inner = {
+        ".".join(parts[:count]) for parts in (name.split(".") for name in tensors) for count in range(1, len(parts))
+    }
     expect(len(inner) <= MOST_TENSORS, where, f"has its tensors in {len(inner)} modules (at most {MOST_TENSORS})")
     for name in tensors.keys() & inner:
         raise FormatError(f"{where}: {said(name)} is a tensor and a module at once")
@@ -172,7 +181,9 @@ def _check_tensor_entry(name: str, entry: Any, tensors: Mapping[str, Any], where
     expect(kind in ("parameter", "buffer"), at, f"is neither parameter nor buffer but {said(kind)}")
     if "same_as" in entry:
         other = entry["same_as"]
-        expect(entry.keys() == {"kind", "same_as"}, at, f"is another one and has keys of its own: {said(sorted(entry))}")
+        expect(
+            entry.keys() == {"kind", "same_as"}, at, f"is another one and has keys of its own: {said(sorted(entry))}"
+        )
         original = tensors.get(other) if isinstance(other, str) else None
         expect(isinstance(original, dict), at, f"is the same as {said(other)}, which is not there")
         assert original is not None
@@ -186,15 +197,31 @@ def _check_tensor_entry(name: str, entry: Any, tensors: Mapping[str, Any], where
     expect(dtype in DTYPES, at, f"has the dtype {said(entry['dtype'])}")
     assert dtype is not None
     shape = entry["shape"]
-    expect(isinstance(shape, list) and len(shape) <= MOST_AXES and all(map(is_size, shape)), at, f"has the shape {said(shape)}")
+    expect(
+        isinstance(shape, list) and len(shape) <= MOST_AXES and all(map(is_size, shape)),
+        at,
+        f"has the shape {said(shape)}",
+    )
     expect(math.prod(size for size in shape if size) < 2**48, at, f"has the shape {said(shape)}, which no memory holds")
     floats = dtype.is_floating_point or dtype.is_complex
     expect(floats or entry.get("requires_grad") is not True, at, f"of {entry['dtype']} can't require gradients")
-    expect(entry.get("channels_last", True) is True and (len(shape) == 4 or "channels_last" not in entry), at, "can't be channels_last")
+    expect(
+        entry.get("channels_last", True) is True and (len(shape) == 4 or "channels_last" not in entry),
+        at,
+        "can't be channels_last",
+    )
     if entry.get("stored") == "sparse":
-        expect(dtype.is_floating_point and "bits" not in entry, at, f"of {entry['dtype']} can't be stored as sparse weights")
+        expect(
+            dtype.is_floating_point and "bits" not in entry,
+            at,
+            f"of {entry['dtype']} can't be stored as sparse weights",
+        )
     elif "stored" in entry or "bits" in entry:
-        good = entry.get("stored") in ("packed", "zstd") and type(entry.get("bits")) is int and entry["bits"] in packing.WIDTHS
+        good = (
+            entry.get("stored") in ("packed", "zstd")
+            and type(entry.get("bits")) is int
+            and entry["bits"] in packing.WIDTHS
+        )
         what = f"is stored as {said(entry.get('stored'))} of {said(entry.get('bits'))} bits"
         expect(good and dtype in (torch.int8, torch.uint8), at, what)
 
@@ -214,7 +241,11 @@ def _check_meta(meta: Any, tensors: Mapping[str, Any], where: str) -> None:
     sparse = meta.get("sparse", [])
     expect(isinstance(sparse, list), where, "meta.sparse is not a list")
     for name in sparse:
-        expect(isinstance(name, str) and name in tensors, where, f"meta.sparse has {said(name)}, which is no tensor of the file")
+        expect(
+            isinstance(name, str) and name in tensors,
+            where,
+            f"meta.sparse has {said(name)}, which is no tensor of the file",
+        )
     bits = meta.get("bits", {})
     expect(isinstance(bits, dict), where, "meta.bits is not an object")
     for name, width in bits.items():
@@ -257,12 +288,19 @@ def _build_graph(entries: list[Any], tensors: Mapping[str, Any], wanted: int, wh
         at = f"{where}: node {index}"
         expect(isinstance(entry, dict) and {"op", "name"} <= entry.keys() <= _NODE_KEYS, at, "has other keys")
         name, op, target, stack = entry["name"], entry["op"], entry.get("target"), entry.get("stack", "")
-        expect(isinstance(name, str) and _IDENTIFIER.fullmatch(name) and not keyword.iskeyword(name), at, f"can't be named {said(name)}")
+        expect(
+            isinstance(name, str) and _IDENTIFIER.fullmatch(name) and not keyword.iskeyword(name),
+            at,
+            f"can't be named {said(name)}",
+        )
         expect(name not in nodes and name not in _TAKEN, at, f"has the name {said(name)}, which is taken")
         at = f"{where}: node {name}"
         expect(isinstance(stack, str) and len(stack) <= LONGEST_NAME and stack.isprintable(), at, "stack is not a name")
         args = [_decode(value, nodes, at) for value in expected(entry.get("args", []), list, at, "args")]
-        kwargs = {key: _decode(value, nodes, at) for key, value in expected(entry.get("kwargs", {}), dict, at, "kwargs").items()}
+        kwargs = {
+            key: _decode(value, nodes, at)
+            for key, value in expected(entry.get("kwargs", {}), dict, at, "kwargs").items()
+        }
         expect(not kwargs or op == "call_function", at, "has keyword arguments, which only operators have")
         expect(not args or op in ("call_function", "output"), at, "has arguments, which only operators have")
         if op == "call_function":
@@ -275,8 +313,16 @@ def _build_graph(entries: list[Any], tensors: Mapping[str, Any], wanted: int, wh
             kind = allowlist.NUMBER if target == "training" else allowlist.TENSOR
             node = graph.create_node(op, target, name=name)
         elif op == "placeholder":
-            same = isinstance(target, str) and _IDENTIFIER.fullmatch(target) and re.fullmatch(re.escape(target) + r"(_\d+)?", name)
-            expect(same and target not in _TAKEN and not keyword.iskeyword(target), at, f"is an input of another name, {said(target)}")
+            same = (
+                isinstance(target, str)
+                and _IDENTIFIER.fullmatch(target)
+                and re.fullmatch(re.escape(target) + r"(_\d+)?", name)
+            )
+            expect(
+                same and target not in _TAKEN and not keyword.iskeyword(target),
+                at,
+                f"is an input of another name, {said(target)}",
+            )
             expect(target not in inputs, at, f"is a second input {said(target)}")
             inputs.add(target)
             kind = allowlist.TENSOR
@@ -301,7 +347,11 @@ def _decode(value: Any, nodes: Mapping[str, fx.Node], at: str) -> Any:
         expect(len(value) <= LONGEST_TEXT, at, "has an argument of more than 10,000 letters")
         return value
     if not isinstance(value, dict):
-        expect(type(value) is not int or abs(value) < 2**63, at, f"has the argument {said(value)}, which is no 64-bit number")
+        expect(
+            type(value) is not int or abs(value) < 2**63,
+            at,
+            f"has the argument {said(value)}, which is no 64-bit number",
+        )
         return value
     expect(len(value) == 1, at, f"has the argument {said(value)}")
     ((kind, inner),) = value.items()
@@ -335,4 +385,8 @@ def check_schema(value: Any, where: str | Path) -> None:
     expect(isinstance(value, dict) and value.get("format") == "rarefy", where, "is not rarefy's")
     schema = value.get("schema")
     expect(type(schema) is int and schema >= 1, where, f"has the schema {said(schema)}")
-    expect(schema <= SCHEMA, where, f"has schema {schema}, of a newer rarefy (this one reads {SCHEMA}); pip install -U rarefy")
+    expect(
+        schema <= SCHEMA,
+        where,
+        f"has schema {schema}, of a newer rarefy (this one reads {SCHEMA}); pip install -U rarefy",
+    )

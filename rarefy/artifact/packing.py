@@ -114,7 +114,9 @@ def entropy_decode(frame: Tensor, bits: int, shape: Sequence[int], dtype: torch.
         raise FormatError("entropy-coded codes are stored as bytes in one axis")
     data = frame.cpu().numpy().tobytes()
     if size > LARGEST_RATIO * len(data):
-        raise FormatError(f"{size} bytes of codes in {len(data)}: more than {LARGEST_RATIO} to 1, which no saved model has")
+        raise FormatError(
+            f"{size} bytes of codes in {len(data)}: more than {LARGEST_RATIO} to 1, which no saved model has"
+        )
     try:
         claimed = zstandard.get_frame_parameters(data).content_size
         if claimed != size:
@@ -125,7 +127,9 @@ def entropy_decode(frame: Tensor, bits: int, shape: Sequence[int], dtype: torch.
     codes = unpack(torch.from_numpy(np.frombuffer(stream, np.uint8).copy()), _WHOLE[bits], shape, dtype)
     low, high = code_range(bits, dtype)
     if codes.numel() and (int(codes.min()) < low or int(codes.max()) > high):
-        raise FormatError(f"codes from {int(codes.min())} to {int(codes.max())} in a tensor of {bits} bits ({low} to {high})")
+        raise FormatError(
+            f"codes from {int(codes.min())} to {int(codes.max())} in a tensor of {bits} bits ({low} to {high})"
+        )
     return codes
 
 
@@ -158,7 +162,9 @@ def sparse_unpack(packed: Tensor, shape: Sequence[int], dtype: torch.dtype) -> T
     present = np.unpackbits(bits, count=count, bitorder="little")
     stored = int(present.sum())
     if packed.numel() != size + stored * dtype.itemsize:
-        raise FormatError(f"{stored} of {count} sparse weights take {size + stored * dtype.itemsize} bytes, not {packed.numel()}")
+        raise FormatError(
+            f"{stored} of {count} sparse weights take {size + stored * dtype.itemsize} bytes, not {packed.numel()}"
+        )
     if count % 8 and int(bits[-1]) >> (count % 8):
         raise FormatError(f"the last byte of {count} sparse weights' bits ends in bits that are not zero")
     values = stream[size:].reshape(stored, dtype.itemsize)

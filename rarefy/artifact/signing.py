@@ -56,7 +56,9 @@ def keygen(path: PathLike, *, password: str | None = None) -> tuple[Path, Path]:
         _write_new(private, secret, 0o600)
         _write_new(public, known, 0o644)
     except OSError as error:
-        raise InputError(f"{error.filename or private}: can't be written ({error.strerror}); choose another place for the key") from error
+        raise InputError(
+            f"{error.filename or private}: can't be written ({error.strerror}); choose another place for the key"
+        ) from error
     return private, public
 
 
@@ -95,7 +97,9 @@ def sign(
         if sigstore:
             config.use_sigstore_signer(**({} if sigstore is True else sigstore))
         elif certificate is not None:
-            config.use_certificate_signer(private_key=key, signing_certificate=certificate, certificate_chain=list(chain))
+            config.use_certificate_signer(
+                private_key=key, signing_certificate=certificate, certificate_chain=list(chain)
+            )
         else:
             config.use_elliptic_key_signer(private_key=key, password=password.encode() if password else None)
     except (OSError, ValueError, TypeError) as error:
@@ -151,7 +155,9 @@ def verify(
     except Exception as error:  # a hostile signature may raise anything in the library's parsers
         if "Signature mismatch" in str(error):
             raise SignatureRefused(f"{root}: {_differences(root, names, signed) or _line(error)}") from error
-        raise SignatureRefused(f"{root}: {SIGNATURE} was changed, or made with another key than this ({_line(error)})") from error
+        raise SignatureRefused(
+            f"{root}: {SIGNATURE} was changed, or made with another key than this ({_line(error)})"
+        ) from error
     if set(names) != signed.keys():
         raise SignatureRefused(f"{root}: {_differences(root, names, signed)}")
     return names
@@ -202,8 +208,14 @@ def _signed(root: Path, has_key: bool) -> dict[str, str]:
         predicate = statement["predicate"]
         if named and statement["predicateType"] == _PREDICATE:
             sharded = predicate["serialization"]["method"] == "shards"
-            listed = [(entry["name"].rsplit(":", 2)[0] if sharded else entry["name"], entry) for entry in predicate["resources"]]
-            return {name: entry["digest"] if entry["algorithm"] == "sha256" and not sharded else "" for name, entry in listed}
+            listed = [
+                (entry["name"].rsplit(":", 2)[0] if sharded else entry["name"], entry)
+                for entry in predicate["resources"]
+            ]
+            return {
+                name: entry["digest"] if entry["algorithm"] == "sha256" and not sharded else ""
+                for name, entry in listed
+            }
     raise SignatureRefused(f"{path}: is no signature of this kind; sign the folder again")
 
 

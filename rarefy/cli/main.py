@@ -46,7 +46,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _program(
-    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_version, help="Show the version and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Show the version and exit.")
+    ] = False,
 ) -> None: ...
 
 
@@ -58,16 +60,30 @@ _BUDGET = "Budget: leave out what does not matter"
 @dataclass
 class ModelOptions:
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="timm:NAME, torchvision:NAME, package.module:function, a saved folder, or a .pt2 file.")
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="timm:NAME, torchvision:NAME, package.module:function, a saved folder, or a .pt2 file.",
+        ),
     ]
     weights: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Weights: .safetensors, or a checkpoint of a state_dict.", rich_help_panel=_MODEL)
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Weights: .safetensors, or a checkpoint of a state_dict.", rich_help_panel=_MODEL
+        ),
     ] = None
     classes: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Outputs of the classifier, where the source builds one.", rich_help_panel=_MODEL)
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Outputs of the classifier, where the source builds one.", rich_help_panel=_MODEL
+        ),
     ] = None
-    input: Annotated[str | None, typer.Option(metavar="C,H,W", help="Shape of an input, without the batch.", rich_help_panel=_MODEL)] = None
-    core: Annotated[str | None, typer.Option(metavar="NAME", help="Take this submodule only.", rich_help_panel=_MODEL)] = None
+    input: Annotated[
+        str | None, typer.Option(metavar="C,H,W", help="Shape of an input, without the batch.", rich_help_panel=_MODEL)
+    ] = None
+    core: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Take this submodule only.", rich_help_panel=_MODEL)
+    ] = None
 
 
 @dataclass
@@ -83,24 +99,35 @@ class DataOptions:
     train: Annotated[str | None, typer.Option(metavar="SOURCE", help="Training data.", rich_help_panel=_DATA)] = None
     val: Annotated[str | None, typer.Option(metavar="SOURCE", help="Validation data.", rich_help_panel=_DATA)] = None
     image_size: Annotated[
-        int | None, typer.Option(metavar="PIXELS", min=1, help="Side of the model's square input.", rich_help_panel=_DATA)
+        int | None,
+        typer.Option(metavar="PIXELS", min=1, help="Side of the model's square input.", rich_help_panel=_DATA),
     ] = None
     channels: Annotated[int | None, typer.Option(metavar="N", help="1 or 3.", rich_help_panel=_DATA)] = None
     class_count: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Classes, where the data does not show them all.", rich_help_panel=_DATA)
+        int | None,
+        typer.Option(metavar="N", min=1, help="Classes, where the data does not show them all.", rich_help_panel=_DATA),
     ] = None
     mean: Annotated[
-        str | None, typer.Option(metavar="R,G,B", help="Mean of each channel, of pixels from 0 to 1.", rich_help_panel=_DATA)
+        str | None,
+        typer.Option(metavar="R,G,B", help="Mean of each channel, of pixels from 0 to 1.", rich_help_panel=_DATA),
     ] = None
-    std: Annotated[str | None, typer.Option(metavar="R,G,B", help="Standard deviation of each channel.", rich_help_panel=_DATA)] = None
+    std: Annotated[
+        str | None, typer.Option(metavar="R,G,B", help="Standard deviation of each channel.", rich_help_panel=_DATA)
+    ] = None
     crop: Annotated[
-        float | None, typer.Option(metavar="SHARE", help="Share of the resized image that evaluation sees.", rich_help_panel=_DATA)
+        float | None,
+        typer.Option(metavar="SHARE", help="Share of the resized image that evaluation sees.", rich_help_panel=_DATA),
     ] = None
     augment: Annotated[
-        str | None, typer.Option(metavar="LIST", help="What varies training images: crop,flip or none.", rich_help_panel=_DATA)
+        str | None,
+        typer.Option(metavar="LIST", help="What varies training images: crop,flip or none.", rich_help_panel=_DATA),
     ] = None
-    interpolation: Annotated[str | None, typer.Option(metavar="NAME", help="nearest, bilinear or bicubic.", rich_help_panel=_DATA)] = None
-    workers: Annotated[int | None, typer.Option(metavar="N", min=0, help="Processes that decode images.", rich_help_panel=_DATA)] = None
+    interpolation: Annotated[
+        str | None, typer.Option(metavar="NAME", help="nearest, bilinear or bicubic.", rich_help_panel=_DATA)
+    ] = None
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="Processes that decode images.", rich_help_panel=_DATA)
+    ] = None
     strict: Annotated[
         bool | None,
         typer.Option(
@@ -137,10 +164,15 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Batch = Annotated[int, typer.Option(metavar="N", min=1, help="Images at a time.")]
 Runtime = Annotated[str, typer.Option(metavar="NAME", help="Where the model will run; see `rarefy list runtimes`.")]
 Key = Annotated[str | None, typer.Option(metavar="FILE", help="Sign the result with this private key.")]
-Chain = Annotated[list[str] | None, typer.Option(metavar="FILE", help="A certificate up to the root (PEM); may be given more than once.")]
+Chain = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FILE", help="A certificate up to the root (PEM); may be given more than once."),
+]
 Reference = Annotated[str | None, typer.Option(metavar="MODEL", help="What to compare with: a source, like MODEL.")]
 ReferenceWeights = Annotated[str | None, typer.Option(metavar="FILE", help="The reference's weights.")]
-Ignore = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Layers to leave alone; may be given more than once.")]
+Ignore = Annotated[
+    list[str] | None, typer.Option(metavar="GLOB", help="Layers to leave alone; may be given more than once.")
+]
 
 
 def grouped(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -154,7 +186,9 @@ def grouped(function: Callable[..., Any]) -> Callable[..., Any]:
             groups[parameter.name] = hint
             fields = typing.get_type_hints(hint, include_extras=True)
             parameters += [
-                inspect.Parameter(field.name, parameter.KEYWORD_ONLY, default=_default(field), annotation=fields[field.name])
+                inspect.Parameter(
+                    field.name, parameter.KEYWORD_ONLY, default=_default(field), annotation=fields[field.name]
+                )
                 for field in dataclasses.fields(hint)
             ]
         else:
@@ -162,12 +196,15 @@ def grouped(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def command(**given: Any) -> Any:
         packed = {
-            name: group(**{field.name: given.pop(field.name) for field in dataclasses.fields(group)}) for name, group in groups.items()
+            name: group(**{field.name: given.pop(field.name) for field in dataclasses.fields(group)})
+            for name, group in groups.items()
         }
         return function(**packed, **given)
 
     command.__name__, command.__doc__ = function.__name__, function.__doc__
-    command.__signature__ = inspect.Signature(sorted(parameters, key=lambda item: item.default is not inspect.Parameter.empty))  # type: ignore[attr-defined]
+    command.__signature__ = inspect.Signature(
+        sorted(parameters, key=lambda item: item.default is not inspect.Parameter.empty)
+    )  # type: ignore[attr-defined]
     return command
 
 
@@ -182,13 +219,16 @@ def compress(
     data: DataOptions,
     output: Output,
     max_drop: Annotated[
-        str | None, typer.Option(metavar="SHARE", help="Accuracy that may be lost: 0.5% or 0.005.", rich_help_panel=_BUDGET)
+        str | None,
+        typer.Option(metavar="SHARE", help="Accuracy that may be lost: 0.5% or 0.005.", rich_help_panel=_BUDGET),
     ] = None,
     speedup: Annotated[
-        float | None, typer.Option(metavar="RATIO", help="How many times faster on the runtime.", rich_help_panel=_BUDGET)
+        float | None,
+        typer.Option(metavar="RATIO", help="How many times faster on the runtime.", rich_help_panel=_BUDGET),
     ] = None,
     size: Annotated[
-        str | None, typer.Option(metavar="BYTES", help="Largest size of the weights on disk: 500kB, 2MB.", rich_help_panel=_BUDGET)
+        str | None,
+        typer.Option(metavar="BYTES", help="Largest size of the weights on disk: 500kB, 2MB.", rich_help_panel=_BUDGET),
     ] = None,
     step: Annotated[
         list[str] | None,
@@ -225,7 +265,9 @@ def compress(
 @app.command("run")
 def run_recipe(
     path: Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file.")],
-    output: Annotated[str | None, typer.Option("-o", "--output", metavar="FOLDER", help="In place of the recipe's output.")] = None,
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", metavar="FOLDER", help="In place of the recipe's output.")
+    ] = None,
     key: Key = None,
     as_json: Json = False,
 ) -> None:
@@ -283,16 +325,27 @@ def prune(
     data: DataOptions,
     output: Annotated[str | None, typer.Option("-o", "--output", metavar="PATH", help="Where the result goes.")] = None,
     keep: Annotated[float | None, typer.Option(metavar="SHARE", help="Share of the channels to keep.")] = None,
-    macs: Annotated[float | None, typer.Option(metavar="SHARE", help="MACs that may remain: a share, or a number above 1.")] = None,
-    params: Annotated[float | None, typer.Option(metavar="SHARE", help="Parameters that may remain: a share, or a number above 1.")] = None,
+    macs: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="MACs that may remain: a share, or a number above 1.")
+    ] = None,
+    params: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Parameters that may remain: a share, or a number above 1.")
+    ] = None,
     speedup: Annotated[
         float | None,
-        typer.Option(metavar="RATIO", help="Times as fast as the original, measured on --runtime; widths follow its kernels' times."),
+        typer.Option(
+            metavar="RATIO",
+            help="Times as fast as the original, measured on --runtime; widths follow its kernels' times.",
+        ),
     ] = None,
     runtime: Runtime = "onnxruntime",
-    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="Of the runtime, for --speedup; default 1.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Of the runtime, for --speedup; default 1.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Samples a run, for --speedup.")] = 1,
-    criterion: Annotated[str, typer.Option(metavar="CHOICE", help="What a channel is worth; see `rarefy list criteria`.")] = "magnitude",
+    criterion: Annotated[
+        str, typer.Option(metavar="CHOICE", help="What a channel is worth; see `rarefy list criteria`.")
+    ] = "magnitude",
     ranking: Annotated[
         str,
         typer.Option(
@@ -301,7 +354,8 @@ def prune(
         ),
     ] = "global",
     round_to: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Channels left are a multiple of this; with --speedup 8 unless given.")
+        int,
+        typer.Option(metavar="N", min=1, help="Channels left are a multiple of this; with --speedup 8 unless given."),
     ] = 1,
     floor: Annotated[float, typer.Option(metavar="SHARE", help="Share of any layer that stays in any case.")] = 0.1,
     ignore: Ignore = None,
@@ -309,14 +363,22 @@ def prune(
         str, typer.Option(metavar="NAME", help="Of attention: dims, the same of each head leave; whole: heads leave.")
     ] = "dims",
     select: Annotated[
-        str, typer.Option(metavar="CHOICE", help="How scores decide: best, or sample:temperature=1; see `rarefy list selection`.")
+        str,
+        typer.Option(
+            metavar="CHOICE", help="How scores decide: best, or sample:temperature=1; see `rarefy list selection`."
+        ),
     ] = "best",
     schedule: Annotated[
-        str, typer.Option(metavar="CHOICE", help="oneshot, iterative:rounds=5, group_sparse:epochs=10; see `rarefy list schedules`.")
+        str,
+        typer.Option(
+            metavar="CHOICE", help="oneshot, iterative:rounds=5, group_sparse:epochs=10; see `rarefy list schedules`."
+        ),
     ] = "oneshot",
     check: Annotated[bool, typer.Option(help="Compare with the masked original.")] = True,
     repair: Annotated[bool, typer.Option(help="Mend it on 512 training images, without training.")] = False,
-    explain: Annotated[bool, typer.Option("--explain", help="Only show what would leave together, and what can't leave and why.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Only show what would leave together, and what can't leave and why.")
+    ] = False,
     seed: Seed = 0,
     device: Device = None,
     as_json: Json = False,
@@ -324,7 +386,12 @@ def prune(
     """Remove whole channels. Data is only needed to repair, by criteria that look at it, and by schedules that train: these go on after a kill."""
     from rarefy import plugins
 
-    for kind, choice in (("criteria", criterion), ("runtimes", runtime), ("selection", select), ("schedules", schedule)):
+    for kind, choice in (
+        ("criteria", criterion),
+        ("runtimes", runtime),
+        ("selection", select),
+        ("schedules", schedule),
+    ):
         plugins.resolve(kind, choice)
     if explain:
         _, graph, _ = _prepared(model, data, needed=False)
@@ -369,10 +436,15 @@ def mask(
     model: ModelOptions,
     data: DataOptions,
     output: Output,
-    sparsity: Annotated[str, typer.Option(metavar="SHARE|N:M", help="0.5: half of the weights become zero; 2:4: of each 4, 2 stay.")],
-    criterion: Annotated[str, typer.Option(metavar="CHOICE", help="What a weight is worth; see `rarefy list saliency`.")] = "magnitude",
+    sparsity: Annotated[
+        str, typer.Option(metavar="SHARE|N:M", help="0.5: half of the weights become zero; 2:4: of each 4, 2 stay.")
+    ],
+    criterion: Annotated[
+        str, typer.Option(metavar="CHOICE", help="What a weight is worth; see `rarefy list saliency`.")
+    ] = "magnitude",
     scope: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Where a share is taken: global, layer or output; default: the criterion's.")
+        str | None,
+        typer.Option(metavar="NAME", help="Where a share is taken: global, layer or output; default: the criterion's."),
     ] = None,
     ignore: Ignore = None,
     seed: Seed = 0,
@@ -387,7 +459,9 @@ def mask(
     plugins.resolve("saliency", criterion)
     folder = _claim_folder(output)
     source, graph, task = _prepared(model, data, needed=False)
-    sparse = verb(graph, sparsity=sparsity, criterion=criterion, scope=scope, ignore=tuple(ignore or ()), task=task, seed=seed)
+    sparse = verb(
+        graph, sparsity=sparsity, criterion=criterion, scope=scope, ignore=tuple(ignore or ()), task=task, seed=seed
+    )
     _save(sparse, folder, source, task, as_json)
 
 
@@ -400,7 +474,10 @@ def distill(
     output: Output,
     teacher: Annotated[
         list[str] | None,
-        typer.Option(metavar="MODEL", help="Who teaches: a source, like MODEL, or several, also as 2*MODEL. Without one, labels alone do."),
+        typer.Option(
+            metavar="MODEL",
+            help="Who teaches: a source, like MODEL, or several, also as 2*MODEL. Without one, labels alone do.",
+        ),
     ] = None,
     teacher_weights: Annotated[
         list[str] | None, typer.Option(metavar="FILE", help="The teacher's weights; one for each, in their order.")
@@ -413,21 +490,30 @@ def distill(
         ),
     ] = None,
     loss: Annotated[
-        str, typer.Option(metavar="CHOICE", help="Distillation loss, or a sum: 'lskd + 50*mse:on=stages'; see `rarefy list losses`.")
+        str,
+        typer.Option(
+            metavar="CHOICE", help="Distillation loss, or a sum: 'lskd + 50*mse:on=stages'; see `rarefy list losses`."
+        ),
     ] = "lskd",
-    preset: Annotated[str | None, typer.Option(metavar="NAME", help="fast, normal or patient; what else you say goes before it.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="fast, normal or patient; what else you say goes before it.")
+    ] = None,
     epochs: Annotated[int, typer.Option(metavar="N", min=1, help="Times through the training data.")] = 30,
     steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="In place of epochs.")] = None,
     batch_size: Batch = 128,
     accumulate: Annotated[int, typer.Option(metavar="N", min=1, help="A batch is done in so many parts.")] = 1,
     optimizer: Annotated[str, typer.Option(metavar="NAME", help="sgd or adamw.")] = "sgd",
-    lr: Annotated[float | None, typer.Option(metavar="RATE", help="Peak learning rate; default 0.05 for sgd, 0.001 for adamw.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(metavar="RATE", help="Peak learning rate; default 0.05 for sgd, 0.001 for adamw.")
+    ] = None,
     momentum: Annotated[float, typer.Option(metavar="SHARE", help="Of sgd.")] = 0.9,
     weight_decay: Annotated[float, typer.Option(metavar="RATE", help="Pull of the weights towards 0.")] = 5e-4,
     warmup: Annotated[float, typer.Option(metavar="SHARE", help="Share of the run with a rising rate.")] = 0.05,
     clip: Annotated[float, typer.Option(metavar="NORM", help="Greatest norm of the gradient; 0: none.")] = 0.0,
     label_smoothing: Annotated[float, typer.Option(metavar="SHARE", help="Of the labels.")] = 0.0,
-    hard_weight: Annotated[float, typer.Option(metavar="WEIGHT", help="Of the loss against labels; 0: unlabelled images do.")] = 1.0,
+    hard_weight: Annotated[
+        float, typer.Option(metavar="WEIGHT", help="Of the loss against labels; 0: unlabelled images do.")
+    ] = 1.0,
     mixup: Annotated[float, typer.Option(metavar="ALPHA", help="0: off.")] = 0.0,
     cutmix: Annotated[float, typer.Option(metavar="ALPHA", help="0: off.")] = 0.0,
     ema: Annotated[float, typer.Option(metavar="DECAY", help="Moving average of the weights; 0: off.")] = 0.0,
@@ -436,16 +522,25 @@ def distill(
     compile: Annotated[str, typer.Option(metavar="HOW", help="auto, no, default or reduce-overhead.")] = "auto",
     validate_every: Annotated[int, typer.Option(metavar="EPOCHS", min=0, help="0: never.")] = 1,
     keep: Annotated[str, typer.Option(metavar="WHICH", help="The last or the best state.")] = "last",
-    patience: Annotated[int, typer.Option(metavar="EPOCHS", min=0, help="Stop after so many without a better state; 0: never.")] = 0,
+    patience: Annotated[
+        int, typer.Option(metavar="EPOCHS", min=0, help="Stop after so many without a better state; 0: never.")
+    ] = 0,
     dot: Annotated[
-        float, typer.Option(metavar="SHARE", help="More momentum for the teacher's gradient, less for the labels'; 0: off.")
+        float,
+        typer.Option(metavar="SHARE", help="More momentum for the teacher's gradient, less for the labels'; 0: off."),
     ] = 0.0,
-    freeze: Annotated[float, typer.Option(metavar="SHARE", help="Of the steps, the last: batch norm's statistics stand still.")] = 0.0,
-    loss_warmup: Annotated[float, typer.Option(metavar="SHARE", help="Of the steps, the first: the teacher's weight rises.")] = 0.0,
+    freeze: Annotated[
+        float, typer.Option(metavar="SHARE", help="Of the steps, the last: batch norm's statistics stand still.")
+    ] = 0.0,
+    loss_warmup: Annotated[
+        float, typer.Option(metavar="SHARE", help="Of the steps, the first: the teacher's weight rises.")
+    ] = 0.0,
     sync_norm: Annotated[
         str, typer.Option(metavar="WHETHER", help="Under torchrun, batch norm looks at the whole batch: yes or no.")
     ] = "yes",
-    live_norm: Annotated[str, typer.Option(metavar="WHETHER", help="In codes, batch norm is put back meanwhile: yes or no.")] = "no",
+    live_norm: Annotated[
+        str, typer.Option(metavar="WHETHER", help="In codes, batch norm is put back meanwhile: yes or no.")
+    ] = "no",
     cache: Annotated[str | None, typer.Option(metavar="FOLDER", help="Keep the teacher's answers there.")] = None,
     logs: Annotated[str | None, typer.Option(metavar="FOLDER", help="For TensorBoard.")] = None,
     seed: Seed = 0,
@@ -468,12 +563,19 @@ def distill(
     if student is not None:
         students.resolve(student)
     if teacher and len(teacher_weights or ()) not in (0, len(teacher)):
-        raise InputError(f"--teacher-weights: {len(teacher_weights or ())} files for {len(teacher)} teachers; give one for each, or none")
+        raise InputError(
+            f"--teacher-weights: {len(teacher_weights or ())} files for {len(teacher)} teachers; give one for each, or none"
+        )
     if cache is not None and not teacher and student is None:
         raise InputError("--cache: keeps a teacher's answers, and there is none; pass --teacher, or leave it out")
     folder = _claim_folder(output)
     source, graph, task = _prepared(model, data)
-    common: dict[str, Any] = {"training": training, "device": _device(device), "checkpoint": f"{folder}.work", "logs": logs}
+    common: dict[str, Any] = {
+        "training": training,
+        "device": _device(device),
+        "checkpoint": f"{folder}.work",
+        "logs": logs,
+    }
     guides = []
     for text, weights in zip(teacher or (), teacher_weights or [""] * len(teacher or ())):
         number, star, name = text.partition("*")
@@ -508,11 +610,20 @@ def quantize(
         ),
     ] = "int8",
     activation_grid: Annotated[
-        str, typer.Option(metavar="GRID", help="uint8, uint4 (simulated), float: weights alone; a layer's input with 'uint4;fc=uint8'.")
+        str,
+        typer.Option(
+            metavar="GRID",
+            help="uint8, uint4 (simulated), float: weights alone; a layer's input with 'uint4;fc=uint8'.",
+        ),
     ] = "uint8",
-    calibration: Annotated[str, typer.Option(metavar="CHOICE", help="Range of the activations; see `rarefy list calibration`.")] = "mse",
+    calibration: Annotated[
+        str, typer.Option(metavar="CHOICE", help="Range of the activations; see `rarefy list calibration`.")
+    ] = "mse",
     weight_calibration: Annotated[
-        str | None, typer.Option(metavar="CHOICE", help="Range of the weights; the same choices; default: minmax at 8 bits, mse below.")
+        str | None,
+        typer.Option(
+            metavar="CHOICE", help="Range of the weights; the same choices; default: minmax at 8 bits, mse below."
+        ),
     ] = None,
     rounding: Annotated[str, typer.Option(metavar="CHOICE", help="See `rarefy list rounding`.")] = "narrow",
     runtime: Runtime = "onnxruntime",
@@ -523,15 +634,26 @@ def quantize(
             help="Equalise channels between layers, and let dead ones carry the noisiest, where that is exact and lowers the noise."
         ),
     ] = True,
-    correct_bias: Annotated[bool, typer.Option(help="Mend the means that rounding moves, and how far the answers vary.")] = True,
+    correct_bias: Annotated[
+        bool, typer.Option(help="Mend the means that rounding moves, and how far the answers vary.")
+    ] = True,
     smooth: Annotated[
-        float | None, typer.Option(metavar="ALPHA", help="SmoothQuant before linear layers that read a norm; 0.5, say; default: not done.")
+        float | None,
+        typer.Option(
+            metavar="ALPHA", help="SmoothQuant before linear layers that read a norm; 0.5, say; default: not done."
+        ),
     ] = None,
     gate: Annotated[
-        str | None, typer.Option(metavar="latency", help="Time each stretch of layers in integers and in float, and keep only what pays.")
+        str | None,
+        typer.Option(
+            metavar="latency", help="Time each stretch of layers in integers and in float, and keep only what pays."
+        ),
     ] = None,
     explain: Annotated[
-        bool, typer.Option("--explain", help="Only show each layer's bits, range and noise, and what stays in float and why.")
+        bool,
+        typer.Option(
+            "--explain", help="Only show each layer's bits, range and noise, and what stays in float and why."
+        ),
     ] = False,
     seed: Seed = 0,
     as_json: Json = False,
@@ -539,12 +661,19 @@ def quantize(
     """8-bit integers in place of floats, calibrated on a few images, without training."""
     from rarefy import plugins
 
-    for kind, choice in (("calibration", calibration), ("calibration", weight_calibration), ("rounding", rounding), ("runtimes", runtime)):
+    for kind, choice in (
+        ("calibration", calibration),
+        ("calibration", weight_calibration),
+        ("rounding", rounding),
+        ("runtimes", runtime),
+    ):
         plugins.resolve(kind, choice)
     if output is None and not explain:
         raise InputError("no --output is given; pass -o PATH, or --explain to only look (rarefy quantize --help)")
     folder = _claim_folder(output) if output is not None and not explain else None
-    source, graph, task = _prepared(model, data, needed=activation_grid.strip() != "float")  # weights alone need no images
+    source, graph, task = _prepared(
+        model, data, needed=activation_grid.strip() != "float"
+    )  # weights alone need no images
     from rarefy.quantization.quantize import quantize as verb
 
     small = verb(
@@ -578,12 +707,17 @@ def evaluate(
     reference: Reference = None,
     reference_weights: ReferenceWeights = None,
     runtime: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Judge the exported file in this runtime, not the model in PyTorch.")
+        str | None,
+        typer.Option(metavar="NAME", help="Judge the exported file in this runtime, not the model in PyTorch."),
     ] = None,
-    max_drop: Annotated[str | None, typer.Option(metavar="SHARE", help="Exit 1 if more is lost than this: 0.5% or 0.005.")] = None,
+    max_drop: Annotated[
+        str | None, typer.Option(metavar="SHARE", help="Exit 1 if more is lost than this: 0.5% or 0.005.")
+    ] = None,
     split: Annotated[str, typer.Option(metavar="NAME", help="val or train.")] = "val",
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="The first N images only.")] = None,
-    corruptions: Annotated[str | None, typer.Option(metavar="LIST", help="Robustness too: all, or names such as fog,jpeg.")] = None,
+    corruptions: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Robustness too: all, or names such as fog,jpeg.")
+    ] = None,
     batch_size: Batch = 64,
     seed: Seed = 0,
     device: Device = None,
@@ -663,7 +797,10 @@ def measure(
         return
     named = list(found.items())
     _show_comparison(
-        {"after": {"name": named[-1][0], **named[-1][1]}, **({"before": {"name": named[0][0], **named[0][1]}} if len(named) > 1 else {})}
+        {
+            "after": {"name": named[-1][0], **named[-1][1]},
+            **({"before": {"name": named[0][0], **named[0][1]}} if len(named) > 1 else {}),
+        }
     )
 
 
@@ -676,10 +813,16 @@ def export(
     runtime: Runtime = "onnxruntime",
     compare: Annotated[bool, typer.Option(help="Run the file, and compare it with the model.")] = True,
     certify: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the certificate of parity there, as JSON; with data, the metric is in it.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write the certificate of parity there, as JSON; with data, the metric is in it."
+        ),
     ] = None,
     also: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="A further runtime that reads the file, for the certificate; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="A further runtime that reads the file, for the certificate; may be repeated."
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Judge on the first N images only.")] = None,
     as_json: Json = False,
@@ -702,9 +845,14 @@ def export(
     else:
         export_module.export(graph, target, runtime=runtime, compare=False)
         inputs = None if task is None else next(iter(task.inputs("val", 64, 64, seed=0)))
-        facts = certify_module.certify(graph, target, runtime=runtime, also=also or (), inputs=inputs, task=task, limit=limit)
+        facts = certify_module.certify(
+            graph, target, runtime=runtime, also=also or (), inputs=inputs, task=task, limit=limit
+        )
         certify.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        parity = {"certificate": str(certify), **facts["runtimes"][plugins.describe(plugins.resolve("runtimes", runtime))]}
+        parity = {
+            "certificate": str(certify),
+            **facts["runtimes"][plugins.describe(plugins.resolve("runtimes", runtime))],
+        }
         parity |= {key: facts[key] for key in ("first_diverging_layer", "passed")}
     written = {"file": str(target), "size_bytes": target.stat().st_size, "parity": parity}
     if as_json:
@@ -727,7 +875,9 @@ def export(
 @app.command("report")
 @grouped
 def report_command(
-    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A folder that `rarefy compress` saved, or its report.json.")],
+    folder: Annotated[
+        str, typer.Argument(metavar="FOLDER", help="A folder that `rarefy compress` saved, or its report.json.")
+    ],
     data: DataOptions,
     output: Annotated[
         str | None, typer.Option("-o", "--output", metavar="FILE", help="An .html file; default: FOLDER-report.html.")
@@ -745,7 +895,9 @@ def report_command(
     beside = place.resolve() if place.is_dir() else place.resolve().parent
     target = _claim_file(output or f"{beside}-report.html", (".html", ".htm"))
     if (target.resolve().parent / "manifest.json").exists():
-        raise InputError(f"{target}: lies in a saved folder, whose files are sealed by their hashes; choose another --output")
+        raise InputError(
+            f"{target}: lies in a saved folder, whose files are sealed by their hashes; choose another --output"
+        )
     again = data.options()
     if again:
         facts = _measured_again(place, data, reference, reference_weights, runtime, limit)
@@ -767,7 +919,9 @@ def _recorded(place: Path) -> dict[str, Any]:
 
     file = place / "report.json" if place.is_dir() else place
     if not file.exists():
-        raise InputError(f"{file}: no such file; give a folder that `rarefy compress` saved, or pass --data to measure it now")
+        raise InputError(
+            f"{file}: no such file; give a folder that `rarefy compress` saved, or pass --data to measure it now"
+        )
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -775,14 +929,21 @@ def _recorded(place: Path) -> dict[str, Any]:
     try:
         view.view(facts)
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-        raise FormatError(f"{file}: is no report ({type(error).__name__}: {error}); pass --data to measure the folder again") from error
+        raise FormatError(
+            f"{file}: is no report ({type(error).__name__}: {error}); pass --data to measure the folder again"
+        ) from error
     if not {"before", "after", "goals", "steps"} & facts.keys():
         raise FormatError(f"{file}: is no report; give a folder that `rarefy compress` saved, or its report.json")
     return dict(facts)
 
 
 def _measured_again(
-    place: Path, data: DataOptions, reference: str | None, reference_weights: str | None, runtime: str, limit: int | None
+    place: Path,
+    data: DataOptions,
+    reference: str | None,
+    reference_weights: str | None,
+    runtime: str,
+    limit: int | None,
 ) -> dict[str, Any]:
     from rarefy.evaluation import measure as measure_module
     from rarefy.evaluation.evaluate import evaluate as judge
@@ -809,18 +970,23 @@ def _measured_again(
 def sign(
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A folder saved by rarefy.")],
     key: Annotated[
-        str | None, typer.Option(metavar="FILE", help="The private key that `rarefy keygen` wrote, or the certificate's.")
+        str | None,
+        typer.Option(metavar="FILE", help="The private key that `rarefy keygen` wrote, or the certificate's."),
     ] = None,
     certificate: Annotated[str | None, typer.Option(metavar="FILE", help="The key's certificate (PEM).")] = None,
     chain: Chain = None,
-    sigstore: Annotated[bool, typer.Option("--sigstore", help="Sign with Sigstore: as who you are, without a key.")] = False,
+    sigstore: Annotated[
+        bool, typer.Option("--sigstore", help="Sign with Sigstore: as who you are, without a key.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Sign a folder: every file in it. A key's password is taken from $RAREFY_KEY_PASSWORD."""
     from rarefy.artifact import signing
 
     password = os.environ.get("RAREFY_KEY_PASSWORD")
-    signature = signing.sign(folder, key, password=password, certificate=certificate, chain=chain or (), sigstore=sigstore)
+    signature = signing.sign(
+        folder, key, password=password, certificate=certificate, chain=chain or (), sigstore=sigstore
+    )
     if as_json:
         show_json({"folder": folder, "signature": str(signature)})
     else:
@@ -848,7 +1014,10 @@ def verify(
 
 @app.command()
 def keygen(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Where the private key goes; the public one lies beside it, with .pub.")],
+    path: Annotated[
+        str,
+        typer.Argument(metavar="PATH", help="Where the private key goes; the public one lies beside it, with .pub."),
+    ],
     as_json: Json = False,
 ) -> None:
     """Make a pair of keys to sign with. With $RAREFY_KEY_PASSWORD, the private one is encrypted."""
@@ -863,7 +1032,9 @@ def keygen(
 
 @app.command()
 def demo(
-    output: Annotated[str, typer.Option("-o", "--output", metavar="FOLDER", help="Where the result goes.")] = "demo-out",
+    output: Annotated[
+        str, typer.Option("-o", "--output", metavar="FOLDER", help="Where the result goes.")
+    ] = "demo-out",
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -878,7 +1049,9 @@ def demo(
 
 @app.command("list")
 def list_choices(
-    kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help="criteria, losses, rounding, ...: without one, all.")] = None,
+    kind: Annotated[
+        str | None, typer.Argument(metavar="[KIND]", help="criteria, losses, rounding, ...: without one, all.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """The choices that come with rarefy, a line each, with their options."""
@@ -886,7 +1059,10 @@ def list_choices(
 
     if kind is not None and kind not in plugins.KINDS:
         raise InputError(f"no kind {kind!r}; have {', '.join(plugins.KINDS)}")
-    found = {name: [_choice(name, choice) for choice in plugins.available(name)] for name in ([kind] if kind else plugins.KINDS)}
+    found = {
+        name: [_choice(name, choice) for choice in plugins.available(name)]
+        for name in ([kind] if kind else plugins.KINDS)
+    }
     if as_json:
         show_json(found)
         return
@@ -894,7 +1070,10 @@ def list_choices(
         show_table(
             name,
             ("choice", "what", "options"),
-            [(item["name"], item["summary"], " ".join(f"{key}={value}" for key, value in item["options"].items())) for item in choices],
+            [
+                (item["name"], item["summary"], " ".join(f"{key}={value}" for key, value in item["options"].items()))
+                for item in choices
+            ],
         )
 
 
@@ -933,7 +1112,11 @@ def doctor(as_json: Json = False) -> None:
             for gpu in found["gpus"]
         ),
         *((f"runtime {name}", version or "not installed") for name, version in found["runtimes"].items()),
-        *((name, version or "not installed") for name, version in found["packages"].items() if name not in ("torch", *found["runtimes"])),
+        *(
+            (name, version or "not installed")
+            for name, version in found["packages"].items()
+            if name not in ("torch", *found["runtimes"])
+        ),
     ]
     show_table("this machine", ("what", "found"), rows)
     for sentence in found["advice"]:
@@ -999,7 +1182,10 @@ def _completed(options: Mapping[str, Any], source: Any, shape: tuple[int, ...] |
     known = dict(source.preprocessing)
     if shape is not None and len(shape) == 3 and shape[1] == shape[2]:
         known["size"] = shape[1]
-    files = any(str(options.get(split, "")).startswith(("imagefolder:", "images:", "tar:", "parquet:")) for split in ("train", "val"))
+    files = any(
+        str(options.get(split, "")).startswith(("imagefolder:", "images:", "tar:", "parquet:"))
+        for split in ("train", "val")
+    )
     if not files and not is_graph(source.model):
         known.pop("size", None)
     return {**known, **options}
@@ -1023,7 +1209,9 @@ def _show_coupling(graph: Any, ignore: tuple[str, ...], heads: str, as_json: boo
     show_table("outputs that stay", ("layer", "because"), list(coupling.frozen.items()))
     if coupling.unknown:
         show_table(
-            "operators without a rule", ("operator", "nodes"), [(name, ", ".join(nodes)) for name, nodes in coupling.unknown.items()]
+            "operators without a rule",
+            ("operator", "nodes"),
+            [(name, ", ".join(nodes)) for name, nodes in coupling.unknown.items()],
         )
 
 
@@ -1149,7 +1337,11 @@ def _outputs(graph: Any) -> int:
 def _claim_folder(text: str) -> str:
     """The folder may be made, or is one of ours (or empty), to be replaced: told before hours of work, not after."""
     path = Path(text)
-    if path.is_dir() and any(path.iterdir()) and not ((path / "graph.json").is_file() and (path / "manifest.json").is_file()):
+    if (
+        path.is_dir()
+        and any(path.iterdir())
+        and not ((path / "graph.json").is_file() and (path / "manifest.json").is_file())
+    ):
         raise InputError(f"{text}: exists and was not saved by rarefy, so it is left alone; choose another --output")
     if path.exists() and not path.is_dir():
         raise InputError(f"{text}: is a file; --output names a folder")
@@ -1272,7 +1464,8 @@ def _show_comparison(facts: Mapping[str, Any]) -> None:
     show_table("", columns, rows)
     if shown["robustness"]:
         worse = [
-            (row["name"], *row["means"], row["change"]) if both else (row["name"], row["means"][1]) for row in shown["robustness"]["rows"]
+            (row["name"], *row["means"], row["change"]) if both else (row["name"], row["means"][1])
+            for row in shown["robustness"]["rows"]
         ]
         show_table("robustness, mean of the strengths", ("corruption", *columns[1:]), worse)
     for step in shown["steps"]:

@@ -58,12 +58,17 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> tuple[str, i
     if isinstance(error, RarefyError):
         return str(error), error.exit_code
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
-        return "interrupted; nothing that existed was changed, and a run with a working folder goes on where it was when started again", 2
+        return (
+            "interrupted; nothing that existed was changed, and a run with a working folder goes on where it was when started again",
+            2,
+        )
     if isinstance(error, TyperException):
         context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
         given = _given(arguments, getattr(parameter, "opts", ()))
         message = (
-            error.format_message().rstrip(".").replace("Input should be", f"{given!r} should be" if given is not None else "should be")
+            error.format_message()
+            .rstrip(".")
+            .replace("Input should be", f"{given!r} should be" if given is not None else "should be")
         )
         return f"{message}; `{context.command_path if context else 'rarefy'} --help` shows what there is", 2
     chain = list(_causes(error))
@@ -80,7 +85,10 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> tuple[str, i
         return f"{error.strerror or error}; check the paths and their permissions", 2
     place = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{Path(place.filename).name}:{place.lineno}"
-    return f"{type(error).__name__} at {where}: {error}; this is a bug of rarefy's: --debug shows the traceback, please report it", BUG
+    return (
+        f"{type(error).__name__} at {where}: {error}; this is a bug of rarefy's: --debug shows the traceback, please report it",
+        BUG,
+    )
 
 
 def _given(arguments: Sequence[str], names: Sequence[str]) -> str | None:
@@ -113,7 +121,13 @@ def _is_full(error: BaseException) -> bool:
     text = str(error)
     return any(
         sign in text
-        for sign in ("No space left on device", "File too large", "os error 28)", "os error 27)", "PytorchStreamWriter failed writing")
+        for sign in (
+            "No space left on device",
+            "File too large",
+            "os error 28)",
+            "os error 27)",
+            "PytorchStreamWriter failed writing",
+        )
     )
 
 

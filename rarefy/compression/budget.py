@@ -38,7 +38,9 @@ def usual_steps(budget: Budget, size_bytes: int, task: Any) -> list[dict[str, An
     share = QUANTIZED_GAIN / (SAFETY * budget.speedup) if budget.speedup is not None else 0.5
     target = "macs"
     if budget.size is not None:
-        stored = 0.9 * 4 * budget.size / size_bytes  # what may remain, once a weight takes a byte, and scales and biases a tenth
+        stored = (
+            0.9 * 4 * budget.size / size_bytes
+        )  # what may remain, once a weight takes a byte, and scales and biases a tenth
         if stored < share:
             target, share = "params", stored
     steps: list[dict[str, Any]] = []

@@ -117,7 +117,10 @@ def compress(
         raise InputError("compress: the task has no validation data, without which no drop can be measured; pass val=")
     original = _untimed(as_graph(model, given)).eval()
     chosen = latency.with_threads(runtime)
-    listed = [dict(step) for step in (steps if steps is not None else usual_steps(budget, measure.weight_bytes(original), task))]
+    listed = [
+        dict(step)
+        for step in (steps if steps is not None else usual_steps(budget, measure.weight_bytes(original), task))
+    ]
     _check_steps(listed)
     if is_quantised(original) and any(step["do"] in FLOAT_ONLY for step in listed):
         raise InputError(f"compress: the model {QUANTISED}; give its float original, or steps that only distil")
@@ -126,7 +129,19 @@ def compress(
         if workdir is None:
             failed.callback(shutil.rmtree, folder, ignore_errors=True)
         result = _compressed(
-            original, task, budget, listed, chosen, folder, seed, device, title, recipe, corruptions, steps is None, progress
+            original,
+            task,
+            budget,
+            listed,
+            chosen,
+            folder,
+            seed,
+            device,
+            title,
+            recipe,
+            corruptions,
+            steps is None,
+            progress,
         )
         failed.pop_all()
     if workdir is None:

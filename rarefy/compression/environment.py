@@ -32,9 +32,15 @@ def examine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": {"name": _cpu_name(), "cores": os.cpu_count(), "usable_cores": _usable_cores(), "flags": flags},
         "memory_bytes": _memory(),
-        "torch": {"version": torch.__version__, "threads": torch.get_num_threads(), "vector": torch.backends.cpu.get_cpu_capability()},
+        "torch": {
+            "version": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "vector": torch.backends.cpu.get_cpu_capability(),
+        },
         "gpus": _gpus(torch),
-        "runtimes": {name: _version(plugins.choice_class("runtimes", name).package) for name in plugins.available("runtimes")},
+        "runtimes": {
+            name: _version(plugins.choice_class("runtimes", name).package) for name in plugins.available("runtimes")
+        },
         "packages": packages,
         "advice": _advice(flags, packages, _gpus(torch)),
     }
@@ -47,7 +53,9 @@ def _advice(flags: dict[str, bool] | None, packages: dict[str, str | None], gpus
         if missing:
             said.append(f"{', '.join(missing)} missing: pip install 'rarefy[{extra}]'")
     if flags is None:
-        said.append("this system does not say which instructions the processor has; trust the latencies that `rarefy measure` finds")
+        said.append(
+            "this system does not say which instructions the processor has; trust the latencies that `rarefy measure` finds"
+        )
     elif not any(flags.get(name) for name in _EXACT_INT8):
         said.append(
             "no VNNI: int8 gains little over float here, and sums of two products of 8 by 8 bits saturate; weights are quantised to 7 bits, where none can "
@@ -56,9 +64,13 @@ def _advice(flags: dict[str, bool] | None, packages: dict[str, str | None], gpus
     elif not flags.get("amx_int8") and not flags.get("dot_product"):
         said.append("VNNI: int8 layers run exactly, and about two to three times as fast as float ones")
     if compiler() is None:
-        said.append("no C++ compiler: the runtime inductor can't compile; install g++ (macOS: clang++), or name one in CXX")
+        said.append(
+            "no C++ compiler: the runtime inductor can't compile; install g++ (macOS: clang++), or name one in CXX"
+        )
     if not gpus:
-        said.append("no GPU: training runs on the processor; keep epochs low, or train on another machine and quantise here")
+        said.append(
+            "no GPU: training runs on the processor; keep epochs low, or train on another machine and quantise here"
+        )
     return said
 
 
@@ -69,7 +81,9 @@ def _gpus(torch: Any) -> list[dict[str, Any]]:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         capability = f"{properties.major}.{properties.minor}"
-        found.append({"name": properties.name, "compute_capability": capability, "memory_bytes": properties.total_memory})
+        found.append(
+            {"name": properties.name, "compute_capability": capability, "memory_bytes": properties.total_memory}
+        )
     return found
 
 

@@ -64,7 +64,9 @@ def _layers(before: fx.GraphModule, after: fx.GraphModule) -> list[dict[str, Any
             row |= {"channels_after": now[name][0], "macs_after": now[name][1], "bits": 32, "activation_bits": 32}
         facts = rounded.get(name) or rounded.get(row["name"])
         if facts is not None:
-            row |= {key: facts[key] for key in ("bits", "activation_bits", "error", "sqnr_db") if facts.get(key) is not None}
+            row |= {
+                key: facts[key] for key in ("bits", "activation_bits", "error", "sqnr_db") if facts.get(key) is not None
+            }
         elif row["name"] in reasons:
             row["why"] = reasons[row["name"]]
         rows.append(row)
@@ -81,7 +83,9 @@ def _weighted(graph: fx.GraphModule) -> dict[str, tuple[int, int]]:
             source = source.args[0]
         if isinstance(source, fx.Node) and source.op == "get_attr":
             target = str(source.target)
-            weight: Any = graph.get_parameter(target) if target in dict(graph.named_parameters()) else graph.get_buffer(target)
+            weight: Any = (
+                graph.get_parameter(target) if target in dict(graph.named_parameters()) else graph.get_buffer(target)
+            )
             found[target.removesuffix(measure.CODES)] = (weight.shape[0], macs)
     return found
 

@@ -160,12 +160,16 @@ def step(content: Mapping[str, Any] | str, where: str = "step") -> dict[str, Any
     verb = content.get("do")
     if verb not in VERBS:
         raise InputError(f"{where}: do = {verb!r} is no step; have {', '.join(VERBS)}")
-    options = _validated(_verb_options(verb), {key: value for key, value in content.items() if key != "do"}, f"{where} ({verb})")
+    options = _validated(
+        _verb_options(verb), {key: value for key, value in content.items() if key != "do"}, f"{where} ({verb})"
+    )
     for name, value in options.items():
         choice(f"{verb} {name}" if f"{verb} {name}" in CHOICES else name, value, f"{where} ({verb}): {name}")
     targets = [name for name in ("keep", "macs", "params", "speedup") if name in options]
     if verb == "prune" and len(targets) != 1:
-        raise InputError(f"{where} (prune): give one of keep, macs, params, speedup; got {', '.join(targets) or 'none'}")
+        raise InputError(
+            f"{where} (prune): give one of keep, macs, params, speedup; got {', '.join(targets) or 'none'}"
+        )
     return {"do": verb, **options}
 
 
@@ -223,7 +227,9 @@ def share(text: str | float, where: str) -> float:
     if not 0 <= value < 1:
         raise InputError(f"{where}: {raw} is not between 0 and 100 %; write 0.5% or 0.005")
     if value >= 0.2 and not raw.endswith("%"):
-        raise InputError(f"{where}: {raw} would be {100 * value:g} %; write {100 * value:g}% if that is meant, or {raw}%")
+        raise InputError(
+            f"{where}: {raw} would be {100 * value:g} %; write {100 * value:g}% if that is meant, or {raw}%"
+        )
     return value
 
 
@@ -242,7 +248,10 @@ def size(text: str | float, where: str) -> int:
 
 def _in_numbers(budget: Mapping[str, Any], where: str) -> dict[str, Any]:
     parsers = {"max_drop": share, "size": size}
-    return {key: parsers[key](value, f"{where} {key}") if key in parsers and value is not None else value for key, value in budget.items()}
+    return {
+        key: parsers[key](value, f"{where} {key}") if key in parsers and value is not None else value
+        for key, value in budget.items()
+    }
 
 
 class _Top(BaseModel):
@@ -299,7 +308,9 @@ def _fields(function: Any) -> dict[str, Any]:
                 continue
             annotation = str | None
         hint = str if parameter.name in CHOICES else _plain(annotation)
-        default = None if parameter.name in REPLACED else ... if parameter.default is parameter.empty else parameter.default
+        default = (
+            None if parameter.name in REPLACED else ... if parameter.default is parameter.empty else parameter.default
+        )
         fields[parameter.name] = (Annotated[hint, BeforeValidator(_split)] if _is_list(hint) else hint, default)
     return fields
 
@@ -389,7 +400,8 @@ def _toml(value: Any) -> str:
     return (
         '"'
         + "".join(
-            _ESCAPES.get(character) or (character if character >= " " and character != "\x7f" else f"\\u{ord(character):04x}")
+            _ESCAPES.get(character)
+            or (character if character >= " " and character != "\x7f" else f"\\u{ord(character):04x}")
             for character in str(value)
         )
         + '"'

@@ -73,16 +73,22 @@ class _Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             present = {path.name for path in self.folder.iterdir()}
         except OSError as error:
-            raise InputError(f"workdir={self.folder}: can't be written ({error.strerror}); name a folder that can") from error
+            raise InputError(
+                f"workdir={self.folder}: can't be written ({error.strerror}); name a folder that can"
+            ) from error
         if present and RUN not in present and not all(name.startswith(f".{RUN}") for name in present):
-            raise InputError(f"workdir={self.folder}: is in use for something else ({min(present)} lies there); name another folder")
+            raise InputError(
+                f"workdir={self.folder}: is in use for something else ({min(present)} lies there); name another folder"
+            )
         for left in self.folder.glob(".*"):  # of a run that was killed while writing
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         mine = self._identity(original)
         if RUN in present:
             theirs = _read(self.folder / RUN)
             other = [name for name in mine if theirs.get(name) != mine[name]]
-            if other and all(name in (RUN, "0-original") or name.startswith(".") for name in present):  # no step was done: nothing is lost
+            if other and all(
+                name in (RUN, "0-original") or name.startswith(".") for name in present
+            ):  # no step was done: nothing is lost
                 shutil.rmtree(self.folder / "0-original", ignore_errors=True)
                 _write(self.folder / RUN, mine)
             elif other:
@@ -102,7 +108,9 @@ class _Run:
         identity = {
             "model": content,
             "data": {split: self.task.fingerprint(split) for split in splits},
-            "task": {key: value for key, value in self.task.describe().items() if key not in splits},  # those name places, not content
+            "task": {
+                key: value for key, value in self.task.describe().items() if key not in splits
+            },  # those name places, not content
             "budget": dataclasses.asdict(self.budget),
             "recipe": self.steps,
             "runtime": plugins.describe(self.runtime),
@@ -147,12 +155,25 @@ class _Run:
         record = graph.meta["history"][-1]
         timing = record["facts"].get("timing") or {}
         facts = {key: value for key, value in record["facts"].items() if isinstance(value, (int, float, str, bool))}
-        begun -= max(0.0, timing.get("seconds", 0.0) - (time.monotonic() - begun))  # of a training that went on after a kill, all of it
-        made = {"step": step["do"], "options": options, "facts": {**facts, **timing}, "curve": record["facts"].get("curve")}
+        begun -= max(
+            0.0, timing.get("seconds", 0.0) - (time.monotonic() - begun)
+        )  # of a training that went on after a kill, all of it
+        made = {
+            "step": step["do"],
+            "options": options,
+            "facts": {**facts, **timing},
+            "curve": record["facts"].get("curve"),
+        }
         return self._stored(index, name, _untimed(graph).to("cpu").eval(), parent, made, begun)
 
     def _stored(
-        self, index: int, name: str, graph: fx.GraphModule, parent: Candidate | None, made: dict[str, Any], begun: float | None = None
+        self,
+        index: int,
+        name: str,
+        graph: fx.GraphModule,
+        parent: Candidate | None,
+        made: dict[str, Any],
+        begun: float | None = None,
     ) -> Candidate:
         """Export, judge, measure, and put it all in place at once."""
         place = self._place(index)
@@ -290,7 +311,9 @@ class _Run:
                 "chosen": winner.index,
                 "runtime": plugins.describe(self.runtime),
                 "budget": {name: value for name, value in dataclasses.asdict(self.budget).items() if value is not None},
-                "data": {split: self.task.describe()[split] for split in ("train", "val") if split in self.task.describe()},
+                "data": {
+                    split: self.task.describe()[split] for split in ("train", "val") if split in self.task.describe()
+                },
                 "hashes": hashes,
                 "environment": {
                     **{name: machine[name] for name in ("python", "system", "runtimes")},
@@ -309,11 +332,18 @@ class _Run:
         files = {"original": self.original.folder / self.model, "result": winner.folder / self.model}
         first, second = (self.runtime.open(file) for file in files.values())
         whole = self.task.length("val") <= CORRUPTED_IMAGES
-        options: dict[str, Any] = {"reference": first, "batch_size": BATCH, "seed": self.seed, "progress": self.progress}
+        options: dict[str, Any] = {
+            "reference": first,
+            "batch_size": BATCH,
+            "seed": self.seed,
+            "progress": self.progress,
+        }
         judged = evaluate(second, self.task, corruptions=self.corruptions if whole else (), **options).to_json()
         reference = judged.pop("reference")
         if not whole and self.corruptions:
-            sampled = evaluate(second, self.task, corruptions=self.corruptions, limit=CORRUPTED_IMAGES, **options).to_json()
+            sampled = evaluate(
+                second, self.task, corruptions=self.corruptions, limit=CORRUPTED_IMAGES, **options
+            ).to_json()
             judged["robustness"], reference["robustness"] = sampled["robustness"], sampled["reference"]["robustness"]
         example = self._example(1)
         times = latency.timed(files, example, runtime=self.runtime)
@@ -335,35 +365,64 @@ class _Run:
         """Parity in the run's runtime, and in each other one that is installed and reads its files."""
         own = plugins.describe(self.runtime)
         others = [name for name in plugins.available("runtimes") if name != own.partition(":")[0]]
-        readers = [one for one in map(latency.with_threads, others) if one.suffix == self.runtime.suffix and find_spec(one.package)]
+        readers = [
+            one
+            for one in map(latency.with_threads, others)
+            if one.suffix == self.runtime.suffix and find_spec(one.package)
+        ]
         facts = certify(
-            winner.graph(), file, runtime=self.runtime, also=readers, inputs=self._example(PARITY_IMAGES), progress=self.progress
+            winner.graph(),
+            file,
+            runtime=self.runtime,
+            also=readers,
+            inputs=self._example(PARITY_IMAGES),
+            progress=self.progress,
         )
         found = facts["runtimes"]
         certificate: dict[str, Any] = {**found.pop(own), "sha256": facts["sha256"], "also": found}
         return certificate
 
     def _goals(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, Any]]:
-        drop, speedup, size = after["evaluation"]["drop"]["value"], after["speedup"]["original"]["median"], after["size_bytes"]
+        drop, speedup, size = (
+            after["evaluation"]["drop"]["value"],
+            after["speedup"]["original"]["median"],
+            after["size_bytes"],
+        )
         asked = self.budget
         goals = []
         if asked.max_drop is not None:
             advice = "distil for more epochs, or prune less"
-            goals.append({"name": "max_drop", "asked": asked.max_drop, "reached": drop, "met": drop <= asked.max_drop, "advice": advice})
+            goals.append(
+                {
+                    "name": "max_drop",
+                    "asked": asked.max_drop,
+                    "reached": drop,
+                    "met": drop <= asked.max_drop,
+                    "advice": advice,
+                }
+            )
         if asked.speedup is not None:
             share = 0.9 * after["macs"] / before["macs"] * speedup / asked.speedup
             advice = f"prune to fewer MACs (macs={share:.2f}) and distil for more epochs"
             if share < LEAST:
                 advice = "ask for less, or start from a faster architecture (distill with student=): pruning alone does not get there"
-            goals.append({"name": "speedup", "asked": asked.speedup, "reached": speedup, "met": speedup >= asked.speedup, "advice": advice})
+            goals.append(
+                {
+                    "name": "speedup",
+                    "asked": asked.speedup,
+                    "reached": speedup,
+                    "met": speedup >= asked.speedup,
+                    "advice": advice,
+                }
+            )
         if asked.size is not None:
             share = min(1.0, 0.9 * after["parameters"] / before["parameters"] * asked.size / size)
             advice = f"prune to fewer parameters (params={share:.2f}) and distil for more epochs, or quantise to fewer bits (weights=int4)"
             if share < LEAST:
-                advice = (
-                    "ask for a larger size, or start from a smaller architecture (distill with student=): pruning alone does not get there"
-                )
-            goals.append({"name": "size", "asked": asked.size, "reached": size, "met": size <= asked.size, "advice": advice})
+                advice = "ask for a larger size, or start from a smaller architecture (distill with student=): pruning alone does not get there"
+            goals.append(
+                {"name": "size", "asked": asked.size, "reached": size, "met": size <= asked.size, "advice": advice}
+            )
         return goals
 
     def _warnings(self, found: Mapping[str, Any]) -> list[str]:
@@ -380,7 +439,10 @@ class _Run:
 def _untimed(graph: fx.GraphModule) -> fx.GraphModule:
     """Without the seconds that its history tells: what is saved must not depend on a clock."""
     graph.meta["history"] = [
-        {**record, "facts": {key: value for key, value in record.get("facts", {}).items() if key not in ("timing", "seconds")}}
+        {
+            **record,
+            "facts": {key: value for key, value in record.get("facts", {}).items() if key not in ("timing", "seconds")},
+        }
         for record in graph.meta.get("history", [])
     ]
     return graph

@@ -38,9 +38,19 @@ def _mask(run: _Run, graph: fx.GraphModule, options: dict[str, Any], checkpoint:
 
 
 def _distill(run: _Run, graph: fx.GraphModule, options: dict[str, Any], checkpoint: Path) -> fx.GraphModule:
-    student, options = options.get("student", graph), {name: value for name, value in options.items() if name != "student"}
+    student, options = (
+        options.get("student", graph),
+        {name: value for name, value in options.items() if name != "student"},
+    )
     return distill(
-        student, run.original.graph(), run.task, device=run.device, checkpoint=checkpoint, progress=run.progress, seed=run.seed, **options
+        student,
+        run.original.graph(),
+        run.task,
+        device=run.device,
+        checkpoint=checkpoint,
+        progress=run.progress,
+        seed=run.seed,
+        **options,
     )
 
 
@@ -67,7 +77,12 @@ def _check_steps(steps: Sequence[Step]) -> None:
         verb = step.get("do")
         if verb not in VERBS:
             raise InputError(f"step {number}: do={verb!r} is no step; have {', '.join(VERBS)}")
-        functions: dict[str, Callable[..., Any]] = {"prune": prune, "mask": mask, "distill": distill, "quantize": quantize}
+        functions: dict[str, Callable[..., Any]] = {
+            "prune": prune,
+            "mask": mask,
+            "distill": distill,
+            "quantize": quantize,
+        }
         parameters = inspect.signature(functions[verb]).parameters
         known = {name for name, one in parameters.items() if one.kind is not one.VAR_KEYWORD} - set(_GIVEN)
         unknown = sorted(step.keys() - known - {"do"})

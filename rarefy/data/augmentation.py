@@ -57,7 +57,9 @@ def _shifted(images: Tensor, augmentation: Augmentation, generator: torch.Genera
     return padded.permute(0, 2, 3, 1)[batch, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
 
 
-def mix(inputs: Tensor, targets: Tensor | None, training: Training, classes: int, step: int) -> tuple[Tensor, Tensor | None]:
+def mix(
+    inputs: Tensor, targets: Tensor | None, training: Training, classes: int, step: int
+) -> tuple[Tensor, Tensor | None]:
     """Mixup (1710.09412) or cutmix (1905.04899) of the batch with itself backwards; targets become probabilities (N, classes).
 
     inputs: (N, channels, H, W); what is drawn depends on (seed, step) alone. Cutmix's share is that of the rectangle as cut.

@@ -19,10 +19,12 @@ from rarefy.data.augmentation import Augmentation, _random_box, _shifted
 from rarefy.data.items import Items
 from rarefy.errors import DataError
 
-_RESAMPLING = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-_UNLABELLED = (
-    "{}: has no labels, which training and evaluation need; only calibration and learning from a teacher alone (hard_weight=0) do without"
-)
+_RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+_UNLABELLED = "{}: has no labels, which training and evaluation need; only calibration and learning from a teacher alone (hard_weight=0) do without"
 _FILE_SIZE = 224  # pixels, where a source of files is given no size
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # others run programs (EPS) or are rarely what is meant
 _MOST_PIXELS = 2**26  # of one image: a few bytes can declare gigabytes
@@ -56,8 +58,21 @@ class _Keys:
 class _Decoder:
     """Items of a source as tensors of one shape, for a DataLoader's workers."""
 
-    def __init__(self, source: Items, shape: tuple[int, int, int], crop: float, resample: Image.Resampling, augmentation: Augmentation):
-        self.source, self.shape, self.crop, self.resample, self.augmentation = source, shape, crop, resample, augmentation
+    def __init__(
+        self,
+        source: Items,
+        shape: tuple[int, int, int],
+        crop: float,
+        resample: Image.Resampling,
+        augmentation: Augmentation,
+    ):
+        self.source, self.shape, self.crop, self.resample, self.augmentation = (
+            source,
+            shape,
+            crop,
+            resample,
+            augmentation,
+        )
 
     def __len__(self) -> int:
         return len(self.source)
@@ -106,16 +121,24 @@ class _Decoder:
                 image = image[:, top:bottom, left:right]
             else:
                 image = _shifted(
-                    image.unsqueeze(0), self.augmentation._replace(flip=False), torch.Generator().manual_seed(int(draw.integers(2**63)))
+                    image.unsqueeze(0),
+                    self.augmentation._replace(flip=False),
+                    torch.Generator().manual_seed(int(draw.integers(2**63))),
                 ).squeeze(0)
             if self.augmentation.flip and draw.random() < 0.5:
                 image = image.flip(2)
-        return image if image.shape[1:] == size else _resized(image.unsqueeze(0), size, self.resample.name.lower()).squeeze(0)
+        return (
+            image
+            if image.shape[1:] == size
+            else _resized(image.unsqueeze(0), size, self.resample.name.lower()).squeeze(0)
+        )
 
     def _from_pil(self, image: Image.Image, draw: np.random.Generator | None) -> Tensor:
         height, width = self.shape[1:]
         if draw is not None and self.augmentation.cropped:
-            image = image.resize((width, height), self.resample, box=_random_box(*image.size, draw, self.augmentation.scale))
+            image = image.resize(
+                (width, height), self.resample, box=_random_box(*image.size, draw, self.augmentation.scale)
+            )
         else:
             short = min(image.size)
             target = max(round(max(height, width) / self.crop), height, width)
@@ -127,7 +150,11 @@ class _Decoder:
         if draw is not None and self.augmentation.flip and draw.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         array = np.asarray(image)
-        return torch.from_numpy(array.copy()).unsqueeze(0) if array.ndim == 2 else torch.from_numpy(array.transpose(2, 0, 1).copy())
+        return (
+            torch.from_numpy(array.copy()).unsqueeze(0)
+            if array.ndim == 2
+            else torch.from_numpy(array.transpose(2, 0, 1).copy())
+        )
 
 
 def _converted(image: Image.Image, channels: int) -> Image.Image:
@@ -145,13 +172,17 @@ def _converted(image: Image.Image, channels: int) -> Image.Image:
 def _resized(images: Tensor, size: tuple[int, ...], interpolation: str) -> Tensor:
     """(N, C, H, W) to the size, antialiased; uint8 stays uint8."""
     smooth = interpolation != "nearest"
-    done = F.interpolate(images.float(), size=size, mode=interpolation, antialias=smooth, align_corners=False if smooth else None)
+    done = F.interpolate(
+        images.float(), size=size, mode=interpolation, antialias=smooth, align_corners=False if smooth else None
+    )
     if images.dtype == torch.uint8:
         return done.round().clamp(0, 255).to(torch.uint8)
     return done.clamp(images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True))  # bicubic overshoots
 
 
-def _collated(where: str, full: bool, found: list[_Decoded]) -> tuple[Tensor | str | None, Tensor | None, dict[int, str]]:
+def _collated(
+    where: str, full: bool, found: list[_Decoded]
+) -> tuple[Tensor | str | None, Tensor | None, dict[int, str]]:
     """Images, labels, and index -> what is broken; an error's text in place of images that can't be one batch. full: keep the batch's size."""
     broken = {one.position: one.broken for one in found if one.broken is not None}
     refused = next((one.refused for one in found if one.refused is not None), None)
@@ -167,7 +198,11 @@ def _collated(where: str, full: bool, found: list[_Decoded]) -> tuple[Tensor | s
         return None, None, broken
     kinds = sorted({f"{tuple(image.shape)} {image.dtype}" for image in images})
     if len(kinds) > 1:
-        return f"{where}: yields images of different kinds ({kinds[0]} and {kinds[1]}); yield one kind, or pass size=", None, broken
+        return (
+            f"{where}: yields images of different kinds ({kinds[0]} and {kinds[1]}); yield one kind, or pass size=",
+            None,
+            broken,
+        )
     return torch.stack(images), torch.tensor(labels, dtype=torch.int64) if len(labels) == len(images) else None, broken
 
 
@@ -242,7 +277,9 @@ def _said(given: Any) -> str:
 
 def _kind(value: Any) -> str:
     return (
-        f"a {type(value).__name__} of shape {tuple(value.shape)}" if isinstance(value, Tensor | np.ndarray) else f"a {type(value).__name__}"
+        f"a {type(value).__name__} of shape {tuple(value.shape)}"
+        if isinstance(value, Tensor | np.ndarray)
+        else f"a {type(value).__name__}"
     )
 
 

@@ -48,7 +48,9 @@ def _imagefolder(text: str, rest: str, split: Split) -> tuple[Source, bool]:
 def _unlabelled(text: str, rest: str, split: Split) -> tuple[Source, bool]:
     root = Path(rest).expanduser()
     if not root.is_dir():
-        raise DataError(f"{text}: {'is a file, not a folder' if root.exists() else 'no such folder'}; give a folder of images")
+        raise DataError(
+            f"{text}: {'is a file, not a folder' if root.exists() else 'no such folder'}; give a folder of images"
+        )
     files = _images(root)
     if not files:
         raise DataError(f"{text}: {root} has no images ({' '.join(EXTENSIONS)}); give a folder of images")

@@ -111,7 +111,9 @@ class Items:
             try:
                 return hashlib.sha256(_bytes(image)).digest() + f" {label}\n".encode()
             except OSError as error:
-                raise DataError(f"{self.where}: {image}: {error.strerror or error}; restore the file or take it off the list") from error
+                raise DataError(
+                    f"{self.where}: {image}: {error.strerror or error}; restore the file or take it off the list"
+                ) from error
 
         digest = hashlib.sha256()
         if on_disk:
@@ -131,7 +133,9 @@ def as_label(label: Any, where: str) -> int:
     """A class index from whatever a dataset yields as label."""
     array = np.asarray(label)
     if array.size != 1:
-        raise DataError(f"{where}: its label has shape {array.shape}; labels are class indices (one-hot: pass labels.argmax(1))")
+        raise DataError(
+            f"{where}: its label has shape {array.shape}; labels are class indices (one-hot: pass labels.argmax(1))"
+        )
     try:
         value = int(array.reshape(()).item())
     except (TypeError, ValueError) as error:
@@ -153,7 +157,9 @@ def _from_object(given: Any, where: str) -> Source:
         names = tuple(map(str, getattr(given, "classes", None) or ())) or None
         images = _as_images(images, where)
         return Arrays(where, images, _as_labels(labels, len(images), where), names)
-    if not (callable(getattr(given, "__getitem__", None)) and callable(getattr(given, "__len__", None))) or isinstance(given, str | dict):
+    if not (callable(getattr(given, "__getitem__", None)) and callable(getattr(given, "__len__", None))) or isinstance(
+        given, str | dict
+    ):
         raise DataError(f"{where}: {cls.__name__} is not a data source; {_FORMS}")
     names = getattr(given, "classes", None)
     return Items(
@@ -168,13 +174,21 @@ def _from_object(given: Any, where: str) -> Source:
 def _known_labels(dataset: Any, where: str) -> Tensor | None:
     """Labels of a dataset, without decoding an image: of a list of (path, label), or where torchvision's datasets keep them."""
     if isinstance(dataset, list | tuple):
-        if not all(isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], str | Path) for item in dataset):
+        if not all(
+            isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], str | Path) for item in dataset
+        ):
             return None
-        return _as_labels([label for _, label in dataset], len(dataset), where) if dataset and dataset[0][1] is not None else None
+        return (
+            _as_labels([label for _, label in dataset], len(dataset), where)
+            if dataset and dataset[0][1] is not None
+            else None
+        )
     for name in ("targets", "labels", "_labels"):
         found = getattr(dataset, name, None)
         if isinstance(found, list | tuple | np.ndarray | Tensor) and len(found) == len(dataset):
-            return _as_labels(found, len(dataset), where) if getattr(dataset, "target_transform", None) is None else None
+            return (
+                _as_labels(found, len(dataset), where) if getattr(dataset, "target_transform", None) is None else None
+            )
     return None
 
 
@@ -185,15 +199,21 @@ def _as_images(given: Any, where: str) -> Tensor:
     try:
         images = torch.as_tensor(given).detach().cpu()
     except TypeError as error:
-        raise DataError(f"{where}: images of type {given.dtype} can't be read; pass uint8, or float in [0, 1]") from error
+        raise DataError(
+            f"{where}: images of type {given.dtype} can't be read; pass uint8, or float in [0, 1]"
+        ) from error
     if images.dim() == 3:
         images = images.unsqueeze(1)
     if images.dim() != 4:
-        raise DataError(f"{where}: images have shape {tuple(images.shape)}; pass (N, C, H, W), (N, H, W, C) or (N, H, W)")
+        raise DataError(
+            f"{where}: images have shape {tuple(images.shape)}; pass (N, C, H, W), (N, H, W, C) or (N, H, W)"
+        )
     if images.shape[3] in (1, 3, 4) and images.shape[1] not in (1, 3, 4):
         images = images.permute(0, 3, 1, 2)
     if 0 in images.shape:
-        raise DataError(f"{where}: images have shape {tuple(images.shape)}, which holds no pixel; pass at least one image")
+        raise DataError(
+            f"{where}: images have shape {tuple(images.shape)}, which holds no pixel; pass at least one image"
+        )
     if images.dtype == torch.uint8:
         return images
     if images.is_floating_point():
@@ -213,11 +233,15 @@ def _as_labels(given: Any, count: int, where: str) -> Tensor:
     try:
         labels = torch.as_tensor(np.asarray(given) if isinstance(given, list | tuple) else given).detach().cpu()
     except (TypeError, ValueError) as error:
-        raise DataError(f"{where}: labels can't be read ({_first_line(error)}); pass class indices (0, 1, ...), one an image") from error
+        raise DataError(
+            f"{where}: labels can't be read ({_first_line(error)}); pass class indices (0, 1, ...), one an image"
+        ) from error
     if labels.dim() == 2 and labels.shape[1] == 1:
         labels = labels.squeeze(1)
     if labels.dim() != 1:
-        raise DataError(f"{where}: labels have shape {tuple(labels.shape)}; pass class indices (N,) (one-hot: labels.argmax(1))")
+        raise DataError(
+            f"{where}: labels have shape {tuple(labels.shape)}; pass class indices (N,) (one-hot: labels.argmax(1))"
+        )
     if len(labels) != count:
         raise DataError(f"{where}: {count} images but {len(labels)} labels; pass one label an image")
     whole = labels.to(torch.int64)

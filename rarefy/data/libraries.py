@@ -30,13 +30,17 @@ def _torchvision(text: str, rest: str, split: Split) -> tuple[Source, bool]:
     accepted = inspect.signature(cls).parameters
     if "root" in accepted:
         options.setdefault("root", "data")
-    has_train = "train" in accepted or name == "EMNIST"  # which hides it in **kwargs, and has a split of another meaning
+    has_train = (
+        "train" in accepted or name == "EMNIST"
+    )  # which hides it in **kwargs, and has a split of another meaning
     tries: list[dict[str, Any]] = [{}]
     divided = True
     if has_train and "train" not in options:
         tries = [{"train": split == "train"}]
     elif "split" in accepted and "split" not in options and not has_train:
-        tries = [{"split": value} for value in (("train", "trainval") if split == "train" else ("val", "valid", "test"))]
+        tries = [
+            {"split": value} for value in (("train", "trainval") if split == "train" else ("val", "valid", "test"))
+        ]
     elif not has_train and "split" not in accepted:
         divided = False
     refusal: Exception | None = None
@@ -46,7 +50,9 @@ def _torchvision(text: str, rest: str, split: Split) -> tuple[Source, bool]:
         except DataError:
             raise
         except TypeError as error:
-            raise DataError(f"{text}: {error}; options after ? go to torchvision.datasets.{name}{inspect.signature(cls)}") from error
+            raise DataError(
+                f"{text}: {error}; options after ? go to torchvision.datasets.{name}{inspect.signature(cls)}"
+            ) from error
         except (RuntimeError, OSError, ValueError) as error:
             refusal = error if refusal is None or not isinstance(error, ValueError) else refusal
     why = str(refusal).split("\n")[0]

@@ -57,7 +57,9 @@ class Parquet:
                 row += about.num_rows
                 if self._label is not None:
                     column = opened.read_row_group(group, columns=[self._label], use_threads=False).column(0)
-                    labels.append(np.array([-1 if value is None else value for value in column.to_pylist()], dtype=np.int64))
+                    labels.append(
+                        np.array([-1 if value is None else value for value in column.to_pylist()], dtype=np.int64)
+                    )
         self._groups = torch.tensor(groups, dtype=torch.int64).reshape(-1, 3)
         sizes = torch.tensor(counts, dtype=torch.int64)
         self.blocks = torch.arange(len(counts)).repeat_interleave(sizes)
@@ -129,7 +131,11 @@ def _image_column(file: str, schema: Any, asked: str | None) -> str:
     import pyarrow.types as kinds
 
     def holds(kind: Any) -> bool:
-        return kinds.is_binary(kind) or kinds.is_large_binary(kind) or (kinds.is_struct(kind) and kind.get_field_index("bytes") >= 0)
+        return (
+            kinds.is_binary(kind)
+            or kinds.is_large_binary(kind)
+            or (kinds.is_struct(kind) and kind.get_field_index("bytes") >= 0)
+        )
 
     fit = [field.name for field in schema if holds(field.type)]
     if asked is not None and asked not in fit:
@@ -148,7 +154,9 @@ def _label_column(file: str, schema: Any, asked: str | None) -> str | None:
     if asked is not None and asked not in fit:
         raise DataError(f"{file}: {asked!r} is no column of whole numbers; have {', '.join(fit) or 'none'}")
     if asked is None and len(fit) > 1 and "label" not in fit:
-        raise DataError(f"{file}: has {len(fit)} columns of whole numbers ({', '.join(fit)}); name that of the labels with ?label=NAME")
+        raise DataError(
+            f"{file}: has {len(fit)} columns of whole numbers ({', '.join(fit)}); name that of the labels with ?label=NAME"
+        )
     return asked or ("label" if "label" in fit else fit[0] if fit else None)
 
 

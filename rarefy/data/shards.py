@@ -77,7 +77,9 @@ class Shards:
         if bool((found[3] >= 0).any()):  # else none has one
             bare = (found[3] < 0).nonzero().flatten()
             for place in bare[: MOST_NAMED + 1].tolist():
-                self.left_out.add(_name_at(self.files[int(found[0][place])], int(found[1][place])), "has no label in a .cls beside it")
+                self.left_out.add(
+                    _name_at(self.files[int(found[0][place])], int(found[1][place])), "has no label in a .cls beside it"
+                )
             self.left_out.count += max(0, len(bare) - MOST_NAMED - 1)
             found = [one[found[3] >= 0] for one in found]
             self.labels = found[3]
@@ -184,18 +186,29 @@ def _samples(file: str, left_out: LeftOut) -> Iterator[_Sample]:
         with open(file, "rb", buffering=2**20) as opened:
             length = os.fstat(opened.fileno()).st_size
             start = opened.read(BLOCK)
-            if start[:2] == b"\x1f\x8b" or start[:3] == b"BZh" or start[:6] == b"\xfd7zXZ\x00" or start[:4] == b"\x28\xb5\x2f\xfd":
+            if (
+                start[:2] == b"\x1f\x8b"
+                or start[:3] == b"BZh"
+                or start[:6] == b"\xfd7zXZ\x00"
+                or start[:4] == b"\x28\xb5\x2f\xfd"
+            ):
                 raise DataError(f"{file}: is compressed, so no place in it can be read alone; unpack it to a plain .tar (images are compressed already)")  # fmt: skip
             read = _reader(opened)
-            for key, members in itertools.groupby(_members(file, length, read, left_out), key=lambda member: _key(member.name)[0]):
+            for key, members in itertools.groupby(
+                _members(file, length, read, left_out), key=lambda member: _key(member.name)[0]
+            ):
                 sample = _sample(f"{file}: {key}", list(itertools.islice(members, 64)), read, left_out)
                 if sample is not None:
                     yield sample
     except OSError as error:
-        raise DataError(f"{file}: can't be read ({error.strerror or error}); restore it or take it off the list") from error
+        raise DataError(
+            f"{file}: can't be read ({error.strerror or error}); restore it or take it off the list"
+        ) from error
 
 
-def _sample(what: str, members: Sequence[_Member], read: Callable[[int, int], bytes], left_out: LeftOut) -> _Sample | None:
+def _sample(
+    what: str, members: Sequence[_Member], read: Callable[[int, int], bytes], left_out: LeftOut
+) -> _Sample | None:
     image: _Member | None = None
     label, wrong = -1, ""
     for member in members:
@@ -240,7 +253,11 @@ def _members(file: str, length: int, read: Callable[[int, int], bytes], left_out
         sound = True
         if info.kind in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE) and info.size <= 2**16:
             text = read(place, info.size)
-            name = _pax_path(text) if info.kind == tarfile.XHDTYPE else text.rstrip(b"\0").decode("utf-8", "surrogateescape")
+            name = (
+                _pax_path(text)
+                if info.kind == tarfile.XHDTYPE
+                else text.rstrip(b"\0").decode("utf-8", "surrogateescape")
+            )
         elif info.kind not in (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK):
             yield _Member(name or info.name, info.kind, place, info.size)
             name = ""
@@ -253,7 +270,12 @@ def _parsed(header: bytes) -> _Member:
     checked = header[148:154]
     simple = len(header) == BLOCK and header[345] == 0 and checked.isdigit() and header[124:135].isdigit()
     if simple and int(checked, 8) == sum(header) - sum(header[148:156]) + 256:
-        return _Member(header[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape"), header[156:157], 0, int(header[124:135], 8))
+        return _Member(
+            header[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape"),
+            header[156:157],
+            0,
+            int(header[124:135], 8),
+        )
     info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")  # type: ignore[arg-type]
     return _Member(info.name, info.type, 0, info.size)
 

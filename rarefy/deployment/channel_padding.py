@@ -31,7 +31,9 @@ def _widened(graph: fx.GraphModule) -> fx.GraphModule:
     """A copy, which shares its tensors, with zero filters where a layer is narrower than the tile or a depthwise one no multiple of it; answers as ``graph`` does."""
     wide = share_copy(graph).eval()
     known = shapes(wide)
-    readers = collections.Counter(str(node.target) for node in wide.graph.nodes if node.op == "get_attr" for _ in node.users)
+    readers = collections.Counter(
+        str(node.target) for node in wide.graph.nodes if node.op == "get_attr" for _ in node.users
+    )
     taken: set[fx.Node] = set()
     for node in list(wide.graph.nodes):
         if node in taken or not _is_integer_convolution(node):
@@ -90,7 +92,9 @@ def _channels_of(graph: fx.GraphModule, first: fx.Node, known: dict[fx.Node, Any
                 found.depthwise.append(value)
                 waiting.append(value.args[0])  # type: ignore[arg-type]
         elif value.op == "call_function" and value.target in _APART and not value.kwargs:
-            sources = [source for source in value.all_input_nodes if known[source].dim()]  # others are one number for all channels
+            sources = [
+                source for source in value.all_input_nodes if known[source].dim()
+            ]  # others are one number for all channels
             found.joined |= len(sources) > 1
             waiting += sources
         else:
@@ -119,7 +123,9 @@ def _grow(graph: fx.GraphModule, source: fx.Node, axis: int, by: int, like_first
     """Append ``by`` positions along ``axis``: zeros, or copies of the first."""
     tensor = attribute(graph, source)
     first = tensor.narrow(axis, 0, 1).expand([by if dim == axis else size for dim, size in enumerate(tensor.shape)])
-    set_attribute(graph, str(source.target), torch.cat([tensor, first if like_first else torch.zeros_like(first)], axis))
+    set_attribute(
+        graph, str(source.target), torch.cat([tensor, first if like_first else torch.zeros_like(first)], axis)
+    )
 
 
 def _is_integer(node: Any) -> bool:

@@ -34,7 +34,9 @@ def export(
     chosen = plugins.resolve("runtimes", runtime)
     graph = as_graph(model, inputs).eval()
     if compare and len(graph.meta["inputs"]) != 1:
-        raise InputError(f"export: a model of {len(graph.meta['inputs'])} inputs is written, but not compared; pass compare=False")
+        raise InputError(
+            f"export: a model of {len(graph.meta['inputs'])} inputs is written, but not compared; pass compare=False"
+        )
     with replacing(path) as partial:
         chosen.export(graph, partial)
         if not compare:

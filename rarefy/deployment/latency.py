@@ -38,7 +38,9 @@ def timed(
 
     example: (batch, ...), what each run is given. runtime: with its threads set (``with_threads``).
     """
-    found = latency({name: runtime.open(Path(file)) for name, file in files.items()}, example, repeats=repeats, warmup=warmup)
+    found = latency(
+        {name: runtime.open(Path(file)) for name, file in files.items()}, example, repeats=repeats, warmup=warmup
+    )
     stated = {
         "batch": len(example),
         "threads": runtime.threads,
@@ -60,7 +62,9 @@ def latency(
     speedup is against each of the models.
     """
     if not models or (repeats is not None and repeats < 1) or warmup < 0:
-        raise InputError(f"latency of {len(models)} models with repeats={repeats}, warmup={warmup}: give at least 1, 1 and 0")
+        raise InputError(
+            f"latency of {len(models)} models with repeats={repeats}, warmup={warmup}: give at least 1, 1 and 0"
+        )
     given = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     names = list(models)
     inner = {name: _runs_of_a_sample(models[name], given, warmup) for name in names}

@@ -24,7 +24,10 @@ LEAST_AGREEMENT = 0.995
 APART = 0.01  # 20 dB
 _SCALE: dict[Any, int] = {
     torch.ops.rarefy.quantize.default: 1,
-    **{getattr(torch.ops.rarefy, name).default: -5 for name in ("conv2d_codes", "linear_codes", "add", "mul", "mean", "avg_pool2d")},
+    **{
+        getattr(torch.ops.rarefy, name).default: -5
+        for name in ("conv2d_codes", "linear_codes", "add", "mul", "mean", "avg_pool2d")
+    },
 }  # makes codes: place of their scale
 
 
@@ -104,7 +107,8 @@ def against(
         same += int(torch.stack(agree).all(0).sum())
     stacks = {name: _layer(codes[name]) for name in tally}
     layers: list[dict[str, Any]] = [
-        {"name": stacks[name], "value": name, "difference": entry[0], "share": entry[1] / max(entry[2], 1)} for name, entry in tally.items()
+        {"name": stacks[name], "value": name, "difference": entry[0], "share": entry[1] / max(entry[2], 1)}
+        for name, entry in tally.items()
     ]
     first = next((layer["name"] for layer in layers if layer["difference"] > 1), None)
     unread = [name for name in shared if name not in tally]
@@ -193,7 +197,11 @@ def _value_name(node: fx.Node) -> str:
 
 def _values_in(model: Any, kind: str) -> dict[str, str]:
     """Value name -> the first tensor that a node of ``kind`` makes with its scale; codes once they are clipped, where the grid ends before the type."""
-    clipped = {node.input[0]: node.output[0] for node in model.graph.node if node.op_type == "Clip" and kind == "QuantizeLinear"}
+    clipped = {
+        node.input[0]: node.output[0]
+        for node in model.graph.node
+        if node.op_type == "Clip" and kind == "QuantizeLinear"
+    }
     found: dict[str, str] = {}
     constants = {tensor.name for tensor in model.graph.initializer}
     for node in model.graph.node:

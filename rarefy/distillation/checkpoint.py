@@ -37,7 +37,9 @@ class Store:
             for left in folder.glob(f".{STATE_FILE}.*") if writes else ():
                 _remove(left)
         except OSError as error:
-            raise InputError(f"checkpoint={folder}: can't be written ({error.strerror}); name a folder that can") from error
+            raise InputError(
+                f"checkpoint={folder}: can't be written ({error.strerror}); name a folder that can"
+            ) from error
         self.header: dict[str, Any] | None = None
         self.loaded: dict[str, Tensor] = {}
         if self.file.exists():
@@ -61,7 +63,9 @@ class Store:
             other = theirs.get(part)
             if mine == other:
                 continue
-            what = f"{part} ({_changed(mine, other)})" if part in ("options", "task") and isinstance(other, dict) else part
+            what = (
+                f"{part} ({_changed(mine, other)})" if part in ("options", "task") and isinstance(other, dict) else part
+            )
             raise InputError(
                 f"{self.folder}: the checkpoint is of a run with another {what}; name another folder, or delete this one to start anew"
             )
@@ -101,7 +105,9 @@ class Store:
             _remove(room)
         except (OSError, safetensors.SafetensorError) as error:
             _remove(room)
-            raise InputError(f"checkpoint={self.folder}: can't be written ({error}); free some space, or name another folder") from error
+            raise InputError(
+                f"checkpoint={self.folder}: can't be written ({error}); free some space, or name another folder"
+            ) from error
         self.saved = time.monotonic()
 
 

@@ -105,7 +105,21 @@ def train(
 ) -> fx.GraphModule:
     """``distill`` without a teacher: the model's graph trained from labels alone."""
     return _run(
-        "train", model, None, task, None, training, device, checkpoint, checkpoint_seconds, validate, penalty, None, logs, progress, options
+        "train",
+        model,
+        None,
+        task,
+        None,
+        training,
+        device,
+        checkpoint,
+        checkpoint_seconds,
+        validate,
+        penalty,
+        None,
+        logs,
+        progress,
+        options,
     )
 
 
@@ -142,11 +156,17 @@ def _run(
     if bool(sum_of) != (teacher is not None):
         raise InputError("distill: a loss needs a teacher, and a teacher a loss; train() learns from labels alone")
     if not sum_of and not training.hard_weight:
-        raise InputError("train: hard_weight=0 leaves nothing to learn from; give it a weight, or distil from a teacher")
+        raise InputError(
+            "train: hard_weight=0 leaves nothing to learn from; give it a weight, or distil from a teacher"
+        )
     if training.dot and not (sum_of and training.hard_weight):
-        raise InputError(f"{step_name}: dot={training.dot} weighs labels and teacher apart, so it needs both; pass dot=0")
+        raise InputError(
+            f"{step_name}: dot={training.dot} weighs labels and teacher apart, so it needs both; pass dot=0"
+        )
     if training.patience and validate is None and task.val is None:
-        raise InputError(f"{step_name}: patience={training.patience} needs a val split to look at, or validate=; pass patience=0")
+        raise InputError(
+            f"{step_name}: patience={training.patience} needs a val split to look at, or validate=; pass patience=0"
+        )
     guides = [(share, _graph(one, task, "teacher")) for share, one in teachers_of(teacher)]
     if not isinstance(student, nn.Module):
         if not guides:
@@ -169,7 +189,9 @@ def _run(
     }
     accelerator = _accelerator(device, any(one.on == "logits" for _, one in sum_of) or training.hard_weight > 0)
     if accelerator.num_processes > 1 and training.dot:
-        raise InputError(f"{step_name}: dot={training.dot} takes two passes backwards, which several processes can't share; pass dot=0")
+        raise InputError(
+            f"{step_name}: dot={training.dot} takes two passes backwards, which several processes can't share; pass dot=0"
+        )
     if accelerator.num_processes > 1 or device is None:
         device = accelerator.device
     device = torch.device(device)
@@ -181,7 +203,9 @@ def _run(
             "student": origin or digest(graph),
             "teacher": " ".join(digest(guide) for _, guide in guides) or None,
             "data": {split: task.fingerprint(split) for split in splits},
-            "task": {key: value for key, value in task.describe().items() if key not in splits},  # those name places, not content
+            "task": {
+                key: value for key, value in task.describe().items() if key not in splits
+            },  # those name places, not content
         }
         store = Store(Path(checkpoint), identity, checkpoint_seconds, accelerator.is_main_process)
         finished = store.finished()
@@ -223,16 +247,27 @@ def _graph(model: nn.Module, task: Task, which: str) -> fx.GraphModule:
     return graph
 
 
-def _normed(student: fx.GraphModule, task: Task, training: Training, device: torch.device | str | None) -> fx.GraphModule:
+def _normed(
+    student: fx.GraphModule, task: Task, training: Training, device: torch.device | str | None
+) -> fx.GraphModule:
     """The trainable form of a quantised student; with ``live_norm`` the batch norm that was folded into it is put back."""
     learns = to_trainable(student)
     weights = {
-        name for record in student.meta.get("history", []) if record["step"] == "quantize" for name in record["facts"].get("batch_norm", ())
+        name
+        for record in student.meta.get("history", [])
+        if record["step"] == "quantize"
+        for name in record["facts"].get("batch_norm", ())
     }
     if not weights or training.live_norm == "no":
         return learns
     home = device_of(learns)
-    device = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = (
+        torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
     fitting = {} if training.hard_weight else {"labelled": False}
-    batches = task.batches("train", min(training.batch_size, 64), shuffle_seed=training.seed, augment=True, device=device, **fitting)
-    return put_back(learns.to(device), weights, (inputs for inputs, _ in itertools.islice(batches, MOMENT_BATCHES))).to(home)
+    batches = task.batches(
+        "train", min(training.batch_size, 64), shuffle_seed=training.seed, augment=True, device=device, **fitting
+    )
+    return put_back(learns.to(device), weights, (inputs for inputs, _ in itertools.islice(batches, MOMENT_BATCHES))).to(
+        home
+    )

@@ -56,7 +56,11 @@ def _all_or_none(accelerator: Accelerator, checkpoint: str | Path | None) -> Ite
     if accelerator.num_processes == 1:
         yield
         return
-    again = f"start it again the same way, and it goes on from {checkpoint}" if checkpoint is not None else "pass checkpoint= to lose less"
+    again = (
+        f"start it again the same way, and it goes on from {checkpoint}"
+        if checkpoint is not None
+        else "pass checkpoint= to lose less"
+    )
     lost = WorkerLost(
         f"process {accelerator.process_index} of {accelerator.num_processes}: another one ended, so this one does too; {again}"
     )

@@ -68,7 +68,9 @@ class _Run:
     def __post_init__(self) -> None:
         training, world = self.training, self.accelerator.num_processes
         if training.batch_size % world:
-            raise InputError(f"batch_size={training.batch_size} can't be split over {world} processes; pass a multiple of {world}")
+            raise InputError(
+                f"batch_size={training.batch_size} can't be split over {world} processes; pass a multiple of {world}"
+            )
         self.per_epoch = self.task.length("train") // training.batch_size
         if not self.per_epoch:
             raise InputError(
@@ -88,14 +90,20 @@ class _Run:
             one.to(self.device).to(memory_format=layout)
         self.plain: Any = self._wrapped()
         self.compiled = self._compiling()
-        self.learner: Any = self.plain if self.compiled == "no" else torch.compile(self.plain, mode=self.compiled, dynamic=False)
+        self.learner: Any = (
+            self.plain if self.compiled == "no" else torch.compile(self.plain, mode=self.compiled, dynamic=False)
+        )
         self.learned = {name: one for name, one in self.objective.named_parameters() if one.requires_grad}
         if not self.learned:
             raise InputError("the student has no parameter that requires a gradient; call requires_grad_() on it first")
         self.dot = Dot(self.learned, training.momentum, training.dot, training.weight_decay) if training.dot else None
         self.optimizer = _optimizer(self.learned.values(), training, self.device)
         self.parameters = {name: one for name, one in self.graph.named_parameters() if one.requires_grad}
-        self.masks = {name: self.parameters[name].detach() != 0 for name in self.graph.meta.get("sparse", []) if name in self.parameters}
+        self.masks = {
+            name: self.parameters[name].detach() != 0
+            for name in self.graph.meta.get("sparse", [])
+            if name in self.parameters
+        }
         self.average = copy.deepcopy(self.graph).requires_grad_(False) if training.ema else None
         self.averaged = _Averaged.of(self.average, self.graph) if self.average is not None else None
         self.result = self.average if self.average is not None else self.graph
@@ -113,7 +121,12 @@ class _Run:
         """The compiler's mode, or no."""
         if self.training.compile != "auto":
             return self.training.compile
-        pays = self.device.type == "cuda" and self.total >= AUTO_STEPS and self.dot is None and self.accelerator.num_processes == 1
+        pays = (
+            self.device.type == "cuda"
+            and self.total >= AUTO_STEPS
+            and self.dot is None
+            and self.accelerator.num_processes == 1
+        )
         return "reduce-overhead" if pays and importlib.util.find_spec("triton") is not None else "no"
 
     def remember(self, folder: str | Path, teachers: list[str]) -> None:
@@ -131,15 +144,22 @@ class _Run:
             "draws": None if self.fixed else draws,
         }
         self.memory = Answers(
-            folder, identity, self.objective.answers(self._laid(torch.zeros(2, *self.task.input_shape, device=self.device))), self.device
+            folder,
+            identity,
+            self.objective.answers(self._laid(torch.zeros(2, *self.task.input_shape, device=self.device))),
+            self.device,
         )
 
     def _laid(self, inputs: Tensor) -> Tensor:
-        return inputs.contiguous(memory_format=torch.channels_last) if self.channels_last and inputs.dim() == 4 else inputs
+        return (
+            inputs.contiguous(memory_format=torch.channels_last) if self.channels_last and inputs.dim() == 4 else inputs
+        )
 
     # -- the loop
 
-    def fit(self, label: str, store: Store | None, validate: Callable[[fx.GraphModule], float] | None, progress: bool) -> dict[str, Any]:
+    def fit(
+        self, label: str, store: Store | None, validate: Callable[[fx.GraphModule], float] | None, progress: bool
+    ) -> dict[str, Any]:
         """Train from the step the run is at to the last; leave the result in ``graph``; the facts of the record."""
         begun, resumed, before = time.monotonic(), self.step, self.seconds
         self.plain.train()
@@ -152,11 +172,14 @@ class _Run:
             if ends or self.step % CHECK_STEPS == 0:
                 mean = self._checked(rate, whole=ends)
                 steps.update(
-                    f"loss {mean:.4f}" + (f", val {self.curve[-1]['val']:.2%}" if self.curve and self.curve[-1]["val"] is not None else "")
+                    f"loss {mean:.4f}"
+                    + (f", val {self.curve[-1]['val']:.2%}" if self.curve and self.curve[-1]["val"] is not None else "")
                 )
                 if ends:
                     self._end_epoch(mean, rate, validate)
-                self._log(mean, rate, (self.step - resumed) * self.training.batch_size / (time.monotonic() - begun), ends)
+                self._log(
+                    mean, rate, (self.step - resumed) * self.training.batch_size / (time.monotonic() - begun), ends
+                )
             self.seconds = before + time.monotonic() - begun
             if store is not None and (ends or store.due()):
                 if not ends:
@@ -170,7 +193,9 @@ class _Run:
         return {
             "epochs": math.ceil(self.step / self.per_epoch),
             "steps": self.step,
-            "stopped": {"epoch": self.curve[-1]["epoch"], "of": math.ceil(self.total / self.per_epoch)} if self.step < self.total else None,
+            "stopped": {"epoch": self.curve[-1]["epoch"], "of": math.ceil(self.total / self.per_epoch)}
+            if self.step < self.total
+            else None,
             "curve": self.curve,
             "best": None if self.best_value is None else {"epoch": self.best_epoch, "val": self.best_value},
             "kept": self.training.keep if self.best_value is not None else "last",
@@ -219,13 +244,28 @@ class _Run:
         """An epoch's batches from that step on."""
         training, fitting = self.training, {} if self.training.hard_weight else {"labelled": False}
         batches = self.task.batches(
-            "train", training.batch_size, shuffle_seed=training.seed, augment=True, epoch=epoch, start=start, device=self.device, **fitting
+            "train",
+            training.batch_size,
+            shuffle_seed=training.seed,
+            augment=True,
+            epoch=epoch,
+            start=start,
+            device=self.device,
+            **fitting,
         )
         step = start
         for inputs, targets in batches:
-            yield mix(inputs, targets, training, self.task.classes if targets is not None else 0, epoch * self.per_epoch + step)
+            yield mix(
+                inputs,
+                targets,
+                training,
+                self.task.classes if targets is not None else 0,
+                epoch * self.per_epoch + step,
+            )
             step += 1
-        raise InputError(f"the data ended at step {step} of epoch {epoch}, {self.per_epoch} were announced; task.length is wrong")
+        raise InputError(
+            f"the data ended at step {step} of epoch {epoch}, {self.per_epoch} were announced; task.length is wrong"
+        )
 
     def _known(self, epoch: int) -> tuple[str, Sequence[Tensor]]:
         """Where the answers to that epoch's pictures are kept, and in which rows; written now if they are not there yet."""
@@ -252,7 +292,9 @@ class _Run:
         if self.training.freeze and not self.frozen and self.step >= round((1 - self.training.freeze) * self.total):
             self._freeze()
         if self.objective.strength is not None:  # linear, from the first step on
-            self.objective.strength.fill_(min(1.0, (self.step + 1) / max(1, round(self.training.loss_warmup * self.total))))
+            self.objective.strength.fill_(
+                min(1.0, (self.step + 1) / max(1, round(self.training.loss_warmup * self.total)))
+            )
         if self.penalty is not None and self.step % self.per_epoch == 0:
             self.penalty.begin(self.parameters)
         torch.manual_seed(_step_seed(self.training.seed, self.step, self.accelerator.process_index))
@@ -263,7 +305,11 @@ class _Run:
         self.loss_sum += loss
         if self.penalty is not None:
             self.penalty.add(self.parameters)
-        masked = [(parameter.grad, mask) for name, mask in self.masks.items() if (parameter := self.parameters[name]).grad is not None]
+        masked = [
+            (parameter.grad, mask)
+            for name, mask in self.masks.items()
+            if (parameter := self.parameters[name]).grad is not None
+        ]
         if masked:
             torch._foreach_mul_(*map(list, zip(*masked)))
         if self.dot is not None:
@@ -310,7 +356,9 @@ class _Run:
         if self.accumulate == 1:
             return [whole]
         leaves, shape = pytree.tree_flatten(whole)
-        pieces = zip(*(one.chunk(self.accumulate) if isinstance(one, Tensor) else itertools.repeat(one) for one in leaves))
+        pieces = zip(
+            *(one.chunk(self.accumulate) if isinstance(one, Tensor) else itertools.repeat(one) for one in leaves)
+        )
         return [pytree.tree_unflatten(list(piece), shape) for piece in pieces]
 
     def _backward(self, loss: Tensor, share: float) -> Tensor:
@@ -372,7 +420,11 @@ class _Run:
         Raises TrainingDiverged unless it is finite; and, with ``whole``, all weights.
         """
         steps = (self.step - 1) % self.per_epoch + 1
-        total = self.accelerator.reduce(self.loss_sum, "mean") if together and self.accelerator.num_processes > 1 else self.loss_sum
+        total = (
+            self.accelerator.reduce(self.loss_sum, "mean")
+            if together and self.accelerator.num_processes > 1
+            else self.loss_sum
+        )
         mean = float(total) / steps
         if math.isfinite(mean) and not (whole and not _finite(self.result)):
             return mean
@@ -405,7 +457,11 @@ class _Run:
     def _log(self, loss: float, rate: float, speed: float, ends: bool) -> None:
         if self.logs is not None:
             self.logs.add(
-                self.step, loss=loss, lr=rate, images_per_second=speed, data_share=self.waited / self.seconds if self.seconds > 0 else None
+                self.step,
+                loss=loss,
+                lr=rate,
+                images_per_second=speed,
+                data_share=self.waited / self.seconds if self.seconds > 0 else None,
             )
             if ends:
                 self.logs.add(self.step, val=self.curve[-1]["val"])
@@ -460,7 +516,9 @@ class _Run:
         found |= {f"best.{name}": value for name, value in self.best.items()}
         for name, parameter in self.learned.items():
             found |= {
-                f"optimizer.{key}.{name}": value for key, value in self.optimizer.state[parameter].items() if isinstance(value, Tensor)
+                f"optimizer.{key}.{name}": value
+                for key, value in self.optimizer.state[parameter].items()
+                if isinstance(value, Tensor)
             }
         if self.penalty is not None:
             found |= {f"penalty.{name}": value for name, value in self.penalty.state().items()}
@@ -487,7 +545,11 @@ class _Run:
             for name, value in store.tensors("optimizer.").items():
                 key, _, owner = name.partition(".")
                 parameter = self.learned[owner]
-                like = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value, device=self.device)
+                like = (
+                    torch.empty_like(parameter)
+                    if value.shape == parameter.shape
+                    else torch.empty_like(value, device=self.device)
+                )
                 self.optimizer.state[parameter][key] = like.detach().copy_(value)
             if self.penalty is not None:
                 self.penalty.restore(store.tensors("penalty."), self.parameters)
@@ -503,7 +565,9 @@ class _Run:
 @contextlib.contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Random draws inside depend on the seed alone; the caller's generators are as before afterwards."""
-    devices = [device.index if device.index is not None else torch.cuda.current_device()] if device.type == "cuda" else []
+    devices = (
+        [device.index if device.index is not None else torch.cuda.current_device()] if device.type == "cuda" else []
+    )
     with torch.random.fork_rng(devices=devices), torch.enable_grad():  # the caller may be inside no_grad
         torch.manual_seed(seed)
         yield
@@ -515,7 +579,9 @@ def _compiler_keeps_its_hints() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"torch\._inductor\.")
         warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
-        warnings.filterwarnings("ignore", message="The CUDA Graph is empty")  # its own first one, made to hold a pool of memory
+        warnings.filterwarnings(
+            "ignore", message="The CUDA Graph is empty"
+        )  # its own first one, made to hold a pool of memory
         yield
 
 

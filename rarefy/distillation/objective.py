@@ -68,7 +68,9 @@ def terms(loss: Losses) -> list[Term]:
                 word = re.sub(r"^\s*feature\b", "mse", name if star else part)
                 pairs.append((float(number) if star else 1.0, plugins.resolve("losses", word)))
             except ValueError as error:
-                raise InputError(f"loss={loss!r}: {number.strip()!r} is not a number; write weight*name + weight*name") from error
+                raise InputError(
+                    f"loss={loss!r}: {number.strip()!r} is not a number; write weight*name + weight*name"
+                ) from error
     else:
         pairs = [(1.0, loss)] if isinstance(loss, Loss) else [(float(weight), one) for weight, one in loss]
     for weight, one in pairs:
@@ -109,18 +111,28 @@ class Objective(nn.Module):
                 pairs = matched(student, teacher, one.on)
                 places = {a.node.name: (_place(ours, a), _place(theirs[number], b)) for a, b in pairs}
                 adapter = (
-                    one.adapter({a.node.name: (a.shape, b.shape) for a, b in pairs}) if isinstance(one, FeatureLoss) and pairs else None
+                    one.adapter({a.node.name: (a.shape, b.shape) for a, b in pairs})
+                    if isinstance(one, FeatureLoss) and pairs
+                    else None
                 )
                 if adapter is not None:
                     self.adapters[str(len(self.lessons))] = adapter
                 self.lessons.append(Lesson(share * weight, one, number, places))
-        self.matched = [[name, theirs[lesson.teacher][b].node.name] for lesson in self.lessons for name, (_, b) in lesson.places.items()]
+        self.matched = [
+            [name, theirs[lesson.teacher][b].node.name]
+            for lesson in self.lessons
+            for name, (_, b) in lesson.places.items()
+        ]
         self.student = tapped(student, ours)
-        self.teachers = nn.ModuleList(frozen(tapped(teacher, taps), bf16) for (_, teacher), taps in zip(teachers, theirs))
+        self.teachers = nn.ModuleList(
+            frozen(tapped(teacher, taps), bf16) for (_, teacher), taps in zip(teachers, theirs)
+        )
         self.task, self.bf16, self.apart = task, bf16, training.dot > 0
         self.hard_weight, self.label_smoothing = training.hard_weight, training.label_smoothing
         self.strength: Tensor | None
-        self.register_buffer("strength", torch.ones((), device=device_of(student)) if training.loss_warmup else None, persistent=False)
+        self.register_buffer(
+            "strength", torch.ones((), device=device_of(student)) if training.loss_warmup else None, persistent=False
+        )
 
     def train(self, mode: bool = True) -> Objective:
         super().train(mode)
@@ -132,7 +144,11 @@ class Objective(nn.Module):
             outputs, ours = self.student(inputs)
         taught = self.answers(inputs) if taught is None else taught
         outputs, ours, taught = pytree.tree_map(_float, (outputs, ours, taught))
-        hard = [self.hard_weight * self.task.loss(outputs, targets, label_smoothing=self.label_smoothing)] if self.hard_weight else []
+        hard = (
+            [self.hard_weight * self.task.loss(outputs, targets, label_smoothing=self.label_smoothing)]
+            if self.hard_weight
+            else []
+        )
         soft = []
         for index, (weight, one, teacher, places) in enumerate(self.lessons):
             answer, theirs = taught[teacher]

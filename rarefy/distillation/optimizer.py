@@ -106,7 +106,9 @@ class Dot:
 
     def state(self) -> dict[str, Tensor]:
         return {
-            f"{kind}.{name}": value for kind, found in (("task", self.task), ("teacher", self.teacher)) for name, value in found.items()
+            f"{kind}.{name}": value
+            for kind, found in (("task", self.task), ("teacher", self.teacher))
+            for name, value in found.items()
         }
 
     def restore(self, state: Mapping[str, Tensor]) -> None:

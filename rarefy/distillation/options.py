@@ -90,7 +90,11 @@ class Training:
             ("ema", 0 <= self.ema < 1, "0 (off) up to, not including, 1"),
             ("precision", self.precision in ("auto", "fp32", "bf16"), "auto, fp32 or bf16"),
             ("channels_last", self.channels_last in ("auto", "yes", "no"), "auto, yes or no"),
-            ("compile", self.compile in ("auto", "no", "default", "reduce-overhead"), "auto, no, default or reduce-overhead"),
+            (
+                "compile",
+                self.compile in ("auto", "no", "default", "reduce-overhead"),
+                "auto, no, default or reduce-overhead",
+            ),
             ("validate_every", self.validate_every >= 0, "0 (never) or more"),
             ("live_norm", self.live_norm in ("yes", "no"), "yes or no"),
             ("sync_norm", self.sync_norm in ("yes", "no"), "yes or no"),
@@ -100,7 +104,8 @@ class Training:
             ("patience", self.patience >= 0, "0 (never) or more epochs"),
             (
                 "dot",
-                0 <= self.dot <= min(self.momentum, 1 - self.momentum) and (self.dot < 1 - self.momentum or not self.dot),
+                0 <= self.dot <= min(self.momentum, 1 - self.momentum)
+                and (self.dot < 1 - self.momentum or not self.dot),
                 "0 (off) up to momentum, and below 1 - momentum",
             ),
         ]

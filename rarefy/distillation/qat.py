@@ -42,7 +42,9 @@ LR, LIVE_LR, CLIP, FREEZE = 0.01, 0.03, 1.0, 0.25  # FREEZE: share of the steps
 
 def is_quantized(model: Any) -> bool:
     """Does the graph compute on codes?"""
-    return isinstance(model, fx.GraphModule) and any(node.target in rarefy.kernels.OPERATORS for node in model.graph.nodes)
+    return isinstance(model, fx.GraphModule) and any(
+        node.target in rarefy.kernels.OPERATORS for node in model.graph.nodes
+    )
 
 
 def to_trainable(graph: fx.GraphModule) -> fx.GraphModule:
@@ -52,8 +54,12 @@ def to_trainable(graph: fx.GraphModule) -> fx.GraphModule:
     found = shapes(learns)
     numbers: dict[fx.Node, fx.Node] = {}  # node that yields codes -> node that yields what they stand for
     for node in list(learns.graph.nodes):
-        if node.target is OPERATORS.dequantize_fp4.default or (is_decoded(node) and found[node.args[0]].dtype.is_floating_point):
-            raise InputError(f"{node.name}: weights or activations that are floats of few bits can't be trained; quantise to integers")
+        if node.target is OPERATORS.dequantize_fp4.default or (
+            is_decoded(node) and found[node.args[0]].dtype.is_floating_point
+        ):
+            raise InputError(
+                f"{node.name}: weights or activations that are floats of few bits can't be trained; quantise to integers"
+            )
         if node.target is OPERATORS.quantize.default:
             numbers[node] = _activation(learns, node, found[node.args[0]])
         elif is_decoded(node) and node.args[0].op == "get_attr":
@@ -61,11 +67,15 @@ def to_trainable(graph: fx.GraphModule) -> fx.GraphModule:
         elif is_decoded(node):
             source, scale = node.args[:2]
             number, own = numbers[source], _scale_of(source)
-            if own.target != scale.target:  # the codes are read on another grid, a fixed share of the one they were made on
+            if (
+                own.target != scale.target
+            ):  # the codes are read on another grid, a fixed share of the one they were made on
                 with learns.graph.inserting_before(node):
                     number = learns.graph.call_function(aten.mul.Tensor, (number, _ratio(learns, scale, own)))
             node.replace_all_uses_with(number)
-        elif any(source in numbers for source in node.all_input_nodes):  # moves codes: moves numbers just so, and pads with 0
+        elif any(
+            source in numbers for source in node.all_input_nodes
+        ):  # moves codes: moves numbers just so, and pads with 0
             with learns.graph.inserting_before(node):
                 moved = learns.graph.node_copy(node, lambda source: numbers.get(source, source))
             if node.target is aten.pad.default:
@@ -91,10 +101,16 @@ def to_codes(graph: fx.GraphModule, trained: fx.GraphModule) -> fx.GraphModule:
                 _recode(graph, weight, learned, attribute(graph, weight_scale), 0, 0)
                 _recode(graph, bias, learned, attribute(graph, scale) * attribute(graph, weight_scale), 0, 0)
             elif is_decoded(node) and node.args[0].op == "get_attr":
-                _recode(graph, node.args[0], learned, attribute(graph, node.args[1]), node.args[3], (*node.args[4:5], 0)[0])
+                _recode(
+                    graph, node.args[0], learned, attribute(graph, node.args[1]), node.args[3], (*node.args[4:5], 0)[0]
+                )
         numbers = to_numbers(before)
         for node in numbers.graph.nodes:  # codes that are read on another grid than they were made on
-            if is_decoded(node) and node.args[0].op != "get_attr" and (source := _scale_of(node.args[0])).target != node.args[1].target:
+            if (
+                is_decoded(node)
+                and node.args[0].op != "get_attr"
+                and (source := _scale_of(node.args[0])).target != node.args[1].target
+            ):
                 attribute(graph, node.args[1]).copy_(attribute(graph, source) * _ratio(before, node.args[1], source))
     graph.meta = {**copy.deepcopy(trained.meta), **{key: graph.meta[key] for key in ("bits",) if key in graph.meta}}
     return graph.eval()
@@ -106,7 +122,10 @@ def suited(training: Training) -> Training:
         return training
     live = training.live_norm == "yes"
     return dataclasses.replace(
-        training, lr=LIVE_LR if live else LR, clip=training.clip or CLIP, freeze=training.freeze or (FREEZE if live else 0.0)
+        training,
+        lr=LIVE_LR if live else LR,
+        clip=training.clip or CLIP,
+        freeze=training.freeze or (FREEZE if live else 0.0),
     )
 
 
@@ -136,7 +155,9 @@ def _stored(graph: fx.GraphModule, node: fx.Node, bits: dict[str, int]) -> None:
             qmin, qmax = _range(codes, bits.get(str(codes_node.target), 8))
             _learn(graph, str(scale_node.target), scale)
             gradient = 1 / math.sqrt(codes.numel() / max(scale.numel(), 1) * qmax)
-            parameter = graph.graph.call_function(fake_quantize, (parameter, scale_node, zero_node, axis, qmin, qmax, gradient, *rest))
+            parameter = graph.graph.call_function(
+                fake_quantize, (parameter, scale_node, zero_node, axis, qmin, qmax, gradient, *rest)
+            )
     node.replace_all_uses_with(parameter)
 
 
@@ -171,14 +192,18 @@ def _positive(scale: Tensor) -> Tensor:
     return scale.detach().abs().clamp_min(1e-12)  # a grid that is symmetric around 0 is the same with -s
 
 
-def _recode(graph: fx.GraphModule, node: Any, learned: dict[str, Tensor], scale: Tensor, axis: int | None, group: int) -> None:
+def _recode(
+    graph: fx.GraphModule, node: Any, learned: dict[str, Tensor], scale: Tensor, axis: int | None, group: int
+) -> None:
     """The codes of the learned numbers of that name, if there are."""
     value = learned.get(str(node.target).removesuffix(CODES))
     codes = attribute(graph, node)
     if not isinstance(value, nn.Parameter) or not str(node.target).endswith(CODES):
         return
     if codes.dtype == torch.int32:
-        codes.copy_(torch.round(value.double() / along(scale, codes, axis, group).double()).clamp_(-BIAS_LIMIT, BIAS_LIMIT))
+        codes.copy_(
+            torch.round(value.double() / along(scale, codes, axis, group).double()).clamp_(-BIAS_LIMIT, BIAS_LIMIT)
+        )
         return
     qmin, qmax = _range(codes, graph.meta.get("bits", {}).get(str(node.target), 8))
     zero = _zero_of(graph, node)

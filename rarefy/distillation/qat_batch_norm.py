@@ -33,7 +33,9 @@ SLOWER = 0.1
 def put_back(graph: fx.GraphModule, weights: Collection[str], batches: Iterable[Tensor]) -> fx.GraphModule:
     """``graph``, in the trainable form, with batch norm behind the layers that read these weights. batches: inputs; changed in place."""
     places: list[Any] = [
-        node for node in graph.graph.nodes if _weight(node) in weights and len(node.args) > 2 and _is_parameter(node.args[2])
+        node
+        for node in graph.graph.nodes
+        if _weight(node) in weights and len(node.args) > 2 and _is_parameter(node.args[2])
     ]
     if not places:
         return graph
@@ -82,7 +84,9 @@ def folded(graph: fx.GraphModule) -> dict[str, Tensor]:
     for node in nodes:
         if node.target is not aten.batch_norm.default or (name := _weight(node.args[0])) is None:
             continue
-        gamma, beta, mean, variance = (attribute(graph, source).detach() for source in (node.args[1].args[0], *node.args[2:5]))
+        gamma, beta, mean, variance = (
+            attribute(graph, source).detach() for source in (node.args[1].args[0], *node.args[2:5])
+        )
         factor = gamma.abs() * torch.rsqrt(variance + node.args[7])
         weight, scale = (attribute(graph, source).detach() for source in node.args[0].args[1].args[:2])
         found[name] = torch.nn.Parameter(weight * factor.view(-1, *[1] * (weight.dim() - 1)))

@@ -55,7 +55,10 @@ class Answers:
 
     def file(self, part: str) -> Path:
         """part: what beside the identity a file is of, such as an epoch."""
-        return self.folder / f"{hashlib.sha256(json.dumps([self.identity, part], sort_keys=True).encode()).hexdigest()[:32]}.safetensors"
+        return (
+            self.folder
+            / f"{hashlib.sha256(json.dumps([self.identity, part], sort_keys=True).encode()).hexdigest()[:32]}.safetensors"
+        )
 
     def write(self, part: str, rows: int, batches: Iterable[Any]) -> None:
         """batches: answers to the pictures, in order; ``rows`` of them in all."""
@@ -65,7 +68,11 @@ class Answers:
         place = 0
         for index, one in enumerate(self.like):
             size = rows * math.prod(one.shape[1:]) * one.element_size()
-            layout[str(index)] = {"dtype": _NAMES[one.dtype], "shape": [rows, *one.shape[1:]], "data_offsets": [place, place + size]}
+            layout[str(index)] = {
+                "dtype": _NAMES[one.dtype],
+                "shape": [rows, *one.shape[1:]],
+                "data_offsets": [place, place + size],
+            }
             place += size
         header = json.dumps(layout).encode()
         header += b" " * (-len(header) % 8)
@@ -81,13 +88,18 @@ class Answers:
             self._fill(temporary, 8 + len(header), layout, rows, batches)
             os.replace(temporary, file)
         except OSError as error:
-            raise InputError(f"cache={self.folder}: can't be written ({error.strerror}); free some space, or leave it out") from error
+            raise InputError(
+                f"cache={self.folder}: can't be written ({error.strerror}); free some space, or leave it out"
+            ) from error
         finally:
             temporary.unlink(missing_ok=True)
 
     def _fill(self, file: Path, begin: int, layout: Mapping[str, Any], rows: int, batches: Iterable[Any]) -> None:
         whole = np.memmap(file, np.uint8, "r+")
-        regions = [whole[begin:][slice(*layout[str(index)]["data_offsets"])].reshape(rows, -1) for index in range(len(self.like))]
+        regions = [
+            whole[begin:][slice(*layout[str(index)]["data_offsets"])].reshape(rows, -1)
+            for index in range(len(self.like))
+        ]
         row = 0
         for batch in batches:
             leaves = pytree.tree_leaves(batch)
@@ -121,7 +133,9 @@ class Answers:
                 if one.shape[1:] != like.shape[1:] or one.dtype != like.dtype:
                     raise ValueError(f"it holds {tuple(one.shape)}, a row is {tuple(like.shape[1:])}")
         except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise FormatError(f"{file}: are no answers of these teachers ({type(error).__name__}: {error}); delete it") from error
+            raise FormatError(
+                f"{file}: are no answers of these teachers ({type(error).__name__}: {error}); delete it"
+            ) from error
         size = sum(one.nbytes for one in found)
         if self.device.type == "cuda" and size < _MOST_OF_A_GPU * torch.cuda.mem_get_info(self.device)[1]:
             return [one.to(self.device) for one in found]

@@ -28,8 +28,15 @@ def teachers_of(given: Teachers) -> list[tuple[float, nn.Module]]:
         return [(1.0, given)]
     pairs = [(1.0, one) if isinstance(one, nn.Module) else one for one in given]
     for pair in pairs:
-        if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[1], nn.Module) or not 0 < float(pair[0]) < math.inf:
-            raise InputError(f"teacher: {type(pair).__name__} is no teacher; give a module, modules, or [(weight above 0, module), ...]")
+        if (
+            not isinstance(pair, tuple)
+            or len(pair) != 2
+            or not isinstance(pair[1], nn.Module)
+            or not 0 < float(pair[0]) < math.inf
+        ):
+            raise InputError(
+                f"teacher: {type(pair).__name__} is no teacher; give a module, modules, or [(weight above 0, module), ...]"
+            )
     if not pairs:
         raise InputError("teacher: an empty list; give at least one, or call train()")
     total = sum(float(weight) for weight, _ in pairs)
@@ -41,7 +48,9 @@ def frozen(teacher: fx.GraphModule, bf16: bool) -> fx.GraphModule:
     folded = fold(teacher).requires_grad_(False)
     if bf16:
         for name in _weights(folded):
-            set_attribute(folded, name, nn.Parameter(folded.get_parameter(name).to(torch.bfloat16), requires_grad=False))
+            set_attribute(
+                folded, name, nn.Parameter(folded.get_parameter(name).to(torch.bfloat16), requires_grad=False)
+            )
     return folded.eval()
 
 

@@ -52,7 +52,9 @@ class Evaluation:
             "nonfinite": self.nonfinite,
             "agreement": self.agreement,
             "drop": self.drop,
-            "robustness": {name: {str(severity): value for severity, value in of.items()} for name, of in self.robustness.items()},
+            "robustness": {
+                name: {str(severity): value for severity, value in of.items()} for name, of in self.robustness.items()
+            },
             "reference": None if self.reference is None else self.reference.to_json(),
             "seconds": self.seconds,
             **({"warnings": list(self.warnings)} if self.warnings else {}),
@@ -86,7 +88,9 @@ def doubts(value: float, interval: tuple[float, float], samples: int, outputs: i
             "were its weights given, and are its outputs in the order of the data's classes?"
         )
     if outputs != classes:
-        found.append(f"{outputs} outputs, the data has {classes} classes: label i is compared with output i; is that their order?")
+        found.append(
+            f"{outputs} outputs, the data has {classes} classes: label i is compared with output i; is that their order?"
+        )
     return tuple(found)
 
 
@@ -117,7 +121,9 @@ class _Tally:
         self.right5.append((finite & (before.sum(1) < 5)).cpu())
         self.confidence.append(torch.where(finite, outputs.softmax(1).amax(1), math.nan).cpu())
 
-    def evaluation(self, seconds: float, class_names: Sequence[str] | None, every: bool, reference: _Tally | None = None) -> Evaluation:
+    def evaluation(
+        self, seconds: float, class_names: Sequence[str] | None, every: bool, reference: _Tally | None = None
+    ) -> Evaluation:
         """every: are these all images of the split, so that their labels tell the number of classes?"""
         targets, answers, right = torch.cat(self.targets), torch.cat(self.answers), torch.cat(self.right)
         confidence = torch.cat(self.confidence)
@@ -149,7 +155,10 @@ class _Tally:
             nonfinite=int((answers < 0).sum()),
             agreement=agreement,
             drop=drop,
-            robustness={name: {severity: count / samples for severity, count in of.items()} for name, of in self.corrupted.items()},
+            robustness={
+                name: {severity: count / samples for severity, count in of.items()}
+                for name, of in self.corrupted.items()
+            },
             reference=judged,
             seconds=seconds,
             warnings=() if classes is None else doubts(value, interval, samples, self.outputs, classes),

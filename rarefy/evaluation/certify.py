@@ -54,7 +54,9 @@ def certify(
         found[name] = {**writer.compare(graph, path, given, on=reader)}
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name]["version"] = importlib.metadata.version(reader.package)
-    first = next((one["first_diverging_layer"] for one in found.values() if one["first_diverging_layer"] is not None), None)
+    first = next(
+        (one["first_diverging_layer"] for one in found.values() if one["first_diverging_layer"] is not None), None
+    )
     certificate = {
         "file": Path(path).name,
         "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
@@ -66,10 +68,16 @@ def certify(
     }
     if task is not None:
         models = {"simulation": graph, **{name: reader.open(path) for name, reader in readers.items()}}
-        judged = {name: evaluate(model, task, limit=limit, progress=progress).to_json() for name, model in models.items()}
-        certificate["metric"] = {name: {key: one[key] for key in ("value", "interval", "samples")} for name, one in judged.items()}
+        judged = {
+            name: evaluate(model, task, limit=limit, progress=progress).to_json() for name, model in models.items()
+        }
+        certificate["metric"] = {
+            name: {key: one[key] for key in ("value", "interval", "samples")} for name, one in judged.items()
+        }
         exact = judged["simulation"]["value"]
-        certificate["passed"] = certificate["passed"] and all(abs(one["value"] - exact) <= METRIC for one in judged.values())
+        certificate["passed"] = certificate["passed"] and all(
+            abs(one["value"] - exact) <= METRIC for one in judged.values()
+        )
     return certificate
 
 

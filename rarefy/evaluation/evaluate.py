@@ -87,7 +87,9 @@ def evaluate(
     seconds = time.perf_counter() - began
     about = (task.class_names, limit is None)
     if not tallies[0].right:
-        raise DataError(f"{task!r}: no image of {split} could be read, so there is nothing to evaluate; repair the data")
+        raise DataError(
+            f"{task!r}: no image of {split} could be read, so there is nothing to evaluate; repair the data"
+        )
     if reference is None:
         return tallies[0].evaluation(seconds, *about)
     of_model, of_reference = tallies
@@ -105,7 +107,9 @@ class _Runner:
         try:
             outputs = self.model(inputs.to(self.device))
         except torch.OutOfMemoryError as error:
-            raise InputError(f"{who}: {self.device} is out of memory at batch size {len(inputs)}; pass a smaller one") from error
+            raise InputError(
+                f"{who}: {self.device} is out of memory at batch size {len(inputs)}; pass a smaller one"
+            ) from error
         except (RuntimeError, ValueError, TypeError) as error:
             why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
             raise DataError(
@@ -113,7 +117,9 @@ class _Runner:
             ) from error
         if not isinstance(outputs, Tensor) or outputs.dim() != 2 or outputs.shape[0] != len(inputs):
             got = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
-            raise DataError(f"{who}: returns {got} for {len(inputs)} images; a classifier returns logits ({len(inputs)}, classes)")
+            raise DataError(
+                f"{who}: returns {got} for {len(inputs)} images; a classifier returns logits ({len(inputs)}, classes)"
+            )
         return outputs.float()
 
 
@@ -144,7 +150,9 @@ def _names(corruptions: Sequence[str] | str, severities: Sequence[int], task: An
         if name not in CORRUPTIONS:
             raise InputError(f"corruption: unknown name {name!r}; have all, {', '.join(CORRUPTIONS)}")
         if not fits(name, task.input_shape[0]):
-            raise InputError(f"{name}: is not defined for images of {task.input_shape[0]} channels; leave it out, or say all")
+            raise InputError(
+                f"{name}: is not defined for images of {task.input_shape[0]} channels; leave it out, or say all"
+            )
     if names and not set(severities) <= set(SEVERITIES):
         raise InputError(f"severities={list(severities)}: have 1 to 5")
     return names

@@ -10,7 +10,9 @@ def wilson(successes: int, samples: int) -> tuple[float, float]:
     share, spread = successes / samples, Z95**2 / samples
     centre = (share + spread / 2) / (1 + spread)
     half = Z95 / (1 + spread) * math.sqrt(share * (1 - share) / samples + spread / (4 * samples))
-    return (0.0 if successes == 0 else max(0.0, centre - half)), (1.0 if successes == samples else min(1.0, centre + half))
+    return (0.0 if successes == 0 else max(0.0, centre - half)), (
+        1.0 if successes == samples else min(1.0, centre + half)
+    )
 
 
 def paired_drop(lost: int, gained: int, samples: int) -> tuple[float, tuple[float, float]]:

@@ -108,7 +108,9 @@ def costs(graph: fx.GraphModule) -> dict[str, int]:
 
 def count_parameters(graph: fx.GraphModule) -> int:
     """Numbers the model has learned: its parameters, and weights that became integer codes."""
-    return macs.count_parameters(graph) + sum(one.numel() for name, one in graph.named_buffers() if name.endswith(CODES))
+    return macs.count_parameters(graph) + sum(
+        one.numel() for name, one in graph.named_buffers() if name.endswith(CODES)
+    )
 
 
 def weight_bytes(graph: fx.GraphModule) -> int:
@@ -117,7 +119,9 @@ def weight_bytes(graph: fx.GraphModule) -> int:
         return (folder_.save(graph, Path(folder) / "model") / folder_.WEIGHTS).stat().st_size
 
 
-def peak_memory(file: str | os.PathLike[str], example: Tensor, *, runtime: Any = "onnxruntime", timeout: float = 600.0) -> int | None:
+def peak_memory(
+    file: str | os.PathLike[str], example: Tensor, *, runtime: Any = "onnxruntime", timeout: float = 600.0
+) -> int | None:
     """Bytes that a fresh process takes to open ``file`` and run it on inputs like ``example``; None where the system does not tell.
 
     Raises InputError where that process fails.
@@ -128,10 +132,17 @@ def peak_memory(file: str | os.PathLike[str], example: Tensor, *, runtime: Any =
     program = "import sys; from rarefy.evaluation.measure import _child; _child(*sys.argv[1:])"
     try:
         done = subprocess.run(
-            [sys.executable, "-c", program, *asked], env=known, capture_output=True, text=True, timeout=timeout, check=True
+            [sys.executable, "-c", program, *asked],
+            env=known,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=True,
         )
     except subprocess.TimeoutExpired as error:
-        raise InputError(f"{file}: was not opened and run in {timeout:g} s; the machine may be out of memory") from error
+        raise InputError(
+            f"{file}: was not opened and run in {timeout:g} s; the machine may be out of memory"
+        ) from error
     except subprocess.CalledProcessError as error:
         last = (error.stderr.strip().splitlines() or [f"exit {error.returncode}"])[-1]
         raise InputError(f"{file}: could not be run in a process of its own ({last})") from error

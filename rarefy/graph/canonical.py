@@ -69,11 +69,18 @@ def _attention(graph: fx.Graph, node: fx.Node, found: dict[fx.Node, Any]) -> fx.
     """softmax((q scale) k' + mask) v, where it is no more than that."""
     query, key, value = node.args[:3]
     mask: Any = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-    others = (*node.args[4:6], node.kwargs.get("dropout_p"), node.kwargs.get("is_causal"), node.kwargs.get("enable_gqa"))
+    others = (
+        *node.args[4:6],
+        node.kwargs.get("dropout_p"),
+        node.kwargs.get("is_causal"),
+        node.kwargs.get("enable_gqa"),
+    )
     if any(others) or (mask is not None and found[mask].dtype == torch.bool):
         return None
     scale: Any = node.kwargs.get("scale")
-    made = [graph.call_function(aten.mul.Tensor, (query, 1 / math.sqrt(found[query].shape[-1]) if scale is None else scale))]  # type: ignore[index]
+    made = [
+        graph.call_function(aten.mul.Tensor, (query, 1 / math.sqrt(found[query].shape[-1]) if scale is None else scale))
+    ]  # type: ignore[index]
     made.append(graph.call_function(aten.transpose.int, (key, -2, -1)))
     made.append(graph.call_function(aten.matmul.default, tuple(made)))
     if mask is not None:
@@ -99,7 +106,14 @@ def _padded(graph: fx.Graph, node: fx.Node, found: dict[fx.Node, Any]) -> None:
     weight, bias, stride, padding, *others = arguments
     before = [0] * (spatial - len(before)) + before
     own = list(padding) * (spatial // len(padding))
-    node.args = (around.args[0], weight, bias, stride, [one + more for one, more in zip(own, before, strict=True)], *others)
+    node.args = (
+        around.args[0],
+        weight,
+        bias,
+        stride,
+        [one + more for one, more in zip(own, before, strict=True)],
+        *others,
+    )
 
 
 _SIMPLER = {

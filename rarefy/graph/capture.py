@@ -87,7 +87,9 @@ def capture(model: nn.Module, inputs: Tensor | Sequence[Tensor], *, core: str | 
     _make_functional(graph)
     _fold_weight_norm(graph)
     _read_training_flag(graph)
-    graph.meta["inputs"] = [{"shape": list(example.shape[1:]), "dtype": dtype_name(example.dtype)} for example in examples]
+    graph.meta["inputs"] = [
+        {"shape": list(example.shape[1:]), "dtype": dtype_name(example.dtype)} for example in examples
+    ]
     graph.meta["core"] = core
     finish(graph)
     return graph.eval()
@@ -98,7 +100,9 @@ def as_graph(model: nn.Module, inputs: Tensor | Sequence[Tensor] | None = None) 
     if is_graph(model):
         return copy.deepcopy(model)  # type: ignore[return-value]
     if inputs is None:
-        raise CaptureError(f"{type(model).__name__} is not captured yet; pass inputs= (an example batch), or capture() it first")
+        raise CaptureError(
+            f"{type(model).__name__} is not captured yet; pass inputs= (an example batch), or capture() it first"
+        )
     return capture(model, inputs)
 
 
@@ -118,7 +122,9 @@ def _core(model: nn.Module, core: str, examples: tuple[Tensor, ...]) -> tuple[nn
     if not seen:
         raise CaptureError(f"core={core!r}: the model never calls it on this input")
     if not all(isinstance(argument, Tensor) for argument in seen[0]):
-        raise CaptureError(f"core={core!r}: takes something else than tensors; choose a submodule that takes tensors only")
+        raise CaptureError(
+            f"core={core!r}: takes something else than tensors; choose a submodule that takes tensors only"
+        )
     return submodule, seen[0]
 
 
@@ -155,7 +161,11 @@ def _quiet() -> Iterator[None]:
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -166,7 +176,9 @@ def _explain(model: nn.Module, error: Exception) -> str:
     """What, the user's line, and the way out, in one line."""
     inside = os.path.dirname(torch.__file__)
     frames = [
-        frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith((inside, os.path.dirname(__file__)))
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((inside, os.path.dirname(__file__)))
     ]
     where = f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
     why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -187,7 +199,9 @@ def _plain(unlifted: fx.GraphModule, exported: torch.export.ExportedProgram) -> 
         if node.op == "call_function" and node.target in _CHECKS:
             continue
         if node.op == "output":
-            flat = [copied[value] if isinstance(value, fx.Node) else value for value in pytree.tree_leaves(node.args[0])]
+            flat = [
+                copied[value] if isinstance(value, fx.Node) else value for value in pytree.tree_leaves(node.args[0])
+            ]
             spec = exported.call_spec.out_spec
             graph.output(_plain_containers(pytree.tree_unflatten(flat, spec)))
             continue
@@ -199,7 +213,9 @@ def _plain(unlifted: fx.GraphModule, exported: torch.export.ExportedProgram) -> 
             copied[node] = copied[node.args[0]]
             continue
         if node.op == "call_module":
-            raise CaptureError(f"the trace kept a call to submodule {node.target!r}; compress a part with core='name.of.submodule'")
+            raise CaptureError(
+                f"the trace kept a call to submodule {node.target!r}; compress a part with core='name.of.submodule'"
+            )
         copied[node] = graph.node_copy(node, lambda value: copied[value])
         copied[node].meta = {"stack": _user_line(node)}
         if node.op == "get_attr":
@@ -222,7 +238,11 @@ def _inline_regions(module: fx.GraphModule) -> None:
     """
     graph = module.graph
     for node in list(graph.nodes):
-        held = [part for part in node.args if isinstance(part, fx.Node) and part.op == "get_attr"] if node.op == "call_function" else []
+        held = (
+            [part for part in node.args if isinstance(part, fx.Node) and part.op == "get_attr"]
+            if node.op == "call_function"
+            else []
+        )
         regions = [part for part in held if isinstance(attribute(module, part), fx.GraphModule)]
         if len(regions) != 1 or str(node.target) not in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
             continue
@@ -236,7 +256,10 @@ def _inline_regions(module: fx.GraphModule) -> None:
             outputs = graph.graph_copy(region.graph, copied)  # type: ignore[arg-type]
             assert isinstance(outputs, (list, tuple))
             if str(node.target) == "wrap_with_set_grad_enabled" and not settings[0]:
-                outputs = [graph.call_function(aten.detach.default, (one,)) if isinstance(one, fx.Node) else one for one in outputs]
+                outputs = [
+                    graph.call_function(aten.detach.default, (one,)) if isinstance(one, fx.Node) else one
+                    for one in outputs
+                ]
         for user in list(node.users):  # the region returns a tuple, of which only getitem reads
             user.replace_all_uses_with(outputs[user.args[1]])  # type: ignore[index,arg-type]
             graph.erase_node(user)
@@ -248,7 +271,9 @@ def _inline_regions(module: fx.GraphModule) -> None:
 def _clone(original: Tensor, clones: dict[int, Tensor]) -> Tensor:
     if id(original) not in clones:
         copied = original.detach().clone()
-        clones[id(original)] = nn.Parameter(copied, original.requires_grad) if isinstance(original, nn.Parameter) else copied
+        clones[id(original)] = (
+            nn.Parameter(copied, original.requires_grad) if isinstance(original, nn.Parameter) else copied
+        )
     return clones[id(original)]
 
 
@@ -263,10 +288,16 @@ def _plain_containers(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain_containers(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return tuple(_plain_containers(item) for item in value) if isinstance(value, tuple) else [_plain_containers(item) for item in value]
+        return (
+            tuple(_plain_containers(item) for item in value)
+            if isinstance(value, tuple)
+            else [_plain_containers(item) for item in value]
+        )
     if value is None or isinstance(value, (fx.Node, int, float, bool, str)):
         return value
-    raise CaptureError(f"the model returns a {type(value).__name__}; return tensors, tuples, lists or dictionaries of them")
+    raise CaptureError(
+        f"the model returns a {type(value).__name__}; return tensors, tuples, lists or dictionaries of them"
+    )
 
 
 def _user_line(node: fx.Node) -> str:
@@ -310,7 +341,9 @@ def _make_functional(graph: fx.GraphModule) -> None:
         while _is_view(changed):
             base = changed.args[0]
             scatter = _SCATTER.get(changed.target)
-            others = [user for alias in _views_of(base) if alias not in settled for user in alias.users if is_late(user)]
+            others = [
+                user for alias in _views_of(base) if alias not in settled for user in alias.users if is_late(user)
+            ]
             if not others:
                 break
             if scatter is None:
@@ -325,7 +358,9 @@ def _make_functional(graph: fx.GraphModule) -> None:
             settled.add(base)
             changed = base
         stale = [
-            alias for alias in _views_of(changed) if alias not in settled and any(map(is_late, alias.users)) and order[alias] < order[node]
+            alias
+            for alias in _views_of(changed)
+            if alias not in settled and any(map(is_late, alias.users)) and order[alias] < order[node]
         ]
         if stale:
             raise CaptureError(
@@ -377,10 +412,16 @@ def _is_view(node: fx.Node) -> bool:
 def _fold_weight_norm(graph: fx.GraphModule) -> None:
     """The weight that direction v and length g make, in place of both, unless something else reads one of them."""
     made: dict[Any, str] = {}
-    taken = {name for name, _ in (*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False))}
+    taken = {
+        name
+        for name, _ in (*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False))
+    }
     for node in graph.graph.find_nodes(op="call_function", target=aten._weight_norm.default):
         direction, length = node.args[:2]
-        if any(source.op != "get_attr" or any(user.args != node.args for user in source.users) for source in node.all_input_nodes):
+        if any(
+            source.op != "get_attr" or any(user.args != node.args for user in source.users)
+            for source in node.all_input_nodes
+        ):
             continue
         v, g = attribute(graph, direction), attribute(graph, length)
         key = (id(v), id(g), node.args[2:])

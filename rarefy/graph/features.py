@@ -44,7 +44,9 @@ def tapped(graph: fx.GraphModule, taps: Sequence[Tap]) -> fx.GraphModule:
     nodes = fx.Graph()
     output = nodes.graph_copy(graph.graph, copied)
     values = [
-        copied[tap.node] if tap.order is None else nodes.call_function(aten.permute.default, (copied[tap.node], list(tap.order)))
+        copied[tap.node]
+        if tap.order is None
+        else nodes.call_function(aten.permute.default, (copied[tap.node], list(tap.order)))
         for tap in taps
     ]
     nodes.output((output, tuple(values)))
@@ -62,7 +64,10 @@ def matched(student: fx.GraphModule, teacher: fx.GraphModule, on: str) -> list[t
     if on == "stages":
         return _stages(student, teacher)
     pairs = [pair.partition("=") for pair in on.split(";")]
-    return [(_named(student, ours.strip(), "student"), _named(teacher, (theirs or ours).strip(), "teacher")) for ours, _, theirs in pairs]
+    return [
+        (_named(student, ours.strip(), "student"), _named(teacher, (theirs or ours).strip(), "teacher"))
+        for ours, _, theirs in pairs
+    ]
 
 
 def cuts(graph: fx.GraphModule) -> list[Tap]:
@@ -73,7 +78,9 @@ def cuts(graph: fx.GraphModule) -> list[Tap]:
     found, weighted, open_until = [], False, 0
     for node in graph.graph.nodes:
         value = values.get(node)
-        if node.op == "placeholder" or (_holds_tensors(value) and any(source in carried for source in node.all_input_nodes)):
+        if node.op == "placeholder" or (
+            _holds_tensors(value) and any(source in carried for source in node.all_input_nodes)
+        ):
             carried.add(node)
         else:
             continue
@@ -95,8 +102,12 @@ def _stages(student: fx.GraphModule, teacher: fx.GraphModule) -> list[tuple[Tap,
     ours, theirs = (_by_resolution(tap for tap in cuts(graph) if tap.resolution) for graph in (student, teacher))
     common = [resolution for resolution in ours if resolution in theirs]
     if not common:
-        seen = " and ".join("/".join("x".join(map(str, resolution)) for resolution in found) or "none" for found in (ours, theirs))
-        raise InputError(f"stages: student and teacher share no resolution ({seen}); name the pairs: on=student_node=teacher_node;...")
+        seen = " and ".join(
+            "/".join("x".join(map(str, resolution)) for resolution in found) or "none" for found in (ours, theirs)
+        )
+        raise InputError(
+            f"stages: student and teacher share no resolution ({seen}); name the pairs: on=student_node=teacher_node;..."
+        )
     columns = [resolution for resolution in common if _dominates(resolution, ours) and _dominates(resolution, theirs)]
     if columns:
         return list(zip(_at_depths(ours[columns[0]]), _at_depths(theirs[columns[0]])))
@@ -106,11 +117,17 @@ def _stages(student: fx.GraphModule, teacher: fx.GraphModule) -> list[tuple[Tap,
 def _embedding(graph: fx.GraphModule, which: str) -> Tap:
     flat = [tap for tap in cuts(graph) if not tap.resolution]
     values = shapes(graph, _BATCH)
-    reads = [index for index, node in enumerate(graph.graph.nodes) if node.op == "call_function" and _reads_weight(node, values, set())]
+    reads = [
+        index
+        for index, node in enumerate(graph.graph.nodes)
+        if node.op == "call_function" and _reads_weight(node, values, set())
+    ]
     place = {node: index for index, node in enumerate(graph.graph.nodes)}
     before = [tap for tap in flat if reads and place[tap.node] < reads[-1]]
     if not before:
-        raise InputError(f"embedding: the {which} has no vector before its last layer; name the pair: on=student_node=teacher_node")
+        raise InputError(
+            f"embedding: the {which} has no vector before its last layer; name the pair: on=student_node=teacher_node"
+        )
     return before[-1]
 
 
@@ -123,7 +140,9 @@ def _named(graph: fx.GraphModule, name: str, which: str) -> Tap:
     tap = _tap(graph, inside[-1], values.get(inside[-1])) if inside else None
     if tap is None:
         modules = sorted({stack.split(".")[0] for node in graph.graph.nodes if (stack := node.meta.get("stack"))})
-        raise InputError(f"{name}: no value of that name in the {which}; give a node's or a module's name ({', '.join(modules[:12])}, ...)")
+        raise InputError(
+            f"{name}: no value of that name in the {which}; give a node's or a module's name ({', '.join(modules[:12])}, ...)"
+        )
     return tap
 
 
@@ -169,7 +188,9 @@ def _at_depths(taps: list[Tap]) -> list[Tap]:
 def _reads_weight(node: fx.Node, values: dict[fx.Node, object], carried: set[fx.Node]) -> bool:
     """A weight: it does not come from the input, and has at least two axes longer than one (constants of a normalisation have not)."""
     sources = [values.get(source) for source in node.all_input_nodes if source not in carried and _constant(source)]
-    return any(isinstance(value, (Tensor, FakeTensor)) and sum(size > 1 for size in value.shape) >= 2 for value in sources)
+    return any(
+        isinstance(value, (Tensor, FakeTensor)) and sum(size > 1 for size in value.shape) >= 2 for value in sources
+    )
 
 
 def _constant(node: fx.Node) -> bool:

@@ -49,7 +49,9 @@ def fold_constants(graph: fx.GraphModule) -> fx.GraphModule:
     graph = share_copy(graph).eval()
     constant: set[fx.Node] = set()
     for node in graph.graph.nodes:
-        if node.op == "get_attr" or (node.op == "call_function" and constant.issuperset(node.all_input_nodes) and _repeatable(node.target)):
+        if node.op == "get_attr" or (
+            node.op == "call_function" and constant.issuperset(node.all_input_nodes) and _repeatable(node.target)
+        ):
             constant.add(node)
     values: dict[fx.Node, Any] = {}
     for node in list(graph.graph.nodes):
@@ -61,7 +63,9 @@ def fold_constants(graph: fx.GraphModule) -> fx.GraphModule:
             owner = str(node.meta.get("stack") or "")
             with graph.graph.inserting_before(node):
                 set_attribute(
-                    graph, name := f"{owner}.{node.name}_value".lstrip("."), nn.Parameter(value.clone().contiguous(), requires_grad=False)
+                    graph,
+                    name := f"{owner}.{node.name}_value".lstrip("."),
+                    nn.Parameter(value.clone().contiguous(), requires_grad=False),
                 )
                 stored = graph.graph.get_attr(name)
             stored.meta = dict(node.meta)
@@ -69,7 +73,9 @@ def fold_constants(graph: fx.GraphModule) -> fx.GraphModule:
         elif isinstance(value, (int, float, bool)):
             numbers = {node: value}
             for user in list(node.users):
-                user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), lambda source, numbers=numbers: numbers.get(source, source))  # type: ignore[misc]
+                user.args, user.kwargs = fx.map_arg(
+                    (user.args, user.kwargs), lambda source, numbers=numbers: numbers.get(source, source)
+                )  # type: ignore[misc]
     return finish(graph)
 
 
@@ -116,7 +122,9 @@ def _fold_batch_norm(graph: fx.GraphModule, node: fx.Node) -> None:
         with graph.graph.inserting_before(node):
             weight = _stored(graph, f"{name}.scale.weight", factor.to(mean.dtype).view(-1, 1, 1, 1))
             bias = _stored(graph, f"{name}.scale.bias", shift.to(mean.dtype))
-            alone = graph.graph.call_function(aten.conv2d.default, (source, weight, bias, [1, 1], [0, 0], [1, 1], channels))
+            alone = graph.graph.call_function(
+                aten.conv2d.default, (source, weight, bias, [1, 1], [0, 0], [1, 1], channels)
+            )
         alone.meta["stack"] = name
         node.replace_all_uses_with(alone)
 
@@ -130,7 +138,9 @@ def put(graph: fx.GraphModule, node: fx.Node, weight: Tensor, bias: Tensor) -> N
     source = node.args[1]
     assert isinstance(source, fx.Node)
     base = str(source.target)
-    readers = [user for other in graph.graph.nodes if other.op == "get_attr" and other.target == base for user in other.users]
+    readers = [
+        user for other in graph.graph.nodes if other.op == "get_attr" and other.target == base for user in other.users
+    ]
     name = base if len(readers) == 1 else f"{base.rpartition('.')[0]}.{node.name}.weight".lstrip(".")
     owner = name.rpartition(".")[0]
     with graph.graph.inserting_before(node):

@@ -60,7 +60,9 @@ def read(node: fx.Node, source: Tensor, shape: Sequence[int], groups: int, place
     for size, reached in zip(source.shape[2:], index, strict=True):
         at = at * size + reached
     rows = source.movedim(1, -1).flatten(1, -2)  # whole pixels are taken, as they lie there on a CPU
-    windows = rows.index_select(1, at.flatten()).view(count, *at.shape, -1).mul_(inside.unsqueeze(-1))  # (N, places, *kernel, channels)
+    windows = (
+        rows.index_select(1, at.flatten()).view(count, *at.shape, -1).mul_(inside.unsqueeze(-1))
+    )  # (N, places, *kernel, channels)
     return windows.movedim((-1, 1), (1, -1)).reshape(count, groups, -1, len(place))
 
 
@@ -111,7 +113,9 @@ class Mean:
         assert self.sum is not None
         mean = self.sum.double() / self.count
         if not self.pointwise:
-            mean = _windows(self.node, mean.movedim(-1, 0).unsqueeze(0), self.shape)[0].mean(list(range(1, len(self.shape) - 1)))
+            mean = _windows(self.node, mean.movedim(-1, 0).unsqueeze(0), self.shape)[0].mean(
+                list(range(1, len(self.shape) - 1))
+            )
         return mean.reshape(groups, -1, 1)
 
 
@@ -126,7 +130,9 @@ def _window(node: fx.Node, shape: Sequence[int]) -> tuple[list[int], list[int], 
     stride, dilation = (_each(_argument(node, name), spatial) for name in ("stride", "dilation"))
     padding = _argument(node, "padding")
     if isinstance(padding, str):
-        ends = [(0, 0) if padding == "valid" else _same_ends(d * (k - 1)) for d, k in zip(dilation, kernel, strict=True)]
+        ends = [
+            (0, 0) if padding == "valid" else _same_ends(d * (k - 1)) for d, k in zip(dilation, kernel, strict=True)
+        ]
     else:
         ends = [(p, p) for p in _each(padding, spatial)]
     return stride, dilation, ends

@@ -93,10 +93,14 @@ _DECODE = OPERATORS[1]  # dequantize
 class Prefix:
     """batches: inputs on any device; they are moved to the graph's when they are run. memory: bytes for values that are kept."""
 
-    def __init__(self, graph: fx.GraphModule, batches: Sequence[tuple[Tensor, ...]], memory: float, device: torch.device):
+    def __init__(
+        self, graph: fx.GraphModule, batches: Sequence[tuple[Tensor, ...]], memory: float, device: torch.device
+    ):
         self.graph, self.batches, self.memory, self.device = graph, batches, memory, device
         self.kept: list[dict[fx.Node, Any]] = [{} for _ in batches]
-        self.at: fx.Node | None = None  # the first node that has not run, where values are kept; None: the graph's first
+        self.at: fx.Node | None = (
+            None  # the first node that has not run, where values are kept; None: the graph's first
+        )
 
     def run(self, until: fx.Node, wanted: Sequence[fx.Node], keep: bool = True) -> Iterator[tuple[Any, ...]]:
         """For each batch, the values of ``wanted`` (they run before ``until``), once all before ``until`` has run.
@@ -139,7 +143,9 @@ class Prefix:
                 self.at = nodes[end] if index == len(self.batches) - 1 else self.at
             yield tuple(self._value(node, values, constants) for node in wanted)
 
-    def _packed(self, live: dict[fx.Node, Any], index: int, pool: dict[fx.Node, Tensor], room: dict[fx.Node, int]) -> dict[fx.Node, Any]:
+    def _packed(
+        self, live: dict[fx.Node, Any], index: int, pool: dict[fx.Node, Tensor], room: dict[fx.Node, int]
+    ) -> dict[fx.Node, Any]:
         """The same values, those of a few batches side by side in one piece of memory a node: what is kept must not lie scattered among what is let go,
         which a CPU's allocator then can't give back (150 of 1,400 MB)."""
         found = dict(live)
@@ -147,11 +153,15 @@ class Prefix:
             if not isinstance(value, Tensor) or value.device.type != "cpu" or value is self.kept[index].get(node):
                 continue
             if node not in pool or index % TOGETHER == 0:
-                room[node] = math.ceil(value.numel() * max(len(one[0]) for one in self.batches) / len(self.batches[index][0]))
+                room[node] = math.ceil(
+                    value.numel() * max(len(one[0]) for one in self.batches) / len(self.batches[index][0])
+                )
                 pool[node] = value.new_empty(room[node] * TOGETHER)
             if value.numel() <= room[node]:  # batches may be uneven
                 strides = torch.empty_like(value, device="meta").stride()
-                found[node] = torch.as_strided(pool[node], value.shape, strides, index % TOGETHER * room[node]).copy_(value)
+                found[node] = torch.as_strided(pool[node], value.shape, strides, index % TOGETHER * room[node]).copy_(
+                    value
+                )
         return found
 
     def _carrying(self, nodes: list[fx.Node], begun: int, end: int) -> set[fx.Node]:
@@ -172,13 +182,18 @@ class Prefix:
         if node.op == "get_attr":
             value = constants[node] = attribute(self.graph, node)
         else:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: self._value(source, values, constants))
+            args, kwargs = fx.node.map_arg(
+                (node.args, node.kwargs), lambda source: self._value(source, values, constants)
+            )
             with torch.no_grad():
                 value = node.target(*args, **kwargs)
             constant = all(source.op == "get_attr" or source in constants for source in node.all_input_nodes)
             if (
                 constant
-                and _bytes({source: found for source, found in constants.items() if source.op != "get_attr"} | {node: value}) <= self.memory
+                and _bytes(
+                    {source: found for source, found in constants.items() if source.op != "get_attr"} | {node: value}
+                )
+                <= self.memory
             ):
                 constants[node] = value
         return value

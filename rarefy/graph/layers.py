@@ -31,7 +31,9 @@ def layer_name(node: fx.Node) -> str:
 
 def names(node: fx.Node) -> list[str]:
     """What a user may call a node by: its layer, itself, its module."""
-    return [name for name in (layer_name(node) if weighted(node) else "", node.name, node.meta.get("stack", "")) if name]
+    return [
+        name for name in (layer_name(node) if weighted(node) else "", node.name, node.meta.get("stack", "")) if name
+    ]
 
 
 def padding_of(node: fx.Node) -> float | None:
@@ -42,7 +44,11 @@ def padding_of(node: fx.Node) -> float | None:
         return None
     if value in (None, 0):
         return 0.0
-    return float(value) if value == -math.inf and all(user.target is aten.max_pool2d.default for user in node.users) else None
+    return (
+        float(value)
+        if value == -math.inf and all(user.target is aten.max_pool2d.default for user in node.users)
+        else None
+    )
 
 
 def check_globs(graph: fx.GraphModule, **given: Iterable[str]) -> None:
@@ -52,4 +58,6 @@ def check_globs(graph: fx.GraphModule, **given: Iterable[str]) -> None:
         for glob in globs:
             if not fnmatch.filter(known, glob):
                 example = next((layer_name(node) for node in graph.graph.nodes if weighted(node)), "nothing")
-                raise InputError(f"{option}: {glob!r} matches no layer; names look like {example}, and 'NAME.*' is all that lies in NAME")
+                raise InputError(
+                    f"{option}: {glob!r} matches no layer; names look like {example}, and 'NAME.*' is all that lies in NAME"
+                )

@@ -34,7 +34,11 @@ def to_integers(graph: fx.GraphModule) -> fx.GraphModule:
     graph = copy.deepcopy(graph)
     _join_codes(graph)
     for node in list(graph.graph.nodes):
-        if node.target not in (aten.conv2d.default, aten.linear.default) or len(node.args) < 3 or not all(map(is_decoded, node.args[1:3])):
+        if (
+            node.target not in (aten.conv2d.default, aten.linear.default)
+            or len(node.args) < 3
+            or not all(map(is_decoded, node.args[1:3]))
+        ):
             continue
         entry = node.args[0]
         padded = isinstance(entry, fx.Node) and entry.target is aten.pad.default and is_decoded(entry.args[0])
@@ -45,10 +49,14 @@ def to_integers(graph: fx.GraphModule) -> fx.GraphModule:
         codes, scale, zero, _ = source.args
         with graph.graph.inserting_before(node):
             if padded:
-                codes = graph.graph.call_function(aten.pad.default, (codes, entry.args[1], "constant", int(attribute(graph, zero))))
+                codes = graph.graph.call_function(
+                    aten.pad.default, (codes, entry.args[1], "constant", int(attribute(graph, zero)))
+                )
             arguments = (codes, weight, bias, scale, zero, weight_scale)
             if node.target is aten.conv2d.default:
-                options = tuple(_pair(value) for value in (*node.args[3:], *_CONVOLUTION_DEFAULTS[len(node.args[3:]) :]))
+                options = tuple(
+                    _pair(value) for value in (*node.args[3:], *_CONVOLUTION_DEFAULTS[len(node.args[3:]) :])
+                )
                 layer = graph.graph.call_function(OPERATORS.conv2d.default, (*arguments, *options))
             else:
                 layer = graph.graph.call_function(OPERATORS.linear.default, arguments)
@@ -71,14 +79,20 @@ def to_numbers(graph: fx.GraphModule) -> fx.GraphModule:
         codes, weight, bias, scale, zero, weight_scale = node.args[:6]
         set_attribute(graph, f"{bias.target}_scale", attribute(graph, scale) * attribute(graph, weight_scale))
         with graph.graph.inserting_before(node):
-            around = codes.target is aten.pad.default and all(user.target is OPERATORS.conv2d.default for user in codes.users)
-            number = graph.graph.call_function(OPERATORS.dequantize.default, (codes.args[0] if around else codes, scale, zero, None))
+            around = codes.target is aten.pad.default and all(
+                user.target is OPERATORS.conv2d.default for user in codes.users
+            )
+            number = graph.graph.call_function(
+                OPERATORS.dequantize.default, (codes.args[0] if around else codes, scale, zero, None)
+            )
             if around:
                 number = graph.graph.call_function(aten.pad.default, (number, codes.args[1]))
             parts = []
             for source, step in ((weight, weight_scale), (bias, graph.graph.get_attr(f"{bias.target}_scale"))):
                 set_attribute(
-                    graph, f"{source.target}_zero_point", torch.zeros_like(attribute(graph, step), dtype=attribute(graph, source).dtype)
+                    graph,
+                    f"{source.target}_zero_point",
+                    torch.zeros_like(attribute(graph, step), dtype=attribute(graph, source).dtype),
                 )
                 zeros = graph.graph.get_attr(f"{source.target}_zero_point")
                 parts.append(graph.graph.call_function(OPERATORS.dequantize.default, (source, step, zeros, 0)))
@@ -89,7 +103,10 @@ def to_numbers(graph: fx.GraphModule) -> fx.GraphModule:
     return finish(graph)
 
 
-_CODED = {OPERATORS.conv2d.default: OPERATORS.conv2d_codes.default, OPERATORS.linear.default: OPERATORS.linear_codes.default}
+_CODED = {
+    OPERATORS.conv2d.default: OPERATORS.conv2d_codes.default,
+    OPERATORS.linear.default: OPERATORS.linear_codes.default,
+}
 LAYERS = frozenset((*_CODED, *_CODED.values()))  # layers in integers
 
 
@@ -176,7 +193,8 @@ def _join_numbers(graph: fx.GraphModule) -> None:
         grid = node.args[-_GRID:]
         with graph.graph.inserting_before(node):
             numbers = [
-                graph.graph.call_function(OPERATORS.dequantize.default, (*node.args[3 * at : 3 * at + 3], None)) for at in range(count)
+                graph.graph.call_function(OPERATORS.dequantize.default, (*node.args[3 * at : 3 * at + 3], None))
+                for at in range(count)
             ]
             join = graph.graph.call_function(target, (*numbers, *options))
             join.meta = dict(node.meta)
@@ -205,7 +223,10 @@ def _product_numbers(graph: fx.GraphModule) -> None:
             continue
         a, b, *read = node.args
         with graph.graph.inserting_before(node):
-            factors = [graph.graph.call_function(OPERATORS.dequantize.default, (*one, None)) for one in ((a, *read[:2]), (b, *read[2:]))]
+            factors = [
+                graph.graph.call_function(OPERATORS.dequantize.default, (*one, None))
+                for one in ((a, *read[:2]), (b, *read[2:]))
+            ]
             product = graph.graph.call_function(aten.matmul.default, tuple(factors))
         product.meta = dict(node.meta)
         node.replace_all_uses_with(product)

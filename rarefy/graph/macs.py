@@ -34,7 +34,9 @@ def layer_macs(graph: fx.GraphModule, found: dict[fx.Node, Any] | None = None) -
     """MACs of each node that multiplies, by node name, for one sample. ``found``: the ``shapes`` of the graph, if already known."""
     found = shapes(graph, 1) if found is None else found
     return {
-        node.name: sum(math.prod(found[source].shape[axis] for source, axis in product) for product in products(node, found))
+        node.name: sum(
+            math.prod(found[source].shape[axis] for source, axis in product) for product in products(node, found)
+        )
         for node in graph.graph.nodes
         if operator_name(node) in MACS
     }
@@ -95,7 +97,9 @@ def einsum_letters(equation: str, ranks: list[int]) -> tuple[list[list[str]], li
     """The letter of each axis, for every operand and for the result; axes under ``...`` are named by their distance from its end."""
     left, arrow, right = equation.replace(" ", "").partition("->")
     terms = left.split(",")
-    hidden = [rank - len(term.replace("...", "")) if "..." in term else 0 for term, rank in zip(terms, ranks, strict=True)]
+    hidden = [
+        rank - len(term.replace("...", "")) if "..." in term else 0 for term, rank in zip(terms, ranks, strict=True)
+    ]
 
     def spelled(term: str, under: int) -> list[str]:
         before, dots, after = term.partition("...")

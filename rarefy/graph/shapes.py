@@ -26,14 +26,21 @@ def shapes(graph: fx.GraphModule, batch: int = 2) -> dict[fx.Node, Any]:
 def output_shapes(graph: fx.GraphModule) -> list[tuple[int, ...]]:
     """Shape of each output, without the batch."""
     values = shapes(graph)
-    outputs = [node for node in pytree.tree_leaves(next(iter(reversed(graph.graph.nodes))).args[0]) if isinstance(node, fx.Node)]
+    outputs = [
+        node
+        for node in pytree.tree_leaves(next(iter(reversed(graph.graph.nodes))).args[0])
+        if isinstance(node, fx.Node)
+    ]
     return [tuple(values[node].shape[1:]) for node in outputs]
 
 
 def _meta_shapes(graph: fx.GraphModule, batch: int) -> dict[fx.Node, Any]:
     """Every operator on the meta device, with no bookkeeping around it."""
     inputs = iter(
-        [torch.empty((batch, *spec["shape"]), dtype=getattr(torch, spec["dtype"]), device="meta") for spec in graph.meta["inputs"]]
+        [
+            torch.empty((batch, *spec["shape"]), dtype=getattr(torch, spec["dtype"]), device="meta")
+            for spec in graph.meta["inputs"]
+        ]
     )
     found: dict[fx.Node, Any] = {}
     for node in graph.graph.nodes:
@@ -92,13 +99,20 @@ _LIKE_BOTH = {aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor}
 
 
 def _convolved(
-    input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+    input: Tensor,
+    weight: Tensor,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
 ) -> Any:
     rank = weight.dim() - 2
     if input.dim() != weight.dim():
         return None
     step, around, apart = (
-        [value] * rank if isinstance(value, int) else [*value] * (rank // len(value)) for value in (stride, padding, dilation)
+        [value] * rank if isinstance(value, int) else [*value] * (rank // len(value))
+        for value in (stride, padding, dilation)
     )
     sizes = zip(input.shape[2:], weight.shape[2:], step, around, apart, strict=True)
     places = [(size + 2 * edge - gap * (kernel - 1) - 1) // jump + 1 for size, kernel, jump, edge, gap in sizes]

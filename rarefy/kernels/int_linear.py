@@ -86,7 +86,9 @@ def conv2d_codes(
     return _convolved(x, weight, bias, x_zero_point, x_scale * weight_scale / scale, places, rounded)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor, x_scale: Tensor, x_zero_point: Tensor, weight_scale: Tensor) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor, x_scale: Tensor, x_zero_point: Tensor, weight_scale: Tensor
+) -> Tensor:
     """x: codes (..., i). weight: codes (o, i). bias: int32 (o,). weight_scale: (o,). Returns numbers (..., o)."""
     return _multiplied(x, weight, bias, x_zero_point, x_scale * weight_scale, lambda numbers: numbers)
 
@@ -123,13 +125,17 @@ def _convolved(
     (low, high), whole = _split(bias, kind), weight.to(kind)
 
     def some(x: Tensor) -> Tensor:
-        return then(F.conv2d(from_codes(x, zero_point, kind), whole, low, *places).add_(_wide(high)).mul_(_wide(factor)))
+        return then(
+            F.conv2d(from_codes(x, zero_point, kind), whole, low, *places).add_(_wide(high)).mul_(_wide(factor))
+        )
 
     stride, plane = places[0], x.shape[-2] * x.shape[-1]
     return by_images(some, (x,), max(x.shape[-3], weight.shape[0] // math.prod(stride)) * plane)
 
 
-def _multiplied(x: Tensor, weight: Tensor, bias: Tensor, zero_point: Tensor, factor: Tensor, then: Callable[[Tensor], Tensor]) -> Tensor:
+def _multiplied(
+    x: Tensor, weight: Tensor, bias: Tensor, zero_point: Tensor, factor: Tensor, then: Callable[[Tensor], Tensor]
+) -> Tensor:
     kind = factor.dtype
     (low, high), whole = _split(bias, kind), weight.to(kind)
 
@@ -171,4 +177,6 @@ for _name, _kernel, _shape in (
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"rarefy::{_name}", _shape)
 
-OPERATORS = tuple(getattr(torch.ops.rarefy, name).default for name in ("conv2d", "linear", "conv2d_codes", "linear_codes"))
+OPERATORS = tuple(
+    getattr(torch.ops.rarefy, name).default for name in ("conv2d", "linear", "conv2d_codes", "linear_codes")
+)

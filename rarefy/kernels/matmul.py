@@ -11,10 +11,14 @@ import torch
 from torch import Tensor
 
 _library = torch.library.Library("rarefy", "FRAGMENT")
-_library.define("matmul(Tensor a, Tensor b, Tensor a_scale, Tensor a_zero_point, Tensor b_scale, Tensor b_zero_point) -> Tensor")
+_library.define(
+    "matmul(Tensor a, Tensor b, Tensor a_scale, Tensor a_zero_point, Tensor b_scale, Tensor b_zero_point) -> Tensor"
+)
 
 
-def matmul(a: Tensor, b: Tensor, a_scale: Tensor, a_zero_point: Tensor, b_scale: Tensor, b_zero_point: Tensor) -> Tensor:
+def matmul(
+    a: Tensor, b: Tensor, a_scale: Tensor, a_zero_point: Tensor, b_scale: Tensor, b_zero_point: Tensor
+) -> Tensor:
     """a: codes (..., n, i). b: codes (..., i, m). Scales and zero points: of shape (). Returns numbers (..., n, m)."""
     dtype = a_scale.dtype
     return ((a.to(dtype) - a_zero_point.to(dtype)) @ (b.to(dtype) - b_zero_point.to(dtype))).mul_(a_scale * b_scale)

@@ -19,16 +19,27 @@ _library = torch.library.Library("rarefy", "FRAGMENT")
 _CODES = "Tensor x, Tensor x_scale, Tensor x_zero_point"
 _GRID = "Tensor scale, Tensor zero_point, int qmin, int qmax, ScalarType dtype"
 _library.define(f"mean({_CODES}, {_GRID}) -> Tensor")
-_library.define(f"avg_pool2d({_CODES}, SymInt[] kernel, SymInt[] stride, SymInt[] padding, bool count_include_pad, {_GRID}) -> Tensor")
+_library.define(
+    f"avg_pool2d({_CODES}, SymInt[] kernel, SymInt[] stride, SymInt[] padding, bool count_include_pad, {_GRID}) -> Tensor"
+)
 
 
 def mean(
-    x: Tensor, x_scale: Tensor, x_zero_point: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, dtype: torch.dtype
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """x: codes (..., h, w). Scales and zero points: of shape (). Returns codes (..., 1, 1) in ``dtype``."""
     kind, count = scale.dtype, x.shape[-1] * x.shape[-2]
     sums = x.sum((-2, -1), keepdim=True, dtype=torch.int64) - count * x_zero_point.to(torch.int64)
-    return torch.round(sums.to(kind) * (x_scale / (scale * count))).add_(zero_point.to(kind)).clamp_(qmin, qmax).to(dtype)
+    return (
+        torch.round(sums.to(kind) * (x_scale / (scale * count))).add_(zero_point.to(kind)).clamp_(qmin, qmax).to(dtype)
+    )
 
 
 def avg_pool2d(
@@ -46,7 +57,9 @@ def avg_pool2d(
     dtype: torch.dtype,
 ) -> Tensor:
     """x: codes (n, c, h, w). Scales and zero points: of shape (). Returns codes (n, c, h', w') in ``dtype``."""
-    numbers = F.avg_pool2d(dequantize(x, x_scale, x_zero_point, None), kernel, stride, padding, False, count_include_pad)
+    numbers = F.avg_pool2d(
+        dequantize(x, x_scale, x_zero_point, None), kernel, stride, padding, False, count_include_pad
+    )
     return numbers.div_(scale).add_(zero_point.to(numbers.dtype)).round_().clamp_(qmin, qmax).to(dtype)
 
 

@@ -72,7 +72,14 @@ def along(parameter: Tensor, x: Tensor, axis: int | None, group: int = 0) -> Ten
 
 
 def quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, qmin: int, qmax: int, dtype: torch.dtype, group: int = 0
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    axis: int | None,
+    qmin: int,
+    qmax: int,
+    dtype: torch.dtype,
+    group: int = 0,
 ) -> Tensor:
     """Codes of ``x``, in ``dtype``."""
     if x.device.type == "cpu" and _dense(x) and scale.dim() == 0 and not dtype.is_floating_point and x.numel() > PIECE:
@@ -140,7 +147,14 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def fake_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, qmin: int, qmax: int, gradient: float = 1.0, group: int = 0
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    axis: int | None,
+    qmin: int,
+    qmax: int,
+    gradient: float = 1.0,
+    group: int = 0,
 ) -> Tensor:
     """``dequantize(quantize(x))``, differentiable in ``x`` and in ``scale``."""
     step, zero = along(scale, x, axis, group), along(zero_point, x, axis, group).to(scale.dtype)
@@ -153,7 +167,14 @@ _library.impl("dequantize", dequantize, "CompositeExplicitAutograd")
 
 
 def _quantize_shape(
-    x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, qmin: int, qmax: int, dtype: torch.dtype, group: int = 0
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    axis: int | None,
+    qmin: int,
+    qmax: int,
+    dtype: torch.dtype,
+    group: int = 0,
 ) -> Tensor:
     return x.new_empty(x.shape, dtype=dtype)
 

@@ -37,7 +37,9 @@ def _torchvision(text: str, name: str, options: dict[str, Any], classes: int | N
         options["num_classes"] = classes
     if name in ("googlenet", "inception_v3"):  # their defaults warn, and their auxiliary heads only train
         options = {"init_weights": True, "aux_logits": False, **options}
-    if "weights_backbone" in _parameters(torchvision.models.get_model_builder(name)):  # which would be downloaded unasked
+    if "weights_backbone" in _parameters(
+        torchvision.models.get_model_builder(name)
+    ):  # which would be downloaded unasked
         options = {"weights_backbone": None, **options}
     model = _made(text, lambda: torchvision.models.get_model(name, **options))
     side = 299 if name == "inception_v3" else 224
@@ -57,7 +59,9 @@ def imported(module: str, name: str, text: str) -> Any:
         have = [key for key in vars(importlib.import_module(module)) if not key.startswith("_")]
         raise InputError(f"{text}: {module} has no {name!r}{_near(name, have)}") from error
     except Exception as error:
-        raise InputError(f"{text}: importing {module} failed: {type(error).__name__}: {_first_line(error)}; mend that module") from error
+        raise InputError(
+            f"{text}: importing {module} failed: {type(error).__name__}: {_first_line(error)}; mend that module"
+        ) from error
 
 
 def _library(name: str, extra: str) -> ModuleType:

@@ -32,11 +32,23 @@ from rarefy.graph.nodes import is_graph
 from rarefy.graph.shapes import output_shapes
 from rarefy.models.libraries import _timm, _torchvision, imported
 from rarefy.models.pt2 import _exported
-from rarefy.models.source import FORMS, Source, _by, _check_classes, _first_line, _made, _parameters, _shape_of, parse_value
+from rarefy.models.source import (
+    FORMS,
+    Source,
+    _by,
+    _check_classes,
+    _first_line,
+    _made,
+    _parameters,
+    _shape_of,
+    parse_value,
+)
 from rarefy.models.weights import _check_finite, load_weights
 
 
-def load(text: str, *, weights: str | os.PathLike[str] | None = None, classes: int | None = None, seed: int = 0) -> Source:
+def load(
+    text: str, *, weights: str | os.PathLike[str] | None = None, classes: int | None = None, seed: int = 0
+) -> Source:
     """The model that ``text`` names (the forms stand at the top of this file), with ``weights`` from a file.
 
     classes: outputs of the classifier, for sources that build one (timm, torchvision, a function that takes ``num_classes``).
@@ -67,7 +79,9 @@ def _made_from(text: str, prefix: str, rest: str, weights: Any, classes: int | N
         name, options = _options(rest, text)
         return _function(text, prefix, name, options, classes)
     if os.path.exists(text):
-        raise InputError(f"{text}: a file rarefy can't take a model from; give {FORMS}, and such a file's weights with --weights")
+        raise InputError(
+            f"{text}: a file rarefy can't take a model from; give {FORMS}, and such a file's weights with --weights"
+        )
     raise InputError(f"{text!r}: no such model; give {FORMS}")
 
 
@@ -108,7 +122,9 @@ def _function(text: str, module: str, name: str, options: dict[str, Any], classe
     if classes is not None:
         taken = next((key for key in ("num_classes", "classes", "n_classes") if key in _parameters(target)), None)
         if taken is None:
-            raise InputError(f"{text}: takes no num_classes, so --classes can't be passed on; leave it out, or add that parameter")
+            raise InputError(
+                f"{text}: takes no num_classes, so --classes can't be passed on; leave it out, or add that parameter"
+            )
         options[taken] = classes
     model = _made(text, lambda: target(**options))
     if not isinstance(model, nn.Module):
@@ -127,7 +143,11 @@ def _folder(text: str, weights: Any, classes: int | None) -> Source:
     if classes is not None:
         _check_classes(text, output_shapes(graph), classes)
     task = folder.read_manifest(text).get("task")
-    known = {key: task[key] for key in ("mean", "std", "crop", "interpolation") if key in task} if isinstance(task, dict) else {}
+    known = (
+        {key: task[key] for key in ("mean", "std", "crop", "interpolation") if key in task}
+        if isinstance(task, dict)
+        else {}
+    )
     shape = _shape_of(graph)
     if shape is not None and len(shape) == 3 and shape[1] == shape[2]:
         known["size"] = shape[1]

@@ -29,7 +29,9 @@ def _exported(text: str, classes: int | None) -> Source:
     for name in ("train", "eval"):  # they refuse; the graph that capture makes of it has working ones
         vars(module).pop(name, None)
     inputs = [
-        node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in program.graph_signature.user_inputs
+        node.meta["val"]
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.name in program.graph_signature.user_inputs
     ]
     if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
         raise InputError(f"{text}: takes {len(inputs)} inputs; rarefy's commands take models of one image tensor")
@@ -39,7 +41,9 @@ def _exported(text: str, classes: int | None) -> Source:
             "export it again with dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)"
         )
     if classes is not None:
-        answers = [node.meta["val"] for node in program.graph.nodes if node.name in program.graph_signature.user_outputs]
+        answers = [
+            node.meta["val"] for node in program.graph.nodes if node.name in program.graph_signature.user_outputs
+        ]
         _check_classes(text, [tuple(value.shape[1:]) for value in answers], classes)
     sizes = inputs[0].shape[1:]
     return Source(text, module, tuple(sizes) if all(isinstance(size, int) for size in sizes) else None)
@@ -77,7 +81,9 @@ def _checked_pt2(text: str) -> bytes:
                         f"{text}: {part}: {why}; save it again with torch.export.save from a model of tensors and ATen operators only"
                     )
     except (zipfile.BadZipFile, ValueError, KeyError, OSError, NotImplementedError) as error:
-        raise FormatError(f"{text}: is no .pt2 file ({_first_line(error)}); write one with torch.export.save") from error
+        raise FormatError(
+            f"{text}: is no .pt2 file ({_first_line(error)}); write one with torch.export.save"
+        ) from error
     if not any(part.startswith("models/") for part in parts):
         raise FormatError(f"{text}: holds no model; write one with torch.export.save")
     return content
@@ -110,7 +116,9 @@ def _why_unsafe(part: str, read: Callable[[], bytes]) -> str | None:
 def _is_size(expression: str) -> bool:
     expression = re.sub(r"'([su]\d+)'", r"\1", expression)
     names = re.findall(r"[A-Za-z_]\w*", expression)
-    return bool(_EXPRESSION.fullmatch(expression)) and all(re.fullmatch(r"[su]\d+", name) or name in _SYMPY_NAMES for name in names)
+    return bool(_EXPRESSION.fullmatch(expression)) and all(
+        re.fullmatch(r"[su]\d+", name) or name in _SYMPY_NAMES for name in names
+    )
 
 
 def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

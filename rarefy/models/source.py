@@ -38,7 +38,9 @@ class Source:
         """An input of that shape (else the source's own): standard normal numbers, the same every time."""
         chosen = shape or self.shape
         if chosen is None:
-            raise InputError(f"{self.text}: nothing says what its input looks like; pass --input, for example --input 3,224,224")
+            raise InputError(
+                f"{self.text}: nothing says what its input looks like; pass --input, for example --input 3,224,224"
+            )
         return torch.randn((batch, *chosen), generator=torch.Generator().manual_seed(0))
 
 
@@ -69,14 +71,18 @@ def parse_value(text: str) -> Any:
 def _check_classes(text: str, own: list[tuple[int, ...]], classes: int) -> None:
     """What is made already can't be given other classes; the same number is no contradiction (``--classes`` is meant for a reference beside it, too)."""
     if own != [(classes,)]:
-        raise InputError(f"{text}: was made with outputs of {', '.join(map(_by, own))}, not {classes}; leave out --classes")
+        raise InputError(
+            f"{text}: was made with outputs of {', '.join(map(_by, own))}, not {classes}; leave out --classes"
+        )
 
 
 def _shape_of(model: nn.Module) -> tuple[int, ...] | None:
     if isinstance(model, fx.GraphModule) and is_graph(model):
         return tuple(model.meta["inputs"][0]["shape"])
     stated = getattr(model, "input_shape", None)
-    return tuple(stated) if isinstance(stated, (tuple, list)) and all(isinstance(size, int) for size in stated) else None
+    return (
+        tuple(stated) if isinstance(stated, (tuple, list)) and all(isinstance(size, int) for size in stated) else None
+    )
 
 
 def _made(text: str, make: Callable[[], Any]) -> Any:

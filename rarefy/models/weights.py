@@ -29,13 +29,17 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if shapes:
         first = shapes[0]
         hint = "; pass --classes" if found[first].shape[1:] == wanted[first].shape[1:] else ""
-        wrong.append(f"{first} is {_by(found[first].shape)} there and {_by(wanted[first].shape)} in the model{_more(shapes)}{hint}")
+        wrong.append(
+            f"{first} is {_by(found[first].shape)} there and {_by(wanted[first].shape)} in the model{_more(shapes)}{hint}"
+        )
     if missing:
         wrong.append(f"{missing[0]} is missing there{_more(missing)}")
     if unexpected:
         wrong.append(f"{unexpected[0]} is not in the model{_more(unexpected)}")
     if wrong:
-        raise InputError(f"{path}: does not fit the model: {'; '.join(wrong)}; give the weights of this very architecture")
+        raise InputError(
+            f"{path}: does not fit the model: {'; '.join(wrong)}; give the weights of this very architecture"
+        )
     model.load_state_dict(found, strict=False)
 
 
@@ -43,9 +47,13 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The named tensors of a safetensors file or of a checkpoint, without running anything the file says."""
     file = Path(path)
     if not file.exists():
-        raise InputError(f"{file}: no such file; --weights takes a .safetensors file or a checkpoint of model.state_dict()")
+        raise InputError(
+            f"{file}: no such file; --weights takes a .safetensors file or a checkpoint of model.state_dict()"
+        )
     if file.is_dir():
-        raise InputError(f"{file}: is a folder; --weights takes a file (a folder saved by rarefy is given as the model itself)")
+        raise InputError(
+            f"{file}: is a folder; --weights takes a file (a folder saved by rarefy is given as the model itself)"
+        )
     if file.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -63,16 +71,31 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             f"{file}: holds more than tensors, and loading it would run code of the file; "
             "save the weights alone: safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        TypeError,
+        zipfile.BadZipFile,
+    ) as error:
         raise FormatError(
             f"{file}: is no checkpoint torch can read ({_first_line(error)}); give .safetensors or torch.save(model.state_dict())"
         ) from error
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)} if isinstance(content, dict) else {}
+    tensors = (
+        {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+        if isinstance(content, dict)
+        else {}
+    )
     if not tensors:
-        raise FormatError(f"{file}: no named tensors in it; save model.state_dict() (alone, or under the key 'state_dict' or 'model')")
+        raise FormatError(
+            f"{file}: no named tensors in it; save model.state_dict() (alone, or under the key 'state_dict' or 'model')"
+        )
     return tensors
 
 

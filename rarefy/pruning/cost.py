@@ -64,7 +64,11 @@ class _Counted:
         place[members] = np.arange(len(members))
         column = place[self.classes]
         index = (self.axis * len(members) + column)[column >= 0]
-        return np.bincount(index, minlength=self.shape[0] * len(members)).reshape(self.shape[0], len(members)).astype(np.float64)
+        return (
+            np.bincount(index, minlength=self.shape[0] * len(members))
+            .reshape(self.shape[0], len(members))
+            .astype(np.float64)
+        )
 
 
 def _polynomial(terms: list[tuple[float, list[int]]]) -> Polynomial:
@@ -83,7 +87,9 @@ def _costs(coupling: Coupling, widths: _Widths) -> tuple[Polynomial, Polynomial]
         for layer in coupling.values[node].layers:
             if id(layer) not in cache:
                 own = compact(layer)
-                cache[id(layer)] = [(axis, widths.add(own.flatten())) for axis, size in enumerate(own.shape) if size > 1]
+                cache[id(layer)] = [
+                    (axis, widths.add(own.flatten())) for axis, size in enumerate(own.shape) if size > 1
+                ]
             found += cache[id(layer)]
         return found
 

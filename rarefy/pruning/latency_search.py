@@ -108,7 +108,9 @@ def descend(space: Space, table: Table) -> Descent:
         moves = [(family, at - jump) for family, at in enumerate(option) for jump in JUMPS if at >= jump]
         if not moves:
             break
-        saved = now - local(held + np.stack([parts[family][to] - parts[family][option[family]] for family, to in moves]))
+        saved = now - local(
+            held + np.stack([parts[family][to] - parts[family][option[family]] for family, to in moves])
+        )
         lost = np.array([space.damage[family][to] - space.damage[family][option[family]] for family, to in moves])
         worth = np.where(saved > 1e-9 * now, (lost + 1e-12) / np.maximum(saved, 1e-9 * now), np.inf)
         best = int(worth.argmin())
@@ -174,7 +176,9 @@ def search(
 
         def tried(option: Array, repeats: int | None = None) -> tuple[list[Kernel], dict[str, Any]]:
             """Its kernels, their sum in the proportion that the two networks have when they take turns: a machine's speed drifts between profiles."""
-            kernels = _kernels(chosen, chosen.export(build(space.kept(option)), files["pruned"]), example, settings["runtime"])
+            kernels = _kernels(
+                chosen, chosen.export(build(space.kept(option)), files["pruned"]), example, settings["runtime"]
+            )
             times = latency.timed(files, example, runtime=chosen, repeats=repeats, warmup=5)
             ratio = times["pruned"]["speedup"]["original"]
             share = _total(whole_run) / ratio["median"] / _total(kernels) if _is_calm(ratio) else 1.0
@@ -193,7 +197,9 @@ def search(
             if turn >= ROUNDS and not (_is_calm(near[0].measured) and near[0].speedup > MOST * speedup):
                 break
             table = fit(samples, np.stack([space.axes(option) for option in options]))
-            whole, *before = table(np.stack([space.axes(option) for option in (space.whole, *(one.option for one in near))]))
+            whole, *before = table(
+                np.stack([space.axes(option) for option in (space.whole, *(one.option for one in near))])
+            )
             # What that round missed, the table misses for its neighbours too.
             reference = before[0] * near[0].speedup if near and _is_calm(near[0].measured) else whole
             path = descend(space, table)
@@ -227,7 +233,9 @@ def search(
         "predicted": best.predicted,
         "measured": best.measured,
         "latency_ms": best.latency_ms,
-        "rounds": [{"predicted": one.predicted, "measured": one.speedup, "table_error": one.table_error} for one in rounds],
+        "rounds": [
+            {"predicted": one.predicted, "measured": one.speedup, "table_error": one.table_error} for one in rounds
+        ],
         "table": {"samples": len(samples) - len(rounds), "kernels": len(samples[0]), "from_cache": from_cache},
     }
     return space.kept(best.option), facts
@@ -236,5 +244,10 @@ def search(
 def _best(rounds: Sequence[Round], speedup: float) -> Round:
     """Of those that can be trusted, and then of those fast enough, the nearest to the goal."""
     return min(
-        rounds, key=lambda one: (not _is_calm(one.measured), one.speedup < LEAST * speedup, abs(math.log(one.speedup / (AIM * speedup))))
+        rounds,
+        key=lambda one: (
+            not _is_calm(one.measured),
+            one.speedup < LEAST * speedup,
+            abs(math.log(one.speedup / (AIM * speedup))),
+        ),
     )

@@ -112,7 +112,10 @@ def fit(samples: Sequence[Sequence[Kernel]], sizes: Array) -> Table:
                 if (column == column[0]).all():
                     structure.append(size)
                     continue
-                found = next(((by[key], block) for block, by in zip(BLOCKS, known, strict=True) if (key := tuple(column)) in by), None)
+                found = next(
+                    ((by[key], block) for block, by in zip(BLOCKS, known, strict=True) if (key := tuple(column)) in by),
+                    None,
+                )
                 if found is None:
                     structure.append("?")
                     continue
@@ -123,7 +126,9 @@ def fit(samples: Sequence[Sequence[Kernel]], sizes: Array) -> Table:
                 structure.append(f"w{own[feature]}")
             structure.append("/")
         times = np.array([max(kernel.us, 0.1) for kernel in kernels])
-        pools.setdefault(tuple(structure), []).append((list(own), np.stack(rows, 1) if rows else np.zeros((len(times), 0)), times))
+        pools.setdefault(tuple(structure), []).append(
+            (list(own), np.stack(rows, 1) if rows else np.zeros((len(times), 0)), times)
+        )
     form = np.zeros((len(features) + 1, len(features) + 1))
     for members in pools.values():
         one, other, coefficients = _fitted(
@@ -137,7 +142,11 @@ def fit(samples: Sequence[Sequence[Kernel]], sizes: Array) -> Table:
     form[-1, -1] += float(np.mean(rest))
     pairs = np.array(list(features), dtype=np.int64).reshape(-1, 2)
     table = Table(
-        pairs[:, 0], pairs[:, 1], form, 0.0, 1 - float(np.mean(rest)) / float(totals[1:].mean() if len(totals) > 1 else totals[0])
+        pairs[:, 0],
+        pairs[:, 1],
+        form,
+        0.0,
+        1 - float(np.mean(rest)) / float(totals[1:].mean() if len(totals) > 1 else totals[0]),
     )
     apart = np.abs(table(sizes) / totals - 1)
     return Table(table.axes, table.blocks, form, float(np.median(apart)), table.modelled)
@@ -181,12 +190,18 @@ def _kernels(runtime: Any, file: Path, example: Tensor, name: str) -> list[Kerne
     try:
         ask = runtime.kernel_times
     except AttributeError as error:
-        raise InputError(f"{name}: can't tell the time of each of its kernels; prune to macs= in place of speedup=") from error
+        raise InputError(
+            f"{name}: can't tell the time of each of its kernels; prune to macs= in place of speedup="
+        ) from error
     return [Kernel(*found) for found in ask(file, example)]
 
 
 def _cache_file(
-    cache: str | os.PathLike[str] | None, graph: fx.GraphModule, widths: list[list[int]], settings: dict[str, Any], package: str
+    cache: str | os.PathLike[str] | None,
+    graph: fx.GraphModule,
+    widths: list[list[int]],
+    settings: dict[str, Any],
+    package: str,
 ) -> Path:
     """The file's name is a hash of all that the times depend on."""
     layers = [
@@ -197,7 +212,14 @@ def _cache_file(
     ]
     with suppress(importlib.metadata.PackageNotFoundError):
         settings = {**settings, "version": importlib.metadata.version(package)}
-    known = {**settings, "format": FORMAT, "processor": _processor(), "layers": layers, "inputs": graph.meta["inputs"], "widths": widths}
+    known = {
+        **settings,
+        "format": FORMAT,
+        "processor": _processor(),
+        "layers": layers,
+        "inputs": graph.meta["inputs"],
+        "widths": widths,
+    }
     digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
     return (cache_folder() / "latency" if cache is None else Path(cache)) / f"{digest}.json"
 
@@ -205,7 +227,10 @@ def _cache_file(
 def _processor() -> list[str]:
     about = Path("/proc/cpuinfo")
     lines = about.read_text().splitlines() if about.exists() else []
-    own = [next((line for line in lines if line.startswith(name)), "") for name in ("model name", "flags", "Features", "cache size")]
+    own = [
+        next((line for line in lines if line.startswith(name)), "")
+        for name in ("model name", "flags", "Features", "cache size")
+    ]
     return [platform.machine(), platform.processor(), str(os.cpu_count()), *own]
 
 

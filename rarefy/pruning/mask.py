@@ -34,7 +34,9 @@ from rarefy.graph.nodes import operator_name
 class Saliency(Protocol):
     @property
     def scope(self) -> str: ...
-    def scores(self, graph: fx.GraphModule, weights: Mapping[str, Sequence[fx.Node]], task: Any, seed: int) -> dict[str, Tensor]: ...
+    def scores(
+        self, graph: fx.GraphModule, weights: Mapping[str, Sequence[fx.Node]], task: Any, seed: int
+    ) -> dict[str, Tensor]: ...
 
 
 # operator -> axis of the weight along which it is summed; the other of the first two axes makes the outputs
@@ -81,7 +83,8 @@ def mask(
     graph.eval()
     found = weights_of(graph, (ignore,) if isinstance(ignore, str) else tuple(ignore))
     scores = {
-        name: score.float() for name, score in rule.scores(graph, {name: nodes for name, (_, nodes) in found.items()}, task, seed).items()
+        name: score.float()
+        for name, score in rule.scores(graph, {name: nodes for name, (_, nodes) in found.items()}, task, seed).items()
     }
     _check_scores(graph, found, scores, plugins.describe(rule))
     axes = {name: axis for name, (axis, _) in found.items()}
@@ -95,7 +98,13 @@ def mask(
     zeros = {name: int((graph.get_parameter(name) == 0).sum()) for name in kept}
     sizes = {name: alive.numel() for name, alive in kept.items()}
     total = sum(sizes.values())
-    options = {"sparsity": str(pattern), "criterion": plugins.describe(rule), "scope": within, "ignore": list(ignore), "seed": seed}
+    options = {
+        "sparsity": str(pattern),
+        "criterion": plugins.describe(rule),
+        "scope": within,
+        "ignore": list(ignore),
+        "seed": seed,
+    }
     facts = {
         "sparsity": sum(zeros.values()) / total,
         "weights": total,
@@ -135,7 +144,9 @@ def parse(sparsity: float | str) -> Pattern:
     except ValueError:
         share = math.nan
     if not 0 < share < 1:
-        raise InputError(f"sparsity={sparsity!r} is neither a share between 0 and 1 nor N:M with N below M; write 0.5 or 2:4")
+        raise InputError(
+            f"sparsity={sparsity!r} is neither a share between 0 and 1 nor N:M with N below M; write 0.5 or 2:4"
+        )
     return Pattern(share)
 
 
@@ -152,7 +163,9 @@ def weights_of(graph: fx.GraphModule, ignore: Sequence[str] = ()) -> dict[str, t
     for glob in ignore:
         named = [name for name in found if fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(name, f"{glob}.*")]
         if not named:
-            raise InputError(f"ignore={glob!r} matches no weight of a layer; names look like {next(iter(found), 'nothing')}")
+            raise InputError(
+                f"ignore={glob!r} matches no weight of a layer; names look like {next(iter(found), 'nothing')}"
+            )
         for name in named:
             del found[name]
     if not found:
@@ -206,4 +219,6 @@ def _check_scores(graph: fx.GraphModule, found: dict[str, Any], scores: dict[str
         if name not in scores or tuple(scores[name].shape) != shape:
             raise InputError(f"criterion {criterion}: returned no scores of shape {shape} for {name}")
         if not bool(scores[name].isfinite().all()):
-            raise InputError(f"criterion {criterion}: scores of {name} are NaN or infinite; load sound weights, or look at the data")
+            raise InputError(
+                f"criterion {criterion}: scores of {name} are NaN or infinite; load sound weights, or look at the data"
+            )

@@ -42,7 +42,18 @@ from rarefy.graph.nodes import is_graph, share_copy
 from rarefy.pruning.groups.equivalence import check as self_check
 from rarefy.pruning.groups.groups import couple
 from rarefy.pruning.groups.slicing import cut
-from rarefy.pruning.ranking import RANKINGS, TILE, Criterion, Selection, _channels, _check_scores, _for_speed, _order, _target, choose
+from rarefy.pruning.ranking import (
+    RANKINGS,
+    TILE,
+    Criterion,
+    Selection,
+    _channels,
+    _check_scores,
+    _for_speed,
+    _order,
+    _target,
+    choose,
+)
 from rarefy.pruning.records import packed
 from rarefy.pruning.repair import repair as mended
 from rarefy.pruning.schedule import Setting
@@ -108,10 +119,14 @@ def prune(
     if not (isinstance(floor, (int, float)) and 0 <= floor <= 1):
         raise InputError(f"floor={floor!r} must lie between 0 and 1")
     if repair and task is None:
-        raise InputError("repair=True needs images: pass task= (--data), or call rarefy.pruning.repair.repair() with batches of your own")
+        raise InputError(
+            "repair=True needs images: pass task= (--data), or call rarefy.pruning.repair.repair() with batches of your own"
+        )
     if not (isinstance(seed, int) and seed >= 0):
         raise InputError(f"seed={seed!r} must be a whole number from 0")
-    if not (isinstance(ignore, str) or (isinstance(ignore, Sequence) and all(isinstance(glob, str) for glob in ignore))):
+    if not (
+        isinstance(ignore, str) or (isinstance(ignore, Sequence) and all(isinstance(glob, str) for glob in ignore))
+    ):
         raise InputError(f"ignore={ignore!r} must be a list of globs, such as ['head.*']")
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     once = functools.partial(
@@ -166,7 +181,10 @@ def _at_once(
     coupling = couple(full, ignore, heads)
     full = coupling.graph
     if coupling.count == 1:
-        why = "; ".join(f"{name}: {reason}" for name, reason in list(coupling.frozen.items())[:3]) or "it has no layer with channels"
+        why = (
+            "; ".join(f"{name}: {reason}" for name, reason in list(coupling.frozen.items())[:3])
+            or "it has no layer with channels"
+        )
         raise InputError(f"nothing can be pruned ({why})")
     scores = criterion.scores(full, coupling, task, seed)
     _check_scores(coupling, scores, plugins.describe(criterion))
@@ -178,7 +196,17 @@ def _at_once(
             coupling, ranked, lambda alive: cut(coupling, alive).eval(), target.value, seed=seed, **where
         )
     else:
-        plan = choose(coupling, scores, target, ranking=ranking, round_to=round_to, floor=floor, select=selection, seed=seed, was=was)
+        plan = choose(
+            coupling,
+            scores,
+            target,
+            ranking=ranking,
+            round_to=round_to,
+            floor=floor,
+            select=selection,
+            seed=seed,
+            was=was,
+        )
     release()
     small = cut(coupling, plan.alive)
     release()
@@ -204,7 +232,11 @@ def _at_once(
         "macs": plan.macs,
         "params": plan.params,
         "channels": _channels(coupling, plan.alive),
-        "kept": {row.names[0]: packed(mask) for row in coupling.rows if row.produces and not bool((mask := plan.alive[row.classes]).all())},
+        "kept": {
+            row.names[0]: packed(mask)
+            for row in coupling.rows
+            if row.produces and not bool((mask := plan.alive[row.classes]).all())
+        },
         "frozen": coupling.frozen,
         "unknown_operators": coupling.unknown,
         "kept_whole": plan.whole,

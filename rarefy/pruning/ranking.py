@@ -48,11 +48,15 @@ class Target:
         return f"{self.kind}={self.value}"
 
 
-def _target(keep: float | None, macs: float | int | None, params: float | int | None, speedup: float | None = None) -> Target:
+def _target(
+    keep: float | None, macs: float | int | None, params: float | int | None, speedup: float | None = None
+) -> Target:
     asked = (("keep", keep), ("macs", macs), ("params", params), ("speedup", speedup))
     given = {name: value for name, value in asked if value is not None}
     if len(given) != 1:
-        raise InputError(f"give one of keep=, macs=, params=, speedup=, such as macs=0.5; got {', '.join(given) or 'none'}")
+        raise InputError(
+            f"give one of keep=, macs=, params=, speedup=, such as macs=0.5; got {', '.join(given) or 'none'}"
+        )
     ((kind, value),) = given.items()
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if kind == "speedup":
@@ -95,7 +99,14 @@ def choose(
 ) -> Plan:
     """Which classes stay. Raises InputError if the target is out of reach."""
     ranked = _order(coupling, scores, ranking, round_to, floor, select or Best(), seed, was)
-    count, order, sizes, least, whole, cost = coupling.count, ranked.order, ranked.sizes, ranked.least, ranked.whole, ranked.cost
+    count, order, sizes, least, whole, cost = (
+        coupling.count,
+        ranked.order,
+        ranked.sizes,
+        ranked.least,
+        ranked.whole,
+        ranked.cost,
+    )
 
     def alive_of(kept: int) -> np.ndarray:
         return ranked.alive(np.bincount(ranked.family[order[:kept]], minlength=len(sizes)))
@@ -151,7 +162,14 @@ class _Ranked:
 
 
 def _order(
-    coupling: Coupling, scores: Tensor, ranking: str, round_to: int, floor: float, select: Selection, seed: int, was: Mapping[str, int]
+    coupling: Coupling,
+    scores: Tensor,
+    ranking: str,
+    round_to: int,
+    floor: float,
+    select: Selection,
+    seed: int,
+    was: Mapping[str, int],
 ) -> _Ranked:
     count = coupling.count
     producer = _producers(coupling)
@@ -163,7 +181,9 @@ def _order(
     macs, params = _costs(coupling, widths)
     _add_activations(coupling, widths)
     first = {
-        row.classes.numpy().tobytes(): was[row.names[0]] / len(row.classes) for row in coupling.rows if row.produces and row.names[0] in was
+        row.classes.numpy().tobytes(): was[row.names[0]] / len(row.classes)
+        for row in coupling.rows
+        if row.produces and row.names[0] in was
     }
     even = _relative(
         np.lexsort((np.arange(count), -key)), np.unique(producer, return_inverse=True)[1]
@@ -178,7 +198,9 @@ def _order(
     least = np.minimum(np.maximum(-(-least // round_to) * round_to, round_to), sizes)
     whole = sizes < round_to
     least[whole] = sizes[whole]
-    return _Ranked(order, family, producer, place, importance, made, sizes, least, whole, round_to, widths.counted(), macs, params)
+    return _Ranked(
+        order, family, producer, place, importance, made, sizes, least, whole, round_to, widths.counted(), macs, params
+    )
 
 
 def _plan(coupling: Coupling, ranked: _Ranked, alive: np.ndarray) -> Plan:
@@ -243,7 +265,9 @@ def _families(coupling: Coupling, producer: np.ndarray, round_to: int) -> np.nda
     marks = np.random.default_rng(0).integers(1, 2**63, len(coupling.rows), dtype=np.uint64)
     for mark, row in zip(marks, coupling.rows, strict=True):
         np.add.at(signature, row.classes.numpy(), mark)
-    _, first, finer = np.unique(np.stack((family.astype(np.uint64), signature)), axis=1, return_index=True, return_inverse=True)
+    _, first, finer = np.unique(
+        np.stack((family.astype(np.uint64), signature)), axis=1, return_index=True, return_inverse=True
+    )
     finer = finer.reshape(-1)
     divides = np.ones(int(family.max()) + 1, dtype=bool)
     np.logical_and.at(divides, family[first], np.bincount(finer) % round_to == 0)
@@ -253,7 +277,13 @@ def _families(coupling: Coupling, producer: np.ndarray, round_to: int) -> np.nda
 
 
 def _ranked(
-    coupling: Coupling, scores: np.ndarray, made: np.ndarray, producer: np.ndarray, ranking: str, select: Selection, seed: int
+    coupling: Coupling,
+    scores: np.ndarray,
+    made: np.ndarray,
+    producer: np.ndarray,
+    ranking: str,
+    select: Selection,
+    seed: int,
 ) -> np.ndarray:
     """A key for each class, to be compared between all of them."""
     _, group = np.unique(producer, return_inverse=True)
@@ -337,7 +367,13 @@ def _protected(vectors: list[np.ndarray], key: np.ndarray, floors: list[float]) 
 
 
 def _fractions(
-    coupling: Coupling, sizes: np.ndarray, family: np.ndarray, producer: np.ndarray, target: Target, round_to: int, least: np.ndarray
+    coupling: Coupling,
+    sizes: np.ndarray,
+    family: np.ndarray,
+    producer: np.ndarray,
+    target: Target,
+    round_to: int,
+    least: np.ndarray,
 ) -> np.ndarray:
     """keep= of every family. Raises InputError where that is no multiple of ``round_to``."""
     counts = np.floor(sizes * target.value + 1e-9).astype(np.int64)
@@ -354,7 +390,13 @@ def _fractions(
 
 
 def _unreachable(
-    coupling: Coupling, target: Target, smallest: int, everything: dict[str, int], round_to: int, floor: float, whole: np.ndarray
+    coupling: Coupling,
+    target: Target,
+    smallest: int,
+    everything: dict[str, int],
+    round_to: int,
+    floor: float,
+    whole: np.ndarray,
 ) -> str:
     reach = smallest if target.value > 1 else round(smallest / everything[target.kind] + 5e-5, 4)
     reasons = [f"floor={floor} of each layer stays"]
@@ -369,13 +411,19 @@ def _unreachable(
 
 def _check_scores(coupling: Coupling, scores: Tensor, criterion: str) -> None:
     if scores.shape != (coupling.count,):
-        raise InputError(f"criterion {criterion}: returned scores of shape {tuple(scores.shape)}, must be ({coupling.count},), one a class")
+        raise InputError(
+            f"criterion {criterion}: returned scores of shape {tuple(scores.shape)}, must be ({coupling.count},), one a class"
+        )
     bad = ~torch.isfinite(scores)
     bad[0] = False
     if bool(bad.any()):
         broken = [name for name, parameter in coupling.graph.named_parameters() if not bool(parameter.isfinite().all())]
         row = next(row for row in coupling.rows if bool(bad[row.classes].any()))
-        why = f"{broken[0]} is not finite, load sound weights" if broken else f"the first at {row.names[0]}, though the weights are finite"
+        why = (
+            f"{broken[0]} is not finite, load sound weights"
+            if broken
+            else f"the first at {row.names[0]}, though the weights are finite"
+        )
         raise InputError(f"criterion {criterion}: {int(bad.sum())} scores are NaN or infinite; {why}")
 
 

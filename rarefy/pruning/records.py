@@ -17,7 +17,9 @@ def packed(mask: Tensor) -> str:
 
 def unpacked(text: str, size: int) -> Tensor:
     """Positions of the ones, int64."""
-    return torch.from_numpy(np.flatnonzero(np.unpackbits(np.frombuffer(bytes.fromhex(text), dtype=np.uint8), count=size)))
+    return torch.from_numpy(
+        np.flatnonzero(np.unpackbits(np.frombuffer(bytes.fromhex(text), dtype=np.uint8), count=size))
+    )
 
 
 def followed(records: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:

@@ -68,7 +68,9 @@ def repair(
     and the ridge. Raises InputError where ``graph`` was not pruned from ``original``, DataError without enough images, CheckFailed for NaN.
     """
     if images < 8 or batch_size < 1 or not memory > 0:
-        raise InputError(f"images={images}, batch_size={batch_size}, memory={memory}: repair needs at least 8 images, and positive numbers")
+        raise InputError(
+            f"images={images}, batch_size={batch_size}, memory={memory}: repair needs at least 8 images, and positive numbers"
+        )
     if not (batchnorm or reconstruct):
         raise InputError("repair: batchnorm and reconstruct are both off; leave at least one on")
     kept = kept_channels(graph, original)
@@ -110,9 +112,13 @@ def kept_channels(graph: fx.GraphModule, original: nn.Module) -> dict[str, Tenso
     for name, weight in graph.named_parameters(remove_duplicate=False):
         first = records[0]["channels"].get(name)
         if first is not None and (
-            name not in wide or first[0] not in wide[name].shape or len(found.get(name, range(first[0]))) not in weight.shape
+            name not in wide
+            or first[0] not in wide[name].shape
+            or len(found.get(name, range(first[0]))) not in weight.shape
         ):
-            raise InputError(f"repair: {name}: the original is not what the graph was pruned from; pass the model that prune() was given")
+            raise InputError(
+                f"repair: {name}: the original is not what the graph was pruned from; pass the model that prune() was given"
+            )
     return found
 
 
@@ -166,7 +172,8 @@ class _Repair:
         self.images = sum(len(batch[0]) for batch in batches)
         starts = itertools.accumulate((len(batch[0]) for batch in batches), initial=0)
         self.judges = [
-            torch.arange(start, start + len(batch[0])) % _JUDGE == _JUDGE - 1 for start, batch in zip(starts, batches, strict=False)
+            torch.arange(start, start + len(batch[0])) % _JUDGE == _JUDGE - 1
+            for start, batch in zip(starts, batches, strict=False)
         ]
         self.axes = _image_axes(small)
         self.layers: list[dict[str, Any]] = []
@@ -230,7 +237,9 @@ class _Repair:
             source, wanted = (value.movedim(self.axes[node], 0) for value in (source, wanted))
             wanted = wanted if kept is None else wanted.index_select(axis, kept.to(wanted.device))
             x, y = _pairs(node, source, wanted, weight.shape, groups, self.generator)
-            judges = judges.repeat_interleave(len(x) // len(judges)).to(x.device)  # (windows of an image lie side by side)
+            judges = judges.repeat_interleave(len(x) // len(judges)).to(
+                x.device
+            )  # (windows of an image lie side by side)
             fit.add(x[~judges], y[~judges])
             judge.add(x[judges], y[judges])
         where = layer_name(node)
@@ -335,7 +344,11 @@ def _image_axes(graph: fx.GraphModule) -> dict[fx.Node, int]:
     two, three = shapes(graph, 2), shapes(graph, 3)
     found = {}
     for node in filter(weighted, graph.graph.nodes):
-        grows = [axis for axis, (one, other) in enumerate(zip(two[node].shape, three[node].shape, strict=True)) if one != other]
+        grows = [
+            axis
+            for axis, (one, other) in enumerate(zip(two[node].shape, three[node].shape, strict=True))
+            if one != other
+        ]
         if len(grows) == 1 and grows[0] < two[node].dim() - 1 and (grows[0] == 0 or node.target is aten.linear.default):
             found[node] = grows[0]
     return found
@@ -358,10 +371,18 @@ def _alone(graph: fx.GraphModule, node: fx.Node, place: int = 1) -> bool:
     if not isinstance(source, fx.Node) or source.op != "get_attr":
         return False
     tensor = attribute(graph, source)
-    readers = {user for other in graph.graph.nodes if other.op == "get_attr" and attribute(graph, other) is tensor for user in other.users}
+    readers = {
+        user
+        for other in graph.graph.nodes
+        if other.op == "get_attr" and attribute(graph, other) is tensor
+        for user in other.users
+    }
     names = [
         name
-        for name, value in [*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False)]
+        for name, value in [
+            *graph.named_parameters(remove_duplicate=False),
+            *graph.named_buffers(remove_duplicate=False),
+        ]
         if value is tensor
     ]
     return len(readers) == 1 and len(names) == 1
@@ -370,7 +391,12 @@ def _alone(graph: fx.GraphModule, node: fx.Node, place: int = 1) -> bool:
 def _norm_behind(graph: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     """The batch norm that alone reads ``node`` and has running statistics of its own."""
     reader = next(iter(node.users)) if len(node.users) == 1 else None
-    found = reader is not None and reader.target is aten.batch_norm.default and reader.args[0] is node and _alone(graph, reader, 3)
+    found = (
+        reader is not None
+        and reader.target is aten.batch_norm.default
+        and reader.args[0] is node
+        and _alone(graph, reader, 3)
+    )
     return reader if found else None
 
 
@@ -402,7 +428,9 @@ def _peak(graph: fx.GraphModule) -> int:
     left = {node: len(node.users) for node in graph.graph.nodes}
     size = {
         node: sum(
-            item.numel() * item.element_size() for item in (value if isinstance(value, (list, tuple)) else [value]) if is_tensor(item)
+            item.numel() * item.element_size()
+            for item in (value if isinstance(value, (list, tuple)) else [value])
+            if is_tensor(item)
         )
         for node, value in found.items()
         if node.op not in ("get_attr", "output")
@@ -421,7 +449,9 @@ def _peak(graph: fx.GraphModule) -> int:
 def _batches(graph: fx.GraphModule, data: Any, images: int, batch_size: int, seed: int) -> list[tuple[Tensor, ...]]:
     """At most ``images`` samples. Raises DataError where there are fewer than 8, InputError for another shape."""
     device = device_of(graph)
-    given: Iterable[Any] = data if not hasattr(data, "inputs") else data.inputs("train", images, batch_size, seed=seed, device=device)
+    given: Iterable[Any] = (
+        data if not hasattr(data, "inputs") else data.inputs("train", images, batch_size, seed=seed, device=device)
+    )
     batches = list(_limited(given, images, device))
     shape = [spec["shape"] for spec in graph.meta["inputs"]]
     for batch in batches:

@@ -44,7 +44,12 @@ class Stretch:
     """
 
     def __init__(
-        self, graph: fx.GraphModule, twin: fx.GraphModule, layers: Sequence[fx.Node], before: fx.Node | None, marks: frozenset[str]
+        self,
+        graph: fx.GraphModule,
+        twin: fx.GraphModule,
+        layers: Sequence[fx.Node],
+        before: fx.Node | None,
+        marks: frozenset[str],
     ):
         self.graph, self.twin, self.layers = graph, twin, list(layers)
         self.twins = {node.name: node for node in twin.graph.nodes}
@@ -57,7 +62,11 @@ class Stretch:
         self.body = [node for node in nodes[place[layers[0]] : place[self.end] + 1] if node in self._depends]
         self.body = _needed(self.body, self.end)
         inside = set(self.body)
-        self.entries = list(dict.fromkeys(s for node in self.body for s in node.all_input_nodes if s in self._depends and s not in inside))
+        self.entries = list(
+            dict.fromkeys(
+                s for node in self.body for s in node.all_input_nodes if s in self._depends and s not in inside
+            )
+        )
         self.twin_entries = [self._twin_of(node) for node in self.entries]
         self.scales = self._own_scales(nodes)
         self.counts: dict[fx.Node, int] = {}  # sizes that are read -> their part of each image
@@ -74,20 +83,32 @@ class Stretch:
                 for part in (*parts, *own):
                     reached[node] |= part
         everything = (1 << len(self.layers)) - 1
-        found = [(node, twin) for node, bits in reached.items() if bits == everything and (twin := self._twin_of(node)) is not None]
+        found = [
+            (node, twin)
+            for node, bits in reached.items()
+            if bits == everything and (twin := self._twin_of(node)) is not None
+        ]
         return ([pair for pair in found if pair[1].name in marks] or found)[-1]
 
     def _twin_of(self, node: fx.Node) -> fx.Node | None:
         """The float value that ``node`` stands for: of a rounded value the one before rounding; None for what has no twin."""
         if node.target is OPERATORS.dequantize.default:
             source = node.args[0]
-            if not isinstance(source, fx.Node) or source.target is not OPERATORS.quantize.default or source.args[1] is not node.args[1]:
+            if (
+                not isinstance(source, fx.Node)
+                or source.target is not OPERATORS.quantize.default
+                or source.args[1] is not node.args[1]
+            ):
                 return None
             number: Any = source.args[0]  # of what carries a rounded value on, the carrier itself
-            return self.twins.get(str(source.args[1].target).split(".")[1] if _first_of_its_grid(source) else number.name)  # type: ignore[union-attr]
+            return self.twins.get(
+                str(source.args[1].target).split(".")[1] if _first_of_its_grid(source) else number.name
+            )  # type: ignore[union-attr]
         if node.target is OPERATORS.quantize.default or not node.users:
             return None
-        return None if any(user.target is OPERATORS.quantize.default for user in node.users) else self.twins.get(node.name)
+        return (
+            None if any(user.target is OPERATORS.quantize.default for user in node.users) else self.twins.get(node.name)
+        )
 
     def _own_scales(self, nodes: Sequence[fx.Node]) -> dict[str, fx.Node]:
         """Name of each activation scale that is first used here, and read as it was written -> its ``quantize``."""
@@ -108,9 +129,15 @@ class Stretch:
         used = images = 0
         twin_entries = [twin for twin in self.twin_entries if twin is not None]
         until = self.layers[0]
-        both = zip(prefix.run(until, self.entries), float_prefix.run(self.twin_end.next, (*twin_entries, self.twin_end)), strict=True)
+        both = zip(
+            prefix.run(until, self.entries),
+            float_prefix.run(self.twin_end.next, (*twin_entries, self.twin_end)),
+            strict=True,
+        )
         for batch, (values, (*exact, end)) in zip(prefix.batches, both, strict=True):
-            size = sum(value.numel() * value.element_size() for value in (*values, *exact, end) if isinstance(value, Tensor))
+            size = sum(
+                value.numel() * value.element_size() for value in (*values, *exact, end) if isinstance(value, Tensor)
+            )
             if made and used + size > memory:
                 continue  # the iterators are to be run to their ends
             used, images = used + size, images + len(batch[0])
@@ -118,7 +145,9 @@ class Stretch:
                 lead = next(index for index, value in enumerate(values) if isinstance(value, Tensor))
                 self.leads = lead, len(values[lead]) // len(batch[0])
                 self.counts = {
-                    node: value // len(batch[0]) for node, value in zip(self.entries, values, strict=True) if isinstance(value, int)
+                    node: value // len(batch[0])
+                    for node, value in zip(self.entries, values, strict=True)
+                    if isinstance(value, int)
                 }
             waiting = iter(exact)
             ours.append(values)
@@ -221,7 +250,11 @@ def _first_of_its_grid(node: fx.Node) -> bool:
 def _stays(node: fx.Node) -> bool:
     """A ``dequantize`` on the grid its codes were made on."""
     source = node.args[0] if node.target is OPERATORS.dequantize.default else None
-    return isinstance(source, fx.Node) and source.target is OPERATORS.quantize.default and source.args[1].target == node.args[1].target  # type: ignore[union-attr]
+    return (
+        isinstance(source, fx.Node)
+        and source.target is OPERATORS.quantize.default
+        and source.args[1].target == node.args[1].target
+    )  # type: ignore[union-attr]
 
 
 def _as_number(node: Any) -> bool:
@@ -232,7 +265,9 @@ def _as_number(node: Any) -> bool:
 def _on_inputs(nodes: Sequence[fx.Node]) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in nodes:
-        if node.op == "placeholder" or (node.op == "call_function" and any(source in found for source in node.all_input_nodes)):
+        if node.op == "placeholder" or (
+            node.op == "call_function" and any(source in found for source in node.all_input_nodes)
+        ):
             found.add(node)
     return found
 

@@ -25,7 +25,9 @@ IMAGES = 8
 aten = torch.ops.aten
 
 
-def noise(float_graph: fx.GraphModule, graph: fx.GraphModule, batches: Iterable[tuple[Tensor, ...]]) -> dict[str, float | None]:
+def noise(
+    float_graph: fx.GraphModule, graph: fx.GraphModule, batches: Iterable[tuple[Tensor, ...]]
+) -> dict[str, float | None]:
     """Signal to noise (dB) of each layer's sums, by the name of its node in both graphs, on the first ``IMAGES``; None: no noise, or no signal."""
     layers = {node.name: node for node in float_graph.graph.nodes if weighted(node)}
     sums: dict[str, list[Tensor]] = {}
@@ -59,12 +61,19 @@ def explain(graph: nn.Module) -> dict[str, list[dict[str, Any]]]:
     history: Sequence[Mapping[str, Any]] = graph.meta.get("history", []) if isinstance(graph, fx.GraphModule) else []
     records = [record["facts"] for record in history if record.get("step") == "quantize"]
     if not records:
-        raise InputError("the model is not quantised: nothing to explain; call quantize first (rarefy quantize --explain does both)")
+        raise InputError(
+            "the model is not quantised: nothing to explain; call quantize first (rarefy quantize --explain does both)"
+        )
     facts = records[-1]
     ranges = facts.get("ranges") or {}
     keys = ("name", "bits", "grid", "error", "input", "activation_bits", "activation_grid", "sqnr_db")
-    layers = [{**{key: told.get(key) for key in keys}, "range": ranges.get(told.get("input"))} for told in facts["layers"]]
+    layers = [
+        {**{key: told.get(key) for key in keys}, "range": ranges.get(told.get("input"))} for told in facts["layers"]
+    ]
     reasons: dict[str, str | None] = dict(facts.get("reasons") or ())
     reasons |= {name: None for name in facts.get("float") or () if name not in reasons}
     noisy = facts.get("float_sqnr_db") or {}
-    return {"layers": layers, "float": [{"name": name, "why": why, "sqnr_db": noisy.get(name)} for name, why in reasons.items()]}
+    return {
+        "layers": layers,
+        "float": [{"name": name, "why": why, "sqnr_db": noisy.get(name)} for name, why in reasons.items()],
+    }

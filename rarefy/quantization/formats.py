@@ -247,12 +247,20 @@ FLOAT = "float"
 
 
 def assign(
-    given: str | Format | Mapping[str, str | Format], *, symmetric: bool, axis: int | None = None, default: str | Format = "int8"
+    given: str | Format | Mapping[str, str | Format],
+    *,
+    symmetric: bool,
+    axis: int | None = None,
+    default: str | Format = "int8",
 ) -> Assignment:
     """``"int4"``, ``"int4;stem.*=int8;fc=float"`` or ``{"*": "int4", "stem.*": "int8", "fc": "float"}``; layers that nothing matches get ``default``."""
 
     def grid(value: str | Format) -> Format | None:
-        return None if isinstance(value, str) and value.strip().lower() == FLOAT else parse(value, symmetric=symmetric, axis=axis)
+        return (
+            None
+            if isinstance(value, str) and value.strip().lower() == FLOAT
+            else parse(value, symmetric=symmetric, axis=axis)
+        )
 
     if isinstance(given, Mapping):
         return Assignment(grid(default), tuple((glob, grid(value)) for glob, value in given.items()))
@@ -266,5 +274,7 @@ def assign(
         elif index == 0:
             chosen = grid(part)
         else:
-            raise InputError(f"number formats {given!r}: {part.strip()!r} names no layer; write glob=format, such as layer1.*=int4")
+            raise InputError(
+                f"number formats {given!r}: {part.strip()!r} names no layer; write glob=format, such as layer1.*=int4"
+            )
     return Assignment(chosen, tuple(rules))

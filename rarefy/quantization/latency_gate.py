@@ -134,10 +134,16 @@ def _faster(found: Mapping[str, Any], one: str, other: str) -> bool:
 def _why(best: str, slow: Sequence[Candidate]) -> str:
     if best == INTEGER:
         return "every stretch pays"
-    return f"faster in float: {', '.join(one.name for one in slow)}" if best == MIXED else f"the whole network is faster in {best}"
+    return (
+        f"faster in float: {', '.join(one.name for one in slow)}"
+        if best == MIXED
+        else f"the whole network is faster in {best}"
+    )
 
 
-def rounded(graph: fx.GraphModule, ranges: Ranges, ignore: Sequence[str], runtime: Any, grid: formats.Grid) -> fx.GraphModule:
+def rounded(
+    graph: fx.GraphModule, ranges: Ranges, ignore: Sequence[str], runtime: Any, grid: formats.Grid
+) -> fx.GraphModule:
     """A copy in integers, weights at the nearest of 8 bits."""
     copied = share_copy(graph)
     placement = place(copied, runtime.capabilities, ignore)

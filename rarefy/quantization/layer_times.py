@@ -30,7 +30,18 @@ from rarefy.quantization.calibration.minmax import MinMax
 from rarefy.quantization.observers import observe
 from rarefy.quantization.placement import place
 
-LAYERS = ("Conv", "FusedConv", "Gemm", "MatMul", "FusedGemm", "FusedMatMul", "QLinearConv", "QGemm", "QLinearMatMul", "MatMulInteger")
+LAYERS = (
+    "Conv",
+    "FusedConv",
+    "Gemm",
+    "MatMul",
+    "FusedGemm",
+    "FusedMatMul",
+    "QLinearConv",
+    "QGemm",
+    "QLinearMatMul",
+    "MatMulInteger",
+)
 CALM = 1.3  # between the quartiles of a ratio, from which on it tells nothing
 
 
@@ -61,7 +72,9 @@ class LayerTimes:
         self.example = example_inputs(self.graph, batch=1)[0]
         sizes = shapes(self.graph)
         twins = {node.name: node for node in self.graph.graph.nodes}
-        self.sizes = [tuple(_one(sizes[twin]) for twin in (twins[node.name].args[0], twins[node.name])) for node in layers]
+        self.sizes = [
+            tuple(_one(sizes[twin]) for twin in (twins[node.name].args[0], twins[node.name])) for node in layers
+        ]
         with tempfile.TemporaryDirectory(prefix="rarefy-") as folder:
             files = [self._export(Path(folder), None), self._export(Path(folder), ())]
             kernels = [self._kernels(file) for file in files]

@@ -103,7 +103,8 @@ def allocate(
     elif name == "bitops":
         macs = layer_macs(graph)
         costs = {
-            node: [macs[node.name] * width * (FLOAT_BITS if width == FLOAT_BITS else grid.bits) for width in widths] for node in layers
+            node: [macs[node.name] * width * (FLOAT_BITS if width == FLOAT_BITS else grid.bits) for width in widths]
+            for node in layers
         }
         unit = float(64 * sum(macs[node.name] for node in layers))
     else:
@@ -123,7 +124,10 @@ def allocate(
         budget *= mixed.latency / share  # type: ignore[operator]
         chosen = program([errors[node] for node in layers], [costs[node] for node in layers], budget)
     picked = {node: widths[index] for node, index in zip(layers, chosen, strict=True)}
-    rules = tuple((layer_name(node), None if width == FLOAT_BITS else formats.Grid(width, axis=0)) for node, width in picked.items())
+    rules = tuple(
+        (layer_name(node), None if width == FLOAT_BITS else formats.Grid(width, axis=0))
+        for node, width in picked.items()
+    )
     facts = {
         "errors": {layer_name(node): dict(zip(map(str, widths), errors[node], strict=True)) for node in layers},
         "bits": {layer_name(node): width for node, width in picked.items()},
@@ -190,18 +194,24 @@ def sensitivities(
     return {node: [float(kept[node].get(width, 0.0)) for width in widths] for node in layers}
 
 
-def _rounded_layer(graph: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Any], width: int, rule: Any) -> Tensor:
+def _rounded_layer(
+    graph: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Any], width: int, rule: Any
+) -> Tensor:
     """What the layer makes of rounded weights, its mean a channel as it was."""
     source: Any = node.args[1]
     weight, grid = values[source].float(), formats.Grid(width, axis=0)
-    scale = rule.weight_scale(formats.rows(weight, grid), grid).float().clamp_min(1e-12).view(-1, *[1] * (weight.dim() - 1))
+    scale = (
+        rule.weight_scale(formats.rows(weight, grid), grid).float().clamp_min(1e-12).view(-1, *[1] * (weight.dim() - 1))
+    )
     made: Tensor = _value(graph, node, {**values, source: grid.snap(weight / scale) * scale})
     moved = made - values[node]
     axis = moved.dim() - 1 if node.target is torch.ops.aten.linear.default else 1
     return made - moved.mean([dim for dim in range(moved.dim()) if dim != axis], keepdim=True)
 
 
-def _finish(graph: fx.GraphModule, rest: Sequence[fx.Node], values: dict[fx.Node, Any], last: Mapping[fx.Node, int], start: int) -> Tensor:
+def _finish(
+    graph: fx.GraphModule, rest: Sequence[fx.Node], values: dict[fx.Node, Any], last: Mapping[fx.Node, int], start: int
+) -> Tensor:
     """The answers from what there is; values go after their last reader."""
     for index, node in enumerate(rest, start):
         if node.op == "output":

@@ -72,7 +72,9 @@ def clip_bounds(node: fx.Node) -> tuple[float, float]:
     return default[0] if lo is None else float(lo), default[1] if hi is None else float(hi)  # type: ignore[arg-type]
 
 
-def place(graph: fx.GraphModule, can: Capabilities, ignore: Sequence[str] = (), found: dict[fx.Node, Any] | None = None) -> Placement:
+def place(
+    graph: fx.GraphModule, can: Capabilities, ignore: Sequence[str] = (), found: dict[fx.Node, Any] | None = None
+) -> Placement:
     """Choose. ignore: globs of layer names that stay float."""
 
     def ignored(node: fx.Node) -> str | None:
@@ -82,10 +84,14 @@ def place(graph: fx.GraphModule, can: Capabilities, ignore: Sequence[str] = (), 
     nodes = list(graph.graph.nodes)
     layers = {node for node in nodes if weighted(node) and node.target in can.layers and ignored(node) is None}
     joins = {
-        node for node in nodes if node.op == "call_function" and node.target in can.joins and _joinable(node) and ignored(node) is None
+        node
+        for node in nodes
+        if node.op == "call_function" and node.target in can.joins and _joinable(node) and ignored(node) is None
     }
     products = {
-        node for node in nodes if node.op == "call_function" and node.target in can.products and _is_product(node) and ignored(node) is None
+        node
+        for node in nodes
+        if node.op == "call_function" and node.target in can.products and _is_product(node) and ignored(node) is None
     }
     why: dict[fx.Node, str] = {}
     fused: dict[fx.Node, fx.Node] = {}
@@ -127,7 +133,9 @@ def place(graph: fx.GraphModule, can: Capabilities, ignore: Sequence[str] = (), 
         """whole: ``node`` is all of what is asked about: a part of it that only a product reads is rounded as that part."""
         return any(
             (user in integer and (whole or user not in products))
-            or ((is_carrier(user) or user in fused) and leads_to_integers(user, integer, whole and user.target in TURNS))
+            or (
+                (is_carrier(user) or user in fused) and leads_to_integers(user, integer, whole and user.target in TURNS)
+            )
             for user in node.users
         )
 
@@ -137,13 +145,16 @@ def place(graph: fx.GraphModule, can: Capabilities, ignore: Sequence[str] = (), 
         dropped = {
             node
             for node in joins
-            if not all(source_of(source) in yielding for source in _tensors(node)) or not leads_to_integers(node, integer)
+            if not all(source_of(source) in yielding for source in _tensors(node))
+            or not leads_to_integers(node, integer)
         }
         if not dropped:
             break
         for node in dropped:
             entry = next((source_of(source) for source in _tensors(node) if source_of(source) not in yielding), None)
-            why[node] = "no integer operator reads it" if entry is None else f"reads {names(entry)[0]}, which is in float"
+            why[node] = (
+                "no integer operator reads it" if entry is None else f"reads {names(entry)[0]}, which is in float"
+            )
         joins -= dropped
         for clip in [clip for clip, source in fused.items() if source in dropped]:
             del fused[clip]
@@ -170,7 +181,15 @@ def place(graph: fx.GraphModule, can: Capabilities, ignore: Sequence[str] = (), 
         and leads_to_integers(node, integer, node.target in TURNS)
     }
     for node in nodes:
-        if node in integer or node in values or node in fused or node in why or is_carrier(node) or melts(node) or not _computes(node):
+        if (
+            node in integer
+            or node in values
+            or node in fused
+            or node in why
+            or is_carrier(node)
+            or melts(node)
+            or not _computes(node)
+        ):
             continue
         glob = ignored(node)
         if glob is not None:
@@ -218,13 +237,17 @@ def _tensors(node: fx.Node) -> list[fx.Node]:
 def _is_product(node: fx.Node) -> bool:
     """Of two activations, none of them probabilities."""
     sources = node.all_input_nodes
-    return len(sources) == 2 and not any(source.op == "get_attr" or source.target is aten.softmax.int for source in sources)
+    return len(sources) == 2 and not any(
+        source.op == "get_attr" or source.target is aten.softmax.int for source in sources
+    )
 
 
 def _joinable(node: fx.Node) -> bool:
     """A join of activations: no scaled addition, no scalar, and only global pooling among the adaptive ones."""
     if node.target in (aten.add.Tensor, aten.mul.Tensor):
-        return not node.kwargs and all(isinstance(argument, fx.Node) and argument.op != "get_attr" for argument in node.args)
+        return not node.kwargs and all(
+            isinstance(argument, fx.Node) and argument.op != "get_attr" for argument in node.args
+        )
     if node.target is aten.adaptive_avg_pool2d.default:
         return list(node.args[1]) == [1, 1]  # type: ignore[arg-type]
     if node.target is aten.avg_pool2d.default:

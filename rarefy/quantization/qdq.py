@@ -35,7 +35,11 @@ def free_names(graph: fx.GraphModule) -> None:
 def own_bias(graph: fx.GraphModule, node: fx.Node) -> None:
     """Every integer layer has a weight and a bias of its own."""
     weight = attribute(graph, node.args[1]).detach()
-    bias = attribute(graph, node.args[2]).detach() if len(node.args) > 2 and node.args[2] is not None else weight.new_zeros(weight.shape[0])
+    bias = (
+        attribute(graph, node.args[2]).detach()
+        if len(node.args) > 2 and node.args[2] is not None
+        else weight.new_zeros(weight.shape[0])
+    )
     put(graph, node, weight.clone(), bias.clone())
 
 
@@ -60,7 +64,10 @@ def clipped(placement: Placement, value: fx.Node, lo: float, hi: float, grid: fo
 
 
 def insert(
-    graph: fx.GraphModule, placement: Placement, ranges: dict[fx.Node, tuple[float, float]], own: dict[fx.Node, formats.Grid]
+    graph: fx.GraphModule,
+    placement: Placement,
+    ranges: dict[fx.Node, tuple[float, float]],
+    own: dict[fx.Node, formats.Grid],
 ) -> None:
     """Put quantize/dequantize after every value and every carrier of one."""
     seen_scale: dict[fx.Node, Tensor] = {}
@@ -176,7 +183,9 @@ def _after(
     with graph.graph.inserting_after(scale_node):
         zero_node = _constant(graph, f"{name}.zero_point", zero)
     with graph.graph.inserting_after(zero_node):
-        codes = graph.graph.call_function(OPERATORS.quantize.default, (node, scale_node, zero_node, None, grid.qmin, grid.qmax, grid.dtype))
+        codes = graph.graph.call_function(
+            OPERATORS.quantize.default, (node, scale_node, zero_node, None, grid.qmin, grid.qmax, grid.dtype)
+        )
     with graph.graph.inserting_after(codes):
         number = graph.graph.call_function(OPERATORS.dequantize.default, (codes, scale_node, zero_node, None))
     codes.meta["stack"] = number.meta["stack"] = node.meta.get("stack", "")

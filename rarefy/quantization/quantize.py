@@ -105,11 +105,15 @@ def quantize(
     activation_grids = formats.assign(activations, symmetric=False, default="uint8")
     if activations == formats.FLOAT:
         if mixed is not None or gate is not None:
-            raise InputError("activations=float: mixed widths and the gate look at integer layers; write a format such as int4:group=32")
+            raise InputError(
+                "activations=float: mixed widths and the gate look at integer layers; write a format such as int4:group=32"
+            )
         return _weights_only(model, inputs, assigned, given_rule, rounder, ignore, seed)
     grid = activation_grids.default
     if not isinstance(grid, formats.Grid):
-        raise InputError(f"activations={activation_grids}: integer kernels take uint8 or int8, and simulation fewer bits; write uint4, say")
+        raise InputError(
+            f"activations={activation_grids}: integer kernels take uint8 or int8, and simulation fewer bits; write uint4, say"
+        )
     if gate not in GATES:
         raise InputError(f"gate={gate!r}: choose latency, or none")
     if images < 1 or batch_size < 1:
@@ -126,7 +130,10 @@ def quantize(
     graph = simplify(fold(graph), runtime.capabilities.whole)
     qdq.free_names(graph)
     check_globs(
-        graph, ignore=ignore, weights=[glob for glob, _ in assigned.rules], activations=[glob for glob, _ in activation_grids.rules]
+        graph,
+        ignore=ignore,
+        weights=[glob for glob, _ in assigned.rules],
+        activations=[glob for glob, _ in activation_grids.rules],
     )
     for parameter in graph.parameters():
         parameter.requires_grad_(False)
@@ -154,7 +161,12 @@ def quantize(
         )
     layer_grids: dict[fx.Node, formats.Grid] = {}
     for node in placement.layers:
-        if not isinstance(own := own_grid[node], formats.Grid) or own.group is not None or not own.symmetric or not own.signed:
+        if (
+            not isinstance(own := own_grid[node], formats.Grid)
+            or own.group is not None
+            or not own.symmetric
+            or not own.signed
+        ):
             raise InputError(
                 f"{layer_name(node)}: weights={own}: integer kernels take int2 to int8 with one scale a channel; write int4, say"
             )
@@ -203,7 +215,9 @@ def quantize(
         made = run.round(block, chosen, blocks[index + 1][0] if index + 1 < len(blocks) else None)
         for node, fact in zip(block, made, strict=True):
             read = grid_of[fact["input"]]
-            facts.append(fact | {"activation_bits": read.bits, "grid": str(own_grid[node]), "activation_grid": str(read)})
+            facts.append(
+                fact | {"activation_bits": read.bits, "grid": str(own_grid[node]), "activation_grid": str(read)}
+            )
         for node in block if correct_bias and not isinstance(rounder, OfBlocks) else ():
             run.correct_spread(node)
             run.correct_bias(node)
@@ -244,16 +258,23 @@ def quantize(
                 "batch_norm": norms,
                 **({} if smooth is None else {"smoothed": smoothed}),
                 **({"allocation": allocation} if allocation is not None else {}),
-                "float": sorted(layer_name(node) for node in float_graph.graph.nodes if weighted(node) and node.name not in integer),
+                "float": sorted(
+                    layer_name(node) for node in float_graph.graph.nodes if weighted(node) and node.name not in integer
+                ),
                 "reasons": _reasons(
-                    placement, {node for node, own in own_grid.items() if own is None}, verdict["undone"] if verdict else ()
+                    placement,
+                    {node for node, own in own_grid.items() if own is None},
+                    verdict["undone"] if verdict else (),
                 ),
                 "float_sqnr_db": {
                     layer_name(node): noise[node.name]
                     for node in float_graph.graph.nodes
                     if weighted(node) and node.name in noise and node.name not in integer
                 },
-                "ranges": {value.name: [end * learned.get(value.name, 1.0) for end in ranges[value]] for value in placement.values},
+                "ranges": {
+                    value.name: [end * learned.get(value.name, 1.0) for end in ranges[value]]
+                    for value in placement.values
+                },
                 **({} if verdict is None else {"gate": verdict}),
                 **({"timing": timing} if timing else {}),
             },
@@ -287,7 +308,9 @@ def _last(layers: Sequence[fx.Node]) -> list[fx.Node]:
     return [node for node in layers if node not in before]
 
 
-def _ranges(placement: Placement, seen: Observed, rule: Any, own: Mapping[fx.Node, formats.Grid]) -> dict[fx.Node, tuple[float, float]]:
+def _ranges(
+    placement: Placement, seen: Observed, rule: Any, own: Mapping[fx.Node, formats.Grid]
+) -> dict[fx.Node, tuple[float, float]]:
     found = {}
     for value in placement.values:
         lo, hi = rule.activation_range(seen.histograms[value], own[value])
@@ -296,7 +319,13 @@ def _ranges(placement: Placement, seen: Observed, rule: Any, own: Mapping[fx.Nod
 
 
 def _weights_only(
-    model: nn.Module, inputs: Any, assigned: formats.Assignment, rule: Any, rounder: Any, ignore: Sequence[str], seed: int
+    model: nn.Module,
+    inputs: Any,
+    assigned: formats.Assignment,
+    rule: Any,
+    rounder: Any,
+    ignore: Sequence[str],
+    seed: int,
 ) -> fx.GraphModule:
     """Codes for weights, floats for the rest (``rarefy.quantization.weight_only``)."""
     if is_quantised(model):
@@ -304,7 +333,9 @@ def _weights_only(
     graph = fold(as_graph(model, inputs))
     check_globs(graph, ignore=ignore, weights=[glob for glob, _ in assigned.rules])
     layers = [
-        node for node in graph.graph.nodes if weighted(node) and not any(fnmatch.fnmatch(n, glob) for glob in ignore for n in names(node))
+        node
+        for node in graph.graph.nodes
+        if weighted(node) and not any(fnmatch.fnmatch(n, glob) for glob in ignore for n in names(node))
     ]
     own = weight_only.chosen_layers(graph, layers, {node: assigned.of(names(node)) for node in layers})
     facts = weight_only.encode(graph, own, rule, rounder, torch.Generator().manual_seed(seed))
@@ -334,7 +365,9 @@ def _value_grids(placement: Placement, assigned: formats.Assignment) -> dict[fx.
     found = {value: assigned.of(known) for value, known in readers.items()}
     for value, grid in found.items():
         if not isinstance(grid, formats.Grid):
-            raise InputError(f"{value.name}: activations={assigned}: integer kernels take uint8 or int8, and simulation fewer bits")
+            raise InputError(
+                f"{value.name}: activations={assigned}: integer kernels take uint8 or int8, and simulation fewer bits"
+            )
         found[value] = qdq.grid_of(placement, value, grid)
     return found  # type: ignore[return-value]
 

@@ -19,14 +19,22 @@ from rarefy.quantization.observers import Average, Observed
 
 MEMORY = 5e8  # bytes of activations of all images that the rounding of layers may keep
 SAMPLES = 64  # for each input of a layer that learned rounding looks at
-TOGETHER = 2**20  # numbers of samples that go into one product: batches of 2 images are multiplied at a sixth of the speed
+TOGETHER = (
+    2**20
+)  # numbers of samples that go into one product: batches of 2 images are multiplied at a sixth of the speed
 
 
 class _Rounding:
     """Layers of ``graph`` one after the other, each on what the layers before it, rounded, make of the images that were kept."""
 
     def __init__(
-        self, graph: fx.GraphModule, float_graph: fx.GraphModule, seen: Observed, rounder: Any, centered: bool, generator: torch.Generator
+        self,
+        graph: fx.GraphModule,
+        float_graph: fx.GraphModule,
+        seen: Observed,
+        rounder: Any,
+        centered: bool,
+        generator: torch.Generator,
     ):
         self.graph, self.rounder, self.centered, self.generator = graph, rounder, centered, generator
         device = device_of(graph)
@@ -48,7 +56,9 @@ class _Rounding:
         found, self.marks = blocks_module.together(self.float_prefix.graph, [self.twins[name] for name in own])
         return [[own[twin.name] for twin in block] for block in found]
 
-    def round(self, block: Sequence[fx.Node], chosen: Sequence[tuple[formats.Format, Any]], before: fx.Node | None) -> list[dict[str, Any]]:
+    def round(
+        self, block: Sequence[fx.Node], chosen: Sequence[tuple[formats.Format, Any]], before: fx.Node | None
+    ) -> list[dict[str, Any]]:
         """Codes in place of the layers' weights and biases; facts about each. chosen: grid and scale rule of each; before: the layer after them."""
         steps = [self._scale(node, grid, rule) for node, (grid, rule) in zip(block, chosen, strict=True)]
         own = [grid for grid, _ in chosen]
@@ -95,13 +105,16 @@ class _Rounding:
             set_attribute(self.graph, source.target, bias.to(attribute(self.graph, source).dtype))
         codes = [code.to(grid.dtype) for code, grid in zip(made.codes, own, strict=True)]
         return codes, [
-            torch.maximum(step.reshape(-1), qdq.least_scale(self.graph, node)) for step, node in zip(made.steps, block, strict=True)
+            torch.maximum(step.reshape(-1), qdq.least_scale(self.graph, node))
+            for step, node in zip(made.steps, block, strict=True)
         ]
 
     def _put(self, node: fx.Node, grid: formats.Format, scale: Tensor, codes: Tensor) -> dict[str, Any]:
         source: Any = node.args[1]
         weight = attribute(self.graph, source).detach()
-        error = (codes.float() * _wide(scale, weight) - weight).double().square().sum() / weight.double().square().sum().clamp_min(1e-30)
+        error = (
+            codes.float() * _wide(scale, weight) - weight
+        ).double().square().sum() / weight.double().square().sum().clamp_min(1e-30)
         name = layer_name(node)
         qdq.put_codes(self.graph, node, codes, scale)
         return {
@@ -167,7 +180,9 @@ class _Rounding:
                     drawn.append(im2col.draw(im2col.plane(node, inputs, shape), self.generator, inputs.device, most))
                 place = drawn[index]
                 x = _columns(im2col.read(node, inputs, shape, groups, place))
-                other = _columns(im2col.read(twin, float_inputs, shape, groups, place)) if "float_inputs" in reads else None
+                other = (
+                    _columns(im2col.read(twin, float_inputs, shape, groups, place)) if "float_inputs" in reads else None
+                )
                 y = None
                 if "float_outputs" in reads:
                     bias = attribute(self.float_prefix.graph, twin.args[2]).detach().float().view(groups, -1, 1)
@@ -177,7 +192,13 @@ class _Rounding:
                     yield _columns_of(room, 0, filled)
                     room = None
                 if room is None:
-                    room, filled = _room(part, x.shape[2] * max(1, min(TOGETHER // max(x.numel(), 1), len(self.prefix.batches) - index))), 0
+                    room, filled = (
+                        _room(
+                            part,
+                            x.shape[2] * max(1, min(TOGETHER // max(x.numel(), 1), len(self.prefix.batches) - index)),
+                        ),
+                        0,
+                    )
                 for piece, into in zip(part[:3], _columns_of(room, filled, x.shape[2])[:3], strict=True):
                     if piece is not None and into is not None:
                         into.copy_(piece)
@@ -202,11 +223,15 @@ def _columns(x: Tensor) -> Tensor:
 
 def _room(part: Sample, columns: int) -> Sample:
     """For so many: what is gathered bit by bit would lie scattered among activations, and their memory could not be used again (200 MB)."""
-    return Sample._make([*(None if one is None else one.new_empty(*one.shape[:2], columns) for one in part[:3]), part.places])
+    return Sample._make(
+        [*(None if one is None else one.new_empty(*one.shape[:2], columns) for one in part[:3]), part.places]
+    )
 
 
 def _columns_of(sample: Sample, begun: int, count: int) -> Sample:
-    return Sample._make([*(None if one is None else one[:, :, begun : begun + count] for one in sample[:3]), sample.places])
+    return Sample._make(
+        [*(None if one is None else one[:, :, begun : begun + count] for one in sample[:3]), sample.places]
+    )
 
 
 class Sample(NamedTuple):
@@ -259,7 +284,16 @@ class Block:
     outputs: Tensor
     images: int
     shifts: bool
-    run: Callable[[Sequence[Any], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Callable[[Tensor, Tensor], Tensor] | None], Tensor]
+    run: Callable[
+        [
+            Sequence[Any],
+            Sequence[Tensor],
+            Sequence[Tensor],
+            Sequence[Tensor],
+            Callable[[Tensor, Tensor], Tensor] | None,
+        ],
+        Tensor,
+    ]
     part: Callable[[Sequence[Any], Tensor, int], list[Any]]
 
 

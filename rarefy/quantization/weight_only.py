@@ -46,7 +46,9 @@ def encode(
                 number, codes = _scaled(graph, name, weight, grid, chosen, rounder, generator)
         if grid.bits < 8:
             bits[f"{name}_codes"] = grid.bits
-        decoded: Tensor = number.target(*(attribute(graph, one) if isinstance(one, fx.Node) else one for one in number.args))  # type: ignore[operator]
+        decoded: Tensor = number.target(
+            *(attribute(graph, one) if isinstance(one, fx.Node) else one for one in number.args)
+        )  # type: ignore[operator]
         error = (decoded - weight).double().square().sum() / weight.double().square().sum().clamp_min(1e-30)
         node.args = (node.args[0], number, *node.args[2:])
         facts.append(
@@ -64,11 +66,15 @@ def encode(
     return facts
 
 
-def chosen_layers(graph: fx.GraphModule, layers: list[fx.Node], own: Mapping[fx.Node, Any]) -> dict[fx.Node, formats.Format]:
+def chosen_layers(
+    graph: fx.GraphModule, layers: list[fx.Node], own: Mapping[fx.Node, Any]
+) -> dict[fx.Node, formats.Format]:
     """The layers that get codes. Raises InputError where there are none."""
     found = {node: own[node] for node in layers if own[node] is not None}
     if not found:
-        raise InputError("no weight is left to quantise: the model has no convolution or linear layer, or ignore and weights leave none")
+        raise InputError(
+            "no weight is left to quantise: the model has no convolution or linear layer, or ignore and weights leave none"
+        )
     return found
 
 
@@ -82,8 +88,12 @@ def _scaled(
         low, high = rows.amin(1).clamp_max(0), rows.amax(1).clamp_min(0)
         steps = ((high - low) / grid.levels).clamp_min(1e-12)
         scale = formats.shaped(steps, weight, grid)
-        zero = formats.shaped(torch.round(grid.qmin - low / steps).clamp(grid.qmin, grid.qmax).to(grid.dtype), weight, grid)
-        shifted = weight / along(scale, weight, axis, grid.group or 0) + along(zero, weight, axis, grid.group or 0).float()
+        zero = formats.shaped(
+            torch.round(grid.qmin - low / steps).clamp(grid.qmin, grid.qmax).to(grid.dtype), weight, grid
+        )
+        shifted = (
+            weight / along(scale, weight, axis, grid.group or 0) + along(zero, weight, axis, grid.group or 0).float()
+        )
         codes = rounder.codes(shifted, grid, generator)
     else:
         scale = formats.shaped(rule.weight_scale(rows, grid).float().clamp_min(1e-12).expand(len(rows)), weight, grid)
@@ -99,7 +109,10 @@ def _block_floats(graph: fx.GraphModule, name: str, weight: Tensor, grid: format
     scale, whole = grid.scales(weight)
     step = along(fp4.block_scale(scale) * whole, weight, 1, grid.group)
     codes = grid.codes(grid.snap(weight / step))
-    parts = [_constant(graph, f"{name}_{key}", value) for key, value in (("codes", codes), ("scale", scale), ("tensor_scale", whole))]
+    parts = [
+        _constant(graph, f"{name}_{key}", value)
+        for key, value in (("codes", codes), ("scale", scale), ("tensor_scale", whole))
+    ]
     return graph.graph.call_function(OPERATORS.dequantize_fp4.default, (*parts, grid.group)), codes
 
 

@@ -24,7 +24,13 @@ def _bars(before: Facts, after: Facts) -> list[dict[str, Any]]:
         if _number(left) and _number(right) and max(left, right) > 0:
             top = max(left, right)
             found.append(
-                {"label": label, "before": form(left), "after": form(right), "left": _percent(left / top), "right": _percent(right / top)}
+                {
+                    "label": label,
+                    "before": form(left),
+                    "after": form(right),
+                    "left": _percent(left / top),
+                    "right": _percent(right / top),
+                }
             )
     return found
 
@@ -36,7 +42,9 @@ def _chart(curve: Facts) -> dict[str, Any] | None:
     """Lines over a grid."""
     series = []
     for item in curve.get("series") or []:
-        points = [(x, y) for x, y in zip(item.get("x") or [], item.get("y") or [], strict=False) if _number(x) and _number(y)]
+        points = [
+            (x, y) for x, y in zip(item.get("x") or [], item.get("y") or [], strict=False) if _number(x) and _number(y)
+        ]
         if points:
             series.append((str(item.get("name") or ""), _thinned(points)))
     if not series:
@@ -47,7 +55,13 @@ def _chart(curve: Facts) -> dict[str, Any] | None:
         placed = [(axes["place_x"](x), axes["place_y"](y)) for x, y in points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
         lines.append(
-            {"name": name, "path": path, "dot": placed[0] if len(placed) == 1 else None, "colour": index % 5, "last": _short(points[-1][1])}
+            {
+                "name": name,
+                "path": path,
+                "dot": placed[0] if len(placed) == 1 else None,
+                "colour": index % 5,
+                "last": _short(points[-1][1]),
+            }
         )
     return {
         "title": str(curve.get("title") or ""),
@@ -60,7 +74,11 @@ def _chart(curve: Facts) -> dict[str, Any] | None:
 
 def _frontier(candidates: Sequence[Facts]) -> dict[str, Any] | None:
     """Accuracy over latency (or over size where no latency is told), with intervals."""
-    key, form = ("latency_ms", "latency, ms") if any(_number(item.get("latency_ms")) for item in candidates) else ("size_bytes", "size, MB")
+    key, form = (
+        ("latency_ms", "latency, ms")
+        if any(_number(item.get("latency_ms")) for item in candidates)
+        else ("size_bytes", "size, MB")
+    )
     scale = 1.0 if key == "latency_ms" else 1e-6
     points = []
     for item in candidates:
@@ -104,14 +122,18 @@ def _label(name: str, x: float, y: float, taken: list[tuple[float, float, float,
     """Where a point's name stands: beside it, above or below, the nearest place that is inside the figure and free. It is then taken."""
     width = _LETTER * len(name)
     places = [
-        (x + side * 9 - (width if side < 0 else 0), y + shift) for shift in (4, -8, 17, -21, 30, -34, 43, -47, 56) for side in (1, -1)
+        (x + side * 9 - (width if side < 0 else 0), y + shift)
+        for shift in (4, -8, 17, -21, 30, -34, 43, -47, 56)
+        for side in (1, -1)
     ]
     places += [(min(max(x - width / 2, _LEFT), _WIDTH - width), y + shift) for shift in (-13, 21, -26, 34, -39, 47)]
 
     def free(place: tuple[float, float]) -> bool:
         left, top, right, bottom = _around(*place, width)
         inside = left >= _LEFT and right <= _WIDTH and top >= 0 and bottom <= _HEIGHT - _BOTTOM
-        return inside and not any(left < other[2] and other[0] < right and top < other[3] and other[1] < bottom for other in taken)
+        return inside and not any(
+            left < other[2] and other[0] < right and top < other[3] and other[1] < bottom for other in taken
+        )
 
     chosen = next(filter(free, places), places[0])
     taken.append(_around(*chosen, width))

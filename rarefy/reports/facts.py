@@ -24,7 +24,11 @@ def told_by(history: Sequence[Facts]) -> dict[str, Any]:
             layer["channels_after"] = now
         for told in facts.get("layers") or []:
             layers.setdefault(told["name"], {"name": told["name"]}).update(
-                {key: told[key] for key in ("bits", "activation_bits", "error", "sqnr_db", "bytes") if told.get(key) is not None}
+                {
+                    key: told[key]
+                    for key in ("bits", "activation_bits", "error", "sqnr_db", "bytes")
+                    if told.get(key) is not None
+                }
             )
         for name, why in facts.get("reasons") or []:
             if name in (facts.get("float") or []):
@@ -44,7 +48,13 @@ def _curves_of(step: str, points: Sequence[Facts]) -> list[dict[str, Any]]:
         found.append(
             {
                 **value,
-                "series": [{"name": "student" if step == "distill" else "model", "x": [x for x, _ in seen], "y": [y for _, y in seen]}],
+                "series": [
+                    {
+                        "name": "student" if step == "distill" else "model",
+                        "x": [x for x, _ in seen],
+                        "y": [y for _, y in seen],
+                    }
+                ],
             }
         )
     return found

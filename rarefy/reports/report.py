@@ -93,7 +93,10 @@ def summary(facts: Facts) -> str:
             *((row["label"], row["before"], row["after"], row["change"]) for row in shown["comparison"]),
         ]
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines += ["", *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)]
+        lines += [
+            "",
+            *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows),
+        ]
     undone = [step for step in shown["steps"] if step["kept"] is False]
     if undone:
         lines += ["", *(f"undone: {step['name']}: {step['why'] or 'it did not pay'}" for step in undone)]

@@ -81,7 +81,11 @@ def _percent(share: float) -> float:
 
 
 def _pair(value: Any) -> tuple[float, float] | None:
-    return (value[0], value[1]) if isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_number, value)) else None
+    return (
+        (value[0], value[1])
+        if isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_number, value))
+        else None
+    )
 
 
 def _neutral(value: Any) -> bool:

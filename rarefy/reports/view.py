@@ -95,7 +95,9 @@ def _verdict(facts: Facts, goals: list[dict[str, Any]], comparison: list[dict[st
             all_of_them = {1: "The goal was", 2: "Both goals were"}.get(met, f"All {met} goals were")
             sentence = f"{all_of_them} met. {gains}."
         else:
-            missed = "; ".join(f"{goal['label']} {goal['reached']} instead of {goal['asked']}" for goal in goals if not goal["met"])
+            missed = "; ".join(
+                f"{goal['label']} {goal['reached']} instead of {goal['asked']}" for goal in goals if not goal["met"]
+            )
             sentence = f"{len(goals) - met} of {len(goals)} goals missed: {missed}."
     if not sentence:
         return None
@@ -129,7 +131,9 @@ def _goal(goal: Facts) -> dict[str, Any]:
 def _in_unit(value: Any, unit: str | None) -> str:
     if not _number(value):
         return str(value) if value is not None else "not measured"
-    return {"share": _points, "ratio": lambda ratio: f"{_short(ratio)}×", "bytes": size, "ms": _ms}.get(str(unit), _short)(value)
+    return {"share": _points, "ratio": lambda ratio: f"{_short(ratio)}×", "bytes": size, "ms": _ms}.get(
+        str(unit), _short
+    )(value)
 
 
 def _comparison(before: Facts, after: Facts) -> list[dict[str, Any]]:
@@ -138,11 +142,27 @@ def _comparison(before: Facts, after: Facts) -> list[dict[str, Any]]:
     first, second = before.get("evaluation") or {}, after.get("evaluation") or {}
 
     def add(
-        label: str, term: str, left: str, right: str, change: str = "", note: str = "", good: bool | None = None, tile: bool = False
+        label: str,
+        term: str,
+        left: str,
+        right: str,
+        change: str = "",
+        note: str = "",
+        good: bool | None = None,
+        tile: bool = False,
     ) -> None:
         if left or right:
             rows.append(
-                {"label": label, "term": term, "before": left, "after": right, "change": change, "note": note, "good": good, "tile": tile}
+                {
+                    "label": label,
+                    "term": term,
+                    "before": left,
+                    "after": right,
+                    "change": change,
+                    "note": note,
+                    "good": good,
+                    "tile": tile,
+                }
             )
 
     metric = str(second.get("metric") or first.get("metric") or "accuracy")
@@ -169,7 +189,11 @@ def _comparison(before: Facts, after: Facts) -> list[dict[str, Any]]:
         "latency",
         _latency_text(before),
         _latency_text(after),
-        *(_gain(_median(before), _median(after), "faster", "slower") if ratio is None else _gain(ratio, 1.0, "faster", "slower")),
+        *(
+            _gain(_median(before), _median(after), "faster", "slower")
+            if ratio is None
+            else _gain(ratio, 1.0, "faster", "slower")
+        ),
         tile=True,
     )
     for label, key, less, more, form, tile in (
@@ -195,7 +219,12 @@ def _comparison(before: Facts, after: Facts) -> list[dict[str, Any]]:
         _change_in_points(first.get("top5"), second.get("top5")),
     )
     add("worst class", "worst class", _worst(first), _worst(second))
-    add("calibration error", "calibration error", _share(first.get("calibration_error")), _share(second.get("calibration_error")))
+    add(
+        "calibration error",
+        "calibration error",
+        _share(first.get("calibration_error")),
+        _share(second.get("calibration_error")),
+    )
     add("agreement with the original", "agreement", "", _share(second.get("agreement")))
     return rows
 
@@ -236,10 +265,16 @@ def _latency_text(model: Facts) -> str:
     if not isinstance(latency, Mapping) or not _number(latency.get("median")):
         return ""
     inside = (
-        [f"{_short(latency['low'])} to {_short(latency['high'])}"] if _number(latency.get("low")) and _number(latency.get("high")) else []
+        [f"{_short(latency['low'])} to {_short(latency['high'])}"]
+        if _number(latency.get("low")) and _number(latency.get("high"))
+        else []
     )
     inside += [f"batch {latency['batch']}"] if _number(latency.get("batch")) else []
-    inside += [f"{latency['threads']} thread{'s' if latency['threads'] != 1 else ''}"] if _number(latency.get("threads")) else []
+    inside += (
+        [f"{latency['threads']} thread{'s' if latency['threads'] != 1 else ''}"]
+        if _number(latency.get("threads"))
+        else []
+    )
     inside += [str(latency["runtime"])] if latency.get("runtime") else []
     return _ms(latency["median"]) + (f" ({', '.join(inside)})" if inside else "")
 
@@ -253,7 +288,9 @@ def _speedup(model: Facts) -> float | None:
 
 def _step(step: Facts) -> dict[str, Any]:
     options = ", ".join(
-        f"{key}={plain(value)}" for key, value in (step.get("options") or {}).items() if not _neutral(value) and key != "seed"
+        f"{key}={plain(value)}"
+        for key, value in (step.get("options") or {}).items()
+        if not _neutral(value) and key != "seed"
     )
     after = [
         _share(step["value"]) if _number(step.get("value")) else "",
@@ -278,7 +315,11 @@ def _loading(step: Facts) -> str:
     share = {**facts, **(facts.get("timing") or {})}.get("data_share")
     if not _number(share):
         return ""
-    slow = "a faster disk or more workers would shorten it" if share >= LOADING else "loading data was not what took the time"
+    slow = (
+        "a faster disk or more workers would shorten it"
+        if share >= LOADING
+        else "loading data was not what took the time"
+    )
     return f"{_short(_percent(share))} % of the training was spent waiting for data: {slow}"
 
 
@@ -303,9 +344,13 @@ def _parity(parity: Facts | None) -> dict[str, Any] | None:
             )
         )
     known = {"agreement", "samples", "largest_difference", "ulp", "first_diverging_layer", "layers", "passed", "also"}
-    rows += [(str(key).replace("_", " "), plain(value)) for key, value in parity.items() if key not in known and _told(value)]
+    rows += [
+        (str(key).replace("_", " "), plain(value)) for key, value in parity.items() if key not in known and _told(value)
+    ]
     layers = [
-        (str(layer.get("name")), plain(layer.get("difference"))) for layer in parity.get("layers") or [] if _number(layer.get("difference"))
+        (str(layer.get("name")), plain(layer.get("difference")))
+        for layer in parity.get("layers") or []
+        if _number(layer.get("difference"))
     ]
     return {"rows": rows, "layers": layers, "passed": parity.get("passed")}
 
@@ -319,7 +364,12 @@ def _provenance(provenance: Facts) -> dict[str, Any]:
         for key, value in provenance.items()
         if isinstance(value, list) and key != "commands" and value
     ]
-    return {"single": single + lists, "tables": tables, "commands": commands, "recipe": str(provenance.get("recipe") or "")}
+    return {
+        "single": single + lists,
+        "tables": tables,
+        "commands": commands,
+        "recipe": str(provenance.get("recipe") or ""),
+    }
 
 
 def _flat(value: Facts, prefix: str = "") -> list[tuple[str, str]]:
@@ -362,7 +412,10 @@ def _layers(layers: Sequence[Facts]) -> dict[str, Any] | None:
                 "bytes": size(layer["bytes"]) if _number(layer.get("bytes")) else "",
             }
         )
-    columns = {key: any(row[key] for row in rows) for key in ("kept", "bits", "activations", "error", "output", "why", "macs", "bytes")}
+    columns = {
+        key: any(row[key] for row in rows)
+        for key in ("kept", "bits", "activations", "error", "output", "why", "macs", "bytes")
+    }
     noisy = sorted((layer for layer in layers if _number(layer.get("sqnr_db"))), key=lambda layer: layer["sqnr_db"])[:5]
     worst = [(str(layer.get("name")), f"{layer['sqnr_db']:.1f} dB") for layer in noisy]
     return {"rows": rows, "columns": columns, "worst": worst}
@@ -375,7 +428,9 @@ def _robustness(facts: Facts, before: Facts, after: Facts) -> dict[str, Any] | N
     names = list(dict.fromkeys([*first, *second]))
     if not names:
         return None
-    severities = list(dict.fromkeys(str(severity) for table in (first, second) for row in table.values() for severity in row))
+    severities = list(
+        dict.fromkeys(str(severity) for table in (first, second) for row in table.values() for severity in row)
+    )
     rows = []
     for name in names:
         left = {str(key): value for key, value in (first.get(name) or {}).items()}
@@ -391,4 +446,9 @@ def _robustness(facts: Facts, before: Facts, after: Facts) -> dict[str, Any] | N
             }
         )
     overall = [_mean([_mean(table[name].values()) for name in table]) for table in (first, second)]
-    return {"rows": rows, "severities": severities, "overall": [_share(mean) for mean in overall], "change": _change_in_points(*overall)}
+    return {
+        "rows": rows,
+        "severities": severities,
+        "overall": [_share(mean) for mean in overall],
+        "change": _change_in_points(*overall),
+    }

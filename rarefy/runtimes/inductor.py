@@ -174,7 +174,10 @@ class Session:
         if shape not in self.programs:
             program = torch.compile(share_copy(self.graph), dynamic=False, fullgraph=True)
             config = importlib.import_module("torch._inductor.config")
-            with warnings.catch_warnings(), config.patch(freezing=True):  # the weights are constants: packed once, as the kernels want them
+            with (
+                warnings.catch_warnings(),
+                config.patch(freezing=True),
+            ):  # the weights are constants: packed once, as the kernels want them
                 warnings.simplefilter("ignore")
                 try:
                     program(x)
@@ -194,9 +197,13 @@ def _opened(path: str | os.PathLike[str]) -> fx.GraphModule:
     try:
         with zipfile.ZipFile(path) as file, tempfile.TemporaryDirectory(prefix="rarefy-") as folder:
             members = file.infolist()
-            plain = all(one.compress_type == zipfile.ZIP_STORED and one.file_size == one.compress_size for one in members)
+            plain = all(
+                one.compress_type == zipfile.ZIP_STORED and one.file_size == one.compress_size for one in members
+            )
             if sorted(one.filename for one in members) != sorted(_MEMBERS) or not plain:
-                raise FormatError(f"{path}: rarefy can't open it (not the three files, uncompressed, that export writes)")
+                raise FormatError(
+                    f"{path}: rarefy can't open it (not the three files, uncompressed, that export writes)"
+                )
             for name in _MEMBERS:
                 (Path(folder) / name).write_bytes(file.read(name))
             return folder_.load(folder)
@@ -237,14 +244,18 @@ def _grid(graph: fx.GraphModule, scale: Any, zero: Any) -> tuple[float, int]:
 
 
 def _quantize(graph: fx.GraphModule, node: fx.Node, value: Any, scale: Any, zero: Any, *limits: Any) -> fx.Node:
-    return graph.graph.call_function(_decomposed().quantize_per_tensor.default, (value, *_grid(graph, scale, zero), *limits))
+    return graph.graph.call_function(
+        _decomposed().quantize_per_tensor.default, (value, *_grid(graph, scale, zero), *limits)
+    )
 
 
 def _dequantize(graph: fx.GraphModule, codes: Any, scale: Any, zero: Any) -> fx.Node:
     dtype = attribute(graph, zero).dtype
     bounds = torch.iinfo(dtype)
     grid = _grid(graph, scale, zero)
-    return graph.graph.call_function(_decomposed().dequantize_per_tensor.default, (codes, *grid, bounds.min, bounds.max, dtype))
+    return graph.graph.call_function(
+        _decomposed().dequantize_per_tensor.default, (codes, *grid, bounds.min, bounds.max, dtype)
+    )
 
 
 def _layer(graph: fx.GraphModule, node: fx.Node) -> fx.Node:
@@ -278,7 +289,10 @@ def _joined(graph: fx.GraphModule, node: fx.Node) -> fx.Node:
 
 
 # What a packed weight looks like to a compiler; PyTorch itself does not say. Of a linear layer it is (in, out).
-for _name, _shape in (("qconv_prepack", torch.empty_like), ("qlinear_prepack", lambda weight: weight.new_empty(weight.shape[::-1]))):
+for _name, _shape in (
+    ("qconv_prepack", torch.empty_like),
+    ("qlinear_prepack", lambda weight: weight.new_empty(weight.shape[::-1])),
+):
     with contextlib.suppress(RuntimeError, AttributeError):  # said already, or a PyTorch without oneDNN
         torch.library.register_fake(f"onednn::{_name}", lambda weight, *_, shape=_shape: shape(weight))
 
@@ -289,7 +303,8 @@ _RULES: dict[Any, Any] = {
     OPERATORS.quantize.default: lambda graph, node: _quantize(graph, node, *node.args[:3], *node.args[4:7]),
     OPERATORS.dequantize.default: lambda graph, node: _dequantize(graph, *node.args[:3]),
     OPERATORS.matmul.default: lambda graph, node: graph.graph.call_function(
-        aten.matmul.default, (_dequantize(graph, node.args[0], *node.args[2:4]), _dequantize(graph, node.args[1], *node.args[4:6]))
+        aten.matmul.default,
+        (_dequantize(graph, node.args[0], *node.args[2:4]), _dequantize(graph, node.args[1], *node.args[4:6])),
     ),
 }
 
@@ -302,7 +317,9 @@ def _decomposed() -> Any:
 
 def _python(operator: Any) -> Any:
     """The function that an operator of ours was made of, which a compiler sees through."""
-    modules = (importlib.import_module(f"rarefy.kernels.{one.name}") for one in pkgutil.iter_modules(rarefy.kernels.__path__))
+    modules = (
+        importlib.import_module(f"rarefy.kernels.{one.name}") for one in pkgutil.iter_modules(rarefy.kernels.__path__)
+    )
     return next(vars(module)[operator._opname] for module in modules if operator in getattr(module, "OPERATORS", ()))
 
 

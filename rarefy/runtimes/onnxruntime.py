@@ -108,18 +108,29 @@ class OnnxRuntime:
         suffix = "_kernel_time"
         kernels = [event for event in events if event.get("cat") == "Node" and event["name"].endswith(suffix)]
         kernels.sort(key=lambda event: event["ts"])
-        by_run = [kernels[start : start + len(kernels) // runs] for start in range(0, len(kernels), len(kernels) // runs)][3:]
+        by_run = [
+            kernels[start : start + len(kernels) // runs] for start in range(0, len(kernels), len(kernels) // runs)
+        ][3:]
         totals = [sum(event["dur"] for event in run) for run in by_run]
         calm = max(1.1 * min(totals), sorted(totals)[4])  # a slower run was disturbed by another process
         by_run = [run for run, total in zip(by_run, totals, strict=True) if total <= calm]
         found, seen = [], collections.Counter[str]()
         for events in zip(*by_run, strict=True):
             about = events[0]["args"]
-            shapes = [shape for tensor in (*about["input_type_shape"], *about["output_type_shape"]) for shape in tensor.values()]
+            shapes = [
+                shape
+                for tensor in (*about["input_type_shape"], *about["output_type_shape"])
+                for shape in tensor.values()
+            ]
             name = events[0]["name"].removesuffix(suffix).partition("_token_")[0]
             seen[name] += 1
             found.append(
-                (f"{name}#{seen[name]}", str(about["op_name"]), shapes, float(statistics.median(event["dur"] for event in events)))
+                (
+                    f"{name}#{seen[name]}",
+                    str(about["op_name"]),
+                    shapes,
+                    float(statistics.median(event["dur"] for event in events)),
+                )
             )
         return found
 
@@ -160,14 +171,20 @@ class OnnxRuntime:
 class Session:
     """An opened file: called with a CPU tensor (N, ...), it returns the model's first output as a tensor. ``threads``, ``name`` (of the input)."""
 
-    def __init__(self, path: str | os.PathLike[str], threads: int = 0, optimized: Path | None = None, profile: Path | None = None):
+    def __init__(
+        self, path: str | os.PathLike[str], threads: int = 0, optimized: Path | None = None, profile: Path | None = None
+    ):
         runtime = needs("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        options.add_session_config_entry("session.force_spinning_stop", "1")  # else its idle threads take the cores of what runs next
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # float32: what the graph computes
+        options.add_session_config_entry(
+            "session.force_spinning_stop", "1"
+        )  # else its idle threads take the cores of what runs next
+        options.add_session_config_entry(
+            "session.qdq_matmulnbits_accuracy_level", "1"
+        )  # float32: what the graph computes
         if optimized is not None:
             options.optimized_model_filepath = os.fspath(optimized)
         if profile is not None:
@@ -184,4 +201,7 @@ class Session:
 
     def outputs(self, inputs: Tensor) -> list[Tensor]:
         """All outputs of the file."""
-        return [torch.from_numpy(value) for value in self.session.run(None, {self.name: inputs.detach().cpu().contiguous().numpy()})]
+        return [
+            torch.from_numpy(value)
+            for value in self.session.run(None, {self.name: inputs.detach().cpu().contiguous().numpy()})
+        ]

@@ -119,7 +119,12 @@ class OpenVINO:
             name = node.get_friendly_name()
             shapes = [list(port.get_shape()) for port in (*node.inputs(), *node.outputs())]
             found.append(
-                (name, str(node.get_rt_info()["layerType"].astype(str)), shapes, statistics.median(run.get(name, 0.0) for run in runs))
+                (
+                    name,
+                    str(node.get_rt_info()["layerType"].astype(str)),
+                    shapes,
+                    statistics.median(run.get(name, 0.0) for run in runs),
+                )
             )
         return found
 
@@ -143,13 +148,20 @@ def _written(graph: fx.GraphModule) -> fx.GraphModule:
             source = moved
             while source.op == "call_function" and (source.target in _CARRIERS or source.target is operator.getitem):
                 source = source.args[0]
-            if source is not moved and source.target is OPERATORS.dequantize.default and _same_grid(graph, source, node):
+            if (
+                source is not moved
+                and source.target is OPERATORS.dequantize.default
+                and _same_grid(graph, source, node)
+            ):
                 node.replace_all_uses_with(moved)
     return finish(graph)
 
 
 def _same_grid(graph: fx.GraphModule, one: fx.Node, other: fx.Node) -> bool:
-    return all(torch.equal(attribute(graph, a), attribute(graph, b)) for a, b in zip(one.args[1:3], other.args[1:3], strict=True))
+    return all(
+        torch.equal(attribute(graph, a), attribute(graph, b))
+        for a, b in zip(one.args[1:3], other.args[1:3], strict=True)
+    )
 
 
 class Session:
@@ -191,7 +203,9 @@ class Session:
                 model.reshape({self.name: list(shape)})
                 self.requests[shape] = self.core.compile_model(model, "CPU", self.options).create_infer_request()
             except Exception as error:
-                raise FormatError(f"{self.path}: OpenVINO can't run it on inputs of {list(shape)} ({_told(error)})") from error
+                raise FormatError(
+                    f"{self.path}: OpenVINO can't run it on inputs of {list(shape)} ({_told(error)})"
+                ) from error
             if len(self.requests) > KEPT:
                 self.requests.popitem(last=False)
         self.requests.move_to_end(shape)

@@ -31,11 +31,17 @@ _STEP[list(b"]}")] = -1
 def parse(data: bytes, where: str | Path) -> dict[str, Any]:
     """Parsed, once it is known to be neither deep nor of many values; a key may stand once, numbers are finite."""
     bare = _STRINGS.sub(b"", data)
-    expect(bare.count(b",") + bare.count(b"[") + bare.count(b"{") <= MOST_VALUES, where, f"holds more than {MOST_VALUES} values")
+    expect(
+        bare.count(b",") + bare.count(b"[") + bare.count(b"{") <= MOST_VALUES,
+        where,
+        f"holds more than {MOST_VALUES} values",
+    )
     deepest = int(np.cumsum(_STEP[np.frombuffer(bare, np.uint8)], dtype=np.int32).max(initial=0))
     expect(deepest <= DEEPEST, where, f"is nested {deepest} deep")
     try:
-        value: dict[str, Any] = json.loads(data.decode("utf-8"), object_pairs_hook=_once, parse_constant=_refuse, parse_float=_finite)
+        value: dict[str, Any] = json.loads(
+            data.decode("utf-8"), object_pairs_hook=_once, parse_constant=_refuse, parse_float=_finite
+        )
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where}: is not JSON ({str(error)[:100]!r}); copy it again") from error
     expect(isinstance(value, dict), where, "is not a JSON object")
@@ -70,9 +76,13 @@ def plain(value: Any, where: str) -> Any:
     if isinstance(value, Mapping):
         for key in value:
             if type(key) is not str or key.startswith("$"):
-                raise InputError(f"{where}: the key {key!r} is not text that JSON can hold (and '$' is kept for rarefy)")
+                raise InputError(
+                    f"{where}: the key {key!r} is not text that JSON can hold (and '$' is kept for rarefy)"
+                )
         return {key: plain(item, f"{where}.{key}") for key, item in value.items()}
-    raise InputError(f"{where}: a value of type {type(value).__name__} is not JSON; convert it to text, numbers, lists and dictionaries")
+    raise InputError(
+        f"{where}: a value of type {type(value).__name__} is not JSON; convert it to text, numbers, lists and dictionaries"
+    )
 
 
 def restore(value: Any, where: str | Path) -> Any:

@@ -105,7 +105,9 @@ class Classification:
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise DataError(f"classification: {name}={value!r} is not a positive whole number")
         if self.channels not in (None, 1, 3):
-            raise DataError(f"classification: channels={self.channels} is not 1 or 3; leave it out to keep the images' own")
+            raise DataError(
+                f"classification: channels={self.channels} is not 1 or 3; leave it out to keep the images' own"
+            )
         if not 0 < self.crop <= 1:
             raise DataError(f"classification: crop={self.crop} is not a fraction above 0 and up to 1")
         if self.workers < 0:
@@ -155,7 +157,12 @@ class Classification:
         else:
             channels, height, width = 3, _FILE_SIZE, _FILE_SIZE
             first = next(
-                (image for image in map(functools.partial(_item_or_none, source), range(min(len(source), 16))) if image is not None), None
+                (
+                    image
+                    for image in map(functools.partial(_item_or_none, source), range(min(len(source), 16)))
+                    if image is not None
+                ),
+                None,
             )
             if isinstance(first, Tensor) and first.dim() == 3:
                 channels, height, width = first.shape
@@ -244,17 +251,25 @@ class Classification:
             raise DataError(_UNLABELLED.format(source.where))
         indices = self._indices(source, batch_size, limit)
         if augment and len(indices) < batch_size:
-            raise DataError(f"{source.where}: {len(indices)} images are less than one batch of {batch_size}; pass a smaller batch size")
+            raise DataError(
+                f"{source.where}: {len(indices)} images are less than one batch of {batch_size}; pass a smaller batch size"
+            )
         if shuffle_seed is not None:
             draw = _generator(shuffle_seed, epoch)
-            indices = source.shuffled(indices, draw) if isinstance(source, Items) else indices[torch.randperm(len(indices), generator=draw)]
+            indices = (
+                source.shuffled(indices, draw)
+                if isinstance(source, Items)
+                else indices[torch.randperm(len(indices), generator=draw)]
+            )
         chunks = [chunk for chunk in indices.split(batch_size) if not augment or len(chunk) == batch_size]
         seeds = (0 if shuffle_seed is None else shuffle_seed, epoch) if augment else None
         if not labelled:
             return self._prepared(source, split, chunks, start, seeds, torch.device(device))
         return self._labelled(source, split, chunks, start, seeds, torch.device(device))
 
-    def rows(self, split: Split, batch_size: int, *, shuffle_seed: int | None = None, epoch: int = 0) -> Sequence[Tensor] | None:
+    def rows(
+        self, split: Split, batch_size: int, *, shuffle_seed: int | None = None, epoch: int = 0
+    ) -> Sequence[Tensor] | None:
         """Indices of the images in each batch that ``batches(augment=True)`` yields; None where augmentation makes each image another picture every time."""
         if self._augmentation._replace(scale=Augmentation().scale) != Augmentation():
             return None
@@ -268,14 +283,21 @@ class Classification:
         source = self._source(split)
         return source.labels is not None or (isinstance(source, Items) and _label_or_none(source, 0) is not None)
 
-    def inputs(self, split: Split, count: int, batch_size: int, seed: int = 0, device: torch.device | str = "cpu") -> Iterator[Tensor]:
+    def inputs(
+        self, split: Split, count: int, batch_size: int, seed: int = 0, device: torch.device | str = "cpu"
+    ) -> Iterator[Tensor]:
         """Yield ``count`` images (all, if there are fewer), chosen by the seed, as (N, C, H, W) float32, prepared as for evaluation. Needs no labels."""
         source = self._source(split)
         if count < 1:
             raise DataError(f"{source.where}: {count} images asked for; pass at least 1")
         self._indices(source, batch_size, None)
         chosen = torch.randperm(len(source), generator=_generator(seed, 0))[:count]
-        return (inputs for inputs, _ in self._prepared(source, split, list(chosen.split(batch_size)), 0, None, torch.device(device)))
+        return (
+            inputs
+            for inputs, _ in self._prepared(
+                source, split, list(chosen.split(batch_size)), 0, None, torch.device(device)
+            )
+        )
 
     def loss(self, outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Mean cross-entropy. outputs: logits (N, classes); targets: int64 (N,), or probabilities (N, classes). Raises DataError for what are no logits."""
@@ -326,7 +348,9 @@ class Classification:
                     f"classification: augment={self.augment!r}: {part!r} is not crop, crop=PIXELS, flip, scale=LEAST_AREA, erase=PIXELS or none"
                 ) from error
         if not 0 < found.scale <= 1 or (found.crop or 0) < 0:
-            raise DataError(f"classification: augment={self.augment!r}: scale is an area above 0 and up to 1, crop a number of pixels")
+            raise DataError(
+                f"classification: augment={self.augment!r}: scale is an area above 0 and up to 1, crop a number of pixels"
+            )
         return found
 
     @functools.cached_property
@@ -412,7 +436,12 @@ class Classification:
 
     @property
     def _normalised_already(self) -> bool:
-        return self.mean is not None and self.std is not None and not np.any(self.mean) and bool(np.all(np.asarray(self.std) == 1))
+        return (
+            self.mean is not None
+            and self.std is not None
+            and not np.any(self.mean)
+            and bool(np.all(np.asarray(self.std) == 1))
+        )
 
     @functools.cached_property
     def _highest_label(self) -> int:
@@ -424,10 +453,16 @@ class Classification:
             if source.labels is not None:
                 highest.append(int(source.labels.max()))
             elif isinstance(source, Items) and source.store is None:
-                labels = [label for label in (_label_or_none(source, index) for index in range(len(source))) if label is not None]
+                labels = [
+                    label
+                    for label in (_label_or_none(source, index) for index in range(len(source)))
+                    if label is not None
+                ]
                 highest.extend([max(labels)] if labels else [])
         if not highest:
-            raise DataError(f"{self!r}: has no labels, so the number of classes is unknown; pass labelled data, or class_count=")
+            raise DataError(
+                f"{self!r}: has no labels, so the number of classes is unknown; pass labelled data, or class_count="
+            )
         return max(highest)
 
     @functools.cached_property
@@ -440,13 +475,17 @@ class Classification:
             if len(values) == 1:
                 values = values * channels
             if len(values) != channels:
-                raise DataError(f"{self!r}: {name} has {len(values)} values, images have {channels} channels; pass one value a channel")
+                raise DataError(
+                    f"{self!r}: {name} has {len(values)} values, images have {channels} channels; pass one value a channel"
+                )
             found.append(values)
         return found[0], found[1]
 
     def _constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._constants_on:  # made anew in each step, they would make the host wait for the device
-            mean, std = (torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1) for values in self._mean_std)
+            mean, std = (
+                torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1) for values in self._mean_std
+            )
             self._constants_on[device] = (mean, std)
         return self._constants_on[device]
 
@@ -461,8 +500,15 @@ class Classification:
     def _arrays(self, source: Arrays, split: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """The split's images and labels, on the device if they fit there well."""
         key = (split, device)
-        if device.type == "cuda" and key not in self._arrays_on and source.images.nbytes <= torch.cuda.mem_get_info(device)[0] / 4:
-            self._arrays_on[key] = (source.images.to(device), None if source.labels is None else source.labels.to(device))
+        if (
+            device.type == "cuda"
+            and key not in self._arrays_on
+            and source.images.nbytes <= torch.cuda.mem_get_info(device)[0] / 4
+        ):
+            self._arrays_on[key] = (
+                source.images.to(device),
+                None if source.labels is None else source.labels.to(device),
+            )
         return self._arrays_on.get(key, (source.images, source.labels))
 
     def _indices(self, source: Source, batch_size: int, limit: int | None) -> Tensor:
@@ -475,7 +521,13 @@ class Classification:
         return torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:limit].sort().values
 
     def _labelled(
-        self, source: Source, split: str, chunks: list[Tensor], start: int, seeds: tuple[int, int] | None, device: torch.device
+        self,
+        source: Source,
+        split: str,
+        chunks: list[Tensor],
+        start: int,
+        seeds: tuple[int, int] | None,
+        device: torch.device,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         for inputs, targets in self._prepared(source, split, chunks, start, seeds, device):
             if targets is None:
@@ -483,7 +535,13 @@ class Classification:
             yield inputs, targets
 
     def _prepared(
-        self, source: Source, split: str, chunks: list[Tensor], start: int, seeds: tuple[int, int] | None, device: torch.device
+        self,
+        source: Source,
+        split: str,
+        chunks: list[Tensor],
+        start: int,
+        seeds: tuple[int, int] | None,
+        device: torch.device,
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         if isinstance(source, Arrays):
             all_images, all_labels = self._arrays(source, split, device)
@@ -517,8 +575,14 @@ class Classification:
             if isinstance(images, str):
                 raise DataError(images)
             if labels is not None and self.class_count is not None and int(labels.max()) >= self.class_count:
-                raise DataError(f"{source.where}: label {int(labels.max())} is out of range for class_count={self.class_count}")
-            if images.is_floating_point() and not self._normalised_already and (float(images.min()) < 0 or float(images.max()) > 1):
+                raise DataError(
+                    f"{source.where}: label {int(labels.max())} is out of range for class_count={self.class_count}"
+                )
+            if (
+                images.is_floating_point()
+                and not self._normalised_already
+                and (float(images.min()) < 0 or float(images.max()) > 1)
+            ):
                 raise DataError(
                     f"{source.where}: float images leave [0, 1] ({float(images.min()):.3g} to {float(images.max()):.3g}); yield uint8 or [0, 1], or say mean=0, std=1 if they are normalised already"
                 )
@@ -555,7 +619,9 @@ class Classification:
             )
         known = self._unreadable.setdefault(split, {})
         if not known:
-            logging.getLogger("rarefy").warning("%s: %s; left out, as all that can't be read", source.where, min(broken.items())[1])
+            logging.getLogger("rarefy").warning(
+                "%s: %s; left out, as all that can't be read", source.where, min(broken.items())[1]
+            )
         known.update(broken)
 
 

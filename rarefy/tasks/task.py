@@ -23,7 +23,9 @@ class Task(Protocol):
         self, split: Any, batch_size: int, *, shuffle_seed: int | None = None, augment: bool = False, epoch: int = 0, start: int = 0,
         device: torch.device | str = "cpu", labelled: bool = True,
     ) -> Iterator[tuple[Tensor, Any]]: ...  # fmt: skip
-    def rows(self, split: Any, batch_size: int, *, shuffle_seed: int | None = None, epoch: int = 0) -> Sequence[Tensor] | None:
+    def rows(
+        self, split: Any, batch_size: int, *, shuffle_seed: int | None = None, epoch: int = 0
+    ) -> Sequence[Tensor] | None:
         """Which images each training batch holds, if an image is the same picture in every epoch; asked for by the cache of a teacher's answers alone."""
         ...
 

@@ -35,7 +35,17 @@ def test_nothing_in_the_list_reads_files_or_unwritten_memory():
         kinds = {str(argument.real_type) for argument in overload._schema.arguments}
         assert "Storage" not in kinds and not any("torch.classes" in kind for kind in kinds), overload
         assert "file" not in " ".join(argument.name for argument in overload._schema.arguments), overload
-    forbidden = {"from_file", "set", "resize", "empty", "empty_like", "new_empty", "empty_strided", "sparse_coo_tensor", "data"}
+    forbidden = {
+        "from_file",
+        "set",
+        "resize",
+        "empty",
+        "empty_like",
+        "new_empty",
+        "empty_strided",
+        "sparse_coo_tensor",
+        "data",
+    }
     assert not forbidden & allowlist.ATEN
 
 
@@ -72,7 +82,12 @@ def test_calls_of_the_schema_pass(nodes):
         (aten.max.dim, (t, 1), {}, TENSORS),
         (aten.cat.default, ([t, a],), {}, TENSOR),
         (aten.cat.default, (s, 1), {}, TENSOR),
-        (aten.zeros.default, ([n, 3],), {"dtype": torch.float32, "device": torch.device("cpu"), "layout": torch.strided}, TENSOR),
+        (
+            aten.zeros.default,
+            ([n, 3],),
+            {"dtype": torch.float32, "device": torch.device("cpu"), "layout": torch.strided},
+            TENSOR,
+        ),
         (aten.clone.default, (t,), {"memory_format": torch.channels_last}, TENSOR),
         (aten.adaptive_avg_pool2d.default, (t, 1), {}, TENSOR),
         (aten.upsample_nearest2d.vec, (t, None, [2.0, 2.0]), {}, TENSOR),

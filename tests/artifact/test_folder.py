@@ -94,7 +94,9 @@ def test_a_family_comes_back_and_trains_on(family, tmp_path):
     with torch.no_grad():
         assert torch.equal(graph(x), loaded(x))
     assert loaded.code == graph.code and loaded.meta == graph.meta and not loaded.training
-    assert [node.meta["stack"] for node in loaded.graph.nodes] == [node.meta.get("stack", "") for node in graph.graph.nodes]
+    assert [node.meta["stack"] for node in loaded.graph.nodes] == [
+        node.meta.get("stack", "") for node in graph.graph.nodes
+    ]
     assert [name for name, _ in loaded.named_parameters()] == [name for name, _ in graph.named_parameters()]
     assert all(a.requires_grad == b.requires_grad for a, b in zip(graph.parameters(), loaded.parameters(), strict=True))
     assert_same(step(graph, x), step(loaded, x))
@@ -182,7 +184,9 @@ def test_every_dtype_shape_and_layout(tmp_path):
     for name, value in values.items():
         back = getattr(loaded.some, f"{name}_")
         assert back.dtype == value.dtype and back.shape == value.shape
-        assert torch.equal(back.contiguous().view(-1).view(torch.uint8), value.contiguous().view(-1).view(torch.uint8)), name
+        assert torch.equal(
+            back.contiguous().view(-1).view(torch.uint8), value.contiguous().view(-1).view(torch.uint8)
+        ), name
     assert loaded.some.last_.is_contiguous(memory_format=torch.channels_last) and not loaded.some.last_.is_contiguous()
 
 
@@ -194,7 +198,11 @@ def test_every_kind_of_argument_and_output(tmp_path):
             filled = x.masked_fill(mask, -float("inf")).clamp(min=-1e30)
             parts = torch.chunk(torch.einsum("bi,bj->bij", filled, y), 3, dim=1)
             scattered = torch.zeros(batch, 3, dtype=torch.float64).index_add(1, torch.tensor([0, 2]), y[:, :2].double())
-            return {"b": [parts[0], (x[:, None, ::2], None)], "a": scattered.to(x.dtype, memory_format=torch.preserve_format), "n": 3}
+            return {
+                "b": [parts[0], (x[:, None, ::2], None)],
+                "a": scattered.to(x.dtype, memory_format=torch.preserve_format),
+                "n": 3,
+            }
 
     graph = capture(Odd(), (torch.zeros(2, 3), torch.zeros(2, 3)))
     loaded = folder_.load(folder_.save(graph, tmp_path / "model"))
@@ -202,7 +210,9 @@ def test_every_kind_of_argument_and_output(tmp_path):
     one, other = graph(x, y), loaded(x, y)
     assert list(one) == list(other) == ["b", "a", "n"] and other["n"] == 3
     assert torch.equal(one["a"], other["a"]) and torch.equal(one["b"][0], other["b"][0])
-    assert isinstance(other["b"][1], tuple) and torch.equal(one["b"][1][0], other["b"][1][0]) and other["b"][1][1] is None
+    assert (
+        isinstance(other["b"][1], tuple) and torch.equal(one["b"][1][0], other["b"][1][0]) and other["b"][1][1] is None
+    )
 
 
 def test_meta_comes_back(tmp_path):
@@ -250,7 +260,9 @@ assert "test_artifact" not in sys.modules and "torchvision" not in sys.modules
 print(graph(torch.linspace(-1, 1, 75).reshape(3, 1, 5, 5)).tolist())
 """
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=env, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=env, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == graph(torch.linspace(-1, 1, 75).reshape(3, 1, 5, 5)).tolist()
 
@@ -265,7 +277,9 @@ def test_golden_bytes(tmp_path):
     weight = graph.get_attr("weight")
     linear = graph.call_function(torch.ops.aten.linear.default, (x, weight))
     clamped = graph.call_function(torch.ops.aten.clamp.default, (linear, -float("inf")), {"max": 6.0})
-    converted = graph.call_function(torch.ops.aten._to_copy.default, (clamped,), {"dtype": torch.float64, "device": torch.device("cpu")})
+    converted = graph.call_function(
+        torch.ops.aten._to_copy.default, (clamped,), {"dtype": torch.float64, "device": torch.device("cpu")}
+    )
     graph.output((converted,))
     root = nn.Module()
     root.weight = nn.Parameter(torch.tensor([[1.0, -2.0]]))
@@ -327,7 +341,11 @@ def test_codes_take_their_bits(bits, dtype, tmp_path):
     for entropy in (False, True):
         folder = folder_.save(graph, tmp_path / str(entropy), entropy=entropy)
         loaded = folder_.load(folder)
-        assert loaded.codes.dtype == dtype and torch.equal(loaded.codes, graph.codes) and loaded.meta["bits"] == {"codes": bits}
+        assert (
+            loaded.codes.dtype == dtype
+            and torch.equal(loaded.codes, graph.codes)
+            and loaded.meta["bits"] == {"codes": bits}
+        )
         with safe_open(folder / "weights.safetensors", "pt") as file:
             stored[entropy] = file.get_tensor("codes")
     assert stored[False].nbytes == -(-count * bits // 8)
@@ -389,7 +407,12 @@ def test_the_manifest_lists_every_file_and_what_it_was_given(tmp_path):
     import hashlib
 
     (tmp_path / "model.onnx").write_bytes(b"onnx" * 100)
-    given = {"recipe": {"keep": 0.5}, "seeds": [1, 2], "measurements": {"drop": float("inf"), "pair": (1, 2)}, "environment": {"cpu": "x"}}
+    given = {
+        "recipe": {"keep": 0.5},
+        "seeds": [1, 2],
+        "measurements": {"drop": float("inf"), "pair": (1, 2)},
+        "environment": {"cpu": "x"},
+    }
     files = {"report.html": b"<html>", "model.onnx": tmp_path / "model.onnx"}
     folder = folder_.save(small(), tmp_path / "model", manifest=given, files=files)
     manifest = folder_.read_manifest(folder)
@@ -402,7 +425,9 @@ def test_the_manifest_lists_every_file_and_what_it_was_given(tmp_path):
     assert manifest["schema"] == 1 and folder_.is_artifact(folder)
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "graph.json", "Manifest.JSON", "model.sig", "a" * 200, "a\nb"])
+@pytest.mark.parametrize(
+    "name", ["../x", "a/b", "", ".hidden", "graph.json", "Manifest.JSON", "model.sig", "a" * 200, "a\nb"]
+)
 def test_a_further_file_can_not_be_anywhere(name, tmp_path):
     with pytest.raises(InputError, match="can't be a file of the folder"):
         folder_.save(small(), tmp_path / "model", files={name: b""})
@@ -427,7 +452,9 @@ def test_damage_is_found_at_load(tmp_path):
         whole = (folder / name).read_bytes()
         for damaged in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1])):
             (folder / name).write_bytes(damaged)
-            with pytest.raises(FormatError, match=f"{name}: differs from what manifest.json lists.*copy the folder again"):
+            with pytest.raises(
+                FormatError, match=f"{name}: differs from what manifest.json lists.*copy the folder again"
+            ):
                 folder_.load(folder)
         (folder / name).write_bytes(whole)
     folder_.load(folder)
@@ -480,7 +507,11 @@ def test_what_is_not_ours_is_never_replaced(tmp_path):
     folder_.save(small(), tmp_path / "model")
     (tmp_path / "model" / "notes.txt").write_text("mine")
     before = contents(tmp_path)
-    for name, words in (("file", "is a file"), ("folder", "not a rarefy folder"), ("model", "'notes.txt', which rarefy did not write")):
+    for name, words in (
+        ("file", "is a file"),
+        ("folder", "not a rarefy folder"),
+        ("model", "'notes.txt', which rarefy did not write"),
+    ):
         with pytest.raises(InputError, match=words):
             folder_.save(small(1), tmp_path / name)
     assert contents(tmp_path) == before
@@ -510,7 +541,13 @@ def test_a_folder_can_be_saved_with_its_own_files(tmp_path):
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), MemoryError()])
 @pytest.mark.parametrize(
-    "place", ["safetensors.torch.save_file", "rarefy.artifact.folder._sync", "rarefy.artifact.folder._exchanged", "shutil.copyfile"]
+    "place",
+    [
+        "safetensors.torch.save_file",
+        "rarefy.artifact.folder._sync",
+        "rarefy.artifact.folder._exchanged",
+        "shutil.copyfile",
+    ],
 )
 def test_a_save_that_fails_leaves_what_was_there(error, place, tmp_path, monkeypatch):
     folder = folder_.save(small(), tmp_path / "model", files={"report.html": b"old"})
@@ -574,7 +611,9 @@ while True:
 """
     command = [sys.executable, "-c", program, str(folder), str(other)]
     for delay in (0.001, 0.02, 0.05, 0.11):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        )
         assert process.stdout.readline() == "ready\n"
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)

@@ -6,7 +6,16 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from rarefy.artifact.packing import LARGEST_RATIO, WIDTHS, code_range, entropy_decode, entropy_encode, pack, packed_size, unpack
+from rarefy.artifact.packing import (
+    LARGEST_RATIO,
+    WIDTHS,
+    code_range,
+    entropy_decode,
+    entropy_encode,
+    pack,
+    packed_size,
+    unpack,
+)
 from rarefy.errors import FormatError, InputError
 
 shapes = st.lists(st.integers(0, 7), max_size=4)
@@ -20,7 +29,11 @@ codings = {
 
 def random_codes(shape, bits, dtype, seed):
     low, high = code_range(bits, dtype)
-    return torch.from_numpy(np.random.default_rng(seed).integers(low, high + 1, shape).astype(np.int16)).to(dtype).reshape(tuple(shape))
+    return (
+        torch.from_numpy(np.random.default_rng(seed).integers(low, high + 1, shape).astype(np.int16))
+        .to(dtype)
+        .reshape(tuple(shape))
+    )
 
 
 @hypothesis.given(**codings)
@@ -66,7 +79,9 @@ def test_entropy_coding_is_exact(bits, dtype, shape, seed):
 def test_entropy_coding_comes_near_the_entropy(bits):
     """Huffman's redundancy is below p_max + 0.086 bits a symbol (Gallager 1978); a symbol here is 8 // bits codes."""
     high = 2 ** (bits - 1) - 1
-    codes = torch.from_numpy(np.random.default_rng(0).normal(0, high / 3, 300_000).round().clip(-high, high)).to(torch.int8)
+    codes = torch.from_numpy(np.random.default_rng(0).normal(0, high / 3, 300_000).round().clip(-high, high)).to(
+        torch.int8
+    )
     share = torch.bincount(codes.to(torch.int64) + 128).double() / codes.numel()
     share = share[share > 0]
     entropy = float(-(share * share.log2()).sum())

@@ -53,12 +53,18 @@ def swap(folder):
 
 CHANGES = {
     "a changed bit": (flip, "changed since it was signed: weights.safetensors"),
-    "a changed hidden file": (lambda folder: (folder / ".hidden").write_text(""), "changed since it was signed: .hidden"),
+    "a changed hidden file": (
+        lambda folder: (folder / ".hidden").write_text(""),
+        "changed since it was signed: .hidden",
+    ),
     "a byte more": (
         lambda folder: (folder / "more/report.html").write_text("more/report.html" * 10 + "x"),
         "changed since it was signed: more/report.html",
     ),
-    "an emptied file": (lambda folder: (folder / "more/deep/x.bin").write_bytes(b""), "changed since it was signed: more/deep/x.bin"),
+    "an emptied file": (
+        lambda folder: (folder / "more/deep/x.bin").write_bytes(b""),
+        "changed since it was signed: more/deep/x.bin",
+    ),
     "two files swapped": (swap, "changed since it was signed: graph.json, weights.safetensors"),
     "an added file": (lambda folder: (folder / "x").write_text("x"), "added since it was signed: x"),
     "an added empty file": (lambda folder: (folder / "x").touch(), "added since it was signed: x"),
@@ -68,7 +74,10 @@ CHANGES = {
         lambda folder: [(folder / ".git").mkdir(), (folder / ".git/config").touch()],
         "added since it was signed: .git/config",
     ),
-    "an added signature below": (lambda folder: (folder / "more/model.sig").touch(), "added since it was signed: more/model.sig"),
+    "an added signature below": (
+        lambda folder: (folder / "more/model.sig").touch(),
+        "added since it was signed: more/model.sig",
+    ),
     "an added empty folder": (lambda folder: (folder / "empty").mkdir(), "an empty folder"),
     "an added link": (lambda folder: (folder / "x").symlink_to("graph.json"), "x: is a symbolic link"),
     "an added link to nothing": (lambda folder: (folder / "x").symlink_to("nothing"), "x: is a symbolic link"),
@@ -83,11 +92,18 @@ CHANGES = {
     ),
     "no signature": (lambda folder: (folder / "model.sig").unlink(), "is not signed"),
     "a signature that is a folder": (
-        lambda folder: [(folder / "model.sig").unlink(), (folder / "model.sig").mkdir(), (folder / "model.sig/x").touch()],
+        lambda folder: [
+            (folder / "model.sig").unlink(),
+            (folder / "model.sig").mkdir(),
+            (folder / "model.sig/x").touch(),
+        ],
         "no signature",
     ),
     "a signature that is a link": (
-        lambda folder: [(folder / "model.sig").rename(folder.parent / "s"), (folder / "model.sig").symlink_to(folder.parent / "s")],
+        lambda folder: [
+            (folder / "model.sig").rename(folder.parent / "s"),
+            (folder / "model.sig").symlink_to(folder.parent / "s"),
+        ],
         "model.sig: is a symbolic link",
     ),
     "a signature that is no JSON": (lambda folder: (folder / "model.sig").write_bytes(b"\x80\x04"), "no signature"),
@@ -173,7 +189,13 @@ def test_signing_again_replaces_the_signature(signed, keys):
     flip(signed)
     signing.sign(signed, keys[0])
     signing.verify(signed, keys[1])
-    assert sorted(path.name for path in signed.iterdir()) == [".hidden", "graph.json", "model.sig", "more", "weights.safetensors"]
+    assert sorted(path.name for path in signed.iterdir()) == [
+        ".hidden",
+        "graph.json",
+        "model.sig",
+        "more",
+        "weights.safetensors",
+    ]
 
 
 def test_what_others_signed_with_the_library_is_accepted_and_as_strictly(signed, keys):
@@ -276,7 +298,9 @@ def _certificate(name, key, issuer, issuer_key, ca):
     now = datetime.datetime.now(datetime.UTC)
     usage = x509.KeyUsage(not ca, False, False, False, False, ca, ca, False, False)
     builder = x509.CertificateBuilder(called(issuer), called(name), key.public_key(), x509.random_serial_number())
-    builder = builder.not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(now + datetime.timedelta(days=1))
+    builder = builder.not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(
+        now + datetime.timedelta(days=1)
+    )
     builder = builder.add_extension(x509.BasicConstraints(ca, None), True).add_extension(usage, True)
     return builder.sign(issuer_key, hashes.SHA256())
 
@@ -343,6 +367,10 @@ def test_a_missing_library_says_how_to_get_it(signed, keys, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "model_signing"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "model_signing", None)
-    for action in (lambda: signing.sign(signed, keys[0]), lambda: signing.verify(signed, keys[1]), lambda: signing.keygen("x.pem")):
+    for action in (
+        lambda: signing.sign(signed, keys[0]),
+        lambda: signing.verify(signed, keys[1]),
+        lambda: signing.keygen("x.pem"),
+    ):
         with pytest.raises(MissingDependency, match=r"model-signing is not installed; pip install 'rarefy\[sign\]'"):
             action()

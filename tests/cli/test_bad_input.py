@@ -305,7 +305,9 @@ def place(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 def contents(folder: Path) -> dict[str, str]:
     return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
     }
 
 
@@ -347,9 +349,13 @@ def test_disk_full_keeps_what_was_there(place: Path) -> None:
 
     before = contents(place)
     wide = program("prune", "torchvision:squeezenet1_1", "--input", "3,64,64", "--keep", 0.9, "-o", place / "saved")
-    done = subprocess.run(wide, env=ENVIRONMENT, preexec_fn=little_room, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(
+        wide, env=ENVIRONMENT, preexec_fn=little_room, capture_output=True, text=True, check=False, timeout=120
+    )
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and ("disk is full" in done.stderr or "File too large" in done.stderr), done.stderr
+    assert done.stderr.count("\n") == 1 and ("disk is full" in done.stderr or "File too large" in done.stderr), (
+        done.stderr
+    )
     assert contents(place) == before
 
 
@@ -369,7 +375,9 @@ def test_interrupt_is_one_line_and_keeps_what_was_there(place: Path) -> None:
         "-o",
         place / "saved",
     )
-    before_it = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a run started in the background inherits that interrupts are ignored
+    before_it = signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # a run started in the background inherits that interrupts are ignored
     try:
         process = subprocess.Popen(long, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     finally:
@@ -400,7 +408,13 @@ def test_interrupt_is_one_line_and_keeps_what_was_there(place: Path) -> None:
 def test_a_missing_extra_prints_the_pip_line(place: Path, hidden: str, arguments: tuple[str, ...], line: str) -> None:
     hide = f"import sys; sys.modules[{hidden!r}] = None; from rarefy.cli.main import run; sys.exit(run({list(arguments)!r}))"
     done = subprocess.run(
-        [sys.executable, "-c", hide], env=ENVIRONMENT, cwd=place, capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-c", hide],
+        env=ENVIRONMENT,
+        cwd=place,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and line in done.stderr, done.stderr
 

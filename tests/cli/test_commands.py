@@ -101,7 +101,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_does_not_import_torch() -> None:
-    program = "import sys; from rarefy.cli.main import run; run(['compress', '--help']); assert 'torch' not in sys.modules"
+    program = (
+        "import sys; from rarefy.cli.main import run; run(['compress', '--help']); assert 'torch' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
 
@@ -145,7 +147,9 @@ def test_public_names_are_all_there() -> None:
 # ------------------------------------------------------------------ verbs
 
 
-def test_prune_explains_and_writes_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prune_explains_and_writes_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     found = as_json(capsys, "prune", f"{HERE}:Tiny", "--input", "1,8,8", "--explain")
     assert found["groups"] and all(group["channels"] > 0 and "[" in group["members"][0] for group in found["groups"])
@@ -168,7 +172,9 @@ def test_prune_measures_saves_and_loads(capsys: pytest.CaptureFixture[str], tmp_
 
 
 def test_prune_repairs_with_data(capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path) -> None:
-    found = as_json(capsys, "prune", saved, "--keep", 0.5, "--repair", "--data", "sklearn:digits", "-o", tmp_path / "mended")
+    found = as_json(
+        capsys, "prune", saved, "--keep", 0.5, "--repair", "--data", "sklearn:digits", "-o", tmp_path / "mended"
+    )
     assert found["options"]["repair"] is True
     (record,) = [one for one in rarefy.load(tmp_path / "mended").meta["history"][-1:] if one["step"] == "prune"]
     assert record["facts"]["repair"]["images"] == 512 and record["facts"]["repair"]["reconstructed"]
@@ -187,12 +193,23 @@ def test_distill_with_and_without_a_teacher(capsys: pytest.CaptureFixture[str], 
     found = as_json(capsys, "distill", saved, *data, "-o", tmp_path / "trained")
     assert found["step"] == "train" and found["options"]["steps"] == 3
     found = as_json(
-        capsys, "distill", saved, *data, "--teacher", tmp_path / "trained", "--loss", "kl:temperature=2", "-o", tmp_path / "taught"
+        capsys,
+        "distill",
+        saved,
+        *data,
+        "--teacher",
+        tmp_path / "trained",
+        "--loss",
+        "kl:temperature=2",
+        "-o",
+        tmp_path / "taught",
     )
     assert found["step"] == "distill" and "kl" in found["options"]["loss"]
     assert not (tmp_path / "taught.work").exists()
     teachers = ("--teacher", f"3*{tmp_path / 'trained'}", "--teacher", saved, "--cache", tmp_path / "cache")
-    found = as_json(capsys, "distill", saved, *data, *teachers, "--preset", "patient", "--lr", 0.2, "-o", tmp_path / "by two")
+    found = as_json(
+        capsys, "distill", saved, *data, *teachers, "--preset", "patient", "--lr", 0.2, "-o", tmp_path / "by two"
+    )
     options = found["options"]
     assert options["shares"] == [0.75, 0.25] and list((tmp_path / "cache").iterdir())
     assert (options["epochs"], options["mixup"], options["lr"], options["steps"]) == (
@@ -201,12 +218,24 @@ def test_distill_with_and_without_a_teacher(capsys: pytest.CaptureFixture[str], 
         0.2,
         3,
     )  # the preset's, but for what was said
-    assert not torch.equal(rarefy.load(tmp_path / "taught").get_parameter("one.weight"), rarefy.load(saved).get_parameter("one.weight"))
+    assert not torch.equal(
+        rarefy.load(tmp_path / "taught").get_parameter("one.weight"), rarefy.load(saved).get_parameter("one.weight")
+    )
 
 
 def test_evaluate(capsys: pytest.CaptureFixture[str], saved: Path) -> None:
     found = as_json(
-        capsys, "evaluate", saved, "--data", "sklearn:digits", "--reference", saved, "--corruptions", "fog,jpeg", "--limit", 100
+        capsys,
+        "evaluate",
+        saved,
+        "--data",
+        "sklearn:digits",
+        "--reference",
+        saved,
+        "--corruptions",
+        "fog,jpeg",
+        "--limit",
+        100,
     )
     assert found["samples"] == 100 and found["agreement"] == 1.0 and found["drop"]["value"] == 0.0
     assert set(found["robustness"]) == {"fog", "jpeg"}
@@ -215,7 +244,19 @@ def test_evaluate(capsys: pytest.CaptureFixture[str], saved: Path) -> None:
 
 
 def test_classes_are_for_whichever_of_two_models_is_built(capsys: pytest.CaptureFixture[str], saved: Path) -> None:
-    found = as_json(capsys, "evaluate", saved, "--data", "sklearn:digits", "--reference", f"{HERE}:Sized", "--classes", 10, "--limit", 20)
+    found = as_json(
+        capsys,
+        "evaluate",
+        saved,
+        "--data",
+        "sklearn:digits",
+        "--reference",
+        f"{HERE}:Sized",
+        "--classes",
+        10,
+        "--limit",
+        20,
+    )
     assert found["reference"]["samples"] == 20
 
 
@@ -252,7 +293,10 @@ def test_evaluate_exits_1_for_too_large_a_drop(capsys: pytest.CaptureFixture[str
         "-o",
         trained,
     )
-    assert main.run(["evaluate", str(saved), "--data", "sklearn:digits", "--reference", str(trained), "--max-drop", "1%"]) == 1
+    assert (
+        main.run(["evaluate", str(saved), "--data", "sklearn:digits", "--reference", str(trained), "--max-drop", "1%"])
+        == 1
+    )
     out, err = capsys.readouterr()
     assert "top-1 accuracy" in out and err.count("\n") == 1 and "more than 1" in err
 
@@ -273,8 +317,20 @@ def test_quantize_explains_and_writes_nothing(
     assert "pass -o PATH" in capsys.readouterr().err
 
 
-def test_weights_alone_are_quantised_without_data(capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path) -> None:
-    found = as_json(capsys, "quantize", saved, "--activation-grid", "float", "--weight-grid", "int4:group=16", "-o", tmp_path / "int4")
+def test_weights_alone_are_quantised_without_data(
+    capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path
+) -> None:
+    found = as_json(
+        capsys,
+        "quantize",
+        saved,
+        "--activation-grid",
+        "float",
+        "--weight-grid",
+        "int4:group=16",
+        "-o",
+        tmp_path / "int4",
+    )
     assert found["step"] == "quantize" and {fact["bits"] for fact in found["facts"]["layers"]} == {4}
 
 
@@ -290,7 +346,9 @@ def test_quantize_export_and_measure(capsys: pytest.CaptureFixture[str], saved: 
         or "slower" in text
         or "unchanged" in text
     )
-    found = as_json(capsys, "evaluate", tmp_path / "int8", "--data", "sklearn:digits", "--runtime", "onnxruntime", "--limit", 50)
+    found = as_json(
+        capsys, "evaluate", tmp_path / "int8", "--data", "sklearn:digits", "--runtime", "onnxruntime", "--limit", 50
+    )
     assert found["samples"] == 50
 
 
@@ -309,8 +367,22 @@ def test_keygen_sign_verify(capsys: pytest.CaptureFixture[str], saved: Path, tmp
 
 
 def test_report_of_a_folder_measured_again(capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path) -> None:
-    facts = as_json(capsys, "report", saved, "--data", "sklearn:digits", "--reference", saved, "--limit", 64, "-o", tmp_path / "r.html")
-    assert facts["after"]["evaluation"]["samples"] == 64 and facts["before"]["parameters"] == facts["after"]["parameters"]
+    facts = as_json(
+        capsys,
+        "report",
+        saved,
+        "--data",
+        "sklearn:digits",
+        "--reference",
+        saved,
+        "--limit",
+        64,
+        "-o",
+        tmp_path / "r.html",
+    )
+    assert (
+        facts["after"]["evaluation"]["samples"] == 64 and facts["before"]["parameters"] == facts["after"]["parameters"]
+    )
     assert "<!doctype html>" in (tmp_path / "r.html").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "r.json").read_text(encoding="utf-8")) == facts
 
@@ -355,11 +427,17 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
         (GoalMissed("too slow"), 1, "rarefy: too slow"),
         (SignatureRefused("changed"), 1, "rarefy: changed"),
         (KeyboardInterrupt(), 2, "rarefy: interrupted; nothing that existed was changed"),
-        (PermissionError(errno.EACCES, "Permission denied", "/some/file"), 2, "rarefy: /some/file: Permission denied; check the path"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/some/file"),
+            2,
+            "rarefy: /some/file: Permission denied; check the path",
+        ),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "rarefy: the disk is full"),
         (OSError(errno.EFBIG, "File too large", "/x"), 2, "rarefy: the disk is full"),
         (
-            RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/0: file write failed"),
+            RuntimeError(
+                "[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/0: file write failed"
+            ),
             2,
             "rarefy: the disk is full",
         ),
@@ -378,7 +456,9 @@ def test_every_error_is_one_line(
     assert out == "" and err.count("\n") == 1 and said in err and "Traceback" not in err and "\x1b" not in err
 
 
-def test_debug_shows_the_traceback_wherever_it_stands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_debug_shows_the_traceback_wherever_it_stands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     failing(monkeypatch, ZeroDivisionError("no"))
     for arguments in (["--debug", "doctor"], ["doctor", "--debug"]):
         assert main.run(arguments) == 70
@@ -409,7 +489,12 @@ def test_output_to_a_closed_pipe_is_no_error() -> None:
 
 def test_grouped_gives_typer_each_field() -> None:
     parameters = inspect.signature(main.grouped(_with_group)).parameters
-    assert next(iter(parameters)) == "model" and "weights" in parameters and "extra" in parameters and "group" not in parameters
+    assert (
+        next(iter(parameters)) == "model"
+        and "weights" in parameters
+        and "extra" in parameters
+        and "group" not in parameters
+    )
     packed, extra = main.grouped(_with_group)(model="m", weights="w", classes=None, input=None, core=None, extra=3)
     assert (packed.model, packed.weights, extra) == ("m", "w", 3)
 

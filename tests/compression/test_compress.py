@@ -50,7 +50,15 @@ def trained() -> fx.GraphModule:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"max_drop": -0.1}, {"max_drop": 1.0}, {"speedup": 0.5}, {"speedup": float("nan")}, {"size": 0}, {"max_drop": float("nan")}]
+    "wrong",
+    [
+        {"max_drop": -0.1},
+        {"max_drop": 1.0},
+        {"speedup": 0.5},
+        {"speedup": float("nan")},
+        {"size": 0},
+        {"max_drop": float("nan")},
+    ],
 )
 def test_a_budget_that_contradicts_itself(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(wrong))):
@@ -64,7 +72,9 @@ def test_the_usual_recipe_follows_the_budget() -> None:
     fast, faster = (budget_.usual_steps(Budget(speedup=ratio), 10**6, task)[0]["macs"] for ratio in (2.0, 4.0))
     assert fast == pytest.approx(2 * faster, abs=0.002)
     assert [step["do"] for step in budget_.usual_steps(Budget(speedup=1.1), 10**6, task)] == ["quantize"]
-    assert budget_.usual_steps(Budget(size=10**5), 10**6, task)[0]["params"] == pytest.approx(0.36)  # int8 alone is a quarter
+    assert budget_.usual_steps(Budget(size=10**5), 10**6, task)[0]["params"] == pytest.approx(
+        0.36
+    )  # int8 alone is a quarter
 
 
 @pytest.mark.parametrize(
@@ -86,12 +96,18 @@ def test_wrong_steps_are_told_before_anything_is_done(steps: list[dict[str, Any]
 # ------------------------------------------------------------------ gates and choice, on measurements made up
 
 
-def candidate(tmp_path: Path, index: int, name: str, *, drop: float = 0.0, speed: float = 1.0, size: int = 1000) -> Candidate:
+def candidate(
+    tmp_path: Path, index: int, name: str, *, drop: float = 0.0, speed: float = 1.0, size: int = 1000
+) -> Candidate:
     folder = tmp_path / str(index)
     folder.mkdir()
     (folder / folder_.WEIGHTS).write_bytes(bytes(size))
     ratio = {"median": speed, "low": 0.98 * speed, "high": 1.02 * speed}
-    found = {"name": name, "evaluation": {"value": 0.9 - drop, "drop": {"value": drop}}, "speedup": {"original": ratio, "parent": ratio}}
+    found = {
+        "name": name,
+        "evaluation": {"value": 0.9 - drop, "drop": {"value": drop}},
+        "speedup": {"original": ratio, "parent": ratio},
+    }
     return Candidate(index, folder, found)
 
 
@@ -105,7 +121,9 @@ class Scripted(run_._Run):
         return made
 
 
-def walked(tmp_path: Path, budget: Budget, verbs: list[str], *made: Candidate | str) -> tuple[list[Outcome], Candidate, Candidate]:
+def walked(
+    tmp_path: Path, budget: Budget, verbs: list[str], *made: Candidate | str
+) -> tuple[list[Outcome], Candidate, Candidate]:
     steps = [{"do": verb} for verb in verbs]
     run = Scripted(tmp_path, None, budget, steps, None, 0, None, (), True, False)
     run.original = candidate(tmp_path, 0, "original")
@@ -125,7 +143,9 @@ def test_both_are_undone_if_the_drop_remains(tmp_path: Path) -> None:
     pruned = candidate(tmp_path, 1, "p", drop=0.6, speed=1.5, size=500)
     taught = candidate(tmp_path, 2, "p + d", drop=0.02, speed=1.5, size=500)
     integer = candidate(tmp_path, 3, "q", drop=0.001, speed=2.0, size=250)
-    outcomes, last, chosen = walked(tmp_path, Budget(max_drop=0.005), ["prune", "distill", "quantize"], pruned, taught, integer)
+    outcomes, last, chosen = walked(
+        tmp_path, Budget(max_drop=0.005), ["prune", "distill", "quantize"], pruned, taught, integer
+    )
     assert [one.kept for one in outcomes] == [False, False, True] and last is chosen is integer
     assert "2.00 points" in outcomes[0].why and "0.50 points" in outcomes[1].why
 
@@ -134,7 +154,9 @@ def test_a_slower_step_is_undone_and_noise_is_not_slower(tmp_path: Path) -> None
     slow = candidate(tmp_path, 1, "q", speed=0.8, size=250)
     outcomes, last, _ = walked(tmp_path, Budget(), ["quantize"], slow)
     assert not outcomes[0].kept and "slower" in outcomes[0].why and last.index == 0
-    noisy = dataclasses.replace(slow, found={**slow.found, "speedup": {"parent": {"median": 0.8, "low": 0.3, "high": 1.3}}})
+    noisy = dataclasses.replace(
+        slow, found={**slow.found, "speedup": {"parent": {"median": 0.8, "low": 0.3, "high": 1.3}}}
+    )
     (tmp_path / "more").mkdir()
     outcomes, _, _ = walked(tmp_path / "more", Budget(), ["quantize"], noisy)
     assert outcomes[0].kept
@@ -151,7 +173,9 @@ def test_a_distillation_that_teaches_nothing_is_undone(tmp_path: Path) -> None:
 
 
 def test_a_step_that_fails_is_said_and_left_out(tmp_path: Path) -> None:
-    outcomes, last, _ = walked(tmp_path, Budget(), ["prune", "quantize"], "nothing can be pruned", candidate(tmp_path, 2, "q", size=250))
+    outcomes, last, _ = walked(
+        tmp_path, Budget(), ["prune", "quantize"], "nothing can be pruned", candidate(tmp_path, 2, "q", size=250)
+    )
     assert outcomes[0].why == "nothing can be pruned" and not outcomes[0].kept and last.index == 2
 
 
@@ -174,7 +198,9 @@ def test_accuracy_is_not_traded_for_speed_asked_in_vain(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, compress_.Result]:
     work = tmp_path_factory.mktemp("compress") / "work"
-    return work, compress(trained(), digits(), budget=BUDGET, steps=QUICK, workdir=work, corruptions=["fog"], progress=False)
+    return work, compress(
+        trained(), digits(), budget=BUDGET, steps=QUICK, workdir=work, corruptions=["fog"], progress=False
+    )
 
 
 def test_the_report_tells_what_was_done(whole: tuple[Path, compress_.Result]) -> None:
@@ -182,7 +208,9 @@ def test_the_report_tells_what_was_done(whole: tuple[Path, compress_.Result]) ->
     facts = result.report
     assert facts["warnings"] == []
     assert result.met and [goal["name"] for goal in facts["goals"]] == ["max_drop", "size"]
-    assert [step["step"] for step in facts["steps"]] == ["prune", "distill"] and all(step["kept"] for step in facts["steps"])
+    assert [step["step"] for step in facts["steps"]] == ["prune", "distill"] and all(
+        step["kept"] for step in facts["steps"]
+    )
     assert facts["after"]["macs"] < 0.61 * facts["before"]["macs"]
     assert facts["after"]["evaluation"]["samples"] == facts["before"]["evaluation"]["samples"] == digits().length("val")
     assert facts["after"]["evaluation"]["robustness"]["fog"].keys() == {"1", "3", "5"}
@@ -270,9 +298,21 @@ def test_a_run_that_did_no_step_yet_makes_way(tmp_path: Path) -> None:
 def test_an_original_that_knows_nothing_is_told() -> None:
     interval = wilson(12, 100)
     assert doubts(0.9, wilson(90, 100), 100, 10, 10) == ()
-    assert len(found := doubts(0.12, interval, 100, 10, 10)) == 1 and "no better than chance" in found[0] and "weights" in found[0]
-    assert len(found := doubts(0.9, wilson(90, 100), 100, 10, 12)) == 1 and "10 outputs, the data has 12 classes" in found[0]
-    options: dict[str, Any] = {"steps": [{"do": "prune", "macs": 0.5}], "budget": Budget(), "corruptions": (), "progress": False}
+    assert (
+        len(found := doubts(0.12, interval, 100, 10, 10)) == 1
+        and "no better than chance" in found[0]
+        and "weights" in found[0]
+    )
+    assert (
+        len(found := doubts(0.9, wilson(90, 100), 100, 10, 12)) == 1
+        and "10 outputs, the data has 12 classes" in found[0]
+    )
+    options: dict[str, Any] = {
+        "steps": [{"do": "prune", "macs": 0.5}],
+        "budget": Budget(),
+        "corruptions": (),
+        "progress": False,
+    }
     assert any(
         warning.startswith("the original: no better than chance")
         for warning in compress(untrained(), digits(), **options).report["warnings"]

@@ -62,8 +62,19 @@ def written(tmp_path: Path) -> Any:
 
 def test_a_whole_recipe(written: Any) -> None:
     asked = recipe.read(written(WHOLE))
-    assert (asked.model, asked.weights, asked.classes, asked.input, asked.seed) == ("timm:resnet18", "best.safetensors", 7, (3, 64, 64), 3)
-    assert asked.data == {"train": "imagefolder:data/train", "val": "imagefolder:data/val", "size": 64, "mean": (0.5, 0.5, 0.5)}
+    assert (asked.model, asked.weights, asked.classes, asked.input, asked.seed) == (
+        "timm:resnet18",
+        "best.safetensors",
+        7,
+        (3, 64, 64),
+        3,
+    )
+    assert asked.data == {
+        "train": "imagefolder:data/train",
+        "val": "imagefolder:data/val",
+        "size": 64,
+        "mean": (0.5, 0.5, 0.5),
+    }
     assert asked.budget == {"max_drop": 0.005, "speedup": 3}
     assert [dict(step) for step in asked.steps] == [
         {"do": "prune", "macs": 0.5, "criterion": "taylor:batches=20", "ignore": ("fc", "layer1.*")},
@@ -116,18 +127,30 @@ def test_a_step_as_text(text: str, step: dict[str, Any]) -> None:
         (("size = 64", "sise = 64"), "recipe.toml: [data]: unknown key 'sise'; did you mean 'size'?"),
         (("size = 64", 'size = "big"'), "recipe.toml: [data]: size = 'big': should be a valid integer"),
         (("speedup = 3", "spedup = 3"), "recipe.toml: [budget]: unknown key 'spedup'; did you mean 'speedup'?"),
-        (('max_drop = "0.5%"', 'max_drop = "a bit"'), "recipe.toml: [budget] max_drop: 'a bit' is no share; write 0.5% or 0.005"),
+        (
+            ('max_drop = "0.5%"', 'max_drop = "a bit"'),
+            "recipe.toml: [budget] max_drop: 'a bit' is no share; write 0.5% or 0.005",
+        ),
         (('max_drop = "0.5%"', "max_drop = 0.5"), "recipe.toml: [budget] max_drop: 0.5 would be 50 %"),
-        (('do = "prune"', 'do = "prun"'), "recipe.toml: step 1: do = 'prun' is no step; have prune, mask, distill, quantize"),
+        (
+            ('do = "prune"', 'do = "prun"'),
+            "recipe.toml: step 1: do = 'prun' is no step; have prune, mask, distill, quantize",
+        ),
         (("macs = 0.5", "mac = 0.5"), "recipe.toml: step 1 (prune): unknown key 'mac'; did you mean 'macs'?"),
-        (("macs = 0.5", "macs = 0.5\nkeep = 0.5"), "recipe.toml: step 1 (prune): give one of keep, macs, params, speedup; got keep, macs"),
+        (
+            ("macs = 0.5", "macs = 0.5\nkeep = 0.5"),
+            "recipe.toml: step 1 (prune): give one of keep, macs, params, speedup; got keep, macs",
+        ),
         (("macs = 0.5", ""), "recipe.toml: step 1 (prune): give one of keep, macs, params, speedup; got none"),
         (("macs = 0.5", 'macs = "half"'), "recipe.toml: step 1 (prune): macs = 'half': should be a valid number"),
         (("taylor:batches=20", "tailor"), "recipe.toml: step 1 (prune): criterion: criteria: unknown choice 'tailor'"),
         (("taylor:batches=20", "taylor:batch=20"), "unknown option 'batch=20'; have batch_size, batches"),
         (("epochs = 3", "epoch = 3"), "recipe.toml: step 2 (distill): unknown key 'epoch'; did you mean 'epochs'?"),
         (("lskd + 50*mse:on=stages", "x*lskd"), "recipe.toml: step 2 (distill): loss: "),
-        (('runtime = "onnxruntime"', 'runtime = "onnxruntim"'), "recipe.toml: runtime: runtimes: unknown choice 'onnxruntim'"),
+        (
+            ('runtime = "onnxruntime"', 'runtime = "onnxruntim"'),
+            "recipe.toml: runtime: runtimes: unknown choice 'onnxruntim'",
+        ),
         (('input = "3,64,64"', 'input = "3,-1"'), "give positive sizes"),
         (("seed = 3", "seed = "), "recipe.toml: is no TOML: "),
         (("[data]", "[data"), "recipe.toml: is no TOML: "),
@@ -150,7 +173,9 @@ def test_a_recipe_that_is_not_there_or_no_text(tmp_path: Path) -> None:
         recipe.read(tmp_path / "binary.toml")
 
 
-@pytest.mark.parametrize(("text", "value"), [("0.5%", 0.005), ("0.5 %", 0.005), (0.005, 0.005), ("0", 0.0), ("50%", 0.5), ("0.19", 0.19)])
+@pytest.mark.parametrize(
+    ("text", "value"), [("0.5%", 0.005), ("0.5 %", 0.005), (0.005, 0.005), ("0", 0.0), ("50%", 0.5), ("0.19", 0.19)]
+)
 def test_shares(text: Any, value: float) -> None:
     assert recipe.share(text, "here") == pytest.approx(value)
 
@@ -161,7 +186,9 @@ def test_no_shares(text: str) -> None:
         recipe.share(text, "here")
 
 
-@pytest.mark.parametrize(("text", "value"), [("2MB", 2_000_000), ("500 kB", 500_000), ("1.5MiB", 1_572_864), (1234, 1234), ("12B", 12)])
+@pytest.mark.parametrize(
+    ("text", "value"), [("2MB", 2_000_000), ("500 kB", 500_000), ("1.5MiB", 1_572_864), (1234, 1234), ("12B", 12)]
+)
 def test_sizes(text: Any, value: int) -> None:
     assert recipe.size(text, "here") == value
 
@@ -178,7 +205,11 @@ def test_a_step_has_the_verbs_own_options(verb: str) -> None:
     module = __import__(recipe.VERBS[verb], fromlist=[verb])
     fields = set(recipe._verb_options(verb).model_fields)
     for parameter in inspect.signature(getattr(module, verb)).parameters.values():
-        if parameter.kind is not parameter.VAR_KEYWORD and parameter.name not in recipe.GIVEN and parameter.name != "training":
+        if (
+            parameter.kind is not parameter.VAR_KEYWORD
+            and parameter.name not in recipe.GIVEN
+            and parameter.name != "training"
+        ):
             assert parameter.name in fields
     if verb == "distill":
         assert {field.name for field in dataclasses.fields(module.Training)} - recipe.GIVEN | {"training"} <= fields

@@ -48,7 +48,9 @@ pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this sys
 def start(workdir: Path, output: Path) -> subprocess.Popen[str]:
     root = str(Path(__file__).resolve().parents[2])
     known = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", PROGRAM, str(workdir), str(output)], env=known, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(workdir), str(output)], env=known, stderr=subprocess.PIPE, text=True
+    )
 
 
 def complete(workdir: Path, output: Path) -> dict[str, str]:

@@ -129,19 +129,28 @@ def test_rounds_come_down_to_the_target(target: dict[str, float]) -> None:
     ((kind, value),) = target.items()
     before = copy.deepcopy(net().state_dict())
     small = prune(net(), **target, schedule=ITERATIVE, task=digits(), progress=False)
-    assert all(torch.equal(value, before[name]) for name, value in net().state_dict().items())  # the caller's model is left alone
+    assert all(
+        torch.equal(value, before[name]) for name, value in net().state_dict().items()
+    )  # the caller's model is left alone
     assert [one["step"] for one in small.meta["history"]] == ["train", "prune"]
     options, facts = record(small)["options"], record(small)["facts"]
     assert options[kind] == value and options["schedule"].startswith("iterative:rounds=3") and facts["asked"] == target
-    counts = {"macs": (count_macs(net()), count_macs(small)), "params": (count_parameters(net()), count_parameters(small))}
+    counts = {
+        "macs": (count_macs(net()), count_macs(small)),
+        "params": (count_parameters(net()), count_parameters(small)),
+    }
     assert {name: facts[name] for name in counts} == {name: list(pair) for name, pair in counts.items()}
     for name, (was, now) in counts.items():
         assert facts["reached"][name] == pytest.approx(now / was)
     asked = [one["asked"] for one in facts["rounds"]]
     reached = [one["reached"] for one in facts["rounds"]]
     share = value if value <= 1 else value / counts[kind][0]
-    assert asked == pytest.approx(Iterative(rounds=3).shares(share)) and reached[-1] == pytest.approx(facts["reached"][kind])
-    assert all(now <= most + 1e-9 for now, most in zip(reached, asked, strict=True)) and reached == sorted(reached, reverse=True)
+    assert asked == pytest.approx(Iterative(rounds=3).shares(share)) and reached[-1] == pytest.approx(
+        facts["reached"][kind]
+    )
+    assert all(now <= most + 1e-9 for now, most in zip(reached, asked, strict=True)) and reached == sorted(
+        reached, reverse=True
+    )
     assert facts["channels"]["one.weight"] == [16, small.one.weight.shape[0]]
     assert [point["epoch"] for point in facts["curve"]] == [1, 2]  # a training of one epoch between two rounds
 
@@ -156,14 +165,23 @@ def test_the_record_says_which_channels_of_the_original_are_left() -> None:
 
 @pytest.mark.parametrize("rounds", [1, 4])
 def test_floor_is_of_the_original_in_all_rounds(rounds: int) -> None:
-    small = prune(net(), macs=0.35, floor=0.5, schedule=f"iterative:rounds={rounds},epochs=1,lr=0.05", task=digits(), progress=False)
+    small = prune(
+        net(),
+        macs=0.35,
+        floor=0.5,
+        schedule=f"iterative:rounds={rounds},epochs=1,lr=0.05",
+        task=digits(),
+        progress=False,
+    )
     assert all(after >= 0.5 * before for before, after in record(small)["facts"]["channels"].values())
 
 
 def test_one_round_is_at_once_and_training_between_helps() -> None:
     once = prune(net(), macs=0.3)
     assert same(once, prune(net(), macs=0.3, schedule="iterative:rounds=1", task=digits()))
-    several = prune(net(), macs=0.3, schedule="iterative:rounds=4,epochs=2,batch_size=64,lr=0.05", task=digits(), progress=False)
+    several = prune(
+        net(), macs=0.3, schedule="iterative:rounds=4,epochs=2,batch_size=64,lr=0.05", task=digits(), progress=False
+    )
     assert _top1(several) > _top1(once) + 0.1
 
 
@@ -213,7 +231,8 @@ def test_the_pull_is_the_formula() -> None:
     for members in groups.values():
         count = parameters[members[0][0]].shape[members[0][1]]
         sizes = [
-            sum(float(parameters[name].detach().double().select(axis, k).square().sum()) for name, axis in members) for k in range(count)
+            sum(float(parameters[name].detach().double().select(axis, k).square().sum()) for name, axis in members)
+            for k in range(count)
         ]
         for k, size in enumerate(sizes):
             pull = 0.01 * 2 ** (4.0 * (max(sizes) - size) / (max(sizes) - min(sizes)))
@@ -244,11 +263,15 @@ def test_the_penalty_shrinks_what_will_be_pruned() -> None:
 
 @pytest.mark.parametrize("stop", [1, 7, 20])
 def test_the_pull_of_an_epoch_is_in_the_checkpoint(tmp_path: Path, stop: int) -> None:
-    run = functools.partial(train, net(), epochs=2, batch_size=96, lr=0.05, ema=0.9, validate_every=0, progress=False, checkpoint_seconds=0)
+    run = functools.partial(
+        train, net(), epochs=2, batch_size=96, lr=0.05, ema=0.9, validate_every=0, progress=False, checkpoint_seconds=0
+    )
     pull = functools.partial(Pull, couple(net()), 0.01)
     with pytest.raises(Stopped):
         run(Stopping(digits(), stop), penalty=pull(4.0), checkpoint=tmp_path)
-    with pytest.raises(InputError, match="penalty='group_sparse reg=0.01 alpha=2.0', there 'group_sparse reg=0.01 alpha=4.0'"):
+    with pytest.raises(
+        InputError, match="penalty='group_sparse reg=0.01 alpha=2.0', there 'group_sparse reg=0.01 alpha=4.0'"
+    ):
         run(digits(), penalty=pull(2.0), checkpoint=tmp_path)
     resumed = run(digits(), penalty=pull(4.0), checkpoint=tmp_path)
     assert same(resumed, run(digits(), penalty=pull(4.0))) and not same(resumed, run(digits(), penalty=pull(2.0)))
@@ -277,7 +300,9 @@ def test_the_first_is_drawn_by_its_score_and_the_rest_without_replacement() -> N
         wanted = weights / weights.sum()
         assert np.abs(first - wanted).max() < 4 * np.sqrt(0.25 / len(keys))  # four standard deviations
         second = np.argsort(-keys, 1)[:, 1]
-        pairs = np.array([[wanted[j] * wanted[i] / (1 - wanted[j]) if i != j else 0 for i in range(1, 4)] for j in range(1, 4)]).sum(0)
+        pairs = np.array(
+            [[wanted[j] * wanted[i] / (1 - wanted[j]) if i != j else 0 for i in range(1, 4)] for j in range(1, 4)]
+        ).sum(0)
         assert np.abs(np.bincount(second, minlength=4)[1:] / len(keys) - pairs).max() < 4 * np.sqrt(0.25 / len(keys))
     assert np.array_equal(Best().keys(scores, 3), scores)
 
@@ -348,11 +373,24 @@ def test_a_recipe_takes_them_and_checks_them_when_it_is_read() -> None:
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder.save(net(), tmp_path / "net")
-    arguments = ["prune", str(tmp_path / "net"), "--macs", "0.5", "--schedule", ITERATIVE, "--data", "sklearn:digits", "--augment", "none"]
+    arguments = [
+        "prune",
+        str(tmp_path / "net"),
+        "--macs",
+        "0.5",
+        "--schedule",
+        ITERATIVE,
+        "--data",
+        "sklearn:digits",
+        "--augment",
+        "none",
+    ]
     assert main.run([*arguments, "-o", str(tmp_path / "small"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["options"]["schedule"].startswith("iterative") and len(found["facts"]["rounds"]) == 3
-    assert same(folder.load(tmp_path / "small"), prune(net(), macs=0.5, schedule=ITERATIVE, task=digits(), progress=False))
+    assert same(
+        folder.load(tmp_path / "small"), prune(net(), macs=0.5, schedule=ITERATIVE, task=digits(), progress=False)
+    )
     assert not (tmp_path / "small.work").exists()
     assert main.run([*arguments[:4], "--schedule", "slowly", "-o", str(tmp_path / "x")]) == 2
     assert "group_sparse, iterative, joint, oneshot" in capsys.readouterr().err
@@ -361,7 +399,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_joint_prunes_distils_and_quantises_in_one_training(tmp_path: Path) -> None:
     task = Classification(train="sklearn:digits", val="sklearn:digits", augment="crop=1")
     original = train(
-        capture(Blocks(), torch.zeros(2, 1, 8, 8)), task, epochs=6, batch_size=64, lr=0.1, validate_every=0, progress=False, device="cpu"
+        capture(Blocks(), torch.zeros(2, 1, 8, 8)),
+        task,
+        epochs=6,
+        batch_size=64,
+        lr=0.1,
+        validate_every=0,
+        progress=False,
+        device="cpu",
     )
     before = {name: value.clone() for name, value in original.state_dict().items()}
     schedule = "joint:steps=160,batch_size=64,shrink=0.2,weights=int4,images=64"
@@ -372,7 +417,9 @@ def test_joint_prunes_distils_and_quantises_in_one_training(tmp_path: Path) -> N
     assert evaluate(small, task).value > evaluate(original, task).value - 0.08
     record = next(one for one in small.meta["history"] if one["step"] == "prune")
     assert (
-        record["options"]["schedule"] == schedule and record["facts"]["steps"] == [32, 96, 32] and record["facts"]["reached"]["macs"] <= 0.5
+        record["options"]["schedule"] == schedule
+        and record["facts"]["steps"] == [32, 96, 32]
+        and record["facts"]["reached"]["macs"] <= 0.5
     )
     again = prune(original, **options, checkpoint=tmp_path / "work")  # all trainings are read from their checkpoints
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in small.state_dict().items())
@@ -403,7 +450,9 @@ def test_what_fades_shrinks_in_equal_steps_to_nothing() -> None:
         for one, mask in fade.masks:
             name = next(name for name, value in parameters.items() if value is one)
             expected = torch.where(mask, start[name] * (4 - step) / 5, start[name])
-            assert torch.allclose(one, expected, rtol=1e-6, atol=0) and torch.equal(one.grad == 0, mask)  # a product of five factors
+            assert torch.allclose(one, expected, rtol=1e-6, atol=0) and torch.equal(
+                one.grad == 0, mask
+            )  # a product of five factors
     for name, (was, now) in channels.items():
         left = int((parameters[name].flatten(1).abs().amax(1) > 0).sum())
         assert left == (now if name in kept else was)

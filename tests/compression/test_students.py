@@ -63,7 +63,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.embed = nn.Conv2d(1, 16, 2, 2)
         self.layers = nn.Sequential(
-            *(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=not post) for _ in range(3))
+            *(
+                nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=not post)
+                for _ in range(3)
+            )
         )
         self.head = nn.Linear(16, 10)
 
@@ -113,7 +116,9 @@ EVERY = [*plugins.available("students"), "copy:fresh=True", "depth:macs=0.6,choo
 
 
 @pytest.mark.parametrize("word", EVERY)
-def test_every_student_trains_saves_and_leaves_the_teacher_alone(word: str, digits: Classification, tmp_path: Path) -> None:
+def test_every_student_trains_saves_and_leaves_the_teacher_alone(
+    word: str, digits: Classification, tmp_path: Path
+) -> None:
     teacher = graph_of(Residual())
     before = state(teacher)
     student = students.made(word, teacher, task=digits, seed=1)
@@ -124,8 +129,12 @@ def test_every_student_trains_saves_and_leaves_the_teacher_alone(word: str, digi
     assert record["facts"]["macs"] == [count_macs(teacher), count_macs(student)]
     assert record["facts"]["params"] == [count_parameters(teacher), count_parameters(student)]
     json.dumps(record, allow_nan=False)
-    taught = distill(word, teacher, digits, steps=2, batch_size=16, validate_every=0, seed=1, progress=False, device="cpu")
-    assert [one["step"] for one in taught.meta["history"]] == ["student", "distill"] and not same(state(taught), state(student))
+    taught = distill(
+        word, teacher, digits, steps=2, batch_size=16, validate_every=0, seed=1, progress=False, device="cpu"
+    )
+    assert [one["step"] for one in taught.meta["history"]] == ["student", "distill"] and not same(
+        state(taught), state(student)
+    )
     assert {name: value.shape for name, value in taught.state_dict().items()} == {name: value.shape for name, value in student.state_dict().items()}  # fmt: skip
     loaded = folder.load(folder.save(taught, tmp_path / "student"))
     inputs = example_inputs(teacher, 3)
@@ -139,7 +148,9 @@ class Mine:
     width: int = 4
 
     def make(self, teacher: fx.GraphModule, task: Any, seed: int) -> fx.GraphModule:
-        return capture(nn.Sequential(nn.Flatten(), nn.Linear(64, self.width), nn.Linear(self.width, 10)), torch.zeros(2, 1, 8, 8))
+        return capture(
+            nn.Sequential(nn.Flatten(), nn.Linear(64, self.width), nn.Linear(self.width, 10)), torch.zeros(2, 1, 8, 8)
+        )
 
 
 # ------------------------------------------------------------------ depth
@@ -239,7 +250,9 @@ def test_fresh_weights_are_those_of_an_untrained_network() -> None:
     for name, variance in (("2.weight", 2 / (16 * 9)), ("5.weight", 1 / 1024)):
         numbers = found[name]
         expected = math.sqrt(variance)
-        assert abs(float(numbers.std()) - expected) < 5 * expected / math.sqrt(2 * numbers.numel())  # five standard errors
+        assert abs(float(numbers.std()) - expected) < 5 * expected / math.sqrt(
+            2 * numbers.numel()
+        )  # five standard errors
         assert abs(float(numbers.mean())) < 5 * expected / math.sqrt(numbers.numel())
         assert not torch.equal(numbers, was[name])
     for name, constant in (("1.weight", 1), ("1.bias", 0), ("1.running_mean", 0), ("1.running_var", 1), ("4.weight", 1), ("4.bias", 0), ("0.bias", 0), ("5.bias", 0)):  # fmt: skip
@@ -257,7 +270,10 @@ def test_a_quantised_teacher_has_no_fresh_copy() -> None:
 
 def test_another_model_gets_the_teachers_classes_and_input() -> None:
     pytest.importorskip("timm")
-    teacher = capture(nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7)), torch.zeros(2, 3, 64, 64))
+    teacher = capture(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7)),
+        torch.zeros(2, 3, 64, 64),
+    )
     student = students.made("timm:test_resnet", teacher)
     assert student(torch.zeros(3, 3, 64, 64)).shape == (3, 7)
     assert not same(state(student), state(students.made("timm:test_resnet", teacher, seed=1)))
@@ -286,14 +302,39 @@ def test_a_student_of_other_classes_is_refused() -> None:
 def test_a_shallow_student_learns_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["--data", "sklearn:digits", "--augment", "crop=1", "--batch-size", "64", "--device", "cpu", "--json"]
     assert (
-        main.run(["distill", "tests.test_students:Residual", *common, "--epochs", "4", "--lr", "0.1", "-o", str(tmp_path / "teacher")]) == 0
+        main.run(
+            [
+                "distill",
+                "tests.test_students:Residual",
+                *common,
+                "--epochs",
+                "4",
+                "--lr",
+                "0.1",
+                "-o",
+                str(tmp_path / "teacher"),
+            ]
+        )
+        == 0
     )
     capsys.readouterr()
-    arguments = [str(tmp_path / "teacher"), "--student", "depth:keep=0.5", *common, "--epochs", "3", "-o", str(tmp_path / "student")]
+    arguments = [
+        str(tmp_path / "teacher"),
+        "--student",
+        "depth:keep=0.5",
+        *common,
+        "--epochs",
+        "3",
+        "-o",
+        str(tmp_path / "student"),
+    ]
     assert main.run(["distill", *arguments]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["step"] == "distill" and told["facts"]["curve"][-1]["val"] > 0.85
     student, teacher = folder.load(tmp_path / "student"), folder.load(tmp_path / "teacher")
     assert len(blocks(student)) == 3 and count_macs(student) < 0.65 * count_macs(teacher)
-    assert main.run(["distill", str(tmp_path / "teacher"), "--student", "deep", *common, "-o", str(tmp_path / "none")]) == 2
+    assert (
+        main.run(["distill", str(tmp_path / "teacher"), "--student", "deep", *common, "-o", str(tmp_path / "none")])
+        == 2
+    )
     assert "neither one of" in capsys.readouterr().err

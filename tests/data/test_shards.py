@@ -58,7 +58,10 @@ def folder(tmp_path: Path) -> Path:
     place = tmp_path / "data"
     place.mkdir()
     for shard in range(3):
-        write(place / f"train-{shard:06d}.tar", [one for index in range(40 * shard, 40 * shard + 40) for one in sample(index, index % 10)])
+        write(
+            place / f"train-{shard:06d}.tar",
+            [one for index in range(40 * shard, 40 * shard + 40) for one in sample(index, index % 10)],
+        )
     return place
 
 
@@ -69,7 +72,9 @@ def task_of(text: str, **options: Any) -> Classification:
 def levels(batches: Any) -> tuple[list[int], list[int]]:
     """Grey level of each image, and its label."""
     found = [(inputs, targets) for inputs, targets in batches]
-    return (torch.cat([x[:, 0, 0, 0] for x, _ in found]) * 255).round().int().tolist(), torch.cat([y for _, y in found]).tolist()
+    return (torch.cat([x[:, 0, 0, 0] for x, _ in found]) * 255).round().int().tolist(), torch.cat(
+        [y for _, y in found]
+    ).tolist()
 
 
 # ------------------------------------------------------------------ order and content
@@ -89,12 +94,15 @@ def test_the_order_follows_the_seed_and_the_epoch_and_goes_on_anywhere(folder: P
     options: dict[str, Any] = {"shuffle_seed": 5, "augment": True, "epoch": 1}
     whole = list(task.batches("train", 8, **options))
     for start, workers in ((0, 2), (4, 0), (14, 2)):
-        rest = list(task_of(f"tar:{folder}", augment="crop,flip", workers=workers).batches("train", 8, start=start, **options))
+        rest = list(
+            task_of(f"tar:{folder}", augment="crop,flip", workers=workers).batches("train", 8, start=start, **options)
+        )
         assert len(rest) == len(whole) - start
         assert all(torch.equal(x, a) and torch.equal(y, b) for (x, y), (a, b) in zip(rest, whole[start:]))
     for other in ({"epoch": 2}, {"shuffle_seed": 6}):
         assert not torch.equal(
-            torch.cat([y for _, y in whole]), torch.cat([y for _, y in task.batches("train", 8, **{**options, **other})])
+            torch.cat([y for _, y in whole]),
+            torch.cat([y for _, y in task.batches("train", 8, **{**options, **other})]),
         )
 
 
@@ -105,7 +113,9 @@ def test_a_shuffled_order_is_a_permutation_that_stays_near() -> None:
     for epoch in range(200):
         order = shuffled(blocks, window, torch.Generator().manual_seed(epoch))
         assert torch.equal(order.sort().values, torch.arange(2000))
-        for first in range(0, 2000, window):  # a stretch as long as a window meets two windows, of at most 100/40 + 2 shards each
+        for first in range(
+            0, 2000, window
+        ):  # a stretch as long as a window meets two windows, of at most 100/40 + 2 shards each
             assert len(blocks[order[first : first + window]].unique()) <= 2 * 4
         places.append(order.argsort())
     mean = torch.stack(places).double().mean(0)  # of a uniform place: 999.5, deviation 577 / sqrt(200) = 41
@@ -138,7 +148,9 @@ def test_long_names_and_other_members_are_read(tmp_path: Path) -> None:
 
 
 def test_shards_without_labels_give_images_only(tmp_path: Path) -> None:
-    task = task_of(f"tar:{write(tmp_path / 'a.tar', [one for index in range(8) for one in sample(index)])}", class_count=10)
+    task = task_of(
+        f"tar:{write(tmp_path / 'a.tar', [one for index in range(8) for one in sample(index)])}", class_count=10
+    )
     assert torch.cat(list(task.inputs("train", 8, 4))).shape == (8, 3, SIZE, SIZE)
     with pytest.raises(DataError, match="has no labels"):
         list(task.batches("train", 4))
@@ -154,7 +166,9 @@ def bomb() -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     head = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
 
 
 ESCAPE = "0008\x1b[2J.png"
@@ -208,7 +222,11 @@ def test_names_that_lead_elsewhere_are_only_names(tmp_path: Path) -> None:
     inside = tmp_path / "inside"
     inside.mkdir()
     names = ["../../outside", "/etc/outside", "a/../../../outside", "C:\\outside"]
-    members = [one for index, name in enumerate(names) for one in (member(f"{name}.png", picture(index)), member(f"{name}.cls", b"1"))]
+    members = [
+        one
+        for index, name in enumerate(names)
+        for one in (member(f"{name}.png", picture(index)), member(f"{name}.cls", b"1"))
+    ]
     before = sorted(str(one) for one in tmp_path.rglob("*"))
     task = task_of(f"tar:{write(inside / 'a.tar', members)}")
     assert levels(task.batches("train", 4))[0] == [0, 1, 2, 3]
@@ -216,7 +234,8 @@ def test_names_that_lead_elsewhere_are_only_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "size", [b"77777777777\0", b"\x80\0\0\0\x7f\xff\xff\xff\xff\xff\xff\xff", b"\xff" * 12, b"00000000x00\0", b"99999999999\0"]
+    "size",
+    [b"77777777777\0", b"\x80\0\0\0\x7f\xff\xff\xff\xff\xff\xff\xff", b"\xff" * 12, b"00000000x00\0", b"99999999999\0"],
 )
 def test_a_size_that_is_not_there_loses_one_member(tmp_path: Path, size: bytes) -> None:
     file = write(tmp_path / "a.tar", [*sample(10, 1), *sample(11, 2), *sample(12, 3)])
@@ -271,7 +290,8 @@ def test_what_is_no_shard(tmp_path: Path, content: bytes, why: str) -> None:
 
 def test_many_broken_members_are_counted_and_few_are_kept_by_name(tmp_path: Path) -> None:
     file = write(
-        tmp_path / "a.tar", [one for index in range(3000) for one in (member(f"{index}.png", b""), member(f"{index}.cls", b"cat"))]
+        tmp_path / "a.tar",
+        [one for index in range(3000) for one in (member(f"{index}.png", b""), member(f"{index}.cls", b"cat"))],
     )
     store = Shards("x", files_of("x", str(file), "train", ".tar")[0])
     assert len(store) == 0 and store.left_out.count == 3000 and len(store.left_out.first) == 100
@@ -295,7 +315,11 @@ def test_strict_on_the_command_line_is_one_line_and_exit_2(tmp_path: Path, capsy
 
 def net() -> torch.nn.Module:
     model = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 10)
+        torch.nn.Conv2d(3, 4, 3),
+        torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(4, 10),
     )
     model.input_shape = (3, SIZE, SIZE)  # type: ignore[assignment]
     return model
@@ -316,7 +340,9 @@ def test_memory_is_flat_in_a_small_run(tmp_path: Path) -> None:
         str(tmp_path / "shards"),
         "--check",
     ]
-    done = subprocess.run([sys.executable, str(bench), *options], capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(
+        [sys.executable, str(bench), *options], capture_output=True, text=True, timeout=280, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.strip().splitlines()[-1])["left_out"] == 2
 
@@ -330,11 +356,17 @@ def table(values: Sequence[Any], labels: Sequence[int | None], **columns: Any) -
     schema_of = {"image": arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])}
     names = {
         "info": {
-            "features": {"image": {"_type": "Image"}, "label": {"names": [f"kind {index}" for index in range(10)], "_type": "ClassLabel"}}
+            "features": {
+                "image": {"_type": "Image"},
+                "label": {"names": [f"kind {index}" for index in range(10)], "_type": "ClassLabel"},
+            }
         }
     }
     fields = [arrow.field("image", schema_of["image"]), arrow.field("label", arrow.int64())]
-    arrays = [arrow.array([{"bytes": value, "path": None} for value in values], schema_of["image"]), arrow.array(labels, arrow.int64())]
+    arrays = [
+        arrow.array([{"bytes": value, "path": None} for value in values], schema_of["image"]),
+        arrow.array(labels, arrow.int64()),
+    ]
     for name, column in columns.items():
         made = arrow.array(column)
         fields.append(arrow.field(name, made.type))
@@ -354,9 +386,12 @@ def test_parquet_of_hugging_face(tmp_path: Path, workers: int) -> None:
     for part in range(2):
         indices = range(50 * part, 50 * part + 50)
         store(
-            tmp_path / f"train-{part:05d}-of-00002.parquet", table([picture(index) for index in indices], [index % 10 for index in indices])
+            tmp_path / f"train-{part:05d}-of-00002.parquet",
+            table([picture(index) for index in indices], [index % 10 for index in indices]),
         )
-    store(tmp_path / "test-00000-of-00001.parquet", table([picture(index) for index in range(200, 210)], list(range(10))))
+    store(
+        tmp_path / "test-00000-of-00001.parquet", table([picture(index) for index in range(200, 210)], list(range(10)))
+    )
     task = task_of(f"parquet:{tmp_path}", val=f"parquet:{tmp_path}", workers=workers)
     assert (task.length("train"), task.length("val"), task.classes) == (100, 10, 10)
     assert task.class_names == tuple(f"kind {index}" for index in range(10))
@@ -379,7 +414,9 @@ def test_parquet_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is no Parquet file that can be read"):
         task_of(f"parquet:{tmp_path}/a.parquet").length("train")
     file = store(tmp_path / "b.parquet", table([picture(1)], [1], thumb=[b"x"], fine=[3]))
-    with pytest.raises(DataError, match=r"2 columns of bytes \(image, thumb\); name that of the images with \?image=NAME"):
+    with pytest.raises(
+        DataError, match=r"2 columns of bytes \(image, thumb\); name that of the images with \?image=NAME"
+    ):
         task_of(f"parquet:{file}").length("train")
     with pytest.raises(DataError, match="'label' is no column of images; have image, thumb"):
         task_of(f"parquet:{file}?image=label").length("train")
@@ -402,7 +439,9 @@ def test_parquet_keeps_few_row_groups(tmp_path: Path, monkeypatch: pytest.Monkey
     assert 4 <= found.window <= 14
     groups = []
     read = found._column
-    monkeypatch.setattr(found, "_column", lambda block: (groups.append(block not in {key[1] for key in found._cached}), read(block))[1])
+    monkeypatch.setattr(
+        found, "_column", lambda block: (groups.append(block not in {key[1] for key in found._cached}), read(block))[1]
+    )
     for index in shuffled(found.blocks, found.window, torch.Generator().manual_seed(0)).tolist():
         assert found[index] == noise[index]
         assert sum(column.nbytes for column in found._cached.values()) <= 40_000

@@ -76,30 +76,50 @@ ON_PLANES: dict[str, Callable[[Tensor, Of], Tensor]] = {
     "arithmetic": lambda x, m: torch.add(x, x.exp(), alpha=0.5) / (1 - x.abs()) - 2 * x.square().sqrt(),
     "comparison": lambda x, m: torch.where(x > 0, x, -1.0) + (x <= 0.5).float() + x.masked_fill(x == 0, 3.0),
     "clips": lambda x, m: F.relu6(4 * x) + F.hardtanh(x) + x.clamp(min=-0.5) + x.clamp_min(0.1) + x.clamp(max=0.7),
-    "gates": lambda x, m: F.silu(x) + F.gelu(x) + F.gelu(x, approximate="tanh") + F.hardswish(x) + F.hardsigmoid(x) + F.mish(x),
-    "units": lambda x, m: F.elu(x, 0.7) + F.leaky_relu(x, 0.1) + F.prelu(x, m.a) + F.softplus(x) + F.glu(torch.cat([x, x], 1), 1),
+    "gates": lambda x, m: (
+        F.silu(x) + F.gelu(x) + F.gelu(x, approximate="tanh") + F.hardswish(x) + F.hardsigmoid(x) + F.mish(x)
+    ),
+    "units": lambda x, m: (
+        F.elu(x, 0.7) + F.leaky_relu(x, 0.1) + F.prelu(x, m.a) + F.softplus(x) + F.glu(torch.cat([x, x], 1), 1)
+    ),
     "norms": lambda x, m: F.group_norm(x, 3, m.a, m.b) + F.batch_norm(x, m.a.detach(), m.b.detach() + 1, m.b, m.a),
     "average": lambda x, m: F.avg_pool2d(x, 3, 2, 1) + F.avg_pool2d(x, 3, 2, 1, count_include_pad=False),
     "ceiling": lambda x, m: F.avg_pool2d(x, 2, 2, ceil_mode=True) + F.max_pool2d(x, 2, 2, ceil_mode=True),
     "divisor": lambda x, m: F.avg_pool2d(x, 2, divisor_override=3),
     "adaptive": pooled,
-    "largest": lambda x, m: F.max_pool2d(x, 3, 1, 1) + x.amax(1, keepdim=True) + x.max(1, keepdim=True)[0] + F.adaptive_max_pool2d(x, 1),
+    "largest": lambda x, m: (
+        F.max_pool2d(x, 3, 1, 1) + x.amax(1, keepdim=True) + x.max(1, keepdim=True)[0] + F.adaptive_max_pool2d(x, 1)
+    ),
     "nearest": lambda x, m: F.interpolate(x, scale_factor=2),
-    "bilinear": lambda x, m: F.interpolate(x, (13, 4), mode="bilinear") + F.interpolate(x, (13, 4), mode="bilinear", align_corners=True),
+    "bilinear": lambda x, m: (
+        F.interpolate(x, (13, 4), mode="bilinear") + F.interpolate(x, (13, 4), mode="bilinear", align_corners=True)
+    ),
     "bicubic": lambda x, m: F.interpolate(x, (13, 11), mode="bicubic"),
-    "statistics": lambda x, m: x.mean((2, 3), keepdim=True) + x.var(1, keepdim=True) + x.std((2, 3), keepdim=True) + x.sum(),
+    "statistics": lambda x, m: (
+        x.mean((2, 3), keepdim=True) + x.var(1, keepdim=True) + x.std((2, 3), keepdim=True) + x.sum()
+    ),
     "length": lambda x, m: F.normalize(x, dim=1) + x.norm(dim=2, keepdim=True) + x.logsumexp(1, keepdim=True),
-    "margins": lambda x, m: F.pad(x, (1, 2, 0, 1), value=0.5) + F.pad(x, (1, 2, 0, 1), "reflect") + F.pad(x, (2, 1, 1, 0), "replicate"),
-    "shuffle": lambda x, m: F.channel_shuffle(x, 3) + F.pixel_unshuffle(F.pixel_shuffle(torch.cat([x, x], 1), 2), 2)[:, :6],
+    "margins": lambda x, m: (
+        F.pad(x, (1, 2, 0, 1), value=0.5) + F.pad(x, (1, 2, 0, 1), "reflect") + F.pad(x, (2, 1, 1, 0), "replicate")
+    ),
+    "shuffle": lambda x, m: (
+        F.channel_shuffle(x, 3) + F.pixel_unshuffle(F.pixel_shuffle(torch.cat([x, x], 1), 2), 2)[:, :6]
+    ),
     "patches": lambda x, m: F.unfold(x, 3, padding=1, stride=2),
     "folded": lambda x, m: F.fold(F.unfold(x, 3, padding=1, stride=2), (9, 7), 3, padding=1, stride=2),
     "windowed": lambda x, m: x.unfold(2, 4, 2).unfold(3, 3, 2).flatten(2),
-    "turned": lambda x, m: x.flip(2) + x.transpose(1, 2).movedim(1, 2) + x.permute(0, 3, 1, 2).swapaxes(2, 3).permute(0, 3, 2, 1),
+    "turned": lambda x, m: (
+        x.flip(2) + x.transpose(1, 2).movedim(1, 2) + x.permute(0, 3, 1, 2).swapaxes(2, 3).permute(0, 3, 2, 1)
+    ),
     "repeated": lambda x, m: x.repeat(1, 2, 1, 1) + x.repeat_interleave(2, 1) + x.tile((2, 1, 1)),
-    "parts": lambda x, m: sum(x.chunk(3, 1)) + sum(x.split(2, 1)) + x.split((2, 4), 1)[0] + x.narrow(1, 1, 2) + x[:, 1:5:2],  # type: ignore[operator, return-value]
+    "parts": lambda x, m: (
+        sum(x.chunk(3, 1)) + sum(x.split(2, 1)) + x.split((2, 4), 1)[0] + x.narrow(1, 1, 2) + x[:, 1:5:2]
+    ),  # type: ignore[operator, return-value]
     "scattered": scattered,
     "windows": windows,
-    "transposed": lambda x, m: F.conv_transpose2d(x, m.w[:6, :4, None, None].expand(6, 4, 3, 3), stride=2, padding=1, output_padding=1),
+    "transposed": lambda x, m: F.conv_transpose2d(
+        x, m.w[:6, :4, None, None].expand(6, 4, 3, 3), stride=2, padding=1, output_padding=1
+    ),
     "same": lambda x, m: F.conv2d(x, m.w[:6, :6, None, None].expand(6, 6, 4, 3), padding="same", dilation=2),
     "ordered": lambda x, m: x.topk(3, 1)[0] + x.cumsum(1)[:, :3] + x.argmax(1, keepdim=True),
     "sampled": lambda x, m: F.grid_sample(x, x[:, :2].permute(0, 2, 3, 1).tanh(), align_corners=False),
@@ -118,7 +138,9 @@ ON_TOKENS: dict[str, Callable[[Tensor, Of], Tensor]] = {
     "average": lambda x, m: F.avg_pool1d(x, 2) + F.conv1d(x, m.w[:10, :10, None]).unflatten(2, (6, 2))[..., 0],
     "powers": lambda x, m: x.abs().pow(1.5) + x**2 + torch.lerp(x, 2 * x, 0.3) + torch.addcmul(x, x, x, value=0.1) + torch.rsub(x, 1, alpha=2),
 }  # fmt: skip
-CASES = [(name, PLANE, case) for name, case in ON_PLANES.items()] + [(name, TOKENS, case) for name, case in ON_TOKENS.items()]
+CASES = [(name, PLANE, case) for name, case in ON_PLANES.items()] + [
+    (name, TOKENS, case) for name, case in ON_TOKENS.items()
+]
 
 
 def ran(model: nn.Module, shape: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor]]:
@@ -142,7 +164,9 @@ def test_an_operator_is_the_same_in_onnx(name: str, shape: tuple[int, ...], case
     assert torch.allclose(found[0], exact[0], rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "num_layers": 2}, {"bias": False}], ids=["one", "both", "no bias"])
+@pytest.mark.parametrize(
+    "options", [{}, {"bidirectional": True, "num_layers": 2}, {"bias": False}], ids=["one", "both", "no bias"]
+)
 def test_recurrent_gates_are_put_in_the_order_of_onnx(options: dict[str, int]) -> None:
     class Recurrent(nn.Module):
         def __init__(self) -> None:
@@ -181,8 +205,12 @@ def test_an_operator_without_a_row_goes_through_torchs_exporter(tmp_path) -> Non
     with pytest.raises(Untranslated, match="atan"):
         onnx_model(onnx, graph)
     x = torch.randn(5, *TOKENS)
-    session = runtime.InferenceSession(str(file_module.write(graph, tmp_path / "atan.onnx")), providers=["CPUExecutionProvider"])
-    assert torch.allclose(torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]), x.atan(), atol=1e-6)
+    session = runtime.InferenceSession(
+        str(file_module.write(graph, tmp_path / "atan.onnx")), providers=["CPUExecutionProvider"]
+    )
+    assert torch.allclose(
+        torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]), x.atan(), atol=1e-6
+    )
     assert issubclass(Untranslated, InputError)
 
 
@@ -201,13 +229,20 @@ def test_torchs_optimiser_is_not_believed(tmp_path) -> None:
             return torch.clamp(x, self.low, self.high) + torch.clamp(x, self.lower, self.higher).flip(1)
 
     graph, x = capture(Clips(), torch.randn(2, *TOKENS)), torch.randn(5, *TOKENS)
-    session = runtime.InferenceSession(str(file_module.write(graph, tmp_path / "clips.onnx")), providers=["CPUExecutionProvider"])
-    assert torch.allclose(torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]), graph(x), atol=1e-6)
+    session = runtime.InferenceSession(
+        str(file_module.write(graph, tmp_path / "clips.onnx")), providers=["CPUExecutionProvider"]
+    )
+    assert torch.allclose(
+        torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]), graph(x), atol=1e-6
+    )
 
 
 def test_the_file_is_the_model_written_piece_by_piece(tmp_path, monkeypatch) -> None:
     """Sizes of one to four bytes in protobuf's format, and the graph as it was, which shares its tensors with the folded one."""
-    graph = capture(nn.Sequential(nn.Linear(12, 1), nn.Linear(1, 600), nn.Linear(600, 1000)).requires_grad_(True), torch.randn(2, *TOKENS))
+    graph = capture(
+        nn.Sequential(nn.Linear(12, 1), nn.Linear(1, 600), nn.Linear(600, 1000)).requires_grad_(True),
+        torch.randn(2, *TOKENS),
+    )
     before = {name: (value, value.clone()) for name, value in graph.state_dict(keep_vars=True).items()}
     whole: list[bytes] = []
     stored = file_module._stored
@@ -221,7 +256,10 @@ def test_the_file_is_the_model_written_piece_by_piece(tmp_path, monkeypatch) -> 
     assert onnx.load(path).SerializeToString(deterministic=True) == whole[0]
     assert path.stat().st_size == len(whole[0]) > 2**21
     after = graph.state_dict(keep_vars=True)
-    assert all(after[name] is value and value.requires_grad and torch.equal(value, old) for name, (value, old) in before.items())
+    assert all(
+        after[name] is value and value.requires_grad and torch.equal(value, old)
+        for name, (value, old) in before.items()
+    )
 
 
 def test_more_weights_than_a_file_holds_are_refused_before_it_is_written(tmp_path, monkeypatch) -> None:

@@ -95,7 +95,9 @@ def test_integer_model_is_compared_and_a_wrong_layer_is_named(
     first, second = (runtime.export(small, tmp_path / f"{name}{runtime.suffix}") for name in "ab")
     assert first.read_bytes() == second.read_bytes()
     found = runtime.compare(small, first, torch.cat(batches))
-    assert found["passed"] and found["ulp"] <= 1 and found["first_diverging_layer"] is None and found["agreement"] > 0.99
+    assert (
+        found["passed"] and found["ulp"] <= 1 and found["first_diverging_layer"] is None and found["agreement"] > 0.99
+    )
     assert len(found["layers"]) >= 8
     wrong = copy.deepcopy(small)
     dict(wrong.named_buffers())["depthwise.bias_codes"].add_(10_000)
@@ -103,10 +105,14 @@ def test_integer_model_is_compared_and_a_wrong_layer_is_named(
     assert not broken["passed"] and broken["first_diverging_layer"].startswith("depthwise")
 
 
-def test_kernel_times_name_every_kernel_once(runtime: Any, graph: fx.GraphModule, batches: list[Tensor], tmp_path: Path) -> None:
+def test_kernel_times_name_every_kernel_once(
+    runtime: Any, graph: fx.GraphModule, batches: list[Tensor], tmp_path: Path
+) -> None:
     kernels = runtime.kernel_times(runtime.export(graph, tmp_path / f"model{runtime.suffix}"), batches[0], seconds=0.1)
     assert len({name for name, *_ in kernels}) == len(kernels) > 5
-    assert all(us >= 0 and all(isinstance(size, int) for shape in shapes for size in shape) for _, _, shapes, us in kernels)
+    assert all(
+        us >= 0 and all(isinstance(size, int) for shape in shapes for size in shape) for _, _, shapes, us in kernels
+    )
     assert any([16, 3, 3, 3] in shapes for _, _, shapes, _ in kernels)
     assert sum(us for *_, us in kernels) > 10
 
@@ -156,7 +162,14 @@ def test_a_signal_is_handled_after_openvino_sessions_are_gone(graph: fx.GraphMod
     pytest.importorskip("openvino")
     path = plugins.resolve("runtimes", "openvino").export(graph, tmp_path / "m.onnx")
     known = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    done = subprocess.run([sys.executable, "-c", SIGNALLED, str(path)], env=known, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED, str(path)],
+        env=known,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
 
 
@@ -169,7 +182,9 @@ def test_openvino_in_bf16_is_another_precision(graph: fx.GraphModule, batches: l
     assert torch.allclose(found, graph(batches[0]), atol=0.05)
 
 
-def test_certificate_names_runtimes_file_and_first_layer(graph: fx.GraphModule, batches: list[Tensor], tmp_path: Path) -> None:
+def test_certificate_names_runtimes_file_and_first_layer(
+    graph: fx.GraphModule, batches: list[Tensor], tmp_path: Path
+) -> None:
     """One file, read by two runtimes: ONNX Runtime's tile of 16 channels included."""
     pytest.importorskip("onnxruntime")
     pytest.importorskip("openvino")
@@ -193,7 +208,11 @@ class Uneven(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.first, self.second = nn.Conv2d(3, 24, 1), nn.Conv2d(24, 24, 3, padding=1, groups=24), nn.Conv2d(8, 24, 1)
+        self.stem, self.first, self.second = (
+            nn.Conv2d(3, 24, 1),
+            nn.Conv2d(24, 24, 3, padding=1, groups=24),
+            nn.Conv2d(8, 24, 1),
+        )
         self.squeeze, self.excite, self.project = nn.Conv2d(24, 20, 1), nn.Conv2d(20, 24, 1), nn.Conv2d(24, 8, 1)
         self.last, self.head = nn.Conv2d(24, 24, 5, padding=2, groups=24), nn.Conv2d(32, 10, 1)
 
@@ -241,7 +260,9 @@ def test_all_outputs_are_compared(runtime: Any, tmp_path: Path) -> None:
     found = runtime.compare(small, path, inputs)
     assert found["passed"] and found["largest_difference"] < 0.1
     small.get_buffer("second.bias_codes").add_(1_000_000)
-    broken = runtime.compare(small, path, inputs)  # all of its numbers moved alike, so that the largest stays where it is
+    broken = runtime.compare(
+        small, path, inputs
+    )  # all of its numbers moved alike, so that the largest stays where it is
     assert broken["largest_difference"] > 1 and broken["agreement"] == 0 and not broken["passed"]
 
 
@@ -296,16 +317,23 @@ def test_a_value_that_a_runtime_gives_in_another_shape_is_left_out(tmp_path: Pat
     found = certify(small, path, also=["openvino"], inputs=inputs)
     own, other = found["runtimes"].values()
     assert found["passed"] and "unread" not in own
-    assert {layer["value"] for layer in other["layers"]} | set(other.get("unread", ())) == {layer["value"] for layer in own["layers"]}
+    assert {layer["value"] for layer in other["layers"]} | set(other.get("unread", ())) == {
+        layer["value"] for layer in own["layers"]
+    }
 
 
-def test_inductor_multiplies_codes_and_reads_a_saved_folder(graph: fx.GraphModule, batches: list[Tensor], tmp_path: Path) -> None:
+def test_inductor_multiplies_codes_and_reads_a_saved_folder(
+    graph: fx.GraphModule, batches: list[Tensor], tmp_path: Path
+) -> None:
     """Layers become oneDNN's integer ones, the weights packed; a folder is as good as the file; no GPU, no other member and no packed file are taken."""
     runtime = plugins.resolve("runtimes", "inductor:threads=1")
     small = quantize(graph, batches=batches, runtime=runtime, progress=False)
     session = runtime.open(folder.save(small, tmp_path / "small"))
     called = [str(node.target) for node in session.graph.graph.nodes if node.op == "call_function"]
-    assert sum("qconv_pointwise" in name for name in called) == 5 and sum("qlinear_pointwise" in name for name in called) == 5
+    assert (
+        sum("qconv_pointwise" in name for name in called) == 5
+        and sum("qlinear_pointwise" in name for name in called) == 5
+    )
     assert not any(name.startswith("rarefy") for name in called)
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="torch finds no GPU"):
@@ -322,11 +350,15 @@ def test_inductor_multiplies_codes_and_reads_a_saved_folder(graph: fx.GraphModul
     assert not (tmp_path.parent / "out").exists()
 
 
-def test_exact_integer_operators_are_plain_ones_to_a_compiler(graph: fx.GraphModule, batches: list[Tensor], tmp_path: Path) -> None:
+def test_exact_integer_operators_are_plain_ones_to_a_compiler(
+    graph: fx.GraphModule, batches: list[Tensor], tmp_path: Path
+) -> None:
     """What is compiled on CUDA: the same answers to the bit, uncompiled."""
     from rarefy.runtimes.inductor import _compilable
 
     small = quantize(graph, batches=batches, runtime="inductor", progress=False)
     plain = _compilable(small, (), exact=True)
-    assert not any("rarefy" in str(node.target) and isinstance(node.target, torch._ops.OpOverload) for node in plain.graph.nodes)
+    assert not any(
+        "rarefy" in str(node.target) and isinstance(node.target, torch._ops.OpOverload) for node in plain.graph.nodes
+    )
     assert torch.equal(plain(batches[0]), small(batches[0]))

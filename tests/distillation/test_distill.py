@@ -44,7 +44,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def digits() -> tuple[Tensor, Tensor]:
     found = load_digits()
     order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(0))
-    return torch.tensor(found.images, dtype=torch.float32).unsqueeze(1)[order] / 8 - 1, torch.tensor(found.target)[order]
+    return torch.tensor(found.images, dtype=torch.float32).unsqueeze(1)[order] / 8 - 1, torch.tensor(found.target)[
+        order
+    ]
 
 
 class Stopped(Exception):
@@ -84,14 +86,18 @@ class Digits:
                 raise Stopped
             inputs = x[rows]
             if augment:
-                inputs = inputs + self.noise * torch.randn(inputs.shape, generator=torch.Generator().manual_seed(1000 * epoch + step))
+                inputs = inputs + self.noise * torch.randn(
+                    inputs.shape, generator=torch.Generator().manual_seed(1000 * epoch + step)
+                )
                 if self.spoil is not None and self.spoil <= (epoch, step):
                     inputs = inputs * float("nan")
                 if self.watch is not None:
                     self.watch(epoch, step, inputs)
             yield inputs.to(device), y[rows].to(device) if self.labels or split == "val" else None
 
-    def rows(self, split: str, batch_size: int, *, shuffle_seed: int | None = None, epoch: int = 0) -> list[Tensor] | None:
+    def rows(
+        self, split: str, batch_size: int, *, shuffle_seed: int | None = None, epoch: int = 0
+    ) -> list[Tensor] | None:
         if self.noise:
             return None
         order = torch.arange(self.images)
@@ -234,7 +240,9 @@ def test_matches_a_loop_written_by_hand() -> None:
     ours, guide = copy.deepcopy(student()).train(), copy.deepcopy(teacher()).eval()
     decayed = [one for one in ours.parameters() if one.dim() > 1]
     plain = [one for one in ours.parameters() if one.dim() == 1]
-    optimizer = torch.optim.SGD([{"params": decayed, "weight_decay": 0.01}, {"params": plain}], lr=1, momentum=0.9, nesterov=True)
+    optimizer = torch.optim.SGD(
+        [{"params": decayed, "weight_decay": 0.01}, {"params": plain}], lr=1, momentum=0.9, nesterov=True
+    )
     rates = [0.1 / 3, 0.2 / 3, 0.1, 0.1 * (1 + np.cos(np.pi / 4)) / 2, 0.05, 0.1 * (1 + np.cos(3 * np.pi / 4)) / 2]
     step = 0
     for epoch in range(2):
@@ -302,13 +310,24 @@ def test_out_of_memory_halves_the_parts_and_goes_on(monkeypatch: pytest.MonkeyPa
     for name, one in tensors(whole).items():
         torch.testing.assert_close(tensors(parts)[name], one, rtol=1e-4, atol=1e-6)
 
-    monkeypatch.setattr(objective.Objective, "forward", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none at all")))
+    monkeypatch.setattr(
+        objective.Objective, "forward", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none at all"))
+    )
     with pytest.raises(InputError, match="out of memory with 1 images"):
         train(model, Digits(), **QUICK)
 
 
 def test_adamw_and_bf16_learn() -> None:
-    result = train(net(8), Digits(images=800), epochs=6, batch_size=25, optimizer="adamw", lr=0.01, precision="bf16", progress=False)
+    result = train(
+        net(8),
+        Digits(images=800),
+        epochs=6,
+        batch_size=25,
+        optimizer="adamw",
+        lr=0.01,
+        precision="bf16",
+        progress=False,
+    )
     assert top1(result) > 0.7
     assert all(one.dtype == torch.float32 for one in result.parameters())
 
@@ -365,10 +384,16 @@ def test_integer_buffers_pass_through() -> None:
 
 
 def test_record_says_how_it_went() -> None:
-    result = distill(student(), teacher(), Digits(), loss="kl:temperature=2.0 + 3*mse", epochs=2, batch_size=40, progress=False)
+    result = distill(
+        student(), teacher(), Digits(), loss="kl:temperature=2.0 + 3*mse", epochs=2, batch_size=40, progress=False
+    )
     record = result.meta["history"][-1]
     json.dumps(record, allow_nan=False)
-    assert record["step"] == "distill" and record["options"]["loss"] == "1*kl:temperature=2.0 + 3*mse" and record["options"]["epochs"] == 2
+    assert (
+        record["step"] == "distill"
+        and record["options"]["loss"] == "1*kl:temperature=2.0 + 3*mse"
+        and record["options"]["epochs"] == 2
+    )
     assert [one["epoch"] for one in record["facts"]["curve"]] == [1, 2]
     assert record["facts"]["curve"][1]["val"] == pytest.approx(top1(result), abs=1e-6)
     assert record["facts"]["steps"] == 8 and len(record["facts"]["matched"]) == 2
@@ -381,7 +406,9 @@ def test_two_runs_with_one_seed_agree_and_another_differs() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile on a CPU needs a C++ compiler")
+@pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile on a CPU needs a C++ compiler"
+)
 def test_compiled_is_the_same_training() -> None:
     options = {**QUICK, "epochs": 1}
     plain = distill(student(), teacher(), Digits(), loss="lskd + mse", **options)
@@ -399,13 +426,25 @@ def test_cuda_graphs_are_the_same_training(accumulate: int) -> None:
     Without TF32 (whose 2^-11 in each product depends on the algorithm chosen) both compute in fp32, eps 1.2e-7: twelve steps of sums of at most 1e3
     terms in another order stay below 1e-4.
     """
-    options = {**QUICK, "loss": "lskd + mse", "epochs": 3, "lr": 0.01, "accumulate": accumulate, "precision": "fp32", "device": "cuda"}
+    options = {
+        **QUICK,
+        "loss": "lskd + mse",
+        "epochs": 3,
+        "lr": 0.01,
+        "accumulate": accumulate,
+        "precision": "fp32",
+        "device": "cuda",
+    }
     backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [one.allow_tf32 for one in backends]  # not by monkeypatch, which can't undo what a module answers by __getattr__
+    before = [
+        one.allow_tf32 for one in backends
+    ]  # not by monkeypatch, which can't undo what a module answers by __getattr__
     try:
         for one in backends:
             one.allow_tf32 = False
-        plain, graphs = (distill(student(), teacher(), Digits(), compile=mode, **options) for mode in ("no", "reduce-overhead"))
+        plain, graphs = (
+            distill(student(), teacher(), Digits(), compile=mode, **options) for mode in ("no", "reduce-overhead")
+        )
     finally:
         for one, was in zip(backends, before, strict=True):
             one.allow_tf32 = was
@@ -450,7 +489,10 @@ def test_teacher_sees_the_student_s_picture(monkeypatch: pytest.MonkeyPatch) -> 
     forward = objective.Objective.forward
 
     def spied(self: Any, inputs: Tensor, targets: Tensor) -> Tensor:
-        handles = [one.register_forward_pre_hook(lambda _, args: taken.append(args[0])) for one in (self.student, self.teachers[0])]
+        handles = [
+            one.register_forward_pre_hook(lambda _, args: taken.append(args[0]))
+            for one in (self.student, self.teachers[0])
+        ]
         taken: list[Tensor] = []
         loss = forward(self, inputs, targets)
         for handle in handles:
@@ -486,7 +528,13 @@ def undisturbed(optimizer: str) -> fx.GraphModule:
 @pytest.mark.parametrize("stops", [[(0, 0)], [(0, 1)], [(0, 3), (2, 1)], [(1, 0)], [(1, 2), (1, 3), (2, 3)]])
 def test_stopped_run_ends_with_the_same_bits(tmp_path: Path, optimizer: str, stops: list[tuple[int, int]]) -> None:
     run = functools.partial(
-        distill, student(dropout=0.2), teacher(), optimizer=optimizer, checkpoint=tmp_path, checkpoint_seconds=0, **RESUMED
+        distill,
+        student(dropout=0.2),
+        teacher(),
+        optimizer=optimizer,
+        checkpoint=tmp_path,
+        checkpoint_seconds=0,
+        **RESUMED,
     )
     for stop in stops:
         with pytest.raises(Stopped):
@@ -510,7 +558,11 @@ def test_finished_run_is_returned_without_training(tmp_path: Path) -> None:
 def test_saving_by_time_does_not_save_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saves = []
     save = checkpoint.Store.save
-    monkeypatch.setattr(checkpoint.Store, "save", lambda self, state, numbers: (saves.append(numbers["step"]), save(self, state, numbers)))
+    monkeypatch.setattr(
+        checkpoint.Store,
+        "save",
+        lambda self, state, numbers: (saves.append(numbers["step"]), save(self, state, numbers)),
+    )
     distill(student(), teacher(), Digits(), checkpoint=tmp_path, checkpoint_seconds=3600, **QUICK)
     assert saves == [4, 8]
 
@@ -597,7 +649,9 @@ def test_damaged_checkpoint_is_one_line(tmp_path: Path, damage: str) -> None:
     else:
         with safetensors.safe_open(file, "pt") as opened:
             header = json.loads(opened.metadata()["rarefy"])
-        safetensors.torch.save_file({"x": torch.zeros(1)}, file, metadata={"rarefy": json.dumps({**header, "numbers": {}})})
+        safetensors.torch.save_file(
+            {"x": torch.zeros(1)}, file, metadata={"rarefy": json.dumps({**header, "numbers": {}})}
+        )
     with pytest.raises(FormatError, match="delete it") as raised:
         distill(student(), teacher(), Digits(), checkpoint=tmp_path, **QUICK)
     assert "\n" not in str(raised.value)
@@ -702,7 +756,9 @@ def test_no_val_data_no_validation() -> None:
 # -- progress
 
 
-def test_progress_lines_when_nobody_watches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_lines_when_nobody_watches(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     clock = iter(range(0, 1000, 4))
     monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
     steps = progress.track(range(4, 10), 10, "distil", done=4)

@@ -59,15 +59,33 @@ for _ in range(200):  # the group's threads are still at work when the program e
 """
 
 
-def start(folder: Path, name: str, processes: int, state: str = "", pause: float = 0.0, program: str = PROGRAM) -> subprocess.Popen[str]:
+def start(
+    folder: Path, name: str, processes: int, state: str = "", pause: float = 0.0, program: str = PROGRAM
+) -> subprocess.Popen[str]:
     script = folder / "program.py"
     script.write_text(program)
     command = [sys.executable, str(script)]
     if processes > 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(processes),
+            str(script),
+        ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    }
     return subprocess.Popen(
-        [*command, str(folder / name), state, str(pause)], env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        [*command, str(folder / name), state, str(pause)],
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
     )
 
 
@@ -113,7 +131,9 @@ def test_two_processes_are_one_with_the_whole_batch_and_survive_a_kill(tmp_path:
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0 and not (tmp_path / "killed").exists()
     ours = [line for line in errors.splitlines() if line.startswith("rarefy:")]
-    assert len(ours) == 1 and re.search(r"another one ended.*start it again the same way, and it goes on from .*state", ours[0]), errors
+    assert len(ours) == 1 and re.search(
+        r"another one ended.*start it again the same way, and it goes on from .*state", ours[0]
+    ), errors
     resumed = weights(tmp_path, "killed", 2, str(state))
     for name, value in two.items():
         torch.testing.assert_close(resumed[name], value, rtol=0, atol=0)

@@ -56,14 +56,18 @@ def test_a_folder_of_images_without_classes_distils_in_python_on_the_command_lin
         folder = tmp_path / "photos" / str(index % 7)  # which is no class
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray((image * 15.9).astype(np.uint8)).save(folder / f"{index}.png")
-    task = Classification(train=f"images:{tmp_path / 'photos'}", val="sklearn:digits", size=8, channels=1, augment="none")
+    task = Classification(
+        train=f"images:{tmp_path / 'photos'}", val="sklearn:digits", size=8, channels=1, augment="none"
+    )
     assert not task.labelled("train") and task.labelled("val") and task.classes == 10
     assert next(one for one in usual_steps(Budget(), 10**6, task) if one["do"] == "distill")["hard_weight"] == 0
     torch.manual_seed(0)
     model = capture(demo.model(width=16), torch.zeros(2, 1, 8, 8))
     with pytest.raises(DataError, match="hard_weight=0"):
         distill(model, model, task, steps=2, batch_size=32, progress=False)
-    result = distill(model, model, task, hard_weight=0, cache=tmp_path / "cache", epochs=2, batch_size=32, progress=False)
+    result = distill(
+        model, model, task, hard_weight=0, cache=tmp_path / "cache", epochs=2, batch_size=32, progress=False
+    )
     assert facts(result)["curve"][-1]["val"] is not None
 
     save(model, tmp_path / "model")
@@ -80,15 +84,21 @@ def test_a_folder_of_images_without_classes_distils_in_python_on_the_command_lin
         "none",
     ]
     teaching = ["--teacher", str(tmp_path / "model"), "--hard-weight", "0", "--steps", "2", "--batch-size", "32"]
-    assert main.run(["distill", str(tmp_path / "model"), *given, *teaching, "-o", str(tmp_path / "small"), "--json"]) == 0
+    assert (
+        main.run(["distill", str(tmp_path / "model"), *given, *teaching, "-o", str(tmp_path / "small"), "--json"]) == 0
+    )
     assert '"hard_weight": 0.0' in capsys.readouterr().out
     steps = [{"do": "distill", "hard_weight": 0.0, "steps": 2, "batch_size": 32, "training": "fast"}]
-    done = compress(model, task, budget=Budget(), steps=steps, workdir=tmp_path / "work", corruptions=[], progress=False)
+    done = compress(
+        model, task, budget=Budget(), steps=steps, workdir=tmp_path / "work", corruptions=[], progress=False
+    )
     assert done.report["steps"][0]["step"] == "distill"
 
 
 def test_labels_that_are_not_needed_change_nothing_where_the_loss_reads_none() -> None:
-    with_labels, without = (distill(student(), teacher(), Digits(labels=labels), hard_weight=0, **QUICK) for labels in (True, False))
+    with_labels, without = (
+        distill(student(), teacher(), Digits(labels=labels), hard_weight=0, **QUICK) for labels in (True, False)
+    )
     assert same(with_labels, without)
 
 
@@ -115,7 +125,9 @@ def test_a_network_teaches_itself() -> None:
     model = net(4)
     result = distill(model, model, Digits(), loss="lskd", **QUICK)
     assert not same(result, student()) and result.meta["history"][-1]["facts"]["steps"] == 8
-    still = distill(model.eval(), model, Digits(), loss="mse:on=logits", hard_weight=0, weight_decay=0.0, **{**QUICK, "lr": 1e-3})
+    still = distill(
+        model.eval(), model, Digits(), loss="mse:on=logits", hard_weight=0, weight_decay=0.0, **{**QUICK, "lr": 1e-3}
+    )
     assert facts(still)["curve"][-1]["loss"] < facts(result)["curve"][-1]["loss"]
 
 
@@ -132,11 +144,16 @@ def test_what_is_no_teacher(given: Any) -> None:
 def test_cached_answers_train_the_same_and_the_teacher_is_asked_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noise: float, mixup: float
 ) -> None:
-    task, options = Digits(images=170, noise=noise), {**QUICK, "loss": "lskd + mse", "mixup": mixup}  # 170: the last images fill no batch
+    task, options = (
+        Digits(images=170, noise=noise),
+        {**QUICK, "loss": "lskd + mse", "mixup": mixup},
+    )  # 170: the last images fill no batch
     plain = distill(student(), teacher(), task, **options)
     asked: list[int] = []
     answers = objective.Objective.answers
-    monkeypatch.setattr(objective.Objective, "answers", lambda self, inputs: (asked.append(len(inputs)), answers(self, inputs))[1])
+    monkeypatch.setattr(
+        objective.Objective, "answers", lambda self, inputs: (asked.append(len(inputs)), answers(self, inputs))[1]
+    )
     cached = distill(student(), teacher(), task, cache=tmp_path, **options)
     fixed = not noise and not mixup
     assert sum(asked) == 2 + (170 if fixed else 2 * 160)  # two to learn the shapes
@@ -151,7 +168,9 @@ def test_cached_answers_train_the_same_and_the_teacher_is_asked_once(
 
 
 def test_cached_run_resumes_to_the_bit(tmp_path: Path) -> None:
-    run = functools.partial(distill, student(dropout=0.2), teacher(), cache=tmp_path / "cache", **{**RESUMED, "accumulate": 2})
+    run = functools.partial(
+        distill, student(dropout=0.2), teacher(), cache=tmp_path / "cache", **{**RESUMED, "accumulate": 2}
+    )
     whole = run(Digits())
     with pytest.raises(Stopped):
         run(Digits(stop=(1, 2)), checkpoint=tmp_path / "state", checkpoint_seconds=0)
@@ -227,9 +246,21 @@ def test_an_early_end(tmp_path: Path) -> None:
         seen.append(scores[len(seen)])
         return seen[-1]
 
-    options = {**QUICK, "epochs": 6, "validate_every": 1, "patience": 2, "keep": "best", "validate": validate, "checkpoint": tmp_path}
+    options = {
+        **QUICK,
+        "epochs": 6,
+        "validate_every": 1,
+        "patience": 2,
+        "keep": "best",
+        "validate": validate,
+        "checkpoint": tmp_path,
+    }
     result = train(student(), Digits(), **options)
-    assert seen == [0.5, 0.9, 0.3, 0.9] and facts(result)["stopped"] == {"epoch": 4, "of": 6} and facts(result)["best"]["epoch"] == 2
+    assert (
+        seen == [0.5, 0.9, 0.3, 0.9]
+        and facts(result)["stopped"] == {"epoch": 4, "of": 6}
+        and facts(result)["best"]["epoch"] == 2
+    )
     assert facts(result)["steps"] == 16
     assert same(train(student(), Digits(), **options), result) and len(seen) == 4
     with pytest.raises(InputError, match="patience=2 needs a val split"):

@@ -90,7 +90,10 @@ class TestContract:
         def scalar(logits: Tensor, *features: Tensor) -> Tensor:
             return value(loss, logits, teacher.double(), dict(zip(ours, features)), theirs64)
 
-        points = [student.double().requires_grad_(), *(one.double()[:, :2, :2, :2].contiguous().requires_grad_() for one in ours.values())]
+        points = [
+            student.double().requires_grad_(),
+            *(one.double()[:, :2, :2, :2].contiguous().requires_grad_() for one in ours.values()),
+        ]
         assert torch.autograd.gradcheck(scalar, points)
 
     def test_order_of_the_batch_does_not_matter(self, form: str) -> None:
@@ -102,7 +105,9 @@ class TestContract:
         features = {} if loss.on == "logits" else {name: (ours[name], theirs[name]) for name in ours}
         shuffled = {name: (a[order], b[order]) for name, (a, b) in features.items()}
         straight = loss(student, teacher, targets, features)
-        torch.testing.assert_close(loss(student[order], teacher[order], targets[order], shuffled), straight, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            loss(student[order], teacher[order], targets[order], shuffled), straight, rtol=1e-5, atol=1e-6
+        )
 
     def test_needs_no_labels_or_takes_soft_ones(self, form: str) -> None:
         loss = plugins.resolve("losses", form)
@@ -119,7 +124,10 @@ class TestContract:
         loss = plugins.resolve("losses", form)
         teacher, theirs = pictures(0)
         student, ours = pictures(1)
-        student, ours = (size * student).requires_grad_(), {name: (size * one).requires_grad_() for name, one in ours.items()}
+        student, ours = (
+            (size * student).requires_grad_(),
+            {name: (size * one).requires_grad_() for name, one in ours.items()},
+        )
         result = value(loss, student, size * teacher, ours, {name: size * one for name, one in theirs.items()})
         result.backward()
         assert result.isfinite()
@@ -149,7 +157,9 @@ def test_kl_tends_to_the_squared_distance_of_centred_logits() -> None:
 def test_lskd_is_kl_of_standardised_logits() -> None:
     teacher, student = pictures(0)[0].double(), pictures(1)[0].double()
     z = [(one - one.mean(1, keepdim=True)) / one.std(1, keepdim=True) for one in (student, teacher)]
-    torch.testing.assert_close(Lskd(temperature=2, weight=9)(student, teacher, None, {}), 9 * Kl(temperature=2)(*z, None, {}))
+    torch.testing.assert_close(
+        Lskd(temperature=2, weight=9)(student, teacher, None, {}), 9 * Kl(temperature=2)(*z, None, {})
+    )
 
 
 def test_lskd_does_not_see_shift_and_scale_and_kl_does() -> None:
@@ -168,10 +178,20 @@ def test_mse_is_the_mean_of_its_pairs() -> None:
 
 def test_mse_projects_only_where_channels_differ() -> None:
     adapter = Mse().adapter(
-        {"same": ((8, 6, 6), (8, 6, 6)), "wider": ((4, 3, 3), (12, 3, 3)), "tokens": ((4, 9), (6, 9)), "vector": ((4,), (5,))}
+        {
+            "same": ((8, 6, 6), (8, 6, 6)),
+            "wider": ((4, 3, 3), (12, 3, 3)),
+            "tokens": ((4, 9), (6, 9)),
+            "vector": ((4,), (5,)),
+        }
     )
     assert adapter is not None
-    given = {"same": torch.randn(2, 8, 6, 6), "wider": torch.randn(2, 4, 3, 3), "tokens": torch.randn(2, 4, 9), "vector": torch.randn(2, 4)}
+    given = {
+        "same": torch.randn(2, 8, 6, 6),
+        "wider": torch.randn(2, 4, 3, 3),
+        "tokens": torch.randn(2, 4, 9),
+        "vector": torch.randn(2, 4),
+    }
     seen = adapter(given)
     assert seen["same"] is given["same"]
     assert {name: tuple(one.shape) for name, one in seen.items() if name != "same"} == {
@@ -197,7 +217,9 @@ def test_dkd_with_the_weights_of_kl_is_kl() -> None:
 def test_dkd_takes_the_teachers_answer_where_there_are_no_labels() -> None:
     teacher, student = pictures(0)[0], pictures(1)[0]
     assert Dkd()(student, teacher, None, {}) == Dkd()(student, teacher, teacher.argmax(1), {})
-    assert Dkd()(student, teacher, F.one_hot(teacher.argmax(1), 5).float(), {}) == Dkd()(student, teacher, teacher.argmax(1), {})
+    assert Dkd()(student, teacher, F.one_hot(teacher.argmax(1), 5).float(), {}) == Dkd()(
+        student, teacher, teacher.argmax(1), {}
+    )
 
 
 def test_dist_is_one_minus_the_correlations() -> None:
@@ -206,7 +228,8 @@ def test_dist_is_one_minus_the_correlations() -> None:
     rows = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(p, q)])
     columns = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(p.T, q.T)])
     torch.testing.assert_close(
-        Dist(beta=2, gamma=3, temperature=4)(student, teacher, None, {}), 16 * (2 * (1 - rows).mean() + 3 * (1 - columns).mean())
+        Dist(beta=2, gamma=3, temperature=4)(student, teacher, None, {}),
+        16 * (2 * (1 - rows).mean() + 3 * (1 - columns).mean()),
     )
 
 
@@ -267,7 +290,9 @@ def test_rkd_is_distances_and_angles_and_sees_no_rotation() -> None:
 
 def test_wkd_compares_moments_and_no_positions() -> None:
     s, t = torch.randn(3, 4, 5, 5).double(), torch.randn(3, 4, 2, 2).double()
-    expected = (s.mean((2, 3)) - t.mean((2, 3))).square() + (s.std((2, 3), correction=0) - t.std((2, 3), correction=0)).square()
+    expected = (s.mean((2, 3)) - t.mean((2, 3))).square() + (
+        s.std((2, 3), correction=0) - t.std((2, 3), correction=0)
+    ).square()
     logits = torch.zeros(3, 5)
     torch.testing.assert_close(Wkd()(logits, logits, None, {"x": (s, t)}), expected.mean())
     torch.testing.assert_close(Wkd()(logits, logits, None, {"x": (s.flip(2).mT, t)}), expected.mean())
@@ -280,7 +305,9 @@ def test_reviewkd_fuses_from_the_deepest_stage_up() -> None:
     early, late = torch.randn(2, 4, 8, 8, requires_grad=True), torch.randn(2, 5, 4, 4, requires_grad=True)
     seen = adapter({"early": early, "late": late})
     assert {name: tuple(one.shape) for name, one in seen.items()} == {"early": (2, 6, 8, 8), "late": (2, 7, 4, 4)}
-    assert not torch.autograd.grad(seen["late"].sum(), early, retain_graph=True, allow_unused=True)[0]  # deep does not read shallow
+    assert not torch.autograd.grad(seen["late"].sum(), early, retain_graph=True, allow_unused=True)[
+        0
+    ]  # deep does not read shallow
     assert torch.autograd.grad(seen["early"].square().sum(), late)[0].abs().sum() > 0  # shallow reads deep
     with pytest.raises(InputError, match="equal resolution"):
         Reviewkd().adapter({"early": ((8, 6), (8, 6))})
@@ -303,7 +330,8 @@ def test_sum_as_text() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", ["nonsense", "x*kl", "-1*kl", "nan*kl", "kl:temperature=0", "kl:warmth=1", "kl + ", "", [(1.0, "kl")], [(1.0, 7)]]
+    "bad",
+    ["nonsense", "x*kl", "-1*kl", "nan*kl", "kl:temperature=0", "kl:warmth=1", "kl + ", "", [(1.0, "kl")], [(1.0, 7)]],
 )
 def test_bad_sums_name_themselves(bad: object) -> None:
     with pytest.raises(InputError) as raised:
@@ -352,7 +380,9 @@ class Tokens(nn.Module):
     def __init__(self, depth: int):
         super().__init__()
         self.embed = nn.Conv2d(3, 8, 4, stride=4)
-        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True) for _ in range(depth)
+        )
         self.head = nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -415,7 +445,9 @@ def test_taps_share_the_tensors_and_change_no_bit() -> None:
     assert mine.keys() == its.keys() and all(mine[name] is its[name] for name in mine)
     before = {name: one.clone() for name, one in graph.named_buffers()}
     with_taps.train()(x)
-    assert any(not torch.equal(before[name], one) for name, one in graph.named_buffers())  # running statistics move in both
+    assert any(
+        not torch.equal(before[name], one) for name, one in graph.named_buffers()
+    )  # running statistics move in both
 
 
 def test_features_are_channels_first() -> None:

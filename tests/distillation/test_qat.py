@@ -44,7 +44,14 @@ def task() -> Classification:
 def teacher(task: Classification):
     torch.manual_seed(0)
     return train(
-        capture(Net(), torch.zeros(2, 1, 8, 8)), task, steps=200, batch_size=64, lr=0.1, progress=False, device="cpu", validate_every=0
+        capture(Net(), torch.zeros(2, 1, 8, 8)),
+        task,
+        steps=200,
+        batch_size=64,
+        lr=0.1,
+        progress=False,
+        device="cpu",
+        validate_every=0,
     )
 
 
@@ -62,7 +69,9 @@ def apart(model: nn.Module, teacher: nn.Module, task: Classification) -> float:
 
 
 @pytest.mark.parametrize("weights, activations", [("int8", "uint8"), ("int4", "uint4"), ("int2", "uint8")])
-def test_both_forms_answer_alike_and_untrained_tensors_come_back_as_they_were(weights: str, activations: str, teacher, task) -> None:
+def test_both_forms_answer_alike_and_untrained_tensors_come_back_as_they_were(
+    weights: str, activations: str, teacher, task
+) -> None:
     small = quantize(teacher, task, images=64, weights=weights, activations=activations, progress=False)
     before = {name: value.clone() for name, value in small.state_dict().items()}
     learns = to_trainable(small)
@@ -70,7 +79,11 @@ def test_both_forms_answer_alike_and_untrained_tensors_come_back_as_they_were(we
     assert torch.allclose(small(x), learns(x), atol=1e-5)
     assert is_quantized(small) and not is_quantized(learns)
     back = to_codes(small, learns)
-    assert back.code == small.code and back.meta["bits"] == small.meta["bits"] if weights != "int8" else "bits" not in back.meta
+    assert (
+        back.code == small.code and back.meta["bits"] == small.meta["bits"]
+        if weights != "int8"
+        else "bits" not in back.meta
+    )
     assert all(torch.equal(value, back.state_dict()[name]) for name, value in before.items())
     assert all(torch.equal(value, small.state_dict()[name]) for name, value in before.items())
     learns(x).square().sum().backward()
@@ -79,7 +92,9 @@ def test_both_forms_answer_alike_and_untrained_tensors_come_back_as_they_were(we
 
 
 @pytest.mark.parametrize("weights, activations", [("int8", "uint8"), ("int3", "uint4")])
-def test_batch_norm_put_back_changes_nothing_and_folds_into_the_same_codes(weights: str, activations: str, teacher, task) -> None:
+def test_batch_norm_put_back_changes_nothing_and_folds_into_the_same_codes(
+    weights: str, activations: str, teacher, task
+) -> None:
     small = quantize(teacher, task, images=64, weights=weights, activations=activations, progress=False)
     names = small.meta["history"][-1]["facts"]["batch_norm"]
     assert names == ["stem.0.weight", "left.0.weight"]  # the two that batch norm followed
@@ -91,7 +106,11 @@ def test_batch_norm_put_back_changes_nothing_and_folds_into_the_same_codes(weigh
     before = small.state_dict()
     back = to_codes(small, put_back(to_trainable(small), names, [x]))
     assert all(torch.equal(value, back.state_dict()[name]) or name.endswith("_scale") for name, value in before.items())
-    assert all(torch.allclose(value, back.state_dict()[name], rtol=1e-6) for name, value in before.items() if name.endswith("_scale"))
+    assert all(
+        torch.allclose(value, back.state_dict()[name], rtol=1e-6)
+        for name, value in before.items()
+        if name.endswith("_scale")
+    )
 
 
 def test_codes_of_live_batch_norm_are_those_it_was_trained_with(teacher, task) -> None:
@@ -107,35 +126,63 @@ def test_codes_of_live_batch_norm_are_those_it_was_trained_with(teacher, task) -
         learns.get_parameter("left.0.batch_norm.weight")[::2] *= -1
     with torch.no_grad():
         ours, theirs = to_codes(small, learns)(x), learns(x)
-    assert (ours - theirs).norm() < 0.02 * theirs.norm()  # a bias is rounded in codes, which moves some activations by one
+    assert (
+        ours - theirs
+    ).norm() < 0.02 * theirs.norm()  # a bias is rounded in codes, which moves some activations by one
 
 
 def test_training_with_live_batch_norm_ends_in_codes(teacher, task) -> None:
     small = quantize(teacher, task, images=64, weights="int3", activations="uint4", progress=False)
-    options = {"steps": 160, "batch_size": 64, "loss": "kl", "hard_weight": 0.0, "validate_every": 0, "device": "cpu", "progress": False}
+    options = {
+        "steps": 160,
+        "batch_size": 64,
+        "loss": "kl",
+        "hard_weight": 0.0,
+        "validate_every": 0,
+        "device": "cpu",
+        "progress": False,
+    }
     taught = distill(small, teacher, task, live_norm="yes", **options)
     told = taught.meta["history"][-1]["options"]
     assert (told["lr"], told["clip"], told["freeze"]) == (0.03, 1.0, 0.25)  # what it bears, as no rate was given
     assert is_quantized(taught) and taught.code == small.code
     assert apart(taught, teacher, task) < apart(small, teacher, task)
     with pytest.raises(InputError, match="live_norm"):
-        train(small, task, live_norm="maybe", **{key: value for key, value in options.items() if key not in ("loss", "hard_weight")})
+        train(
+            small,
+            task,
+            live_norm="maybe",
+            **{key: value for key, value in options.items() if key not in ("loss", "hard_weight")},
+        )
 
 
 def test_frozen_statistics_stand_still(teacher, task) -> None:
     common = {"steps": 12, "batch_size": 64, "lr": 0.05, "progress": False, "device": "cpu", "validate_every": 0}
-    buffers = {freeze: dict(train(teacher, task, freeze=freeze, **common).named_buffers()) for freeze in (0.0, 0.5, 1.0)}
+    buffers = {
+        freeze: dict(train(teacher, task, freeze=freeze, **common).named_buffers()) for freeze in (0.0, 0.5, 1.0)
+    }
     for name, value in teacher.named_buffers():
         if "running" in name:
             assert torch.equal(buffers[1.0][name], value)
-            assert not torch.equal(buffers[0.5][name], value) and not torch.equal(buffers[0.5][name], buffers[0.0][name])
+            assert not torch.equal(buffers[0.5][name], value) and not torch.equal(
+                buffers[0.5][name], buffers[0.0][name]
+            )
     with pytest.raises(InputError, match="freeze"):
         train(teacher, task, freeze=1.5, **common)
 
 
 def test_training_mends_what_few_bits_broke_and_the_file_computes_it(teacher, task, tmp_path) -> None:
     runtime = plugins.resolve("runtimes", "onnxruntime:threads=1")
-    small = quantize(teacher, task, images=64, weights="int2", activations="uint4", rounding="nearest", correct_bias=False, progress=False)
+    small = quantize(
+        teacher,
+        task,
+        images=64,
+        weights="int2",
+        activations="uint4",
+        rounding="nearest",
+        correct_bias=False,
+        progress=False,
+    )
     options = {
         "steps": 120,
         "batch_size": 64,

@@ -13,7 +13,11 @@ from rarefy.graph.features import cuts, tapped
 class Small(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.norm, self.depthwise = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, groups=8)
+        self.conv, self.norm, self.depthwise = (
+            nn.Conv2d(3, 8, 3, bias=False),
+            nn.BatchNorm2d(8),
+            nn.Conv2d(8, 8, 3, groups=8),
+        )
         self.token, self.mix, self.head = nn.Parameter(torch.randn(8, 4, 4)), nn.LayerNorm(8), nn.Linear(8, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -36,7 +40,9 @@ def test_folded_and_tapped_it_answers_the_same() -> None:
     with_taps = tapped(graph, [tap for tap in cuts(graph) if tap.resolution])
     quick = frozen(with_taps, bf16=False)
     assert not [node for node in quick.graph.nodes if node.target is aten.batch_norm.default]
-    assert not any(one.requires_grad for one in quick.parameters()) and all(one.requires_grad for one in graph.parameters())
+    assert not any(one.requires_grad for one in quick.parameters()) and all(
+        one.requires_grad for one in graph.parameters()
+    )
     x = torch.randn(16, 3, 8, 8)
     (answer, features), (expected, wanted) = quick(x), with_taps(x)
     assert len(features) == len(wanted) > 1

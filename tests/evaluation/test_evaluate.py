@@ -83,7 +83,9 @@ def test_calibration_error_is_the_sum_over_bins() -> None:
     for k in range(15):
         inside = (confidence > k / 15) & (confidence <= (k + 1) / 15)
         if inside.any():
-            expected += float(inside.double().mean() * (right[inside].double().mean() - confidence[inside].double().mean()).abs())
+            expected += float(
+                inside.double().mean() * (right[inside].double().mean() - confidence[inside].double().mean()).abs()
+            )
     assert calibration_error(confidence, right) == pytest.approx(expected, abs=1e-6)
     assert calibration_error(torch.ones(10), torch.ones(10, dtype=torch.bool)) == 0
     assert calibration_error(torch.ones(10), torch.zeros(10, dtype=torch.bool)) == 1
@@ -96,7 +98,9 @@ def test_wilson_solves_its_equation(case: tuple[int, int]) -> None:
     assert 0 <= low <= share <= high <= 1
     for bound in (low, high):  # each end is the p at which the observation is z standard deviations away
         if 0 < bound < 1:
-            assert abs(share - bound) == pytest.approx(1.959963984540054 * math.sqrt(bound * (1 - bound) / samples), abs=1e-9)
+            assert abs(share - bound) == pytest.approx(
+                1.959963984540054 * math.sqrt(bound * (1 - bound) / samples), abs=1e-9
+            )
 
 
 def test_wilson_known_values() -> None:
@@ -159,7 +163,10 @@ def test_outputs_that_are_not_finite_count_as_wrong_and_are_told() -> None:
     assert found.value == found.agreement == found.top5 == 38 / 40 and found.nonfinite == 2
     assert "2 images with NaN or infinity" in str(found)
     nothing = evaluate(
-        Lookup(torch.full((40, CLASSES), math.nan)), task, reference=Lookup(torch.full((40, CLASSES), math.nan)), progress=False
+        Lookup(torch.full((40, CLASSES), math.nan)),
+        task,
+        reference=Lookup(torch.full((40, CLASSES), math.nan)),
+        progress=False,
     )
     assert (nothing.value, nothing.agreement, nothing.calibration_error, nothing.nonfinite) == (0.0, 0.0, 1.0, 40)
     assert json.loads(json.dumps(nothing.to_json(), allow_nan=False))["value"] == 0.0
@@ -186,7 +193,12 @@ def test_callables_and_one_decoding_for_all_models() -> None:
         return torch.eye(CLASSES)[(inputs[:, 0, 0, 0] * 255).round().long() % CLASSES]
 
     found = evaluate(
-        session, task, reference=Lookup(torch.eye(CLASSES).repeat(2, 1)[:12]), batch_size=5, corruptions=["contrast"], progress=False
+        session,
+        task,
+        reference=Lookup(torch.eye(CLASSES).repeat(2, 1)[:12]),
+        batch_size=5,
+        corruptions=["contrast"],
+        progress=False,
     )
     assert found.value == found.agreement == 1.0
     assert sorted(decoded) == list(range(12))
@@ -209,7 +221,9 @@ def test_the_model_is_left_as_it_was(training: bool) -> None:
 
 def test_another_device_gets_a_copy() -> None:
     model = Lookup(torch.randn(40, CLASSES)).to("meta")
-    with pytest.raises(NotImplementedError):  # a copy on the meta device can't be filled, so what runs is not the caller's
+    with pytest.raises(
+        NotImplementedError
+    ):  # a copy on the meta device can't be filled, so what runs is not the caller's
         evaluate(model, made_task(), device="cpu", progress=False)
     assert model.logits.device.type == "meta"
 
@@ -225,9 +239,13 @@ def test_robustness_is_by_name_and_severity_and_reproducible() -> None:
     found = evaluate(model, task, corruptions="all", limit=120, progress=False)
     assert found.samples == 120 and found.value > 0.8
     assert set(found.robustness) == {name for name in CORRUPTIONS if name != "saturate"}
-    assert all(list(of) == [1, 3, 5] and all(0 <= value <= 1 for value in of.values()) for of in found.robustness.values())
+    assert all(
+        list(of) == [1, 3, 5] and all(0 <= value <= 1 for value in of.values()) for of in found.robustness.values()
+    )
     assert found.robustness["contrast"][5] < found.value
-    again = evaluate(model, task, reference=model, corruptions=["fog", "shot_noise"], severities=(3,), limit=120, progress=False)
+    again = evaluate(
+        model, task, reference=model, corruptions=["fog", "shot_noise"], severities=(3,), limit=120, progress=False
+    )
     assert again.robustness == {name: {3: found.robustness[name][3]} for name in ("fog", "shot_noise")}
     assert again.reference is not None and again.reference.robustness == again.robustness
     said = json.loads(json.dumps(again.to_json(), allow_nan=False))
@@ -260,7 +278,9 @@ def test_text_says_the_numbers_with_their_samples() -> None:
         (Lookup(torch.randn(40, CLASSES)), {"corruptions": "fog", "severities": (9,)}, InputError, "have 1 to 5"),
     ],
 )
-def test_what_does_not_fit_is_told_in_one_line(model: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_what_does_not_fit_is_told_in_one_line(
+    model: Any, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message) as caught:
         evaluate(model, made_task(), progress=False, **options)
     assert "\n" not in str(caught.value)
@@ -275,7 +295,9 @@ def test_more_outputs_than_classes_and_chance_are_told() -> None:
     assert found.warnings == (
         f"{CLASSES + 3} outputs, the data has {CLASSES} classes: label i is compared with output i; is that their order?",
     )
-    assert found.reference is not None and found.reference.warnings[0].startswith("no better than chance (top-1 0.00% of 40 images")
+    assert found.reference is not None and found.reference.warnings[0].startswith(
+        "no better than chance (top-1 0.00% of 40 images"
+    )
     assert f"warning: {found.warnings[0]}" in str(found) and found.to_json()["warnings"] == list(found.warnings)
 
 
@@ -312,4 +334,6 @@ def test_efficientnet_lite0_on_imagenet(real_data: Path) -> None:
     task = Classification(val=imagenet_val(), size=224, crop=224 / 227, mean=LITE_MEAN, std=LITE_STD, class_count=1000)
     found = evaluate(efficientnet_lite(0), task, batch_size=50, progress=False)
     assert found.samples == 650
-    assert found.value == pytest.approx(542 / 650, abs=2.5 / 650)  # 83.38 % as measured; float sums may turn an image or two
+    assert found.value == pytest.approx(
+        542 / 650, abs=2.5 / 650
+    )  # 83.38 % as measured; float sums may turn an image or two

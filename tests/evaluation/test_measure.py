@@ -62,7 +62,9 @@ def test_a_disturbed_round_counts_for_no_model() -> None:
 
 def test_speedup_is_of_pairs() -> None:
     log: list[str] = []
-    found = latency.latency({"slow": Clock("slow", 0.006, log), "fast": Clock("fast", 0.002, log)}, torch.zeros(1), repeats=15)
+    found = latency.latency(
+        {"slow": Clock("slow", 0.006, log), "fast": Clock("fast", 0.002, log)}, torch.zeros(1), repeats=15
+    )
     assert found["slow"]["speedup"]["slow"] == {"median": 1.0, "low": 1.0, "high": 1.0}
     ratio = found["fast"]["speedup"]["slow"]
     assert ratio["high"] >= ratio["median"] >= ratio["low"]
@@ -98,7 +100,11 @@ def test_measure_counts_exactly(tmp_path: Path) -> None:
     assert found["macs"] == (4 * 9 + 4 * 4 * 9) * 64 + 4 * 64 * 10
     saved = folder.save(graph, tmp_path / "saved") / "weights.safetensors"
     assert found["size_bytes"] == saved.stat().st_size
-    assert found["latency_ms"]["batch"] == 2 and found["latency_ms"]["threads"] == 1 and 1 <= found["latency_ms"]["repeats"] <= 3
+    assert (
+        found["latency_ms"]["batch"] == 2
+        and found["latency_ms"]["threads"] == 1
+        and 1 <= found["latency_ms"]["repeats"] <= 3
+    )
     assert found["latency_ms"]["runtime"] == "onnxruntime"
     assert found["peak_memory_bytes"] is None
     assert (tmp_path / "0.onnx").is_file()

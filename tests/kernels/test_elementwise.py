@@ -27,14 +27,18 @@ def pooled(operator: str, x: torch.Tensor, grids: list[torch.Tensor], **options:
     return ran(operator, names, {"x": x}, dict(zip(names[1:], grids, strict=True)), **options)
 
 
-def ran(operator: str, names: list[str], given: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
+def ran(
+    operator: str, names: list[str], given: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], **options: Any
+) -> torch.Tensor:
     helper = onnx.helper
     inputs = [helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, codes.shape) for name, codes in given.items()]
     constants = [onnx.numpy_helper.from_array(value.numpy(), name) for name, value in stored.items()]
     node = helper.make_node(operator, names, ["c"], domain="com.microsoft", **options)
     output = helper.make_tensor_value_info("c", onnx.TensorProto.UINT8, None)
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(helper.make_graph([node], "join", inputs, [output], constants), opset_imports=opsets, ir_version=10)
+    model = helper.make_model(
+        helper.make_graph([node], "join", inputs, [output], constants), opset_imports=opsets, ir_version=10
+    )
     session = runtime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(None, {name: codes.numpy() for name, codes in given.items()})[0])
 
@@ -91,13 +95,22 @@ def test_a_plane_of_codes_is_averaged_as_by_onnxruntime(side: int) -> None:
 
 
 @pytest.mark.parametrize("include", [False, True])
-@pytest.mark.parametrize(("side", "kernel_size", "stride", "padding"), [(8, 2, 2, 0), (9, 3, 2, 1), (14, 7, 7, 0), (7, 3, 1, 1)])
-def test_windows_of_codes_are_averaged_as_by_onnxruntime(side: int, kernel_size: int, stride: int, padding: int, include: bool) -> None:
+@pytest.mark.parametrize(
+    ("side", "kernel_size", "stride", "padding"), [(8, 2, 2, 0), (9, 3, 2, 1), (14, 7, 7, 0), (7, 3, 1, 1)]
+)
+def test_windows_of_codes_are_averaged_as_by_onnxruntime(
+    side: int, kernel_size: int, stride: int, padding: int, include: bool
+) -> None:
     torch.manual_seed(side)
     x = torch.randint(0, 256, (8, 32, side, side), dtype=torch.uint8)
     for finer, zero in ((0.7, 20), (0.5, 33), (1.0, 0)):
         grids = grids_of(finer, zero)
         places = [[kernel_size] * 2, [stride] * 2, [padding] * 2]
-        options = {"kernel_shape": places[0], "strides": places[1], "pads": places[2] * 2, "count_include_pad": int(include)}
+        options = {
+            "kernel_shape": places[0],
+            "strides": places[1],
+            "pads": places[2] * 2,
+            "count_include_pad": int(include),
+        }
         exact = pooled("QLinearAveragePool", x, grids, **options)
         assert torch.equal(avg_pool2d(x, *grids[:2], *places, include, *grids[2:], 0, 255, torch.uint8), exact)

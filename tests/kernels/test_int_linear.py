@@ -35,7 +35,9 @@ def parts(inputs: tuple[int, ...], weight: tuple[int, ...], largest_bias: int, g
         "b": torch.randint(-largest_bias, largest_bias, (outputs,), dtype=torch.int32),
         "z": torch.tensor(120, dtype=torch.uint8),
     }
-    products = F.conv2d(found["x"].double() - 113, found["w"].double(), None, groups=groups) if len(weight) > 2 else None
+    products = (
+        F.conv2d(found["x"].double() - 113, found["w"].double(), None, groups=groups) if len(weight) > 2 else None
+    )
     sums = products if products is not None else F.linear(found["x"].double() - 113, found["w"].double())
     spread = (sums.std() + largest_bias / 2) * float(found["sx"] * found["sw"].mean())
     return found | {"s": (6 * spread / 255).float()}
@@ -43,7 +45,9 @@ def parts(inputs: tuple[int, ...], weight: tuple[int, ...], largest_bias: int, g
 
 def kernel(operator: str, found: Parts, order: list[str], **options: Any) -> torch.Tensor:
     helper = onnx.helper
-    stored = {key: value.t().contiguous() if operator == "QGemm" and key == "w" else value for key, value in found.items()}
+    stored = {
+        key: value.t().contiguous() if operator == "QGemm" and key == "w" else value for key, value in found.items()
+    }
     constants = [onnx.numpy_helper.from_array(stored[name].numpy(), name) for name in order[1:]]
     node = helper.make_node(operator, order, ["y"], domain="com.microsoft" if operator == "QGemm" else "", **options)
     kind = onnx.TensorProto.UINT8
@@ -61,9 +65,15 @@ def kernel(operator: str, found: Parts, order: list[str], **options: Any) -> tor
 
 
 @pytest.mark.parametrize("largest_bias", [200_000, 2**28])
-@pytest.mark.parametrize(("inputs", "outputs", "side", "groups"), [(32, 64, 3, 1), (64, 64, 3, 64), (48, 32, 1, 1), (512, 40, 3, 1)])
-def test_a_convolution_makes_the_codes_of_onnxruntime(inputs: int, outputs: int, side: int, groups: int, largest_bias: int) -> None:
-    found = parts((8 if inputs == 32 else 2, inputs, 64, 64), (outputs, inputs // groups, side, side), largest_bias, groups)
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "side", "groups"), [(32, 64, 3, 1), (64, 64, 3, 64), (48, 32, 1, 1), (512, 40, 3, 1)]
+)
+def test_a_convolution_makes_the_codes_of_onnxruntime(
+    inputs: int, outputs: int, side: int, groups: int, largest_bias: int
+) -> None:
+    found = parts(
+        (8 if inputs == 32 else 2, inputs, 64, 64), (outputs, inputs // groups, side, side), largest_bias, groups
+    )
     exact = kernel("QLinearConv", found, ["x", "sx", "zx", "w", "sw", "zw", "s", "z", "b"], group=groups)
     read = tuple(found[name] for name in ("x", "w", "b", "sx", "zx", "sw"))
     places = ([1, 1], [0, 0], [1, 1], groups)
@@ -97,7 +107,12 @@ def test_a_few_images_at_a_time_make_the_codes_of_all_at_once(piece: int, monkey
         places = ([2, 1], [1, 1], [1, 1], 2)
         pair = (found["x"], found["sx"], found["zx"], gate, found["sx"] * 2, found["zx"])
         shared = (*pair[:3], gate[:1], *pair[4:])
-        layers = [conv2d(*read, *places), conv2d_codes(*read, *places, *grid), linear(*other), linear_codes(*other, *grid)]
+        layers = [
+            conv2d(*read, *places),
+            conv2d_codes(*read, *places, *grid),
+            linear(*other),
+            linear_codes(*other, *grid),
+        ]
         return layers + [join(*both, *grid) for join in (add, mul) for both in (pair, shared)]
 
     whole = made()
@@ -106,8 +121,12 @@ def test_a_few_images_at_a_time_make_the_codes_of_all_at_once(piece: int, monkey
     assert len({tuple(one.shape) for one in whole}) == 3
 
 
-@pytest.mark.parametrize(("dtype", "qmin", "qmax"), [(torch.uint8, 0, 255), (torch.int8, -128, 127), (torch.uint8, 0, 15)])
-def test_codes_are_rounded_half_to_even_before_the_zero_point_is_added(dtype: torch.dtype, qmin: int, qmax: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "qmin", "qmax"), [(torch.uint8, 0, 255), (torch.int8, -128, 127), (torch.uint8, 0, 15)]
+)
+def test_codes_are_rounded_half_to_even_before_the_zero_point_is_added(
+    dtype: torch.dtype, qmin: int, qmax: int
+) -> None:
     torch.manual_seed(0)
     halves = torch.arange(-1200, 1200) / 4
     near = torch.cat(
@@ -126,4 +145,6 @@ def test_codes_are_rounded_half_to_even_before_the_zero_point_is_added(dtype: to
             assert torch.equal(quantize_.to_codes(numbers.clone(), given, qmin, qmax, dtype).to(torch.int64), wanted)
         assert torch.equal(quantize_.to_codes(numbers.double(), zero, qmin, qmax, dtype).to(torch.int64), wanted)
         codes = wanted.to(dtype)
-        assert torch.equal(quantize_.from_codes(codes, torch.tensor(zero, dtype=dtype), torch.float32), (wanted - zero).float())
+        assert torch.equal(
+            quantize_.from_codes(codes, torch.tensor(zero, dtype=dtype), torch.float32), (wanted - zero).float()
+        )

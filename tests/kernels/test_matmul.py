@@ -35,7 +35,9 @@ class Unbound(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind(0)
-        answer: Tensor = self.out(nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.mask).transpose(1, 2).flatten(2))
+        answer: Tensor = self.out(
+            nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.mask).transpose(1, 2).flatten(2)
+        )
         return answer
 
 
@@ -79,13 +81,17 @@ def test_attention_in_parts_answers_as_one_operator(graph: fx.GraphModule, batch
     assert torch.allclose(simpler(batches[0]), graph(batches[0]), atol=1e-6)
 
 
-def test_queries_and_keys_have_grids_of_their_own_around_zero(small: fx.GraphModule, graph: fx.GraphModule, batches: list[Tensor]) -> None:
+def test_queries_and_keys_have_grids_of_their_own_around_zero(
+    small: fx.GraphModule, graph: fx.GraphModule, batches: list[Tensor]
+) -> None:
     (product,) = products(small)
     grids = [[attribute(small, source) for source in product.args[at : at + 2]] for at in (2, 4)]
     assert all(zero.dtype == torch.int8 and int(zero) == 0 for _, zero in grids)
     placement = place(simplify(fold(graph)), plugins.resolve("runtimes", "openvino").capabilities)
     assert [layer_name(layer) for layer in placement.layers] == ["qkv", "out"] and len(placement.centered) == 2
-    assert not any(value.target is aten.linear.default for value in placement.values)  # rounded as a whole, parts would be rounded twice
+    assert not any(
+        value.target is aten.linear.default for value in placement.values
+    )  # rounded as a whole, parts would be rounded twice
     assert not set(placement.values) & set(placement.carried)
     noise = (small(batches[0]) - graph(batches[0])).square().mean() / graph(batches[0]).var()
     assert noise < 1e-3
@@ -93,7 +99,10 @@ def test_queries_and_keys_have_grids_of_their_own_around_zero(small: fx.GraphMod
 
 def test_the_product_is_that_of_the_numbers_and_its_sums_are_exact() -> None:
     generator = torch.Generator().manual_seed(1)
-    a, b = (torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8) for shape in ((2, 3, 7, 64), (2, 3, 64, 5)))
+    a, b = (
+        torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
+        for shape in ((2, 3, 7, 64), (2, 3, 64, 5))
+    )
     one, steps = torch.zeros((), dtype=torch.int8), (torch.tensor(0.03), torch.tensor(0.5))
     found = PRODUCT(a, b, steps[0], one, torch.tensor(1.0), one) / steps[0]
     assert torch.equal(found.round().long(), a.long() @ b.long())
@@ -101,7 +110,9 @@ def test_the_product_is_that_of_the_numbers_and_its_sums_are_exact() -> None:
     assert torch.allclose(PRODUCT(a, b, steps[0], one, steps[1], one).double(), numbers, rtol=1e-5, atol=1e-4)
 
 
-def test_forms_training_and_folder_keep_the_answers(small: fx.GraphModule, batches: list[Tensor], tmp_path: Path) -> None:
+def test_forms_training_and_folder_keep_the_answers(
+    small: fx.GraphModule, batches: list[Tensor], tmp_path: Path
+) -> None:
     x, wanted = batches[0], small(batches[0])
     numbers = to_numbers(small)
     assert not products(numbers) and torch.allclose(numbers(x), wanted, atol=1e-5)
@@ -120,9 +131,13 @@ def test_the_file_agrees(small: fx.GraphModule, batches: list[Tensor], tmp_path:
     assert found["ulp"] <= 1 and found["first_diverging_layer"] is None and len(found["layers"]) >= 4
 
 
-def test_left_out_by_name_and_where_the_runtime_has_none(graph: fx.GraphModule, batches: list[Tensor], small: fx.GraphModule) -> None:
+def test_left_out_by_name_and_where_the_runtime_has_none(
+    graph: fx.GraphModule, batches: list[Tensor], small: fx.GraphModule
+) -> None:
     assert not products(quantize(graph, batches=batches, runtime="onnxruntime", progress=False))
     (product,) = place(simplify(fold(graph)), plugins.resolve("runtimes", "openvino").capabilities).products
     assert not products(quantize(graph, batches=batches, runtime="openvino", ignore=[product.name], progress=False))
     low = quantize(graph, batches=batches, runtime="openvino", activations="uint4", progress=False)
-    assert (low(batches[0]) - graph(batches[0])).square().mean() > (small(batches[0]) - graph(batches[0])).square().mean()
+    assert (low(batches[0]) - graph(batches[0])).square().mean() > (
+        small(batches[0]) - graph(batches[0])
+    ).square().mean()

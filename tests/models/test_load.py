@@ -245,7 +245,12 @@ def test_huge_finite_weights_are_not_called_infinite() -> None:
 def test_pickled_code_in_weights_is_refused_and_not_run(tmp_path: Path, state: dict[str, Tensor]) -> None:
     for name, write in (
         ("zip.pt", lambda path: torch.save({**state, "x": Marker(tmp_path / "mark")}, path)),
-        ("old.pt", lambda path: torch.save({**state, "x": Marker(tmp_path / "mark")}, path, _use_new_zipfile_serialization=False)),
+        (
+            "old.pt",
+            lambda path: torch.save(
+                {**state, "x": Marker(tmp_path / "mark")}, path, _use_new_zipfile_serialization=False
+            ),
+        ),
         ("raw.pkl", lambda path: path.write_bytes(pickle.dumps(Marker(tmp_path / "mark")))),
     ):
         write(tmp_path / name)

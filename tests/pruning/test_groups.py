@@ -58,7 +58,9 @@ def cut_half(coupling: Coupling, seed: int = 0):  # type: ignore[no-untyped-def]
     assert sum(parameter.numel() for parameter in small.parameters()) < before
     inputs = [torch.randn(5, *spec["shape"]) for spec in coupling.graph.meta["inputs"]]
     outputs, expected = small(*inputs), coupling.graph(*inputs)
-    for one, other in zip(torch.utils._pytree.tree_leaves(outputs), torch.utils._pytree.tree_leaves(expected), strict=True):
+    for one, other in zip(
+        torch.utils._pytree.tree_leaves(outputs), torch.utils._pytree.tree_leaves(expected), strict=True
+    ):
         assert one.shape == other.shape
     return small, alive
 
@@ -74,7 +76,14 @@ def test_chain_ties_outputs_norm_and_next_inputs() -> None:
     found = coupled(nn.Sequential(conv(3, 6), nn.BatchNorm2d(6), nn.ReLU(), conv(6, 4)), IMAGE)
     own = classes(found, "0.weight", 0)
     assert sorted(own) == [1, 2, 3, 4, 5, 6]
-    for name, axis in (("0.bias", 0), ("1.weight", 0), ("1.bias", 0), ("1.running_mean", 0), ("1.running_var", 0), ("3.weight", 1)):
+    for name, axis in (
+        ("0.bias", 0),
+        ("1.weight", 0),
+        ("1.bias", 0),
+        ("1.running_mean", 0),
+        ("1.running_var", 0),
+        ("3.weight", 1),
+    ):
         assert classes(found, name, axis) == own
     assert classes(found, "0.weight", 1) == [0, 0, 0]
     assert classes(found, "3.weight", 0) == [0, 0, 0, 0]
@@ -106,7 +115,9 @@ def test_squeeze_excite() -> None:
 
 
 def test_cat_keeps_parts_apart() -> None:
-    found = coupled(Net(lambda s, x: s.head(torch.cat((s.a(x), s.b(x), x), 1)), a=conv(3, 4), b=conv(3, 5), head=conv(12, 2)), IMAGE)
+    found = coupled(
+        Net(lambda s, x: s.head(torch.cat((s.a(x), s.b(x), x), 1)), a=conv(3, 4), b=conv(3, 5), head=conv(12, 2)), IMAGE
+    )
     assert classes(found, "head.weight", 1) == classes(found, "a.weight", 0) + classes(found, "b.weight", 0) + [0, 0, 0]
     cut_half(found)
 
@@ -146,7 +157,9 @@ def test_transposed_convolution(groups: int) -> None:
 
 
 def test_map_of_one_channel_ties_no_channels() -> None:
-    found = coupled(Net(lambda s, x: s.head(s.a(x) * torch.sigmoid(s.map(x))), a=conv(3, 6), map=conv(3, 1), head=conv(6, 2)), IMAGE)
+    found = coupled(
+        Net(lambda s, x: s.head(s.a(x) * torch.sigmoid(s.map(x))), a=conv(3, 6), map=conv(3, 1), head=conv(6, 2)), IMAGE
+    )
     assert len(set(classes(found, "a.weight", 0))) == 6
     cut_half(found)
 
@@ -238,7 +251,9 @@ def test_slice_select_and_index() -> None:
 
 
 def test_groupnorm_prelu_glu_pixelshuffle() -> None:
-    net = nn.Sequential(conv(3, 8), nn.GroupNorm(2, 8), nn.PReLU(8), conv(8, 16), nn.GLU(1), conv(8, 16), nn.PixelShuffle(2), conv(4, 2))
+    net = nn.Sequential(
+        conv(3, 8), nn.GroupNorm(2, 8), nn.PReLU(8), conv(8, 16), nn.GLU(1), conv(8, 16), nn.PixelShuffle(2), conv(4, 2)
+    )
     found = coupled(net, IMAGE)
     own = classes(found, "0.weight", 0)
     assert own[:4] == own[4:] == classes(found, "2.weight", 0)[:4]
@@ -271,7 +286,9 @@ def test_fold_keeps_whole_channels() -> None:
     cut_half(found)
 
 
-@pytest.mark.parametrize(("options", "places"), [({}, 6), ({"kernel_size": 3, "padding": 1}, 6), ({"stride": 2}, 3), ({"padding": 1}, 8)])
+@pytest.mark.parametrize(
+    ("options", "places"), [({}, 6), ({"kernel_size": 3, "padding": 1}, 6), ({"stride": 2}, 3), ({"padding": 1}, 8)]
+)
 def test_spatial_axis_of_a_pointwise_convolution(options: dict[str, int], places: int) -> None:
     """Three branches mixed at each channel (CoaT): a kernel of 1 treats the places, here the channels, each by itself; nothing else does."""
 
@@ -280,12 +297,16 @@ def test_spatial_axis_of_a_pointwise_convolution(options: dict[str, int], places
         return s.last(s.mix(branches)[:, 0])
 
     mix = nn.Conv1d(3, 1, **{"kernel_size": 1, **options})
-    found = coupled(Net(forward, one=conv(3, 6), two=conv(3, 6), three=conv(3, 6), mix=mix, last=nn.Linear(places, 2)), IMAGE)
+    found = coupled(
+        Net(forward, one=conv(3, 6), two=conv(3, 6), three=conv(3, 6), mix=mix, last=nn.Linear(places, 2)), IMAGE
+    )
     own = classes(found, "one.weight", 0)
     if options:
         assert own == [0] * 6
         return
-    assert own == classes(found, "two.weight", 0) == classes(found, "three.weight", 0) == classes(found, "last.weight", 1)
+    assert (
+        own == classes(found, "two.weight", 0) == classes(found, "three.weight", 0) == classes(found, "last.weight", 1)
+    )
     assert len(set(own)) == 6 and 0 not in own
     for seed in range(3):
         cut_half(found, seed)
@@ -296,7 +317,9 @@ def test_linear_attention(heads: str) -> None:
     """q (k' v): keys and values each keep an axis of their own beside the heads, and stay apart."""
 
     def forward(s: nn.Module, x: Tensor) -> Tensor:
-        q, k, v = s.qkv(s.stem(x).flatten(2).transpose(1, 2)).view(x.shape[0], 64, 3, 3, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (
+            s.qkv(s.stem(x).flatten(2).transpose(1, 2)).view(x.shape[0], 64, 3, 3, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        )
         return s.last((q @ (k.softmax(2).transpose(-1, -2) @ v)).transpose(1, 2).flatten(2).mean(1))
 
     found = coupled(Net(forward, stem=conv(3, 6), qkv=nn.Linear(6, 36), last=nn.Linear(12, 2)), IMAGE, heads=heads)
@@ -319,7 +342,10 @@ def test_sampling_and_smooth_resizing_keep_channels() -> None:
         return s.last(F.grid_sample(x, grid, align_corners=False))
 
     found = coupled(
-        Net(forward, stem=conv(3, 6), table=nn.Parameter(torch.randn(1, 6, 5, 5)), where=conv(6, 2), last=conv(6, 2)).eval(), IMAGE
+        Net(
+            forward, stem=conv(3, 6), table=nn.Parameter(torch.randn(1, 6, 5, 5)), where=conv(6, 2), last=conv(6, 2)
+        ).eval(),
+        IMAGE,
     )
     own = classes(found, "stem.weight", 0)
     assert len(set(own)) == 6 and 0 not in own and not found.unknown
@@ -331,7 +357,12 @@ def test_sampling_and_smooth_resizing_keep_channels() -> None:
 def test_an_empty_slice_keeps_its_other_axes() -> None:
     """Rotary embedding leaves the first ``k`` tokens alone, and k may be 0."""
     found = coupled(
-        Net(lambda s, x: s.head(torch.cat(((y := s.stem(x))[:, :, :0], y[:, :, 0:].sin()), 2)), stem=conv(3, 6), head=conv(6, 2)), IMAGE
+        Net(
+            lambda s, x: s.head(torch.cat(((y := s.stem(x))[:, :, :0], y[:, :, 0:].sin()), 2)),
+            stem=conv(3, 6),
+            head=conv(6, 2),
+        ),
+        IMAGE,
     )
     assert len(set(classes(found, "stem.weight", 0))) == 6 and 0 not in classes(found, "stem.weight", 0)
     cut_half(found)
@@ -458,7 +489,14 @@ def test_whole_heads_of_grouped_queries() -> None:
 def test_grouped_query_attention() -> None:
     found = coupled(Tokens(Grouped(12)), IMAGE)
     q, k, v = (classes(found, f"attention.{name}.weight", 0) for name in "qkv")
-    assert q == k[:4] * 4 and k == k[:4] * 2 and v == v[:4] * 2 and len(set(k)) == 4 and len(set(v)) == 4 and not set(k) & set(v)
+    assert (
+        q == k[:4] * 4
+        and k == k[:4] * 2
+        and v == v[:4] * 2
+        and len(set(k)) == 4
+        and len(set(v)) == 4
+        and not set(k) & set(v)
+    )
     cut_half(found)
 
 
@@ -467,14 +505,18 @@ def test_einsum_and_bare_matrices() -> None:
         x = torch.einsum("nchw,dc->ndhw", s.stem(x), s.mix)
         return x.mean((2, 3)) @ s.out
 
-    found = coupled(Net(forward, stem=conv(3, 6), mix=nn.Parameter(torch.randn(5, 6)), out=nn.Parameter(torch.randn(5, 2))), IMAGE)
+    found = coupled(
+        Net(forward, stem=conv(3, 6), mix=nn.Parameter(torch.randn(5, 6)), out=nn.Parameter(torch.randn(5, 2))), IMAGE
+    )
     assert classes(found, "stem.weight", 0) == classes(found, "mix", 1)
     assert classes(found, "mix", 0) == classes(found, "out", 0) and len(set(classes(found, "mix", 0))) == 5
     cut_half(found)
 
 
 def test_tied_weights_stay_one() -> None:
-    net = Net(lambda s, x: s.head(s.b(F.relu(s.a(s.stem(x))))), stem=conv(3, 6), a=conv(6, 6), b=conv(6, 6), head=conv(6, 2))
+    net = Net(
+        lambda s, x: s.head(s.b(F.relu(s.a(s.stem(x))))), stem=conv(3, 6), a=conv(6, 6), b=conv(6, 6), head=conv(6, 2)
+    )
     graph = capture(net, IMAGE)
     set_attribute(graph, "b.weight", attribute(graph, "a.weight"))
     found = couple(graph)
@@ -549,13 +591,19 @@ class Standardised(nn.Conv2d):
     """timm's weight standardisation: a batch norm of the weight, with statistics over inputs and kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = F.batch_norm(self.weight.reshape(1, self.out_channels, -1), None, None, training=True).reshape_as(self.weight)
+        weight = F.batch_norm(self.weight.reshape(1, self.out_channels, -1), None, None, training=True).reshape_as(
+            self.weight
+        )
         return F.conv2d(x, weight, self.bias, padding=self.padding)
 
 
 def test_standardised_weights() -> None:
-    found = coupled(nn.Sequential(Standardised(3, 6, 3, padding=1), Standardised(6, 5, 3, padding=1), conv(5, 2)), IMAGE)
-    assert classes(found, "0.weight", 0) == classes(found, "1.weight", 1) and classes(found, "1.weight", 0) == classes(found, "2.weight", 1)
+    found = coupled(
+        nn.Sequential(Standardised(3, 6, 3, padding=1), Standardised(6, 5, 3, padding=1), conv(5, 2)), IMAGE
+    )
+    assert classes(found, "0.weight", 0) == classes(found, "1.weight", 1) and classes(found, "1.weight", 0) == classes(
+        found, "2.weight", 1
+    )
     assert len(set(classes(found, "0.weight", 0)) | set(classes(found, "1.weight", 0))) == 11
     assert [row.produces for row in found.rows if row.names[0] == "1.weight" and row.axis < 2] == [True, False]
     cut_half(found)
@@ -584,7 +632,9 @@ def test_split_attention_loses_the_same_channels_of_each_branch() -> None:
         select = s.select(x.sum(1).mean((2, 3))).view(-1, 1, 2, 6).transpose(1, 2).softmax(1).reshape(-1, 12)
         return s.head((x * select.reshape(-1, 2, 6, 1, 1)).sum(1))
 
-    found = coupled(Net(forward, stem=conv(3, 6), wide=conv(6, 12, groups=2), select=nn.Linear(6, 12), head=conv(6, 2)), IMAGE)
+    found = coupled(
+        Net(forward, stem=conv(3, 6), wide=conv(6, 12, groups=2), select=nn.Linear(6, 12), head=conv(6, 2)), IMAGE
+    )
     own = classes(found, "wide.weight", 0)
     assert own[:6] == own[6:] and len(set(own)) == 6 and 0 not in own
     assert classes(found, "select.weight", 0) == own and classes(found, "head.weight", 1) == own[:6]
@@ -680,7 +730,12 @@ def test_a_row_that_meets_a_column_is_tied_in_few_edges() -> None:
 
 def test_equal_layers_of_classes_are_one_tensor() -> None:
     """Of the largest networks labels took tens of MB: the vectors of a batch norm, and the activations between, have the same classes."""
-    net = Net(lambda self, x: self.b(self.norm(self.a(x)).relu()), a=nn.Conv2d(3, 8, 3), norm=nn.BatchNorm2d(8), b=nn.Conv2d(8, 4, 3))
+    net = Net(
+        lambda self, x: self.b(self.norm(self.a(x)).relu()),
+        a=nn.Conv2d(3, 8, 3),
+        norm=nn.BatchNorm2d(8),
+        b=nn.Conv2d(8, 4, 3),
+    )
     coupling = coupled(net, torch.randn(2, 3, 8, 8))
     rows = {row.names[0]: row.classes for row in coupling.rows if row.names[0].startswith("norm")}
     assert len(rows) == 4
@@ -694,7 +749,10 @@ def test_a_large_convolution_runs_in_parts(monkeypatch: pytest.MonkeyPatch, bias
 
     graph = capture(nn.Conv2d(6, 20, 3, bias=bias), torch.randn(2, 6, 9, 9))
     (node,) = (node for node in graph.graph.nodes if node.op == "call_function")
-    read = [torch.randn(2, 6, 9, 9), *(attribute(graph, str(source.target)).detach() for source in node.all_input_nodes[1:])]
+    read = [
+        torch.randn(2, 6, 9, 9),
+        *(attribute(graph, str(source.target)).detach() for source in node.all_input_nodes[1:]),
+    ]
     calls = []
     run = equivalence._called
     monkeypatch.setattr(equivalence, "LARGE", 6 * 9 * 7)  # 7 of the 20 outputs
@@ -734,7 +792,9 @@ def test_layers_under_weight_norm_are_pruned_as_any_other(norm) -> None:  # type
 
 
 def test_a_weight_norm_written_by_hand() -> None:
-    net = Net(lambda self, x: F.linear(F.linear(x, torch._weight_norm(self.v, self.g)), torch._weight_norm(self.v, self.g)))
+    net = Net(
+        lambda self, x: F.linear(F.linear(x, torch._weight_norm(self.v, self.g)), torch._weight_norm(self.v, self.g))
+    )
     net.v, net.g = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.rand(6, 1))
     graph = capture(net, torch.randn(2, 6))
     x = torch.randn(4, 6)

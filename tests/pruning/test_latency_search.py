@@ -25,7 +25,9 @@ def chain(*sizes: int, step: int = 8) -> Space:
     """Families in a row, one axis each, and a last axis of the constant size 3."""
     widths = [np.unique(np.append(np.arange(step, size, step), size)) for size in sizes]
     parts = [own[:, None] * np.eye(len(sizes) + 1)[index] for index, own in enumerate(widths)]
-    return Space(widths, [damage(np.ones(int(own[-1])), own) for own in widths], parts, np.array([*[0.0] * len(sizes), 3.0]))
+    return Space(
+        widths, [damage(np.ones(int(own[-1])), own) for own in widths], parts, np.array([*[0.0] * len(sizes), 3.0])
+    )
 
 
 def run(space: Space, option: np.ndarray, slope: float = 2e-3) -> list[Kernel]:
@@ -35,7 +37,9 @@ def run(space: Space, option: np.ndarray, slope: float = 2e-3) -> list[Kernel]:
     for index, (one, other) in enumerate(zip(kept[:-1].tolist(), kept[1:].tolist(), strict=True)):
         price = slope * (10 if index == 0 else 1)
         plane = 32 if index == 0 else 16
-        kernels.append(Kernel(f"conv{index}#1", "Conv", [[1, one, plane, plane], [other, one, 3, 3]], 7 + price * one * other))
+        kernels.append(
+            Kernel(f"conv{index}#1", "Conv", [[1, one, plane, plane], [other, one, 3, 3]], 7 + price * one * other)
+        )
     return kernels
 
 
@@ -70,7 +74,9 @@ def test_path_spares_what_is_cheap_and_keeps_blocks_full() -> None:
     assert (kept % 16 == 0).all()  # half a block would cost as a whole one
     even = np.array([len(widths) for widths in space.widths])
     same = next(
-        share for share in np.arange(1, 0, -0.05) if sum(k.us for k in run(space, (even * share).astype(int) - 1)) <= path.us[0] / 2
+        share
+        for share in np.arange(1, 0, -0.05)
+        if sum(k.us for k in run(space, (even * share).astype(int) - 1)) <= path.us[0] / 2
     )
     assert kept.sum() > space.kept((even * same).astype(int) - 1).sum()
     assert path.within(0.0) is None
@@ -92,7 +98,14 @@ def test_cache_gives_back_what_was_kept_and_nothing_else(tmp_path: Path) -> None
     sound = file.read_bytes()
     content = json.loads(sound)
     content["samples"][0][0][3] += 1
-    for broken in (sound[:-20], b"", b"[]", b'{"format": 1}', json.dumps(content).encode(), sound.replace(b'"format": 1', b'"format": 0')):
+    for broken in (
+        sound[:-20],
+        b"",
+        b"[]",
+        b'{"format": 1}',
+        json.dumps(content).encode(),
+        sound.replace(b'"format": 1', b'"format": 0'),
+    ):
         file.write_bytes(broken)
         assert latency_table._cached(file) is None
     assert latency_table._cached(tmp_path / "none.json") is None
@@ -127,7 +140,10 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert facts["asked"] == {"speedup": 2.0}
     assert count_macs(small) < 0.8 * count_macs(graph)
     runtime = OnnxRuntime(threads=1)
-    files = {name: runtime.open(runtime.export(one, tmp_path / f"{name}.onnx")) for name, one in (("whole", graph), ("small", small))}
+    files = {
+        name: runtime.open(runtime.export(one, tmp_path / f"{name}.onnx"))
+        for name, one in (("whole", graph), ("small", small))
+    }
     # Measured anew, in turns, so not the round that was picked for its figure: half of the time was asked for.
     assert latency.latency(files, example[:1], repeats=100)["small"]["speedup"]["whole"]["median"] > 1.3
     assert not found["table"]["from_cache"]
@@ -153,7 +169,9 @@ def test_refuses_a_runtime_that_tells_no_times() -> None:
 
 def test_the_best_round_is_the_nearest_of_those_fast_enough_and_calm() -> None:
     def one(median: float, spread: float = 1.1) -> latency_search.Round:
-        return latency_search.Round(np.zeros(1), 2.0, {"median": median, "low": median, "high": spread * median}, {}, 0.0)
+        return latency_search.Round(
+            np.zeros(1), 2.0, {"median": median, "low": median, "high": spread * median}, {}, 0.0
+        )
 
     rounds = [one(2.6), one(1.8), one(2.4), one(2.04, latency_table.SPREAD + 1)]
     assert latency_search._best(rounds, 2.0) is rounds[2]

@@ -100,7 +100,9 @@ def state(graph: nn.Module) -> dict[str, Tensor]:
 shapes = st.lists(st.integers(1, 9), min_size=2, max_size=4)
 
 
-@hypothesis.given(shape=shapes, n=st.integers(1, 5), more=st.integers(1, 5), axis=st.integers(0, 1), seed=st.integers(0, 2**31))
+@hypothesis.given(
+    shape=shapes, n=st.integers(1, 5), more=st.integers(1, 5), axis=st.integers(0, 1), seed=st.integers(0, 2**31)
+)
 def test_of_each_block_the_n_largest_stay(shape: list[int], n: int, more: int, axis: int, seed: int) -> None:
     scores = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
     alive = _blocks({"w": scores}, {"w": axis}, parse(f"{n}:{n + more}"))["w"]
@@ -112,20 +114,34 @@ def test_of_each_block_the_n_largest_stay(shape: list[int], n: int, more: int, a
 
 
 @hypothesis.given(
-    shape=shapes, share=st.floats(0.01, 0.99), scope=st.sampled_from(["global", "layer", "output"]), seed=st.integers(0, 2**31)
+    shape=shapes,
+    share=st.floats(0.01, 0.99),
+    scope=st.sampled_from(["global", "layer", "output"]),
+    seed=st.integers(0, 2**31),
 )
 def test_of_each_set_the_largest_stay(shape: list[int], share: float, scope: str, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
-    scores = {"a": torch.rand(shape, generator=draw), "b": torch.rand(3, 5, generator=draw), "c": torch.rand(4, 2, 3, generator=draw)}
+    scores = {
+        "a": torch.rand(shape, generator=draw),
+        "b": torch.rand(3, 5, generator=draw),
+        "c": torch.rand(4, 2, 3, generator=draw),
+    }
     axes = {"a": 1, "b": 1, "c": 0}
     alive = _shares(scores, axes, share, scope)
     if scope == "global":
-        sets = [(torch.cat([one.flatten() for one in scores.values()]), torch.cat([alive[name].flatten() for name in scores]))]
+        sets = [
+            (
+                torch.cat([one.flatten() for one in scores.values()]),
+                torch.cat([alive[name].flatten() for name in scores]),
+            )
+        ]
     elif scope == "layer":
         sets = [(scores[name].flatten(), alive[name].flatten()) for name in scores]
     else:
         sets = [
-            pair for name in scores for pair in zip(scores[name].unbind(1 - axes[name]), alive[name].unbind(1 - axes[name]), strict=True)
+            pair
+            for name in scores
+            for pair in zip(scores[name].unbind(1 - axes[name]), alive[name].unbind(1 - axes[name]), strict=True)
         ]
     for own, kept in sets:
         assert int((~kept).sum()) == round(share * kept.numel())
@@ -143,7 +159,9 @@ def test_equals_keep_the_first() -> None:
 def test_a_masked_network_is_the_network_with_zeros(sparsity: float | str, criterion: str) -> None:
     before = {name: value.clone() for name, value in state(net()).items()}
     sparse = mask(net(), sparsity=sparsity, criterion=criterion, task=digits())
-    assert all(torch.equal(value, before[name]) for name, value in state(net()).items())  # the caller's model is left alone
+    assert all(
+        torch.equal(value, before[name]) for name, value in state(net()).items()
+    )  # the caller's model is left alone
     weights = [f"{name}.weight" for name in ("first", "grouped", "depthwise", "up", "out")]
     assert sparse.meta["sparse"] == sorted(weights)
     for name, value in state(sparse).items():
@@ -153,7 +171,9 @@ def test_a_masked_network_is_the_network_with_zeros(sparsity: float | str, crite
     facts = sparse.meta["history"][-1]["facts"]
     total = sum(before[name].numel() for name in weights)
     left = sum(int((state(sparse)[name] != 0).sum()) for name in weights)
-    assert (facts["weights"], facts["nonzero"]) == (total, left) and facts["sparsity"] == pytest.approx(1 - left / total)
+    assert (facts["weights"], facts["nonzero"]) == (total, left) and facts["sparsity"] == pytest.approx(
+        1 - left / total
+    )
     assert "no faster" in facts["note"]
     if str(sparsity) == "0.5":
         assert abs(facts["sparsity"] - 0.5) < 0.05
@@ -193,9 +213,16 @@ def test_wanda_weighs_by_what_each_weight_multiplies() -> None:
         module(batch)
     for name in ("first", "grouped", "depthwise"):
         layer, x = module.get_submodule(name), seen[name]
-        windows = nn.functional.unfold(x, 3, layer.dilation, layer.padding, layer.stride).square().sum((0, 2)).reshape(x.shape[1], 3, 3)
+        windows = (
+            nn.functional.unfold(x, 3, layer.dilation, layer.padding, layer.stride)
+            .square()
+            .sum((0, 2))
+            .reshape(x.shape[1], 3, 3)
+        )
         inputs = windows.unflatten(0, (layer.groups, -1)).repeat_interleave(layer.out_channels // layer.groups, 0)
-        torch.testing.assert_close(scores[f"{name}.weight"], layer.weight.detach().abs() * inputs.sqrt(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            scores[f"{name}.weight"], layer.weight.detach().abs() * inputs.sqrt(), rtol=1e-4, atol=1e-5
+        )
     norms = seen["out"].square().sum(0).sqrt()
     torch.testing.assert_close(scores["out.weight"], module.out.weight.detach().abs() * norms, rtol=1e-4, atol=1e-5)
     norms = seen["up"].square().sum((0, 2, 3)).sqrt()[:, None, None, None]
@@ -207,7 +234,9 @@ def test_wanda_keeps_more_of_the_answer_than_magnitude() -> None:
     torch.manual_seed(0)
     scale = torch.logspace(-2, 2, 64)
     images = (torch.rand(200, 1, 8, 8) * 255).to(torch.uint8)
-    task = Classification(train=(images.numpy(), np.arange(200) % 10), val=None, augment="none", mean=(0.0,), std=(1.0,))
+    task = Classification(
+        train=(images.numpy(), np.arange(200) % 10), val=None, augment="none", mean=(0.0,), std=(1.0,)
+    )
     model = nn.Sequential(nn.Flatten(), _Scale(scale), nn.Linear(64, 10))
     graph = capture(model, torch.zeros(2, 1, 8, 8))
     x = next(iter(task.inputs("train", 200, 200)))
@@ -215,7 +244,9 @@ def test_wanda_keeps_more_of_the_answer_than_magnitude() -> None:
     for criterion in ("magnitude", "wanda"):
         with torch.no_grad():
             errors[criterion] = float(
-                (mask(graph, sparsity=0.5, criterion=criterion, scope="output", task=task)(x) - graph(x)).square().mean()
+                (mask(graph, sparsity=0.5, criterion=criterion, scope="output", task=task)(x) - graph(x))
+                .square()
+                .mean()
             )
     assert errors["wanda"] < 0.1 * errors["magnitude"]
 
@@ -268,7 +299,9 @@ def test_training_keeps_the_zeros_and_moves_the_rest(optimizer: str, sparsity: f
             moved = trained.get_parameter(name) != sparse.get_parameter(name)
             assert not bool(moved[gone].any()) and float(moved[~gone].float().mean()) > 0.95
     dense = distill(net(), net(), digits(), optimizer=optimizer, **QUICK)
-    assert not any(bool((value == 0).any()) for name, value in dense.named_parameters() if name in sparse.meta["sparse"])
+    assert not any(
+        bool((value == 0).any()) for name, value in dense.named_parameters() if name in sparse.meta["sparse"]
+    )
 
 
 @pytest.mark.parametrize("stop", [1, 14, 20])
@@ -328,9 +361,14 @@ def test_other_sparse_bytes_are_refused(content: bytes, shape: list[int], words:
 @pytest.mark.parametrize(("sparsity", "most"), [("2:4", 0.60), (0.9, 0.22)])
 def test_a_saved_folder_is_smaller_and_comes_back(tmp_path: Path, sparsity: float | str, most: float) -> None:
     torch.manual_seed(0)
-    dense = capture(nn.Sequential(nn.Conv2d(4, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(1152, 64)), torch.zeros(2, 4, 8, 8))
+    dense = capture(
+        nn.Sequential(nn.Conv2d(4, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(1152, 64)), torch.zeros(2, 4, 8, 8)
+    )
     sparse = mask(dense, sparsity=sparsity).to(memory_format=torch.channels_last)
-    sizes = [(folder_.save(one, tmp_path / name) / "weights.safetensors").stat().st_size for one, name in ((dense, "d"), (sparse, "s"))]
+    sizes = [
+        (folder_.save(one, tmp_path / name) / "weights.safetensors").stat().st_size
+        for one, name in ((dense, "d"), (sparse, "s"))
+    ]
     assert sizes[1] < most * sizes[0]
     loaded = folder_.load(tmp_path / "s")
     assert same(state(loaded), state(sparse)) and loaded.meta == sparse.meta
@@ -360,7 +398,10 @@ def _damaged(folder: Path, change: Any) -> Path:
     text.write_text(json.dumps(graph))
     manifest = json.loads((folder / "manifest.json").read_text())
     for path in (weights, text):
-        manifest["files"][path.name] = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "size": path.stat().st_size}
+        manifest["files"][path.name] = {
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "size": path.stat().st_size,
+        }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
@@ -433,12 +474,22 @@ def test_compress_prunes_by_rounds_masks_and_keeps_the_zeros(tmp_path: Path) -> 
         {"do": "mask", "sparsity": 0.6},
         {"do": "distill", "epochs": 2, "batch_size": 96},
     ]
-    result = compress(dense, digits(), budget=Budget(max_drop=0.9), steps=steps, corruptions=(), workdir=tmp_path / "w", progress=False)
+    result = compress(
+        dense,
+        digits(),
+        budget=Budget(max_drop=0.9),
+        steps=steps,
+        corruptions=(),
+        workdir=tmp_path / "w",
+        progress=False,
+    )
     assert [step["kept"] for step in result.report["steps"]][1] is True, result.report["steps"]
     masked = folder_.load(tmp_path / "w" / "2-mask")
     assert same(zeros(folder_.load(tmp_path / "w" / "3-distill")), zeros(masked)) and masked.meta["sparse"]
     assert masked.meta["history"][-2]["options"]["schedule"].startswith("iterative")
-    sizes = [(tmp_path / "w" / name / "weights.safetensors").stat().st_size for name in ("1-prune", "2-mask", "3-distill")]
+    sizes = [
+        (tmp_path / "w" / name / "weights.safetensors").stat().st_size for name in ("1-prune", "2-mask", "3-distill")
+    ]
     assert sizes[1] < 0.85 * sizes[0] and sizes[2] == sizes[1]
     note = [fact for step in view.view(result.report)["steps"] for fact in step["facts"] if fact[0] == "note"]
     assert note and "no faster" in note[0][1]
@@ -446,7 +497,16 @@ def test_compress_prunes_by_rounds_masks_and_keeps_the_zeros(tmp_path: Path) -> 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder_.save(net(), tmp_path / "dense")
-    arguments = ["mask", str(tmp_path / "dense"), "--sparsity", "2:4", "--criterion", "wanda:images=16", "--data", "sklearn:digits"]
+    arguments = [
+        "mask",
+        str(tmp_path / "dense"),
+        "--sparsity",
+        "2:4",
+        "--criterion",
+        "wanda:images=16",
+        "--data",
+        "sklearn:digits",
+    ]
     assert main.run([*arguments, "-o", str(tmp_path / "sparse"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["step"] == "mask" and found["facts"]["note"].endswith("no faster on onnxruntime")

@@ -63,13 +63,28 @@ def test_a_part_of_the_axes_gives_that_part_of_the_result() -> None:
                         continue
                     part = list(own)
                     for place, axis in run.sources.items():
-                        part[place] = own[place].narrow(axis, 0, own[place].shape[axis] // run.groups if run.groups else 1)
+                        part[place] = own[place].narrow(
+                            axis, 0, own[place].shape[axis] // run.groups if run.groups else 1
+                        )
                     made = called(node, part, 1 if run.groups else None)
                     for one, full in zip(made if isinstance(made, (list, tuple)) else [made], results, strict=True):
                         length = full.shape[run.result] // run.groups if run.groups else 1
                         torch.testing.assert_close(one, full.narrow(run.result, 0, length), rtol=1e-5, atol=1e-6)
                     seen.add("groups" if run.groups else operator_name(node))
-    assert {"linear", "layer_norm", "batch_norm", "gelu", "add", "permute", "cat", "softmax", "einsum", "matmul", "slice", "conv2d"} <= seen
+    assert {
+        "linear",
+        "layer_norm",
+        "batch_norm",
+        "gelu",
+        "add",
+        "permute",
+        "cat",
+        "softmax",
+        "einsum",
+        "matmul",
+        "slice",
+        "conv2d",
+    } <= seen
     assert {"scaled_dot_product_attention", "adaptive_avg_pool2d", "groups"} <= seen
 
 

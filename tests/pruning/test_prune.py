@@ -57,7 +57,11 @@ class CifarResNet(nn.Module):
         self.conv1, self.bn1 = nn.Conv2d(3, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0])
         stages, inputs = [], widths[0]
         for index, width in enumerate(widths):
-            stages.append(nn.Sequential(*(Block(inputs if i == 0 else width, width, 2 if i == 0 and index else 1) for i in range(blocks))))
+            stages.append(
+                nn.Sequential(
+                    *(Block(inputs if i == 0 else width, width, 2 if i == 0 and index else 1) for i in range(blocks))
+                )
+            )
             inputs = width
         self.layer1, self.layer2, self.layer3 = stages
         self.linear = nn.Linear(inputs, 10)
@@ -113,7 +117,9 @@ def swin(version: str = "") -> nn.Module:
 
 
 def densenet() -> nn.Module:
-    return torchvision.models.DenseNet(growth_rate=8, block_config=(2, 3, 2), num_init_features=16, bn_size=2, num_classes=10)
+    return torchvision.models.DenseNet(
+        growth_rate=8, block_config=(2, 3, 2), num_init_features=16, bn_size=2, num_classes=10
+    )
 
 
 def torchvision_model(name: str, **options):  # type: ignore[no-untyped-def]
@@ -187,7 +193,11 @@ def test_family_at_half_its_channels(make, size: int, most: float) -> None:  # t
     small(inputs).sum().backward()
     assert all(parameter.grad is not None and bool(parameter.grad.isfinite().all()) for parameter in small.parameters())
 
-    assert graph.code == code and "history" not in graph.meta and all(parameter.grad is None for parameter in graph.parameters())
+    assert (
+        graph.code == code
+        and "history" not in graph.meta
+        and all(parameter.grad is None for parameter in graph.parameters())
+    )
     assert all(torch.equal(value, before[name]) for name, value in graph.state_dict().items())
 
 
@@ -200,7 +210,13 @@ STREAMS = [
     pytest.param(swin, 32, "features.0.0.weight", "features.1.0.attn.qkv.weight", id="swin"),
     pytest.param(vit, 32, "conv_proj.weight", "encoder.layers.encoder_layer_0.self_attention.in_proj_weight", id="vit"),
     pytest.param(convnext, 32, "features.0.0.weight", "features.1.0.block.0.weight", id="convnext"),
-    pytest.param(maxvit, 64, "stem.0.0.weight", "blocks.0.layers.0.layers.window_attention.attn_layer.1.to_qkv.weight", id="maxvit"),
+    pytest.param(
+        maxvit,
+        64,
+        "stem.0.0.weight",
+        "blocks.0.layers.0.layers.window_attention.attn_layer.1.to_qkv.weight",
+        id="maxvit",
+    ),
     pytest.param(
         torchvision_model("regnet_x_400mf"),
         32,
@@ -208,8 +224,12 @@ STREAMS = [
         "trunk_output.block1.block1-0.f.b.0.weight",
         id="regnet",
     ),
-    pytest.param(torchvision_model("resnext50_32x4d"), 32, "conv1.weight", "layer1.0.conv2.weight", id="resnext", marks=slow),
-    pytest.param(torchvision_model("shufflenet_v2_x0_5"), 32, "conv1.0.weight", "stage3.6.branch2.5.weight", id="shufflenet"),
+    pytest.param(
+        torchvision_model("resnext50_32x4d"), 32, "conv1.weight", "layer1.0.conv2.weight", id="resnext", marks=slow
+    ),
+    pytest.param(
+        torchvision_model("shufflenet_v2_x0_5"), 32, "conv1.0.weight", "stage3.6.branch2.5.weight", id="shufflenet"
+    ),
 ]
 
 
@@ -225,13 +245,21 @@ def test_every_layer_loses_width_in_its_main_stream_too(make, size: int, stream:
 
 
 @pytest.mark.parametrize(
-    ("make", "size"), [(vit, 32), (swin, 32), (lambda: swin("v2"), 32), (maxvit, 64)], ids=["vit", "swin", "swin_v2", "maxvit"]
+    ("make", "size"),
+    [(vit, 32), (swin, 32), (lambda: swin("v2"), 32), (maxvit, 64)],
+    ids=["vit", "swin", "swin_v2", "maxvit"],
 )
 def test_whole_heads_leave_with_their_position_tables(make, size: int) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
-    small = prune(alive_statistics(make()).eval(), inputs=torch.randn(2, 3, size, size), keep=0.5, ranking="local", heads="whole")
+    small = prune(
+        alive_statistics(make()).eval(), inputs=torch.randn(2, 3, size, size), keep=0.5, ranking="local", heads="whole"
+    )
     found = facts(small)["channels"]
-    heads = {name.rpartition(".")[0]: after / 24 for name, (_, after) in found.items() if name.endswith(("qkv.weight", "in_proj_weight"))}
+    heads = {
+        name.rpartition(".")[0]: after / 24
+        for name, (_, after) in found.items()
+        if name.endswith(("qkv.weight", "in_proj_weight"))
+    }
     assert heads and all(number in (1, 2, 3) for number in heads.values()), heads  # of 8 dims, for q, k and v each
     for name, tensor in small.state_dict().items():
         owner, _, leaf = name.rpartition(".")
@@ -243,7 +271,9 @@ def test_whole_heads_leave_with_their_position_tables(make, size: int) -> None: 
         assert bool(small(torch.randn(batch, 3, size, size)).isfinite().all())
 
 
-@pytest.mark.parametrize("make", [CifarResNet, torchvision_model("mobilenet_v3_small"), densenet], ids=["resnet", "mobilenet", "densenet"])
+@pytest.mark.parametrize(
+    "make", [CifarResNet, torchvision_model("mobilenet_v3_small"), densenet], ids=["resnet", "mobilenet", "densenet"]
+)
 def test_equals_the_original_model_with_those_channels_zeroed(make) -> None:  # type: ignore[no-untyped-def]
     """The oracle knows no graph: the caller's own eager module, zeros in its parameters, in float64."""
     torch.manual_seed(0)
@@ -283,7 +313,9 @@ def test_caller_may_pass_a_module_in_training_and_frozen_parameters() -> None:
 
 @pytest.mark.parametrize("ranking", ["global", "loss", "local", "isomorphic"])
 @pytest.mark.parametrize(("kind", "value"), [("macs", 0.5), ("macs", 0.25), ("params", 0.5), ("keep", 0.3)])
-def test_target_is_held_and_not_by_more_than_a_step(resnet: fx.GraphModule, kind: str, value: float, ranking: str) -> None:
+def test_target_is_held_and_not_by_more_than_a_step(
+    resnet: fx.GraphModule, kind: str, value: float, ranking: str
+) -> None:
     small = prune(resnet, **{kind: value}, ranking=ranking)
     assert facts(small)["macs"][1] == count_macs(small) and facts(small)["params"][1] == count_parameters(small)
     reached = facts(small)["reached"][kind]
@@ -352,7 +384,10 @@ def test_isomorphic_groups_like_with_like() -> None:
     with torch.no_grad():
         graph.get_parameter("layer1.0.conv1.weight")[2:].mul_(0.01)
         graph.get_parameter("layer1.0.conv2.weight")[:, 2:].mul_(0.01)
-    local, alike = widths(prune(graph, keep=0.5, ranking="local")), widths(prune(graph, keep=0.5, ranking="isomorphic", floor=0))
+    local, alike = (
+        widths(prune(graph, keep=0.5, ranking="local")),
+        widths(prune(graph, keep=0.5, ranking="isomorphic", floor=0)),
+    )
     assert local["layer1.0.conv1.weight"] == local["layer1.1.conv1.weight"] == [16, 8]
     assert alike["layer1.0.conv1.weight"][1] < 3 < alike["layer1.1.conv1.weight"][1]
 
@@ -422,7 +457,9 @@ def test_weights_that_are_not_finite(resnet: fx.GraphModule) -> None:
     graph = copy.deepcopy(resnet)
     with torch.no_grad():
         graph.get_parameter("layer1.0.conv1.weight")[3] = math.nan
-    with pytest.raises(InputError, match="criterion magnitude: .* NaN or infinite; layer1.0.conv1.weight is not finite"):
+    with pytest.raises(
+        InputError, match="criterion magnitude: .* NaN or infinite; layer1.0.conv1.weight is not finite"
+    ):
         prune(graph, keep=0.5)
 
 
@@ -437,12 +474,21 @@ def planned(graph: fx.GraphModule):  # type: ignore[no-untyped-def]
 
 def altered(coupling, name: str, axis: int):  # type: ignore[no-untyped-def]
     """The coupling with the classes along one axis of one tensor in reverse: as many leave, but others."""
-    rows = [replace(row, classes=row.classes.flip(0)) if name in row.names and row.axis == axis else row for row in coupling.rows]
+    rows = [
+        replace(row, classes=row.classes.flip(0)) if name in row.names and row.axis == axis else row
+        for row in coupling.rows
+    ]
     return replace(coupling, rows=rows)
 
 
 @pytest.mark.parametrize(
-    ("name", "axis"), [("layer2.0.conv1.weight", 0), ("layer2.0.conv2.weight", 1), ("layer3.0.bn2.running_mean", 0), ("linear.weight", 1)]
+    ("name", "axis"),
+    [
+        ("layer2.0.conv1.weight", 0),
+        ("layer2.0.conv2.weight", 1),
+        ("layer3.0.bn2.running_mean", 0),
+        ("linear.weight", 1),
+    ],
 )
 def test_self_check_fails_on_a_wrong_class_vector(resnet: fx.GraphModule, name: str, axis: int) -> None:
     coupling, alive = planned(resnet)
@@ -461,7 +507,9 @@ def test_self_check_fails_on_a_wrong_class_vector(resnet: fx.GraphModule, name: 
         (torch.ops.aten.pad.default, 1, [0, 0, 0, 0, 1, 1], "has shape|differs"),
     ],
 )
-def test_self_check_fails_on_a_wrong_argument(resnet: fx.GraphModule, operator, place: int, value, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_self_check_fails_on_a_wrong_argument(
+    resnet: fx.GraphModule, operator, place: int, value, message: str
+) -> None:  # type: ignore[no-untyped-def]
     coupling, alive = planned(resnet)
     small = cut(coupling, alive)
     node = [node for node in small.graph.nodes if node.target is operator][-1]
@@ -545,7 +593,13 @@ class FakeTask:
         return F.cross_entropy(outputs, targets)
 
 
-FORMS = ["taylor:form=fisher", "hessian:group=True", "activation:statistic=variance", "magnitude:p=1,reduce=max", "fpgm:reduce=sum"]
+FORMS = [
+    "taylor:form=fisher",
+    "hessian:group=True",
+    "activation:statistic=variance",
+    "magnitude:p=1,reduce=max",
+    "fpgm:reduce=sum",
+]
 
 
 @pytest.mark.parametrize("name", [*plugins.available("criteria"), *FORMS])
@@ -556,7 +610,12 @@ def test_every_criterion(name: str, resnet: fx.GraphModule) -> None:
     rule = plugins.resolve("criteria", name)
     before = {key: value.clone() for key, value in graph.state_dict().items()}
     one, two = (rule.scores(graph, coupling, FakeTask(), 3) for _ in range(2))
-    assert one.shape == (coupling.count,) and one.dtype == torch.float64 and bool(one[1:].isfinite().all()) and not one.requires_grad
+    assert (
+        one.shape == (coupling.count,)
+        and one.dtype == torch.float64
+        and bool(one[1:].isfinite().all())
+        and not one.requires_grad
+    )
     assert torch.equal(one, two) and len(one[1:].unique()) > 10
     assert all(torch.equal(value, before[key]) for key, value in graph.state_dict().items())
     assert all(parameter.grad is None for parameter in graph.parameters())
@@ -692,7 +751,8 @@ def test_batch_norm_scale_by_hand(resnet: fx.GraphModule) -> None:
     inner = next(row.classes for row in coupling.rows if row.names[0] == "layer2.0.conv1.weight" and row.axis == 0)
     assert torch.allclose(scores[inner], resnet.get_parameter("layer2.0.bn1.weight").detach().abs().double())
     with pytest.raises(
-        InputError, match="criterion 'bn_scale': the channels of 1 layers pass no batch norm with a scale, such as 0.weight"
+        InputError,
+        match="criterion 'bn_scale': the channels of 1 layers pass no batch norm with a scale, such as 0.weight",
     ):
         prune(by_hand()[0], keep=0.5, criterion="bn_scale")
 

@@ -127,10 +127,16 @@ def test_solution_and_error_are_those_of_lstsq(shifts: bool) -> None:
     total = 0.0
     for group in range(2):
         one = x[:, group].transpose(1, 2).reshape(-1, 7).double()
-        error = y[:, group].transpose(1, 2).reshape(-1, 4).double() - one @ weight[group].double().T - bias.reshape(2, 4)[group].double()
+        error = (
+            y[:, group].transpose(1, 2).reshape(-1, 4).double()
+            - one @ weight[group].double().T
+            - bias.reshape(2, 4)[group].double()
+        )
         flat, aim = (one - one.mean(0), error - error.mean(0)) if shifts else (one, error)
         ridge = (0.3 * flat.square().mean(0).mean() * len(flat)).sqrt() * torch.eye(7, dtype=torch.float64)
-        solved = torch.linalg.lstsq(torch.cat((flat, ridge)), torch.cat((aim, torch.zeros(7, 4, dtype=torch.float64)))).solution
+        solved = torch.linalg.lstsq(
+            torch.cat((flat, ridge)), torch.cat((aim, torch.zeros(7, 4, dtype=torch.float64)))
+        ).solution
         assert torch.allclose(change[group], solved.T, rtol=1e-4, atol=1e-5)  # products in float32
         left = error - one @ change[group].T - (shift.reshape(2, 4)[group] if shift is not None else 0)
         total += float(left.square().sum())
@@ -146,7 +152,10 @@ def test_exact_where_the_rest_says_it_all() -> None:
     cut = prune(graph, keep=0.5)
     batch, fresh = torch.randn(512, 4), torch.randn(100, 4)
     whole = repair(cut, graph, [batch])
-    apart = [float((one(fresh) - graph(fresh)).detach().square().mean() / graph(fresh).detach().var()) for one in (cut, whole)]
+    apart = [
+        float((one(fresh) - graph(fresh)).detach().square().mean() / graph(fresh).detach().var())
+        for one in (cut, whole)
+    ]
     assert apart[0] > 0.1 and apart[1] < 1e-4
 
 
@@ -154,14 +163,19 @@ def test_exact_where_the_rest_says_it_all() -> None:
 
 
 def test_answers_come_nearer_on_new_images(net: fx.GraphModule, small: fx.GraphModule) -> None:
-    both, norms, layers = (repair(small, net, images(200), **options) for options in ({}, {"reconstruct": False}, {"batchnorm": False}))
+    both, norms, layers = (
+        repair(small, net, images(200), **options) for options in ({}, {"reconstruct": False}, {"batchnorm": False})
+    )
     before = wrong(small, net)
     assert before > 0.05
     assert wrong(both, net) < 0.4 * before and wrong(layers, net) < 0.4 * before
     facts = record(both)
     assert facts["images"] == 200 and facts["reestimated"] == ["bn1", "bn2", "bn3"]  # what bn0 reads is as it was
     assert [layer["name"] for layer in facts["reconstructed"]] == ["conv1", "depth", "conv2", "grouped", "head"]
-    assert all(layer["wrong"] <= layer["wrong_before"] and layer["ridge"] in (None, *RIDGES) for layer in facts["reconstructed"])
+    assert all(
+        layer["wrong"] <= layer["wrong_before"] and layer["ridge"] in (None, *RIDGES)
+        for layer in facts["reconstructed"]
+    )
     assert record(norms)["reconstructed"] == [] and record(layers)["reestimated"] == []
 
 
@@ -234,7 +248,9 @@ def test_two_prunings_and_a_file(net: fx.GraphModule, tmp_path: Path) -> None:
     twice = prune(once, keep=0.7)
     kept = kept_channels(twice, net)
     stem = attribute(twice, "stem.weight")
-    assert 0 < len(kept["stem.weight"]) == len(stem) < 16 and torch.equal(stem, attribute(net, "stem.weight")[kept["stem.weight"]])
+    assert 0 < len(kept["stem.weight"]) == len(stem) < 16 and torch.equal(
+        stem, attribute(net, "stem.weight")[kept["stem.weight"]]
+    )
     save(twice, tmp_path / "twice")
     one, two = (repair(graph, net, images(40)) for graph in (twice, load(tmp_path / "twice")))
     assert all(torch.equal(value, two.state_dict()[name]) for name, value in one.state_dict().items())
@@ -259,7 +275,9 @@ def test_fewer_images_where_memory_is_short(net: fx.GraphModule, small: fx.Graph
 
 
 class Task:
-    def inputs(self, split: str, count: int, batch_size: int, seed: int = 0, device: object = "cpu") -> Iterator[Tensor]:
+    def inputs(
+        self, split: str, count: int, batch_size: int, seed: int = 0, device: object = "cpu"
+    ) -> Iterator[Tensor]:
         assert split == "train" and count == 512
         return iter(images(100, seed))
 

@@ -65,7 +65,10 @@ def plain() -> nn.Module:
 def images(seed: int, count: int = 6) -> list[torch.Tensor]:
     """Smooth, so that layers read correlated values."""
     generator = torch.Generator().manual_seed(seed)
-    return [nn.functional.interpolate(torch.randn(16, 3, 4, 4, generator=generator), size=(12, 12), mode="bilinear") for _ in range(count)]
+    return [
+        nn.functional.interpolate(torch.randn(16, 3, 4, 4, generator=generator), size=(12, 12), mode="bilinear")
+        for _ in range(count)
+    ]
 
 
 def graph_of(model: nn.Module) -> Any:
@@ -118,13 +121,23 @@ def test_a_stretch_unrounded_is_the_float_block_and_rounded_what_the_network_com
 
 @pytest.mark.parametrize("make", [Residual, PreNorm, plain])
 @pytest.mark.parametrize(("weights", "activations"), [("int3", "uint8"), ("int4", "uint4")])
-def test_answers_come_nearer_on_images_it_has_not_seen_and_the_same_for_a_seed(make: Any, weights: str, activations: str) -> None:
+def test_answers_come_nearer_on_images_it_has_not_seen_and_the_same_for_a_seed(
+    make: Any, weights: str, activations: str
+) -> None:
     torch.manual_seed(0)
     graph, held_out = graph_of(make()), torch.cat(images(1))
     wanted = graph(held_out).detach()
 
     def error(rounding: str, seed: int = 0) -> tuple[float, Any]:
-        small = quantize(graph, batches=images(0), weights=weights, activations=activations, rounding=rounding, seed=seed, progress=False)
+        small = quantize(
+            graph,
+            batches=images(0),
+            weights=weights,
+            activations=activations,
+            rounding=rounding,
+            seed=seed,
+            progress=False,
+        )
         return float((small(held_out) - wanted).square().mean()), small.state_dict()
 
     (ours, first), (nearest, _) = error(BRECQ), error("nearest")
@@ -160,10 +173,19 @@ def test_a_size_that_hangs_on_the_batch_is_that_of_the_images_at_hand() -> None:
 def test_a_block_is_never_worse_than_nearest_on_its_images() -> None:
     torch.manual_seed(0)
     graph = graph_of(Residual())
-    wild = quantize(graph, batches=images(0), weights="int3", rounding="brecq:steps=3,lr=50,strength=0", correct_bias=False, progress=False)
+    wild = quantize(
+        graph,
+        batches=images(0),
+        weights="int3",
+        rounding="brecq:steps=3,lr=50,strength=0",
+        correct_bias=False,
+        progress=False,
+    )
     nearest = quantize(graph, batches=images(0), weights="int3", rounding="nearest", correct_bias=False, progress=False)
     wanted = graph(torch.cat(images(0)))
-    assert (wild(torch.cat(images(0))) - wanted).square().mean() <= 1.1 * (nearest(torch.cat(images(0))) - wanted).square().mean()
+    assert (wild(torch.cat(images(0))) - wanted).square().mean() <= 1.1 * (
+        nearest(torch.cat(images(0))) - wanted
+    ).square().mean()
 
 
 @pytest.mark.parametrize("text", ["brecq:steps=0", "brecq:drop=1", "brecq:lr=0", "brecq:batch=0"])

@@ -27,7 +27,9 @@ class Bottlenecks(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 16, 3, stride=2)
         self.expand = nn.ModuleList([nn.Conv2d(16, 32, 1), nn.Conv2d(16, 32, 1)])
-        self.deep = nn.ModuleList([nn.Conv2d(32, 32, 3, padding=1, groups=32), nn.Conv2d(32, 32, 3, padding=1, groups=32)])
+        self.deep = nn.ModuleList(
+            [nn.Conv2d(32, 32, 3, padding=1, groups=32), nn.Conv2d(32, 32, 3, padding=1, groups=32)]
+        )
         self.project = nn.ModuleList([nn.Conv2d(32, 16, 1), nn.Conv2d(32, 16, 1)])
         self.head = nn.Conv2d(16, 24, 1)
         self.fc = nn.Linear(24, 10)
@@ -71,7 +73,9 @@ def folded(model: nn.Module, x: Tensor) -> fx.GraphModule:
 def grids_of(graph: fx.GraphModule) -> tuple[dict[fx.Node, Grid], dict[fx.Node, Grid]]:
     """All values rounded and all layers."""
     operators = [node for node in graph.graph.nodes if node.op == "call_function"]
-    return {node: Grid(signed=False, symmetric=False) for node in operators}, {node: Grid(axis=0) for node in operators if weighted(node)}
+    return {node: Grid(signed=False, symmetric=False) for node in operators}, {
+        node: Grid(axis=0) for node in operators if weighted(node)
+    }
 
 
 def images(count: int = 8, size: int = 24) -> Tensor:
@@ -98,7 +102,10 @@ def test_answers_stay(make: Callable[[], nn.Module]) -> None:
 
 def test_streams_reach_across_additions() -> None:
     graph = folded(Bottlenecks(), images(2))
-    found = [({layer_name(node) for node in stream.makers}, {layer_name(node) for node in stream.readers}) for stream in streams(graph)]
+    found = [
+        ({layer_name(node) for node in stream.makers}, {layer_name(node) for node in stream.readers})
+        for stream in streams(graph)
+    ]
     assert found == [({"stem", "project.0", "project.1"}, {"expand.0", "expand.1", "head"})]
     graph = folded(Residual(), images(2))
     (stream,) = streams(graph)

@@ -42,7 +42,9 @@ def batches() -> list[torch.Tensor]:
     return list(torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(1)).split(16))
 
 
-def test_noise_of_the_last_layer_is_that_of_the_answers(graph: torch.fx.GraphModule, batches: list[torch.Tensor]) -> None:
+def test_noise_of_the_last_layer_is_that_of_the_answers(
+    graph: torch.fx.GraphModule, batches: list[torch.Tensor]
+) -> None:
     small = quantize(graph, batches=batches, progress=False)
     rows = {row["name"]: row for row in explain(small)["layers"]}
     x = batches[0][:IMAGES]
@@ -54,8 +56,14 @@ def test_noise_of_the_last_layer_is_that_of_the_answers(graph: torch.fx.GraphMod
     assert (rows["stem"]["bits"], rows["stem"]["grid"], rows["stem"]["activation_grid"]) == (8, "int8", "uint8")
     low, high = rows["stem"]["range"]
     assert low < 0 < high <= float(torch.cat(batches).max()) + 1e-6
-    rough = {row["name"]: row for row in explain(quantize(graph, batches=batches, weights="int8;inner=int3", progress=False))["layers"]}
-    assert rough["stem"]["sqnr_db"] == pytest.approx(rows["stem"]["sqnr_db"]) and rough["inner"]["sqnr_db"] < rows["inner"]["sqnr_db"] - 10
+    rough = {
+        row["name"]: row
+        for row in explain(quantize(graph, batches=batches, weights="int8;inner=int3", progress=False))["layers"]
+    }
+    assert (
+        rough["stem"]["sqnr_db"] == pytest.approx(rows["stem"]["sqnr_db"])
+        and rough["inner"]["sqnr_db"] < rows["inner"]["sqnr_db"] - 10
+    )
 
 
 def test_each_operator_in_float_has_its_reason(graph: torch.fx.GraphModule, batches: list[torch.Tensor]) -> None:
@@ -83,7 +91,9 @@ def test_a_layer_is_in_one_of_the_two_tables(graph: torch.fx.GraphModule, batche
         assert not integer & floats and {"stem", "inner", "odd", "head"} <= integer | floats
 
 
-def test_a_saved_model_and_weights_alone_are_explained(graph: torch.fx.GraphModule, batches: list[torch.Tensor], tmp_path) -> None:
+def test_a_saved_model_and_weights_alone_are_explained(
+    graph: torch.fx.GraphModule, batches: list[torch.Tensor], tmp_path
+) -> None:
     small = quantize(graph, batches=batches, progress=False)
     rarefy.save(small, tmp_path / "small")
     assert explain(rarefy.load(tmp_path / "small")) == explain(small)

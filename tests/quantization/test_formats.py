@@ -43,13 +43,28 @@ def test_text_and_back(text: str) -> None:
 def test_options_in_any_order_and_wrong_ones() -> None:
     assert parse("INT4: symmetric=no, group=16", symmetric=True, axis=0) == Grid(4, True, False, 0, 16)
     assert parse("fp8", symmetric=True, axis=0) == Fp8("e4m3", 0)
-    for wrong in ("int9", "int4:group=x", "int4:group=0", "int4:rows=3", "fp8:e3m4", "fp8:e4m3,symmetric=no", "mxfp4:group=16", "fp4", ""):
+    for wrong in (
+        "int9",
+        "int4:group=x",
+        "int4:group=0",
+        "int4:rows=3",
+        "fp8:e3m4",
+        "fp8:e4m3,symmetric=no",
+        "mxfp4:group=16",
+        "fp4",
+        "",
+    ):
         with pytest.raises(InputError):
             parse(wrong, symmetric=True)
 
 
 @given(
-    st.integers(2, 8), st.integers(1, 5), st.integers(1, 9), st.sampled_from([(), (3,), (2, 3)]), st.integers(1, 11), st.integers(0, 999)
+    st.integers(2, 8),
+    st.integers(1, 5),
+    st.integers(1, 9),
+    st.sampled_from([(), (3,), (2, 3)]),
+    st.integers(1, 11),
+    st.integers(0, 999),
 )
 def test_groups_are_within_half_a_step_and_their_scales_serve_them_alone(
     bits: int, out: int, inputs: int, kernel: tuple[int, ...], group: int, seed: int
@@ -80,9 +95,13 @@ def test_fp8_is_torchs(kind: str) -> None:
     snapped, values = grid.snap(x), finite.float().sort().values
     nearest = (x[:, None] - values).abs().min(1).values
     assert torch.equal((snapped - x).abs(), nearest)
-    codes = OPERATORS.quantize(x, torch.tensor(0.5), torch.zeros((), dtype=dtype), None, int(grid.qmin), int(grid.qmax), dtype)
+    codes = OPERATORS.quantize(
+        x, torch.tensor(0.5), torch.zeros((), dtype=dtype), None, int(grid.qmin), int(grid.qmax), dtype
+    )
     assert codes.dtype is dtype and torch.equal(codes.float(), grid.snap(x / 0.5))
-    assert torch.equal(OPERATORS.dequantize(codes, torch.tensor(0.5), torch.zeros((), dtype=dtype), None), codes.float() * 0.5)
+    assert torch.equal(
+        OPERATORS.dequantize(codes, torch.tensor(0.5), torch.zeros((), dtype=dtype), None), codes.float() * 0.5
+    )
 
 
 def test_e2m1_codes_are_the_specifications() -> None:
@@ -91,7 +110,17 @@ def test_e2m1_codes_are_the_specifications() -> None:
     assert torch.equal(fp4.decoded(torch.arange(16, dtype=torch.uint8)), wanted)
     assert fp4.encoded(wanted).tolist() == list(range(16))
     ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -2.5, 9.0])
-    assert fp4.decoded(fp4.encoded(ties)).tolist() == [0, 1, 1, 2, 2, 4, 4, -2, 6]  # to the even code; too large: the largest
+    assert fp4.decoded(fp4.encoded(ties)).tolist() == [
+        0,
+        1,
+        1,
+        2,
+        2,
+        4,
+        4,
+        -2,
+        6,
+    ]  # to the even code; too large: the largest
     x = torch.linspace(-7, 7, 1001)
     assert torch.equal((fp4.decoded(fp4.encoded(x)) - x).abs(), (x[:, None] - wanted).abs().min(1).values)
 
@@ -113,7 +142,9 @@ def test_blocks_of_fp4(text: str, shape: tuple[int, ...]) -> None:
         assert torch.equal(torch.log2(step), torch.log2(step).round()) and float(whole) == 1
         assert ((largest < 8 * step) & (largest >= 4 * step)).all()
     else:
-        assert (largest <= 6 * step * (1 + 2**-4)).all() and (largest >= 6 * step * (1 - 2**-4)).all()  # e4m3 has 3 bits after the point
+        assert (largest <= 6 * step * (1 + 2**-4)).all() and (
+            largest >= 6 * step * (1 - 2**-4)
+        ).all()  # e4m3 has 3 bits after the point
     error = (rows(back, grid) - blocks).abs()
     assert (
         error <= torch.maximum(step[:, None], largest[:, None] - 6 * step[:, None]) * (1 + 1e-5)
@@ -127,7 +158,11 @@ def graph_of(layers: list[tuple[torch.Tensor, torch.Tensor, int | None, int]], b
     x = graph.placeholder("x")
     answers = []
     for index, (codes, scale, axis, group) in enumerate(layers):
-        for name, value in ((f"codes{index}", codes), (f"scale{index}", scale), (f"zero{index}", torch.zeros((), dtype=codes.dtype))):
+        for name, value in (
+            (f"codes{index}", codes),
+            (f"scale{index}", scale),
+            (f"zero{index}", torch.zeros((), dtype=codes.dtype)),
+        ):
             holder.register_buffer(name, value)
         sources = tuple(graph.get_attr(f"{name}{index}") for name in ("codes", "scale", "zero"))
         answers.append(graph.call_function(OPERATORS.dequantize.default, (*sources, axis, group)))
@@ -179,5 +214,6 @@ def test_learned_scales_have_the_papers_gradient() -> None:
     fake_quantize(torch.tensor([100.0, -100.0]), scale, zero, None, 0, 15).sum().backward()
     assert float(scale.grad) == (15 - 3) + (0 - 3)
     assert torch.equal(
-        fake_quantize(x, scale, zero, None, 0, 15), dequantize(quantize(x, scale, zero, None, 0, 15, torch.uint8), scale, zero, None)
+        fake_quantize(x, scale, zero, None, 0, 15),
+        dequantize(quantize(x, scale, zero, None, 0, 15, torch.uint8), scale, zero, None),
     )

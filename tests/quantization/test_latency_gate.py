@@ -25,7 +25,11 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.depthwise, self.pointwise = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 24, 1)
+        self.stem, self.depthwise, self.pointwise = (
+            nn.Conv2d(3, 16, 3),
+            nn.Conv2d(16, 16, 3, groups=16),
+            nn.Conv2d(16, 24, 1),
+        )
         self.norms = nn.ModuleList(nn.LayerNorm(24) for _ in range(2))
         self.first = nn.ModuleList(nn.Linear(24, 48) for _ in range(2))
         self.second = nn.ModuleList(nn.Linear(48, 24) for _ in range(2))
@@ -68,7 +72,11 @@ def clock(price: dict[str, float]) -> Any:
             assert session(inputs).shape == (1, 10)
         quartiles = lambda value: {"median": value, "low": value, "high": value}
         return {
-            name: {"ms": quartiles(ms[name]), "speedup": {other: quartiles(ms[other] / ms[name]) for other in ms}, "repeats": 1}
+            name: {
+                "ms": quartiles(ms[name]),
+                "speedup": {other: quartiles(ms[other] / ms[name]) for other in ms},
+                "repeats": 1,
+            }
             for name in ms
         }
 
@@ -85,7 +93,12 @@ def clock(price: dict[str, float]) -> Any:
     ],
 )  # fmt: skip
 def test_what_does_not_pay_goes_back(
-    graph: Any, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch, price: dict[str, float], undone: set[str], why: str
+    graph: Any,
+    batches: list[Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    price: dict[str, float],
+    undone: set[str],
+    why: str,
 ) -> None:
     """Clocks are planted, since no timing can be promised on a machine that others use; everything else is real."""
     pytest.importorskip("onnxruntime")
@@ -103,7 +116,11 @@ def test_gate_times_for_real(graph: Any, batches: list[Tensor]) -> None:
     small = quantize(graph, batches=batches, gate="latency", runtime="openvino:threads=1", progress=False)
     facts = small.meta["history"][-1]["facts"]
     timed = {one["what"]: one["latency_ms"] for one in facts["timing"]["gate"]}
-    assert {"float on openvino:threads=1", "float on openvino:threads=1,precision=bf16", latency_gate.INTEGER} <= timed.keys()
+    assert {
+        "float on openvino:threads=1",
+        "float on openvino:threads=1,precision=bf16",
+        latency_gate.INTEGER,
+    } <= timed.keys()
     assert all(ms > 0 for ms in timed.values()) and facts["gate"]["threads"] == 1
 
 
@@ -112,9 +129,15 @@ def test_unknown_gate(graph: Any, batches: list[Tensor]) -> None:
         quantize(graph, batches=batches, gate="size", progress=False)
 
 
-def test_without_vnni_no_sum_of_two_products_saturates(graph: Any, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_vnni_no_sum_of_two_products_saturates(
+    graph: Any, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """vpmaddubsw adds two products of unsigned by signed bytes in 16 bits."""
-    for runtime, flags in (("onnxruntime:vnni=no", None), ("onnxruntime", {"avx2": True}), ("openvino", {"avx512": True})):
+    for runtime, flags in (
+        ("onnxruntime:vnni=no", None),
+        ("onnxruntime", {"avx2": True}),
+        ("openvino", {"avx512": True}),
+    ):
         if flags is not None:
             monkeypatch.setattr(cpu, "cpu_flags", lambda flags=flags: flags)
         small = quantize(graph, batches=batches, runtime=runtime, progress=False)

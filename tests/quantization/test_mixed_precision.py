@@ -39,7 +39,11 @@ def test_the_program_finds_what_trying_everything_finds(seed: int, layers: int, 
 
 
 def test_text_and_wrong_requests() -> None:
-    assert parse("mixed") == Mixed() and parse("mixed:bits=3,choices=2/4/float").widths == (2, 4, 32) and parse("int4") is None
+    assert (
+        parse("mixed") == Mixed()
+        and parse("mixed:bits=3,choices=2/4/float").widths == (2, 4, 32)
+        and parse("int4") is None
+    )
     for wrong in ("mixed:bits=3,size=10", "mixed:choices=9", "mixed:bits=0", "mixed:depth=3"):
         with pytest.raises(InputError):
             parse(wrong)
@@ -53,7 +57,9 @@ def test_a_budget_out_of_reach_is_told_in_its_own_unit(asked: str) -> None:
     batches = [torch.randn(8, 3, 12, 12)]
     model = capture(Uneven().eval(), batches[0])
     name, _, value = asked.partition("=")
-    with pytest.raises(InputError, match=f"mixed: {name}={value} is out of reach: the cheapest choices take {name}=") as caught:
+    with pytest.raises(
+        InputError, match=f"mixed: {name}={value} is out of reach: the cheapest choices take {name}="
+    ) as caught:
         quantize(model, batches=batches, weights=f"mixed:{asked}", progress=False)
     least = float(str(caught.value).split(f"take {name}=")[1].split(";")[0])
     quantize(model, batches=batches, weights=f"mixed:{name}={least * 1.0001}", progress=False)
@@ -64,7 +70,11 @@ class Uneven(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.idle, self.last = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1), nn.Linear(16, 10)
+        self.first, self.idle, self.last = (
+            nn.Conv2d(3, 16, 3, padding=1),
+            nn.Conv2d(16, 16, 3, padding=1),
+            nn.Linear(16, 10),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.first(x).relu()
@@ -79,7 +89,10 @@ def test_mixed_beats_uniform_at_the_same_cost(budget: str, idle: int) -> None:
     batches = [torch.randn(16, 3, 12, 12) * torch.rand(16, 1, 1, 1) * 4 for _ in range(3)]
     graph = capture(model, batches[0])
     x = torch.cat(batches)
-    mixed, again = (quantize(graph, batches=iter(batches), weights=f"mixed:{budget},choices=2/3/4/6/8", progress=False) for _ in range(2))
+    mixed, again = (
+        quantize(graph, batches=iter(batches), weights=f"mixed:{budget},choices=2/3/4/6/8", progress=False)
+        for _ in range(2)
+    )
     uniform = quantize(graph, batches=batches, weights="int4", progress=False)
     facts = mixed.meta["history"][-1]["facts"]["allocation"]
     assert facts["used"] <= 1 + 1e-6 and facts["bits"]["idle"] == idle and facts["bits"]["first"] > 4
@@ -108,7 +121,11 @@ def test_latency_of_kernels_goes_to_layers_by_what_they_read_and_make_and_else_b
     layers = [node for node in graph.graph.nodes if weighted(node)]
     sizes = [(192, 1024), (1024, 1024), (16, 10)]
     image, wide, pooled = [1, 3, 8, 8], [1, 16, 8, 8], [1, 16]
-    first, idle, last = ("a", "Conv", [image, wide], 5.0), ("b", "QLinearConv", [wide, wide], 7.0), ("e", "Gemm", [pooled, [1, 10]], 3.0)
+    first, idle, last = (
+        ("a", "Conv", [image, wide], 5.0),
+        ("b", "QLinearConv", [wide, wide], 7.0),
+        ("e", "Gemm", [pooled, [1, 10]], 3.0),
+    )
     around = (
         ("q", "QuantizeLinear", [image, image], 1.0),
         ("c", "Add", [wide, wide, wide], 2.0),
@@ -132,6 +149,8 @@ def test_a_latency_is_measured_and_one_out_of_reach_is_refused() -> None:
             pytest.skip(str(busy))
         raise
     facts = small.meta["history"][-1]["facts"]
-    assert set(facts["allocation"]["bits"].values()) == {8} and [one["share"] > 0 for one in facts["timing"]["latency"]] == [True]
+    assert set(facts["allocation"]["bits"].values()) == {8} and [
+        one["share"] > 0 for one in facts["timing"]["latency"]
+    ] == [True]
     with pytest.raises(InputError, match="out of reach"):
         quantize(graph, batches=batches, weights="mixed:latency=0.0001", progress=False)

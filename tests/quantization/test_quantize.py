@@ -37,7 +37,9 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.Hardswish())
-        self.depthwise = nn.Sequential(nn.Conv2d(16, 16, 3, 1, 1, groups=16, bias=False), nn.BatchNorm2d(16), nn.ReLU6())
+        self.depthwise = nn.Sequential(
+            nn.Conv2d(16, 16, 3, 1, 1, groups=16, bias=False), nn.BatchNorm2d(16), nn.ReLU6()
+        )
         self.squeeze, self.excite = nn.Conv2d(16, 8, 1), nn.Conv2d(8, 16, 1)
         self.project = nn.Sequential(nn.Conv2d(16, 16, 1, bias=False), nn.BatchNorm2d(16))
         self.alone = nn.BatchNorm2d(32)
@@ -92,7 +94,9 @@ def test_nearest_is_within_half_a_step(bits: int, signed: bool, seed: int) -> No
     assert ((w - back).abs() <= scale[:, None] / 2 * (1 + 1e-5)).all()
 
 
-OF_WEIGHTS = [name for name in plugins.available("rounding") if isinstance(plugins.resolve("rounding", name), OfWeights)]
+OF_WEIGHTS = [
+    name for name in plugins.available("rounding") if isinstance(plugins.resolve("rounding", name), OfWeights)
+]
 
 
 @pytest.mark.parametrize("name", OF_WEIGHTS)
@@ -112,7 +116,9 @@ def test_stochastic_rounding_is_unbiased_and_follows_the_seed() -> None:
     z = (codes.mean() - 2 - share) / (share * (1 - share) / n) ** 0.5
     assert abs(z) < 4  # a right rule fails this once in 16,000 seeds
     assert set(codes.unique().tolist()) == {2.0, 3.0}
-    assert not torch.equal(codes, rule.codes(torch.full((n,), 2 + share), Grid(), torch.Generator().manual_seed(1)).double())
+    assert not torch.equal(
+        codes, rule.codes(torch.full((n,), 2 + share), Grid(), torch.Generator().manual_seed(1)).double()
+    )
 
 
 @pytest.mark.parametrize("name", plugins.available("calibration"))
@@ -180,7 +186,9 @@ def test_fake_quantize_equals_the_codes_and_lets_the_gradient_through() -> None:
     x = torch.linspace(-3, 3, 101, requires_grad=True)
     scale, zero = torch.tensor(0.01), torch.tensor(100, dtype=torch.uint8)
     y = fake_quantize(x, scale, zero, None, 0, 255)
-    assert torch.allclose(y, dequantize(to_codes(x, scale, zero, None, 0, 255, torch.uint8), scale, zero, None), atol=1e-6)
+    assert torch.allclose(
+        y, dequantize(to_codes(x, scale, zero, None, 0, 255, torch.uint8), scale, zero, None), atol=1e-6
+    )
     y.sum().backward()
     inside = (x >= -1.0) & (x <= 1.55)
     assert torch.equal(x.grad != 0, inside)
@@ -234,7 +242,9 @@ def test_int8_answers_are_near_the_floats(block: nn.Module, batches: list[torch.
     graph = capture(block, batches[0])
     before = {name: value.clone() for name, value in graph.state_dict().items()}
     small = quantize(graph, batches=batches, calibration=calibration, progress=False)
-    assert all(torch.equal(value, graph.state_dict()[name]) for name, value in before.items())  # the caller's model is left alone
+    assert all(
+        torch.equal(value, graph.state_dict()[name]) for name, value in before.items()
+    )  # the caller's model is left alone
     assert noise_db(graph(batches[0]), small(batches[0])) > (20 if calibration in ("minmax", "mse") else 15)
     assert small(batches[0][:3]).shape == (3, 10)
     record = small.meta["history"][-1]
@@ -246,7 +256,10 @@ def test_bias_correction_mends_the_mean(block: nn.Module, batches: list[torch.Te
     graph = capture(block, batches[0])
     everything = torch.cat(batches)
     shift = {
-        mend: (quantize(graph, batches=batches, weights="int4", correct_bias=mend, progress=False)(everything) - graph(everything))
+        mend: (
+            quantize(graph, batches=batches, weights="int4", correct_bias=mend, progress=False)(everything)
+            - graph(everything)
+        )
         .mean(0)
         .abs()
         .mean()
@@ -262,7 +275,8 @@ def test_the_answers_vary_as_much_as_in_float(block: nn.Module, batches: list[to
     small = quantize(graph, batches=batches, weights="int3", progress=False)
     as_rounded = quantize(graph, batches=batches, weights="int3", correct_bias=False, progress=False)
     wanted, got, without = (
-        (answer - answer.mean(0)).square().mean().sqrt() for answer in (run(everything) for run in (graph, small, as_rounded))
+        (answer - answer.mean(0)).square().mean().sqrt()
+        for answer in (run(everything) for run in (graph, small, as_rounded))
     )
     assert abs(got / wanted - 1) < 1e-4 < 1e-2 < abs(without / wanted - 1)
 
@@ -284,7 +298,8 @@ def test_fewer_bits_more_noise_and_packed_bits_are_told(block: nn.Module, batche
 def test_the_same_seed_gives_the_same_bytes(block: nn.Module, batches: list[torch.Tensor]) -> None:
     graph = capture(block, batches[0])
     one, two, other = (
-        quantize(graph, batches=batches, rounding="stochastic", seed=seed, progress=False).state_dict() for seed in (1, 1, 2)
+        quantize(graph, batches=batches, rounding="stochastic", seed=seed, progress=False).state_dict()
+        for seed in (1, 1, 2)
     )
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert any(not torch.equal(one[name], other[name]) for name in one)
@@ -302,16 +317,21 @@ def test_onnxruntime_computes_what_is_simulated(block: nn.Module, batches: list[
     assert len(found["layers"]) >= 12
     kernels = runtime.integer_islands(first)
     assert not kernels["float_islands"]
-    assert kernels["integer"]["QLinearConv"] == 6 and {"QLinearAdd", "QLinearMul", "QLinearGlobalAveragePool", "QGemm"} <= set(
-        kernels["integer"]
-    )
+    assert kernels["integer"]["QLinearConv"] == 6 and {
+        "QLinearAdd",
+        "QLinearMul",
+        "QLinearGlobalAveragePool",
+        "QGemm",
+    } <= set(kernels["integer"])
     wrong = copy.deepcopy(small)  # a file of another model: the layer is named
     dict(wrong.named_buffers())["depthwise.0.bias_codes"].add_(10_000)
     broken = runtime.compare(wrong, first, batches[0])
     assert not broken["passed"] and broken["first_diverging_layer"].startswith("depthwise")
 
 
-def test_zero_padding_stays_in_integers_and_narrow_layers_are_written_wide(batches: list[torch.Tensor], tmp_path) -> None:
+def test_zero_padding_stays_in_integers_and_narrow_layers_are_written_wide(
+    batches: list[torch.Tensor], tmp_path
+) -> None:
     """The option-A shortcut pads channels; a static stride-2 pad melts into its convolution; 8 channels are written as 16."""
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
@@ -319,7 +339,11 @@ def test_zero_padding_stays_in_integers_and_narrow_layers_are_written_wide(batch
     class Padded(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b, self.c = nn.Conv2d(3, 16, 3, 2), nn.Conv2d(16, 8, 3, padding=1), nn.Conv2d(8, 32, 3, padding=1)
+            self.a, self.b, self.c = (
+                nn.Conv2d(3, 16, 3, 2),
+                nn.Conv2d(16, 8, 3, padding=1),
+                nn.Conv2d(8, 32, 3, padding=1),
+            )
             self.head = nn.Linear(32, 10)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -375,8 +399,12 @@ def test_wrong_requests_are_refused(block: nn.Module, batches: list[torch.Tensor
         "no layer can be quantised": lambda: quantize(graph, batches=batches, ignore=["*"]),
         "unknown choice": lambda: quantize(graph, batches=batches, calibration="nonsense"),
         "ignore: 'squeese' matches no layer": lambda: quantize(graph, batches=batches, ignore="squeese"),
-        "weights: 'tail' matches no layer": lambda: quantize(graph, batches=batches, weights="int8;head=float;tail=int4"),
-        "activations: 'tail' matches no layer": lambda: quantize(graph, batches=batches, activations="uint8;tail=uint4"),
+        "weights: 'tail' matches no layer": lambda: quantize(
+            graph, batches=batches, weights="int8;head=float;tail=int4"
+        ),
+        "activations: 'tail' matches no layer": lambda: quantize(
+            graph, batches=batches, activations="uint8;tail=uint4"
+        ),
         "weights: 'tai.' matches no layer": lambda: quantize(graph, activations="float", weights="int4;tai?=int8"),
         "prune its float original": lambda: prune(small, keep=0.5),
     }.items():
@@ -393,7 +421,9 @@ def test_ignored_layers_stay_float(block: nn.Module, batches: list[torch.Tensor]
     graph = capture(block, batches[0])
     for ignore in (["head"], "head"):
         small = quantize(graph, batches=batches, ignore=ignore, progress=False)
-        assert "head.weight" in dict(small.named_parameters()) and small.meta["history"][-1]["facts"]["float"] == ["head"]
+        assert "head.weight" in dict(small.named_parameters()) and small.meta["history"][-1]["facts"]["float"] == [
+            "head"
+        ]
 
 
 def test_observe_refuses_nan(block: nn.Module) -> None:
@@ -408,7 +438,12 @@ def test_observe_refuses_nan(block: nn.Module) -> None:
 def test_each_layer_has_the_grid_it_is_given(block: nn.Module, batches: list[torch.Tensor]) -> None:
     graph = capture(block, batches[0])
     as_text = quantize(graph, batches=batches, weights="int4;stem.*=int8;squeeze=int3;head=float", progress=False)
-    as_table = quantize(graph, batches=batches, weights={"*": "int4", "stem.*": "int8", "squeeze": "int3", "head": "float"}, progress=False)
+    as_table = quantize(
+        graph,
+        batches=batches,
+        weights={"*": "int4", "stem.*": "int8", "squeeze": "int3", "head": "float"},
+        progress=False,
+    )
     for small in (as_text, as_table):
         facts = small.meta["history"][-1]["facts"]
         bits = {layer["name"]: layer["bits"] for layer in facts["layers"]}
@@ -421,7 +456,9 @@ def test_each_layer_has_the_grid_it_is_given(block: nn.Module, batches: list[tor
 
 
 @pytest.mark.parametrize("memory", [0, 10**5, 10**9])
-def test_a_prefix_gives_each_place_its_values_whatever_it_may_keep(block: nn.Module, batches: list[torch.Tensor], memory: int) -> None:
+def test_a_prefix_gives_each_place_its_values_whatever_it_may_keep(
+    block: nn.Module, batches: list[torch.Tensor], memory: int
+) -> None:
     """Values equal those of a run of the whole graph, and what is changed behind the place is seen."""
     uneven = [1, 2] * 10 + [2]  # more than are kept side by side
     batches = [batch.contiguous(memory_format=torch.channels_last) for batch in torch.cat(batches).split(uneven)]
@@ -443,14 +480,21 @@ def test_a_prefix_gives_each_place_its_values_whatever_it_may_keep(block: nn.Mod
     assert all(torch.allclose(one, other + 1, atol=1e-5) for one, other in zip(answers, wanted[nodes[-1]], strict=True))
 
 
-def test_max_pooling_padded_by_infinity_resized_and_softmaxed_codes_are_the_runtimes(batches: list[torch.Tensor], tmp_path) -> None:
+def test_max_pooling_padded_by_infinity_resized_and_softmaxed_codes_are_the_runtimes(
+    batches: list[torch.Tensor], tmp_path
+) -> None:
     """-inf around a plane that is only pooled is the lowest code; a resize between integer kernels keeps its sizes; softmax on a grid of one over a whole number."""
     pytest.importorskip("onnxruntime")
 
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b, self.c, self.d = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 8, 1)
+            self.a, self.b, self.c, self.d = (
+                nn.Conv2d(3, 16, 3),
+                nn.Conv2d(16, 16, 1),
+                nn.Conv2d(16, 16, 1),
+                nn.Conv2d(16, 8, 1),
+            )
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             x = nn.functional.max_pool2d(nn.functional.pad(self.a(x), (0, 1, 0, 1), value=-torch.inf), 3, 2)
@@ -511,7 +555,13 @@ def test_quantizes_on_the_gpu_and_leaves_nothing_on_the_host(
     block: nn.Module, batches: list[torch.Tensor], rounding: str, weights: str
 ) -> None:
     there = [batch.cuda() for batch in batches]
-    small = quantize(capture(copy.deepcopy(block).cuda(), there[0]), batches=there, weights=weights, rounding=rounding, progress=False)
+    small = quantize(
+        capture(copy.deepcopy(block).cuda(), there[0]),
+        batches=there,
+        weights=weights,
+        rounding=rounding,
+        progress=False,
+    )
     assert all(value.is_cuda for value in small.state_dict().values())
     assert torch.isfinite(small(there[0])).all()
 

@@ -25,7 +25,9 @@ OF_LAYERS = [name for name in plugins.available("rounding") if isinstance(plugin
 FEW = {"adaround": "adaround:steps=400,lr=0.03", "narrow": "narrow:inputs=40"}
 
 
-def a_layer(seed: int = 0, groups: int = 1, outputs: int = 6, inputs: int = 20, bits: int = 4, drift: float = 0.0, **options) -> Layer:
+def a_layer(
+    seed: int = 0, groups: int = 1, outputs: int = 6, inputs: int = 20, bits: int = 4, drift: float = 0.0, **options
+) -> Layer:
     """Correlated, one-sided inputs, as behind a ReLU; drift: how far the float model's inputs are from the rounded layers'."""
     generator = torch.Generator().manual_seed(seed)
     grid = Grid(bits, axis=0)
@@ -57,16 +59,25 @@ def test_the_quadratic_form_is_the_mean_squared_error(groups: int, centered: boo
     error = Quadratic(moments.gram, moments.cross)
     codes = [layer.nearest(layer.weight * factor, layer.scale) for factor in (1.0, 0.7)]
     difference = error.loss(codes[0] * layer.scale) - error.loss(codes[1] * layer.scale)
-    assert torch.allclose(difference, squared_error(layer, codes[0]) - squared_error(layer, codes[1]), rtol=1e-3, atol=1e-3)
+    assert torch.allclose(
+        difference, squared_error(layer, codes[0]) - squared_error(layer, codes[1]), rtol=1e-3, atol=1e-3
+    )
     factor = inverse_factor(moments.gram)
     damped = moments.gram + 0.01 * moments.gram.diagonal(dim1=1, dim2=2).mean(1).view(-1, 1, 1) * torch.eye(20)
     assert torch.allclose((factor.mT @ factor) @ damped, torch.eye(20).expand_as(damped), atol=1e-2)
 
 
 @pytest.mark.parametrize("name", OF_LAYERS)
-@given(seed=st.integers(0, 10_000), bits=st.sampled_from([2, 3, 4, 8]), centered=st.booleans(), groups=st.sampled_from([1, 3]))
+@given(
+    seed=st.integers(0, 10_000),
+    bits=st.sampled_from([2, 3, 4, 8]),
+    centered=st.booleans(),
+    groups=st.sampled_from([1, 3]),
+)
 @settings(max_examples=8, deadline=None)
-def test_no_output_has_more_error_than_nearest_gives(name: str, seed: int, bits: int, centered: bool, groups: int) -> None:
+def test_no_output_has_more_error_than_nearest_gives(
+    name: str, seed: int, bits: int, centered: bool, groups: int
+) -> None:
     """GPTQ on its own Hessian, where float inputs are the rounded ones; all of them there."""
     layer = a_layer(seed, groups, bits=bits, centered=centered)
     codes = plugins.resolve("rounding", FEW.get(name, name)).layer_codes(layer, torch.Generator())
@@ -87,7 +98,9 @@ def test_each_rule_is_much_better_than_nearest_on_correlated_inputs(name: str) -
 @pytest.mark.parametrize("name", [name for name in OF_LAYERS if plugins.resolve("rounding", name).reads])
 def test_rules_that_see_the_float_model_mend_earlier_errors(name: str) -> None:
     layer = a_layer(4, outputs=32, inputs=40, bits=8, drift=0.5)
-    gptq, rule = (plugins.resolve("rounding", one).layer_codes(layer, torch.Generator()) for one in ("gptq", FEW.get(name, name)))
+    gptq, rule = (
+        plugins.resolve("rounding", one).layer_codes(layer, torch.Generator()) for one in ("gptq", FEW.get(name, name))
+    )
     assert squared_error(layer, rule).sum() < squared_error(layer, gptq).sum()
 
 
@@ -95,7 +108,9 @@ def test_gptq_is_the_paper_s_loop() -> None:
     """Blocks change nothing; and without them it is the update written out with the inverse Hessian itself."""
     layer = a_layer(5, outputs=3, inputs=12)
     gram = Moments.of(layer).gram
-    error = Quadratic(gram, torch.full_like(layer.weight, torch.nan))  # never better: what the loop made is not replaced by nearest
+    error = Quadratic(
+        gram, torch.full_like(layer.weight, torch.nan)
+    )  # never better: what the loop made is not replaced by nearest
     error.better = lambda one, other: one  # type: ignore[method-assign]
     by_block = [rounded(layer, error, None, block, False) for block in (1, 5, 128)]
     assert torch.equal(by_block[0], by_block[1]) and torch.equal(by_block[0], by_block[2])
@@ -112,15 +127,23 @@ def test_gptq_is_the_paper_s_loop() -> None:
 
 def test_gptaq_without_drift_is_gptq_and_a_dead_input_breaks_neither() -> None:
     layer = a_layer(6, drift=0.0)
-    gptq, gptaq = (plugins.resolve("rounding", name).layer_codes(layer, torch.Generator()) for name in ("gptq", "gptaq"))
+    gptq, gptaq = (
+        plugins.resolve("rounding", name).layer_codes(layer, torch.Generator()) for name in ("gptq", "gptaq")
+    )
     assert torch.equal(gptq, gptaq)
     for name, constant in itertools.product(OF_LAYERS, (0.0, 1.0)):
-        batches = [sample._replace(inputs=sample.inputs.clone(), float_inputs=sample.float_inputs.clone()) for sample in layer.samples()]
+        batches = [
+            sample._replace(inputs=sample.inputs.clone(), float_inputs=sample.float_inputs.clone())
+            for sample in layer.samples()
+        ]
         for sample in batches:
             sample.inputs[:, 3] = sample.float_inputs[:, 3] = constant
         dead = Layer("dead", layer.weight, layer.scale, layer.grid, lambda given=batches: iter(given), True)
         codes = plugins.resolve("rounding", FEW.get(name, name)).layer_codes(dead, torch.Generator())
-        assert torch.isfinite(codes).all() and ((codes[..., 3] - layer.weight[..., 3] / layer.scale[..., 0]).abs() <= 1.001).all()
+        assert (
+            torch.isfinite(codes).all()
+            and ((codes[..., 3] - layer.weight[..., 3] / layer.scale[..., 0]).abs() <= 1.001).all()
+        )
 
 
 @pytest.mark.parametrize("centered", [False, True])
@@ -133,15 +156,21 @@ def test_one_image_in_four_judges_whatever_the_batches(centered: bool) -> None:
     def over(ends: list[int], chosen: list[int] | None = None) -> Layer:
         columns = [torch.arange(places) + places * image for image in (range(images) if chosen is None else chosen)]
         own = [torch.cat(part) for part in (columns[a:b] for a, b in itertools.pairwise(ends)) if part]
-        return dataclasses.replace(layer, samples=lambda: iter([Sample(x[:, :, part], None, y[:, :, part], places) for part in own]))
+        return dataclasses.replace(
+            layer, samples=lambda: iter([Sample(x[:, :, part], None, y[:, :, part], places) for part in own])
+        )
 
     judges = [3, 7]
     for ends in ([0, 11], [0, 1, 3, 4, 9, 11]):
         found = Moments.halves(over(ends), "float_outputs", 4)
-        for moments, chosen in zip(found, ([image for image in range(images) if image not in judges], judges, None), strict=True):
+        for moments, chosen in zip(
+            found, ([image for image in range(images) if image not in judges], judges, None), strict=True
+        ):
             wanted = Moments.of(over([0, images], chosen), "float_outputs")
             assert moments.count == wanted.count
-            assert torch.allclose(moments.gram, wanted.gram, atol=1e-5) and torch.allclose(moments.cross, wanted.cross, atol=1e-5)
+            assert torch.allclose(moments.gram, wanted.gram, atol=1e-5) and torch.allclose(
+                moments.cross, wanted.cross, atol=1e-5
+            )
 
 
 def test_descent_does_not_fit_what_few_images_have_by_chance() -> None:
@@ -150,7 +179,8 @@ def test_descent_does_not_fit_what_few_images_have_by_chance() -> None:
     for seed in range(6):
         few, many = (_drawn(seed, count) for count in (80, 4000))
         chosen, fitted = (
-            plugins.resolve("rounding", one).layer_codes(few, torch.Generator()) for one in ("descent", "descent:shrink=0,share=1")
+            plugins.resolve("rounding", one).layer_codes(few, torch.Generator())
+            for one in ("descent", "descent:shrink=0,share=1")
         )
         assert squared_error(few, fitted).sum() < squared_error(few, chosen).sum()
         wins += bool(squared_error(many, chosen).sum() < 0.95 * squared_error(many, fitted).sum())
@@ -164,15 +194,25 @@ def _drawn(seed: int, count: int) -> Layer:
     x = (mixed @ torch.randn(1, 64, count, generator=generator.manual_seed(seed + count)) / 8).relu()
     other = x + 0.3 * torch.randn(x.shape, generator=generator)
     grid = Grid(4, axis=0)
-    return Layer("layer", weight, weight.abs().amax(2, keepdim=True) / grid.qmax, grid, lambda: iter([Sample(x, other, weight @ other)]))
+    return Layer(
+        "layer",
+        weight,
+        weight.abs().amax(2, keepdim=True) / grid.qmax,
+        grid,
+        lambda: iter([Sample(x, other, weight @ other)]),
+    )
 
 
 def test_narrow_is_gptq_up_to_so_many_inputs_and_nearest_above() -> None:
     layer, rule = a_layer(7, outputs=16, inputs=20), "narrow:inputs={}".format
-    few, many, gptq = (plugins.resolve("rounding", name).layer_codes(layer, torch.Generator()) for name in (rule(20), rule(19), "gptq"))
+    few, many, gptq = (
+        plugins.resolve("rounding", name).layer_codes(layer, torch.Generator()) for name in (rule(20), rule(19), "gptq")
+    )
     nearest = layer.nearest(layer.weight, layer.scale)
     assert torch.equal(few, gptq) and torch.equal(many, nearest) and not torch.equal(gptq, nearest)
-    assert torch.equal(plugins.resolve("rounding", "narrow").codes(layer.weight / layer.scale, layer.grid, torch.Generator()), nearest)
+    assert torch.equal(
+        plugins.resolve("rounding", "narrow").codes(layer.weight / layer.scale, layer.grid, torch.Generator()), nearest
+    )
 
 
 class Net(nn.Module):
@@ -208,7 +248,9 @@ def test_a_network_answers_better_than_with_nearest_and_the_same_each_time(name:
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-@pytest.mark.parametrize("text", ["gptq:block=0", "gptaq:share=2", "adaround:steps=0", "descent:sweeps=0", "descent:shrink=2"])
+@pytest.mark.parametrize(
+    "text", ["gptq:block=0", "gptaq:share=2", "adaround:steps=0", "descent:sweeps=0", "descent:shrink=2"]
+)
 def test_options_out_of_range_are_refused(text: str) -> None:
     with pytest.raises(InputError, match=text.partition(":")[0]):
         plugins.resolve("rounding", text)

@@ -104,7 +104,12 @@ def test_int8_is_nearer_to_float() -> None:
     model = Separable().eval()
     batches = [images(16)]
     errors = [
-        (quantize(model, batches=batches, inputs=images(2), equalize=equalize, progress=False)(images()) - model(images())).square().mean()
+        (
+            quantize(model, batches=batches, inputs=images(2), equalize=equalize, progress=False)(images())
+            - model(images())
+        )
+        .square()
+        .mean()
         for equalize in (False, True)
     ]
     assert errors[1] < errors[0] / 2

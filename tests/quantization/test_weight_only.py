@@ -50,7 +50,9 @@ def test_formats_keep_the_weights_and_come_back_from_disk(weights: str, graph, t
 @pytest.mark.parametrize("weights", ["int8", "int4", "int3:group=8"])
 def test_the_file_computes_it(weights: str, graph, tmp_path) -> None:
     runtime = plugins.resolve("runtimes", "onnxruntime:threads=1")
-    small = quantize(graph, weights=weights, activations="float", ignore=["a"] if "group" in weights else (), progress=False)
+    small = quantize(
+        graph, weights=weights, activations="float", ignore=["a"] if "group" in weights else (), progress=False
+    )
     x = torch.randn(4, 3, 9, 9)
     file = runtime.export(small, tmp_path / "small.onnx")
     assert torch.allclose(runtime.open(file)(x), small(x), atol=1e-5)

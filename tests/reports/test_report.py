@@ -63,7 +63,10 @@ def evaluation(value: float, **more: Any) -> dict[str, Any]:
         "top5": 0.99,
         "worst_class": {"index": 3, "name": "cat", "value": value - 0.1, "samples": 100},
         "calibration_error": 0.021,
-        "robustness": {"fog": {"1": value - 0.05, "3": value - 0.1}, "jpeg_compression": {"1": value - 0.02, "3": value - 0.04}},
+        "robustness": {
+            "fog": {"1": value - 0.05, "3": value - 0.1},
+            "jpeg_compression": {"1": value - 0.02, "3": value - 0.04},
+        },
         **more,
     }
 
@@ -124,10 +127,22 @@ def facts() -> dict[str, Any]:
                 "latency_ms": 4.5,
                 "size_bytes": 900,
             },
-            {"step": "quantize", "options": {}, "facts": {}, "seconds": 80, "kept": False, "why": "it was slower than float"},
+            {
+                "step": "quantize",
+                "options": {},
+                "facts": {},
+                "seconds": 80,
+                "kept": False,
+                "why": "it was slower than float",
+            },
         ],
         "curves": [
-            {"title": "loss of training", "x": "epoch", "y": "loss", "series": [{"name": "loss", "x": [1, 2, 3], "y": [3.0, 2.0, 1.5]}]}
+            {
+                "title": "loss of training",
+                "x": "epoch",
+                "y": "loss",
+                "series": [{"name": "loss", "x": [1, 2, 3], "y": [3.0, 2.0, 1.5]}],
+            }
         ],
         "parity": {
             "agreement": 0.999,
@@ -164,9 +179,22 @@ def hostile(value: Any, key: str = "") -> Any:
 def test_page_is_self_contained_and_well_formed() -> None:
     page = Page(report.html(facts()))
     assert not {"script", "link", "iframe", "img", "object", "embed", "form"} & {tag for tag, _ in page.tags}
-    assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on") or name in ("src", "href", "action")]
-    assert "http://" not in report.html(facts()) and "https://" not in report.html(facts()) and "url(" not in report.html(facts())
-    policies = [attributes["content"] for _, attributes in page.tags if attributes.get("http-equiv") == "Content-Security-Policy"]
+    assert not [
+        name
+        for _, attributes in page.tags
+        for name in attributes
+        if name.startswith("on") or name in ("src", "href", "action")
+    ]
+    assert (
+        "http://" not in report.html(facts())
+        and "https://" not in report.html(facts())
+        and "url(" not in report.html(facts())
+    )
+    policies = [
+        attributes["content"]
+        for _, attributes in page.tags
+        if attributes.get("http-equiv") == "Content-Security-Policy"
+    ]
     assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
 
 
@@ -283,7 +311,9 @@ def test_verdict_follows_the_goals() -> None:
     assert view.view(told)["verdict"]["light"] == "good"
     told["warnings"] = ["the original knows <nothing>"]
     assert view.view(told)["verdict"]["light"] == "neutral"
-    assert "the original knows &lt;nothing&gt;" in report.html(told) and "warning: the original knows <nothing>" in report.summary(told)
+    assert "the original knows &lt;nothing&gt;" in report.html(
+        told
+    ) and "warning: the original knows <nothing>" in report.summary(told)
     assert view.view(told)["verdict"]["sentence"].startswith("Both goals were met.")
     told["goals"] = []
     assert view.view(told)["verdict"]["light"] == "neutral"
@@ -301,11 +331,18 @@ def test_summary_names_verdict_table_and_what_was_undone() -> None:
 
 def test_a_graphs_history_as_facts() -> None:
     history = [
-        {"step": "prune", "options": {"macs": 0.5, "seed": 0}, "facts": {"channels": {"conv.weight": [16, 8], "fc.weight": [10, 10]}}},
+        {
+            "step": "prune",
+            "options": {"macs": 0.5, "seed": 0},
+            "facts": {"channels": {"conv.weight": [16, 8], "fc.weight": [10, 10]}},
+        },
         {
             "step": "distill",
             "options": {"clip": 0.0},
-            "facts": {"curve": [{"epoch": 1, "loss": 2.0, "val": 0.5}, {"epoch": 2, "loss": 1.0, "val": 0.75}], "timing": {"seconds": 9}},
+            "facts": {
+                "curve": [{"epoch": 1, "loss": 2.0, "val": 0.5}, {"epoch": 2, "loss": 1.0, "val": 0.75}],
+                "timing": {"seconds": 9},
+            },
         },
         {"step": "prune", "options": {}, "facts": {"channels": {"conv.weight": [8, 6]}}},
         {
@@ -319,14 +356,17 @@ def test_a_graphs_history_as_facts() -> None:
         {"name": "conv", "channels_before": 16, "channels_after": 6, "bits": 8, "activation_bits": 8, "error": 1e-3},
         {"name": "fc", "channels_before": 10, "channels_after": 10},
     ]
-    assert [step["step"] for step in told["steps"]] == ["prune", "distill", "prune", "quantize"] and told["steps"][1]["seconds"] == 9
+    assert [step["step"] for step in told["steps"]] == ["prune", "distill", "prune", "quantize"] and told["steps"][1][
+        "seconds"
+    ] == 9
     assert [curve["series"][0]["y"] for curve in told["curves"]] == [[2.0, 1.0], [50.0, 75.0]]
     text = Page(report.html(told)).text
     assert "6 of 16" in text and "macs=0.5" in text and "clip" not in text and "seed" not in text
 
 
 @pytest.mark.parametrize(
-    "share, words", [(0.0312, "3.12 % of the training was spent waiting for data: loading data was not"), (0.5, "50 % of")]
+    "share, words",
+    [(0.0312, "3.12 % of the training was spent waiting for data: loading data was not"), (0.5, "50 % of")],
 )
 def test_a_training_tells_how_long_it_waited_for_data(share: float, words: str) -> None:
     """As a graph's history holds it, and as compress() does; nothing is said where it was not measured."""
@@ -357,9 +397,14 @@ def test_a_faster_and_better_candidate_makes_the_other_pale() -> None:
 
 def test_names_of_candidates_do_not_cover_each_other_or_leave_the_figure() -> None:
     names = ["original", "prune", "prune + distill", "prune + distill + quantize", "quantize"]
-    close = [{"name": name, "value": 0.98 + 0.001 * index, "latency_ms": 1 + 0.01 * index} for index, name in enumerate(names)]
+    close = [
+        {"name": name, "value": 0.98 + 0.001 * index, "latency_ms": 1 + 0.01 * index}
+        for index, name in enumerate(names)
+    ]
     marks = view.view({"frontier": [*close, {"name": "slow", "value": 0.9, "latency_ms": 9}]})["frontier"]["marks"]
-    boxes = [charts._around(mark["label"]["x"], mark["label"]["y"], charts._LETTER * len(mark["name"])) for mark in marks]
+    boxes = [
+        charts._around(mark["label"]["x"], mark["label"]["y"], charts._LETTER * len(mark["name"])) for mark in marks
+    ]
     for index, (left, top, right, bottom) in enumerate(boxes):
         assert left >= 0 and right <= charts._WIDTH and top >= 0 and bottom <= charts._HEIGHT
         for other in boxes[:index]:
@@ -375,7 +420,11 @@ def test_advice_is_for_goals_that_were_missed() -> None:
 def test_page_of_a_deep_network_stays_small() -> None:
     told = facts()
     told["layers"] = [{**told["layers"][0], "name": f"stage{index}.conv"} for index in range(300)]
-    told["curves"][0]["series"][0] = {"name": "loss", "x": list(range(100_000)), "y": [1.0 / (1 + index) for index in range(100_000)]}
+    told["curves"][0]["series"][0] = {
+        "name": "loss",
+        "x": list(range(100_000)),
+        "y": [1.0 / (1 + index) for index in range(100_000)],
+    }
     assert len(report.html(told).encode()) < 400_000
 
 

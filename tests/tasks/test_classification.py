@@ -31,7 +31,9 @@ def write_folder(root: Path, classes: tuple[str, ...] = ("cat", "dog"), each: in
         (root / name / "deep").mkdir(parents=True)
         for index in range(each):
             where = root / name / ("deep" if index == 0 else ".")
-            picture(100 * label + index, 40 + index, 50 - index).save(where / f"{index}.{'png' if index % 2 else 'jpg'}")
+            picture(100 * label + index, 40 + index, 50 - index).save(
+                where / f"{index}.{'png' if index % 2 else 'jpg'}"
+            )
     return root
 
 
@@ -53,8 +55,14 @@ def test_digits_are_split_by_class_and_the_same_each_time() -> None:
     assert torch.equal(torch.bincount(targets), (per_class / 5).round().long())
     again = Classification(val="sklearn:digits")
     assert again.fingerprint("val") == task.fingerprint("val") != task.fingerprint("train")
-    images = {tuple(row) for row in (task.denormalize(stacked(task, "train", batch_size=99)[0]) * 255).round().flatten(1).int().tolist()}
-    held = [tuple(row) for row in (task.denormalize(stacked(task, "val", batch_size=99)[0]) * 255).round().flatten(1).int().tolist()]
+    images = {
+        tuple(row)
+        for row in (task.denormalize(stacked(task, "train", batch_size=99)[0]) * 255).round().flatten(1).int().tolist()
+    }
+    held = [
+        tuple(row)
+        for row in (task.denormalize(stacked(task, "val", batch_size=99)[0]) * 255).round().flatten(1).int().tolist()
+    ]
     assert not images & set(held)
 
 
@@ -63,7 +71,9 @@ def test_uint8_arrays_are_normalised_as_torchvision_does_and_not_copied() -> Non
     images = np.random.default_rng(0).integers(0, 256, (7, 6, 5, 3), dtype=np.uint8)
     task = Classification(val=(images, np.arange(7)))
     inputs, targets = stacked(task)
-    plain = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+    plain = transforms.Compose(
+        [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+    )
     assert torch.equal(inputs, torch.stack([plain(image) for image in images]))
     assert targets.tolist() == list(range(7))
     assert task._source("val").images.data_ptr() == torch.from_numpy(images).data_ptr()  # type: ignore[union-attr]
@@ -72,7 +82,13 @@ def test_uint8_arrays_are_normalised_as_torchvision_does_and_not_copied() -> Non
 
 @pytest.mark.parametrize(
     ("shape", "expected"),
-    [((5, 8, 9), (1, 8, 9)), ((5, 8, 9, 3), (3, 8, 9)), ((5, 3, 8, 9), (3, 8, 9)), ((5, 8, 9, 1), (1, 8, 9)), ((5, 10, 8, 9), (10, 8, 9))],
+    [
+        ((5, 8, 9), (1, 8, 9)),
+        ((5, 8, 9, 3), (3, 8, 9)),
+        ((5, 3, 8, 9), (3, 8, 9)),
+        ((5, 8, 9, 1), (1, 8, 9)),
+        ((5, 10, 8, 9), (10, 8, 9)),
+    ],
 )
 def test_layout_of_arrays_is_recognised(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
     task = Classification(val=(np.zeros(shape, dtype=np.uint8), np.zeros(5, dtype=np.int64)))
@@ -167,8 +183,12 @@ def test_torchvision_datasets_are_read_where_they_lie(tmp_path: Path) -> None:
     raw.mkdir(parents=True)
     for part, count in (("train", 6), ("t10k", 4)):
         pixels = np.random.default_rng(count).integers(0, 256, count * 784, dtype=np.uint8).tobytes()
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(b"".join(n.to_bytes(4, "big") for n in (2051, count, 28, 28)) + pixels)
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(b"".join(n.to_bytes(4, "big") for n in (2049, count)) + bytes(range(count)))
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(
+            b"".join(n.to_bytes(4, "big") for n in (2051, count, 28, 28)) + pixels
+        )
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(
+            b"".join(n.to_bytes(4, "big") for n in (2049, count)) + bytes(range(count))
+        )
     text = f"torchvision:MNIST?root={tmp_path}"
     task = Classification(train=text, val=text)
     assert (task.length("train"), task.length("val"), task.input_shape, task.classes) == (6, 4, (1, 28, 28), 10)
@@ -205,7 +225,8 @@ def test_sixteen_bit_files_are_scaled_and_not_clipped(tmp_path: Path) -> None:
     Image.fromarray(levels).save(tmp_path / "a" / "x.png")
     task = Classification(val=f"imagefolder:{tmp_path}", size=16, crop=1.0, channels=1)
     assert torch.equal(
-        (task.denormalize(stacked(task)[0]) * 255).round().int().flatten(), torch.from_numpy(levels.astype(np.int32) >> 8).flatten()
+        (task.denormalize(stacked(task)[0]) * 255).round().int().flatten(),
+        torch.from_numpy(levels.astype(np.int32) >> 8).flatten(),
     )
 
 
@@ -263,7 +284,9 @@ def test_erased_squares_lie_everywhere_and_are_the_same_after_a_resume() -> None
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_workers_change_nothing(folder_task: Classification) -> None:
     in_process = stacked(folder_task, "train", shuffle_seed=1, augment=True)
-    by_workers = stacked(Classification(train=folder_task.train, size=16, workers=2), "train", shuffle_seed=1, augment=True)
+    by_workers = stacked(
+        Classification(train=folder_task.train, size=16, workers=2), "train", shuffle_seed=1, augment=True
+    )
     assert torch.equal(in_process[0], by_workers[0]) and torch.equal(in_process[1], by_workers[1])
 
 
@@ -285,7 +308,9 @@ def test_limit_is_nested_and_not_a_prefix() -> None:
 
 @given(st.integers(1, 6), st.integers(1, 9), st.integers(1, 9), st.integers(0, 4), st.booleans(), st.integers(0, 99))
 def test_shift_and_mirror_equal_the_loop(count: int, height: int, width: int, pad: int, flip: bool, seed: int) -> None:
-    images = torch.randint(1, 256, (count, 2, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    images = torch.randint(
+        1, 256, (count, 2, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
     done = _shifted(images, Augmentation(cropped=True, crop=pad, flip=flip), torch.Generator().manual_seed(seed))
     padded = torch.nn.functional.pad(images, (pad,) * 4)
     for one, around in zip(done, padded, strict=True):
@@ -297,7 +322,12 @@ def test_shift_and_mirror_equal_the_loop(count: int, height: int, width: int, pa
 def test_shifts_reach_all_offsets_and_mirror_half() -> None:
     images = torch.zeros(4000, 1, 3, 3, dtype=torch.uint8)
     images[:, 0, 1, 1] = 1
-    done = _shifted(images, Augmentation(cropped=True, crop=1), torch.Generator().manual_seed(0)).flatten(1).float().mean(0)
+    done = (
+        _shifted(images, Augmentation(cropped=True, crop=1), torch.Generator().manual_seed(0))
+        .flatten(1)
+        .float()
+        .mean(0)
+    )
     # each of nine places has probability 1/9: five standard deviations of a mean of 4000
     assert (done - 1 / 9).abs().max() < 5 * (1 / 9 * 8 / 9 / 4000) ** 0.5
     images[:] = 0
@@ -444,7 +474,9 @@ def test_corrupt_files_are_counted_and_the_first_named_or_left_out(tmp_path: Pat
     (root / "dog" / "3.png").write_bytes(b"")
     (root / "dog" / "5.png").write_bytes(b"<html>not found</html>" * 20)
     text = f"imagefolder:{root}"
-    with pytest.raises(DataError, match=r"(?i)3 of 12 images can.t be read, the first is .*cat.2\.jpg .*truncated") as caught:
+    with pytest.raises(
+        DataError, match=r"(?i)3 of 12 images can.t be read, the first is .*cat.2\.jpg .*truncated"
+    ) as caught:
         stacked(Classification(val=text, size=16, workers=workers))
     assert "\n" not in str(caught.value)
     task = Classification(val=text, size=16, workers=workers, strict=False)
@@ -524,13 +556,21 @@ def test_brightness_and_saturation_equal_those_of_hsv() -> None:
     pixels[0] = 0
     pixels[1] = 0.4
     images = pixels.T.reshape(1, 3, 8, 8)
-    brighter = [colorsys.hsv_to_rgb(h, s, min(v + 0.3, 1)) for h, s, v in (colorsys.rgb_to_hsv(*pixel) for pixel in pixels.tolist())]
+    brighter = [
+        colorsys.hsv_to_rgb(h, s, min(v + 0.3, 1))
+        for h, s, v in (colorsys.rgb_to_hsv(*pixel) for pixel in pixels.tolist())
+    ]
     assert torch.allclose(corrupt(images, "brightness", 5), torch.tensor(brighter).T.reshape(1, 3, 8, 8), atol=1e-5)
-    stronger = [colorsys.hsv_to_rgb(h, min(s * 2.5 + 0.2, 1), v) for h, s, v in (colorsys.rgb_to_hsv(*pixel) for pixel in pixels.tolist())]
+    stronger = [
+        colorsys.hsv_to_rgb(h, min(s * 2.5 + 0.2, 1), v)
+        for h, s, v in (colorsys.rgb_to_hsv(*pixel) for pixel in pixels.tolist())
+    ]
     assert torch.allclose(corrupt(images, "saturate", 5), torch.tensor(stronger).T.reshape(1, 3, 8, 8), atol=1e-5)
 
 
-@pytest.mark.parametrize(("size", "severity", "quality"), [((32, 32), 1, 80), ((32, 32), 5, 40), ((80, 64), 3, 15), ((29, 27), 5, 40)])
+@pytest.mark.parametrize(
+    ("size", "severity", "quality"), [((32, 32), 1, 80), ((32, 32), 5, 40), ((80, 64), 3, 15), ((29, 27), 5, 40)]
+)
 def test_jpeg_is_what_a_jpeg_library_makes(size: tuple[int, int], severity: int, quality: int) -> None:
     image = picture(5, *size)
     buffer = io.BytesIO()

@@ -46,7 +46,9 @@ def trained(
 def check_data(name: str, setting: Setting) -> None:
     """Raises InputError without training data."""
     if setting.task is None or setting.task.train is None:
-        raise InputError(f"schedule {name!r} trains, so it needs data: pass task= (--data) with a train split, or use schedule='oneshot'")
+        raise InputError(
+            f"schedule {name!r} trains, so it needs data: pass task= (--data) with a train split, or use schedule='oneshot'"
+        )
 
 
 def check_training(schedule: Any) -> None:

@@ -49,7 +49,9 @@ class GroupSparse:
         once(graph, **asked)  # a target out of reach is told before the training, not after
         penalty = Pull(couple(share_copy(graph).eval(), setting.ignore, setting.heads), self.reg, self.alpha)
         options = {"epochs": self.epochs, "batch_size": self.batch_size, "lr": self.lr}
-        shrunk = trained("group_sparse", graph, graph, self.loss, setting, part="group-sparse", penalty=penalty, **options)
+        shrunk = trained(
+            "group_sparse", graph, graph, self.loss, setting, part="group-sparse", penalty=penalty, **options
+        )
         training = last(shrunk, "train", "distill")["facts"]
         small = once(shrunk.train(graph.training), **asked)
         return joined(graph, small, plugins.describe(self), [training], {"weight_left": penalty.share(shrunk, graph)})
@@ -76,7 +78,9 @@ class Pull:
         families = int(self.family.max()) + 1
         least, most = (torch.zeros(families, dtype=size.dtype).scatter_reduce(0, self.family, size, way, include_self=False) for way in ("amin", "amax"))  # fmt: skip
         spread = (most - least)[self.family]
-        self.strength = self.reg * torch.exp2(self.alpha * (most[self.family] - size) / torch.where(spread > 0, spread, 1.0))
+        self.strength = self.reg * torch.exp2(
+            self.alpha * (most[self.family] - size) / torch.where(spread > 0, spread, 1.0)
+        )
         self.strength[0] = 0
         self._spread(parameters)
 
@@ -96,7 +100,9 @@ class Pull:
     def share(self, after: fx.GraphModule, before: fx.GraphModule) -> float:
         """Median over the groups of what is left of I_k."""
         sizes = [
-            self.coupling.gather({name: one.detach().square() for name, one in model.named_parameters()}, reduce="sum")[1:]
+            self.coupling.gather({name: one.detach().square() for name, one in model.named_parameters()}, reduce="sum")[
+                1:
+            ]
             for model in (after, before)
         ]
         return float((sizes[0] / sizes[1].clamp_min(1e-30)).median())
@@ -107,7 +113,9 @@ class Pull:
         for name, one in parameters.items():
             total = torch.zeros((1,) * one.dim(), dtype=torch.float64)
             for row in self.rows.get(name, ()):
-                total = total + self.strength[row.classes].reshape([-1 if axis == row.axis else 1 for axis in range(one.dim())])
+                total = total + self.strength[row.classes].reshape(
+                    [-1 if axis == row.axis else 1 for axis in range(one.dim())]
+                )
             if bool(total.any()):
                 self.factors[name] = torch.empty_like(one).copy_(total.to(one.device, one.dtype).expand_as(one))
 

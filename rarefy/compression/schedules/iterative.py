@@ -62,12 +62,16 @@ class Iterative:
         for index, share in enumerate(self.shares(target), 1):
             final = index == self.rounds
             was = {name: before for name, (before, _) in first.get("channels", {}).items()}
-            small = once(small, **{kind: value if final and value > 1 else min(1.0, share / reached.get(kind, 1.0))}, was=was)
+            small = once(
+                small, **{kind: value if final and value > 1 else min(1.0, share / reached.get(kind, 1.0))}, was=was
+            )
             facts = last(small, "prune")["facts"]
             records.append(facts)
             reached = {name: reached.get(name, 1.0) * left for name, left in facts["reached"].items()}
             first = first or {name: facts[name] for name in ("macs", "params")} | {"channels": facts["channels"]}
-            rounds.append({"asked": share, "reached": reached[kind], "macs": facts["macs"][1], "params": facts["params"][1]})
+            rounds.append(
+                {"asked": share, "reached": reached[kind], "macs": facts["macs"][1], "params": facts["params"][1]}
+            )
             if not final:
                 options = {"epochs": self.epochs, "batch_size": self.batch_size, "lr": self.lr}
                 small = trained("iterative", small, graph, self.loss, setting, part=f"round-{index}", **options)

@@ -57,7 +57,12 @@ class Joint:
     def __post_init__(self) -> None:
         check_training(self)
         shares = 0 <= self.shrink < 1 and 0 < self.codes < 1 and self.shrink + self.codes < 1
-        if not shares or not 0 < self.code_lr < float("inf") or (self.steps is not None and self.steps < 3) or self.images < 1:
+        if (
+            not shares
+            or not 0 < self.code_lr < float("inf")
+            or (self.steps is not None and self.steps < 3)
+            or self.images < 1
+        ):
             raise ValueError(
                 f"shrink={self.shrink} and codes={self.codes} are shares whose sum is below 1, code_lr={self.code_lr} is positive, steps={self.steps} at least 3, "
                 f"and images={self.images} at least 1"
@@ -75,18 +80,24 @@ class Joint:
         length = setting.task.length("train")
         total = self.steps or max(3, self.epochs * (length // min(self.batch_size, length)))
         parts = self._parts(total)
-        learn = functools.partial(trained, "joint", teacher=graph, loss=self.loss, setting=setting, batch_size=self.batch_size)
+        learn = functools.partial(
+            trained, "joint", teacher=graph, loss=self.loss, setting=setting, batch_size=self.batch_size
+        )
         trainings, small = [], chosen
         if parts[0]:
             penalty = Fade(
-                couple(share_copy(graph).eval(), setting.ignore, setting.heads), last(chosen, "prune")["facts"]["kept"], parts[0]
+                couple(share_copy(graph).eval(), setting.ignore, setting.heads),
+                last(chosen, "prune")["facts"]["kept"],
+                parts[0],
             )
             shrunk = learn(graph, part="shrink", penalty=penalty, steps=parts[0], lr=self.lr)
             trainings.append(last(shrunk, "train", "distill")["facts"])
             small = once(shrunk.train(graph.training), **asked)
         taught = learn(small, part="settle", steps=parts[1], lr=self.lr)
         grids: dict[str, Any] = {"weights": self.weights, "activations": self.activations}
-        coded = quantize(taught, setting.task, images=self.images, seed=setting.seed, progress=setting.progress, **grids)
+        coded = quantize(
+            taught, setting.task, images=self.images, seed=setting.seed, progress=setting.progress, **grids
+        )
         done = learn(coded, part="codes", steps=parts[2], lr=self.code_lr, clip=CLIP, freeze=FREEZE, live_norm="yes")
         trainings += [last(one, "train", "distill")["facts"] for one in (taught, done)]
         return joined(graph, done, plugins.describe(self), trainings, {"steps": parts})

@@ -36,7 +36,9 @@ def made(student: Any, teacher: fx.GraphModule, *, task: Any = None, seed: int =
         graph = kind.make(teacher, task, seed)
     ours, theirs = output_shapes(graph), output_shapes(teacher)
     if ours != theirs:
-        raise InputError(f"student {_said(kind)}: answers {ours}, the teacher {theirs}; choose one with the teacher's classes")
+        raise InputError(
+            f"student {_said(kind)}: answers {ours}, the teacher {theirs}; choose one with the teacher's classes"
+        )
     graph.meta.setdefault("history", []).append(
         {
             "step": "student",

@@ -9,7 +9,9 @@ from torch import fx
 from rarefy.compression.students._fresh import fresh as anew
 
 
-def narrowed(teacher: fx.GraphModule, task: Any, seed: int, keep: float, macs: float | None, fresh: bool, **options: Any) -> fx.GraphModule:
+def narrowed(
+    teacher: fx.GraphModule, task: Any, seed: int, keep: float, macs: float | None, fresh: bool, **options: Any
+) -> fx.GraphModule:
     """The teacher without channels: to a share of them, or of the MACs. Raises what ``prune`` raises."""
     from rarefy.pruning.prune import prune  # once asked for: other kinds need none of it
 

@@ -20,7 +20,15 @@ from torch import Tensor, fx, nn
 from rarefy.errors import InputError
 from rarefy.graph.nodes import attribute, operator_name
 
-_CONVOLUTIONS = {"conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
+_CONVOLUTIONS = {
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "convolution",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+}
 _LAYERS = {"linear", "batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"} | _CONVOLUTIONS
 _CONSTANTS = {"bias": 0.0, "weight": 1.0, "running_mean": 0.0, "running_var": 1.0}
 
@@ -29,7 +37,9 @@ _CONSTANTS = {"bias": 0.0, "weight": 1.0, "running_mean": 0.0, "running_var": 1.
 def fresh(graph: fx.GraphModule, seed: int) -> fx.GraphModule:
     """A copy of the graph, initialised anew from the seed. Raises InputError for a quantised graph."""
     if any(record["step"] == "quantize" for record in graph.meta.get("history", [])):
-        raise InputError("fresh=true: the teacher is quantised, and codes can't be drawn anew; make the student of the float model")
+        raise InputError(
+            "fresh=true: the teacher is quantised, and codes can't be drawn anew; make the student of the float model"
+        )
     made = copy.deepcopy(graph)
     generator = torch.Generator().manual_seed(seed)
     done: set[int] = set()
@@ -39,10 +49,14 @@ def fresh(graph: fx.GraphModule, seed: int) -> fx.GraphModule:
             continue
         done.add(id(value))
         where = [(operator_name(user), _role(user, node)) for user in node.users]
-        operator, role = next(((name, role) for name, role in where if name in _LAYERS and role in _CONSTANTS), ("", ""))
+        operator, role = next(
+            ((name, role) for name, role in where if name in _LAYERS and role in _CONSTANTS), ("", "")
+        )
         if role == "weight" and (operator in _CONVOLUTIONS or operator == "linear"):
             inputs = math.prod(value.shape[1:])
-            value.copy_(torch.randn(value.shape, generator=generator) * math.sqrt((1 if operator == "linear" else 2) / inputs))
+            value.copy_(
+                torch.randn(value.shape, generator=generator) * math.sqrt((1 if operator == "linear" else 2) / inputs)
+            )
         elif role:
             value.fill_(_CONSTANTS[role])
         elif isinstance(value, nn.Parameter):
@@ -57,4 +71,6 @@ def _role(user: fx.Node, node: fx.Node) -> str:
         return ""
     names = [argument.name for argument in user.target._schema.arguments]
     place = next((index for index, argument in enumerate(user.args) if argument is node), None)
-    return names[place] if place is not None else next((name for name, value in user.kwargs.items() if value is node), "")
+    return (
+        names[place] if place is not None else next((name for name, value in user.kwargs.items() if value is node), "")
+    )

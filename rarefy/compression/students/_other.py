@@ -49,5 +49,7 @@ class Other:
 def _classes(teacher: fx.GraphModule) -> int:
     shapes = output_shapes(teacher)
     if len(shapes) != 1 or len(shapes[0]) != 1:
-        raise InputError(f"the teacher answers {shapes}, not one number a class; give a student of your own as a module")
+        raise InputError(
+            f"the teacher answers {shapes}, not one number a class; give a student of your own as a module"
+        )
     return shapes[0][0]

@@ -64,11 +64,16 @@ class Depth:
         if self.choose == "even":
             order = _evenly(len(found))
         else:
-            order = torch.tensor(influence(teacher, found, _images(task, self.images, seed))).argsort(stable=True).tolist()
+            order = (
+                torch.tensor(influence(teacher, found, _images(task, self.images, seed))).argsort(stable=True).tolist()
+            )
         gone = self._enough(teacher, found, order)
         small = without(teacher, [found[index] for index in sorted(gone)])
         small = anew(small, seed) if self.fresh else small
-        small.meta["student"] = {"blocks": [len(found), len(found) - len(gone)], "removed": [found[index].name for index in sorted(gone)]}
+        small.meta["student"] = {
+            "blocks": [len(found), len(found) - len(gone)],
+            "removed": [found[index].name for index in sorted(gone)],
+        }
         return small
 
     def _enough(self, teacher: fx.GraphModule, found: Sequence[Block], order: Sequence[int]) -> list[int]:
@@ -119,7 +124,9 @@ def blocks(graph: fx.GraphModule) -> list[Block]:
             runs.append([unit])
     found = []
     for run in runs:
-        period = next(size for size in range(1, len(run) + 1) if all(a.weights == b.weights for a, b in zip(run, run[size:])))
+        period = next(
+            size for size in range(1, len(run) + 1) if all(a.weights == b.weights for a, b in zip(run, run[size:]))
+        )
         first = len(run) % period  # what does not fill a period came before the others
         for place in range(first, len(run), period):
             part = run[place : place + period]
@@ -153,8 +160,12 @@ def influence(graph: fx.GraphModule, found: Sequence[Block], images: Sequence[Te
     total, count = torch.zeros(len(found), dtype=torch.float64), 0
     for batch in images:
         _, values = seen(batch.to(device_of(graph)))
-        pairs = ((values[place[block.start.node]].flatten(1), values[place[block.end.node]].flatten(1)) for block in found)
-        total += torch.stack([nn.functional.cosine_similarity(a.float(), b.float()).double().sum() for a, b in pairs]).cpu()
+        pairs = (
+            (values[place[block.start.node]].flatten(1), values[place[block.end.node]].flatten(1)) for block in found
+        )
+        total += torch.stack(
+            [nn.functional.cosine_similarity(a.float(), b.float()).double().sum() for a, b in pairs]
+        ).cpu()
         count += len(batch)
     return [1 - value for value in (total / count).tolist()]
 
@@ -164,7 +175,10 @@ def _units(graph: fx.GraphModule) -> list[_Unit]:
     nodes = list(graph.graph.nodes)
     place = {node: index for index, node in enumerate(nodes)}
     marks = cuts(graph)
-    heavy = [any(node.name in macs for node in nodes[place[a.node] + 1 : place[b.node] + 1]) for a, b in itertools.pairwise(marks)]
+    heavy = [
+        any(node.name in macs for node in nodes[place[a.node] + 1 : place[b.node] + 1])
+        for a, b in itertools.pairwise(marks)
+    ]
     starts = [index for index, weighs in enumerate(heavy) if weighs]
     stretches = list(zip(starts, [*starts[1:], len(marks) - 1]))
     ends = [_end(values, marks[index], marks[index + 1 : following + 1]) for index, following in stretches]
@@ -174,10 +188,17 @@ def _units(graph: fx.GraphModule) -> list[_Unit]:
         if end is None:
             continue
         last, after = marks[following], ends[number + 1] if number + 1 < len(ends) else None
-        if not _same_operator(start, end) and _alike(values, start, last) and after is not None and _same_operator(last, after):
+        if (
+            not _same_operator(start, end)
+            and _alike(values, start, last)
+            and after is not None
+            and _same_operator(last, after)
+        ):
             end = last  # the next unit starts there and ends like it, so here a chain of them begins
         inside = nodes[place[start.node] + 1 : place[end.node] + 1]
-        weights = [attribute(graph, source) for node in inside for source in node.all_input_nodes if source.op == "get_attr"]
+        weights = [
+            attribute(graph, source) for node in inside for source in node.all_input_nodes if source.op == "get_attr"
+        ]
         units.append(
             _Unit(
                 start,

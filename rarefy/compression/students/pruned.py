@@ -29,5 +29,13 @@ class Pruned:
 
     def make(self, teacher: fx.GraphModule, task: Any, seed: int) -> fx.GraphModule:
         return _cut.narrowed(
-            teacher, task, seed, self.keep, self.macs, self.fresh, criterion=self.criterion, ranking="global", round_to=self.round_to
+            teacher,
+            task,
+            seed,
+            self.keep,
+            self.macs,
+            self.fresh,
+            criterion=self.criterion,
+            ranking="global",
+            round_to=self.round_to,
         )

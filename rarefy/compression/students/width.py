@@ -30,5 +30,13 @@ class Width:
 
     def make(self, teacher: fx.GraphModule, task: Any, seed: int) -> fx.GraphModule:
         return _cut.narrowed(
-            teacher, task, seed, self.keep, self.macs, self.fresh, criterion=self.criterion, ranking="local", round_to=self.round_to
+            teacher,
+            task,
+            seed,
+            self.keep,
+            self.macs,
+            self.fresh,
+            criterion=self.criterion,
+            ranking="local",
+            round_to=self.round_to,
         )

@@ -27,7 +27,9 @@ from rarefy.system.dependencies import needs
 LARGEST = 2**31 - 2**24  # bytes of weights: what protobuf takes in one message, less room for the nodes
 
 
-def write(graph: fx.GraphModule, path: str | os.PathLike[str], zero_points: bool = True, four_bits: bool = False) -> Path:
+def write(
+    graph: fx.GraphModule, path: str | os.PathLike[str], zero_points: bool = True, four_bits: bool = False
+) -> Path:
     """Write ``graph`` (in eval mode, layers as numbers: ``lowering.to_numbers``); returns the path.
 
     zero_points: False leaves those out that are 0 throughout, as weights' are. four_bits: linear layers of floats whose weights have up to 4 bits store them
@@ -110,7 +112,11 @@ def _exported(graph: fx.GraphModule, optimize: bool) -> Any:
     operators = getattr(onnxscript, f"opset{OPSET}")
 
     def quantized(x: Any, scale: Any, zero_point: Any, axis: Any, qmin: int, qmax: int, dtype: int) -> Any:
-        return operators.QuantizeLinear(x, scale, zero_point) if axis is None else operators.QuantizeLinear(x, scale, zero_point, axis=axis)
+        return (
+            operators.QuantizeLinear(x, scale, zero_point)
+            if axis is None
+            else operators.QuantizeLinear(x, scale, zero_point, axis=axis)
+        )
 
     def dequantized(q: Any, scale: Any, zero_point: Any, axis: Any) -> Any:
         return (
@@ -140,7 +146,10 @@ def _exported(graph: fx.GraphModule, optimize: bool) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export", "torch.fx.experimental.symbolic_shapes")]
+    loggers = [
+        logging.getLogger(name)
+        for name in ("torch.onnx", "onnxscript", "torch.export", "torch.fx.experimental.symbolic_shapes")
+    ]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
@@ -156,7 +165,9 @@ def _tidy(onnx: Any, model: Any) -> None:
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     constants |= {
-        node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant" and node.attribute[0].name == "value"
+        node.output[0]: node.attribute[0].t
+        for node in graph.node
+        if node.op_type == "Constant" and node.attribute[0].name == "value"
     }
     ranks = {info.name: len(info.type.tensor_type.shape.dim) for info in [*graph.value_info, *graph.input]}
     for node in graph.node:
@@ -189,7 +200,12 @@ def _drop_zero_points(onnx: Any, graph: Any) -> None:
     """Of stored codes: those of weights and biases."""
     stored = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
-        if node.op_type == "DequantizeLinear" and node.input[0] in stored and len(node.input) > 2 and node.input[2] in stored:
+        if (
+            node.op_type == "DequantizeLinear"
+            and node.input[0] in stored
+            and len(node.input) > 2
+            and node.input[2] in stored
+        ):
             zero_point = onnx.numpy_helper.to_array(stored[node.input[2]])
             if not zero_point.any():
                 del node.input[2]
@@ -204,7 +220,14 @@ def _melt_padding(onnx: Any, graph: Any, constants: dict[str, Any]) -> None:
         zero = not value or (value in constants and not onnx.numpy_helper.to_array(constants[value]).any())
         readers = [node for node in graph.node if pad.output[0] in node.input]
         plain = all(node.op_type == "Conv" and node.input[0] == pad.output[0] for node in readers)
-        if mode != "constant" or not zero or not plain or len(sizes) != 8 or any(sizes[:2] + sizes[4:6]) or min(sizes) < 0:
+        if (
+            mode != "constant"
+            or not zero
+            or not plain
+            or len(sizes) != 8
+            or any(sizes[:2] + sizes[4:6])
+            or min(sizes) < 0
+        ):
             continue
         around = sizes[2:4] + sizes[6:8]
         for node in readers:
@@ -213,6 +236,8 @@ def _melt_padding(onnx: Any, graph: Any, constants: dict[str, Any]) -> None:
             for name in ("pads", "auto_pad"):
                 if name in present:
                     node.attribute.remove(present[name])
-            node.attribute.append(onnx.helper.make_attribute("pads", [one + two for one, two in zip(own, around, strict=True)]))
+            node.attribute.append(
+                onnx.helper.make_attribute("pads", [one + two for one, two in zip(own, around, strict=True)])
+            )
             node.input[0] = pad.input[0]
         graph.node.remove(pad)

@@ -148,7 +148,9 @@ class Writer:
         plain = [self.plain(size) for size in sizes]
         if None not in plain:
             return self.constant(plain)
-        parts = [self.names[size] if one is None else self.constant([one]) for size, one in zip(sizes, plain, strict=True)]
+        parts = [
+            self.names[size] if one is None else self.constant([one]) for size, one in zip(sizes, plain, strict=True)
+        ]
         return str(self.op("Concat", parts, axis=0))
 
     def size_of(self, source: fx.Node, axis: int) -> str:
@@ -157,13 +159,17 @@ class Writer:
         return (
             self.constant([size])
             if size is not None
-            else str(self.op("Shape", [self.names[source]], start=axis % self.rank(source), end=axis % self.rank(source) + 1))
+            else str(
+                self.op("Shape", [self.names[source]], start=axis % self.rank(source), end=axis % self.rank(source) + 1)
+            )
         )
 
     def reshaped(self, name: str, shape: Sequence[int | None], sizes: Sequence[Any] = ()) -> str:
         """``name`` in that shape; ``sizes`` are what to read the moving ones from, if there are several."""
         if list(shape).count(None) <= 1:
-            return str(self.op("Reshape", [name, self.constant([-1 if size is None else size for size in shape])], allowzero=0))
+            return str(
+                self.op("Reshape", [name, self.constant([-1 if size is None else size for size in shape])], allowzero=0)
+            )
         if len(sizes) != len(shape):
             raise Untranslated(f"{self.current}: several sizes move with the batch")
         return str(self.op("Reshape", [name, self.vector(sizes)], allowzero=0))
@@ -172,7 +178,11 @@ class Writer:
         return name if list(order) == list(range(len(order))) else str(self.op("Transpose", [name], perm=list(order)))
 
     def sliced(self, name: str, axis: int, start: Any, end: Any, step: int = 1) -> str:
-        return str(self.op("Slice", [name, self.vector([start]), self.vector([end]), self.constant([axis]), self.constant([step])]))
+        return str(
+            self.op(
+                "Slice", [name, self.vector([start]), self.vector([end]), self.constant([axis]), self.constant([step])]
+            )
+        )
 
 
 def onnx_model(onnx: Any, graph: fx.GraphModule, four_bits: bool = False) -> Any:
@@ -194,7 +204,11 @@ def onnx_model(onnx: Any, graph: fx.GraphModule, four_bits: bool = False) -> Any
         elif node.op == "call_function":
             _write(writer, node)
         elif node.op == "output":
-            leaves = [leaf for leaf in pytree.tree_leaves(node.args[0]) if isinstance(leaf, fx.Node) and is_tensor(writer.known[leaf])]
+            leaves = [
+                leaf
+                for leaf in pytree.tree_leaves(node.args[0])
+                if isinstance(leaf, fx.Node) and is_tensor(writer.known[leaf])
+            ]
             for leaf in leaves:
                 name = writer.names[leaf]
                 if any(name == info.name for info in [*inputs, *outputs]) or leaf.op == "get_attr":
@@ -228,10 +242,14 @@ def _write(writer: Writer, node: fx.Node) -> None:
         return  # a number: its readers ask for it
     row = ROWS.get(node.target)
     if row is None:
-        raise Untranslated(f"{node.meta.get('stack') or node.name}: {node.target} has no row in the table of ONNX operators")
+        raise Untranslated(
+            f"{node.meta.get('stack') or node.name}: {node.target} has no row in the table of ONNX operators"
+        )
     begun = len(writer.nodes)
     made = row(writer, node, _arguments(node))
-    if any(made in written.output for written in writer.nodes[begun:]):  # named after the node, as its codes and weights are
+    if any(
+        made in written.output for written in writer.nodes[begun:]
+    ):  # named after the node, as its codes and weights are
         for written in writer.nodes[begun:]:
             for names in (written.input, written.output):
                 names[:] = [node.name if name == made else name for name in names]
@@ -304,7 +322,9 @@ def _divide(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:
 def _compare(kind: str, negate: bool = False) -> Callable[..., str]:
     def row(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:
         sides = [w.known[value] if isinstance(value, fx.Node) else value for value in (g["self"], g["other"])]
-        dtype = torch.result_type(*(torch.empty(side.shape, dtype=side.dtype) if is_tensor(side) else side for side in sides))
+        dtype = torch.result_type(
+            *(torch.empty(side.shape, dtype=side.dtype) if is_tensor(side) else side for side in sides)
+        )
         name = str(w.op(kind, [w.value(g["self"], dtype), w.value(g["other"], dtype)]))
         return str(w.op("Not", [name])) if negate else name
 
@@ -391,11 +411,24 @@ def _addcmul(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:
 
 def _lerp(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:
     start = w.value(g["self"])
-    return str(w.op("Add", [start, w.op("Mul", [w.op("Sub", [w.value(g["end"]), start]), w.value(g["weight"], w.dtype(node))])]))
+    return str(
+        w.op(
+            "Add", [start, w.op("Mul", [w.op("Sub", [w.value(g["end"]), start]), w.value(g["weight"], w.dtype(node))])]
+        )
+    )
 
 
 def _where(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:
-    return str(w.op("Where", [w.value(g["condition"], torch.bool), w.value(g["self"], w.dtype(node)), w.value(g["other"], w.dtype(node))]))
+    return str(
+        w.op(
+            "Where",
+            [
+                w.value(g["condition"], torch.bool),
+                w.value(g["self"], w.dtype(node)),
+                w.value(g["other"], w.dtype(node)),
+            ],
+        )
+    )
 
 
 def _masked_fill(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:
@@ -433,11 +466,17 @@ def _dequantize_groups(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:
     """Codes cut into groups, times their scales, put together: constants that a runtime computes when it opens the file."""
     codes, scale, zero = (attribute(w.graph, g[name]) for name in ("q", "scale", "zero_point"))
     (out, groups), name = scale.shape[:2], str(g["q"].target)
-    missing = groups * max(g["group"], 1) - codes.shape[1] if groups > 1 else 0  # of the last group, which may be shorter
+    missing = (
+        groups * max(g["group"], 1) - codes.shape[1] if groups > 1 else 0
+    )  # of the last group, which may be shorter
     cut = F.pad(codes, (*[0, 0] * (codes.dim() - 2), 0, missing)).reshape(out, groups, -1)
     number = str(w.op("Cast", [w.stored(f"{name}_grouped", cut)], to=1))
     if zero.any():
-        number = str(w.op("Sub", [number, w.stored(f"{g['zero_point'].target}_grouped", zero.float().reshape(*zero.shape[:2], 1))]))
+        number = str(
+            w.op(
+                "Sub", [number, w.stored(f"{g['zero_point'].target}_grouped", zero.float().reshape(*zero.shape[:2], 1))]
+            )
+        )
     number = str(w.op("Mul", [number, w.stored(f"{g['scale'].target}_grouped", scale.reshape(out, groups, 1))]))
     whole = str(w.op("Reshape", [number, w.constant([out, codes.shape[1] + missing, *codes.shape[2:]], torch.int64)]))
     return w.sliced(whole, 1, 0, codes.shape[1]) if missing else whole
@@ -462,7 +501,9 @@ def _convolution(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:
 
 def _transposed_convolution(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:
     kernel = [w.fixed(g["weight"], axis) for axis in range(2, w.rank(g["weight"]))]
-    stride, dilation, padding, more = (_listed(g[key], len(kernel)) for key in ("stride", "dilation", "padding", "output_padding"))
+    stride, dilation, padding, more = (
+        _listed(g[key], len(kernel)) for key in ("stride", "dilation", "padding", "output_padding")
+    )
     inputs = [w.value(g[key]) for key in ("input", "weight", "bias") if g[key] is not None]
     return str(
         w.op(
@@ -499,7 +540,11 @@ def _weight_in_4_bits(w: Writer, node: fx.Node, g: dict[str, Any]) -> str | None
     if not w.four_bits or not is_decoded(decoded) or is_decoded(g["input"]) or is_decoded(g["bias"]):
         return None
     codes, scale, zero, axis, group = (*decoded.args, 0)[:5]
-    if codes.op != "get_attr" or w.graph.meta.get("bits", {}).get(str(codes.target), 8) > 4 or (not group and axis not in (0, None)):
+    if (
+        codes.op != "get_attr"
+        or w.graph.meta.get("bits", {}).get(str(codes.target), 8) > 4
+        or (not group and axis not in (0, None))
+    ):
         return None
     stored, scales, zeros = (attribute(w.graph, source) for source in (codes, scale, zero))
     outs, ins = stored.shape
@@ -514,7 +559,10 @@ def _weight_in_4_bits(w: Writer, node: fx.Node, g: dict[str, Any]) -> str | None
     ]
     if zeros.any():
         inputs.append(
-            w.stored_in_4_bits(f"{name}_zeros_in_4_bits", (zeros if group or not zeros.dim() else zeros.reshape(-1, 1)).expand(sizes).t())
+            w.stored_in_4_bits(
+                f"{name}_zeros_in_4_bits",
+                (zeros if group or not zeros.dim() else zeros.reshape(-1, 1)).expand(sizes).t(),
+            )
         )
     return str(w.op("DequantizeLinear", inputs, axis=0, block_size=block))
 
@@ -523,10 +571,18 @@ def _turned(w: Writer, weight: fx.Node) -> str:
     """A matrix transposed: where it is stored, in the store."""
     if weight.op == "get_attr":
         return w.stored(f"{weight.target}_transposed", attribute(w.graph, weight).t())
-    if weight.target is OPERATORS.dequantize.default and weight.args[0].op == "get_attr" and weight.args[3] in (0, None):
+    if (
+        weight.target is OPERATORS.dequantize.default
+        and weight.args[0].op == "get_attr"
+        and weight.args[3] in (0, None)
+    ):
         codes, scale, zero, _ = weight.args
         if w.rank(scale) <= 1:
-            inputs = [w.stored(f"{codes.target}_transposed", attribute(w.graph, codes).t()), w.value(scale), w.value(zero)]
+            inputs = [
+                w.stored(f"{codes.target}_transposed", attribute(w.graph, codes).t()),
+                w.value(scale),
+                w.value(zero),
+            ]
             return str(w.op("DequantizeLinear", inputs, **({"axis": 1} if w.rank(scale) else {})))
     return str(w.op("Transpose", [w.value(weight)], perm=[1, 0]))
 
@@ -553,7 +609,9 @@ def _attention(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:
     keys, values = w.value(key), w.value(value)
     if g["enable_gqa"] and w.fixed(query, 1) != w.fixed(key, 1):
         times = w.fixed(query, 1) // w.fixed(key, 1)
-        keys, values = (_interleaved(w, one, w.shape(source), 1, times) for one, source in ((keys, key), (values, value)))
+        keys, values = (
+            _interleaved(w, one, w.shape(source), 1, times) for one, source in ((keys, key), (values, value))
+        )
     turned = w.transposed(keys, [*range(rank - 2), rank - 1, rank - 2])
     scores = w.op("MatMul", [w.op("Mul", [w.value(query), w.constant(float(scale), dtype)]), turned])
     mask = g["attn_mask"]
@@ -573,7 +631,9 @@ def _interleaved(w: Writer, name: str, shape: Sequence[int | None], axis: int, t
     """Each position of an axis ``times`` in a row."""
     apart = w.op("Unsqueeze", [name, w.constant([axis + 1])])
     wide = w.op("Expand", [apart, w.constant([times if dim == axis + 1 else 1 for dim in range(len(shape) + 1)])])
-    return w.reshaped(str(wide), [size if dim != axis or size is None else size * times for dim, size in enumerate(shape)])
+    return w.reshaped(
+        str(wide), [size if dim != axis or size is None else size * times for dim, size in enumerate(shape)]
+    )
 
 
 def _batch_norm(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:
@@ -581,14 +641,21 @@ def _batch_norm(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:
         raise Untranslated(f"{node.name}: batch norm with the statistics of the batch")
     mean = w.known[g["running_mean"]]
     neutral = {"weight": torch.ones(mean.shape, dtype=mean.dtype), "bias": torch.zeros(mean.shape, dtype=mean.dtype)}
-    factors = [w.value(g[key]) if g[key] is not None else w.stored(w.fresh(f"{node.name}.{key}"), neutral[key]) for key in neutral]
+    factors = [
+        w.value(g[key]) if g[key] is not None else w.stored(w.fresh(f"{node.name}.{key}"), neutral[key])
+        for key in neutral
+    ]
     inputs = [w.value(g["input"]), *factors, w.value(g["running_mean"]), w.value(g["running_var"])]
     return str(w.op("BatchNormalization", inputs, epsilon=g["eps"]))
 
 
 def _layer_norm(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:
     size, dtype = list(g["normalized_shape"]), w.dtype(node)
-    weight = w.value(g["weight"]) if g["weight"] is not None else w.stored(w.fresh(f"{node.name}.weight"), torch.ones(size, dtype=dtype))
+    weight = (
+        w.value(g["weight"])
+        if g["weight"] is not None
+        else w.stored(w.fresh(f"{node.name}.weight"), torch.ones(size, dtype=dtype))
+    )
     inputs = [w.value(g["input"]), weight, *([w.value(g["bias"])] if g["bias"] is not None else [])]
     return str(w.op("LayerNormalization", inputs, axis=-len(size), epsilon=g["eps"]))
 
@@ -605,7 +672,8 @@ def _rms_norm(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:
 def _group_norm(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:
     groups, dtype, shape = g["num_groups"], w.dtype(node), w.shape(node)
     ones, zeros = (
-        w.stored(w.fresh(f"{node.name}.{key}"), make(groups, dtype=dtype)) for key, make in (("1", torch.ones), ("0", torch.zeros))
+        w.stored(w.fresh(f"{node.name}.{key}"), make(groups, dtype=dtype))
+        for key, make in (("1", torch.ones), ("0", torch.zeros))
     )
     apart = w.op("Reshape", [w.value(g["input"]), w.constant([0, groups, -1])], allowzero=0)
     name = w.reshaped(str(w.op("InstanceNormalization", [apart, ones, zeros], epsilon=g["eps"])), shape)
@@ -654,7 +722,9 @@ def _lstm(w: Writer, node: fx.Node, g: dict[str, Any]) -> list[str]:
         outputs = w.op(
             "LSTM", [x, *names, bias, "", *starts], 3, hidden_size=hidden, direction="bidirectional" if both else "forward"
         )  # fmt: skip
-        turned = w.transposed(outputs[0], [0, 2, 1, 3])  # (time, directions, batch, hidden) -> (time, batch, directions x hidden)
+        turned = w.transposed(
+            outputs[0], [0, 2, 1, 3]
+        )  # (time, directions, batch, hidden) -> (time, batch, directions x hidden)
         x = str(w.op("Reshape", [turned, w.constant([0, 0, -1])], allowzero=0))
         for last, name in zip(lasts, outputs[1:], strict=True):
             last.append(name)
@@ -671,7 +741,15 @@ def _max_pool(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:
     padding, dilation = (_listed(g[key], len(kernel)) for key in ("padding", "dilation"))
     name = w.value(g["self"])
     return str(
-        w.op("MaxPool", [name], kernel_shape=kernel, strides=stride, pads=padding * 2, dilations=dilation, ceil_mode=int(g["ceil_mode"]))
+        w.op(
+            "MaxPool",
+            [name],
+            kernel_shape=kernel,
+            strides=stride,
+            pads=padding * 2,
+            dilations=dilation,
+            ceil_mode=int(g["ceil_mode"]),
+        )
     )
 
 
@@ -839,7 +917,14 @@ def _cumulative(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:
 
 def _top(w: Writer, node: fx.Node, g: dict[str, Any]) -> list[str]:
     return list(
-        w.op("TopK", [w.value(g["self"]), w.vector([g["k"]])], 2, axis=g["dim"], largest=int(g["largest"]), sorted=int(g["sorted"]))
+        w.op(
+            "TopK",
+            [w.value(g["self"]), w.vector([g["k"]])],
+            2,
+            axis=g["dim"],
+            largest=int(g["largest"]),
+            sorted=int(g["sorted"]),
+        )
     )
 
 
@@ -936,7 +1021,9 @@ def _concatenate(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:
 
 def _stack(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:
     axis = g["dim"] % w.rank(node)
-    return str(w.op("Concat", [w.op("Unsqueeze", [w.value(part), w.constant([axis])]) for part in g["tensors"]], axis=axis))
+    return str(
+        w.op("Concat", [w.op("Unsqueeze", [w.value(part), w.constant([axis])]) for part in g["tensors"]], axis=axis)
+    )
 
 
 def _split(w: Writer, node: fx.Node, g: dict[str, Any]) -> list[str]:
@@ -990,7 +1077,13 @@ def _roll(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:
         size = w.fixed(g["self"], dim)
         if shift % size:
             cut = size - shift % size
-            name = str(w.op("Concat", [w.sliced(name, dim % rank, cut, _LAST), w.sliced(name, dim % rank, 0, cut)], axis=dim % rank))
+            name = str(
+                w.op(
+                    "Concat",
+                    [w.sliced(name, dim % rank, cut, _LAST), w.sliced(name, dim % rank, 0, cut)],
+                    axis=dim % rank,
+                )
+            )
     return name
 
 
@@ -1002,7 +1095,9 @@ def _flip(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:
 
 
 def _pad(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:
-    mode = {"constant": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}[g.get("mode", "constant")]
+    mode = {"constant": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}[
+        g.get("mode", "constant")
+    ]
     sizes = [w.plain(size) for size in g.get("pad", g.get("padding"))]
     if None in sizes:
         raise Untranslated(f"{node.name}: a margin that moves with the batch")
@@ -1025,7 +1120,9 @@ def _index(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:
     source, indices = g["self"], g["indices"]
     used = [axis for axis, one in enumerate(indices) if one is not None]
     shape, rank = w.shape(source), w.rank(source)
-    if any(w.dtype(indices[axis]) not in (torch.int64, torch.int32) for axis in used) or used != list(range(used[0], used[-1] + 1)):
+    if any(w.dtype(indices[axis]) not in (torch.int64, torch.int32) for axis in used) or used != list(
+        range(used[0], used[-1] + 1)
+    ):
         raise Untranslated(f"{node.name}: indexing by a mask, or of axes apart")
     name = w.value(source)
     if len(used) == 1:
@@ -1140,7 +1237,13 @@ def _patches(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:
 def _from_patches(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:
     sizes = [w.constant([w.plain(size) for size in g[key]]) for key in ("output_size", "kernel_size")]
     return str(
-        w.op("Col2Im", [w.value(g["self"]), *sizes], strides=list(g["stride"]), pads=list(g["padding"]) * 2, dilations=list(g["dilation"]))
+        w.op(
+            "Col2Im",
+            [w.value(g["self"]), *sizes],
+            strides=list(g["stride"]),
+            pads=list(g["padding"]) * 2,
+            dilations=list(g["dilation"]),
+        )
     )
 
 
@@ -1159,14 +1262,20 @@ def _filled(value: float | None) -> Callable[..., str]:
         scalar = w.value(g.get("fill_value", g.get("value", value)), w.dtype(node))
         if "size" in g:
             return str(w.op("Expand", [scalar, w.vector(g["size"])]))
-        return str(w.op("Expand", [scalar, w.op("Concat", [w.size_of(g["self"], axis) for axis in range(w.rank(node))], axis=0)]))
+        return str(
+            w.op(
+                "Expand", [scalar, w.op("Concat", [w.size_of(g["self"], axis) for axis in range(w.rank(node))], axis=0)]
+            )
+        )
 
     return row
 
 
 def _range(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:
     dtype = w.dtype(node)
-    return str(w.op("Range", [w.value(g.get(key, default), dtype) for key, default in (("start", 0), ("end", 0), ("step", 1))]))
+    return str(
+        w.op("Range", [w.value(g.get(key, default), dtype) for key, default in (("start", 0), ("end", 0), ("step", 1))])
+    )
 
 
 def _size(w: Writer, node: fx.Node, g: dict[str, Any]) -> str:

@@ -14,7 +14,9 @@ class Projection(nn.Module):
 
     def __init__(self, shapes: Shapes):
         super().__init__()
-        self.maps = nn.ModuleDict({name: _BY_RANK[len(ours)](ours[0], theirs[0]) for name, (ours, theirs) in shapes.items()})
+        self.maps = nn.ModuleDict(
+            {name: _BY_RANK[len(ours)](ours[0], theirs[0]) for name, (ours, theirs) in shapes.items()}
+        )
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: self.maps[name](value) if name in self.maps else value for name, value in features.items()}

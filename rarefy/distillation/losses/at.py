@@ -31,7 +31,9 @@ class At:
     def adapter(self, shapes: Shapes) -> nn.Module | None:
         for name, (ours, theirs) in shapes.items():
             if len(ours) < 2 or ours[1:] != theirs[1:]:
-                raise InputError(f"at: {name} is {ours} in the student and {theirs} in the teacher; match maps of equal resolution")
+                raise InputError(
+                    f"at: {name} is {ours} in the student and {theirs} in the teacher; match maps of equal resolution"
+                )
         return None
 
     def __call__(self, student: Tensor, teacher: Tensor, targets: Tensor | None, features: Features) -> Tensor:

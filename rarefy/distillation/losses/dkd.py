@@ -38,7 +38,9 @@ class Dkd:
 
     def __call__(self, student: Tensor, teacher: Tensor, targets: Tensor | None, features: Features) -> Tensor:
         label = teacher.argmax(-1) if targets is None else targets.argmax(-1) if targets.dim() == 2 else targets
-        (ours, our_rest), (theirs, their_rest) = (_split(logits / self.temperature, label) for logits in (student, teacher))
+        (ours, our_rest), (theirs, their_rest) = (
+            _split(logits / self.temperature, label) for logits in (student, teacher)
+        )
         sure = F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
         rest = F.kl_div(our_rest, their_rest, reduction="batchmean", log_target=True)
         return self.temperature**2 * (self.alpha * sure + self.beta * rest)

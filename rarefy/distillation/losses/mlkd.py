@@ -35,10 +35,14 @@ class Mlkd:
 
     def __post_init__(self) -> None:
         if not 1 <= self.lowest <= self.highest:
-            raise InputError(f"mlkd: temperatures from {self.lowest} to {self.highest}: lowest must be at least 1, and highest no less")
+            raise InputError(
+                f"mlkd: temperatures from {self.lowest} to {self.highest}: lowest must be at least 1, and highest no less"
+            )
 
     def __call__(self, student: Tensor, teacher: Tensor, targets: Tensor | None, features: Features) -> Tensor:
-        return torch.stack([_at(student, teacher, temperature) for temperature in range(self.lowest, self.highest + 1)]).mean()
+        return torch.stack(
+            [_at(student, teacher, temperature) for temperature in range(self.lowest, self.highest + 1)]
+        ).mean()
 
 
 def _at(student: Tensor, teacher: Tensor, temperature: int) -> Tensor:

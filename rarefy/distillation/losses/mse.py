@@ -29,7 +29,9 @@ class Mse:
     def adapter(self, shapes: Shapes) -> nn.Module | None:
         for name, (ours, theirs) in shapes.items():
             if ours[1:] != theirs[1:]:
-                raise InputError(f"mse: {name} is {ours} in the student and {theirs} in the teacher; match features of equal resolution")
+                raise InputError(
+                    f"mse: {name} is {ours} in the student and {theirs} in the teacher; match features of equal resolution"
+                )
         return projection(shapes)
 
     def __call__(self, student: Tensor, teacher: Tensor, targets: Tensor | None, features: Features) -> Tensor:

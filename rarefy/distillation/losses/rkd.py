@@ -43,7 +43,9 @@ class Rkd:
 
     def _one(self, student: Tensor, teacher: Tensor) -> Tensor:
         (our_distances, our_angles), (their_distances, their_angles) = map(_relations, (student, teacher))
-        return self.distance * F.smooth_l1_loss(our_distances, their_distances) + self.angle * F.smooth_l1_loss(our_angles, their_angles)
+        return self.distance * F.smooth_l1_loss(our_distances, their_distances) + self.angle * F.smooth_l1_loss(
+            our_angles, their_angles
+        )
 
 
 def _relations(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,11 @@ class Skd:
         s, t = (F.normalize(logits, dim=-1) for logits in (student, teacher))
         apart = s @ s.mT - t @ t.mT
         centred = apart - apart.mean(0)
-        spread = centred.mT @ centred / max(len(apart) - 1, 1) + self.ridge * torch.eye(len(apart), device=apart.device, dtype=apart.dtype)
+        spread = centred.mT @ centred / max(len(apart) - 1, 1) + self.ridge * torch.eye(
+            len(apart), device=apart.device, dtype=apart.dtype
+        )
         factor = torch.linalg.cholesky_ex(spread).L
         squares = torch.linalg.solve_triangular(factor, apart.mT, upper=False).square().sum(0)
-        return divergence(student, teacher, self.temperature) + self.direction * ((squares + EPS).sqrt() - EPS**0.5).mean()
+        return (
+            divergence(student, teacher, self.temperature) + self.direction * ((squares + EPS).sqrt() - EPS**0.5).mean()
+        )

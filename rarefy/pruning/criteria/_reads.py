@@ -63,7 +63,12 @@ def reads(coupling: Coupling) -> list[Read]:
 
 def _classes_of(coupling: Coupling, node: fx.Node) -> Tensor:
     values = coupling.values[node]
-    layers = [layer for value in (values if isinstance(values, list) else [values]) if isinstance(value, Value) for layer in value.layers]
+    layers = [
+        layer
+        for value in (values if isinstance(values, list) else [values])
+        if isinstance(value, Value)
+        for layer in value.layers
+    ]
     return torch.cat([torch.zeros(1, dtype=torch.int64), *(layer.reshape(-1) for layer in layers)]).unique()
 
 
@@ -87,19 +92,25 @@ class Reading(fx.Interpreter):
         return fx.map_arg((n.args, n.kwargs), lambda source: taken[source])  # type: ignore[no-any-return]
 
 
-def batches_of(task: Any, graph: fx.GraphModule, name: str, batches: int, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Any]]:
+def batches_of(
+    task: Any, graph: fx.GraphModule, name: str, batches: int, batch_size: int, seed: int
+) -> Iterator[tuple[Tensor, Any]]:
     """(inputs, targets) of the training split, shuffled by the seed. Raises InputError without a task, DataError without data."""
     if task is None:
         raise InputError(f"criterion {name!r} needs data: pass task= (--data), or use criterion='magnitude'")
     seen = 0
-    for inputs, targets in itertools.islice(task.batches("train", batch_size, shuffle_seed=seed, device=device_of(graph)), batches):
+    for inputs, targets in itertools.islice(
+        task.batches("train", batch_size, shuffle_seed=seed, device=device_of(graph)), batches
+    ):
         yield inputs, targets
         seen += 1
     if not seen:
         raise DataError(f"criterion {name!r}: the training split of the task is empty")
 
 
-def sensitivities(graph: fx.GraphModule, places: list[Read], count: int, inputs: Tensor, loss: Callable[[Any], Tensor]) -> Tensor:
+def sensitivities(
+    graph: fx.GraphModule, places: list[Read], count: int, inputs: Tensor, loss: Callable[[Any], Tensor]
+) -> Tensor:
     """(N, count) float64: for each sample and class, d loss / d mask, summed over all reads of the class (arXiv 2108.00708, eq. 4 to 6).
 
     loss: from the network's output to a scalar, the *sum* over samples, so that a sample's gradient is its own.
@@ -136,5 +147,7 @@ def check_reads(places: list[Read], coupling: Coupling, name: str) -> list[Read]
         seen[place.classes] = True
     missing = next((row.names[0] for row in coupling.rows if not bool(seen[row.classes].all())), None)
     if missing is not None:
-        raise InputError(f"criterion {name!r}: no layer reads the channels of {missing}; list it in ignore, or use criterion='magnitude'")
+        raise InputError(
+            f"criterion {name!r}: no layer reads the channels of {missing}; list it in ignore, or use criterion='magnitude'"
+        )
     return places

@@ -37,7 +37,9 @@ class BnScale:
         names = {
             str(node.args[1].target)
             for node in graph.graph.nodes
-            if operator_name(node) == "batch_norm" and isinstance(node.args[1], fx.Node) and node.args[1].op == "get_attr"
+            if operator_name(node) == "batch_norm"
+            and isinstance(node.args[1], fx.Node)
+            and node.args[1].op == "get_attr"
         }
         gammas = {name: attribute(graph, name).detach().abs() for name in names}
         scored = torch.zeros(coupling.count, dtype=torch.bool)
@@ -47,7 +49,11 @@ class BnScale:
                 scored[row.classes] = True
         without = [row.names[0] for row in coupling.rows if row.produces and not bool(scored[row.classes].all())]
         if without or not bool(scored.all()):
-            which = without[0] if without else next(row.names[0] for row in coupling.rows if not bool(scored[row.classes].all()))
+            which = (
+                without[0]
+                if without
+                else next(row.names[0] for row in coupling.rows if not bool(scored[row.classes].all()))
+            )
             raise InputError(
                 f"criterion 'bn_scale': the channels of {max(len(without), 1)} layers pass no batch norm with a scale, such as {which}; "
                 "list them in ignore, or use criterion='magnitude'"

@@ -39,7 +39,9 @@ class Hessian:
 
     def __post_init__(self) -> None:
         if self.batches < 1 or self.batch_size < 1 or self.draws < 1:
-            raise ValueError(f"batches={self.batches}, batch_size={self.batch_size} and draws={self.draws} must be at least 1")
+            raise ValueError(
+                f"batches={self.batches}, batch_size={self.batch_size} and draws={self.draws} must be at least 1"
+            )
         if self.reduce not in ("mean", "sum", "max"):
             raise ValueError(f"reduce={self.reduce!r} is not mean, sum or max")
 
@@ -48,7 +50,11 @@ class Hessian:
         return self._group(graph, coupling, task, seed) if self.group else self._diagonal(graph, coupling, task, seed)
 
     def _diagonal(self, graph: fx.GraphModule, coupling: Coupling, task: Any, seed: int) -> Tensor:
-        weights = {name: weight.detach().clone().requires_grad_() for name, weight in graph.named_parameters() if weight.dim() > 1}
+        weights = {
+            name: weight.detach().clone().requires_grad_()
+            for name, weight in graph.named_parameters()
+            if weight.dim() > 1
+        }
         fisher = {name: torch.zeros_like(weight, requires_grad=False) for name, weight in weights.items()}
         seen = 0
         for inputs, targets in batches_of(task, graph, "hessian", self.batches, self.batch_size, seed):
@@ -66,7 +72,11 @@ class Hessian:
         total, samples = torch.zeros(coupling.count, dtype=torch.float64), 0
 
         def signed(outputs: Any) -> Tensor:
-            found = [value for value in pytree.tree_leaves(outputs) if isinstance(value, Tensor) and value.is_floating_point()]
+            found = [
+                value
+                for value in pytree.tree_leaves(outputs)
+                if isinstance(value, Tensor) and value.is_floating_point()
+            ]
             signs = [(torch.randint(0, 2, value.shape, generator=generator) * 2 - 1).to(value) for value in found]
             return torch.stack([(value * sign).sum() for value, sign in zip(found, signs, strict=True)]).sum()
 

@@ -35,5 +35,7 @@ class Magnitude:
     def scores(self, graph: fx.GraphModule, coupling: Coupling, task: Any, seed: int) -> Tensor:
         weights = {name: weight.detach() for name, weight in graph.named_parameters() if weight.dim() > 1}
         return coupling.gather(
-            weights, reduce=self.reduce, element=lambda weight: weight.square() if self.p == 2 else weight.abs() ** self.p
+            weights,
+            reduce=self.reduce,
+            element=lambda weight: weight.square() if self.p == 2 else weight.abs() ** self.p,
         )

@@ -60,12 +60,18 @@ class Taylor:
                 total += sensitivities(graph, places, coupling.count, inputs, summed).square().sum(0)
             return total
         weights = {
-            name: weight.detach().clone().requires_grad_() for name, weight in graph.named_parameters() if weight.is_floating_point()
+            name: weight.detach().clone().requires_grad_()
+            for name, weight in graph.named_parameters()
+            if weight.is_floating_point()
         }
         scored = [name for name, weight in weights.items() if weight.dim() > 1]
         for inputs, targets in batches:
             loss = task.loss(torch.func.functional_call(graph, weights, (inputs,)), targets)
-            gradients = torch.autograd.grad(loss, [weights[name] for name in scored], materialize_grads=True, allow_unused=True)
-            elements = {name: weights[name].detach() * gradient for name, gradient in zip(scored, gradients, strict=True)}
+            gradients = torch.autograd.grad(
+                loss, [weights[name] for name in scored], materialize_grads=True, allow_unused=True
+            )
+            elements = {
+                name: weights[name].detach() * gradient for name, gradient in zip(scored, gradients, strict=True)
+            }
             total += coupling.gather(elements, position=torch.abs, reduce=self.reduce)
         return total

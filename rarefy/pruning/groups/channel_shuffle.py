@@ -34,7 +34,9 @@ def indexed(graph: fx.GraphModule, found: dict[fx.Node, Any]) -> fx.GraphModule:
     """
     chains = [chain for chain in _chains(graph) if found[chain[-1]].shape == found[chain[0].args[0]].shape]
     at_two = shapes(graph, 2) if chains else {}
-    shuffles = {chain[-1].name: (chain[0].args[0], *order) for chain in chains if (order := _order(chain, at_two)) is not None}
+    shuffles = {
+        chain[-1].name: (chain[0].args[0], *order) for chain in chains if (order := _order(chain, at_two)) is not None
+    }
     if not shuffles:
         return graph
     copied = share_copy(graph)

@@ -85,7 +85,9 @@ def check(coupling: Coupling, small: fx.GraphModule, alive: Tensor, seed: int = 
                 twins.run(step)
         except Exception as error:
             why = (str(error).splitlines() or [type(error).__name__])[0]
-            raise SelfCheckFailed(f"{where}: the pruned network does not run: {why}; please report this model") from error
+            raise SelfCheckFailed(
+                f"{where}: the pruned network does not run: {why}; please report this model"
+            ) from error
         done = max(done, position[new] + 1)
         if node.op == "get_attr":
             twins.compare_parameters(node, where)
@@ -143,7 +145,9 @@ class _Twins:
             self.narrow[step] = _attribute(self.small, step)
             return
         read = [_widened(self.narrow[source]) for source in sources_of(step)]
-        self.narrow[step] = _widened(_by_outputs(step, read) if operator_name(step) in CONVOLUTIONS else _called(step, read, torch.float32))
+        self.narrow[step] = _widened(
+            _by_outputs(step, read) if operator_name(step) in CONVOLUTIONS else _called(step, read, torch.float32)
+        )
         self.level.hold()
 
     def kept(self, node: fx.Node) -> Any:
@@ -161,7 +165,9 @@ class _Twins:
             raise SelfCheckFailed("output: the pruned network yields other nodes; please report this model")
         for source in sources_of(old):
             if any(index is not None for index in pytree.tree_leaves(self.kept(source))):
-                raise SelfCheckFailed(f"{source.name}: an output of the network lost a part of itself; please report this model")
+                raise SelfCheckFailed(
+                    f"{source.name}: an output of the network lost a part of itself; please report this model"
+                )
 
     def compare_parameters(self, node: fx.Node, where: str) -> None:
         """What is left of a parameter is the same numbers."""
@@ -183,7 +189,9 @@ class _Twins:
         for part, kept, tensor in zip(parts, kepts, [found] if isinstance(value, Value) else found, strict=True):
             shape = _size(kept, part.shape)
             if shape != tuple(tensor.shape):
-                raise SelfCheckFailed(f"{where}: the pruned network has shape {tuple(tensor.shape)}, the masked one keeps {shape}")
+                raise SelfCheckFailed(
+                    f"{where}: the pruned network has shape {tuple(tensor.shape)}, the masked one keeps {shape}"
+                )
         cuts, moves = self._cuts(node, new), only_moves(node)
         if moves:
             one, other, magnitude = *self._moved(node, new, cuts, where), 0.0
@@ -203,19 +211,25 @@ class _Twins:
                 )
             if moves or not full.is_floating_point():
                 if not torch.equal(full, tensor):
-                    raise SelfCheckFailed(f"{where}: the pruned network differs from the masked one in where it puts its numbers")
+                    raise SelfCheckFailed(
+                        f"{where}: the pruned network differs from the masked one in where it puts its numbers"
+                    )
                 continue
             scale = max(magnitude, _magnitude(full))
             apart = _apart(full, tensor)
             if not apart <= TOLERANCE * scale:
-                raise SelfCheckFailed(f"{where}: the pruned network differs from the masked one by {apart:.3g} at magnitude {scale:.3g}")
+                raise SelfCheckFailed(
+                    f"{where}: the pruned network differs from the masked one by {apart:.3g} at magnitude {scale:.3g}"
+                )
             largest = max(largest, apart / scale if scale else 0.0)
         return largest, len(parts)
 
     def _same_sources(self, node: fx.Node, new: fx.Node, where: str) -> None:
         one, other = ([source.name for source in sources_of(each) if self._floating(source)] for each in (node, new))
         if one != other:
-            raise SelfCheckFailed(f"{where}: the pruned network reads {other}, the masked one {one}; please report this model")
+            raise SelfCheckFailed(
+                f"{where}: the pruned network reads {other}, the masked one {one}; please report this model"
+            )
 
     def _floating(self, source: fx.Node) -> bool:
         """Of either graph: does it yield a tensor of floats? (A node only the small graph has holds sizes and indices.)"""
@@ -224,7 +238,9 @@ class _Twins:
 
     def _same(self, node: fx.Node, new: fx.Node) -> bool:
         """The same operator with the same arguments, of which nothing was removed."""
-        if any(index is not None for each in (node, *sources_of(node)) for index in pytree.tree_leaves(self.kept(each))):
+        if any(
+            index is not None for each in (node, *sources_of(node)) for index in pytree.tree_leaves(self.kept(each))
+        ):
             return False
         named = [fx.map_arg((each.args, each.kwargs), lambda source: source.name) for each in (node, new)]
         return bool(node.target == new.target and named[0] == named[1])
@@ -242,7 +258,9 @@ class _Twins:
                 for axis, _, length in cut:
                     shapes[source.name][axis] = length
         numbers = sum(math.prod(shape) for shape in shapes.values())
-        whole = torch.float32 if numbers < 2**24 else torch.float64  # floats, as an operator may fill in others, such as -inf
+        whole = (
+            torch.float32 if numbers < 2**24 else torch.float64
+        )  # floats, as an operator may fill in others, such as -inf
         count = 0
         for source, cut in zip(sources, cuts.wide, strict=True):
             if source.name in shapes and source.name not in full:
@@ -261,7 +279,10 @@ class _Twins:
 
     def _computed(self, node: fx.Node, new: fx.Node, cuts: Cuts) -> tuple[Any, Any, float]:
         """Both operators in float64 on the positions that stand for all; and the magnitude of the activations they read."""
-        own = [_double(_narrowed(self.narrow[source], cut)) for source, cut in zip(sources_of(new), cuts.narrow, strict=True)]
+        own = [
+            _double(_narrowed(self.narrow[source], cut))
+            for source, cut in zip(sources_of(new), cuts.narrow, strict=True)
+        ]
         wide = [self._large(source, cut) for source, cut in zip(sources_of(node), cuts.wide, strict=True)]
         read = [value for source, value in zip(sources_of(new), own, strict=True) if source.op != "get_attr"]
         magnitude = max((_magnitude(value) for value in pytree.tree_leaves(read)), default=0.0)
@@ -323,7 +344,9 @@ class _Twins:
     def _left(self, run: Run, node: fx.Node, sources: Sequence[fx.Node]) -> Any:
         """The positions that survive along all of a run's axes, None for all; False where the axes differ."""
         made = self.kept(node) if isinstance(self.coupling.values[node], list) else [self.kept(node)]
-        found = [kept[run.result] for kept in made] + [self.kept(sources[place])[axis] for place, axis in run.sources.items()]
+        found = [kept[run.result] for kept in made] + [
+            self.kept(sources[place])[axis] for place, axis in run.sources.items()
+        ]
         if all(index is None for index in found):
             return None
         if any(index is None for index in found) or not all(torch.equal(index, found[0]) for index in found):
@@ -337,7 +360,9 @@ class _Twins:
         made = self._left(outputs, node, sources)
         if read is not None:
             size = self.coupling.values[sources[0]].shape[run.sources[0]] // groups
-            if len(read) % groups or not torch.equal(read, (read[: len(read) // groups] + size * torch.arange(groups)[:, None]).flatten()):
+            if len(read) % groups or not torch.equal(
+                read, (read[: len(read) // groups] + size * torch.arange(groups)[:, None]).flatten()
+            ):
                 return False
         if isinstance(made, Tensor):
             size = self.coupling.values[node].shape[run.result] // groups
@@ -361,10 +386,13 @@ class _Twins:
         if not isinstance(value, (Value, list)):
             return value
         if new is None:
-            return _narrowed(_called(source, [self._large(each, []) for each in sources_of(source)], torch.float64), cut)
+            return _narrowed(
+                _called(source, [self._large(each, []) for each in sources_of(source)], torch.float64), cut
+            )
         if isinstance(value, list):
             return [
-                _spread(kept, part.shape, _double(one)) for part, kept, one in zip(value, self.kept(source), self.narrow[new], strict=True)
+                _spread(kept, part.shape, _double(one))
+                for part, kept, one in zip(value, self.kept(source), self.narrow[new], strict=True)
             ]
         return self._spread(source, self.narrow[new], cut)
 
@@ -374,7 +402,9 @@ class _Twins:
         for axis, start, length in cut:
             index = kept[axis]
             first, end = (
-                (start, start + length) if index is None else torch.searchsorted(index, torch.tensor([start, start + length])).tolist()
+                (start, start + length)
+                if index is None
+                else torch.searchsorted(index, torch.tensor([start, start + length])).tolist()
             )
             own.append((axis, first, end - first))
             shape[axis] = length
@@ -420,7 +450,10 @@ def _called(
         args, kwargs = (args[:6], {**kwargs, "groups": groups})
     if dtype is not None:
         args, kwargs = fx.node.map_aggregate(
-            (args, kwargs), lambda one: torch.promote_types(one, dtype) if isinstance(one, torch.dtype) and one.is_floating_point else one
+            (args, kwargs),
+            lambda one: (
+                torch.promote_types(one, dtype) if isinstance(one, torch.dtype) and one.is_floating_point else one
+            ),
         )
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
@@ -432,7 +465,10 @@ def _by_outputs(step: fx.Node, read: Sequence[Any]) -> Tensor:
     rows = max(1, LARGE * len(weight) // max(1, weight.numel()))
     if groups != 1 or rows >= len(weight):
         return _called(step, read, torch.float32)  # type: ignore[no-any-return]
-    parts = [_called(step, [image, *own], torch.float32) for own in zip(*(one.split(rows) for one in (weight, *bias)), strict=True)]
+    parts = [
+        _called(step, [image, *own], torch.float32)
+        for own in zip(*(one.split(rows) for one in (weight, *bias)), strict=True)
+    ]
     return torch.cat(parts, image.dim() - weight.dim() + 1)
 
 
@@ -441,7 +477,9 @@ def _widened(value: Any) -> Any:
 
 
 def _double(value: Any) -> Any:
-    return pytree.tree_map(lambda one: one.double() if isinstance(one, Tensor) and one.is_floating_point() else one, value)
+    return pytree.tree_map(
+        lambda one: one.double() if isinstance(one, Tensor) and one.is_floating_point() else one, value
+    )
 
 
 def _narrowed(value: Any, cut: Cut) -> Any:

@@ -301,7 +301,8 @@ def _numbered(trace: Trace, classes: Tensor, component: Tensor, reason: Tensor, 
         classes[layer].reshape(-1)
         for key, (names, value) in trace.tensors.items()
         for layer in value.layers
-        if isinstance(attribute(trace.graph, names[0]), nn.Parameter) and trace.outputs.get(key, axes_of(layer)[0]) == axes_of(layer)[0]
+        if isinstance(attribute(trace.graph, names[0]), nn.Parameter)
+        and trace.outputs.get(key, axes_of(layer)[0]) == axes_of(layer)[0]
     ]
     used = torch.cat([torch.zeros(1, dtype=torch.int64), *made]).unique()
     number = torch.zeros(int(classes.max()) + 1, dtype=torch.int64)
@@ -334,7 +335,9 @@ class _Shared:
 
     def __init__(self, classes: Tensor):
         self.classes = classes
-        self.known: dict[int, tuple[Tensor, Tensor]] = {}  # id of a layer -> the layer, so that it keeps its id, and what is made of it
+        self.known: dict[
+            int, tuple[Tensor, Tensor]
+        ] = {}  # id of a layer -> the layer, so that it keeps its id, and what is made of it
         self.made: dict[Any, Tensor] = {}
 
     def __call__(self, layer: Tensor) -> Tensor:

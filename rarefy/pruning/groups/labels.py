@@ -89,7 +89,11 @@ class Trace:
 
     def freeze(self, layer: Tensor, why: str) -> None:
         node = self.node
-        where = f"{operator_name(node) or node.op} at {node.meta.get('stack') or node.name}" if node is not None else "the request"
+        where = (
+            f"{operator_name(node) or node.op} at {node.meta.get('stack') or node.name}"
+            if node is not None
+            else "the request"
+        )
         self.reasons.append(f"{why} ({where})")
         self.freezes.append((len(self.reasons) - 1, layer.reshape(-1)))
 

@@ -78,7 +78,9 @@ def _elementwise(node: fx.Node, shapes: Sequence[Shape | None], result: Shape) -
     runs = []
     for back in range(1, len(result) + 1):
         own = {
-            place: len(shape) - back for place, shape in enumerate(shapes) if shape is not None and len(shape) >= back and shape[-back] > 1
+            place: len(shape) - back
+            for place, shape in enumerate(shapes)
+            if shape is not None and len(shape) >= back and shape[-back] > 1
         }
         if own:
             runs.append(Run(own, len(result) - back))
@@ -114,7 +116,8 @@ def _places(node: fx.Node, shapes: Sequence[Shape | None], result: Shape) -> lis
 def _windows(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], result: Shape) -> list[Run]:
     first = len(result) - len(kernel)
     return [
-        Run({0: first + index}, first + index, dilation[index] * (size - 1) + 1 + 2 * stride[index]) for index, size in enumerate(kernel)
+        Run({0: first + index}, first + index, dilation[index] * (size - 1) + 1 + 2 * stride[index])
+        for index, size in enumerate(kernel)
     ]
 
 
@@ -173,14 +176,20 @@ def _matmul(node: fx.Node, shapes: Sequence[Shape | None], result: Shape) -> lis
     if min(left, right) < 2:
         return []
     lead = [f"lead{back}" for back in range(len(result) - 2, 0, -1)]
-    letters = [[*lead[len(lead) - (rank - 2) :], *own] for rank, own in ((left, ("rows", "inner")), (right, ("inner", "columns")))]
+    letters = [
+        [*lead[len(lead) - (rank - 2) :], *own]
+        for rank, own in ((left, ("rows", "inner")), (right, ("inner", "columns")))
+    ]
     return _contraction(letters, [*lead, "rows", "columns"], shapes)
 
 
 def _attention(node: fx.Node, shapes: Sequence[Shape | None], result: Shape) -> list[Run]:
     """Each query, head and sample by itself, where there is no mask."""
     plain = (
-        len(shapes) == 3 and len(node.args) <= 5 and not node.kwargs.get("enable_gqa") and len({len(shape or ()) for shape in shapes}) == 1
+        len(shapes) == 3
+        and len(node.args) <= 5
+        and not node.kwargs.get("enable_gqa")
+        and len({len(shape or ()) for shape in shapes}) == 1
     )
     causal = (node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False)) is not False
     if not plain or causal:
@@ -240,7 +249,9 @@ AXES: dict[str, Callable[[fx.Node, Sequence[Shape | None], Shape], list[Run]]] =
     **dict.fromkeys(("matmul", "mm", "bmm"), _matmul),
     "scaled_dot_product_attention": _attention,
     **dict.fromkeys(("permute", "transpose", "swapaxes", "swapdims"), _permuted),
-    **dict.fromkeys(("slice", "narrow", "cat", "concat", "split", "split_with_sizes", "chunk", "index_select"), _beside),
+    **dict.fromkeys(
+        ("slice", "narrow", "cat", "concat", "split", "split_with_sizes", "chunk", "index_select"), _beside
+    ),
     **dict.fromkeys(("slice_scatter",), _beside),
     **dict.fromkeys(("view", "_unsafe_view", "reshape"), _viewed),
     **dict.fromkeys(("expand", "broadcast_to"), _expanded),

@@ -67,7 +67,9 @@ def _moves(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Any:
     whole = blank(result)
     sliced = a["dim"] % source.rank if operator_name(node) in ("slice", "narrow") else None
     for layer in source.layers:
-        if sliced is not None and layer.shape[sliced] == 1:  # also where nothing is left: an empty part keeps its other axes
+        if (
+            sliced is not None and layer.shape[sliced] == 1
+        ):  # also where nothing is left: an empty part keeps its other axes
             whole.layers.append(layer)
             continue
         full = layer.expand(source.shape)
@@ -126,11 +128,17 @@ def _cat(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value:
 def _joined(trace: Trace, parts: list[Value], axis: int) -> list[Tensor]:
     """Layers along ``axis`` are joined, all others are met."""
     rank = parts[0].rank
-    across = [Value(_replaced(part.shape, axis, 1), [layer for layer in part.layers if layer.shape[axis] == 1]) for part in parts]
+    across = [
+        Value(_replaced(part.shape, axis, 1), [layer for layer in part.layers if layer.shape[axis] == 1])
+        for part in parts
+    ]
     layers = trace.meet(across, rank)
     found = [trace.channel(part, axis)[0] for part in parts]
     if any(own is not None for own in found):
-        pieces = [torch.zeros(part.shape[axis], dtype=torch.int64) if own is None else own for part, own in zip(parts, found, strict=True)]
+        pieces = [
+            torch.zeros(part.shape[axis], dtype=torch.int64) if own is None else own
+            for part, own in zip(parts, found, strict=True)
+        ]
         layers.append(along(torch.cat(pieces), axis, rank))
     return layers
 
@@ -146,7 +154,9 @@ def _scatter(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value:
         places = range(*slice(a["start"], a["end"], a["step"]).indices(base.shape[axis]))
     labels, rest = trace.channel(base, axis)
     source, source_rest = trace.channel(part, axis)
-    layers = trace.meet([Value(_replaced(base.shape, axis, 1), rest), Value(_replaced(part.shape, axis, 1), source_rest)], base.rank)
+    layers = trace.meet(
+        [Value(_replaced(base.shape, axis, 1), rest), Value(_replaced(part.shape, axis, 1), source_rest)], base.rank
+    )
     if places.step != 1 or labels is None:
         for own in (labels, source):
             if own is not None:
@@ -193,7 +203,9 @@ def _index(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value | type[Unkno
     if any(trace.found[indices[axis]].dtype == torch.bool for axis in axes):
         return Unknown
     looked_up = {
-        axis: constants[axis] if constants[axis] is not None else torch.zeros(tuple(trace.found[indices[axis]].shape), dtype=torch.int64)
+        axis: constants[axis]
+        if constants[axis] is not None
+        else torch.zeros(tuple(trace.found[indices[axis]].shape), dtype=torch.int64)
         for axis in axes
     }
     moved = []
@@ -202,7 +214,9 @@ def _index(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value | type[Unkno
             trace.freeze(layer, "looked up by an index that is not one constant")
             continue
         full = layer.expand(source.shape)
-        moved.append(compact(full[tuple(looked_up[axis] if axis in looked_up else slice(None) for axis in range(len(indices)))]))
+        moved.append(
+            compact(full[tuple(looked_up[axis] if axis in looked_up else slice(None) for axis in range(len(indices)))])
+        )
     return Value(tuple(trace.found[node].shape), moved)
 
 
@@ -216,7 +230,9 @@ def _embedding(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value:
         if layer.shape[0] > 1:
             trace.freeze(layer, "rows of a table looked up by the input")
     _made_by(trace, node.args[0], 1)
-    return Value(shape, [along(layer.reshape(-1), len(shape) - 1, len(shape)) for layer in weight.layers if layer.shape[0] == 1])
+    return Value(
+        shape, [along(layer.reshape(-1), len(shape) - 1, len(shape)) for layer in weight.layers if layer.shape[0] == 1]
+    )
 
 
 def _made_by(trace: Trace, weight: Any, axis: int) -> None:
@@ -224,7 +240,11 @@ def _made_by(trace: Trace, weight: Any, axis: int) -> None:
     source = weight
     while isinstance(source, fx.Node) and source.op == "call_function" and source.args:
         source = source.args[0]
-    if isinstance(source, fx.Node) and source.op == "get_attr" and trace.found[source].shape == trace.found[weight].shape:
+    if (
+        isinstance(source, fx.Node)
+        and source.op == "get_attr"
+        and trace.found[source].shape == trace.found[weight].shape
+    ):
         trace.outputs[id(attribute(trace.graph, str(source.target)))] = axis
 
 
@@ -269,7 +289,9 @@ def _pointwise_axes(a: dict[str, Any], weight: Value, axis: int) -> list[int]:
     steps, padding = a["stride"], a["padding"]
     found = []
     for index, size in enumerate(weight.shape[2:]):
-        step, pad = (values[index % len(values)] if isinstance(values, (list, tuple)) else values for values in (steps, padding))
+        step, pad = (
+            values[index % len(values)] if isinstance(values, (list, tuple)) else values for values in (steps, padding)
+        )
         if size == 1 and step == 1 and (pad == 0 or isinstance(pad, str)):
             found.append(axis + 1 + index)
     return found
@@ -334,7 +356,9 @@ def _batch_norm(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value:
             trace.keep(vector.layers, (), "one number a channel, and the channels are fixed")
     if operator_name(node) == "instance_norm":
         return Value(source.shape, trace.keep(source.layers, (0, 1), "an axis that instance norm averages over"))
-    if a["training"] is True and any(layer.shape[1] == 1 for layer in source.layers):  # weight standardisation: its own statistics
+    if a["training"] is True and any(
+        layer.shape[1] == 1 for layer in source.layers
+    ):  # weight standardisation: its own statistics
         trace.statistics.add(node)
     return Value(source.shape, list(source.layers))
 
@@ -342,7 +366,9 @@ def _batch_norm(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value:
 def _layer_norm(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value:
     source = a["input"]
     axes = range(source.rank - len(a["normalized_shape"]), source.rank)
-    layers = [trace.only(layer, axes) if any(layer.shape[axis] > 1 for axis in axes) else layer for layer in source.layers]
+    layers = [
+        trace.only(layer, axes) if any(layer.shape[axis] > 1 for axis in axes) else layer for layer in source.layers
+    ]
     vectors = [a[name] for name in ("weight", "bias") if isinstance(a.get(name), Value)]
     trace.statistics.add(node)
     return Value(source.shape, trace.meet([Value(source.shape, layers), *vectors], source.rank))
@@ -368,7 +394,10 @@ def _group_norm(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value:
 
 def _prelu(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value:
     source, weight = a["self"], a["weight"]
-    slope = Value((weight.shape[0],) + (1,) * (source.rank - 2), [layer.reshape(-1, *[1] * (source.rank - 2)) for layer in weight.layers])
+    slope = Value(
+        (weight.shape[0],) + (1,) * (source.rank - 2),
+        [layer.reshape(-1, *[1] * (source.rank - 2)) for layer in weight.layers],
+    )
     return Value(source.shape, trace.meet([source, slope], source.rank))
 
 
@@ -377,7 +406,13 @@ def _glu(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value:
     source = a["self"]
     axis, shape = a["dim"] % source.rank, tuple(trace.found[node].shape)
     halves = [
-        Value(shape, [compact(layer.narrow(axis, start, shape[axis]) if layer.shape[axis] > 1 else layer) for layer in source.layers])
+        Value(
+            shape,
+            [
+                compact(layer.narrow(axis, start, shape[axis]) if layer.shape[axis] > 1 else layer)
+                for layer in source.layers
+            ],
+        )
         for start in (0, shape[axis])
     ]
     return Value(shape, trace.meet(halves, source.rank))
@@ -390,7 +425,9 @@ def _unfold(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value:
     trace.keep(rest, (), "a spatial axis of a convolution")
     shape = tuple(trace.found[node].shape)
     size = kernel[0] * kernel[-1]
-    return Value(shape, [along(labels.repeat_interleave(size), len(shape) - 2, len(shape))] if labels is not None else [])
+    return Value(
+        shape, [along(labels.repeat_interleave(size), len(shape) - 2, len(shape))] if labels is not None else []
+    )
 
 
 def _fold(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value:
@@ -420,7 +457,9 @@ def _spatial(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value | list[Val
 def _sample(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value:
     """grid_sampler: (n, c, ...) looked up at places (n, ..., 2 or 3); all but the channels hangs on places."""
     trace.keep(a["grid"].layers, (0,), "places at which an image is looked up")
-    return Value(tuple(trace.found[node].shape), trace.keep(a["input"].layers, (0, 1), "an axis that is looked up by place"))
+    return Value(
+        tuple(trace.found[node].shape), trace.keep(a["input"].layers, (0, 1), "an axis that is looked up by place")
+    )
 
 
 def _spatial_rank(node: fx.Node) -> int:
@@ -442,7 +481,9 @@ def _reduces(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value | list[Val
         outer = [axis for axis in varying if axis not in axes]
         if len(outer) == len(varying):
             layers.append(layer)
-        elif outer and (trace.whole_heads or (operator_name(node) == "sum" and _size(layer, outer) > _size(layer, axes))):
+        elif outer and (
+            trace.whole_heads or (operator_name(node) == "sum" and _size(layer, outer) > _size(layer, axes))
+        ):
             layers.append(trace.only(layer, outer))
         else:
             trace.statistics.add(node)
@@ -471,7 +512,9 @@ def _linear(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value:
     shape = tuple(trace.found[node].shape)
     lead = [f"lead{axis}" for axis in range(source.rank - 1)]
     _made_by(trace, node.args[1], 0)
-    layers = _contract(trace, [source, weight], [[*lead, "in"], ["out", "in"][2 - weight.rank :]], [*lead, "out"][: len(shape)])
+    layers = _contract(
+        trace, [source, weight], [[*lead, "in"], ["out", "in"][2 - weight.rank :]], [*lead, "out"][: len(shape)]
+    )
     if bias is not None:
         layers = trace.meet([Value(shape, layers), bias], len(shape))
     return Value(shape, layers)
@@ -516,7 +559,9 @@ def _attention(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value:
         )
     lead = [f"batch{index}" for index in range(query.rank - 2)]
     scores_shape = (*query.shape[:-1], key.shape[-2])
-    products = _contract(trace, [query, key], [[*lead, "rows", "inner"], [*lead, "keys", "inner"]], [*lead, "rows", "keys"])
+    products = _contract(
+        trace, [query, key], [[*lead, "rows", "inner"], [*lead, "keys", "inner"]], [*lead, "rows", "keys"]
+    )
     scores = Value(scores_shape, products)
     if isinstance(a["attn_mask"], Value):
         scores = Value(scores_shape, trace.meet([scores, a["attn_mask"]], len(scores_shape)))
@@ -524,7 +569,9 @@ def _attention(trace: Trace, node: fx.Node, a: dict[str, Any]) -> Value:
         if layer.shape[-1] > 1:
             trace.freeze(layer, "softmax runs over it")
     scores.layers = [layer for layer in scores.layers if layer.shape[-1] == 1]
-    layers = _contract(trace, [scores, value], [[*lead, "rows", "keys"], [*lead, "keys", "columns"]], [*lead, "rows", "columns"])
+    layers = _contract(
+        trace, [scores, value], [[*lead, "rows", "keys"], [*lead, "keys", "columns"]], [*lead, "rows", "columns"]
+    )
     return Value(tuple(trace.found[node].shape), layers)
 
 
@@ -541,7 +588,9 @@ def _contract(trace: Trace, operands: list[Value], letters: list[list[str]], out
         index
         for index, letter in enumerate(names)
         if index not in summed
-        and all(letter in own and value.shape[own.index(letter)] > 1 for value, own in zip(operands, letters, strict=True))
+        and all(
+            letter in own and value.shape[own.index(letter)] > 1 for value, own in zip(operands, letters, strict=True)
+        )
     ]
     spread = []
     for value, own in zip(operands, letters, strict=True):
@@ -578,7 +627,10 @@ def _apart(trace: Trace, factors: list[Value]) -> list[Value]:
             mine = own(value, layer)
             common = [axis for axis in axes_of(layer) if axis not in mine]
             crossed = any(
-                own(other, one) and set(axes_of(one)) & set(common) for other in factors if other is not value for one in other.layers
+                own(other, one) and set(axes_of(one)) & set(common)
+                for other in factors
+                if other is not value
+                for one in other.layers
             )
             layers.append(trace.only(layer, common if trace.whole_heads else mine) if mine and crossed else layer)
         result.append(Value(value.shape, layers))
@@ -594,7 +646,16 @@ def _replaced(shape: Sequence[int], axis: int, size: int) -> tuple[int, ...]:
 
 
 # The place of the sizes among the arguments of operators that create a tensor.
-_SIZE_ARGUMENT = {"new_zeros": 1, "new_ones": 1, "new_full": 1, "new_empty": 1, "zeros": 0, "ones": 0, "full": 0, "empty": 0}
+_SIZE_ARGUMENT = {
+    "new_zeros": 1,
+    "new_ones": 1,
+    "new_full": 1,
+    "new_empty": 1,
+    "zeros": 0,
+    "ones": 0,
+    "full": 0,
+    "empty": 0,
+}
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(
@@ -605,8 +666,14 @@ RULES: dict[str, Rule] = {
         ).split(),
         _moves,
     ),
-    **dict.fromkeys("to _to_copy type_as contiguous alias detach zeros_like ones_like full_like empty_like zero fill".split(), _first),
-    **dict.fromkeys("hardswish log_sigmoid dropout feature_dropout alpha_dropout feature_alpha_dropout rrelu hardshrink".split(), _first),
+    **dict.fromkeys(
+        "to _to_copy type_as contiguous alias detach zeros_like ones_like full_like empty_like zero fill".split(),
+        _first,
+    ),
+    **dict.fromkeys(
+        "hardswish log_sigmoid dropout feature_dropout alpha_dropout feature_alpha_dropout rrelu hardshrink".split(),
+        _first,
+    ),
     **dict.fromkeys("masked_fill expand_as floor_divide where clamp".split(), pointwise),
     **dict.fromkeys(("view_as", "reshape_as"), _moves_as),
     **dict.fromkeys(("expand", "broadcast_to"), _expand),
@@ -638,7 +705,9 @@ RULES: dict[str, Rule] = {
         ).split(),
         _spatial,
     ),
-    **dict.fromkeys("mean sum prod amax amin var std linalg_vector_norm norm logsumexp var_mean std_mean any all".split(), _reduces),
+    **dict.fromkeys(
+        "mean sum prod amax amin var std linalg_vector_norm norm logsumexp var_mean std_mean any all".split(), _reduces
+    ),
     **dict.fromkeys("softmax _softmax log_softmax cumsum cumprod softmin".split(), _mixes),
     "linear": _linear,
     **dict.fromkeys(("matmul", "mm", "bmm", "mv", "addmm", "baddbmm"), _matmul),

@@ -117,7 +117,9 @@ class _Knife:
     def constant(self, new: fx.Node, value: Tensor) -> fx.Node:
         """A node that reads ``value``, kept as a buffer."""
         name = f"{new.name}_index"
-        device = next((tensor.device for tensor in itertools.chain(self.small.parameters(), self.small.buffers())), value.device)
+        device = next(
+            (tensor.device for tensor in itertools.chain(self.small.parameters(), self.small.buffers())), value.device
+        )
         set_attribute(self.small, name, value.to(device))
         with new.graph.inserting_before(new):
             return new.graph.get_attr(name)
@@ -177,9 +179,17 @@ def _take(knife: _Knife, new: fx.Node, axis: int, kept: Tensor, wanted: Tensor) 
     steps = place.diff().unique()
     if len(place) == 1 or (len(steps) == 1 and int(steps[0]) > 0):
         step = int(steps[0]) if len(steps) else 1
-        new.target, new.args, new.kwargs = aten.slice.Tensor, (new.args[0], axis, int(place[0]), int(place[-1]) + 1, step), {}
+        new.target, new.args, new.kwargs = (
+            aten.slice.Tensor,
+            (new.args[0], axis, int(place[0]), int(place[-1]) + 1, step),
+            {},
+        )
     else:
-        new.target, new.args, new.kwargs = aten.index_select.default, (new.args[0], axis, knife.constant(new, place)), {}
+        new.target, new.args, new.kwargs = (
+            aten.index_select.default,
+            (new.args[0], axis, knife.constant(new, place)),
+            {},
+        )
 
 
 def _slice(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
@@ -307,7 +317,10 @@ def _squeeze(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
 
 
 RESIZE: dict[str, Callable[[_Knife, fx.Node, fx.Node], None]] = {
-    **dict.fromkeys(("view", "_unsafe_view", "expand", "broadcast_to", "new_zeros", "new_ones", "new_full", "new_empty"), _sizes("size")),
+    **dict.fromkeys(
+        ("view", "_unsafe_view", "expand", "broadcast_to", "new_zeros", "new_ones", "new_full", "new_empty"),
+        _sizes("size"),
+    ),
     **dict.fromkeys(("zeros", "ones", "full", "empty"), _sizes("size")),
     "reshape": _sizes("shape"),
     "unflatten": _unflatten,
@@ -317,7 +330,9 @@ RESIZE: dict[str, Callable[[_Knife, fx.Node, fx.Node], None]] = {
     **dict.fromkeys(("slice_scatter", "select_scatter"), _scatter),
     **dict.fromkeys(("index", "index_select"), _index),
     **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _groups),
+    **dict.fromkeys(
+        ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _groups
+    ),
     **dict.fromkeys(("layer_norm", "rms_norm"), _normalized_shape),
     "group_norm": _group_norm,
     "scaled_dot_product_attention": _attention,

@@ -15,5 +15,7 @@ class Magnitude:
 
     scope: ClassVar[str] = "global"
 
-    def scores(self, graph: fx.GraphModule, weights: Mapping[str, Sequence[fx.Node]], task: Any, seed: int) -> dict[str, Tensor]:
+    def scores(
+        self, graph: fx.GraphModule, weights: Mapping[str, Sequence[fx.Node]], task: Any, seed: int
+    ) -> dict[str, Tensor]:
         return {name: graph.get_parameter(name).detach().abs() for name in weights}

@@ -36,7 +36,9 @@ class Wanda:
         if self.images < 1 or self.batch_size < 1:
             raise ValueError(f"images={self.images} and batch_size={self.batch_size} must be at least 1")
 
-    def scores(self, graph: fx.GraphModule, weights: Mapping[str, Sequence[fx.Node]], task: Any, seed: int) -> dict[str, Tensor]:
+    def scores(
+        self, graph: fx.GraphModule, weights: Mapping[str, Sequence[fx.Node]], task: Any, seed: int
+    ) -> dict[str, Tensor]:
         """Raises InputError without a task, DataError without data."""
         if task is None:
             raise InputError("criterion 'wanda' needs data: pass task= (--data), or use criterion='magnitude'")

@@ -29,7 +29,9 @@ class Sample:
     def keys(self, scores: np.ndarray, seed: int) -> np.ndarray:
         """Raises InputError for a negative score, which is no weight to draw by. A score of 0 comes last."""
         if (scores[1:] < 0).any():
-            raise InputError("select='sample' draws by scores of 0 or more, and the criterion gives negative ones; use select='best'")
+            raise InputError(
+                "select='sample' draws by scores of 0 or more, and the criterion gives negative ones; use select='best'"
+            )
         noise = np.random.default_rng(seed).gumbel(size=len(scores))
         with np.errstate(divide="ignore"):
             return np.asarray(np.log(np.maximum(scores, 0)) / self.temperature + noise)

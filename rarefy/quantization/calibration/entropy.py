@@ -29,7 +29,9 @@ class Entropy:
 
     def __post_init__(self) -> None:
         if self.steps < 2 or not 0 < self.smallest < 1:
-            raise InputError(f"entropy: steps={self.steps} must be at least 2, smallest={self.smallest} between 0 and 1")
+            raise InputError(
+                f"entropy: steps={self.steps} must be at least 2, smallest={self.smallest} between 0 and 1"
+            )
 
     def activation_range(self, histogram: Histogram, grid: Format) -> tuple[float, float]:
         least, most = min(histogram.minimum, 0.0), max(histogram.maximum, 0.0)
@@ -48,7 +50,9 @@ class Entropy:
         sizes = rows.abs().float()
         widest = sizes.amax(1).clamp_min(1e-30)
         place = (sizes / widest[:, None] * _WEIGHT_BINS).long().clamp_max(_WEIGHT_BINS - 1)
-        counts = torch.zeros(len(rows), _WEIGHT_BINS, dtype=torch.double, device=rows.device).scatter_add_(1, place, sizes.double() * 0 + 1)
+        counts = torch.zeros(len(rows), _WEIGHT_BINS, dtype=torch.double, device=rows.device).scatter_add_(
+            1, place, sizes.double() * 0 + 1
+        )
         centers = (torch.arange(_WEIGHT_BINS, device=rows.device) + 0.5) / _WEIGHT_BINS
         best, lost = torch.ones_like(widest), torch.full_like(widest, torch.inf, dtype=torch.double)
         for share in torch.linspace(1.0, self.smallest, self.steps).tolist():

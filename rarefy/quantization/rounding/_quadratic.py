@@ -83,7 +83,9 @@ def _summed(layer: Layer, other: str | None, every: int | None) -> tuple[Tensor,
     images = 0
     for sample in layer.samples():
         both = sample.inputs if other is None else torch.cat([sample.inputs, getattr(sample, other)], 1)
-        around = both.mean(2, keepdim=True) if around is None else around  # products around it keep what varies in float32
+        around = (
+            both.mean(2, keepdim=True) if around is None else around
+        )  # products around it keep what varies in float32
         both = both - around
         if every is None:
             found[0].add(both, inputs)

@@ -34,7 +34,9 @@ class Adaround:
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.lr <= 0 or self.strength < 0:
-            raise InputError(f"adaround: steps={self.steps}, lr={self.lr}, strength={self.strength}: give positive numbers")
+            raise InputError(
+                f"adaround: steps={self.steps}, lr={self.lr}, strength={self.strength}: give positive numbers"
+            )
 
     def layer_codes(self, layer: Layer, generator: torch.Generator) -> Tensor:
         moments = Moments.of(layer, "float_outputs")
@@ -42,7 +44,9 @@ class Adaround:
         error = Quadratic(moments.gram, moments.cross)
         grid = layer.grid
         low = torch.floor(layer.weight / layer.scale)
-        size = moments.gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)[:, None] * layer.scale.square().mean(2)  # (groups, outputs)
+        size = moments.gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)[:, None] * layer.scale.square().mean(
+            2
+        )  # (groups, outputs)
         with torch.enable_grad():
             free = initial(layer.weight / layer.scale - low).requires_grad_()
             adam = torch.optim.Adam([free], lr=self.lr)

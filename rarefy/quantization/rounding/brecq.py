@@ -49,7 +49,14 @@ class Brecq:
     strength: float = 4.0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch < 1 or self.lr <= 0 or self.scale_lr < 0 or self.strength < 0 or not 0 <= self.drop < 1:
+        if (
+            self.steps < 1
+            or self.batch < 1
+            or self.lr <= 0
+            or self.scale_lr < 0
+            or self.strength < 0
+            or not 0 <= self.drop < 1
+        ):
             raise InputError(
                 f"brecq: steps={self.steps}, batch={self.batch}, lr={self.lr}, scale_lr={self.scale_lr}, strength={self.strength}: give positive numbers; "
                 f"drop={self.drop}: a probability below 1"
@@ -77,19 +84,27 @@ class Brecq:
             return (_answer(block, inputs, state, mix if dropped else None) - wanted).square().mean() / size
 
         def moved(codes: Sequence[Tensor]) -> Rounded:
-            biases = [bias + unit * shift for bias, unit, shift in zip(block.biases, units, shifts)] if shifts else block.biases
+            biases = (
+                [bias + unit * shift for bias, unit, shift in zip(block.biases, units, shifts)]
+                if shifts
+                else block.biases
+            )
             return Rounded(codes, _moved(block.steps, shares), biases, _moved(block.scales, logs))
 
         def codes_at(opening: Sequence[Tensor]) -> list[Tensor]:
             return [(low + h).clamp(grid.qmin, grid.qmax) for low, h, grid in zip(floors, opening, block.grids)]
 
         with torch.enable_grad():
-            free = [initial(w / step - low).requires_grad_() for w, step, low in zip(block.weights, block.steps, floors)]
+            free = [
+                initial(w / step - low).requires_grad_() for w, step, low in zip(block.weights, block.steps, floors)
+            ]
             logs = [torch.zeros_like(scale).requires_grad_() for scale in block.scales]
             shares = [torch.zeros_like(step).requires_grad_() for step in block.steps]
             shifts = [torch.zeros_like(bias).requires_grad_() for bias in block.biases] if block.shifts else []
             deciding = torch.optim.Adam(free, lr=self.lr)
-            moving = torch.optim.Adam([{"params": [*logs, *shares], "lr": self.scale_lr}, {"params": shifts, "lr": self.lr}])
+            moving = torch.optim.Adam(
+                [{"params": [*logs, *shares], "lr": self.scale_lr}, {"params": shifts, "lr": self.lr}]
+            )
             count = sum(value.numel() for value in free)
             for step in range(self.steps):
                 opening = [opened(value) for value in free]
@@ -121,7 +136,9 @@ def _moved(scales: Sequence[Tensor], logs: Sequence[Tensor]) -> list[Tensor]:
     return [scale * log.exp().clamp(1 / _RANGE, _RANGE) for scale, log in zip(scales, logs)]
 
 
-def _answer(block: Block, inputs: Sequence[Any], state: Rounded, mix: Callable[[Tensor, Tensor], Tensor] | None) -> Tensor:
+def _answer(
+    block: Block, inputs: Sequence[Any], state: Rounded, mix: Callable[[Tensor, Tensor], Tensor] | None
+) -> Tensor:
     numbers = [code * step for code, step in zip(state.codes, state.steps)]
     return block.run(inputs, numbers, state.biases, state.scales, mix)
 
@@ -131,7 +148,11 @@ def _error(block: Block, state: Rounded, mix: Callable[[Tensor, Tensor], Tensor]
     """Mean square of the difference to the float block's output."""
     total = 0.0
     for chosen in torch.arange(block.images).split(_AT_ONCE):
-        inputs = block.float_inputs if mix is not None and not any(value is None for value in block.float_inputs) else block.inputs
+        inputs = (
+            block.float_inputs
+            if mix is not None and not any(value is None for value in block.float_inputs)
+            else block.inputs
+        )
         made = _answer(block, block.part(inputs, chosen, block.images), state, mix)
         (wanted,) = block.part([block.outputs], chosen, block.images)
         total += float((made - wanted).double().square().sum())

@@ -38,4 +38,6 @@ class Gptaq:
         moments = Moments.of(layer, "float_inputs")
         assert moments.cross is not None
         drift = self.share * (moments.cross - moments.gram)
-        return rounded(layer, Quadratic(moments.gram, layer.weight @ (moments.gram + drift)), drift, self.block, self.order)
+        return rounded(
+            layer, Quadratic(moments.gram, layer.weight @ (moments.gram + drift)), drift, self.block, self.order
+        )

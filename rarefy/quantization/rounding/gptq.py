@@ -42,7 +42,11 @@ class Gptq:
 def rounded(layer: Layer, error: Quadratic, drift: Tensor | None, block: int, order: bool) -> Tensor:
     """Codes (groups, outputs, K). drift: (groups, K, K) E (x~ - x) x', weighted: see ``rarefy.quantization.rounding.gptaq``; None: there is none."""
     scale = layer.scale.expand_as(layer.weight)
-    columns = by_size(error.gram) if order else torch.arange(layer.weight.shape[2], device=scale.device).expand(len(scale), -1)
+    columns = (
+        by_size(error.gram)
+        if order
+        else torch.arange(layer.weight.shape[2], device=scale.device).expand(len(scale), -1)
+    )
     weight, step = (permuted(value, columns, 2) for value in (layer.weight, scale))
     factor = inverse_factor(permuted(error.gram, columns, 1, 2))
     carried = None
@@ -51,7 +55,11 @@ def rounded(layer: Layer, error: Quadratic, drift: Tensor | None, block: int, or
     made = torch.empty_like(weight)
     for start in range(0, weight.shape[2], block):
         stop = min(start + block, weight.shape[2])
-        now, spread, seen = weight[:, :, start:stop].clone(), torch.empty_like(weight[:, :, start:stop]), weight[:, :, start:stop].clone()
+        now, spread, seen = (
+            weight[:, :, start:stop].clone(),
+            torch.empty_like(weight[:, :, start:stop]),
+            weight[:, :, start:stop].clone(),
+        )
         for j in range(stop - start):
             place = start + j
             column = now[:, :, j].clone()

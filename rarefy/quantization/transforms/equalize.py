@@ -51,14 +51,19 @@ class Stream:
 
 
 def equalize(
-    graph: fx.GraphModule, batches: Iterable[tuple[Tensor, ...]], rounded: Mapping[fx.Node, Grid], layers: Mapping[fx.Node, Grid]
+    graph: fx.GraphModule,
+    batches: Iterable[tuple[Tensor, ...]],
+    rounded: Mapping[fx.Node, Grid],
+    layers: Mapping[fx.Node, Grid],
 ) -> int:
     """Equalise ``graph`` (folded, for inference) in place; returns how many streams were.
 
     batches: inputs that tell how large channels get. rounded: values that will be, and the grid; layers: those whose weights will be.
     """
     found = [
-        stream for stream in streams(graph) if not layers.keys().isdisjoint(stream.readers) and not rounded.keys().isdisjoint(stream.values)
+        stream
+        for stream in streams(graph)
+        if not layers.keys().isdisjoint(stream.readers) and not rounded.keys().isdisjoint(stream.values)
     ]
     axes = {value: stream.axis for stream in found for value in (*stream.values, *stream.readers)}
     seen = sizes(graph, axes, batches) if found else {}
@@ -96,7 +101,12 @@ def _stream(graph: fx.GraphModule, first: fx.Node, known: Mapping[fx.Node, Any])
         for user in value.users:
             if not weighted(user):
                 waiting.append(user)
-            elif user.args[0] is value and _axis(user, known) == axis and own(graph, user) and _channels(graph, user) == channels:
+            elif (
+                user.args[0] is value
+                and _axis(user, known) == axis
+                and own(graph, user)
+                and _channels(graph, user) == channels
+            ):
                 readers.add(user)
             else:
                 return None
@@ -123,14 +133,18 @@ def _carries(node: fx.Node, known: Mapping[fx.Node, Any], axis: int) -> bool:
         return False
     shape, sources = known[node].shape, [known[source].shape for source in node.all_input_nodes]
     if node.target in (aten.relu.default, aten.add.Tensor):
-        return len(node.args) == len([arg for arg in node.args if isinstance(arg, fx.Node)]) and all(other == shape for other in sources)
+        return len(node.args) == len([arg for arg in node.args if isinstance(arg, fx.Node)]) and all(
+            other == shape for other in sources
+        )
     return axis == 1 and sources[0][:2] == shape[:2]
 
 
 def own(graph: fx.GraphModule, layer: fx.Node) -> bool:
     """Does nothing else read its weight and bias?"""
     mine = [str(source.target) for source in layer.args[1:3] if isinstance(source, fx.Node)]
-    readers = [user for node in graph.graph.nodes if node.op == "get_attr" and str(node.target) in mine for user in node.users]
+    readers = [
+        user for node in graph.graph.nodes if node.op == "get_attr" and str(node.target) in mine for user in node.users
+    ]
     return len(readers) == len(mine)
 
 
@@ -173,7 +187,9 @@ class Size:
         return float((self.power - (self.sums / self.count).square()).sum())
 
 
-def sizes(graph: fx.GraphModule, axes: Mapping[fx.Node, int], batches: Iterable[tuple[Tensor, ...]]) -> dict[fx.Node, Size]:
+def sizes(
+    graph: fx.GraphModule, axes: Mapping[fx.Node, int], batches: Iterable[tuple[Tensor, ...]]
+) -> dict[fx.Node, Size]:
     """Of values. axes: of each the axis of its channels."""
     found: dict[fx.Node, Size] = {}
 
@@ -189,11 +205,18 @@ def sizes(graph: fx.GraphModule, axes: Mapping[fx.Node, int], batches: Iterable[
 
 
 def _equalize(
-    graph: fx.GraphModule, stream: Stream, sizes: Mapping[fx.Node, Size], rounded: Mapping[fx.Node, Grid], layers: Mapping[fx.Node, Grid]
+    graph: fx.GraphModule,
+    stream: Stream,
+    sizes: Mapping[fx.Node, Size],
+    rounded: Mapping[fx.Node, Grid],
+    layers: Mapping[fx.Node, Grid],
 ) -> bool:
     behind = _behind(stream)
     values = [value for value in stream.values if value in rounded]
-    readers = [(reader, attribute(graph, reader.args[1]).detach().double(), groups_of(reader) == 1) for reader in stream.readers]
+    readers = [
+        (reader, attribute(graph, reader.args[1]).detach().double(), groups_of(reader) == 1)
+        for reader in stream.readers
+    ]
     largest = torch.stack([torch.maximum(sizes[value].hi, -sizes[value].lo) for value in values]).amax(0)
     columns = torch.stack([_columns(weight, dense).square().mean(1) for _, weight, dense in readers]).sum(0).sqrt()
     usable = (largest > 0) & (columns > 0) & largest.isfinite() & columns.isfinite()
@@ -202,13 +225,16 @@ def _equalize(
 
     def noise(s: Tensor) -> float:
         steps = {
-            value: ((sizes[value].hi / s).amax().clamp_min(0) - (sizes[value].lo / s).amin().clamp_max(0)) / rounded[value].levels
+            value: ((sizes[value].hi / s).amax().clamp_min(0) - (sizes[value].lo / s).amin().clamp_max(0))
+            / rounded[value].levels
             for value in values
         }
         total = 0.0
         for reader, weight, dense in readers:
             wide = weight * _along(s, weight, dense)
-            made = sum(float(steps[value].square()) for value in values if reader in behind[value]) * float(wide.square().sum())
+            made = sum(float(steps[value].square()) for value in values if reader in behind[value]) * float(
+                wide.square().sum()
+            )
             if reader in layers and dense:
                 square = (sizes[reader.args[0]].power / s.square()).sum() * weight[0, 0].numel()  # type: ignore[index]
                 made += float((wide.flatten(1).abs().amax(1) / layers[reader].qmax).square().sum() * square)

@@ -26,7 +26,10 @@ from rarefy.graph.layers import weighted
 from rarefy.graph.nodes import attribute
 
 aten = torch.ops.aten
-_NORMS: dict[Any, tuple[int, ...]] = {aten.layer_norm.default: (2, 3), aten.rms_norm.default: (2,)}  # places of weight and bias
+_NORMS: dict[Any, tuple[int, ...]] = {
+    aten.layer_norm.default: (2, 3),
+    aten.rms_norm.default: (2,),
+}  # places of weight and bias
 WIDEST = 1e4  # a factor's bound, either way
 
 
@@ -65,7 +68,8 @@ def _is_smoothable(graph: fx.GraphModule, node: fx.Node) -> bool:
     read = [str(one.target) for one in stored]  # type: ignore[union-attr]
     readers = sum(len(other.users) for other in graph.graph.nodes if other.op == "get_attr" and other.target in read)
     return readers == len(stored) and all(
-        user.target is aten.linear.default and weighted(user) and user.args[0] is node and not user.kwargs for user in node.users
+        user.target is aten.linear.default and weighted(user) and user.args[0] is node and not user.kwargs
+        for user in node.users
     )
 
 
@@ -82,4 +86,9 @@ def _migrate(graph: fx.GraphModule, norm: fx.Node, largest: Tensor, alpha: float
                 stored.copy_(stored.double() / factor)
     for layer, weight in zip(layers, weights, strict=True):
         bias = attribute(graph, layer.args[2]).detach() if len(layer.args) > 2 and layer.args[2] is not None else None
-        put(graph, layer, (weight.double() * factor).to(weight.dtype), weight.new_zeros(weight.shape[0]) if bias is None else bias.clone())
+        put(
+            graph,
+            layer,
+            (weight.double() * factor).to(weight.dtype),
+            weight.new_zeros(weight.shape[0]) if bias is None else bias.clone(),
+        )

@@ -50,13 +50,20 @@ class Place(NamedTuple):
 
 
 def double(
-    graph: fx.GraphModule, batches: Iterable[tuple[Tensor, ...]], rounded: Mapping[fx.Node, Grid], layers: Mapping[fx.Node, Grid]
+    graph: fx.GraphModule,
+    batches: Iterable[tuple[Tensor, ...]],
+    rounded: Mapping[fx.Node, Grid],
+    layers: Mapping[fx.Node, Grid],
 ) -> int:
     """Double channels of ``graph`` (folded, for inference; layers with weights and biases of their own) in place; returns how many dead ones carry another.
 
     batches: inputs that tell how large channels get. rounded: values that will be, and the grid; layers: those whose weights will be.
     """
-    found = [place for place in places(graph) if place.value in rounded and {place.maker, place.depthwise, place.reader} <= layers.keys()]
+    found = [
+        place
+        for place in places(graph)
+        if place.value in rounded and {place.maker, place.depthwise, place.reader} <= layers.keys()
+    ]
     if not found:
         return 0
     seen = sizes(graph, {node: 1 for place in found for node in (place.maker.args[0], place.value)}, batches)  # type: ignore[misc]
@@ -84,7 +91,10 @@ def places(graph: fx.GraphModule) -> list[Place]:
         layers = (maker, depthwise, reader)
         if (
             all(
-                layer.target is aten.conv2d.default and own(graph, layer) and len(layer.args) > 2 and isinstance(layer.args[2], fx.Node)
+                layer.target is aten.conv2d.default
+                and own(graph, layer)
+                and len(layer.args) > 2
+                and isinstance(layer.args[2], fx.Node)
                 for layer in layers
             )
             and [groups_of(maker), groups_of(reader), _weight(graph, reader)[0, 0].numel()] == [1, 1, 1]
@@ -115,7 +125,9 @@ def _weight(graph: fx.GraphModule, layer: fx.Node) -> Tensor:
 
 def _dead(graph: fx.GraphModule, maker: fx.Node, largest: Tensor, most: float) -> Tensor:
     """Indices of channels of ``maker`` that stay below ``most``. largest: (channels of what it reads,), of their absolute values."""
-    reach = (_weight(graph, maker).double().abs().flatten(2).sum(2) * largest).sum(1) + attribute(graph, maker.args[2]).detach().double()
+    reach = (_weight(graph, maker).double().abs().flatten(2).sum(2) * largest).sum(1) + attribute(
+        graph, maker.args[2]
+    ).detach().double()
     return (reach < most).nonzero().flatten()
 
 
@@ -142,14 +154,18 @@ def _chosen(noise: Tensor, dead: Tensor) -> dict[int, list[int]]:
 
 def _put(graph: fx.GraphModule, place: Place, copies: Mapping[int, list[int]], step: float) -> None:
     made, offset, deep, mean, read, total = (
-        attribute(graph, layer.args[index]) for layer in (place.maker, place.depthwise, place.reader) for index in (1, 2)
+        attribute(graph, layer.args[index])
+        for layer in (place.maker, place.depthwise, place.reader)
+        for index in (1, 2)
     )
     lo, hi = clip_bounds(place.bent)
     with torch.no_grad():
         for channel, others in copies.items():
             total.add_((read[:, others, 0, 0] * mean[others].clamp(lo, hi)).sum(1))
             all_of_it = torch.tensor([channel, *others], device=made.device)
-            shift = (torch.arange(len(all_of_it), device=made.device) - (len(all_of_it) - 1) / 2) * (step / len(all_of_it))
+            shift = (torch.arange(len(all_of_it), device=made.device) - (len(all_of_it) - 1) / 2) * (
+                step / len(all_of_it)
+            )
             made[all_of_it], deep[all_of_it] = made[channel].clone(), deep[channel].clone()
             offset[all_of_it] = offset[channel] + shift
             mean[all_of_it] = mean[channel] - shift * deep[channel].sum()

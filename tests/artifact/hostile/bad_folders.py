@@ -128,7 +128,9 @@ def node(graph: dict[str, Any], target: str) -> dict[str, Any]:
 
 def call(graph: dict[str, Any], target: str, *args: Any, **kwargs: Any) -> None:
     """A call more, before the output."""
-    graph["nodes"].insert(-1, {"op": "call_function", "name": "more", "target": target, "args": list(args), "kwargs": kwargs})
+    graph["nodes"].insert(
+        -1, {"op": "call_function", "name": "more", "target": target, "args": list(args), "kwargs": kwargs}
+    )
 
 
 def with_bytes(header: dict[str, Any], data: bytes, name: str, content: bytes) -> tuple[dict[str, Any], bytes]:
@@ -235,7 +237,9 @@ _text = {
     "numbers_are_not_endless": lambda data: data.replace(b'"schema":1,', b'"schema":1' + b"0" * 100_000 + b","),
     "text_is_not_deep": lambda data: b"[" * 1_000_000,
     "text_is_not_deep_in_objects": lambda data: b'{"a":' * 500_000,
-    "text_is_not_deep_in_arguments": lambda data: data.replace(b'"args":[', b'"args":[' + b"[" * 100 + b"]" * 100 + b",", 1),
+    "text_is_not_deep_in_arguments": lambda data: data.replace(
+        b'"args":[', b'"args":[' + b"[" * 100 + b"]" * 100 + b",", 1
+    ),
     "text_has_few_values": lambda data: data.replace(b'"nodes":[', b'"nodes":[' + b"[]," * 3_000_000),
     "text_is_short": lambda data: data + b" " * 17_000_000,
     "strings_end": lambda data: b'{"a":"' + b'\\"' * 5_000_000,
@@ -292,7 +296,9 @@ _graph: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a_dtype_is_one": lambda graph: call(graph, "aten.zeros.default", [1], dtype={"dtype": "load"}),
     "a_device_is_the_cpu": lambda graph: call(graph, "aten.zeros.default", [1], device={"device": "cuda"}),
     "a_layout_is_strided": lambda graph: call(graph, "aten.zeros.default", [1], layout={"layout": "sparse_coo"}),
-    "a_memory_format_is_one": lambda graph: call(graph, "aten.clone.default", _input, memory_format={"memory_format": "x"}),
+    "a_memory_format_is_one": lambda graph: call(
+        graph, "aten.clone.default", _input, memory_format={"memory_format": "x"}
+    ),
     "a_float_is_one": lambda graph: call(graph, "aten.mul.Tensor", _input, {"float": "1"}),
     "a_slice_has_three_parts": lambda graph: call(graph, "operator.getitem", _input, {"slice": [1, 2]}),
     "a_dict_has_text_keys": lambda graph: graph["nodes"][-1].update(args=[{"dict": [[1, _input]]}]),
@@ -303,7 +309,9 @@ _graph: dict[str, Callable[[dict[str, Any]], Any]] = {
     "memory_is_bounded_in_full": lambda graph: call(graph, "aten.full.default", [HUGE], 0.0),
     "memory_is_bounded_in_expand": lambda graph: call(graph, "aten.expand.default", _input, [HUGE, 3, 8, 8]),
     "memory_is_bounded_in_repeat": lambda graph: call(graph, "aten.repeat.default", _input, [HUGE, 1, 1, 1]),
-    "memory_is_bounded_in_repeat_interleave": lambda graph: call(graph, "aten.repeat_interleave.self_int", _input, HUGE),
+    "memory_is_bounded_in_repeat_interleave": lambda graph: call(
+        graph, "aten.repeat_interleave.self_int", _input, HUGE
+    ),
     "memory_is_bounded_in_arange": lambda graph: call(graph, "aten.arange.default", HUGE),
     "memory_is_bounded_in_steps_of_arange": lambda graph: call(graph, "aten.arange.start_step", 0, 1.0, 1e-300),
     "memory_is_bounded_in_arange_without_numbers": lambda graph: call(graph, "aten.arange.default", {"float": "nan"}),
@@ -326,7 +334,9 @@ _graph: dict[str, Callable[[dict[str, Any]], Any]] = {
     "an_input_is_not_the_rest": lambda graph: node(graph, "x").update(target="*x"),
     "an_input_is_not_torch": lambda graph: node(graph, "x").update(target="torch"),
     "an_input_has_no_default": lambda graph: node(graph, "x").update(args=[1]),
-    "an_input_has_a_name_of_its_own": lambda graph: graph["nodes"].insert(1, {"op": "placeholder", "name": "x_1", "target": "x"}),
+    "an_input_has_a_name_of_its_own": lambda graph: graph["nodes"].insert(
+        1, {"op": "placeholder", "name": "x_1", "target": "x"}
+    ),
     "inputs_are_those_of_meta": lambda graph: graph["meta"]["inputs"].append(graph["meta"]["inputs"][0]),
     "the_stack_is_a_name": lambda graph: node(graph, _conv).update(stack="a\nb"),
     "there_is_an_output": lambda graph: graph["nodes"].pop(),
@@ -356,7 +366,9 @@ _graph: dict[str, Callable[[dict[str, Any]], Any]] = {
             "tensors_are_in_the_weights": "other",
         }.items()
     },
-    "tensors_are_not_without_end": lambda graph: graph["tensors"].update(dict.fromkeys(map("t{}".format, range(30_000)), 0)),
+    "tensors_are_not_without_end": lambda graph: graph["tensors"].update(
+        dict.fromkeys(map("t{}".format, range(30_000)), 0)
+    ),
     "modules_are_not_without_end": lambda graph: graph["tensors"].update(
         {".".join([f"m{index}", *"abcdefghijkl", "w"]): graph["tensors"]["conv.weight"] for index in range(5_000)}
     ),
@@ -372,7 +384,9 @@ _graph: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a_shape_fits_memory": lambda graph: graph["tensors"]["conv.weight"].update(shape=[HUGE, HUGE]),
     "a_shape_has_few_axes": lambda graph: graph["tensors"]["mask"].update(shape=[1] * 100),
     "a_dtype_is_known": lambda graph: graph["tensors"]["mask"].update(dtype="object"),
-    "a_dtype_is_that_of_the_weights": lambda graph: graph["tensors"]["conv.weight"].update(dtype="int32", requires_grad=False),
+    "a_dtype_is_that_of_the_weights": lambda graph: graph["tensors"]["conv.weight"].update(
+        dtype="int32", requires_grad=False
+    ),
     "a_flag_is_a_flag": lambda graph: graph["tensors"]["conv.weight"].update(requires_grad=1),
     "codes_do_not_train": lambda graph: graph["tensors"].update(
         mask={"kind": "parameter", "requires_grad": True, "dtype": "int8", "shape": [5]}
@@ -393,9 +407,13 @@ _graph: dict[str, Callable[[dict[str, Any]], Any]] = {
     "sparse_weights_are_not_read_as_they_are": lambda graph: graph["tensors"]["few"].pop("stored"),
     "what_is_sparse_is_a_list": lambda graph: graph["meta"].update(sparse="few"),
     "what_is_sparse_is_there": lambda graph: graph["meta"].update(sparse=["fewer"]),
-    "a_shared_tensor_is_there": lambda graph: graph["tensors"].update({"norm.bias": {"kind": "parameter", "same_as": "x"}}),
+    "a_shared_tensor_is_there": lambda graph: graph["tensors"].update(
+        {"norm.bias": {"kind": "parameter", "same_as": "x"}}
+    ),
     "a_shared_tensor_is_not_itself": lambda graph: graph["tensors"].update(mask={"kind": "buffer", "same_as": "mask"}),
-    "a_shared_tensor_is_of_one_kind": lambda graph: graph["tensors"].update(mask={"kind": "buffer", "same_as": "conv.bias"}),
+    "a_shared_tensor_is_of_one_kind": lambda graph: graph["tensors"].update(
+        mask={"kind": "buffer", "same_as": "conv.bias"}
+    ),
     "a_shared_tensor_says_no_more": lambda graph: graph["tensors"]["norm.bias"].update(same_as="conv.bias"),
     # meta
     "meta_has_inputs": lambda graph: graph["meta"].pop("inputs"),
@@ -538,7 +556,9 @@ def sparse_weights_are_as_many_as_their_bits(header, data):
 @in_weights
 def sparse_bits_end_in_zero_bits(header, data):
     begin, end = header["few"]["data_offsets"]
-    return with_bytes(header, data, "few", data[begin : begin + 3] + bytes([data[begin + 3] | 0x80]) + data[begin + 4 : end])
+    return with_bytes(
+        header, data, "few", data[begin : begin + 3] + bytes([data[begin + 3] | 0x80]) + data[begin + 4 : end]
+    )
 
 
 @in_weights
@@ -569,7 +589,9 @@ def a_frame_says_its_true_size(header, data):
     bomb = bytearray(zstandard.ZstdCompressor(write_content_size=False).compress(bytes(200_000_000)))
     honest = zstandard.ZstdCompressor().compress(np.random.default_rng(0).bytes(5000))
     parameters = zstandard.frame_header_size(honest)
-    return with_bytes(header, data, "eight", honest[:parameters] + bytes(bomb[zstandard.frame_header_size(bytes(bomb)) :]))
+    return with_bytes(
+        header, data, "eight", honest[:parameters] + bytes(bomb[zstandard.frame_header_size(bytes(bomb)) :])
+    )
 
 
 @in_weights

@@ -67,21 +67,35 @@ def test_there_are_enough_kinds():
 
 
 @hypothesis.given(data=st.data())
-@hypothesis.settings(deadline=None, max_examples=150, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.settings(
+    deadline=None, max_examples=150, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
 def test_any_value_in_place_of_another_loads_or_is_refused(good, tmp_path, data):
     """One value of graph.json, drawn anywhere in it, is replaced by any other."""
     value = json.loads((good / "graph.json").read_text())
     holder, key = value, data.draw(st.sampled_from(sorted(value)))
     while isinstance(holder[key], (dict, list)) and holder[key] and data.draw(st.integers(0, 9)):
         holder = holder[key]
-        key = data.draw(st.sampled_from(sorted(holder)) if isinstance(holder, dict) else st.integers(0, len(holder) - 1))
-    scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5)
-    names = st.sampled_from(["x", "conv2d", "relu", "conv.weight", "four", "float32", "int8", "aten.relu.default", "operator.getitem"])
-    keys = st.sampled_from(["node", "tuple", "slice", "dict", "float", "dtype", "device", "$float", "same_as", "stored"]) | st.text(
-        max_size=3
+        key = data.draw(
+            st.sampled_from(sorted(holder)) if isinstance(holder, dict) else st.integers(0, len(holder) - 1)
+        )
+    scalars = (
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.text(max_size=5)
     )
+    names = st.sampled_from(
+        ["x", "conv2d", "relu", "conv.weight", "four", "float32", "int8", "aten.relu.default", "operator.getitem"]
+    )
+    keys = st.sampled_from(
+        ["node", "tuple", "slice", "dict", "float", "dtype", "device", "$float", "same_as", "stored"]
+    ) | st.text(max_size=3)
     holder[key] = data.draw(
-        st.recursive(scalars | names, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=2))
+        st.recursive(
+            scalars | names, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=2)
+        )
     )
     folder = tmp_path / "mutated"
     shutil.rmtree(folder, ignore_errors=True)
@@ -94,8 +108,14 @@ def test_any_value_in_place_of_another_loads_or_is_refused(good, tmp_path, data)
         assert str(error).isprintable()
 
 
-@hypothesis.given(position=st.integers(0, 10**6), byte=st.integers(0, 255), name=st.sampled_from(["graph.json", "weights.safetensors"]))
-@hypothesis.settings(deadline=None, max_examples=150, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(
+    position=st.integers(0, 10**6),
+    byte=st.integers(0, 255),
+    name=st.sampled_from(["graph.json", "weights.safetensors"]),
+)
+@hypothesis.settings(
+    deadline=None, max_examples=150, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
 def test_any_byte_in_place_of_another_loads_or_is_refused(good, tmp_path, position, byte, name):
     folder = tmp_path / "flipped"
     shutil.rmtree(folder, ignore_errors=True)
