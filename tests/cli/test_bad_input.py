@@ -338,7 +338,7 @@ def program(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "rarefy", *map(str, arguments)]
 
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(Path(__file__).parent)))}
 
 
 def test_disk_full_keeps_what_was_there(place: Path) -> None:

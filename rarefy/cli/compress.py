@@ -1,0 +1,133 @@
+"""``rarefy compress`` and ``rarefy run``: one budget, from the command line or from a recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from typing import Annotated, Any
+
+import typer
+
+from rarefy.cli.inputs import agreed_shape, check_data, completed, device_of, output_count
+from rarefy.cli.options import (
+    _BUDGET,
+    DataOptions,
+    Device,
+    Json,
+    Key,
+    ModelOptions,
+    Output,
+    Runtime,
+    Seed,
+    app,
+    given_only,
+    grouped,
+)
+from rarefy.cli.outputs import claim_folder, readable, show_report
+from rarefy.errors import InputError
+
+
+@app.command()
+@grouped
+def compress(
+    model: ModelOptions,
+    data: DataOptions,
+    output: Output,
+    max_drop: Annotated[
+        str | None,
+        typer.Option(metavar="SHARE", help="Accuracy that may be lost: 0.5% or 0.005.", rich_help_panel=_BUDGET),
+    ] = None,
+    speedup: Annotated[
+        float | None,
+        typer.Option(metavar="RATIO", help="How many times faster on the runtime.", rich_help_panel=_BUDGET),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="BYTES", help="Largest size of the weights on disk: 500kB, 2MB.", rich_help_panel=_BUDGET),
+    ] = None,
+    step: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="A step of your own recipe, in order: 'prune macs=0.5', 'mask sparsity=2:4', 'distill epochs=3', 'quantize'. May be given more than once.",
+        ),
+    ] = None,
+    runtime: Runtime = "onnxruntime",
+    seed: Seed = 0,
+    device: Device = None,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Prune, distil and quantise under one budget; measure, export, report and save.
+
+    Started again with the same arguments after a kill, it goes on where it was.
+    """
+    from rarefy.compression import recipe
+
+    content = {
+        **{name: value for name, value in vars(model).items() if value is not None},
+        "data": data.options(),
+        "budget": given_only(max_drop=max_drop, speedup=speedup, size=size),
+        "runtime": runtime,
+        "output": output,
+        "seed": seed,
+        "device": device,
+    }
+    steps = [recipe.step(text, f"--step {text!r}") for text in step or ()]
+    _compress(recipe.check({**content, "step": steps}, "compress"), key, as_json)
+
+
+@app.command("run")
+def run_recipe(
+    path: Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file.")],
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", metavar="FOLDER", help="In place of the recipe's output.")
+    ] = None,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Carry out a recipe: `rarefy compress`, written down."""
+    from rarefy.compression import recipe
+
+    asked = recipe.read(path)
+    if output is not None:
+        asked = dataclasses.replace(asked, output=output)
+    _compress(asked, key, as_json)
+
+
+def _compress(asked: Any, key: str | None, as_json: bool) -> None:
+    from rarefy.compression import budget as budget_module
+    from rarefy.compression import compress as compress_module
+    from rarefy.compression import recipe
+    from rarefy.models import load
+
+    if asked.output is None:
+        raise InputError('the recipe names no output; add output = "small/", or pass -o')
+    check_data(asked.data)
+    output = claim_folder(asked.output)
+    signer = readable(key, "--key") if key else None
+    source = load.load(asked.model, weights=asked.weights, classes=asked.classes)
+    asked = dataclasses.replace(asked, data=completed(asked.data, source, asked.input))
+    task = recipe.make_task(asked.data, asked.task)
+    graph = load.graph_of(source, agreed_shape(asked.input, task), asked.core)
+    task.check(output_count(graph))
+    budget = budget_module.Budget(**asked.budget)
+    result = compress_module.compress(
+        graph,
+        task,
+        budget=budget,
+        steps=asked.steps or None,
+        runtime=asked.runtime,
+        workdir=f"{output}.work",
+        seed=asked.seed,
+        device=device_of(asked.device),
+        title=source.text,
+        recipe=recipe.write(asked),
+    )
+    result.save(output)
+    if signer:
+        from rarefy.artifact import signing
+
+        signing.sign(output, signer)
+    shutil.rmtree(f"{output}.work", ignore_errors=True)
+    show_report(result.report, output, as_json)

@@ -1,0 +1,146 @@
+"""What leaves the house: ``rarefy export``, ``sign``, ``verify``, ``keygen``."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rarefy.cli.inputs import prepared
+from rarefy.cli.options import Chain, DataOptions, Json, ModelOptions, Output, Runtime, app, grouped
+from rarefy.cli.outputs import claim_file, claim_parent
+from rarefy.cli.terminal import say, show_json, show_table, size_text
+from rarefy.errors import InputError, SelfCheckFailed
+
+
+@app.command()
+@grouped
+def export(
+    model: ModelOptions,
+    data: DataOptions,
+    output: Output,
+    runtime: Runtime = "onnxruntime",
+    compare: Annotated[bool, typer.Option(help="Run the file, and compare it with the model.")] = True,
+    certify: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write the certificate of parity there, as JSON; with data, the metric is in it."
+        ),
+    ] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="A further runtime that reads the file, for the certificate; may be repeated."
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Judge on the first N images only.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the file that the runtime runs, and check that it answers like the model."""
+    from rarefy import plugins
+    from rarefy.deployment import export as export_
+    from rarefy.evaluation import certify as certify_
+
+    if certify is None and (also or limit is not None or data.options()):
+        raise InputError("--also, --limit and data belong to the certificate; name its file with --certify")
+    certify_.readers_of(runtime, also or ())
+    suffix = plugins.resolve("runtimes", runtime).suffix
+    target = claim_file(output, (".onnx", ".xml") if suffix == ".onnx" else (suffix,))
+    if certify is not None:
+        claim_parent(certify, "--certify")
+    _, graph, task = prepared(model, data, needed=False)
+    if certify is None:
+        parity = export_.export(graph, target, runtime=runtime, compare=compare)
+    else:
+        export_.export(graph, target, runtime=runtime, compare=False)
+        inputs = None if task is None else next(iter(task.inputs("val", 64, 64, seed=0)))
+        facts = certify_.certify(graph, target, runtime=runtime, also=also or (), inputs=inputs, task=task, limit=limit)
+        certify.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        parity = {
+            "certificate": str(certify),
+            **facts["runtimes"][plugins.describe(plugins.resolve("runtimes", runtime))],
+        }
+        parity |= {key: facts[key] for key in ("first_diverging_layer", "passed")}
+    written = {"file": str(target), "size_bytes": target.stat().st_size, "parity": parity}
+    if as_json:
+        show_json(written)
+    else:
+        rows = [
+            ("file", target),
+            ("size", size_text(target.stat().st_size)),
+            *((name.replace("_", " "), value) for name, value in parity.items() if not isinstance(value, (list, dict))),
+        ]
+        show_table("exported", ("what", "found"), rows)
+    if parity.get("passed") is False:
+        layer = parity.get("first_diverging_layer")
+        raise SelfCheckFailed(
+            f"{target}: gives the model's answer on {parity['agreement']:.1%} of {parity['samples']} inputs, and "
+            f"{'no layer differs by itself' if layer is None else f'{layer} is the first layer that differs'}; the file is written, do not deploy it"
+        )
+
+
+@app.command()
+def sign(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A folder saved by rarefy.")],
+    key: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="The private key that `rarefy keygen` wrote, or the certificate's."),
+    ] = None,
+    certificate: Annotated[str | None, typer.Option(metavar="FILE", help="The key's certificate (PEM).")] = None,
+    chain: Chain = None,
+    sigstore: Annotated[
+        bool, typer.Option("--sigstore", help="Sign with Sigstore: as who you are, without a key.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Sign a folder: every file in it. A key's password is taken from $RAREFY_KEY_PASSWORD."""
+    from rarefy.artifact import signing
+
+    password = os.environ.get("RAREFY_KEY_PASSWORD")
+    signature = signing.sign(
+        folder, key, password=password, certificate=certificate, chain=chain or (), sigstore=sigstore
+    )
+    if as_json:
+        show_json({"folder": folder, "signature": str(signature)})
+    else:
+        say(f"signed: {signature}")
+
+
+@app.command()
+def verify(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A signed folder.")],
+    key: Annotated[str | None, typer.Option(metavar="FILE", help="The public key.")] = None,
+    chain: Chain = None,
+    identity: Annotated[str | None, typer.Option(metavar="NAME", help="Who must have signed with Sigstore.")] = None,
+    issuer: Annotated[str | None, typer.Option(metavar="URL", help="Who must have vouched for that identity.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Refuse (exit 1) a folder in which a file was changed, added or removed, or that another key signed."""
+    from rarefy.artifact import signing
+
+    names = signing.verify(folder, key, chain=chain or (), identity=identity, issuer=issuer)
+    if as_json:
+        show_json({"folder": folder, "verified": names})
+    else:
+        say(f"verified: all {len(names)} files of {folder} are as they were signed")
+
+
+@app.command()
+def keygen(
+    path: Annotated[
+        str,
+        typer.Argument(metavar="PATH", help="Where the private key goes; the public one lies beside it, with .pub."),
+    ],
+    as_json: Json = False,
+) -> None:
+    """Make a pair of keys to sign with. With $RAREFY_KEY_PASSWORD, the private one is encrypted."""
+    from rarefy.artifact import signing
+
+    private, public = signing.keygen(path, password=os.environ.get("RAREFY_KEY_PASSWORD"))
+    if as_json:
+        show_json({"private": str(private), "public": str(public)})
+    else:
+        say(f"private key: {private} (keep it to yourself)\npublic key:  {public} (give it to whoever verifies)")

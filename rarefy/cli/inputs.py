@@ -1,0 +1,139 @@
+"""From text to objects: models, data, devices, references."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rarefy.cli.options import DataOptions, ModelOptions
+from rarefy.errors import InputError
+
+
+def share_or_count(value: float | None) -> float | int | None:
+    """0.5 is a share; 3e6 is a number of them."""
+    return int(value) if value is not None and value > 1 and value == int(value) else value
+
+
+def shape_of(model: ModelOptions) -> tuple[int, ...] | None:
+    from rarefy.models.source import parse_shape
+
+    return parse_shape(model.input) if model.input is not None else None
+
+
+def completed(options: Mapping[str, Any], source: Any, shape: tuple[int, ...] | None = None) -> dict[str, Any]:
+    """The task's options, with what ``--input``, or else the model's maker, says of the input where the user says nothing.
+
+    Its size only goes to image files (arrays have one of their own), or where the graph was captured for it.
+    """
+    from rarefy.graph.nodes import is_graph
+
+    known = dict(source.preprocessing)
+    if shape is not None and len(shape) == 3 and shape[1] == shape[2]:
+        known["size"] = shape[1]
+    files = any(
+        str(options.get(split, "")).startswith(("imagefolder:", "images:", "tar:", "parquet:"))
+        for split in ("train", "val")
+    )
+    if not files and not is_graph(source.model):
+        known.pop("size", None)
+    return {**known, **options}
+
+
+def prepared(model: ModelOptions, data: DataOptions, needed: bool = True) -> tuple[Any, Any, Any]:
+    """The source, its graph, and the task (None where no data is given and none is needed)."""
+    from rarefy.compression import recipe
+    from rarefy.models import load
+
+    options = data.options()
+    if needed:
+        check_data(options)
+    shape = shape_of(model)
+    source = load.load(model.model, weights=model.weights, classes=model.classes)
+    task = None
+    if options:
+        task = recipe.make_task(recipe.data_options(completed(options, source, shape)))
+    graph = load.graph_of(source, agreed_shape(shape, task), model.core)
+    return source, graph, task
+
+
+def check_data(options: Mapping[str, Any]) -> None:
+    if not {"train", "val"} & set(options):
+        raise InputError("no data is given; pass --data SOURCE, or --train and --val")
+
+
+def agreed_shape(shape: tuple[int, ...] | None, task: Any) -> tuple[int, ...] | None:
+    """The input's shape: as given, which must be what the data gives, or else that."""
+    if task is None:
+        return shape
+    given: tuple[int, ...] = task.input_shape
+    if shape is not None and shape != given:
+        asked, have = (",".join(map(str, one)) for one in (shape, given))
+        raise InputError(
+            f"--input {asked}: the data gives images of {have}; leave --input out, or change the data (--image-size, --channels)"
+        )
+    return given
+
+
+def weight_of(text: str, where: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        raise InputError(f"{where}: {text!r} is not a number; write 2*MODEL") from None
+    if not 0 < number < math.inf:
+        raise InputError(f"{where}: the weight {text} is not above 0; write 2*MODEL")
+    return number
+
+
+def device_of(text: str | None) -> str | None:
+    """The device's name, if it is there."""
+    import torch
+
+    if text is None:
+        return None
+    try:
+        torch.empty(0, device=torch.device(text))
+    except (RuntimeError, AssertionError) as error:
+        have = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        raise InputError(f"--device {text}: no such device here; have {', '.join(have)}") from error
+    return text
+
+
+def reference_graph(reference: str | None, weights: str | None, classes: int | None, task: Any) -> Any:
+    from rarefy.models import load
+
+    if reference is None:
+        if weights is not None:
+            raise InputError("--reference-weights belongs to --reference; name the model too")
+        return None
+    return load.graph_of(load.load(reference, weights=weights, classes=classes), task.input_shape)
+
+
+@contextlib.contextmanager
+def session(runtime: str, place: str, graph: Any) -> Iterator[Callable[..., Any]]:
+    """The model in the runtime: the file of a saved folder, else one exported for the occasion."""
+    from rarefy import plugins
+
+    chosen = plugins.resolve("runtimes", runtime)
+    name = f"model{chosen.suffix}"
+    saved = Path(place) / name
+    if saved.exists():
+        yield chosen.open(saved)
+        return
+    with tempfile.TemporaryDirectory(prefix="rarefy-") as folder:
+        file = Path(folder) / name
+        chosen.export(graph, file)
+        yield chosen.open(file)
+
+
+def output_count(graph: Any) -> int:
+    from rarefy.graph.shapes import shapes
+
+    node = next(node for node in graph.graph.nodes if node.op == "output").args[0]
+    shape = getattr(shapes(graph).get(node), "shape", None)
+    if shape is None or len(shape) != 2:
+        raise InputError("the model does not return one tensor (batch, classes); name the part that does with --core")
+    return int(shape[1])

@@ -1,0 +1,229 @@
+"""How good, how fast, how big: ``rarefy evaluate``, ``measure``, ``report``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rarefy.cli.inputs import device_of, prepared, reference_graph, session, shape_of
+from rarefy.cli.options import (
+    Batch,
+    DataOptions,
+    Device,
+    Json,
+    ModelOptions,
+    Reference,
+    ReferenceWeights,
+    Runtime,
+    Seed,
+    app,
+    grouped,
+)
+from rarefy.cli.outputs import claim_file, show_comparison
+from rarefy.cli.terminal import say, show_json
+from rarefy.errors import FormatError, GoalMissed, InputError
+
+
+@app.command()
+@grouped
+def evaluate(
+    model: ModelOptions,
+    data: DataOptions,
+    reference: Reference = None,
+    reference_weights: ReferenceWeights = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Judge the exported file in this runtime, not the model in PyTorch."),
+    ] = None,
+    max_drop: Annotated[
+        str | None, typer.Option(metavar="SHARE", help="Exit 1 if more is lost than this: 0.5% or 0.005.")
+    ] = None,
+    split: Annotated[str, typer.Option(metavar="NAME", help="val or train.")] = "val",
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="The first N images only.")] = None,
+    corruptions: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Robustness too: all, or names such as fog,jpeg.")
+    ] = None,
+    batch_size: Batch = 64,
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Accuracy with its interval, worst class, calibration, agreement with the reference, paired drop, robustness."""
+    from rarefy.compression import recipe
+    from rarefy.evaluation.evaluate import evaluate as verb
+
+    if max_drop is not None and reference is None:
+        raise InputError("--max-drop compares with the original; name it with --reference")
+    if split not in ("train", "val"):
+        raise InputError(f"--split {split!r}: give train or val")
+    most = recipe.share(max_drop, "--max-drop") if max_drop is not None else None
+    source, judged, task = prepared(model, data)
+    other = reference_graph(reference, reference_weights, model.classes, task)
+    names = "all" if corruptions == "all" else tuple(filter(None, (corruptions or "").split(",")))
+    with contextlib.ExitStack() as stack:
+        subject = judged if runtime is None else stack.enter_context(session(runtime, source.text, judged))
+        found = verb(
+            subject,
+            task,
+            reference=other,
+            split=split,
+            batch_size=batch_size,
+            limit=limit,
+            corruptions=names,
+            seed=seed,
+            device=device_of(device),
+        )
+    left_out = task.unreadable(split)
+    if as_json:
+        show_json({**found.to_json(), **({"unreadable": left_out} if left_out else {})})
+    else:
+        facts: dict[str, Any] = {"after": {"name": source.text, "evaluation": found.to_json()}}
+        if found.reference is not None:
+            facts["before"] = {"name": str(reference), "evaluation": found.reference.to_json()}
+        show_comparison(facts)
+        for what, which in left_out(task):
+            say(f"{what}: {which}")
+        for warning in found.warnings:
+            say(f"warning: {source.text}: {warning}")
+    if most is not None and found.drop is not None and found.drop["value"] > most:
+        raise GoalMissed(
+            f"{source.text}: loses {100 * found.drop['value']:.2f} points against {reference}, more than {100 * most:g}; "
+            "compress less, or train longer (`rarefy distill`)"
+        )
+
+
+@app.command()
+@grouped
+def measure(
+    model: ModelOptions,
+    reference: Reference = None,
+    reference_weights: ReferenceWeights = None,
+    runtime: Runtime = "onnxruntime",
+    batch_size: Batch = 1,
+    repeats: Annotated[int, typer.Option(metavar="N", min=1, help="Timed runs of each model, taking turns.")] = 100,
+    as_json: Json = False,
+) -> None:
+    """Bytes, parameters, MACs, latency on the runtime, peak memory; with --reference, of both, interleaved."""
+    from rarefy import plugins
+    from rarefy.evaluation import measure as measure_
+    from rarefy.models import load
+
+    plugins.resolve("runtimes", runtime)
+    source = load.load(model.model, weights=model.weights, classes=model.classes)
+    graph = load.graph_of(source, shape_of(model), model.core)
+    shape = tuple(graph.meta["inputs"][0]["shape"])
+    models = {source.text: graph}
+    if reference is not None:
+        other = load.load(reference, weights=reference_weights, classes=model.classes)
+        models = {str(reference): load.graph_of(other, shape), **models}
+    found = measure_.measure(models, runtime=runtime, batch=batch_size, repeats=repeats)
+    if as_json:
+        show_json(found)
+        return
+    named = list(found.items())
+    show_comparison(
+        {
+            "after": {"name": named[-1][0], **named[-1][1]},
+            **({"before": {"name": named[0][0], **named[0][1]}} if len(named) > 1 else {}),
+        }
+    )
+
+
+@app.command("report")
+@grouped
+def report_command(
+    folder: Annotated[
+        str, typer.Argument(metavar="FOLDER", help="A folder that `rarefy compress` saved, or its report.json.")
+    ],
+    data: DataOptions,
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", metavar="FILE", help="An .html file; default: FOLDER-report.html.")
+    ] = None,
+    reference: Reference = None,
+    reference_weights: ReferenceWeights = None,
+    runtime: Runtime = "onnxruntime",
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Judge on the first N images only.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The report of a folder as HTML. With data (and --reference), what it claims is measured again, here and now."""
+    from rarefy.reports import report
+
+    place = Path(folder)
+    beside = place.resolve() if place.is_dir() else place.resolve().parent
+    target = claim_file(output or f"{beside}-report.html", (".html", ".htm"))
+    if (target.resolve().parent / "manifest.json").exists():
+        raise InputError(
+            f"{target}: lies in a saved folder, whose files are sealed by their hashes; choose another --output"
+        )
+    again = data.options()
+    if again:
+        facts = _measured_again(place, data, reference, reference_weights, runtime, limit)
+    elif reference is not None:
+        raise InputError("--reference is judged on data; pass --data, or leave it out")
+    else:
+        facts = _recorded(place)
+    report.report(facts, target)
+    if as_json:
+        show_json(facts)
+    else:
+        say(report.summary(facts).rstrip())
+        say(f"\nreport: {target}")
+
+
+def _recorded(place: Path) -> dict[str, Any]:
+    """The facts that lie in a saved folder."""
+    from rarefy.reports import view
+
+    file = place / "report.json" if place.is_dir() else place
+    if not file.exists():
+        raise InputError(
+            f"{file}: no such file; give a folder that `rarefy compress` saved, or pass --data to measure it now"
+        )
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FormatError(f"{file}: is no JSON ({error}); pass --data to measure the folder again") from error
+    try:
+        view.view(facts)
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        raise FormatError(
+            f"{file}: is no report ({type(error).__name__}: {error}); pass --data to measure the folder again"
+        ) from error
+    if not {"before", "after", "goals", "steps"} & facts.keys():
+        raise FormatError(f"{file}: is no report; give a folder that `rarefy compress` saved, or its report.json")
+    return dict(facts)
+
+
+def _measured_again(
+    place: Path,
+    data: DataOptions,
+    reference: str | None,
+    reference_weights: str | None,
+    runtime: str,
+    limit: int | None,
+) -> dict[str, Any]:
+    from rarefy.evaluation import measure as measure_
+    from rarefy.evaluation.evaluate import evaluate as judge
+    from rarefy.reports import facts as facts_module
+
+    facts: dict[str, Any] = _recorded(place) if (place / "report.json").exists() else {"title": str(place)}
+    _, graph, task = prepared(ModelOptions(str(place)), data)
+    other = reference_graph(reference, reference_weights, None, task)
+    found = judge(graph, task, reference=other, limit=limit)
+    models = {"after": graph} if other is None else {"before": other, "after": graph}
+    measured = measure_.measure(models, runtime=runtime)
+    for name in models:
+        evaluation = found if name == "after" else found.reference
+        assert evaluation is not None
+        facts[name] = {**facts.get(name, {}), **measured[name], "evaluation": evaluation.to_json()}
+    facts |= {
+        key: value for key, value in facts_module.told_by(graph.meta.get("history", [])).items() if key not in facts
+    }
+    for claim in ("verdict", "warnings"):
+        facts.pop(claim, None)
+    facts["goals"] = []
+    return facts

@@ -1,0 +1,197 @@
+"""Options that several commands share, and how a dataclass of options becomes options of a command."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+from rarefy.errors import InputError
+
+app = typer.Typer(
+    name="rarefy",
+    help="Makes a trained PyTorch classifier smaller and faster without making it worse, and proves it.",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+_MODEL = "Models"
+_DATA = "Data"
+_BUDGET = "Budget: leave out what does not matter"
+
+
+@dataclass
+class ModelOptions:
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="timm:NAME, torchvision:NAME, package.module:function, a saved folder, or a .pt2 file.",
+        ),
+    ]
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Weights: .safetensors, or a checkpoint of a state_dict.", rich_help_panel=_MODEL
+        ),
+    ] = None
+    classes: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Outputs of the classifier, where the source builds one.", rich_help_panel=_MODEL
+        ),
+    ] = None
+    input: Annotated[
+        str | None, typer.Option(metavar="C,H,W", help="Shape of an input, without the batch.", rich_help_panel=_MODEL)
+    ] = None
+    core: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Take this submodule only.", rich_help_panel=_MODEL)
+    ] = None
+
+
+@dataclass
+class DataOptions:
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Training and validation data of one source: imagefolder:PATH, tar:PATH, parquet:PATH, torchvision:NAME?root=PATH, sklearn:digits, package.module:function.",
+            rich_help_panel=_DATA,
+        ),
+    ] = None
+    train: Annotated[str | None, typer.Option(metavar="SOURCE", help="Training data.", rich_help_panel=_DATA)] = None
+    val: Annotated[str | None, typer.Option(metavar="SOURCE", help="Validation data.", rich_help_panel=_DATA)] = None
+    image_size: Annotated[
+        int | None,
+        typer.Option(metavar="PIXELS", min=1, help="Side of the model's square input.", rich_help_panel=_DATA),
+    ] = None
+    channels: Annotated[int | None, typer.Option(metavar="N", help="1 or 3.", rich_help_panel=_DATA)] = None
+    class_count: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Classes, where the data does not show them all.", rich_help_panel=_DATA),
+    ] = None
+    mean: Annotated[
+        str | None,
+        typer.Option(metavar="R,G,B", help="Mean of each channel, of pixels from 0 to 1.", rich_help_panel=_DATA),
+    ] = None
+    std: Annotated[
+        str | None, typer.Option(metavar="R,G,B", help="Standard deviation of each channel.", rich_help_panel=_DATA)
+    ] = None
+    crop: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Share of the resized image that evaluation sees.", rich_help_panel=_DATA),
+    ] = None
+    augment: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="What varies training images: crop,flip or none.", rich_help_panel=_DATA),
+    ] = None
+    interpolation: Annotated[
+        str | None, typer.Option(metavar="NAME", help="nearest, bilinear or bicubic.", rich_help_panel=_DATA)
+    ] = None
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="Processes that decode images.", rich_help_panel=_DATA)
+    ] = None
+    strict: Annotated[
+        bool | None,
+        typer.Option(
+            "--strict/--skip-unreadable",
+            help="Stop at an image that can't be read, or leave it out; default: stop, but in shards and Parquet files.",
+            rich_help_panel=_DATA,
+        ),
+    ] = None
+
+    def options(self) -> dict[str, Any]:
+        """The options of the task, as far as they are given."""
+        if self.data is not None and (self.train is not None or self.val is not None):
+            raise InputError("--data names both splits; leave it out, or leave out --train and --val")
+        return given_only(
+            train=self.train or self.data,
+            val=self.val or self.data,
+            size=self.image_size,
+            channels=self.channels,
+            class_count=self.class_count,
+            mean=numbers(self.mean, "--mean"),
+            std=numbers(self.std, "--std"),
+            crop=self.crop,
+            augment=self.augment,
+            interpolation=self.interpolation,
+            workers=self.workers,
+            strict=self.strict,
+        )
+
+
+Output = Annotated[str, typer.Option("-o", "--output", metavar="PATH", help="Where the result goes.")]
+Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; default: a GPU if there is one.")]
+Seed = Annotated[int, typer.Option(metavar="N", min=0, help="The same seed gives the same result.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Batch = Annotated[int, typer.Option(metavar="N", min=1, help="Images at a time.")]
+Runtime = Annotated[str, typer.Option(metavar="NAME", help="Where the model will run; see `rarefy list runtimes`.")]
+Key = Annotated[str | None, typer.Option(metavar="FILE", help="Sign the result with this private key.")]
+Chain = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FILE", help="A certificate up to the root (PEM); may be given more than once."),
+]
+Reference = Annotated[str | None, typer.Option(metavar="MODEL", help="What to compare with: a source, like MODEL.")]
+ReferenceWeights = Annotated[str | None, typer.Option(metavar="FILE", help="The reference's weights.")]
+Ignore = Annotated[
+    list[str] | None, typer.Option(metavar="GLOB", help="Layers to leave alone; may be given more than once.")
+]
+
+
+def grouped(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Typer sees each field of a parameter that is one of the option classes above as an option of its own."""
+    hints = typing.get_type_hints(function, include_extras=True)
+    groups: dict[str, Any] = {}
+    parameters = []
+    for parameter in inspect.signature(function).parameters.values():
+        hint = hints[parameter.name]
+        if dataclasses.is_dataclass(hint):
+            groups[parameter.name] = hint
+            fields = typing.get_type_hints(hint, include_extras=True)
+            parameters += [
+                inspect.Parameter(
+                    field.name, parameter.KEYWORD_ONLY, default=_default(field), annotation=fields[field.name]
+                )
+                for field in dataclasses.fields(hint)
+            ]
+        else:
+            parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hint))
+
+    def command(**given: Any) -> Any:
+        packed = {
+            name: group(**{field.name: given.pop(field.name) for field in dataclasses.fields(group)})
+            for name, group in groups.items()
+        }
+        return function(**packed, **given)
+
+    command.__name__, command.__doc__ = function.__name__, function.__doc__
+    command.__signature__ = inspect.Signature(
+        sorted(parameters, key=lambda item: item.default is not inspect.Parameter.empty)
+    )  # type: ignore[attr-defined]
+    return command
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+
+
+# ------------------------------------------------------------------ from text to objects
+
+
+def given_only(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def numbers(text: str | None, option: str) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"{option} {text!r}: give one number a channel, for example 0.485,0.456,0.406") from None
