@@ -1,36 +1,134 @@
-"""Prefix: a graph run up to a moving place over many batches, so that what lies behind the place can be changed before it runs.
+"""The one way to run a graph: node by node, each value let go after its last reader.
 
-Layers are rounded in order, each on what the rounded layers before it yield. The values at the place are kept for all batches where they fit into
-``memory``; where they don't, the place they were last kept at is run from again. So memory is bounded whatever the number of images, and the cost of
-that is time. Rounded values are kept as codes, a quarter of the numbers' bytes, and decoded where they are read: of 128 images all of EfficientNet-Lite0's fit into
-250 MB, so that the network runs once.
+``run`` computes a graph and shows its values; ``values`` is the same as an iterator, ``in_lockstep`` is two graphs side
+by side. ``steps`` is the loop below them, for those who hold the live values themselves. A rule of one's own for what a
+node yields (``instead``, ``compute``) is a function of the node and the live values, and falls back on ``call``.
+
+``Resumable`` runs a graph up to a moving place over many batches, so that what lies behind the place can be changed
+before it runs: layers are rounded in order, each on what the rounded layers before it yield. The values at the place
+are stored for all batches where they fit into ``memory``; where they don't, the place they were last stored at is run
+from again. So memory is bounded whatever the number of images, and the cost of that is time. Rounded values are stored
+as codes, a quarter of the numbers' bytes, and decoded where they are read: of 128 images all of EfficientNet-Lite0's
+fit into 250 MB, so that the network runs once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
 
-from rarefy.graph.nodes import attribute
+from rarefy.graph.nodes import Value, attribute
 from rarefy.kernels.quantize import OPERATORS
 
+Rule = Callable[[fx.Node, Mapping[fx.Node, Value]], Value]
 
-class Taps(fx.Interpreter):
-    """Runs a graph and hands the value of each node in ``nodes`` to ``see(node, value)``; values are dropped after their last use."""
 
-    def __init__(self, graph: fx.GraphModule, nodes: Iterable[fx.Node], see: Callable[[fx.Node, Any], None]):
-        super().__init__(graph)
-        self.nodes, self.see = set(nodes), see
+def call(node: fx.Node, live: Mapping[fx.Node, Value]) -> Value:
+    """What a ``call_function`` node yields where its sources yield ``live``."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), live.__getitem__)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    def run_node(self, node: fx.Node) -> Any:
-        value = super().run_node(node)
-        if node in self.nodes:
-            self.see(node, value)
-        return value
+
+def steps(
+    graph: fx.GraphModule,
+    nodes: Sequence[fx.Node],
+    live: dict[fx.Node, Value],
+    compute: Rule = call,
+    keep: Collection[fx.Node] = (),
+) -> Iterator[tuple[fx.Node, Value]]:
+    """Each of ``nodes`` and its value, in that order, computed when it is asked for.
+
+    graph: whose tensors ``get_attr`` nodes read.
+    live: node -> value; begins as what is known, which is not computed, and changes as the nodes run: a value is in it
+        from its own step to the end of its last reader's.
+    compute: what the other nodes yield.
+    keep: nodes whose values stay in ``live``.
+    """
+    left = Counter(source for node in nodes for source in node.all_input_nodes)
+    for node in nodes:
+        if node not in live:
+            if node.op == "placeholder":
+                raise TypeError(f"the graph's input {node.name!r} is not given")
+            live[node] = attribute(graph, node) if node.op == "get_attr" else compute(node, live)
+        yield node, live[node]
+        left.subtract(node.all_input_nodes)
+        for ready in (*node.all_input_nodes, node):
+            if not left[ready] and ready not in keep:
+                live.pop(ready, None)
+
+
+def needed(nodes: Sequence[fx.Node], ends: Iterable[fx.Node], known: Collection[fx.Node] = ()) -> list[fx.Node]:
+    """Those of ``nodes``, in order, that must run for the values of ``ends``, where the values of ``known`` are."""
+    wanted = set(ends)
+    for node in reversed(nodes):
+        if node in wanted and node not in known:
+            wanted.update(node.all_input_nodes)
+    return [node for node in nodes if node in wanted]
+
+
+def run(
+    graph: fx.GraphModule,
+    inputs: Sequence[Value],
+    *,
+    see: Callable[[fx.Node, Value], object] | None = None,
+    instead: Mapping[fx.Node, Value] | Rule | None = None,
+    until: fx.Node | None = None,
+) -> Value:
+    """What the graph yields for ``inputs``. Gradients are the caller's: it is run as the module would be.
+
+    see: is shown each node with its value, inputs and stored tensors too.
+    instead: values put in place of computing, by node; only what is then still needed runs. Or a rule,
+        ``instead(node, live)``, which yields the value of each node that calls a function (see ``call``).
+    until: stop before that node, and return the values that are read from there on, by node. As ``instead`` of another
+        run, whose ``inputs`` are then not read, they continue it.
+    """
+    nodes = list(graph.graph.nodes)
+    before = nodes[: -1 if until is None else nodes.index(until)]
+    inside = set(before)
+    ends = [node for node in before if any(user not in inside for user in node.users)]
+    live = _inputs(nodes, inputs)
+    if isinstance(instead, Mapping):
+        live |= instead
+        before = needed(before, ends, live)
+    compute = call if instead is None or isinstance(instead, Mapping) else instead
+    for node, value in steps(graph, before, live, compute, set(ends)):
+        if see is not None:
+            see(node, value)
+    if until is not None:
+        return {node: live[node] for node in ends}
+    return fx.node.map_arg(nodes[-1].args[0], live.__getitem__)
+
+
+def values(graph: fx.GraphModule, inputs: Sequence[Value]) -> Iterator[tuple[fx.Node, Value]]:
+    """Each node before the output and its value, in the order of the graph.
+
+    No gradient is wanted, but ``no_grad`` must not span a ``yield``: it would hold for the caller, and end whenever the
+    generator is collected, with the mode of when it began.
+    """
+    nodes = list(graph.graph.nodes)
+    return steps(graph, nodes[:-1], _inputs(nodes, inputs), torch.no_grad()(call))
+
+
+def in_lockstep(
+    float_graph: fx.GraphModule, graph: fx.GraphModule, names: Iterable[str], inputs: tuple[Tensor, ...]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, float value, value) for each named node of both graphs, in order, running both side by side.
+
+    ``graph`` runs a node only after what was yielded before it has been dealt with: a change made then (to a bias, say)
+    is seen by the node's successors if it is applied to ``value`` in place.
+    """
+    wanted = set(names)
+    twins = values(float_graph, inputs)
+    for node, value in values(graph, inputs):
+        if node.name in wanted:
+            for twin, twin_value in twins:
+                if twin.name == node.name:
+                    yield node.name, twin_value, value
+                    break
 
 
 def laid_out(x: Tensor, device: torch.device) -> Tensor:
@@ -39,50 +137,8 @@ def laid_out(x: Tensor, device: torch.device) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 and x.device.type == "cpu" else x
 
 
-def in_lockstep(
-    float_graph: fx.GraphModule, graph: fx.GraphModule, names: Iterable[str], inputs: tuple[Tensor, ...]
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, float value, value) for each named node of both graphs, in order, running both side by side.
-
-    ``graph`` runs a node only after what was yielded before it has been dealt with: a change made then (to a bias, say) is seen by the
-    node's successors if it is applied to ``value`` in place.
-    """
-    wanted = set(names)
-    twins = _values(float_graph, inputs)
-    for node, value in _values(graph, inputs):
-        if node.name in wanted:
-            for twin, twin_value in twins:
-                if twin.name == node.name:
-                    yield node.name, twin_value, value
-                    break
-
-
-def _values(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> Iterator[tuple[fx.Node, Any]]:
-    """Each node and its value, in the order of the graph; a value is let go after its last reader.
-
-    No gradient is wanted, but ``no_grad`` must not span a ``yield``: it would hold for the caller, and end whenever the generator is collected,
-    with the mode of when it began.
-    """
-    left = {node: len(node.users) for node in graph.graph.nodes}
-    environment: dict[fx.Node, Any] = {}
-    arguments = iter(inputs)
-    for node in graph.graph.nodes:
-        if node.op == "output":
-            return
-        if node.op == "placeholder":
-            value = next(arguments)
-        elif node.op == "get_attr":
-            value = attribute(graph, node.target)
-        else:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: environment[source])
-            with torch.no_grad():
-                value = node.target(*args, **kwargs)
-        environment[node] = value
-        yield node, value
-        for source in node.all_input_nodes:
-            left[source] -= 1
-            if not left[source]:
-                environment.pop(source, None)
+def _inputs(nodes: Sequence[fx.Node], inputs: Sequence[Value]) -> dict[fx.Node, Value]:
+    return dict(zip((node for node in nodes if node.op == "placeholder"), inputs, strict=False))
 
 
 TOGETHER = 16  # batches of which what is kept lies side by side
@@ -90,19 +146,19 @@ TOGETHER = 16  # batches of which what is kept lies side by side
 _DECODE = OPERATORS[1]  # dequantize
 
 
-class Prefix:
-    """batches: inputs on any device; they are moved to the graph's when they are run. memory: bytes for values that are kept."""
+class Resumable:
+    """batches: inputs on any device; they are moved to the graph's when they are run. memory: bytes for values that are stored."""
 
     def __init__(
         self, graph: fx.GraphModule, batches: Sequence[tuple[Tensor, ...]], memory: float, device: torch.device
     ):
         self.graph, self.batches, self.memory, self.device = graph, batches, memory, device
-        self.kept: list[dict[fx.Node, Any]] = [{} for _ in batches]
+        self.kept: list[dict[fx.Node, Value]] = [{} for _ in batches]
         self.at: fx.Node | None = (
             None  # the first node that has not run, where values are kept; None: the graph's first
         )
 
-    def run(self, until: fx.Node, wanted: Sequence[fx.Node], keep: bool = True) -> Iterator[tuple[Any, ...]]:
+    def run(self, until: fx.Node, wanted: Sequence[fx.Node], keep: bool = True) -> Iterator[tuple[Value, ...]]:
         """For each batch, the values of ``wanted`` (they run before ``until``), once all before ``until`` has run.
 
         The place never moves back: an earlier ``until`` is where it is. keep: whether it may move to ``until``: not where something before it is still to be changed. What was kept of a batch goes as soon as it
@@ -119,7 +175,7 @@ class Prefix:
         arguments = {node: index for index, node in enumerate(node for node in nodes if node.op == "placeholder")}
         held = set(wanted)
         runnable = self._carrying(nodes, begun, end)
-        constants: dict[fx.Node, Any] = {}
+        constants: dict[fx.Node, Value] = {}
         pool: dict[fx.Node, Tensor] = {}
         room: dict[fx.Node, int] = {}  # of a batch in it
         for index, batch in enumerate(self.batches):
@@ -144,8 +200,8 @@ class Prefix:
             yield tuple(self._value(node, values, constants) for node in wanted)
 
     def _packed(
-        self, live: dict[fx.Node, Any], index: int, pool: dict[fx.Node, Tensor], room: dict[fx.Node, int]
-    ) -> dict[fx.Node, Any]:
+        self, live: dict[fx.Node, Value], index: int, pool: dict[fx.Node, Tensor], room: dict[fx.Node, int]
+    ) -> dict[fx.Node, Value]:
         """The same values, those of a few batches side by side in one piece of memory a node: what is kept must not lie scattered among what is let go,
         which a CPU's allocator then can't give back (150 of 1,400 MB)."""
         found = dict(live)
@@ -174,7 +230,7 @@ class Prefix:
                 found.add(node)
         return found
 
-    def _value(self, node: fx.Node, values: dict[fx.Node, Any], constants: dict[fx.Node, Any]) -> Any:
+    def _value(self, node: fx.Node, values: dict[fx.Node, Value], constants: dict[fx.Node, Value]) -> Value:
         """constants: of this run, so that layers decode their weights once, as far as ``memory`` reaches."""
         found = values if node in values else constants
         if node in found:
@@ -204,5 +260,5 @@ def _read(node: fx.Node) -> list[fx.Node]:
     return [*node.all_input_nodes, *(source.args[0] for source in node.all_input_nodes if source.target is _DECODE)]  # type: ignore[list-item]
 
 
-def _bytes(values: dict[fx.Node, Any]) -> int:
+def _bytes(values: dict[fx.Node, Value]) -> int:
     return sum(value.numel() * value.element_size() for value in values.values() if isinstance(value, Tensor))

@@ -1,13 +1,21 @@
+"""Nodes and tensors of a graph: arguments by name, parameters and buffers by dotted name, and the end of every pass."""
+
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import itertools
+import operator
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
+
+Value = Any  # what a node yields or reads: a tensor, a number, a list of them; a node where it stands for its value
 
 
 def is_graph(model: nn.Module) -> bool:
@@ -90,6 +98,52 @@ def finish(graph: fx.GraphModule) -> fx.GraphModule:
         graph.graph.lint()
     graph.recompile()
     return graph
+
+
+def arguments(node: fx.Node) -> dict[str, Value]:
+    """All arguments of a ``call_function`` node by their names in the operator's schema, defaults filled in."""
+    found = dict(_parameters(node.target))
+    found.update(zip(found, node.args, strict=False))
+    found.update(node.kwargs)
+    return found
+
+
+def argument(node: fx.Node, name: str) -> Value:
+    """An argument by its name in the operator's schema, or its default (None where there is none).
+
+    Raises KeyError for a name that the operator does not have.
+    """
+    parameters = _parameters(node.target)
+    default, place = parameters[name], list(parameters).index(name)
+    return node.args[place] if place < len(node.args) else node.kwargs.get(name, default)
+
+
+def set_argument(node: fx.Node, name: str, value: Value) -> None:
+    """Set an argument by its name in the operator's schema. Raises KeyError for a name that the operator does not have."""
+    parameters = _parameters(node.target)
+    if name not in parameters:
+        raise KeyError(name)
+    place = list(parameters).index(name)
+    if place < len(node.args):
+        node.update_arg(place, value)
+    else:
+        node.update_kwarg(name, value)
+
+
+def argument_name(user: fx.Node, node: fx.Node) -> str:
+    """Name of the first argument of ``user`` that is ``node``; "" where it is in a list of them, or none."""
+    return next((name for name, value in arguments(user).items() if value is node), "")
+
+
+@functools.cache
+def _parameters(target: Callable[..., Value]) -> dict[str, Value]:
+    """Name -> default, in order."""
+    if isinstance(target, torch._ops.OpOverload):
+        return {parameter.name: parameter.default_value for parameter in target._schema.arguments}
+    if target is operator.getitem:
+        return {"self": None, "index": None}
+    given = inspect.signature(target).parameters.values()
+    return {one.name: None if one.default is one.empty else one.default for one in given}
 
 
 def operator_name(node: fx.Node) -> str:

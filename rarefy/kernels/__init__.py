@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx, nn
 
@@ -20,3 +20,43 @@ for _module in pkgutil.iter_modules(__path__):
 def is_quantised(model: nn.Module) -> bool:
     """Is it a graph that computes with codes?"""
     return isinstance(model, fx.GraphModule) and any(node.target in OPERATORS for node in model.graph.nodes)
+
+
+class QParams(NamedTuple):
+    """The grid that codes are made on. scale, zero_point: nodes that read them. value: name of the rounded value."""
+
+    scale: fx.Node
+    zero_point: fx.Node
+    qmin: int
+    qmax: int
+    value: str
+
+
+def makes_codes(node: fx.Node) -> bool:
+    """Does the node round what it computes to codes (``quantize``, and every operator that yields codes)?"""
+    return node.target in _GRIDS
+
+
+def qparams(node: fx.Node) -> QParams:
+    """The grid of the codes that a node makes. Raises ValueError for a node that makes none."""
+    if not makes_codes(node):
+        raise ValueError(f"{node.name}: {node.target} makes no codes")
+    scale, zero_point, qmin, qmax = (
+        node.args[place] if place < len(node.args) else node.kwargs[name] for name, place in _GRIDS[node.target].items()
+    )
+    return QParams(scale, zero_point, qmin, qmax, value_of(scale))  # type: ignore[arg-type]
+
+
+def value_of(scale: fx.Node | str) -> str:
+    """``conv2d_3`` for the scale ``quantization.conv2d_3.scale``, or the node that reads it: the value that it rounds."""
+    return str(scale.target if isinstance(scale, fx.Node) else scale).split(".")[1]
+
+
+def _grid_of(operator: Any) -> dict[str, int]:
+    """Name -> place of the arguments that say on which grid codes are made; empty for operators that make none."""
+    names = [argument.name for argument in operator._schema.arguments]
+    wanted = ("scale", "zero_point", "qmin", "qmax")
+    return {name: names.index(name) for name in wanted} if set(wanted) <= set(names) else {}
+
+
+_GRIDS = {operator: places for operator in OPERATORS if (places := _grid_of(operator))}

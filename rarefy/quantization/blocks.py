@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from rarefy.graph.features import cuts
-from rarefy.graph.interpreter import Prefix
+from rarefy.graph.interpreter import Resumable
 from rarefy.graph.nodes import attribute
 from rarefy.kernels.quantize import fake_quantize
 
@@ -120,7 +120,9 @@ class Stretch:
                     found[scale.target] = node
         return found
 
-    def gather(self, prefix: Prefix, float_prefix: Prefix, memory: float) -> tuple[list[Any], list[Any], Tensor, int]:
+    def gather(
+        self, prefix: Resumable, float_prefix: Resumable, memory: float
+    ) -> tuple[list[Any], list[Any], Tensor, int]:
         """Of as many images as fit into ``memory``: what the block reads in both graphs (numbers instead of tensors as they are), and what it makes in float;
         and how many images that is."""
         ours: list[Any] = []

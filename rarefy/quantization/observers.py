@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from rarefy.errors import CheckFailed, DataError
-from rarefy.graph.interpreter import Taps, laid_out
+from rarefy.graph.interpreter import laid_out, run
 
 aten = torch.ops.aten
 
@@ -106,7 +106,6 @@ def observe(
         else:
             found[node] = Histogram.of(value, (lo, hi))
 
-    taps = Taps(graph, observed | averages.keys(), see)
     count = samples = 0
     with torch.no_grad():
         for batch in batches:
@@ -114,7 +113,7 @@ def observe(
             keeping = keeping and (not kept or keep(samples))
             if keeping:
                 kept.append(batch)
-            taps.run(*(laid_out(value, value.device) for value in batch))
+            run(graph, [laid_out(value, value.device) for value in batch], see=see)
             count += 1
     if not count:
         raise DataError("no calibration images; give at least one batch (128 images are a good number)")

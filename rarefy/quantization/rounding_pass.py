@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from rarefy.graph import im2col
-from rarefy.graph.interpreter import Prefix
+from rarefy.graph.interpreter import Resumable
 from rarefy.graph.layers import layer_name
 from rarefy.graph.nodes import attribute, device_of, set_attribute
 from rarefy.quantization import blocks as blocks_module
@@ -38,8 +38,8 @@ class _Rounding:
     ):
         self.graph, self.rounder, self.centered, self.generator = graph, rounder, centered, generator
         device = device_of(graph)
-        self.prefix = Prefix(graph, seen.batches, MEMORY / 4, device)
-        self.float_prefix = Prefix(float_graph, seen.batches, MEMORY / 4, device)
+        self.prefix = Resumable(graph, seen.batches, MEMORY / 4, device)
+        self.float_prefix = Resumable(float_graph, seen.batches, MEMORY / 4, device)
         self.twins = {node.name: node for node in float_graph.graph.nodes}
         self.means = {node.name: mean for node, mean in seen.means.items()}
         self.spreads = {node.name: spread for node, spread in seen.spreads.items()}

@@ -19,7 +19,7 @@ from rarefy.evaluation.measure import measure
 from rarefy.graph.canonical import simplify
 from rarefy.graph.capture import capture
 from rarefy.graph.fold import fold
-from rarefy.graph.interpreter import Prefix, Taps
+from rarefy.graph.interpreter import Resumable, run
 from rarefy.kernels.chunks import PIECE
 from rarefy.kernels.quantize import dequantize, fake_quantize
 from rarefy.kernels.quantize import quantize as to_codes
@@ -467,8 +467,8 @@ def test_a_prefix_gives_each_place_its_values_whatever_it_may_keep(
     wanted: dict[torch.fx.Node, list[torch.Tensor]] = {}
     with torch.no_grad():
         for batch in batches:
-            Taps(graph, nodes, lambda node, value: wanted.setdefault(node, []).append(value)).run(batch)
-    prefix = Prefix(graph, [(batch,) for batch in batches], memory, torch.device("cpu"))
+            run(graph, [batch], see=lambda node, value: wanted.setdefault(node, []).append(value))
+    prefix = Resumable(graph, [(batch,) for batch in batches], memory, torch.device("cpu"))
     for node in nodes[::3]:
         source = node.all_input_nodes[0]
         if source.op == "call_function":

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from rarefy.graph.im2col import groups_of
-from rarefy.graph.interpreter import Taps, laid_out
+from rarefy.graph.interpreter import laid_out, run
 from rarefy.graph.layers import padding_of, weighted
 from rarefy.graph.nodes import attribute
 from rarefy.graph.shapes import shapes
@@ -194,13 +194,13 @@ def sizes(
     found: dict[fx.Node, Size] = {}
 
     def see(node: fx.Node, value: Tensor) -> None:
-        size = Size.of(value, axes[node])
-        found[node] = found[node].merged(size) if node in found else size
+        if node in axes:
+            size = Size.of(value, axes[node])
+            found[node] = found[node].merged(size) if node in found else size
 
-    taps = Taps(graph, axes, see)
     with torch.no_grad():
         for batch in batches:
-            taps.run(*(laid_out(value, value.device) for value in batch))
+            run(graph, [laid_out(value, value.device) for value in batch], see=see)
     return found
 
 

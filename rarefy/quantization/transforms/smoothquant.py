@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 from rarefy.errors import InputError
 from rarefy.graph.fold import put
-from rarefy.graph.interpreter import Taps
+from rarefy.graph.interpreter import run
 from rarefy.graph.layers import weighted
 from rarefy.graph.nodes import attribute
 
@@ -44,14 +44,14 @@ def smooth(graph: fx.GraphModule, batches: Iterable[tuple[Tensor, ...]], alpha: 
     largest: dict[fx.Node, Tensor] = {}
 
     def see(node: fx.Node, value: Tensor) -> None:
-        found = value.detach().abs().flatten(0, -2).amax(0).float()
-        largest[node] = torch.maximum(largest[node], found) if node in largest else found
+        if node in norms:
+            found = value.detach().abs().flatten(0, -2).amax(0).float()
+            largest[node] = torch.maximum(largest[node], found) if node in largest else found
 
     if norms:
-        taps = Taps(graph, norms, see)
         with torch.no_grad():
             for batch in batches:
-                taps.run(*batch)
+                run(graph, batch, see=see)
     for norm in norms:
         _migrate(graph, norm, largest[norm], alpha)
     return len(norms)
