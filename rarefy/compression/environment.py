@@ -6,7 +6,8 @@ import os
 import platform
 from typing import Any
 
-from rarefy.system.cpu import _EXACT_INT8, _cpu_name, _memory, _usable_cores, compiler, cpu_flags
+from rarefy.system import cpu
+from rarefy.system.cpu import _EXACT_INT8, _cpu_name, _memory, _usable_cores, compiler
 
 # extra -> distributions it brings
 EXTRAS = {
@@ -26,7 +27,7 @@ def examine() -> dict[str, Any]:
     from rarefy import plugins
 
     packages = {name: _version(name) for name in (*_CORE, *(name for names in EXTRAS.values() for name in names))}
-    flags = cpu_flags()
+    flags = cpu.cpu_flags()
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from rarefy import plugins
 from rarefy.compression import environment
+from rarefy.deployment import latency
 from rarefy.errors import InputError
-from rarefy.evaluation import measure
 from rarefy.graph.capture import capture
 from rarefy.graph.fold import fold
 from rarefy.quantization import latency_gate
@@ -64,9 +64,9 @@ def test_candidates_are_stretches_and_kinds_of_layers(graph: Any) -> None:
 
 
 def clock(price: dict[str, float]) -> Any:
-    """``measuring.latency``, but each file takes what ``price`` says of its name, and is run all the same."""
+    """``deployment.latency.latency``, but each file takes what ``price`` says of its name, and is run all the same."""
 
-    def latency(sessions: Any, inputs: Tensor, **_: Any) -> dict[str, Any]:
+    def clocked(sessions: Any, inputs: Tensor, **_: Any) -> dict[str, Any]:
         ms = {name: next((cost for part, cost in price.items() if part in name), 10.0) for name in sessions}
         for session in sessions.values():
             assert session(inputs).shape == (1, 10)
@@ -80,7 +80,7 @@ def clock(price: dict[str, float]) -> Any:
             for name in ms
         }
 
-    return latency
+    return clocked
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_what_does_not_pay_goes_back(
 ) -> None:
     """Clocks are planted, since no timing can be promised on a machine that others use; everything else is real."""
     pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(measure, "latency", clock(price))
+    monkeypatch.setattr(latency, "latency", clock(price))
     small = quantize(graph, batches=batches, gate="latency", progress=False)
     facts = small.meta["history"][-1]["facts"]
     assert set(facts["gate"]["undone"]) == undone and why in facts["gate"]["why"]
