@@ -84,7 +84,7 @@ def insert(
             seen_scale[value] = _open_gate(graph, value, scale, grid)
     for carrier, value in placement.carried.items():
         if carrier.target is aten.pad.default:
-            _pad_codes(graph, carrier, grid)
+            _pad_codes(graph, carrier, own[value])
         elif not _yields_tuple(carrier):
             scale, zero = seen_scale[value], attribute(graph, sources[value][1])
             _after(graph, carrier, value, scale, zero, own[value])

@@ -512,6 +512,27 @@ def test_max_pooling_padded_by_infinity_resized_and_softmaxed_codes_are_the_runt
     assert max(layer["share"] for layer in found["layers"]) < 1e-3
 
 
+def test_padding_by_infinity_is_the_lowest_code_of_the_value_padded(batches: list[torch.Tensor]) -> None:
+    """The grid that lies last in the network is signed; the one that is padded is not."""
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.body, self.head = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 1), nn.Linear(16, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = nn.functional.pad(self.stem(x), (0, 1, 0, 1), value=-torch.inf)
+            return self.head(self.body(nn.functional.max_pool2d(x, 3, 2)).mean((2, 3)))
+
+    torch.manual_seed(0)
+    graph = capture(Pooled().eval(), batches[0])
+    small = quantize(graph, batches=batches, activations="uint8;head=int8", progress=False)
+    (pad,) = [node for node in small.graph.nodes if node.target is torch.ops.aten.pad.default]
+    assert list(pad.args[1:]) == [[0, 1, 0, 1], "constant", 0]
+    assert small.meta["history"][-1]["facts"]["layers"][-1]["activation_grid"] == "int8:symmetric=no"
+    assert noise_db(graph(batches[0]), small(batches[0])) > 20
+
+
 def test_names_of_values_and_layouts_of_codes_are_free(tmp_path) -> None:
     """A value called as a module's own attribute is (``to``), and a view that hangs on how its codes lie in memory."""
     pytest.importorskip("onnxruntime")
