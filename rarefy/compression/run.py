@@ -28,6 +28,7 @@ from rarefy.compression.environment import examine
 from rarefy.compression.facts import _curves, _layers, _points, _step_facts
 from rarefy.compression.steps import FLOAT_ONLY, QUANTISED, VERBS
 from rarefy.deployment import latency
+from rarefy.deployment.latency import CLEARLY
 from rarefy.errors import CheckFailed, FormatError, InputError
 from rarefy.evaluation import measure
 from rarefy.evaluation.accuracy import doubts
@@ -40,7 +41,6 @@ from rarefy.reports import report as report_module
 CORRUPTED_IMAGES = 1000
 PARITY_IMAGES = 256
 BATCH = 64  # of evaluation
-CLEARLY = 1.1  # a ratio of latencies that is more than noise
 SMALLER = 0.99
 RUN, FINAL = "run.json", "final.json"
 

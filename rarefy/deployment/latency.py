@@ -1,3 +1,10 @@
+"""Latency: of models and files that take turns, and of the kernels of one run; and when such a measurement is trusted.
+
+Sessions that take turns meet the same clock speed and the same neighbours, so that a ratio within a round is a fair one.
+A sample is as many calls as fill two milliseconds; a round is one sample of each, and the turn begins with another each
+time. What counts is the median over the rounds that no other process disturbed, with its quartiles.
+"""
+
 from __future__ import annotations
 
 import dataclasses
@@ -8,58 +15,142 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rarefy import plugins
+from rarefy.deployment.runtime import Runtime
 from rarefy.errors import InputError
 
 SAMPLE_SECONDS = 2e-3
 SECONDS = 4.0  # of all rounds together, where nobody says how many
 ROUNDS = (30, 400)
-DISTURBED = 1.3  # times as long as the fastest round took
-CALM = 10  # rounds that count in any case
+RUNS = (15, 300)  # of a profile
+UNSETTLED = 3  # runs at the start of a profile that don't count
 
-Session = Callable[[Tensor], Any]
+# When a measurement is trusted: a round that another process disturbed does not count, a ratio whose quartiles lie far
+# apart says nothing, and a gain has to be more than what is left of the noise.
+DISTURBED, CALM = 1.3, 10  # times as long as the fastest round took; rounds that count in any case
+DISTURBED_RUN, CALM_RUNS = 1.1, 5  # the same, of the runs of a profile
+SPREAD = 1.3  # between the quartiles of a ratio, from which on it tells nothing
+NOISE = 1.01  # what two files that take turns differ by in any case
+CLEARLY = 1.1  # a gain that a step may be kept for
+
+Call = Callable[..., object]
+Floats = NDArray[np.float64]
+T = TypeVar("T")
+
+
+class Quartiles(TypedDict):
+    """Median and quartiles of the rounds that count."""
+
+    median: float
+    low: float
+    high: float
+
+
+class RunTime(Quartiles):
+    """Milliseconds of a run of a file, and what was run."""
+
+    batch: int
+    threads: int
+    runtime: str
+    repeats: int
+
+
+class Timed(TypedDict):
+    """Of one of several files that took turns; speedup: against each of them."""
+
+    latency_ms: RunTime
+    speedup: dict[str, Quartiles]
+
+
+class Latency(TypedDict):
+    """Of one of several models that took turns. ms: of a call. speedup: against each. repeats: rounds that count."""
+
+    ms: Quartiles
+    speedup: dict[str, Quartiles]
+    repeats: int
+
+
+def is_calm(ratio: Quartiles) -> bool:
+    """The quartiles lie near enough for the median to tell something."""
+    return ratio["high"] <= SPREAD * ratio["low"]
+
+
+def is_faster(ratio: Quartiles) -> bool:
+    """A speedup by more than noise."""
+    return ratio["median"] > NOISE and ratio["low"] > 1
+
+
+def undisturbed(totals: Floats, disturbed: float, least: int) -> NDArray[np.bool_]:
+    """(rounds,) times -> (rounds,) bool: it took at most ``disturbed`` times as long as the fastest, or is one of the
+    ``least`` fastest."""
+    return totals <= max(disturbed * totals.min(), np.sort(totals)[:least][-1])
+
+
+def repeated(run: Callable[[], T], seconds: float) -> list[T]:
+    """What ``run`` returns each time it is called, for ``seconds`` (15 to 300 times): the runs of a profile."""
+    begun = time.perf_counter()
+    results: list[T] = []
+    while len(results) < RUNS[0] or (time.perf_counter() - begun < seconds and len(results) < RUNS[1]):
+        results.append(run())
+    return results
+
+
+def quiet_medians(us: Sequence[Sequence[float]]) -> list[float]:
+    """(runs, kernels) times -> (kernels,) medians over the runs that no other process disturbed."""
+    runs = np.asarray(us, dtype=np.float64)[UNSETTLED:]
+    quiet = runs[undisturbed(runs.sum(1), DISTURBED_RUN, CALM_RUNS)]
+    return [float(median) for median in np.median(quiet, 0)]
 
 
 def timed(
     files: Mapping[str, str | os.PathLike[str]],
     example: Tensor,
     *,
-    runtime: Any = "onnxruntime",
+    runtime: Runtime,
     repeats: int | None = None,
     warmup: int = 20,
-) -> dict[str, dict[str, Any]]:
-    """Latency of exported files that take turns: ``{name: {"latency_ms": {...}, "speedup": {...}}}`` as in ``measure``.
+) -> dict[str, Timed]:
+    """Latency of exported files that take turns.
 
-    example: (batch, ...), what each run is given. runtime: with its threads set (``with_threads``).
+    files: by name. example: (batch, ...), what each run is given. runtime: with its threads set (``with_threads``).
+    repeats, warmup: as in ``latency``.
     """
-    found = latency(
-        {name: runtime.open(Path(file)) for name, file in files.items()}, example, repeats=repeats, warmup=warmup
-    )
-    stated = {
-        "batch": len(example),
-        "threads": runtime.threads,
-        "runtime": plugins.describe(runtime).partition(":")[0],
-        "repeats": next(iter(found.values()))["repeats"],
+    sessions = {name: runtime.open(Path(file)) for name, file in files.items()}
+    found = latency(sessions, example, repeats=repeats, warmup=warmup)
+    name = plugins.describe(runtime).partition(":")[0]
+    return {
+        file: {
+            "latency_ms": {
+                **one["ms"],
+                "batch": len(example),
+                "threads": runtime.threads,
+                "runtime": name,
+                "repeats": one["repeats"],
+            },
+            "speedup": one["speedup"],
+        }
+        for file, one in found.items()
     }
-    return {name: {"latency_ms": {**one["ms"], **stated}, "speedup": one["speedup"]} for name, one in found.items()}
 
 
 def latency(
-    models: Mapping[str, Session], inputs: Tensor | Sequence[Tensor], *, repeats: int | None = None, warmup: int = 20
-) -> dict[str, dict[str, Any]]:
-    """Milliseconds of one call, of models that take turns; the docstring above says how.
+    models: Mapping[str, Call], inputs: Tensor | Sequence[Tensor], *, repeats: int | None = None, warmup: int = 20
+) -> dict[str, Latency]:
+    """Milliseconds of one call, of models that take turns.
 
-    models: callables, the first being what others are compared with. inputs: what each is called with, one tensor or several. repeats: rounds,
-    None: see ``measure``. warmup: calls of each before anything counts.
+    models: callables by name.
+    inputs: what each is called with, one tensor or several.
+    repeats: rounds; None: what four seconds have room for, 30 to 400.
+    warmup: calls of each before anything counts.
 
-    ``{name: {"ms": {"median", "low", "high"}, "speedup": {name: {"median", "low", "high"}}, "repeats"}}``: low and high are the quartiles of the rounds that count;
-    speedup is against each of the models.
+    Raises InputError for no models, no rounds or a negative warmup.
     """
     if not models or (repeats is not None and repeats < 1) or warmup < 0:
         raise InputError(
@@ -72,14 +163,14 @@ def latency(
         one = sum(_seconds(models[name], given, inner[name]) * inner[name] for name in names)
         repeats = min(ROUNDS[1], max(ROUNDS[0], round(SECONDS / one)))
     samples = {name: np.empty(repeats) for name in names}
-    with _undisturbed():
+    with _alone():
         for turn in range(repeats):
             start = turn % len(names)
             for name in names[start:] + names[:start]:
                 samples[name][turn] = _seconds(models[name], given, inner[name])
     total = np.sum([samples[name] * inner[name] for name in names], axis=0)
-    calm = total <= max(DISTURBED * total.min(), np.sort(total)[:CALM][-1])
-    samples = {name: found[calm] for name, found in samples.items()}
+    calm = undisturbed(total, DISTURBED, CALM)
+    samples = {name: seconds[calm] for name, seconds in samples.items()}
     return {
         name: {
             "ms": _quartiles(1000 * samples[name]),
@@ -90,21 +181,23 @@ def latency(
     }
 
 
-def with_threads(runtime: Any, threads: int | None = None) -> Any:
+def with_threads(runtime: Runtime | str, threads: int | None = None) -> Runtime:
     """The runtime, its threads a number: the caller's, else the runtime's own, else 1."""
     chosen = plugins.resolve("runtimes", runtime)
     if threads is not None and threads < 1:
         raise InputError(f"threads={threads}: give at least 1")
+    if not chosen.capabilities.has_threads:
+        return chosen
     return dataclasses.replace(chosen, threads=threads or chosen.threads or 1)
 
 
-def _runs_of_a_sample(model: Session, given: Sequence[Tensor], warmup: int) -> int:
+def _runs_of_a_sample(model: Call, given: Sequence[Tensor], warmup: int) -> int:
     _seconds(model, given, max(1, warmup))
     once = min(_seconds(model, given, 1) for _ in range(10))
     return max(1, math.ceil(SAMPLE_SECONDS / max(once, 1e-7)))
 
 
-def _seconds(model: Session, given: Sequence[Tensor], runs: int) -> float:
+def _seconds(model: Call, given: Sequence[Tensor], runs: int) -> float:
     """Mean seconds of one of ``runs`` calls."""
     begun = time.perf_counter()
     for _ in range(runs):
@@ -113,7 +206,7 @@ def _seconds(model: Session, given: Sequence[Tensor], runs: int) -> float:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def _alone() -> Iterator[None]:
     """No garbage collection and no autograd in what is timed."""
     collected = gc.isenabled()
     gc.collect()
@@ -126,6 +219,6 @@ def _undisturbed() -> Iterator[None]:
             gc.enable()
 
 
-def _quartiles(values: np.ndarray[Any, Any]) -> dict[str, float]:
+def _quartiles(values: Floats) -> Quartiles:
     low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
     return {"median": float(median), "low": float(low), "high": float(high)}

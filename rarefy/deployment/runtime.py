@@ -1,28 +1,166 @@
+"""What a runtime is to the rest of rarefy: a table of what it can do, a file that it is given, and a session that runs the file.
+
+A runtime is a frozen dataclass, one a file in ``rarefy/runtimes/``; its fields are its options. What one can't do is said by its
+``Capabilities`` and asked before it is tried: nobody calls ``kernel_times`` of a runtime that has none.
+"""
+
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import os
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+
+from rarefy.system.cpu import exact_int8
 
 aten = torch.ops.aten
+
+Operators = frozenset[OpOverload]
+Parity = dict[str, Any]  # as ``rarefy.deployment.parity.compare`` returns it
+
+LAYERS: Operators = frozenset({aten.conv2d.default, aten.conv2d.padding, aten.linear.default})
+CARRIERS: Operators = frozenset(
+    {
+        aten.max_pool2d.default, aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.permute.default,
+        aten.transpose.int, aten.squeeze.dim, aten.unsqueeze.default, aten.contiguous.default, aten.clone.default,
+        aten.slice.Tensor, aten.select.int, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default,
+    }
+)  # fmt: skip
+JOINS: Operators = frozenset(
+    {
+        aten.add.Tensor, aten.mul.Tensor, aten.cat.default, aten.adaptive_avg_pool2d.default, aten.avg_pool2d.default,
+    }
+)  # fmt: skip
+CLIPS: Operators = frozenset({aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default})
+ACTIVATIONS: Operators = frozenset(
+    {
+        aten.hardswish.default, aten.silu.default, aten.gelu.default, aten.sigmoid.default, aten.hardsigmoid.default,
+        aten.tanh.default,
+    }
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Capabilities:
-    """Operators a runtime runs in integers. float_result: layers whose sums may stay float (others are rounded in any case).
-    posts: operators that it computes within the layer before them. products: of two activations, whose sums stay float."""
+    """What a runtime can do: the operators that it runs in integers, and what may be asked of it beside running a file.
 
-    layers: frozenset[Any]
-    joins: frozenset[Any]
-    carriers: frozenset[Any]
-    paddings: frozenset[Any]
-    clips: frozenset[Any]
-    float_result: frozenset[Any]
-    posts: frozenset[Any] = frozenset()
-    products: frozenset[Any] = frozenset()
+    layers: products with weights.
+    joins: operators with a kernel on codes of several grids, whose result is rounded to another one.
+    carriers: operators that move codes and change none.
+    paddings: operators that put constants around codes.
+    clips: operators that only narrow the range of what they read, so that rounding does their work.
+    float_result: layers whose sums may stay float; others are rounded in any case.
+    posts: operators that are computed within the layer before them.
+    products: of two activations, whose sums stay float.
+    has_kernel_times: ``kernel_times`` tells the time of each kernel of a run.
+    has_threads: its field ``threads`` is the number of threads of one operator.
+    """
+
+    layers: Operators = LAYERS
+    joins: Operators = JOINS
+    carriers: Operators = CARRIERS
+    paddings: Operators = frozenset({aten.pad.default})
+    clips: Operators = CLIPS
+    float_result: Operators = LAYERS
+    posts: Operators = frozenset()
+    products: Operators = frozenset()
+    has_kernel_times: bool = False
+    has_threads: bool = True
 
     @property
-    def whole(self) -> frozenset[Any]:
-        """Operators that are not to be written in simpler ones: those it knows by themselves, and attention, unless a product of it can be integer."""
+    def whole(self) -> Operators:
+        """Operators that are not to be written in simpler ones: those it knows by themselves, and attention, unless a
+        product of it can be integer."""
         return self.posts if self.products else self.posts | {aten.scaled_dot_product_attention.default}
+
+
+class Kernel(NamedTuple):
+    """One kernel of a run.
+
+    name: the same in files of other widths, if the runtime makes the same kernels of them.
+    operator: as the runtime calls it. shapes: sizes of what it reads, then of what it makes. us: microseconds.
+    """
+
+    name: str
+    operator: str
+    shapes: list[list[int]]
+    us: float
+
+
+class Session(Protocol):
+    """An opened file. threads: it runs with. name: of its input."""
+
+    threads: int
+    name: str
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """The first output, on the CPU; inputs: (N, ...)."""
+
+    def outputs(self, inputs: Tensor) -> list[Tensor]:
+        """All outputs of the file."""
+
+
+class Runtime(Protocol):
+    """Where a compressed model runs: how to write a file for it, open the file, and compare the file with the model."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it can do."""
+
+    @property
+    def threads(self) -> int:
+        """Of one operator; 0: one a core."""
+
+    @property
+    def floats(self) -> tuple[Self, ...]:
+        """Ways to run a float network: itself, and what is faster at a lower precision."""
+
+    @property
+    def weight_bits(self) -> int:
+        """The most bits of a weight whose products add up exactly."""
+
+    @property
+    def suffix(self) -> str:
+        """Of its files, the dot included."""
+
+    @property
+    def package(self) -> str:
+        """What is imported for it, and whose version counts."""
+
+    @property
+    def decoded(self) -> bool:
+        """Files are compared by the numbers that codes stand for, since reading the codes would change its kernels."""
+
+    def export(self, graph: fx.GraphModule, path: str | os.PathLike[str]) -> Path:
+        """Write ``graph`` (in eval mode) as one file. Raises InputError for a graph that it can't run."""
+
+    def open(self, path: str | os.PathLike[str]) -> Session:
+        """The file, ready to run. Raises FormatError for a file that is none of its own."""
+
+    def compare(
+        self,
+        graph: fx.GraphModule,
+        path: str | os.PathLike[str],
+        inputs: Tensor,
+        batch: int = 32,
+        on: Runtime | None = None,
+    ) -> Parity:
+        """Parity of ``graph`` and the file it was exported to.
+
+        inputs: (N, ...), ``batch`` of which are run at once. on: the runtime that reads the file; None: this one.
+        """
+
+    def kernel_times(self, path: str | os.PathLike[str], inputs: Tensor, seconds: float = 1.5) -> list[Kernel]:
+        """The kernels of one run in order, each with its median over the quiet runs of ``seconds``; called only where
+        ``capabilities.has_kernel_times``."""
+
+
+def exact_weight_bits(vnni: bool | None) -> int:
+    """Bits of a weight that keep an int8 product on a CPU exact: 8, or 7 where sums of two products saturate at 16 bits
+    (255 2^6 2 < 2^15). vnni: of the processor it is for; None: this one."""
+    exact = exact_int8() if vnni is None else vnni
+    return 7 if exact is False else 8

@@ -43,19 +43,19 @@ from torch import fx
 
 from rarefy import plugins
 from rarefy.deployment import latency
+from rarefy.deployment.latency import Quartiles, is_calm
+from rarefy.deployment.runtime import Kernel
 from rarefy.errors import InputError
 from rarefy.graph.nodes import example_inputs
 from rarefy.pruning.latency_table import (
     JUMPS,
     TURNS,
     Array,
-    Kernel,
     Space,
     Table,
     _cache_file,
     _cached,
     _design,
-    _is_calm,
     _keep,
     _kernels,
     _total,
@@ -134,7 +134,7 @@ class Round:
 
     option: Array
     predicted: float
-    measured: dict[str, float]
+    measured: Quartiles
     latency_ms: dict[str, float]
     table_error: float
 
@@ -160,7 +160,8 @@ def search(
     Raises InputError where the goal is out of reach, with what was reached.
     """
     chosen = latency.with_threads(runtime, threads)
-    settings = {"runtime": plugins.describe(chosen).partition(":")[0], "threads": chosen.threads, "batch": batch}
+    name = plugins.describe(chosen).partition(":")[0]
+    settings = {"runtime": name, "threads": chosen.threads, "batch": batch}
     original = build(space.kept(space.whole))
     example = example_inputs(original, batch=batch, seed=seed)[0]
     options = _design(space, seed)
@@ -172,16 +173,14 @@ def search(
             "pruned": Path(temporary) / f"pruned{chosen.suffix}",
         }
 
-        whole_run = _kernels(chosen, files["original"], example, settings["runtime"])
+        whole_run = _kernels(chosen, files["original"], example, name)
 
         def tried(option: Array, repeats: int | None = None) -> tuple[list[Kernel], dict[str, Any]]:
             """Its kernels, their sum in the proportion that the two networks have when they take turns: a machine's speed drifts between profiles."""
-            kernels = _kernels(
-                chosen, chosen.export(build(space.kept(option)), files["pruned"]), example, settings["runtime"]
-            )
+            kernels = _kernels(chosen, chosen.export(build(space.kept(option)), files["pruned"]), example, name)
             times = latency.timed(files, example, runtime=chosen, repeats=repeats, warmup=5)
             ratio = times["pruned"]["speedup"]["original"]
-            share = _total(whole_run) / ratio["median"] / _total(kernels) if _is_calm(ratio) else 1.0
+            share = _total(whole_run) / ratio["median"] / _total(kernels) if is_calm(ratio) else 1.0
             return [kernel._replace(us=share * kernel.us) for kernel in kernels], times
 
         samples = _cached(file)
@@ -194,14 +193,14 @@ def search(
         turns = track(range(ROUNDS + SPARE), ROUNDS, f"prune to {speedup:g}x")
         for turn in turns:
             near = rounds[-1:] if turn < ROUNDS else [_best(rounds, speedup)]
-            if turn >= ROUNDS and not (_is_calm(near[0].measured) and near[0].speedup > MOST * speedup):
+            if turn >= ROUNDS and not (is_calm(near[0].measured) and near[0].speedup > MOST * speedup):
                 break
             table = fit(samples, np.stack([space.axes(option) for option in options]))
             whole, *before = table(
                 np.stack([space.axes(option) for option in (space.whole, *(one.option for one in near))])
             )
             # What that round missed, the table misses for its neighbours too.
-            reference = before[0] * near[0].speedup if near and _is_calm(near[0].measured) else whole
+            reference = before[0] * near[0].speedup if near and is_calm(near[0].measured) else whole
             path = descend(space, table)
             point = path.within(reference / (AIM * speedup))
             option = path.options[-1 if point is None else point]
@@ -213,9 +212,9 @@ def search(
             milliseconds = {name: one["latency_ms"]["median"] for name, one in times.items()}
             rounds.append(Round(option, predicted, times["pruned"]["speedup"]["original"], milliseconds, table.error))
             turns.update(f"{rounds[-1].speedup:.2f}x")
-            if _is_calm(rounds[-1].measured) and ACCEPTED[0] * speedup <= rounds[-1].speedup <= ACCEPTED[1] * speedup:
+            if is_calm(rounds[-1].measured) and ACCEPTED[0] * speedup <= rounds[-1].speedup <= ACCEPTED[1] * speedup:
                 break
-    best, calm = _best(rounds, speedup), [one for one in rounds if _is_calm(one.measured)]
+    best, calm = _best(rounds, speedup), [one for one in rounds if is_calm(one.measured)]
     if not calm:
         spread = rounds[-1].measured
         raise InputError(
@@ -246,7 +245,7 @@ def _best(rounds: Sequence[Round], speedup: float) -> Round:
     return min(
         rounds,
         key=lambda one: (
-            not _is_calm(one.measured),
+            not is_calm(one.measured),
             one.speedup < LEAST * speedup,
             abs(math.log(one.speedup / (AIM * speedup))),
         ),

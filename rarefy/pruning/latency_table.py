@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from scipy.optimize import nnls
 from torch import Tensor, fx
 
+from rarefy.deployment.runtime import Kernel, Runtime
 from rarefy.errors import FormatError, InputError
 from rarefy.graph.nodes import attribute
 from rarefy.system.files import cache_folder
@@ -25,19 +26,9 @@ SAMPLES = 6  # of the table: the whole network and five smaller ones
 BLOCKS = (1, 4, 8, 16, 32)  # what layouts round channels up to
 JUMPS = (1, 2, 4, 8)  # steps of a family that are tried at once
 TURNS = 20  # of a sample and the whole network
-SPREAD = 1.3  # between the quartiles of a ratio, from which on it tells nothing
 FORMAT = 1
 
 Array = np.ndarray[Any, Any]
-
-
-class Kernel(NamedTuple):
-    """One kernel of a run: a name that is the same at all widths, the operator, sizes of what it reads and makes, microseconds."""
-
-    name: str
-    operator: str
-    shapes: list[list[int]]
-    us: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,22 +169,14 @@ def _design(space: Space, seed: int) -> list[Array]:
     return [whole, *(((strata + 0.5) / smaller * whole).astype(np.int64))]
 
 
-def _is_calm(ratio: dict[str, float]) -> bool:
-    return ratio["high"] <= SPREAD * ratio["low"]
-
-
 def _total(kernels: Sequence[Kernel]) -> float:
     return sum(kernel.us for kernel in kernels)
 
 
-def _kernels(runtime: Any, file: Path, example: Tensor, name: str) -> list[Kernel]:
-    try:
-        ask = runtime.kernel_times
-    except AttributeError as error:
-        raise InputError(
-            f"{name}: can't tell the time of each of its kernels; prune to macs= in place of speedup="
-        ) from error
-    return [Kernel(*found) for found in ask(file, example)]
+def _kernels(runtime: Runtime, file: Path, example: Tensor, name: str) -> list[Kernel]:
+    if not runtime.capabilities.has_kernel_times:
+        raise InputError(f"{name}: can't tell the time of each of its kernels; prune to macs= in place of speedup=")
+    return runtime.kernel_times(file, example)
 
 
 def _cache_file(

@@ -33,7 +33,6 @@ from rarefy.quantization import formats, qdq
 from rarefy.quantization.placement import Placement, place
 from rarefy.system.progress import track
 
-CLEARLY = 1.01  # a gain that is more than noise, of a median over rounds that take turns
 CANDIDATES = 12  # at most, in the order of the network
 INTEGER, MIXED = "all integer", "without what did not pay"
 
@@ -125,10 +124,9 @@ def judge(
     }
 
 
-def _faster(found: Mapping[str, Any], one: str, other: str) -> bool:
+def _faster(found: Mapping[str, latency.Latency], one: str, other: str) -> bool:
     """Clearly, in one run in which both took turns."""
-    ratio = found[one]["speedup"][other]
-    return bool(ratio["median"] > CLEARLY and ratio["low"] > 1)
+    return latency.is_faster(found[one]["speedup"][other])
 
 
 def _why(best: str, slow: Sequence[Candidate]) -> str:

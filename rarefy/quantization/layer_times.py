@@ -21,6 +21,7 @@ from torch import Tensor, fx
 
 from rarefy import plugins
 from rarefy.deployment import latency
+from rarefy.deployment.runtime import Kernel
 from rarefy.errors import InputError
 from rarefy.graph.layers import layer_name, weighted
 from rarefy.graph.nodes import example_inputs, share_copy
@@ -42,7 +43,6 @@ LAYERS = (
     "QLinearMatMul",
     "MatMulInteger",
 )
-CALM = 1.3  # between the quartiles of a ratio, from which on it tells nothing
 
 
 class LayerTimes:
@@ -101,22 +101,21 @@ class LayerTimes:
         exported: Path = self.runtime.export(made, folder / f"{name}{self.runtime.suffix}")
         return exported
 
-    def _kernels(self, file: Path) -> list[Any]:
-        try:
-            ask = self.runtime.kernel_times
-        except AttributeError as error:
+    def _kernels(self, file: Path) -> list[Kernel]:
+        if not self.runtime.capabilities.has_kernel_times:
             raise InputError(
-                f"mixed: latency: {plugins.describe(self.runtime)} can't tell the time of each of its kernels; give bits=, size= or bitops="
-            ) from error
-        return list(ask(file, self.example))
+                f"mixed: latency: {plugins.describe(self.runtime)} can't tell the time of each of its kernels; "
+                "give bits=, size= or bitops="
+            )
+        return self.runtime.kernel_times(file, self.example)
 
     def _ratio(self, whole: Path, other: Path) -> float:
         """How many times as fast ``other`` is, taking turns."""
         for _ in range(3):
             found = latency.timed({"float": whole, "other": other}, self.example, runtime=self.runtime, warmup=5)
             ratio = found["other"]["speedup"]["float"]
-            if ratio["high"] <= CALM * ratio["low"]:
-                return float(ratio["median"])
+            if latency.is_calm(ratio):
+                return ratio["median"]
         raise InputError(
             "mixed: latency: no measurement could be trusted, other processes use the processor; run it again when it is free, or give bits=, size= or bitops="
         )
@@ -127,7 +126,7 @@ def _one(value: Any) -> int:
     return math.prod(value.shape[1:])
 
 
-def layer_times(kernels: Sequence[Any], sizes: Sequence[tuple[int, ...]], layers: Sequence[fx.Node]) -> list[float]:
+def layer_times(kernels: Sequence[Kernel], sizes: Sequence[tuple[int, ...]], layers: Sequence[fx.Node]) -> list[float]:
     """Microseconds of each layer, with all that is none and comes after it. kernels: (name, operator, shapes, us) in the order of a run."""
     own = [index for index, (_, operator, *_) in enumerate(kernels) if operator in LAYERS]
     place: dict[int, int] = {}  # kernel -> layer

@@ -22,7 +22,6 @@ import dataclasses
 import importlib
 import os
 import pkgutil
-import statistics
 import tempfile
 import time
 import warnings
@@ -37,13 +36,13 @@ from torch import Tensor, fx
 import rarefy.kernels
 from rarefy.artifact import folder as folder_
 from rarefy.deployment import parity
-from rarefy.deployment.runtime import Capabilities
+from rarefy.deployment.latency import quiet_medians, repeated
+from rarefy.deployment.runtime import ACTIVATIONS, Capabilities, Kernel, Parity, Runtime, exact_weight_bits
 from rarefy.errors import FormatError, InputError
 from rarefy.graph import macs, nodes
 from rarefy.graph.fold import fold
 from rarefy.graph.lowering import LAYERS, to_integers, to_numbers
 from rarefy.graph.nodes import attribute, finish, set_attribute, share_copy
-from rarefy.system.cpu import exact_int8
 
 aten = torch.ops.aten
 OPERATORS = torch.ops.rarefy
@@ -62,23 +61,7 @@ class Inductor:
     suffix = ".zip"
     decoded = False
     package = "torch"
-    capabilities = Capabilities(
-        layers=frozenset({aten.conv2d.default, aten.conv2d.padding, aten.linear.default}),
-        joins=frozenset({aten.add.Tensor, aten.mul.Tensor, aten.cat.default, aten.adaptive_avg_pool2d.default, aten.avg_pool2d.default}),
-        carriers=frozenset(
-            {
-                aten.max_pool2d.default, aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.permute.default,
-                aten.transpose.int, aten.squeeze.dim, aten.unsqueeze.default, aten.contiguous.default, aten.clone.default, aten.slice.Tensor,
-                aten.select.int, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default,
-            }
-        ),
-        paddings=frozenset({aten.pad.default}),
-        clips=frozenset({aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default}),
-        float_result=frozenset({aten.conv2d.default, aten.conv2d.padding, aten.linear.default}),
-        posts=frozenset(
-            {aten.hardswish.default, aten.silu.default, aten.gelu.default, aten.sigmoid.default, aten.hardsigmoid.default, aten.tanh.default}
-        ),
-    )  # fmt: skip
+    capabilities = Capabilities(posts=ACTIVATIONS, has_kernel_times=True)
 
     def __post_init__(self) -> None:
         if self.device.partition(":")[0] not in ("cpu", "cuda"):
@@ -86,9 +69,8 @@ class Inductor:
 
     @property
     def weight_bits(self) -> int:
-        """What weights may have: 255 2^6 2 < 2^15, so that no sum of two products saturates."""
-        exact = exact_int8() if self.vnni is None else self.vnni
-        return 7 if exact is False and self.device == "cpu" else 8
+        """The most bits of a weight whose products add up exactly."""
+        return exact_weight_bits(self.vnni) if self.device == "cpu" else 8
 
     @property
     def floats(self) -> tuple[Inductor, ...]:
@@ -109,10 +91,15 @@ class Inductor:
         return Session(path, self.threads, self.device)
 
     def compare(
-        self, graph: fx.GraphModule, path: str | os.PathLike[str], inputs: Tensor, batch: int = 32, on: Any = None
-    ) -> dict[str, Any]:
+        self,
+        graph: fx.GraphModule,
+        path: str | os.PathLike[str],
+        inputs: Tensor,
+        batch: int = 32,
+        on: Runtime | None = None,
+    ) -> Parity:
         """Parity of ``graph`` and the file it was exported to, compiled; see ``rarefy.deployment.parity``."""
-        reader = self if on is None else on
+        reader = on if isinstance(on, Inductor) else self
         own = to_integers(to_numbers(graph))
         stored = parity.coded(to_integers(to_numbers(_opened(path))))
         shared = [name for name in parity.coded(own) if name in stored]
@@ -125,22 +112,20 @@ class Inductor:
 
         return parity.against(own, shared, run, inputs, batch)
 
-    def kernel_times(
-        self, path: str | os.PathLike[str], inputs: Tensor, seconds: float = 1.5
-    ) -> list[tuple[str, str, list[list[int]], float]]:
-        """What multiplies in one run, in order: name, operator, sizes of all it reads and makes, microseconds (median of the runs of ``seconds``)."""
+    def kernel_times(self, path: str | os.PathLike[str], inputs: Tensor, seconds: float = 1.5) -> list[Kernel]:
+        """What multiplies in one run, in order, each with its median over the quiet runs of ``seconds``."""
         session = Session(path, self.threads, self.device)
-        runs: list[_Timed] = []
-        begun = time.perf_counter()
+        x = inputs.to(session.device)
+
+        def run() -> list[Kernel]:
+            timed = _Timed(session.graph)
+            timed.run(x)
+            return timed.kernels
+
         with torch.no_grad(), _threads(session.threads):
-            while len(runs) < 15 or (time.perf_counter() - begun < seconds and len(runs) < 300):
-                runs.append(_Timed(session.graph))
-                runs[-1].run(inputs.to(session.device))
-        runs = runs[3:]
-        return [
-            (name, operator, shapes, statistics.median(run.found[at][3] for run in runs))
-            for at, (name, operator, shapes, _) in enumerate(runs[0].found)
-        ]
+            runs = repeated(run, seconds)
+        times = quiet_medians([[kernel.us for kernel in kernels] for kernels in runs])
+        return [kernel._replace(us=us) for kernel, us in zip(runs[-1], times, strict=True)]
 
 
 class Session:
@@ -327,11 +312,11 @@ _WRITTEN = {operator: _python(operator) for operator in rarefy.kernels.OPERATORS
 
 
 class _Timed(fx.Interpreter):
-    """Runs a graph and takes the time of each node that multiplies. found: [name, operator, sizes, microseconds] of each, in order."""
+    """Runs a graph and takes the time of each node that multiplies: ``kernels``, in order."""
 
     def __init__(self, graph: fx.GraphModule):
         super().__init__(graph)
-        self.found: list[tuple[str, str, list[list[int]], float]] = []
+        self.kernels: list[Kernel] = []
 
     def run_node(self, node: fx.Node) -> Any:
         name = nodes.operator_name(node)
@@ -343,7 +328,7 @@ class _Timed(fx.Interpreter):
         value = super().run_node(node)
         _wait(value)
         us = 1e6 * (time.perf_counter() - begun)
-        self.found.append((node.name, name, [list(one.shape) for one in (*reads, value)], us))
+        self.kernels.append(Kernel(node.name, name, [list(one.shape) for one in (*reads, value)], us))
         return value
 
 

@@ -20,9 +20,7 @@ import collections
 import dataclasses
 import json
 import os
-import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +29,11 @@ from torch import Tensor, fx
 
 from rarefy.deployment import parity
 from rarefy.deployment.channel_padding import _MOVING, _is_integer, _widened
+from rarefy.deployment.latency import quiet_medians, repeated
 from rarefy.deployment.onnx import file
-from rarefy.deployment.runtime import Capabilities
+from rarefy.deployment.runtime import CARRIERS, JOINS, Capabilities, Kernel, Parity, Runtime, exact_weight_bits
 from rarefy.errors import FormatError
 from rarefy.graph.lowering import to_numbers
-from rarefy.system.cpu import exact_int8
 from rarefy.system.dependencies import needs
 
 aten = torch.ops.aten
@@ -52,30 +50,16 @@ class OnnxRuntime:
     decoded = False
     package = "onnxruntime"
     capabilities = Capabilities(
-        layers=frozenset({aten.conv2d.default, aten.conv2d.padding, aten.linear.default}),
-        joins=frozenset(
-            {
-                aten.add.Tensor, aten.mul.Tensor, aten.cat.default, aten.adaptive_avg_pool2d.default, aten.avg_pool2d.default,
-                aten.sigmoid.default, aten.hardsigmoid.default,
-            }
-        ),
-        carriers=frozenset(
-            {
-                aten.max_pool2d.default, aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.permute.default,
-                aten.transpose.int, aten.squeeze.dim, aten.unsqueeze.default, aten.contiguous.default, aten.clone.default, aten.slice.Tensor,
-                aten.select.int, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.index_select.default,
-            }
-        ),
-        paddings=frozenset({aten.pad.default}),
-        clips=frozenset({aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default}),
+        joins=JOINS | {aten.sigmoid.default, aten.hardsigmoid.default},
+        carriers=CARRIERS | {aten.index_select.default},
         float_result=frozenset({aten.linear.default}),
-    )  # fmt: skip
+        has_kernel_times=True,
+    )
 
     @property
     def weight_bits(self) -> int:
-        """What weights may have: 255 2^6 2 < 2^15, so that no sum of two products saturates."""
-        exact = exact_int8() if self.vnni is None else self.vnni
-        return 7 if exact is False else 8
+        """The most bits of a weight whose products add up exactly."""
+        return exact_weight_bits(self.vnni)
 
     @property
     def floats(self) -> tuple[OnnxRuntime, ...]:
@@ -90,53 +74,36 @@ class OnnxRuntime:
         """The file, ready to run."""
         return Session(path, self.threads)
 
-    def kernel_times(
-        self, path: str | os.PathLike[str], inputs: Tensor, seconds: float = 1.5
-    ) -> list[tuple[str, str, list[list[int]], float]]:
-        """The kernels of one run, in order: name, operator, sizes of all it reads and makes, microseconds (median of the quiet runs of ``seconds``).
-
-        A name is the same in files of other widths, if ONNX Runtime makes the same kernels of them.
-        """
+    def kernel_times(self, path: str | os.PathLike[str], inputs: Tensor, seconds: float = 1.5) -> list[Kernel]:
+        """The kernels of one run, in order, each with its median over the quiet runs of ``seconds``."""
         with tempfile.TemporaryDirectory() as folder:
             session = Session(path, self.threads, profile=Path(folder) / "profile")
-            begun = time.perf_counter()
-            runs = 0
-            while runs < 15 or (time.perf_counter() - begun < seconds and runs < 300):
-                session(inputs)
-                runs += 1
+            runs = len(repeated(lambda: session(inputs), seconds))
             events = json.loads(Path(session.session.end_profiling()).read_bytes())
         suffix = "_kernel_time"
         kernels = [event for event in events if event.get("cat") == "Node" and event["name"].endswith(suffix)]
         kernels.sort(key=lambda event: event["ts"])
-        by_run = [
-            kernels[start : start + len(kernels) // runs] for start in range(0, len(kernels), len(kernels) // runs)
-        ][3:]
-        totals = [sum(event["dur"] for event in run) for run in by_run]
-        calm = max(1.1 * min(totals), sorted(totals)[4])  # a slower run was disturbed by another process
-        by_run = [run for run, total in zip(by_run, totals, strict=True) if total <= calm]
-        found, seen = [], collections.Counter[str]()
-        for events in zip(*by_run, strict=True):
-            about = events[0]["args"]
-            shapes = [
-                shape
-                for tensor in (*about["input_type_shape"], *about["output_type_shape"])
-                for shape in tensor.values()
-            ]
-            name = events[0]["name"].removesuffix(suffix).partition("_token_")[0]
+        count = len(kernels) // runs
+        by_run = [kernels[start : start + count] for start in range(0, len(kernels), count)]
+        times = quiet_medians([[event["dur"] for event in run] for run in by_run])
+        profile, seen = [], collections.Counter[str]()
+        for event, us in zip(by_run[-1], times, strict=True):
+            about = event["args"]
+            tensors = (*about["input_type_shape"], *about["output_type_shape"])
+            name = event["name"].removesuffix(suffix).partition("_token_")[0]
             seen[name] += 1
-            found.append(
-                (
-                    f"{name}#{seen[name]}",
-                    str(about["op_name"]),
-                    shapes,
-                    float(statistics.median(event["dur"] for event in events)),
-                )
-            )
-        return found
+            shapes = [shape for tensor in tensors for shape in tensor.values()]
+            profile.append(Kernel(f"{name}#{seen[name]}", str(about["op_name"]), shapes, us))
+        return profile
 
     def compare(
-        self, graph: fx.GraphModule, path: str | os.PathLike[str], inputs: Tensor, batch: int = 32, on: Any = None
-    ) -> dict[str, Any]:
+        self,
+        graph: fx.GraphModule,
+        path: str | os.PathLike[str],
+        inputs: Tensor,
+        batch: int = 32,
+        on: Runtime | None = None,
+    ) -> Parity:
         """Parity of ``graph`` and the file it was exported to, run by ``on`` (None: this runtime); see ``rarefy.deployment.parity``."""
         reader = self if on is None else on
         return parity.compare(_widened(to_numbers(graph)), path, inputs, reader.open, batch, reader.decoded)

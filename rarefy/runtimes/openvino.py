@@ -11,8 +11,6 @@ import collections
 import dataclasses
 import operator
 import os
-import statistics
-import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,24 +19,17 @@ import torch
 from torch import Tensor, fx
 
 from rarefy.deployment import parity
+from rarefy.deployment.latency import quiet_medians, repeated
 from rarefy.deployment.onnx import file
-from rarefy.deployment.runtime import Capabilities
+from rarefy.deployment.runtime import ACTIVATIONS, CARRIERS, Capabilities, Kernel, Parity, Runtime, exact_weight_bits
 from rarefy.errors import FormatError, InputError
 from rarefy.graph.lowering import to_numbers
 from rarefy.graph.nodes import attribute, finish
-from rarefy.system.cpu import exact_int8
 from rarefy.system.dependencies import needs
 
 aten = torch.ops.aten
 OPERATORS = torch.ops.rarefy
 KEPT = 3  # shapes a session stays compiled for
-_CARRIERS = frozenset(
-    {
-        aten.max_pool2d.default, aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.permute.default,
-        aten.transpose.int, aten.squeeze.dim, aten.unsqueeze.default, aten.contiguous.default, aten.clone.default, aten.slice.Tensor,
-        aten.select.int, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default,
-    }
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,22 +43,7 @@ class OpenVINO:
     suffix = ".onnx"
     decoded = True  # a code that is read out takes the layer apart that made it
     package = "openvino"
-    capabilities = Capabilities(
-        layers=frozenset({aten.conv2d.default, aten.conv2d.padding, aten.linear.default}),
-        joins=frozenset(
-            {
-                aten.add.Tensor, aten.mul.Tensor, aten.cat.default, aten.adaptive_avg_pool2d.default, aten.avg_pool2d.default,
-            }
-        ),
-        carriers=_CARRIERS,
-        paddings=frozenset({aten.pad.default}),
-        clips=frozenset({aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default}),
-        float_result=frozenset({aten.conv2d.default, aten.conv2d.padding, aten.linear.default}),
-        posts=frozenset(
-            {aten.hardswish.default, aten.silu.default, aten.gelu.default, aten.sigmoid.default, aten.hardsigmoid.default, aten.tanh.default}
-        ),
-        products=frozenset({aten.matmul.default}),
-    )  # fmt: skip
+    capabilities = Capabilities(posts=ACTIVATIONS, products=frozenset({aten.matmul.default}), has_kernel_times=True)
 
     def __post_init__(self) -> None:
         if self.precision not in ("f32", "bf16"):
@@ -75,9 +51,8 @@ class OpenVINO:
 
     @property
     def weight_bits(self) -> int:
-        """What weights may have: 255 2^6 2 < 2^15, so that no sum of two products saturates."""
-        exact = exact_int8() if self.vnni is None else self.vnni
-        return 7 if exact is False else 8
+        """The most bits of a weight whose products add up exactly."""
+        return exact_weight_bits(self.vnni)
 
     @property
     def floats(self) -> tuple[OpenVINO, ...]:
@@ -93,40 +68,37 @@ class OpenVINO:
         return Session(path, self.threads, self.precision)
 
     def compare(
-        self, graph: fx.GraphModule, path: str | os.PathLike[str], inputs: Tensor, batch: int = 32, on: Any = None
-    ) -> dict[str, Any]:
+        self,
+        graph: fx.GraphModule,
+        path: str | os.PathLike[str],
+        inputs: Tensor,
+        batch: int = 32,
+        on: Runtime | None = None,
+    ) -> Parity:
         """Parity of ``graph`` and the file it was exported to, run by ``on`` (None: this runtime); see ``rarefy.deployment.parity``."""
         reader = self if on is None else on
         return parity.compare(_written(graph), path, inputs, reader.open, batch, reader.decoded)
 
-    def kernel_times(
-        self, path: str | os.PathLike[str], inputs: Tensor, seconds: float = 1.5
-    ) -> list[tuple[str, str, list[list[int]], float]]:
-        """The kernels of one run, in order: name, operator, sizes of all it reads and makes, microseconds (median of the quiet runs of ``seconds``)."""
-        session = Session(path, self.threads, self.precision, profile=True)
-        request = session.request(inputs)
-        runs: list[dict[str, float]] = []
-        begun = time.perf_counter()
-        while len(runs) < 15 or (time.perf_counter() - begun < seconds and len(runs) < 300):
+    def kernel_times(self, path: str | os.PathLike[str], inputs: Tensor, seconds: float = 1.5) -> list[Kernel]:
+        """The kernels of one run, in order, each with its median over the quiet runs of ``seconds``."""
+        request = Session(path, self.threads, self.precision, profile=True).request(inputs)
+
+        def run() -> dict[str, float]:
             request.infer([inputs.numpy()], share_inputs=True, share_outputs=True)
-            runs.append({info.node_name: info.real_time.total_seconds() * 1e6 for info in request.get_profiling_info()})
-        runs = runs[3:]
-        totals = [sum(run.values()) for run in runs]
-        calm = max(1.1 * min(totals), sorted(totals)[4])  # a slower run was disturbed by another process
-        runs = [run for run, total in zip(runs, totals, strict=True) if total <= calm]
-        found = []
-        for node in _executed(request.get_compiled_model()):
-            name = node.get_friendly_name()
-            shapes = [list(port.get_shape()) for port in (*node.inputs(), *node.outputs())]
-            found.append(
-                (
-                    name,
-                    str(node.get_rt_info()["layerType"].astype(str)),
-                    shapes,
-                    statistics.median(run.get(name, 0.0) for run in runs),
-                )
+            return {info.node_name: info.real_time.total_seconds() * 1e6 for info in request.get_profiling_info()}
+
+        runs = repeated(run, seconds)
+        nodes = _executed(request.get_compiled_model())
+        times = quiet_medians([[us.get(node.get_friendly_name(), 0.0) for node in nodes] for us in runs])
+        return [
+            Kernel(
+                node.get_friendly_name(),
+                str(node.get_rt_info()["layerType"].astype(str)),
+                [list(port.get_shape()) for port in (*node.inputs(), *node.outputs())],
+                us,
             )
-        return found
+            for node, us in zip(nodes, times, strict=True)
+        ]
 
     def integer_islands(self, path: str | os.PathLike[str], inputs: Tensor) -> dict[str, Any]:
         """What OpenVINO made of the file: integer primitives by type, the float ones, and conversions between them."""
@@ -146,7 +118,7 @@ def _written(graph: fx.GraphModule) -> fx.GraphModule:
         if node.target is OPERATORS.dequantize.default and node.args[0].target is OPERATORS.quantize.default:
             moved = node.args[0].args[0]
             source = moved
-            while source.op == "call_function" and (source.target in _CARRIERS or source.target is operator.getitem):
+            while source.op == "call_function" and (source.target in CARRIERS or source.target is operator.getitem):
                 source = source.args[0]
             if (
                 source is not moved

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.deployment import latency
+from rarefy.deployment.runtime import Capabilities, Kernel
 from rarefy.errors import InputError
 from rarefy.graph.capture import capture
 from rarefy.graph.macs import count_macs
 from rarefy.pruning import latency_search, latency_table
 from rarefy.pruning.latency_search import damage, descend
-from rarefy.pruning.latency_table import Kernel, Space, fit
+from rarefy.pruning.latency_table import Space, fit
 from rarefy.pruning.prune import prune
 from rarefy.runtimes.onnxruntime import OnnxRuntime
 
@@ -128,7 +131,7 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxscript")
     monkeypatch.setenv("RAREFY_CACHE", str(tmp_path))
     # On a machine that others use, no timing can be promised: what is tested is that the parts fit.
-    monkeypatch.setattr(latency_table, "SPREAD", 1e3)
+    monkeypatch.setattr(latency, "SPREAD", 1e3)
     monkeypatch.setattr(latency_search, "LEAST", 0.5)
     model, example = Small().eval(), torch.randn(2, 3, 32, 32)
     model(example)
@@ -163,8 +166,9 @@ def test_refuses_what_is_no_speedup(speedup: object) -> None:
 
 
 def test_refuses_a_runtime_that_tells_no_times() -> None:
+    mine: Any = SimpleNamespace(capabilities=Capabilities())
     with pytest.raises(InputError, match="can't tell the time of each of its kernels"):
-        latency_table._kernels(object(), Path("none"), torch.zeros(1), "mine")
+        latency_table._kernels(mine, Path("none"), torch.zeros(1), "mine")
 
 
 def test_the_best_round_is_the_nearest_of_those_fast_enough_and_calm() -> None:
@@ -173,6 +177,6 @@ def test_the_best_round_is_the_nearest_of_those_fast_enough_and_calm() -> None:
             np.zeros(1), 2.0, {"median": median, "low": median, "high": spread * median}, {}, 0.0
         )
 
-    rounds = [one(2.6), one(1.8), one(2.4), one(2.04, latency_table.SPREAD + 1)]
+    rounds = [one(2.6), one(1.8), one(2.4), one(2.04, latency.SPREAD + 1)]
     assert latency_search._best(rounds, 2.0) is rounds[2]
     assert latency_search._best(rounds[1:2], 2.0) is rounds[1]
