@@ -132,7 +132,7 @@ def epoch(task: Classification, batch_size: int, start: int, steps: int | None) 
 def decoders(workers: int) -> dict[str, float]:
     """Images a second of the JPEG files of the calibration set, by processes and by threads, taking turns."""
     from rarefy.data.augmentation import Augmentation
-    from rarefy.data.decoding import _Decoder
+    from rarefy.data.decoding import Decoder
 
     items = real_data.imagenet_calib() * 8
     found: dict[str, list[float]] = {"processes": [], "threads": []}
@@ -143,8 +143,8 @@ def decoders(workers: int) -> dict[str, float]:
         for _ in task.batches("train", 32, shuffle_seed=0, augment=True):
             pass
         found["processes"].append(count / (time.perf_counter() - began))
-        decoder = _Decoder(
-            task._source("train"), (3, 224, 224), 0.875, Image.Resampling.BILINEAR, Augmentation(True, None, True)
+        decoder = Decoder(
+            task.data.source("train"), (3, 224, 224), 0.875, Image.Resampling.BILINEAR, Augmentation(True, None, True)
         )  # type: ignore[arg-type]
         began = time.perf_counter()
         with ThreadPoolExecutor(workers) as pool:

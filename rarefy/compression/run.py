@@ -31,12 +31,12 @@ from rarefy.deployment import latency
 from rarefy.deployment.latency import CLEARLY
 from rarefy.errors import CheckFailed, FormatError, InputError
 from rarefy.evaluation import measure
-from rarefy.evaluation.accuracy import doubts
 from rarefy.evaluation.certify import certify
 from rarefy.evaluation.evaluate import evaluate
 from rarefy.graph.shapes import output_shapes
 from rarefy.kernels import is_quantised
 from rarefy.reports import report as report_module
+from rarefy.tasks.metrics.accuracy import doubts
 
 CORRUPTED_IMAGES = 1000
 PARITY_IMAGES = 256

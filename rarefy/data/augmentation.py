@@ -1,4 +1,10 @@
-"""Mixing: a batch blended with itself, pictures and labels alike. What is drawn depends on (seed, step) alone."""
+"""Augmentation: another picture of the same thing in every epoch. What is drawn follows from seeds, never from the global random state.
+
+* Of files, ``crop`` is a crop of random area (from ``scale`` to 1) and aspect (3/4 to 4/3), resized (GoogLeNet's, arXiv 1409.4842); of arrays, a
+  shift of so many pixels both ways, black where it came from outside (He et al., arXiv 1512.03385). ``flip`` mirrors half of them.
+* ``erase`` leaves a square of that side, around a random point, without content: zero after normalisation (cutout, arXiv 1708.04552).
+* ``mix`` blends a batch with itself, pictures and targets alike: mixup (arXiv 1710.09412) or cutmix (arXiv 1905.04899).
+"""
 
 from __future__ import annotations
 
@@ -9,14 +15,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from rarefy.data.transfer import sent
-from rarefy.distillation.options import Training
+from rarefy.errors import DataError
 
 
 class Augmentation(NamedTuple):
-    """``"crop=4,flip"``: crop: pixels of shift (None: an eighth of the image); scale: least area of a random crop of a file; erase: side of a square."""
+    """``"crop=4,flip"``.
+
+    crop: pixels of shift (None: an eighth of the image). scale: least area of a random crop of a file. erase: side of a square.
+    """
 
     cropped: bool = False
     crop: int | None = None
@@ -24,8 +33,38 @@ class Augmentation(NamedTuple):
     scale: float = 0.35
     erase: int = 0
 
+    @property
+    def still(self) -> bool:
+        """Is an image the same picture in every epoch?"""
+        return self._replace(scale=Augmentation().scale) == Augmentation()
 
-def _random_box(width: int, height: int, draw: np.random.Generator, scale: float) -> tuple[float, float, float, float]:
+
+def parse(text: str, who: str) -> Augmentation:
+    """``"crop,flip"`` as values. Raises DataError, which begins with ``who``, for anything else than it knows."""
+    parsed = Augmentation()
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        key, equals, value = part.partition("=")
+        try:
+            if key == "crop":
+                parsed = parsed._replace(cropped=True, crop=int(value) if equals else None)
+            elif key == "flip" and not equals:
+                parsed = parsed._replace(flip=True)
+            elif key == "scale":
+                parsed = parsed._replace(scale=float(value))
+            elif key == "erase" and int(value) > 0:
+                parsed = parsed._replace(erase=int(value))
+            elif part != "none":
+                raise ValueError
+        except ValueError as error:
+            raise DataError(
+                f"{who}: augment={text!r}: {part!r} is not crop, crop=PIXELS, flip, scale=LEAST_AREA, erase=PIXELS or none"
+            ) from error
+    if not 0 < parsed.scale <= 1 or (parsed.crop or 0) < 0:
+        raise DataError(f"{who}: augment={text!r}: scale is an area above 0 and up to 1, crop a number of pixels")
+    return parsed
+
+
+def random_box(width: int, height: int, draw: np.random.Generator, scale: float) -> tuple[int, int, int, int]:
     """Left, top, right, bottom of a crop of random area and aspect; the whole image's centre where ten tries do not fit."""
     area = width * height * draw.uniform(scale, 1, 10)
     ratio = np.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3), 10))
@@ -41,7 +80,7 @@ def _random_box(width: int, height: int, draw: np.random.Generator, scale: float
     return left, top, left + crop_width, top + crop_height
 
 
-def _shifted(images: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
+def shifted(images: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
     """(N, C, H, W), each shifted and mirrored at random: one gather for the whole batch."""
     count, _, height, width = images.shape
     pad = 0
@@ -57,17 +96,30 @@ def _shifted(images: Tensor, augmentation: Augmentation, generator: torch.Genera
     return padded.permute(0, 2, 3, 1)[batch, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
 
 
-def mix(
-    inputs: Tensor, targets: Tensor | None, training: Training, classes: int, step: int
-) -> tuple[Tensor, Tensor | None]:
-    """Mixup (1710.09412) or cutmix (1905.04899) of the batch with itself backwards; targets become probabilities (N, classes).
+def erased(inputs: Tensor, side: int, generator: torch.Generator) -> Tensor:
+    """Normalised (N, C, H, W), each without a square around a random point."""
+    count, _, height, width = inputs.shape
+    centre = torch.rand(2, count, 1, generator=generator)
+    down, across = sent((centre * torch.tensor([height, width]).view(2, 1, 1)).floor() - side // 2, inputs.device)
+    rows = torch.arange(height, device=inputs.device) - down
+    columns = torch.arange(width, device=inputs.device) - across
+    inside = ((rows >= 0) & (rows < side)).unsqueeze(2) & ((columns >= 0) & (columns < side)).unsqueeze(1)
+    return inputs.masked_fill(inside.unsqueeze(1), 0.0)
 
-    inputs: (N, channels, H, W); what is drawn depends on (seed, step) alone. Cutmix's share is that of the rectangle as cut.
+
+def mix(
+    inputs: Tensor, targets: Tensor | None, *, mixup: float, cutmix: float, seed: int, step: int
+) -> tuple[Tensor, Tensor | None]:
+    """Mixup or cutmix of the batch with itself backwards; where both are asked for, one of them, drawn anew in each step.
+
+    inputs: (N, channels, H, W). targets: (N, ...) float32, as ``Task.soft`` makes them, or None.
+    mixup, cutmix: alpha of the Beta distribution that the share is drawn from; 0: not this one. What is drawn depends on (seed, step) alone.
+    Cutmix's share is that of the rectangle as cut.
     """
-    alphas = [("mixup", training.mixup)] * bool(training.mixup) + [("cutmix", training.cutmix)] * bool(training.cutmix)
+    alphas = [("mixup", mixup)] * bool(mixup) + [("cutmix", cutmix)] * bool(cutmix)
     if not alphas:
         return inputs, targets
-    draw = random.Random(f"{training.seed}/{step}")
+    draw = random.Random(f"{seed}/{step}")
     kind, alpha = draw.choice(alphas)
     share = draw.betavariate(alpha, alpha)
     if kind == "mixup":
@@ -78,10 +130,7 @@ def mix(
         share = 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / (height * width)
         inputs, other = inputs.clone(), inputs.flip(0)
         inputs[..., rows, columns] = other[..., rows, columns]
-    if targets is None:
-        return inputs, None
-    certain = nn.functional.one_hot(targets, classes).to(inputs.dtype) if targets.dim() == 1 else targets
-    return inputs, certain.lerp(certain.flip(0), 1 - share)
+    return inputs, None if targets is None else targets.lerp(targets.flip(0), 1 - share)
 
 
 def _span(size: int, share: float, draw: random.Random) -> slice:

@@ -1,12 +1,21 @@
+"""Decoding: the items of a source as tensors of one shape, in a DataLoader's workers.
+
+* **Evaluation.** The shorter side resized to ``size / crop``, then the centre ``size`` x ``size`` (torchvision's Resize and CenterCrop, to the
+  pixel). Arrays and tensors that a dataset yields are resized as they are.
+* **Training.** ``augmentation.py``, drawn from (shuffle_seed, epoch, index), whatever the number of workers.
+* **Unreadable images** are no exception here: a worker tells what is broken and why, and who asked decides.
+"""
+
 from __future__ import annotations
 
+import functools
 import gc
 import io
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,20 +24,19 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from rarefy.data.augmentation import Augmentation, _random_box, _shifted
-from rarefy.data.items import Items
+from rarefy.data.augmentation import Augmentation, random_box, shifted
+from rarefy.data.items import Items, Picture
+from rarefy.data.targets import Target
 from rarefy.errors import DataError
 
-_RESAMPLING = {
+RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }
-_UNLABELLED = "{}: has no labels, which training and evaluation need; only calibration and learning from a teacher alone (hard_weight=0) do without"
-_FILE_SIZE = 224  # pixels, where a source of files is given no size
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # others run programs (EPS) or are rarely what is meant
 _MOST_PIXELS = 2**26  # of one image: a few bytes can declare gigabytes
-_MOST_SCANNED = 10_000  # images looked at to count the unreadable ones
+MOST_SCANNED = 10_000  # images looked at to count the unreadable ones
 
 
 class _Decoded(NamedTuple):
@@ -36,7 +44,7 @@ class _Decoded(NamedTuple):
 
     position: int
     image: Tensor | None = None
-    label: int | None = None
+    label: Target | None = None
     broken: str | None = None
     refused: str | None = None
 
@@ -55,7 +63,7 @@ class _Keys:
             yield [(index, self.seeds) for index in chunk.tolist()]
 
 
-class _Decoder:
+class Decoder:
     """Items of a source as tensors of one shape, for a DataLoader's workers."""
 
     def __init__(
@@ -66,13 +74,8 @@ class _Decoder:
         resample: Image.Resampling,
         augmentation: Augmentation,
     ):
-        self.source, self.shape, self.crop, self.resample, self.augmentation = (
-            source,
-            shape,
-            crop,
-            resample,
-            augmentation,
-        )
+        self.source, self.shape, self.crop = source, shape, crop
+        self.resample, self.augmentation = resample, augmentation
 
     def __len__(self) -> int:
         return len(self.source)
@@ -80,7 +83,7 @@ class _Decoder:
     def __getitem__(self, key: tuple[int, tuple[int, int] | None]) -> _Decoded:
         """Never raises: what a worker raises would reach the user as a page of text."""
         index, seeds = key
-        image: Any = None
+        image: Picture | None = None
         try:
             image, label = self.source.item(index)
             draw = None if seeds is None else np.random.default_rng([seed % 2**63 for seed in (*seeds, index)])
@@ -90,8 +93,8 @@ class _Decoder:
         except Exception as error:
             return _Decoded(index, broken=f"{self.source.name(index, image)} ({_why(error)})")
 
-    def _decoded(self, image: Any, draw: np.random.Generator | None) -> Tensor:
-        channels, size = self.shape[0], self.shape[1:]
+    def _decoded(self, image: Picture, draw: np.random.Generator | None) -> Tensor:
+        channels = self.shape[0]
         if isinstance(image, str | Path | bytes):
             with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=_FORMATS) as opened:
                 if opened.width * opened.height > _MOST_PIXELS:
@@ -104,40 +107,38 @@ class _Decoder:
             image = image.unsqueeze(0) if image.dim() == 2 else image.permute(2, 0, 1)
         if not isinstance(image, Tensor) or image.dim() != 3:
             raise DataError(
-                f"{self.source.where}: yields {_kind(image)} for an image; yield a path, a PIL image, an (H, W[, C]) array or a (C, H, W) tensor"
+                f"{self.source.where}: yields {_kind(image)} for an image; "
+                "yield a path, a PIL image, an (H, W[, C]) array or a (C, H, W) tensor"
             )
         if image.shape[0] != channels:
             if image.shape[0] != 1:
                 raise DataError(
-                    f"{self.source.where}: yields an image of {image.shape[0]} channels where {channels} are expected; convert them all, or pass channels="
+                    f"{self.source.where}: yields an image of {image.shape[0]} channels where {channels} are expected; "
+                    "convert them all, or pass channels="
                 )
             image = image.expand(channels, -1, -1)
-        image = image if image.dtype == torch.uint8 else image.float()
+        return self._from_tensor(image if image.dtype == torch.uint8 else image.float(), draw)
+
+    def _from_tensor(self, image: Tensor, draw: np.random.Generator | None) -> Tensor:
+        size = self.shape[1:]
         if draw is not None:
             if self.augmentation.cropped and self.augmentation.crop is None and image.shape[1:] != size:
-                left, top, right, bottom = (
-                    int(edge) for edge in _random_box(image.shape[2], image.shape[1], draw, self.augmentation.scale)
-                )
+                left, top, right, bottom = random_box(image.shape[2], image.shape[1], draw, self.augmentation.scale)
                 image = image[:, top:bottom, left:right]
             else:
-                image = _shifted(
-                    image.unsqueeze(0),
-                    self.augmentation._replace(flip=False),
-                    torch.Generator().manual_seed(int(draw.integers(2**63))),
-                ).squeeze(0)
+                seeded = torch.Generator().manual_seed(int(draw.integers(2**63)))
+                image = shifted(image.unsqueeze(0), self.augmentation._replace(flip=False), seeded).squeeze(0)
             if self.augmentation.flip and draw.random() < 0.5:
                 image = image.flip(2)
-        return (
-            image
-            if image.shape[1:] == size
-            else _resized(image.unsqueeze(0), size, self.resample.name.lower()).squeeze(0)
-        )
+        if image.shape[1:] == size:
+            return image
+        return resized(image.unsqueeze(0), size, self.resample.name.lower()).squeeze(0)
 
     def _from_pil(self, image: Image.Image, draw: np.random.Generator | None) -> Tensor:
         height, width = self.shape[1:]
         if draw is not None and self.augmentation.cropped:
             image = image.resize(
-                (width, height), self.resample, box=_random_box(*image.size, draw, self.augmentation.scale)
+                (width, height), self.resample, box=random_box(*image.size, draw, self.augmentation.scale)
             )
         else:
             short = min(image.size)
@@ -150,11 +151,7 @@ class _Decoder:
         if draw is not None and self.augmentation.flip and draw.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         array = np.asarray(image)
-        return (
-            torch.from_numpy(array.copy()).unsqueeze(0)
-            if array.ndim == 2
-            else torch.from_numpy(array.transpose(2, 0, 1).copy())
-        )
+        return torch.from_numpy((array[None] if array.ndim == 2 else array.transpose(2, 0, 1)).copy())
 
 
 def _converted(image: Image.Image, channels: int) -> Image.Image:
@@ -169,7 +166,7 @@ def _converted(image: Image.Image, channels: int) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def _resized(images: Tensor, size: tuple[int, ...], interpolation: str) -> Tensor:
+def resized(images: Tensor, size: tuple[int, ...], interpolation: str) -> Tensor:
     """(N, C, H, W) to the size, antialiased; uint8 stays uint8."""
     smooth = interpolation != "nearest"
     done = F.interpolate(
@@ -180,33 +177,63 @@ def _resized(images: Tensor, size: tuple[int, ...], interpolation: str) -> Tenso
     return done.clamp(images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True))  # bicubic overshoots
 
 
-def _collated(
-    where: str, full: bool, found: list[_Decoded]
-) -> tuple[Tensor | str | None, Tensor | None, dict[int, str]]:
-    """Images, labels, and index -> what is broken; an error's text in place of images that can't be one batch. full: keep the batch's size."""
-    broken = {one.position: one.broken for one in found if one.broken is not None}
-    refused = next((one.refused for one in found if one.refused is not None), None)
+def _collated(where: str, full: bool, items: list[_Decoded]) -> Batch:
+    """full: keep the batch's size."""
+    broken = {one.position: one.broken for one in items if one.broken is not None}
+    refused = next((one.refused for one in items if one.refused is not None), None)
     if refused is not None:
-        return refused, None, broken
-    good = [one for one in found if one.image is not None]
+        return Batch(None, None, broken, refused)
+    good = [one for one in items if one.image is not None]
     if full and good:  # the next sound one stands in, round the end
-        places = np.flatnonzero([one.image is not None for one in found])
-        good = [good[place % len(good)] for place in np.searchsorted(places, np.arange(len(found))).tolist()]
+        places = np.flatnonzero([one.image is not None for one in items])
+        good = [good[place % len(good)] for place in np.searchsorted(places, np.arange(len(items))).tolist()]
     images = [one.image for one in good if one.image is not None]
     labels = [one.label for one in good if one.label is not None]
     if not images:
-        return None, None, broken
+        return Batch(None, None, broken)
     kinds = sorted({f"{tuple(image.shape)} {image.dtype}" for image in images})
     if len(kinds) > 1:
-        return (
-            f"{where}: yields images of different kinds ({kinds[0]} and {kinds[1]}); yield one kind, or pass size=",
-            None,
-            broken,
-        )
-    return torch.stack(images), torch.tensor(labels, dtype=torch.int64) if len(labels) == len(images) else None, broken
+        text = f"{where}: yields images of different kinds ({kinds[0]} and {kinds[1]}); yield one kind, or pass size="
+        return Batch(None, None, broken, text)
+    return Batch(torch.stack(images), _stacked(labels) if len(labels) == len(images) else None, broken)
 
 
-def _uninterrupted(loader: DataLoader[Any], where: str) -> Iterator[Any]:
+def _stacked(labels: Sequence[Target]) -> Tensor:
+    if all(isinstance(label, int) for label in labels):
+        return torch.tensor(labels, dtype=torch.int64)
+    return torch.from_numpy(np.stack(labels))
+
+
+class Batch(NamedTuple):
+    """images: (N, C, H, W); None where none could be read. broken: index -> which and why. refused: why these can't be one batch."""
+
+    images: Tensor | None
+    labels: Tensor | None
+    broken: dict[int, str]
+    refused: str | None = None
+
+
+def decoded(
+    decoder: Decoder, chunks: Sequence[Tensor], seeds: tuple[int, int] | None, workers: int, pinned: bool
+) -> Iterator[Batch]:
+    """The items that each chunk names, as uint8 or float (N, C, H, W), by ``workers`` processes; 0: in this one.
+
+    seeds: (shuffle_seed, epoch) to augment from; None: as for evaluation. pinned: in memory that a GPU copies from without waiting.
+    """
+    where = decoder.source.where
+    loader: DataLoader[Batch] = DataLoader(
+        decoder,  # type: ignore[arg-type]
+        batch_sampler=_Keys(chunks, seeds),  # type: ignore[arg-type]
+        num_workers=workers,
+        collate_fn=functools.partial(_collated, where, seeds is not None),
+        worker_init_fn=_begin_worker,
+        pin_memory=pinned,
+        generator=torch.Generator().manual_seed(0),  # else it draws a number from the global one
+    )
+    return _uninterrupted(loader, where)
+
+
+def _uninterrupted(loader: DataLoader[Batch], where: str) -> Iterator[Batch]:
     """The loader's batches; a worker that dies is told of in a line."""
     batches = iter(loader)
     while True:
@@ -234,10 +261,10 @@ def _quiet_pictures() -> None:
     warnings.filterwarnings("ignore", module="PIL")
 
 
-def _all_broken(source: Items) -> dict[int, str]:
+def all_broken(source: Items) -> dict[int, str]:
     """Every unreadable image among the first ten thousand."""
-    decoder = _Decoder(source, (3, 8, 8), 1.0, Image.Resampling.NEAREST, Augmentation())
-    seen = range(min(len(source), _MOST_SCANNED))
+    decoder = Decoder(source, (3, 8, 8), 1.0, Image.Resampling.NEAREST, Augmentation())
+    seen = range(min(len(source), MOST_SCANNED))
     if isinstance(source.items, list):
         with warnings.catch_warnings(), ThreadPoolExecutor(4) as pool:
             _quiet_pictures()
@@ -247,40 +274,15 @@ def _all_broken(source: Items) -> dict[int, str]:
     return {index: text for index, text in enumerate(found) if text is not None}
 
 
-def _item_or_none(source: Items, index: int) -> Any:
-    try:
-        return source.item(index)[0]
-    except DataError:
-        raise
-    except Exception:  # an unreadable one is told of when its batch comes
-        return None
-
-
-def _label_or_none(source: Items, index: int) -> int | None:
-    try:
-        return source.item(index)[1]
-    except DataError:
-        raise
-    except Exception:
-        return None
-
-
-def _generator(*seeds: int) -> torch.Generator:
+def generator(*seeds: int) -> torch.Generator:
     """Seeded from several numbers, so that neighbours do not give related streams."""
     entropy = np.random.SeedSequence([seed % 2**63 for seed in seeds]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(entropy >> np.uint64(1)))
 
 
-def _said(given: Any) -> str:
-    return given if isinstance(given, str) else f"<{type(given).__name__}>"
-
-
-def _kind(value: Any) -> str:
-    return (
-        f"a {type(value).__name__} of shape {tuple(value.shape)}"
-        if isinstance(value, Tensor | np.ndarray)
-        else f"a {type(value).__name__}"
-    )
+def _kind(value: object) -> str:
+    shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor | np.ndarray) else ""
+    return f"a {type(value).__name__}{shape}"
 
 
 def _why(error: BaseException) -> str:

@@ -1,23 +1,30 @@
+"""What a source of images becomes: ``Arrays`` in memory, or ``Items`` that are decoded when asked for; nothing else goes on from here."""
+
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from rarefy.data.parquet import Parquet
-from rarefy.data.shards import Shards, shuffled
+from rarefy.data.shards import LeftOut, shuffled
+from rarefy.data.targets import ClassIndices, Target, Targets
 from rarefy.errors import DataError
 
 Split = Literal["train", "val"]
-_FORMS = "give imagefolder:PATH, tar:PATH, parquet:PATH, torchvision:NAME?root=PATH, sklearn:digits, package.module:function, (images, labels) or a map-style dataset"
+Picture = str | Path | bytes | Image.Image | np.ndarray | Tensor  # an image, as a dataset yields it
+FORMS = (
+    "give imagefolder:PATH, tar:PATH, parquet:PATH, torchvision:NAME?root=PATH, sklearn:digits, "
+    "package.module:function, (images, labels) or a map-style dataset"
+)
 # Datasets of torchvision that lie in memory as uint8: the attributes that hold images and labels.
 _IN_MEMORY = {
     "CIFAR10": ("data", "targets"),
@@ -30,13 +37,26 @@ _IN_MEMORY = {
     "STL10": ("data", "labels"),
     "USPS": ("data", "targets"),
 }
-# Options of torchvision's datasets that are truth values or numbers: which text stands for which value.
-_WORDS = {"true": True, "false": False}
+
+
+class Store(Protocol):
+    """Items that lie together in large files. blocks: (N,) int64, which of them lie together; window: see ``shards.shuffled``."""
+
+    labels: Tensor | None
+    names: tuple[str, ...] | None
+    blocks: Tensor
+    window: int
+    left_out: LeftOut
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Any: ...
+    def name(self, index: int) -> str: ...
+    def fingerprint(self) -> str: ...
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Arrays:
-    """Images in memory. images: (N, C, H, W), uint8 or float32; labels: (N,) int64, or None."""
+    """Images in memory. images: (N, C, H, W), uint8 or float32; labels: (N, ...), or None."""
 
     where: str
     images: Tensor
@@ -60,9 +80,10 @@ class Arrays:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Items:
-    """Images that are decoded when asked for. items: what a dataset yields; labels: (N,) int64 where known without decoding.
+    """Images that are decoded when asked for. labels: (N, ...) where known without decoding.
 
-    store: the same, where the items lie together in large files: it knows their places, and what in the files is no item.
+    items: what a dataset yields; indices: (N,) int64, which of them. names: of the classes. targets: how labels are read.
+    store: the items again, where they lie together in large files: it knows their places, and what in the files is no item.
     """
 
     where: str
@@ -70,7 +91,8 @@ class Items:
     indices: Tensor
     labels: Tensor | None
     names: tuple[str, ...] | None = None
-    store: Shards | Parquet | None = None
+    store: Store | None = None
+    targets: Targets = field(default_factory=ClassIndices)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -81,7 +103,7 @@ class Items:
             return places[torch.randperm(len(places), generator=generator)]
         return places[shuffled(self.store.blocks[self.indices[places]], self.store.window, generator)]
 
-    def name(self, index: int, image: Any = None) -> str:
+    def name(self, index: int, image: object = None) -> str:
         """What a message calls the item at ``index``, whose image may be known."""
         if self.store is not None:
             return self.store.name(int(self.indices[index]))
@@ -91,32 +113,40 @@ class Items:
         labels = None if self.labels is None else self.labels[indices]
         return dataclasses.replace(self, indices=self.indices[indices], labels=labels)
 
-    def item(self, index: int) -> tuple[Any, int | None]:
-        """Image (a path, a PIL image, an array or a tensor) and label of the item at ``index`` of this source."""
+    def item(self, index: int) -> tuple[Picture, Target | None]:
+        """Image and label of the item at ``index`` of this source."""
         item = self.items[int(self.indices[index])]
-        if not isinstance(item, tuple | list):
-            return item, None if self.labels is None else int(self.labels[index])
-        image, label = item[0], item[1] if self.labels is None else self.labels[index]
-        return image, None if label is None else as_label(label, f"{self.where}: item {index}")
+        pair = isinstance(item, tuple | list)
+        image, label = (item[0], item[1] if self.labels is None else None) if pair else (item, None)
+        if self.labels is not None:
+            label = self.labels[index]
+        return image, None if label is None else self.targets.of_one(label, f"{self.where}: item {index}")
+
+    def item_or_none(self, index: int) -> tuple[Picture | None, Target | None]:
+        """The item, or nothing where it can't be read: that is told when its batch comes."""
+        try:
+            return self.item(index)
+        except DataError:
+            raise
+        except Exception:
+            return None, None
 
     def fingerprint(self) -> str:
         """Of the files' bytes (or the decoded pixels, where there are no files) and the labels; not of where the files lie."""
         if self.store is not None:
             chosen = f"{self.indices.tolist()} {self.labels.tolist() if self.labels is not None else None}"
             return hashlib.sha256(f"{self.store.fingerprint()} {chosen}".encode()).hexdigest()
-        on_disk = isinstance(self.items, list)
 
         def one(index: int) -> bytes:
             image, label = self.item(index)
             try:
                 return hashlib.sha256(_bytes(image)).digest() + f" {label}\n".encode()
             except OSError as error:
-                raise DataError(
-                    f"{self.where}: {image}: {error.strerror or error}; restore the file or take it off the list"
-                ) from error
+                why = error.strerror or error
+                raise DataError(f"{self.where}: {image!s}: {why}; restore the file or take it off the list") from error
 
         digest = hashlib.sha256()
-        if on_disk:
+        if isinstance(self.items, list):  # of paths, mostly
             with ThreadPoolExecutor(8) as pool:
                 for piece in pool.map(one, range(len(self)), chunksize=16):
                     digest.update(piece)
@@ -129,70 +159,49 @@ class Items:
 Source = Arrays | Items
 
 
-def as_label(label: Any, where: str) -> int:
-    """A class index from whatever a dataset yields as label."""
-    array = np.asarray(label)
-    if array.size != 1:
-        raise DataError(
-            f"{where}: its label has shape {array.shape}; labels are class indices (one-hot: pass labels.argmax(1))"
-        )
-    try:
-        value = int(array.reshape(()).item())
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{where}: its label {label!r} is not a class index (0, 1, ...)") from error
-    if value < 0 or value != array.reshape(()).item():
-        raise DataError(f"{where}: its label {value} is not a class index (0, 1, ...)")
-    return value
+def of_store(text: str, store: Store) -> Items:
+    return Items(text, store, torch.arange(len(store)), store.labels, store.names, store)
 
 
-def _from_object(given: Any, where: str) -> Source:
+def from_object(given: Any, where: str, targets: Targets) -> Source:
+    """Arrays, a pair of them, a dataset of torchvision, or any map-style dataset. Raises DataError for anything else."""
     if isinstance(given, Tensor | np.ndarray):
         given = (given, None)
     if isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], Tensor | np.ndarray):
         images = _as_images(given[0], where)
-        return Arrays(where, images, None if given[1] is None else _as_labels(given[1], len(images), where))
+        return Arrays(where, images, None if given[1] is None else targets.of_all(given[1], len(images), where))
     cls = type(given)
     if cls.__module__.startswith("torchvision.") and cls.__name__ in _IN_MEMORY and given.transforms is None:
         images, labels = (getattr(given, name) for name in _IN_MEMORY[cls.__name__])
         names = tuple(map(str, getattr(given, "classes", None) or ())) or None
         images = _as_images(images, where)
-        return Arrays(where, images, _as_labels(labels, len(images), where), names)
-    if not (callable(getattr(given, "__getitem__", None)) and callable(getattr(given, "__len__", None))) or isinstance(
-        given, str | dict
-    ):
-        raise DataError(f"{where}: {cls.__name__} is not a data source; {_FORMS}")
-    names = getattr(given, "classes", None)
-    return Items(
-        where,
-        given,
-        torch.arange(len(given)),
-        _known_labels(given, where),
-        tuple(map(str, names)) if isinstance(names, list | tuple) and names else None,
-    )
+        return Arrays(where, images, targets.of_all(labels, len(images), where), names)
+    map_style = callable(getattr(given, "__getitem__", None)) and callable(getattr(given, "__len__", None))
+    if not map_style or isinstance(given, str | dict):
+        raise DataError(f"{where}: {cls.__name__} is not a data source; {FORMS}")
+    classes = getattr(given, "classes", None)
+    names = tuple(map(str, classes)) if isinstance(classes, list | tuple) and classes else None
+    return Items(where, given, torch.arange(len(given)), _known_labels(given, where, targets), names, targets=targets)
 
 
-def _known_labels(dataset: Any, where: str) -> Tensor | None:
+def _known_labels(dataset: Any, where: str, targets: Targets) -> Tensor | None:
     """Labels of a dataset, without decoding an image: of a list of (path, label), or where torchvision's datasets keep them."""
     if isinstance(dataset, list | tuple):
-        if not all(
+        paths = all(
             isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], str | Path) for item in dataset
-        ):
-            return None
-        return (
-            _as_labels([label for _, label in dataset], len(dataset), where)
-            if dataset and dataset[0][1] is not None
-            else None
         )
+        if not paths or not dataset or dataset[0][1] is None:
+            return None
+        return targets.of_all([label for _, label in dataset], len(dataset), where)
     for name in ("targets", "labels", "_labels"):
-        found = getattr(dataset, name, None)
-        if isinstance(found, list | tuple | np.ndarray | Tensor) and len(found) == len(dataset):
-            return (
-                _as_labels(found, len(dataset), where) if getattr(dataset, "target_transform", None) is None else None
-            )
+        labels = getattr(dataset, name, None)
+        if isinstance(labels, list | tuple | np.ndarray | Tensor) and len(labels) == len(dataset):
+            as_stored = getattr(dataset, "target_transform", None) is None
+            return targets.of_all(labels, len(dataset), where) if as_stored else None
     return None
 
 
-def _as_images(given: Any, where: str) -> Tensor:
+def _as_images(given: Tensor | np.ndarray, where: str) -> Tensor:
     """(N, C, H, W), uint8 or float32, sharing memory where it can."""
     if isinstance(given, np.ndarray) and not given.flags.writeable:
         given = given.copy()
@@ -229,35 +238,11 @@ def _as_images(given: Any, where: str) -> Tensor:
     return images.to(torch.uint8)
 
 
-def _as_labels(given: Any, count: int, where: str) -> Tensor:
-    try:
-        labels = torch.as_tensor(np.asarray(given) if isinstance(given, list | tuple) else given).detach().cpu()
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            f"{where}: labels can't be read ({_first_line(error)}); pass class indices (0, 1, ...), one an image"
-        ) from error
-    if labels.dim() == 2 and labels.shape[1] == 1:
-        labels = labels.squeeze(1)
-    if labels.dim() != 1:
-        raise DataError(
-            f"{where}: labels have shape {tuple(labels.shape)}; pass class indices (N,) (one-hot: labels.argmax(1))"
-        )
-    if len(labels) != count:
-        raise DataError(f"{where}: {count} images but {len(labels)} labels; pass one label an image")
-    whole = labels.to(torch.int64)
-    wrong = (whole != labels) | (whole < 0)
-    if bool(wrong.any()):
-        first = int(wrong.int().argmax())
-        raise DataError(
-            f"{where}: label {labels[first].item()} of image {first} is not a class index (0, 1, ...); {int(wrong.sum())} of {count} are not"
-        )
-    return whole
-
-
-def _held_out(labels: Tensor | None, count: int, split: Split) -> Tensor:
-    """Indices of a split: of each class (of all, where labels are unknown) a fifth is "val", by a fixed seed."""
+def held_out(labels: Tensor | None, count: int, split: Split) -> Tensor:
+    """Indices of a split: a fifth is "val", by a fixed seed; of each class a fifth, where labels are class indices."""
     key = torch.rand(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    classes = torch.zeros(count, dtype=torch.int64) if labels is None else labels
+    indices = labels is not None and labels.dim() == 1 and not labels.is_floating_point()
+    classes = labels if labels is not None and indices else torch.zeros(count, dtype=torch.int64)
     order = torch.from_numpy(np.lexsort((key.numpy(), classes.numpy())))
     sizes = torch.bincount(classes)
     rank = torch.empty(count, dtype=torch.int64)
@@ -266,14 +251,23 @@ def _held_out(labels: Tensor | None, count: int, split: Split) -> Tensor:
     return torch.nonzero(held if split == "val" else ~held).squeeze(1)
 
 
-def _bytes(image: Any) -> bytes:
+def relabelled(source: Source, names: Sequence[str]) -> Source:
+    """The source of a split with labels that count these class names. Raises DataError for a class that is not among them."""
+    place = {name: label for label, name in enumerate(names)}
+    unknown = [name for name in source.names or () if name not in place]
+    if unknown:
+        raise DataError(
+            f"{source.where}: class folder {unknown[0]!r} is in val and not in train ({len(unknown)} such); "
+            "both need the same names"
+        )
+    labels = torch.tensor([place[name] for name in source.names or ()])[source.labels]
+    return dataclasses.replace(source, labels=labels, names=tuple(names))
+
+
+def _bytes(image: Picture) -> bytes:
     if isinstance(image, str | Path):
         return Path(image).read_bytes()
     if isinstance(image, Image.Image):
         return f"{image.mode} {image.size}".encode() + image.tobytes()
     array = np.ascontiguousarray(image.detach().cpu().numpy() if isinstance(image, Tensor) else np.asarray(image))
     return f"{array.dtype} {array.shape}".encode() + array.tobytes()
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

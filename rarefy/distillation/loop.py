@@ -255,12 +255,15 @@ class _Run:
         )
         step = start
         for inputs, targets in batches:
+            if targets is not None and (training.mixup or training.cutmix):
+                targets = self.task.soft(targets)
             yield mix(
                 inputs,
                 targets,
-                training,
-                self.task.classes if targets is not None else 0,
-                epoch * self.per_epoch + step,
+                mixup=training.mixup,
+                cutmix=training.cutmix,
+                seed=training.seed,
+                step=epoch * self.per_epoch + step,
             )
             step += 1
         raise InputError(

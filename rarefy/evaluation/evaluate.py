@@ -1,54 +1,44 @@
-"""evaluate(): how good a classifier is, how sure that is, and how much worse than its reference.
+"""evaluate(): how good a model is on a task, how sure that is, and how much worse than its reference.
 
-One pass over the data: a batch is decoded once and every model runs on it, so all numbers are of the same images.
+One pass over the data: a batch is decoded once and every model runs on it, so all numbers are of the same images, and differences are paired.
+What is counted is the task's metric (``rarefy/tasks/metric.py``; of a classifier top-1, ``rarefy/tasks/metrics/accuracy.py``): nothing here
+knows how outputs are read.
 
-**Top-1** with its 95 % Wilson interval (Wilson, JASA 1927), z = 1.96::
-
-    centre (p + z^2/2n) / (1 + z^2/n),   half (z / (1 + z^2/n)) sqrt(p (1-p)/n + z^2/4n^2)
-
-**Drop** against the reference is paired. With b images only the reference gets right and c only the model, drop = (b - c) / n: positive is
-worse. Its interval is Bonett and Price's (J. Educ. Behav. Stat. 37, 2012), recommended by Fagerland et al. (Stat. Med. 33, 2014): Wald's after
-one image is added to b and to c, so it stays honest where no image is judged differently (then +-2.8/n)::
-
-    b' = (b+1)/(n+2),  c' = (c+1)/(n+2):   b' - c'  +-  z sqrt((b' + c' - (b' - c')^2) / (n+2))
-
-**Calibration error**: ECE over 15 equal bins of confidence (Guo et al., arXiv 1706.04599), sum_bins (n_bin/n) |accuracy - confidence|.
-**Top-5** of min(5, outputs). **Worst class**: lowest top-1 among the classes with at least one image (of equals the one with most images), with
-its number of images beside it. **Agreement**: share of images to which model and reference give the same answer. **Robustness**: top-1 under
-corruptions (``tasks/corruptions.py``) at severities 1, 3, 5.
-
-Equal logits: the lowest index is the answer, so a model that says nothing is not counted right by chance. An image whose outputs hold NaN or
-infinity counts as wrong, in top-1, top-5 and agreement alike, takes no part in the calibration error, and is counted in ``nonfinite``: a broken model
-gets a low score and a visible reason, so that a gate can refuse it, and not an exception in the middle of a run.
+**Robustness**: the metric under corruptions (``corruptions.py``) at severities 1, 3, 5. They change the image as it is; normalisation is the last
+thing before the model.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rarefy.data.items import Split
 from rarefy.errors import DataError, InputError
-from rarefy.evaluation.accuracy import Evaluation, _correct, _Tally
 from rarefy.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt, fits
+from rarefy.evaluation.evaluation import Evaluation, evaluation_of
 from rarefy.graph.nodes import device_of
 from rarefy.system.progress import track
+from rarefy.tasks.metric import Metric, OutputError, Outputs, Targets
+from rarefy.tasks.task import Data, Task
 
-Model = nn.Module | Callable[[Tensor], Tensor]
+Model = nn.Module | Callable[[Tensor], Outputs]
 
 
 def evaluate(
     model: Model,
-    task: Any,
+    task: Task,
     *,
     reference: Model | None = None,
-    split: str = "val",
+    split: Split = "val",
     batch_size: int = 64,
     limit: int | None = None,
     corruptions: Sequence[str] | Literal["all"] = (),
@@ -59,53 +49,82 @@ def evaluate(
 ) -> Evaluation:
     """Judge ``model`` on ``task``, and against ``reference`` where one is given.
 
-    model, reference: modules, or callables from (N, C, H, W) float32 to logits (N, classes), such as a runtime's session. Modules are run in eval mode and
-    left as they were; where ``device`` is not the module's, a copy is moved. device: None is the model's own; callables get their inputs there, or on the
-    CPU where none is given.
-    corruptions: names, or "all" that the images' channels allow; they depend on the seed and the batch size. limit: so many images only.
+    model, reference: modules, or callables from (N, C, H, W) float32 to outputs, such as a runtime's session. Modules are run in eval mode and left
+    as they were; where ``device`` is not the module's, a copy is moved.
+    split: "train" or "val". batch_size: images a run of the model. limit: so many images only.
+    corruptions: names, or "all" that the images' channels allow; they depend on the seed and the batch size. severities: of 1 to 5.
+    device: None is the model's own; callables get their inputs there, or on the CPU where none is given.
     Raises DataError where model and data do not fit, InputError for unknown corruptions.
     """
     began = time.perf_counter()
-    names = _names(corruptions, severities, task)
+    kinds = _corruptions(corruptions, severities, task)
     with contextlib.ExitStack() as stack:
-        runners = [stack.enter_context(_runner(one, device)) for one in (model, reference) if one is not None]
-        tallies = [_Tally() for _ in runners]
+        runners = [stack.enter_context(_runner(one, task, device)) for one in (model, reference) if one is not None]
         home = torch.device(device) if device is not None else runners[0].device
-        batches = task.batches(split, batch_size, limit=limit, device=home)
-        total = task.steps(split, batch_size, limit=limit)
+        read = task.data.images if kinds else task.data.batches
+        batches = read(split, batch_size, limit=limit, device=home)
+        total = task.data.steps(split, batch_size, limit=limit)
         with torch.no_grad():
-            for step, (inputs, targets) in enumerate(track(batches, total, f"evaluate {split}", progress)):
-                images = task.denormalize(inputs) if names else inputs
-                for runner, tally in zip(runners, tallies, strict=True):
-                    tally.add(runner(inputs), targets, task)
-                for name, severity in ((name, severity) for name in names for severity in severities):
-                    changed = task.normalize(corrupt(images, name, severity, _seed(seed, step, name, severity)))
-                    for runner, tally in zip(runners, tallies, strict=True):
-                        right = _correct(runner(changed), targets)
-                        of = tally.corrupted.setdefault(name, {})
-                        of[severity] = of.get(severity, 0) + int(right.sum())
-    seconds = time.perf_counter() - began
-    about = (task.class_names, limit is None)
-    if not tallies[0].right:
+            for step, (images, targets) in enumerate(track(batches, total, f"evaluate {split}", progress)):
+                variants = _variants(task.data, images, kinds, seed, step) if kinds else [(None, images)]
+                for kind, inputs in variants:
+                    for runner in runners:
+                        runner.add(kind, inputs, targets)
+    if not runners[0].metric.samples:
         raise DataError(
             f"{task!r}: no image of {split} could be read, so there is nothing to evaluate; repair the data"
         )
+    whole, seconds = limit is None, time.perf_counter() - began
+    judged = functools.partial(evaluation_of, whole=whole, seconds=seconds)
     if reference is None:
-        return tallies[0].evaluation(seconds, *about)
-    of_model, of_reference = tallies
-    return of_model.evaluation(seconds, *about, of_reference)
+        return judged(runners[0].metric, robustness=runners[0].robustness())
+    of_model, of_reference = runners
+    return judged(
+        of_model.metric,
+        robustness=of_model.robustness(),
+        difference=of_model.metric.paired(of_reference.metric),
+        reference=judged(of_reference.metric, robustness=of_reference.robustness()),
+    )
+
+
+Kind = tuple[str, int] | None  # a corruption and its severity; None: the image as it is
+
+
+def _variants(data: Data, images: Tensor, kinds: Sequence[Kind], seed: int, step: int) -> Iterator[tuple[Kind, Tensor]]:
+    """What the model sees of a batch of images: as they are, and under each corruption."""
+    yield None, data.normalize(images)
+    for kind in kinds:
+        if kind is not None:
+            yield kind, data.normalize(corrupt(images, *kind, _seed(seed, step, *kind)))
 
 
 class _Runner:
-    """A model as a function from a batch anywhere to logits, with errors in a line."""
+    """A model judged on batches anywhere, with errors in a line."""
 
-    def __init__(self, model: Model, device: torch.device):
-        self.model, self.device = model, device
+    def __init__(self, model: Model, task: Task, device: torch.device):
+        self.model, self.task, self.device = model, task, device
+        self.metric = task.metric()
+        self.corrupted: dict[tuple[str, int], Metric] = {}
 
-    def __call__(self, inputs: Tensor) -> Tensor:
+    def add(self, kind: Kind, inputs: Tensor, targets: Targets) -> None:
+        if kind is not None and kind not in self.corrupted:
+            self.corrupted[kind] = self.task.metric()
+        metric = self.metric if kind is None else self.corrupted[kind]
+        try:
+            metric.add(self._outputs(inputs), targets)
+        except OutputError as error:
+            raise DataError(f"{type(self.model).__name__}: {error}") from error
+
+    def robustness(self) -> dict[str, dict[int, float]]:
+        values: dict[str, dict[int, float]] = {}
+        for (name, severity), metric in self.corrupted.items():
+            values.setdefault(name, {})[severity] = metric.value()
+        return values
+
+    def _outputs(self, inputs: Tensor) -> Outputs:
         who = type(self.model).__name__
         try:
-            outputs = self.model(inputs.to(self.device))
+            return self.model(inputs.to(self.device))
         except torch.OutOfMemoryError as error:
             raise InputError(
                 f"{who}: {self.device} is out of memory at batch size {len(inputs)}; pass a smaller one"
@@ -115,47 +134,41 @@ class _Runner:
             raise DataError(
                 f"{who}: can't be run on inputs of shape {tuple(inputs.shape)} ({why}); does the task's size or channels fit the model?"
             ) from error
-        if not isinstance(outputs, Tensor) or outputs.dim() != 2 or outputs.shape[0] != len(inputs):
-            got = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
-            raise DataError(
-                f"{who}: returns {got} for {len(inputs)} images; a classifier returns logits ({len(inputs)}, classes)"
-            )
-        return outputs.float()
 
 
 @contextlib.contextmanager
-def _runner(model: Model, device: torch.device | str | None) -> Iterator[_Runner]:
+def _runner(model: Model, task: Task, device: torch.device | str | None) -> Iterator[_Runner]:
     """The model ready to run in eval mode; afterwards each of its modules is as it was."""
     if not isinstance(model, nn.Module):
-        yield _Runner(model, torch.device(device or "cpu"))
+        yield _Runner(model, task, torch.device(device or "cpu"))
         return
     own = device_of(model)
     home = own if device is None else torch.device(device)
     if home.type != own.type or (home.index is not None and home.index != own.index):
-        yield _Runner(copy.deepcopy(model).to(home).eval(), home)
+        yield _Runner(copy.deepcopy(model).to(home).eval(), task, home)
         return
     was_training = [(module, module.training) for module in model.modules()]
     try:
-        yield _Runner(model.eval(), own)
+        yield _Runner(model.eval(), task, own)
     finally:
         for module, training in was_training:
             module.training = training
 
 
-def _names(corruptions: Sequence[str] | str, severities: Sequence[int], task: Any) -> list[str]:
-    if corruptions == "all":
-        return [name for name in CORRUPTIONS if fits(name, task.input_shape[0])]
+def _corruptions(corruptions: Sequence[str] | str, severities: Sequence[int], task: Task) -> list[tuple[str, int]]:
+    """Each corruption at each severity."""
+    channels = task.data.input_shape[0]
     names = [corruptions] if isinstance(corruptions, str) else list(corruptions)
+    if corruptions == "all":
+        names = [name for name in CORRUPTIONS if fits(name, channels)]
     for name in names:
         if name not in CORRUPTIONS:
             raise InputError(f"corruption: unknown name {name!r}; have all, {', '.join(CORRUPTIONS)}")
-        if not fits(name, task.input_shape[0]):
-            raise InputError(
-                f"{name}: is not defined for images of {task.input_shape[0]} channels; leave it out, or say all"
-            )
+        if not fits(name, channels):
+            raise InputError(f"{name}: is not defined for images of {channels} channels; leave it out, or say all")
     if names and not set(severities) <= set(SEVERITIES):
         raise InputError(f"severities={list(severities)}: have 1 to 5")
-    return names
+    return [(name, severity) for name in names for severity in severities]
 
 
 def _seed(seed: int, step: int, name: str, severity: int) -> int:

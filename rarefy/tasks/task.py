@@ -1,34 +1,125 @@
+"""Task and Data: what "as good" means, as the steps, the evaluation and the reports know it.
+
+A task says what a model is to learn: which images (``data``), what is minimised (``loss``) and by what number models are judged (``metric``). How
+outputs and targets are read, nobody else knows. ``classification.py`` is one; a task on images whose targets are numbers is a class of a few
+lines around ``rarefy.data.images.ImageData`` (tests/tasks/test_other_tasks.py has two).
+"""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from rarefy.data.items import Split
+from rarefy.tasks.metric import Metric, Outputs, Targets
 
-class Task(Protocol):
-    """What the loop asks of a task (rarefy/tasks)."""
+
+class Data(Protocol):
+    """Images to learn from ("train") and to judge on ("val"), with what is known of each. ``rarefy.data.images.ImageData`` is one."""
 
     @property
-    def train(self) -> Any: ...
-    @property
-    def val(self) -> Any: ...
-    @property
-    def classes(self) -> int: ...
-    @property
-    def input_shape(self) -> tuple[int, int, int]: ...
-    def length(self, split: Any) -> int: ...
-    def batches(
-        self, split: Any, batch_size: int, *, shuffle_seed: int | None = None, augment: bool = False, epoch: int = 0, start: int = 0,
-        device: torch.device | str = "cpu", labelled: bool = True,
-    ) -> Iterator[tuple[Tensor, Any]]: ...  # fmt: skip
-    def rows(
-        self, split: Any, batch_size: int, *, shuffle_seed: int | None = None, epoch: int = 0
-    ) -> Sequence[Tensor] | None:
-        """Which images each training batch holds, if an image is the same picture in every epoch; asked for by the cache of a teacher's answers alone."""
+    def train(self) -> object:
+        """What the training images come from; None: there are none."""
         ...
 
-    def loss(self, outputs: Any, targets: Any, label_smoothing: float = 0.0) -> Tensor: ...
-    def fingerprint(self, split: Any) -> str: ...
-    def describe(self) -> dict[str, Any]: ...
+    @property
+    def val(self) -> object: ...
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what ``batches`` yields."""
+        ...
+
+    def length(self, split: Split) -> int:
+        """Number of images of the split."""
+        ...
+
+    def steps(self, split: Split, batch_size: int, *, limit: int | None = None, augment: bool = False) -> int:
+        """How many batches an epoch has."""
+        ...
+
+    def batches(
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        limit: int | None = None,
+        shuffle_seed: int | None = None,
+        augment: bool = False,
+        epoch: int = 0,
+        start: int = 0,
+        device: torch.device | str = "cpu",
+        labelled: bool = True,
+    ) -> Iterator[tuple[Tensor, Targets]]:
+        """Yield (inputs (N, C, H, W) float32, normalised; targets), which depend on (shuffle_seed, epoch, step) alone."""
+        ...
+
+    def images(
+        self, split: Split, batch_size: int, *, limit: int | None = None, device: torch.device | str = "cpu"
+    ) -> Iterator[tuple[Tensor, Targets]]:
+        """The same for evaluation, before normalisation: (images (N, C, H, W) float32, targets), in the data's order."""
+        ...
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Images as ``images`` yields them, as the model takes them."""
+        ...
+
+    def rows(
+        self, split: Split, batch_size: int, *, shuffle_seed: int | None = None, epoch: int = 0
+    ) -> Sequence[Tensor] | None:
+        """Which images each training batch holds; None where an image is another picture in every epoch."""
+        ...
+
+    def inputs(
+        self, split: Split, count: int, batch_size: int, seed: int = 0, device: torch.device | str = "cpu"
+    ) -> Iterator[Tensor]:
+        """``count`` images chosen by the seed, prepared as for evaluation, in batches. Needs no targets."""
+        ...
+
+    def labelled(self, split: Split) -> bool:
+        """Are there targets?"""
+        ...
+
+    def fingerprint(self, split: Split) -> str:
+        """SHA-256 of the split's images and targets, as hex."""
+        ...
+
+    def describe(self) -> dict[str, object]:
+        """What a manifest says of the data: JSON-able; of a split that is there, under its name."""
+        ...
+
+    def unreadable(self, split: Split) -> dict[str, object]:
+        """What was left out so far: ``count`` and ``first``; empty if nothing was."""
+        ...
+
+
+class Task(Protocol):
+    """Data, a loss, and a metric."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def data(self) -> Data: ...
+
+    def loss(self, outputs: Outputs, targets: Targets, label_smoothing: float = 0.0) -> Tensor:
+        """Mean over the batch, to be minimised. targets: as the data yields them, or as ``soft`` makes them."""
+        ...
+
+    def soft(self, targets: Targets) -> Tensor:
+        """Targets as numbers (N, ...) float32, so that those of two images can be blended (mixup)."""
+        return targets.float()
+
+    def metric(self) -> Metric:
+        """A new metric, that has seen nothing."""
+        ...
+
+    def check(self, outputs: int) -> None:
+        """Does a model with outputs (N, ``outputs``) fit? Raises DataError if it can't."""
+
+    def describe(self) -> dict[str, object]:
+        """What a manifest says of the task: JSON-able, ``{"task": name, ...}`` and what the data says."""
+        return {"task": self.name, **self.data.describe()}

@@ -22,11 +22,11 @@ from rarefy.compression.candidate import Candidate, Outcome
 from rarefy.compression.compress import compress
 from rarefy.distillation import distill
 from rarefy.errors import InputError
-from rarefy.evaluation.accuracy import doubts
-from rarefy.evaluation.intervals import wilson
 from rarefy.graph.capture import capture
 from rarefy.quantization.quantize import quantize
 from rarefy.tasks.classification import Classification
+from rarefy.tasks.intervals import wilson
+from rarefy.tasks.metrics.accuracy import doubts
 
 QUICK = [{"do": "prune", "macs": 0.6, "round_to": 8}, {"do": "distill", "epochs": 2, "batch_size": 64}]
 BUDGET = Budget(max_drop=0.2, size=10**6)

@@ -302,7 +302,7 @@ def test_many_broken_members_are_counted_and_few_are_kept_by_name(tmp_path: Path
 def test_strict_on_the_command_line_is_one_line_and_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     members = [one for index in range(40) for one in sample(index, index % 10)]
     file = write(tmp_path / "a.tar", [*members, member("9999.png", picture(1)), member("9999.cls", b"cat")])
-    common = ["distill", "tests.test_shards:net", "--train", f"tar:{file}", "--image-size", str(SIZE), "--steps", "2", "--batch-size", "16", "--device", "cpu"]  # fmt: skip
+    common = ["distill", "tests.data.test_shards:net", "--train", f"tar:{file}", "--image-size", str(SIZE), "--steps", "2", "--batch-size", "16", "--device", "cpu"]  # fmt: skip
     assert main.run([*common, "--strict", "-o", str(tmp_path / "strict")]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and "1 members can't be used, the first is" in lines[0] and "9999" in lines[0]

@@ -455,6 +455,12 @@ def test_cuda_graphs_are_the_same_training(accumulate: int) -> None:
 # -- mixing
 
 
+def mixed(x: Tensor, y: Tensor | None, training: Training, step: int) -> tuple[Tensor, Tensor | None]:
+    """As the loop mixes: labels become probabilities where there is something to blend."""
+    soft = y if y is None or not (training.mixup or training.cutmix) else torch.nn.functional.one_hot(y).float()
+    return mix(x, soft, mixup=training.mixup, cutmix=training.cutmix, seed=training.seed, step=step)
+
+
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 def test_mixed_pictures_and_their_targets_agree(kind: str) -> None:
     """Pictures that are their own labels: each picture's mean is its label's share."""
@@ -463,11 +469,11 @@ def test_mixed_pictures_and_their_targets_agree(kind: str) -> None:
     x = y.float().view(-1, 1, 1, 1).expand(-1, 1, 9, 7).contiguous()
     shares = []
     for step in range(40):
-        inputs, targets = mix(x, y, training, 2, step)
+        inputs, targets = mixed(x, y, training, step)
         assert targets is not None
         torch.testing.assert_close(inputs.mean((1, 2, 3)), targets[:, 1])
         torch.testing.assert_close(targets.sum(1), torch.ones(6))
-        assert torch.equal(mix(x, y, training, 2, step)[0], inputs)
+        assert torch.equal(mixed(x, y, training, step)[0], inputs)
         shares.append(float(targets[0, 0]))
     assert len(set(shares)) > 10 and 0.3 < np.mean(shares) < 0.75
     assert torch.equal(x, y.float().view(-1, 1, 1, 1).expand(-1, 1, 9, 7))
@@ -475,13 +481,13 @@ def test_mixed_pictures_and_their_targets_agree(kind: str) -> None:
 
 def test_both_kinds_take_turns_and_none_changes_nothing() -> None:
     x, y = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
-    untouched = mix(x, y, Training(), 4, 0)
+    untouched = mixed(x, y, Training(), 0)
     assert untouched[0] is x and untouched[1] is y
     both, up = Training(mixup=1.0, cutmix=1.0), Training(mixup=1.0)
-    patched = [bool((mix(x, y, both, 4, step)[0] == x).any()) for step in range(20)]
+    patched = [bool((mixed(x, y, both, step)[0] == x).any()) for step in range(20)]
     assert any(patched) and not all(patched)
-    assert not any(bool((mix(x, y, up, 4, step)[0] == x).all()) for step in range(20))
-    assert mix(x, None, up, 4, 0)[1] is None
+    assert not any(bool((mixed(x, y, up, step)[0] == x).all()) for step in range(20))
+    assert mixed(x, None, up, 0)[1] is None
 
 
 def test_teacher_sees_the_student_s_picture(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rarefy.errors import DataError, InputError
-from rarefy.evaluation.accuracy import Evaluation, calibration_error
 from rarefy.evaluation.corruptions import CORRUPTIONS
 from rarefy.evaluation.evaluate import evaluate
-from rarefy.evaluation.intervals import paired_drop, wilson
+from rarefy.evaluation.evaluation import Evaluation
 from rarefy.tasks.classification import Classification
+from rarefy.tasks.intervals import paired_drop, wilson
+from rarefy.tasks.metrics.accuracy import calibration_error
 
 CLASSES = 7
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from rarefy.data.augmentation import Augmentation, _shifted
+from rarefy.data.augmentation import Augmentation, shifted
 from rarefy.errors import DataError, InputError
 from rarefy.evaluation.corruptions import CORRUPTIONS, SMALL, corrupt, fits
 from rarefy.tasks.classification import Classification
@@ -76,7 +76,7 @@ def test_uint8_arrays_are_normalised_as_torchvision_does_and_not_copied() -> Non
     )
     assert torch.equal(inputs, torch.stack([plain(image) for image in images]))
     assert targets.tolist() == list(range(7))
-    assert task._source("val").images.data_ptr() == torch.from_numpy(images).data_ptr()  # type: ignore[union-attr]
+    assert task.data.source("val").images.data_ptr() == torch.from_numpy(images).data_ptr()  # type: ignore[union-attr]
     assert torch.allclose(task.normalize(task.denormalize(inputs)), inputs, atol=1e-5)
 
 
@@ -311,7 +311,7 @@ def test_shift_and_mirror_equal_the_loop(count: int, height: int, width: int, pa
     images = torch.randint(
         1, 256, (count, 2, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
     )
-    done = _shifted(images, Augmentation(cropped=True, crop=pad, flip=flip), torch.Generator().manual_seed(seed))
+    done = shifted(images, Augmentation(cropped=True, crop=pad, flip=flip), torch.Generator().manual_seed(seed))
     padded = torch.nn.functional.pad(images, (pad,) * 4)
     for one, around in zip(done, padded, strict=True):
         allowed = [around[:, y : y + height, x : x + width] for y in range(2 * pad + 1) for x in range(2 * pad + 1)]
@@ -323,16 +323,13 @@ def test_shifts_reach_all_offsets_and_mirror_half() -> None:
     images = torch.zeros(4000, 1, 3, 3, dtype=torch.uint8)
     images[:, 0, 1, 1] = 1
     done = (
-        _shifted(images, Augmentation(cropped=True, crop=1), torch.Generator().manual_seed(0))
-        .flatten(1)
-        .float()
-        .mean(0)
+        shifted(images, Augmentation(cropped=True, crop=1), torch.Generator().manual_seed(0)).flatten(1).float().mean(0)
     )
     # each of nine places has probability 1/9: five standard deviations of a mean of 4000
     assert (done - 1 / 9).abs().max() < 5 * (1 / 9 * 8 / 9 / 4000) ** 0.5
     images[:] = 0
     images[:, 0, 0, 0] = 1
-    mirrored = _shifted(images, Augmentation(flip=True), torch.Generator().manual_seed(0))[:, 0, 0, 2].float().mean()
+    mirrored = shifted(images, Augmentation(flip=True), torch.Generator().manual_seed(0))[:, 0, 0, 2].float().mean()
     assert abs(float(mirrored) - 0.5) < 5 * (0.25 / 4000) ** 0.5
 
 

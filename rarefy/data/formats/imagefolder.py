@@ -1,3 +1,8 @@
+"""``imagefolder:PATH``: one folder a class, sorted by name, images at any depth below; a folder of images only is unlabelled.
+
+A folder that holds ``train`` and ``val`` (or ``validation``, ``valid``, ``test``) is entered at the right one.
+"""
+
 from __future__ import annotations
 
 import os
@@ -12,7 +17,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 _SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
 
 
-def _imagefolder(text: str, rest: str, split: Split) -> tuple[Source, bool]:
+def read(text: str, rest: str, split: Split) -> tuple[Source, bool]:
     root = Path(rest).expanduser()
     if not root.is_dir():
         raise DataError(
@@ -27,13 +32,13 @@ def _imagefolder(text: str, rest: str, split: Split) -> tuple[Source, bool]:
         root = next(by_name[name] for name in _SPLIT_FOLDERS[split] if name in by_name)
         folders, divided = _folders(root), True
     if not folders:
-        files = _images(root)
+        files = images_below(root)
         if not files:
             raise DataError(
                 f"{text}: {root} has neither class folders nor images ({' '.join(EXTENSIONS)}); give the folder that holds one folder a class"
             )
         return Items(text, files, torch.arange(len(files)), None), divided
-    found = [(file, label) for label, folder in enumerate(folders) for file in _images(folder)]
+    found = [(file, label) for label, folder in enumerate(folders) for file in images_below(folder)]
     labels = torch.tensor([label for _, label in found], dtype=torch.int64)
     counts = torch.bincount(labels, minlength=len(folders))
     if int(counts.min()) == 0:
@@ -45,23 +50,11 @@ def _imagefolder(text: str, rest: str, split: Split) -> tuple[Source, bool]:
     return Items(text, [file for file, _ in found], torch.arange(len(found)), labels, names), divided
 
 
-def _unlabelled(text: str, rest: str, split: Split) -> tuple[Source, bool]:
-    root = Path(rest).expanduser()
-    if not root.is_dir():
-        raise DataError(
-            f"{text}: {'is a file, not a folder' if root.exists() else 'no such folder'}; give a folder of images"
-        )
-    files = _images(root)
-    if not files:
-        raise DataError(f"{text}: {root} has no images ({' '.join(EXTENSIONS)}); give a folder of images")
-    return Items(text, files, torch.arange(len(files)), None), False
-
-
 def _folders(root: Path) -> list[Path]:
     return sorted(Path(entry.path) for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _images(root: Path) -> list[str]:
+def images_below(root: Path) -> list[str]:
     """Paths of the images at any depth, sorted, as text (a million Path objects would not be small)."""
     return [
         os.path.join(folder, name)

@@ -1,3 +1,16 @@
+"""Intervals of shares: how sure a count of right answers is, and a difference of two on the same images.
+
+**Wilson's interval** of a share p of n (Wilson, JASA 1927), z = 1.96::
+
+    centre (p + z^2/2n) / (1 + z^2/n),   half (z / (1 + z^2/n)) sqrt(p (1-p)/n + z^2/4n^2)
+
+**A paired difference.** With b images only the reference gets right and c only the model, drop = (b - c) / n: positive is worse. Its interval
+is Bonett and Price's (J. Educ. Behav. Stat. 37, 2012), recommended by Fagerland et al. (Stat. Med. 33, 2014): Wald's after one image is added
+to b and to c, so it stays honest where no image is judged differently (then +-2.8/n)::
+
+    b' = (b+1)/(n+2),  c' = (c+1)/(n+2):   b' - c'  +-  z sqrt((b' + c' - (b' - c')^2) / (n+2))
+"""
+
 from __future__ import annotations
 
 import math

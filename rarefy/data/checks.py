@@ -1,0 +1,114 @@
+"""What must hold of the options of image data, and of what was read: every refusal in a line, with the way out."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from rarefy.data.decoding import RESAMPLING
+from rarefy.data.items import Arrays, Items, Source
+from rarefy.data.normalization import Values, check_values, is_identity
+from rarefy.errors import DataError
+
+
+class Options(Protocol):
+    """Those of ``rarefy.data.images.ImageData``."""
+
+    @property
+    def train(self) -> object: ...
+    @property
+    def val(self) -> object: ...
+    @property
+    def size(self) -> int | None: ...
+    @property
+    def channels(self) -> int | None: ...
+    @property
+    def mean(self) -> Values: ...
+    @property
+    def std(self) -> Values: ...
+    @property
+    def crop(self) -> float: ...
+    @property
+    def interpolation(self) -> str: ...
+    @property
+    def workers(self) -> int: ...
+    @property
+    def strict(self) -> bool | None: ...
+    @property
+    def task(self) -> str: ...
+
+
+def check_options(data: Options) -> None:
+    who = data.task
+    if data.train is None and data.val is None:
+        raise DataError(f"{who}: neither train nor val is given; pass at least one of them")
+    for name, value in (("size", data.size), ("channels", data.channels)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise DataError(f"{who}: {name}={value!r} is not a positive whole number")
+    if data.channels not in (None, 1, 3):
+        raise DataError(f"{who}: channels={data.channels} is not 1 or 3; leave it out to keep the images' own")
+    if not 0 < data.crop <= 1:
+        raise DataError(f"{who}: crop={data.crop} is not a fraction above 0 and up to 1")
+    if data.workers < 0:
+        raise DataError(f"{who}: workers={data.workers} is negative; 0 decodes in this process")
+    if data.interpolation not in RESAMPLING:
+        raise DataError(f"{who}: interpolation={data.interpolation!r}; have {', '.join(RESAMPLING)}")
+    check_values(data.mean, data.std, who)
+
+
+def check_source(data: Options, source: Source, other: Source | None) -> None:
+    """Does the source fit the options, and the other split?"""
+    if isinstance(source, Items):
+        left_out = source.store.left_out if source.store is not None else None
+        if data.strict and left_out is not None and left_out.count:
+            raise DataError(
+                f"{source.where}: {left_out.count} members can't be used, the first is {left_out.first[0]}; "
+                "mend the files, or leave strict out to do without them"
+            )
+        return
+    channels = source.images.shape[1]
+    if data.channels not in (None, channels) and (channels, data.channels) != (1, 3):
+        raise DataError(
+            f"{source.where}: images have {channels} channels, channels={data.channels} was asked for; "
+            "convert them, or leave it out"
+        )
+    if not is_identity(data.mean, data.std):
+        check_range(source.images, source.where, "pass uint8, divide by 255, or")
+    if not isinstance(other, Arrays) or other.images.shape[1:] == source.images.shape[1:]:
+        return
+    if data.size is None or other.images.shape[1] != channels:
+        raise DataError(
+            f"{source.where}: images are {tuple(source.images.shape[1:])}, those of {other.where} "
+            f"{tuple(other.images.shape[1:])}; make them equal, or pass size="
+        )
+
+
+def check_range(images: Tensor, where: str, advice: str) -> None:
+    if not images.is_floating_point():
+        return
+    low, high = float(images.min()), float(images.max())
+    if low < 0 or high > 1:
+        raise DataError(
+            f"{where}: float images leave [0, 1] ({low:.3g} to {high:.3g}); "
+            f"{advice} say mean=0, std=1 if they are normalised already"
+        )
+
+
+def check_unit(images: Tensor, who: str) -> None:
+    """Are the images, as they are without normalisation, in [0, 1]? Where they are not, they were normalised before they came."""
+    low, high = float(images.min()), float(images.max())
+    if low < -1e-3 or high > 1 + 1e-3:
+        raise DataError(
+            f"{who}: images leave [0, 1] ({low:.3g} to {high:.3g}), so they can't be corrupted; "
+            "pass them unnormalised, with mean and std"
+        )
+
+
+def check_labels(source: Source, lacking: bool) -> None:
+    """lacking: are labels needed, and not there?"""
+    if lacking:
+        raise DataError(
+            f"{source.where}: has no labels, which training and evaluation need; "
+            "only calibration and learning from a teacher alone (hard_weight=0) do without"
+        )

@@ -1,0 +1,344 @@
+"""ImageData: images and what is known of each; batches to learn from, to judge on and to calibrate with.
+
+Where the data comes from is in ``sources.py``. What is done to it here:
+
+* **Files, PIL images** are decoded by ``workers`` processes (``decoding.py``), and sent on as uint8.
+* **Arrays** stay uint8 in memory, and are augmented on the device, a whole batch at once. Images of another size than ``size`` are resized as they
+  are, without cropping. On a GPU they are sent there once where they take no more than a quarter of its free memory, and indexed there; else batch
+  by batch, without waiting.
+* **Augmentation** (``augmentation.py``) by the text ``augment``: ``crop`` of files is a crop of random area, of arrays a shift of so many pixels
+  (without a number an eighth of the image: 4 pixels of 32); ``flip``; ``erase=PIXELS``.
+* **Normalisation** (``normalization.py``) is the last thing. Float images must lie in [0, 1]; those that are normalised already need ``mean=0,
+  std=1`` to be said, and can't be corrupted.
+
+**Exact resume.** Order and augmentation of step k follow from (shuffle_seed, epoch, k) alone, so ``start=k`` goes on as if nothing had happened:
+the order is a permutation drawn from (shuffle_seed, epoch); arrays are augmented from (shuffle_seed, epoch, k), files each from (shuffle_seed, epoch,
+index), whatever the number of workers. The global random state is neither read nor changed. (A user's dataset that draws random numbers of its
+own is out of reach; pass it without augmentation.)
+
+``limit`` takes a random subset by a fixed seed (a prefix of a sorted folder would be one class), and a larger limit contains a smaller one's.
+
+An image that can't be read is an error that names the first and counts the rest; with ``strict=False``, and in shards and Parquet files unless
+``strict``, such images are left out, counted, and told by ``describe()``. In training the next sound one of the batch stands in for it, so that
+batches keep their size.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rarefy.data.augmentation import Augmentation, erased, parse
+from rarefy.data.checks import check_labels, check_options, check_source, check_unit
+from rarefy.data.decoding import generator
+from rarefy.data.items import Arrays, Items, Source, Split, relabelled
+from rarefy.data.normalization import Normalization, Values, is_identity, normalization, unit
+from rarefy.data.pictures import Labelled, Pictures, Seeds
+from rarefy.data.sources import load
+from rarefy.data.targets import ClassIndices, Targets
+from rarefy.errors import DataError
+
+FILE_SIZE = 224  # pixels, where a source of files is given no size
+Device = torch.device | str
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ImageData:
+    """Images to train on, images to judge on, and how they are prepared for the model.
+
+    train, val: a source (see ``sources.py``); either may be left out.
+    size: side of the model's square input in pixels; None: the arrays' own, 224 for files.
+    channels: 1 or 3; None: the arrays' own, 3 for files.
+    mean, std: one value a channel, or one for all; None: ImageNet's for three channels, 0.5 for any other number.
+    crop: fraction of the resized image that evaluation sees (files only), 0.875 as usual.
+    augment: comma-separated ``crop``, ``crop=PIXELS``, ``flip``, ``scale=LEAST_AREA``, ``erase=PIXELS``; or "none".
+    interpolation: nearest, bilinear or bicubic.
+    workers: processes that decode files; 0: this one.
+    strict: an unreadable image is an error, not left out; None: so it is, but in shards and Parquet files.
+    targets: how what the source yields beside the images is read.
+    task: whose data this is, for messages.
+
+    Raises DataError where an option makes no sense, and, at first use of the data, for everything wrong with it.
+    """
+
+    train: object = None
+    val: object = None
+    size: int | None = None
+    channels: int | None = None
+    mean: Values = None
+    std: Values = None
+    crop: float = 0.875
+    augment: str = "crop,flip"
+    interpolation: str = "bilinear"
+    workers: int = 0
+    strict: bool | None = None
+    targets: Targets = field(default_factory=ClassIndices)
+    task: str = "images"
+    _loaded: dict[Split, Source] = field(default_factory=dict, init=False)
+    _fingerprints: dict[Split, str] = field(default_factory=dict, init=False)
+    _opened: dict[Split, Pictures] = field(default_factory=dict, init=False)
+    _unreadable: dict[Split, dict[int, str]] = field(default_factory=lambda: {"train": {}, "val": {}}, init=False)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        _ = self.augmentation
+
+    def __repr__(self) -> str:
+        given = {split: _named(getattr(self, split)) for split in self.splits}
+        return f"{self.task.capitalize()}({', '.join(f'{split}={source!r}' for split, source in given.items())})"
+
+    # -- what there is
+
+    @property
+    def splits(self) -> list[Split]:
+        """Those of "train" and "val" that are given."""
+        both: tuple[Split, ...] = ("train", "val")
+        return [split for split in both if getattr(self, split) is not None]
+
+    def source(self, split: Split) -> Source:
+        """The split's images, opened. Raises DataError for what is wrong with them."""
+        if split not in ("train", "val"):
+            raise DataError(f"{self.task}: no split {split!r}; have train and val")
+        given = getattr(self, split)
+        if given is None:
+            raise DataError(f"{self.task}: no {split} data is given; pass {split}= (imagefolder:PATH, ...)")
+        if split not in self._loaded:
+            folders = _is_folder(self.train) and _is_folder(self.val)
+            if split == "val" and folders:
+                self.source("train")  # its class folders give the labels of both
+            shared = isinstance(given, str) and self.train == self.val
+            source = load(given, split, shared=shared, targets=self.targets)
+            other = self._loaded.get("val" if split == "train" else "train")
+            check_source(self, source, other)
+            if source.labels is not None:
+                self.targets.check(source.labels, source.where, whole=True)
+            if split == "val" and folders and other is not None and other.names and source.names:
+                source = relabelled(source, other.names)
+            self._loaded[split] = source
+        return self._loaded[split]
+
+    @functools.cached_property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what ``batches`` yields."""
+        channels, height, width = _shape_of(self.source(self.splits[0]))
+        if self.size is not None:
+            height = width = self.size
+        return self.channels or channels, height, width
+
+    def length(self, split: Split) -> int:
+        """Number of images of the split ("train" or "val")."""
+        return len(self.source(split))
+
+    def steps(self, split: Split, batch_size: int, *, limit: int | None = None, augment: bool = False) -> int:
+        """How many batches an epoch of ``batches`` has."""
+        count = min(self.length(split), limit or math.inf)
+        return int(count // batch_size if augment else -(-count // batch_size))
+
+    def labelled(self, split: Split) -> bool:
+        """Has the split labels? Looks at one item where they are not known beforehand."""
+        source = self.source(split)
+        return source.labels is not None or (isinstance(source, Items) and source.item_or_none(0)[1] is not None)
+
+    def describe(self) -> dict[str, object]:
+        """What a manifest says of the data: JSON-able, without the data."""
+        splits: dict[str, object] = {}
+        for split in self.splits:
+            splits[split] = {"source": _named(getattr(self, split)), "images": self.length(split)}
+            if left_out := self.unreadable(split):
+                splits[split] = {
+                    "source": _named(getattr(self, split)),
+                    "images": self.length(split),
+                    "unreadable": left_out,
+                }
+        return {
+            "input": list(self.input_shape),
+            "mean": list(self.normalization.mean),
+            "std": list(self.normalization.std),
+            "crop": self.crop,
+            "augment": self.augment,
+            "interpolation": self.interpolation,
+            **splits,
+        }
+
+    def unreadable(self, split: Split) -> dict[str, object]:
+        """What was left out so far: ``count``, and ``first``, by name and with why; empty if nothing was."""
+        source, met = self.source(split), self._unreadable[split]
+        left_out = source.store.left_out if isinstance(source, Items) and source.store is not None else None
+        names = [*(left_out.first if left_out else []), *(text for _, text in sorted(met.items()))]
+        return {"count": (left_out.count if left_out else 0) + len(met), "first": names[0]} if names else {}
+
+    def fingerprint(self, split: Split) -> str:
+        """SHA-256 of the split's files (or pixels) and labels, as hex. Reads all of it, once."""
+        source = self.source(split)
+        if split not in self._fingerprints:
+            self._fingerprints[split] = source.fingerprint()
+        return self._fingerprints[split]
+
+    # -- what a step needs
+
+    def batches(
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        limit: int | None = None,
+        shuffle_seed: int | None = None,
+        augment: bool = False,
+        epoch: int = 0,
+        start: int = 0,
+        device: Device = "cpu",
+        labelled: bool = True,
+    ) -> Iterator[Labelled]:
+        """Yield (inputs (N, C, H, W) float32, normalised; targets (N, ...)) on ``device``.
+
+        limit: so many images of the split only, always the same. shuffle_seed: None keeps the order of the data.
+        augment: as in training, and the last batch is dropped if it is not full. start: the first step to yield.
+        labelled: without labels it is an error; else targets are None.
+        Raises DataError for whatever is wrong with the data, at the call where it can be known there.
+        """
+        source = self.source(split)
+        check_labels(source, labelled and source.labels is None and isinstance(source, Arrays))
+        indices = _indices(source, batch_size, limit)
+        if augment and len(indices) < batch_size:
+            raise DataError(
+                f"{source.where}: {len(indices)} images are less than one batch of {batch_size}; pass a smaller batch size"
+            )
+        if shuffle_seed is not None:
+            indices = _shuffled(source, indices, generator(shuffle_seed, epoch))
+        chunks = [chunk for chunk in indices.split(batch_size) if not augment or len(chunk) == batch_size]
+        seeds = (0 if shuffle_seed is None else shuffle_seed, epoch) if augment else None
+        pictures = self._pictures(split)(chunks, start, seeds, torch.device(device), labelled=labelled)
+        return self._inputs(pictures, start, seeds)
+
+    def images(
+        self, split: Split, batch_size: int, *, limit: int | None = None, device: Device = "cpu"
+    ) -> Iterator[Labelled]:
+        """Yield (images (N, C, H, W) float32 in [0, 1], targets) as for evaluation, before they are normalised.
+
+        Raises DataError where they were normalised before they came.
+        """
+        source = self.source(split)
+        chunks = _indices(source, batch_size, limit).split(batch_size)
+        return self._unit(self._pictures(split)(chunks, 0, None, torch.device(device)))
+
+    def inputs(
+        self, split: Split, count: int, batch_size: int, seed: int = 0, device: Device = "cpu"
+    ) -> Iterator[Tensor]:
+        """Yield ``count`` images (all, if there are fewer), chosen by the seed, as (N, C, H, W) float32, prepared as for evaluation.
+
+        Needs no labels.
+        """
+        source = self.source(split)
+        if count < 1:
+            raise DataError(f"{source.where}: {count} images asked for; pass at least 1")
+        _indices(source, batch_size, None)
+        chosen = torch.randperm(len(source), generator=generator(seed, 0))[:count]
+        pictures = self._pictures(split)(chosen.split(batch_size), 0, None, torch.device(device), labelled=False)
+        return (self.normalize(images) for images, _ in pictures)
+
+    def rows(
+        self, split: Split, batch_size: int, *, shuffle_seed: int | None = None, epoch: int = 0
+    ) -> Sequence[Tensor] | None:
+        """Indices of the images in each batch that ``batches(augment=True)`` yields.
+
+        None where augmentation makes each image another picture every time.
+        """
+        if not self.augmentation.still:
+            return None
+        indices = torch.arange(self.length(split))
+        if shuffle_seed is not None:
+            indices = torch.randperm(len(indices), generator=generator(shuffle_seed, epoch))
+        return [chunk for chunk in indices.split(batch_size) if len(chunk) == batch_size]
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Images (N, C, H, W), uint8 or in [0, 1], as the model takes them."""
+        return self.normalization(images)
+
+    def denormalize(self, inputs: Tensor) -> Tensor:
+        """Back to images in [0, 1]. Raises DataError if the inputs never were that."""
+        images = self.normalization.undone(inputs)
+        check_unit(images, repr(self))
+        return images.clamp(0, 1)
+
+    @functools.cached_property
+    def normalization(self) -> Normalization:
+        return normalization(self.mean, self.std, self.input_shape[0], repr(self))
+
+    @functools.cached_property
+    def augmentation(self) -> Augmentation:
+        return parse(self.augment, self.task)
+
+    # -- inside
+
+    def _inputs(self, pictures: Iterator[Labelled], start: int, seeds: Seeds) -> Iterator[Labelled]:
+        """Normalised, and without a square of each picture where that is asked for."""
+        side = self.augmentation.erase
+        for step, (images, targets) in enumerate(pictures, start):
+            inputs = self.normalize(images)
+            yield (erased(inputs, side, generator(*seeds, step, 1)) if seeds is not None and side else inputs), targets
+
+    def _unit(self, pictures: Iterator[Labelled]) -> Iterator[Labelled]:
+        for images, targets in pictures:
+            check_unit(unit(images), repr(self))
+            yield unit(images), targets
+
+    def _pictures(self, split: Split) -> Pictures:
+        if split not in self._opened:
+            self._opened[split] = Pictures(
+                self.source(split),
+                self.input_shape,
+                self.augmentation,
+                crop=self.crop,
+                interpolation=self.interpolation,
+                workers=self.workers,
+                targets=self.targets,
+                normalised=is_identity(self.mean, self.std),
+                strict=self.strict,
+                unreadable=self._unreadable[split],
+            )
+        return self._opened[split]
+
+
+def _shape_of(source: Source) -> tuple[int, int, int]:
+    """(C, H, W) of the images as they come; files are taken for colour."""
+    if isinstance(source, Arrays):
+        _, channels, height, width = source.images.shape
+        return channels, height, width
+    few = (source.item_or_none(index)[0] for index in range(min(len(source), 16)))
+    first = next((image for image in few if image is not None), None)
+    if isinstance(first, Tensor) and first.dim() == 3:
+        channels, height, width = first.shape
+        return channels, height, width
+    if isinstance(first, np.ndarray):
+        return (1 if first.ndim == 2 else first.shape[2]), first.shape[0], first.shape[1]
+    return 3, FILE_SIZE, FILE_SIZE
+
+
+def _indices(source: Source, batch_size: int, limit: int | None) -> Tensor:
+    if batch_size < 1:
+        raise DataError(f"{source.where}: batch size {batch_size} is not positive")
+    if limit is not None and limit < 1:
+        raise DataError(f"{source.where}: limit={limit} leaves no image; pass at least 1")
+    if limit is None or limit >= len(source):
+        return torch.arange(len(source))
+    return torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:limit].sort().values
+
+
+def _shuffled(source: Source, indices: Tensor, draw: torch.Generator) -> Tensor:
+    if isinstance(source, Items):
+        return source.shuffled(indices, draw)
+    return indices[torch.randperm(len(indices), generator=draw)]
+
+
+def _named(given: object) -> str:
+    return given if isinstance(given, str) else f"<{type(given).__name__}>"
+
+
+def _is_folder(given: object) -> bool:
+    return isinstance(given, str) and given.startswith("imagefolder:")

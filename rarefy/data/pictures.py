@@ -1,0 +1,121 @@
+"""Pictures: the images of a split, batch by batch, of the model's size and channels, augmented, before they are normalised."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rarefy.data.augmentation import Augmentation, shifted
+from rarefy.data.checks import check_labels, check_range
+from rarefy.data.decoding import MOST_SCANNED, RESAMPLING, Decoder, all_broken, decoded, generator, resized
+from rarefy.data.items import Arrays, Items, Source
+from rarefy.data.targets import Targets
+from rarefy.data.transfer import sent
+from rarefy.errors import DataError
+
+Labelled = tuple[Tensor, Any]  # images, and their targets; None where the data has none
+Seeds = tuple[int, int] | None  # (shuffle_seed, epoch) to augment from; None: as for evaluation
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """A source with what is done to its images; see ``rarefy.data.images.ImageData``.
+
+    shape: (C, H, W) of what comes out. normalised: are float images allowed to leave [0, 1]? unreadable: index -> which and why, filled in here.
+    """
+
+    source: Source
+    shape: tuple[int, int, int]
+    augmentation: Augmentation
+    crop: float
+    interpolation: str
+    workers: int
+    targets: Targets
+    normalised: bool
+    strict: bool | None
+    unreadable: dict[int, str]
+    _placed: dict[torch.device, Arrays] = field(default_factory=dict, init=False)
+
+    def __call__(
+        self, chunks: Sequence[Tensor], start: int, seeds: Seeds, device: torch.device, *, labelled: bool = True
+    ) -> Iterator[Labelled]:
+        """Images (N, C, H, W), uint8 or float, and targets of each chunk of indices from ``start`` on."""
+        if isinstance(self.source, Arrays):
+            batches = self._of_arrays(self._resident(self.source, device), chunks, start, seeds, device)
+        else:
+            batches = self._of_items(self.source, chunks, start, seeds, device)
+        for images, targets in batches:
+            check_labels(self.source, labelled and targets is None)
+            yield images, targets
+
+    def _of_arrays(
+        self, source: Arrays, chunks: Sequence[Tensor], start: int, seeds: Seeds, device: torch.device
+    ) -> Iterator[Labelled]:
+        channels, height, width = self.shape
+        for step, chunk in enumerate(chunks[start:], start):
+            places = sent(chunk, source.images.device)
+            images = sent(source.images[places].contiguous(), device)
+            targets = None if source.labels is None else sent(source.labels[places], device)
+            if seeds is not None:
+                images = shifted(images, self.augmentation, generator(*seeds, step)).contiguous()
+            if images.shape[1] != channels:
+                images = images.expand(-1, channels, -1, -1)
+            if images.shape[2:] != (height, width):
+                images = resized(images, (height, width), self.interpolation)
+            yield images, targets
+
+    def _resident(self, source: Arrays, device: torch.device) -> Arrays:
+        """The images and labels, on the device if they fit there well."""
+        if device.type != "cuda":
+            return source
+        if device not in self._placed and source.images.nbytes <= torch.cuda.mem_get_info(device)[0] / 4:
+            labels = None if source.labels is None else source.labels.to(device)
+            self._placed[device] = Arrays(source.where, source.images.to(device), labels, source.names)
+        return self._placed.get(device, source)
+
+    def _of_items(
+        self, source: Items, chunks: Sequence[Tensor], start: int, seeds: Seeds, device: torch.device
+    ) -> Iterator[Labelled]:
+        decoder = Decoder(source, self.shape, self.crop, RESAMPLING[self.interpolation], self.augmentation)
+        batches = decoded(decoder, chunks[start:], seeds, self.workers, device.type == "cuda")
+        for step, batch in enumerate(batches, start):
+            if batch.broken:
+                self._tell(source, batch.broken)
+            if batch.refused is not None:
+                raise DataError(batch.refused)
+            if batch.images is not None:
+                yield self._checked(source, batch.images, batch.labels, device)
+            elif seeds is not None:  # a step less would end the epoch before it was announced to
+                first = min(batch.broken.items())[1]
+                raise DataError(
+                    f"{source.where}: none of the images of step {step} can be read, the first is {first}; mend the data"
+                )
+
+    def _checked(self, source: Items, images: Tensor, labels: Tensor | None, device: torch.device) -> Labelled:
+        """A batch on the device, if it is what it should be."""
+        if labels is not None:
+            self.targets.check(labels, source.where)
+        if not self.normalised:
+            check_range(images, source.where, "yield uint8 or [0, 1], or")
+        targets = None if labels is None else labels.to(device, non_blocking=True)
+        return images.to(device, non_blocking=True), targets
+
+    def _tell(self, source: Items, broken: dict[int, str]) -> None:
+        """Refuse what can't be read, or note that it is left out."""
+        if self.strict or (self.strict is None and source.store is None):
+            broken = all_broken(source) or broken
+            seen, first = min(len(source), MOST_SCANNED), min(broken.items())[1]
+            raise DataError(
+                f"{source.where}: {len(broken)} of {seen} images can't be read, the first is {first}; "
+                "delete or replace them, or leave them out with strict=False (--skip-unreadable)"
+            )
+        if not self.unreadable:
+            logging.getLogger("rarefy").warning(
+                "%s: %s; left out, as all that can't be read", source.where, min(broken.items())[1]
+            )
+        self.unreadable.update(broken)

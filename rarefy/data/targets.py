@@ -1,0 +1,122 @@
+"""Targets: what a data set says of each image, as the task wants it: class indices (0, 1, ...), or numbers.
+
+Shards, Parquet files and class folders hold class indices. Arrays and datasets hold what their author put there, and are read by what is here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rarefy.errors import DataError
+
+Target = int | np.ndarray  # of one image
+
+
+class Targets(Protocol):
+    """How what a data set yields beside the images is read."""
+
+    def of_all(self, given: object, count: int, where: str) -> Tensor:
+        """(N, ...), one an image. Raises DataError for what are no such targets."""
+        ...
+
+    def of_one(self, given: object, where: str) -> Target:
+        """That of a single image; where: which."""
+        ...
+
+    def check(self, targets: Tensor, where: str, *, whole: bool = False) -> None:
+        """Raises DataError where one is out of range. whole: are these the targets of all images, in order?"""
+        ...
+
+
+@dataclass(frozen=True)
+class ClassIndices:
+    """Whole numbers from 0; class_count: how many classes there are, where that is known."""
+
+    class_count: int | None = None
+
+    def of_all(self, given: object, count: int, where: str) -> Tensor:
+        try:
+            labels = torch.as_tensor(np.asarray(given) if isinstance(given, list | tuple) else given).detach().cpu()
+        except (TypeError, ValueError) as error:
+            why = first_line(error)
+            raise DataError(
+                f"{where}: labels can't be read ({why}); pass class indices (0, 1, ...), one an image"
+            ) from error
+        if labels.dim() == 2 and labels.shape[1] == 1:
+            labels = labels.squeeze(1)
+        if labels.dim() != 1:
+            shape = tuple(labels.shape)
+            raise DataError(f"{where}: labels have shape {shape}; pass class indices (N,) (one-hot: labels.argmax(1))")
+        _one_an_image(labels, count, where)
+        whole = labels.to(torch.int64)
+        wrong = (whole != labels) | (whole < 0)
+        if bool(wrong.any()):
+            first = int(wrong.int().argmax())
+            raise DataError(
+                f"{where}: label {labels[first].item()} of image {first} is not a class index (0, 1, ...); "
+                f"{int(wrong.sum())} of {count} are not"
+            )
+        return whole
+
+    def of_one(self, given: object, where: str) -> int:
+        array = np.asarray(given)
+        if array.size != 1:
+            raise DataError(
+                f"{where}: its label has shape {array.shape}; labels are class indices (one-hot: pass labels.argmax(1))"
+            )
+        try:
+            value = int(array.reshape(()).item())
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{where}: its label {given!r} is not a class index (0, 1, ...)") from error
+        if value < 0 or value != array.reshape(()).item():
+            raise DataError(f"{where}: its label {value} is not a class index (0, 1, ...)")
+        return value
+
+    def check(self, targets: Tensor, where: str, *, whole: bool = False) -> None:
+        if self.class_count is None or int(targets.max()) < self.class_count:
+            return
+        which = f" of image {int(targets.argmax())}" if whole else ""
+        raise DataError(
+            f"{where}: label {int(targets.max())}{which} is out of range for class_count={self.class_count}"
+        )
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Finite numbers, one or several an image, as float32: to be estimated, or 0 and 1 where several things may be true at once."""
+
+    def of_all(self, given: object, count: int, where: str) -> Tensor:
+        try:
+            numbers = torch.as_tensor(np.asarray(given) if isinstance(given, list | tuple) else given).detach().cpu()
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{where}: targets can't be read ({first_line(error)}); pass numbers") from error
+        _one_an_image(numbers, count, where)
+        self.check(numbers, where)
+        return numbers.float()
+
+    def of_one(self, given: object, where: str) -> np.ndarray:
+        try:
+            numbers = np.asarray(given, dtype=np.float32)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{where}: its target {given!r} is no number") from error
+        self.check(torch.from_numpy(numbers), where)
+        return numbers
+
+    def check(self, targets: Tensor, where: str, *, whole: bool = False) -> None:
+        if not bool(torch.isfinite(targets).all()):
+            raise DataError(f"{where}: a target is NaN or infinity; leave its image out")
+
+
+def _one_an_image(targets: Tensor, count: int, where: str) -> None:
+    if targets.dim() == 0 or len(targets) != count:
+        given = len(targets) if targets.dim() else 1
+        raise DataError(f"{where}: {count} images but {given} labels; pass one label an image")
+
+
+def first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

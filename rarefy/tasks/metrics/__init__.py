@@ -1,0 +1,1 @@
+"""The metrics that tasks judge by, one a file (rarefy/tasks/metric.py is the protocol)."""
