@@ -71,4 +71,3 @@ def _invoke(arguments: list[str]) -> int:
     except typer.Exit as done:
         return done.exit_code
     return 0
-
