@@ -112,7 +112,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 EVERY = [*plugins.available("students"), "copy:fresh=True", "depth:macs=0.6,choose=even", "depth:fresh=True", "width:macs=0.4,fresh=True",
-         "pruned:macs=0.5,criterion=bn_scale", "tests.test_students:Residual", "tests.test_students:Mine:width=6"]  # fmt: skip
+         "pruned:macs=0.5,criterion=bn_scale", "tests.compression.test_students:Residual", "tests.compression.test_students:Mine:width=6"]  # fmt: skip
 
 
 @pytest.mark.parametrize("word", EVERY)
@@ -282,7 +282,7 @@ def test_another_model_gets_the_teachers_classes_and_input() -> None:
 @pytest.mark.parametrize(("word", "told"), [
     ("deep", "neither one of copy, depth, pruned, width"),
     ("timm:no_such_net", "timm has no model"),
-    ("tests.test_students:Nobody", "no 'Nobody'"),
+    ("tests.compression.test_students:Nobody", "no 'Nobody'"),
 ])  # fmt: skip
 def test_a_word_that_names_nothing(word: str, told: str) -> None:
     with pytest.raises(InputError, match=told):
@@ -292,7 +292,7 @@ def test_a_word_that_names_nothing(word: str, told: str) -> None:
 def test_a_student_of_other_classes_is_refused() -> None:
     teacher = capture(Residual(num_classes=7).eval(), torch.zeros(2, 1, 8, 8))
     with pytest.raises(InputError, match=r"answers \[\(10,\)\], the teacher \[\(7,\)\]"):
-        students.made("tests.test_students:Residual", teacher)
+        students.made("tests.compression.test_students:Residual", teacher)
     with pytest.raises(InputError, match="makes no student"):
         students.made(3, teacher)
     with pytest.raises(InputError, match="is made from a teacher"):
@@ -305,7 +305,7 @@ def test_a_shallow_student_learns_on_the_command_line(tmp_path: Path, capsys: py
         main.run(
             [
                 "distill",
-                "tests.test_students:Residual",
+                "tests.compression.test_students:Residual",
                 *common,
                 "--epochs",
                 "4",

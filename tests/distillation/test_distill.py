@@ -588,7 +588,7 @@ def test_killed_run_ends_with_the_same_bits(tmp_path: Path, kills: int) -> None:
     moments = np.random.default_rng(kills).uniform(0, 0.1, kills)
     for moment in moments:
         process = subprocess.Popen(
-            [sys.executable, "-c", script, str(ROOT), str(ROOT / "tests"), str(folder)],
+            [sys.executable, "-c", script, str(ROOT), str(Path(__file__).parent), str(folder)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

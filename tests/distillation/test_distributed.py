@@ -25,8 +25,8 @@ from torch import nn
 from safetensors.torch import save_file
 torch.set_num_threads(1)
 from test_distill import Digits
-from rarefy.distilling import distill
-from rarefy.terminal import guarded
+from rarefy.distillation.distill import distill
+from rarefy.cli.terminal import guarded
 
 def net(width):
     torch.manual_seed(width)
@@ -50,7 +50,7 @@ EXITS = """
 import sys
 import torch
 from rarefy.demo import Net
-from rarefy.distilling import train
+from rarefy.distillation.distill import train
 from test_distill import Digits
 
 train(Net(), Digits(), steps=1, batch_size=8, lr=0.01, validate_every=0, device="cpu", progress=False)
@@ -78,7 +78,7 @@ def start(
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
     }
     return subprocess.Popen(
         [*command, str(folder / name), state, str(pause)],
