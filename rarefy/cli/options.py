@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import typing
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import typer
@@ -144,41 +144,93 @@ Ignore = Annotated[
 ]
 
 
-def grouped(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Typer sees each field of a parameter that is one of the option classes above as an option of its own."""
+@dataclass(frozen=True)
+class Fields:
+    """The fields of an options dataclass, each an option of a command; defaults, help and bounds stand there.
+
+    The command gets what the user gave, by the names of the fields; what he left out is the dataclass's own business.
+    of: the dataclass. renamed: field -> option, where another option of the command has the name. without: fields that
+    the command has no option for.
+    """
+
+    of: type
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    without: Collection[str] = ()
+
+    def parameters(self) -> Iterator[tuple[str, inspect.Parameter]]:
+        """(field, parameter) of each option."""
+        for one in dataclasses.fields(self.of):
+            if one.name in self.without:
+                continue
+            kind, value = _typed(str(one.type)), one.default
+            metavar = one.metadata.get("metavar") or _METAVARS.get(kind)
+            told = typer.Option(metavar=metavar, help=str(one.metadata["help"]))
+            name = self.renamed.get(one.name, one.name)
+            value = None if isinstance(value, tuple) and not value else value
+            yield one.name, inspect.Parameter(name, _KEYWORD, default=value, annotation=Annotated[kind, told])
+
+
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
+_METAVARS = {int: "N", int | None: "N", float: "NUMBER", float | None: "NUMBER", str: "TEXT", str | None: "TEXT"}
+
+
+def _typed(written: str) -> Any:
+    """The type that typer parses a field's text to. written: the field's annotation; what is none of these is text."""
+    names = [name.strip() for name in written.split("|")]
+    if any(name.startswith("Sequence[str]") for name in names):
+        return list[str] | None
+    known = {"bool": bool, "int": int, "float": float}
+    kind: Any = next((known[name] for name in ("bool", "float", "int") if name in names and "str" not in names), str)
+    return kind | None if "None" in names else kind
+
+
+def grouped(function: Callable[..., None]) -> Callable[..., None]:
+    """Typer sees each field of a parameter that is a dataclass of options, or has ``Fields``, as an option of its own."""
     hints = typing.get_type_hints(function, include_extras=True)
-    groups: dict[str, Any] = {}
-    parameters = []
+    groups: dict[str, type] = {}
+    given_fields: dict[str, dict[str, str]] = {}  # parameter -> field -> option
+    parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(function).parameters.values():
         hint = hints[parameter.name]
-        if dataclasses.is_dataclass(hint):
+        fields = next((one for one in getattr(hint, "__metadata__", ()) if isinstance(one, Fields)), None)
+        if fields is not None:
+            listed = list(fields.parameters())
+            given_fields[parameter.name] = {name: option.name for name, option in listed}
+            parameters += [option for _, option in listed]
+        elif dataclasses.is_dataclass(hint) and isinstance(hint, type):
             groups[parameter.name] = hint
-            fields = typing.get_type_hints(hint, include_extras=True)
+            inner = typing.get_type_hints(hint, include_extras=True)
             parameters += [
-                inspect.Parameter(
-                    field.name, parameter.KEYWORD_ONLY, default=_default(field), annotation=fields[field.name]
-                )
-                for field in dataclasses.fields(hint)
+                inspect.Parameter(one.name, _KEYWORD, default=_default(one), annotation=inner[one.name])
+                for one in dataclasses.fields(hint)
             ]
         else:
-            parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hint))
+            parameters.append(parameter.replace(kind=_KEYWORD, annotation=hint))
 
-    def command(**given: Any) -> Any:
-        packed = {
-            name: group(**{field.name: given.pop(field.name) for field in dataclasses.fields(group)})
+    def command(context: typer.Context, **given: Any) -> None:
+        packed: dict[str, Any] = {
+            name: group(**{one.name: given.pop(one.name) for one in dataclasses.fields(group)})
             for name, group in groups.items()
         }
-        return function(**packed, **given)
+        for name, options in given_fields.items():
+            values = {key: given.pop(option) for key, option in options.items()}
+            packed[name] = {key: value for key, value in values.items() if _was_given(context, options[key])}
+        function(**packed, **given)
 
     command.__name__, command.__doc__ = function.__name__, function.__doc__
-    command.__signature__ = inspect.Signature(
-        sorted(parameters, key=lambda item: item.default is not inspect.Parameter.empty)
-    )  # type: ignore[attr-defined]
+    ordered = sorted(parameters, key=lambda one: one.default is not inspect.Parameter.empty)
+    ordered.insert(0, inspect.Parameter("context", _KEYWORD, annotation=typer.Context))
+    command.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
     return command
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
-    return inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+def _was_given(context: typer.Context, option: str) -> bool:
+    source = context.get_parameter_source(option)
+    return source is not None and source.name != "DEFAULT"
+
+
+def _default(one: dataclasses.Field[Any]) -> Any:
+    return inspect.Parameter.empty if one.default is dataclasses.MISSING else one.default
 
 
 # ------------------------------------------------------------------ from text to objects

@@ -21,9 +21,18 @@ from typing import Any
 from rarefy.errors import InputError
 
 
-def option(default: Any, help: str, holds: Callable[[Any], bool] | None = None, allowed: str = "") -> Any:
-    """A field of a frozen dataclass. help: a line for people; holds: is this value allowed; allowed: what is, in words."""
-    return dataclasses.field(default=default, metadata={"help": help, "holds": holds, "allowed": allowed})
+def option(
+    default: Any, help: str, holds: Callable[[Any], bool] | None = None, allowed: str = "", metavar: str = ""
+) -> Any:
+    """A field of a frozen dataclass.
+
+    help: a line for people, as ``--help`` shows it.
+    holds: is this value allowed? None: any is.
+    allowed: what is allowed, in words, for the error.
+    metavar: what the command line calls a value, such as ``SHARE``; empty: by the field's type.
+    """
+    metadata = {"help": help, "holds": holds, "allowed": allowed, "metavar": metavar}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def check(options: Any, where: str) -> None:
