@@ -23,7 +23,7 @@ from rarefy.cli.options import (
     app,
     grouped,
 )
-from rarefy.cli.outputs import claim_file, show_comparison
+from rarefy.cli.outputs import claim_file, show_comparison, unreadable_rows
 from rarefy.cli.terminal import say, show_json
 from rarefy.errors import FormatError, GoalMissed, InputError
 
@@ -85,7 +85,7 @@ def evaluate(
         if found.reference is not None:
             facts["before"] = {"name": str(reference), "evaluation": found.reference.to_json()}
         show_comparison(facts)
-        for what, which in left_out(task):
+        for what, which in unreadable_rows(task):
             say(f"{what}: {which}")
         for warning in found.warnings:
             say(f"warning: {source.text}: {warning}")

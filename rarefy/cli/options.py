@@ -207,19 +207,21 @@ def grouped(function: Callable[..., None]) -> Callable[..., None]:
         else:
             parameters.append(parameter.replace(kind=_KEYWORD, annotation=hint))
 
-    def command(context: typer.Context, **given: Any) -> None:
+    def command(**given: Any) -> None:
         packed: dict[str, Any] = {
             name: group(**{one.name: given.pop(one.name) for one in dataclasses.fields(group)})
             for name, group in groups.items()
         }
+        context = given.pop("context") if given_fields else None
         for name, options in given_fields.items():
             values = {key: given.pop(option) for key, option in options.items()}
             packed[name] = {key: value for key, value in values.items() if _was_given(context, options[key])}
-        function(**packed, **given)
+        return function(**packed, **given)
 
     command.__name__, command.__doc__ = function.__name__, function.__doc__
     ordered = sorted(parameters, key=lambda one: one.default is not inspect.Parameter.empty)
-    ordered.insert(0, inspect.Parameter("context", _KEYWORD, annotation=typer.Context))
+    if given_fields:
+        ordered.insert(0, inspect.Parameter("context", _KEYWORD, annotation=typer.Context))
     command.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
     return command
 

@@ -86,13 +86,13 @@ def save_result(graph: Any, folder: str, source: Any, task: Any, as_json: bool) 
         ("MACs", f"{found['macs']:,}"),
         ("weights", size_text(found["weight_bytes"])),
         *facts,
-        *left_out(task),
+        *unreadable_rows(task),
         ("saved in", folder),
     ]
     show_table(f"{step['step']}: {source.text}", ("what", "found"), rows)
 
 
-def left_out(task: Any) -> list[tuple[str, str]]:
+def unreadable_rows(task: Any) -> list[tuple[str, str]]:
     """Of each split, what could not be read."""
     said = task.describe() if task is not None else {}
     found = {split: said[split]["unreadable"] for split in ("train", "val") if "unreadable" in said.get(split, {})}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import inspect
 import json
@@ -20,10 +21,9 @@ from torch import Tensor, nn
 
 import rarefy
 from rarefy import plugins
-from rarefy.cli import main, terminal
+from rarefy.cli import main, options, terminal
 from rarefy.compression import environment, recipe
 from rarefy.errors import GoalMissed, InputError, SignatureRefused
-from rarefy.system import cpu
 
 COMMANDS = [
     "compress",
@@ -132,7 +132,7 @@ def test_every_option_of_a_verb_is_an_option_of_its_command(verb: str) -> None:
 
 def test_every_option_of_the_task_is_an_option_of_its_commands() -> None:
     renamed = {"size": "image_size"}
-    fields = {field.name for field in main.dataclasses.fields(main.DataOptions)}
+    fields = {field.name for field in dataclasses.fields(options.DataOptions)}
     assert {renamed.get(name, name) for name in recipe._task_options("classification").model_fields} <= fields
 
 
@@ -403,8 +403,8 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_doctor_says_how_to_get_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     known = environment._version
-    monkeypatch.setattr(cpu, "_version", lambda name: None if name in ("onnx", "timm") else known(name))
-    monkeypatch.setattr(cpu, "cpu_flags", lambda: {"avx2": True, "avx512": False, "avx512_vnni": False})
+    monkeypatch.setattr(environment, "_version", lambda name: None if name in ("onnx", "timm") else known(name))
+    monkeypatch.setattr(environment.cpu, "cpu_flags", lambda: {"avx2": True, "avx512": False, "avx512_vnni": False})
     said = " ".join(environment.examine()["advice"])
     assert "onnx missing: pip install 'rarefy[onnx]'" in said and "rarefy[vision]" in said
     assert "no VNNI" in said and "saturate" in said
@@ -417,7 +417,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def explode(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(cpu, "examine", explode)
+    monkeypatch.setattr(environment, "examine", explode)
 
 
 @pytest.mark.parametrize(
@@ -463,7 +463,7 @@ def test_debug_shows_the_traceback_wherever_it_stands(
     for arguments in (["--debug", "doctor"], ["doctor", "--debug"]):
         assert main.run(arguments) == 70
         err = capsys.readouterr().err
-        assert "Traceback" in err and err.splitlines()[-1].startswith("rarefy: ZeroDivisionError at test_cli.py:")
+        assert "Traceback" in err and err.splitlines()[-1].startswith("rarefy: ZeroDivisionError at test_commands.py:")
 
 
 def test_a_full_disk_is_recognised_through_causes() -> None:
@@ -488,16 +488,16 @@ def test_output_to_a_closed_pipe_is_no_error() -> None:
 
 
 def test_grouped_gives_typer_each_field() -> None:
-    parameters = inspect.signature(main.grouped(_with_group)).parameters
+    parameters = inspect.signature(options.grouped(_with_group)).parameters
     assert (
         next(iter(parameters)) == "model"
         and "weights" in parameters
         and "extra" in parameters
         and "group" not in parameters
     )
-    packed, extra = main.grouped(_with_group)(model="m", weights="w", classes=None, input=None, core=None, extra=3)
+    packed, extra = options.grouped(_with_group)(model="m", weights="w", classes=None, input=None, core=None, extra=3)
     assert (packed.model, packed.weights, extra) == ("m", "w", 3)
 
 
-def _with_group(group: main.ModelOptions, extra: int = 1) -> Any:
+def _with_group(group: options.ModelOptions, extra: int = 1) -> Any:
     return group, extra
