@@ -34,6 +34,7 @@ KINDS = {
     "saliency": "rarefy.pruning.saliency",
     "students": "rarefy.compression.students",
 }
+TASKS = "rarefy.tasks"
 
 
 def available(kind: str) -> list[str]:
@@ -43,12 +44,20 @@ def available(kind: str) -> list[str]:
 
 
 def choice_class(kind: str, name: str) -> Any:
-    """The dataclass in ``rarefy/<kind>/<name>.py``."""
+    """The dataclass in the file ``name`` of the kind's folder."""
     if name not in available(kind):
         raise InputError(
             f"{kind}: unknown choice {name!r}; have {', '.join(available(kind))}, or give package.module:Class"
         )
-    module = importlib.import_module(f"{KINDS[kind]}.{name}")
+    found = _class_of(KINDS[kind], name)
+    if found is None:
+        raise InputError(f"{KINDS[kind]}.{name} must define one dataclass named like the file")
+    return found
+
+
+def _class_of(package: str, name: str) -> Any:
+    """The dataclass that is named like its file; None where there is none."""
+    module = importlib.import_module(f"{package}.{name}")
     found = [
         value
         for value in vars(module).values()
@@ -57,9 +66,24 @@ def choice_class(kind: str, name: str) -> Any:
         and value.__module__ == module.__name__
         and value.__name__.lower() == name.replace("_", "")
     ]
-    if len(found) != 1:
-        raise InputError(f"{KINDS[kind]}.{name} must define one dataclass named like the file")
-    return found[0]
+    return found[0] if len(found) == 1 else None
+
+
+def tasks() -> list[str]:
+    """Names of the tasks that come with rarefy: files of ``rarefy/tasks`` with a dataclass of their name."""
+    package = importlib.import_module(TASKS)
+    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg)
+    return [name for name in names if _class_of(TASKS, name) is not None]
+
+
+def task_class(text: str) -> Any:
+    """The class of the task of that name, or at ``package.module:Class``. Raises InputError."""
+    module, _, name = text.partition(":")
+    if "." in module or name:
+        return _imported(module, name)
+    if text not in tasks():
+        raise InputError(f"task: unknown {text!r}; have {', '.join(tasks())}, or give package.module:Class")
+    return _class_of(TASKS, text)
 
 
 def summary(kind: str, name: str) -> str:

@@ -66,6 +66,7 @@ def compress(
 
     content = {
         **{name: value for name, value in vars(model).items() if value is not None},
+        "task": data.task,
         "data": data.options(),
         "budget": given_only(max_drop=max_drop, speedup=speedup, size=size),
         "runtime": runtime,
@@ -107,10 +108,11 @@ def _compress(asked: Any, key: str | None, as_json: bool) -> None:
     output = claim_folder(asked.output)
     signer = readable(key, "--key") if key else None
     source = load.load(asked.model, weights=asked.weights, classes=asked.classes)
-    asked = dataclasses.replace(asked, data=completed(asked.data, source, asked.input))
+    asked = dataclasses.replace(asked, data=completed(asked.data, source, asked.task, asked.input))
     task = recipe.make_task(asked.data, asked.task)
     graph = load.graph_of(source, agreed_shape(asked.input, task), asked.core)
-    task.check(output_count(graph))
+    if (outputs := output_count(graph)) is not None:
+        task.check(outputs)
     budget = budget_module.Budget(**asked.budget)
     result = compress_module.compress(
         graph,

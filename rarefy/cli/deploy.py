@@ -56,7 +56,7 @@ def export(
         parity = export_.export(graph, target, runtime=runtime, compare=compare)
     else:
         export_.export(graph, target, runtime=runtime, compare=False)
-        inputs = None if task is None else next(iter(task.inputs("val", 64, 64, seed=0)))
+        inputs = None if task is None else next(iter(task.data.inputs("val", 64, 64, seed=0)))
         facts = certify_.certify(graph, target, runtime=runtime, also=also or (), inputs=inputs, task=task, limit=limit)
         certify.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         parity = {

@@ -131,7 +131,7 @@ def distill(
         number, star, name = text.partition("*")
         share = weight_of(number, f"--teacher {text}") if star else 1.0
         guide = load.load(name if star else text, weights=weights or None, classes=model.classes)
-        guides.append((share, load.graph_of(guide, task.input_shape)))
+        guides.append((share, load.graph_of(guide, task.data.input_shape)))
     if student is not None:
         graph, guides = students.made(student, graph, task=task, seed=seed), guides or [(1.0, graph)]
     if not guides:

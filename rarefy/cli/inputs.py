@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -24,15 +25,19 @@ def shape_of(model: ModelOptions) -> tuple[int, ...] | None:
     return parse_shape(model.input) if model.input is not None else None
 
 
-def completed(options: Mapping[str, Any], source: Any, shape: tuple[int, ...] | None = None) -> dict[str, Any]:
+def completed(
+    options: Mapping[str, Any], source: Any, task: str, shape: tuple[int, ...] | None = None
+) -> dict[str, Any]:
     """The task's options, with what ``--input``, or else the model's maker, says of the input where the user says nothing.
 
     Its size only goes to image files (arrays have one of their own), or where the graph was captured for it.
     """
+    from rarefy import plugins
     from rarefy.graph.nodes import is_graph
 
-    known = dict(source.preprocessing)
-    if shape is not None and len(shape) == 3 and shape[1] == shape[2]:
+    takes = inspect.signature(plugins.task_class(task)).parameters
+    known = {name: value for name, value in source.preprocessing.items() if name in takes}
+    if shape is not None and len(shape) == 3 and shape[1] == shape[2] and "size" in takes:
         known["size"] = shape[1]
     files = any(
         str(options.get(split, "")).startswith(("imagefolder:", "images:", "tar:", "parquet:"))
@@ -55,7 +60,8 @@ def prepared(model: ModelOptions, data: DataOptions, needed: bool = True) -> tup
     source = load.load(model.model, weights=model.weights, classes=model.classes)
     task = None
     if options:
-        task = recipe.make_task(recipe.data_options(completed(options, source, shape)))
+        content = recipe.data_options(completed(options, source, data.task, shape), task=data.task)
+        task = recipe.make_task(content, data.task)
     graph = load.graph_of(source, agreed_shape(shape, task), model.core)
     return source, graph, task
 
@@ -69,7 +75,7 @@ def agreed_shape(shape: tuple[int, ...] | None, task: Any) -> tuple[int, ...] | 
     """The input's shape: as given, which must be what the data gives, or else that."""
     if task is None:
         return shape
-    given: tuple[int, ...] = task.input_shape
+    given: tuple[int, ...] = task.data.input_shape
     if shape is not None and shape != given:
         asked, have = (",".join(map(str, one)) for one in (shape, given))
         raise InputError(
@@ -109,7 +115,7 @@ def reference_graph(reference: str | None, weights: str | None, classes: int | N
         if weights is not None:
             raise InputError("--reference-weights belongs to --reference; name the model too")
         return None
-    return load.graph_of(load.load(reference, weights=weights, classes=classes), task.input_shape)
+    return load.graph_of(load.load(reference, weights=weights, classes=classes), task.data.input_shape)
 
 
 @contextlib.contextmanager
@@ -129,11 +135,9 @@ def session(runtime: str, place: str, graph: Any) -> Iterator[Callable[..., Any]
         yield chosen.open(file)
 
 
-def output_count(graph: Any) -> int:
-    from rarefy.graph.shapes import shapes
+def output_count(graph: Any) -> int | None:
+    """Numbers that the model answers an image with; None where it answers otherwise than with one tensor (batch, N)."""
+    from rarefy.graph.shapes import output_shapes
 
-    node = next(node for node in graph.graph.nodes if node.op == "output").args[0]
-    shape = getattr(shapes(graph).get(node), "shape", None)
-    if shape is None or len(shape) != 2:
-        raise InputError("the model does not return one tensor (batch, classes); name the part that does with --core")
-    return int(shape[1])
+    shapes = output_shapes(graph)
+    return shapes[0][0] if len(shapes) == 1 and len(shapes[0]) == 1 else None

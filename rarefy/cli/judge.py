@@ -77,7 +77,7 @@ def evaluate(
             seed=seed,
             device=device_of(device),
         )
-    left_out = task.unreadable(split)
+    left_out = task.data.unreadable(split)
     if as_json:
         show_json({**found.to_json(), **({"unreadable": left_out} if left_out else {})})
     else:

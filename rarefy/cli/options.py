@@ -57,6 +57,14 @@ class ModelOptions:
 
 @dataclass
 class DataOptions:
+    task: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="What the model is for: classification, or a task of yours, package.module:Class.",
+            rich_help_panel=_DATA,
+        ),
+    ] = "classification"
     data: Annotated[
         str | None,
         typer.Option(

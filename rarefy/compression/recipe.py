@@ -64,7 +64,6 @@ VERBS = {
     "distill": "rarefy.distillation.distill",
     "quantize": "rarefy.quantization.quantize",
 }
-TASKS = {"classification": ("rarefy.tasks", "Classification")}
 
 # What the runner hands to a verb, and a recipe therefore does not.
 GIVEN = {
@@ -213,8 +212,7 @@ def data_options(content: Mapping[str, Any], where: str = "data", task: str = "c
 
 def make_task(data: Mapping[str, Any], task: str = "classification") -> Any:
     """The task of that name, with its data."""
-    module, name = TASKS[task]
-    return getattr(importlib.import_module(module), name)(**data)
+    return plugins.task_class(task)(**data)
 
 
 def share(text: str | float, where: str) -> float:
@@ -262,7 +260,7 @@ class _Top(BaseModel):
     classes: PositiveInt | None = None
     input: str | list[int] | None = None
     core: str | None = None
-    task: Literal["classification"] = "classification"
+    task: str = "classification"
     data: dict[str, Any] = {}
     budget: dict[str, Any] = {}
     step: list[dict[str, Any]] = []
@@ -273,8 +271,8 @@ class _Top(BaseModel):
 
 
 def _task_options(task: str) -> type[BaseModel]:
-    module, name = TASKS[task]
-    return _options(name, getattr(importlib.import_module(module), name))
+    known = plugins.task_class(task)
+    return _options(known.__name__, known)
 
 
 def _budget_options() -> type[BaseModel]:
