@@ -50,7 +50,7 @@ def is_quantized(model: Any) -> bool:
 def to_trainable(graph: fx.GraphModule) -> fx.GraphModule:
     """A copy that answers as ``graph`` does, in floats that learn. Raises InputError for codes that are no integers."""
     bits = graph.meta.get("bits", {})
-    learns = to_numbers(graph)
+    learns = to_numbers(copy.deepcopy(graph))  # training changes tensors in place
     found = shapes(learns)
     numbers: dict[fx.Node, fx.Node] = {}  # node that yields codes -> node that yields what they stand for
     for node in list(learns.graph.nodes):

@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rarefy.graph.fold import EPS, MOMENTUM, NORM
 from rarefy.graph.nodes import attribute, finish, set_attribute
 from rarefy.kernels.quantize import fake_quantize
 
 aten = torch.ops.aten
 LAYERS = (aten.conv2d.default, aten.linear.default)
+NORM = "batch_norm"
+EPS, MOMENTUM = 1e-5, 0.1
 # Than LSQ's, the rate of a weight's scale: a factor that batch norm takes out again, and whose steps passed through 0 at 8 bits.
 SLOWER = 0.1
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+
+from rarefy.graph.nodes import Value, argument
 
 aten = torch.ops.aten
 
@@ -21,7 +22,7 @@ PLACES = 64  # of an image, at most: 256 took twice as long on ResNet-56 and wer
 
 
 def groups_of(node: fx.Node) -> int:
-    return 1 if node.target is aten.linear.default else int(_argument(node, "groups"))
+    return 1 if node.target is aten.linear.default else int(argument(node, "groups"))
 
 
 def plane(node: fx.Node, source: Tensor, shape: Sequence[int]) -> list[int]:
@@ -60,9 +61,8 @@ def read(node: fx.Node, source: Tensor, shape: Sequence[int], groups: int, place
     for size, reached in zip(source.shape[2:], index, strict=True):
         at = at * size + reached
     rows = source.movedim(1, -1).flatten(1, -2)  # whole pixels are taken, as they lie there on a CPU
-    windows = (
-        rows.index_select(1, at.flatten()).view(count, *at.shape, -1).mul_(inside.unsqueeze(-1))
-    )  # (N, places, *kernel, channels)
+    windows = rows.index_select(1, at.flatten()).view(count, *at.shape, -1)  # (N, places, *kernel, channels)
+    windows.mul_(inside.unsqueeze(-1))
     return windows.movedim((-1, 1), (1, -1)).reshape(count, groups, -1, len(place))
 
 
@@ -71,15 +71,10 @@ def _windows(node: fx.Node, source: Tensor, shape: Sequence[int]) -> Tensor:
     sizes = plane(node, source, shape)
     stride, dilation, ends = _window(node, shape)
     padded = F.pad(source, [end for pair in reversed(ends) for end in pair]).contiguous()
-    steps = padded.stride()
-    return padded.as_strided(
-        (*padded.shape[:2], *sizes, *shape[2:]),
-        (
-            *steps[:2],
-            *(s * step for s, step in zip(stride, steps[2:], strict=True)),
-            *(d * step for d, step in zip(dilation, steps[2:], strict=True)),
-        ),
-    )
+    batch, channel, *steps = padded.stride()
+    places = [s * step for s, step in zip(stride, steps, strict=True)]
+    taps = [d * step for d, step in zip(dilation, steps, strict=True)]
+    return padded.as_strided((*padded.shape[:2], *sizes, *shape[2:]), (batch, channel, *places, *taps))
 
 
 def made(node: fx.Node, output: Tensor, groups: int, place: Tensor) -> Tensor:
@@ -90,7 +85,10 @@ def made(node: fx.Node, output: Tensor, groups: int, place: Tensor) -> Tensor:
 
 
 class Mean:
-    """Mean of a layer's unfolded input over images and places, streaming: images are added up first, so that windows are only cut out once."""
+    """Mean of a layer's unfolded input over images and places, streaming.
+
+    Images are added up first, so that windows are only cut out once.
+    """
 
     def __init__(self, node: fx.Node, shape: Sequence[int]) -> None:
         self.node, self.shape, self.count = node, shape, 0
@@ -113,9 +111,8 @@ class Mean:
         assert self.sum is not None
         mean = self.sum.double() / self.count
         if not self.pointwise:
-            mean = _windows(self.node, mean.movedim(-1, 0).unsqueeze(0), self.shape)[0].mean(
-                list(range(1, len(self.shape) - 1))
-            )
+            windows = _windows(self.node, mean.movedim(-1, 0).unsqueeze(0), self.shape)[0]
+            mean = windows.mean(list(range(1, len(self.shape) - 1)))
         return mean.reshape(groups, -1, 1)
 
 
@@ -127,28 +124,14 @@ def _pointwise(node: fx.Node, shape: Sequence[int]) -> bool:
 def _window(node: fx.Node, shape: Sequence[int]) -> tuple[list[int], list[int], list[tuple[int, int]]]:
     """Stride, dilation, and the padding at both ends, for each spatial axis."""
     spatial, kernel = len(shape) - 2, shape[2:]
-    stride, dilation = (_each(_argument(node, name), spatial) for name in ("stride", "dilation"))
-    padding = _argument(node, "padding")
-    if isinstance(padding, str):
-        ends = [
-            (0, 0) if padding == "valid" else _same_ends(d * (k - 1)) for d, k in zip(dilation, kernel, strict=True)
-        ]
-    else:
-        ends = [(p, p) for p in _each(padding, spatial)]
-    return stride, dilation, ends
+    stride, dilation = (_each(argument(node, name), spatial) for name in ("stride", "dilation"))
+    padding = argument(node, "padding")
+    if padding == "same":  # the odd one at the end
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        return stride, dilation, [(both // 2, both - both // 2) for both in total]
+    return stride, dilation, [(p, p) for p in _each(0 if padding == "valid" else padding, spatial)]
 
 
-def _same_ends(total: int) -> tuple[int, int]:
-    """``padding="same"``: the odd one at the end."""
-    return total // 2, total - total // 2
-
-
-def _argument(node: fx.Node, name: str) -> Any:
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    place = next(index for index, argument in enumerate(schema) if argument.name == name)
-    return node.args[place] if place < len(node.args) else node.kwargs.get(name, schema[place].default_value)
-
-
-def _each(value: Any, count: int) -> list[int]:
+def _each(value: Value, count: int) -> list[int]:
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     return values * count if len(values) == 1 else values

@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 import torch
 from torch import Tensor, fx
 
-from rarefy.graph.nodes import Value, attribute
+from rarefy.graph.nodes import Value, argument, attribute
 from rarefy.kernels.quantize import OPERATORS
 
 Rule = Callable[[fx.Node, Mapping[fx.Node, Value]], Value]
@@ -141,45 +141,47 @@ def _inputs(nodes: Sequence[fx.Node], inputs: Sequence[Value]) -> dict[fx.Node, 
     return dict(zip((node for node in nodes if node.op == "placeholder"), inputs, strict=False))
 
 
-TOGETHER = 16  # batches of which what is kept lies side by side
+TOGETHER = 16  # batches of which what is stored lies side by side
 
 _DECODE = OPERATORS[1]  # dequantize
 
 
 class Resumable:
-    """batches: inputs on any device; they are moved to the graph's when they are run. memory: bytes for values that are stored."""
+    """A graph run over ``batches`` up to a place that moves on.
+
+    batches: inputs on any device; they are moved to ``device``, the graph's, when they are run.
+    memory: bytes for values that are stored.
+    """
 
     def __init__(
         self, graph: fx.GraphModule, batches: Sequence[tuple[Tensor, ...]], memory: float, device: torch.device
     ):
         self.graph, self.batches, self.memory, self.device = graph, batches, memory, device
-        self.kept: list[dict[fx.Node, Value]] = [{} for _ in batches]
+        self.stored: list[dict[fx.Node, Value]] = [{} for _ in batches]
         self.at: fx.Node | None = (
-            None  # the first node that has not run, where values are kept; None: the graph's first
+            None  # the first node that has not run, where values are stored; None: the graph's first
         )
 
     def run(self, until: fx.Node, wanted: Sequence[fx.Node], keep: bool = True) -> Iterator[tuple[Value, ...]]:
         """For each batch, the values of ``wanted`` (they run before ``until``), once all before ``until`` has run.
 
-        The place never moves back: an earlier ``until`` is where it is. keep: whether it may move to ``until``: not where something before it is still to be changed. What was kept of a batch goes as soon as it
+        The place never moves back: an earlier ``until`` is where it is. What was stored of a batch goes as soon as it
         has run, so that the iterator is to be run to its last batch.
+
+        keep: whether the place may move to ``until``: not where something before it is still to be changed.
         """
         nodes = list(self.graph.graph.nodes)
         place = {node: index for index, node in enumerate(nodes)}
         begun = place[self.at] if self.at is not None else 0
         end = max(place[until], begun)
-        last = {node: max((place[user] for user in node.users), default=-1) for node in nodes}
-        for node in nodes:
-            if node.target is _DECODE:
-                last[node.args[0]] = max(last[node.args[0]], last[node])
+        last = _last_readers(nodes, place)
         arguments = {node: index for index, node in enumerate(node for node in nodes if node.op == "placeholder")}
         held = set(wanted)
         runnable = self._carrying(nodes, begun, end)
         constants: dict[fx.Node, Value] = {}
-        pool: dict[fx.Node, Tensor] = {}
-        room: dict[fx.Node, int] = {}  # of a batch in it
+        pools: dict[fx.Node, Tensor] = {}
         for index, batch in enumerate(self.batches):
-            values = dict(self.kept[index])
+            values = dict(self.stored[index])
             for node in nodes[begun:end]:
                 if node.op == "placeholder":
                     values[node] = laid_out(batch[arguments[node]], self.device)
@@ -195,34 +197,34 @@ class Resumable:
             }
             keep = keep and (index > 0 or _bytes(live) * len(self.batches) <= self.memory)
             if keep:
-                self.kept[index] = self._packed(live, index, pool, room)
+                self.stored[index] = self._packed(live, index, pools)
                 self.at = nodes[end] if index == len(self.batches) - 1 else self.at
             yield tuple(self._value(node, values, constants) for node in wanted)
 
-    def _packed(
-        self, live: dict[fx.Node, Value], index: int, pool: dict[fx.Node, Tensor], room: dict[fx.Node, int]
-    ) -> dict[fx.Node, Value]:
-        """The same values, those of a few batches side by side in one piece of memory a node: what is kept must not lie scattered among what is let go,
-        which a CPU's allocator then can't give back (150 of 1,400 MB)."""
-        found = dict(live)
+    def _packed(self, live: dict[fx.Node, Value], index: int, pools: dict[fx.Node, Tensor]) -> dict[fx.Node, Value]:
+        """The same values, those of a few batches side by side in one piece of memory a node.
+
+        What is stored must not lie scattered among what is let go, which a CPU's allocator then can't give back (150 of
+        1,400 MB). pools: (TOGETHER, numbers of the largest batch) for each node.
+        """
+        packed = dict(live)
         for node, value in live.items():
-            if not isinstance(value, Tensor) or value.device.type != "cpu" or value is self.kept[index].get(node):
+            if not isinstance(value, Tensor) or value.device.type != "cpu" or value is self.stored[index].get(node):
                 continue
-            if node not in pool or index % TOGETHER == 0:
-                room[node] = math.ceil(
-                    value.numel() * max(len(one[0]) for one in self.batches) / len(self.batches[index][0])
+            if node not in pools or index % TOGETHER == 0:
+                largest = max(len(one[0]) for one in self.batches)
+                pools[node] = value.new_empty(
+                    TOGETHER, math.ceil(value.numel() * largest / len(self.batches[index][0]))
                 )
-                pool[node] = value.new_empty(room[node] * TOGETHER)
-            if value.numel() <= room[node]:  # batches may be uneven
+            row = pools[node][index % TOGETHER]
+            if value.numel() <= len(row):  # batches may be uneven
                 strides = torch.empty_like(value, device="meta").stride()
-                found[node] = torch.as_strided(pool[node], value.shape, strides, index % TOGETHER * room[node]).copy_(
-                    value
-                )
-        return found
+                packed[node] = torch.as_strided(row, value.shape, strides, row.storage_offset()).copy_(value)
+        return packed
 
     def _carrying(self, nodes: list[fx.Node], begun: int, end: int) -> set[fx.Node]:
         """Nodes whose values depend on the inputs; the others are constants, computed where they are read."""
-        found = {node for node in nodes[:begun] if any(node in values for values in self.kept[:1])}
+        found = {node for node in nodes[:begun] if any(node in values for values in self.stored[:1])}
         found |= {node for node in nodes[:begun] if node.target is _DECODE and node.args[0] in found}
         found |= {node for node in nodes if node.op == "placeholder"}
         for node in nodes[begun:end]:
@@ -232,33 +234,36 @@ class Resumable:
 
     def _value(self, node: fx.Node, values: dict[fx.Node, Value], constants: dict[fx.Node, Value]) -> Value:
         """constants: of this run, so that layers decode their weights once, as far as ``memory`` reaches."""
-        found = values if node in values else constants
-        if node in found:
-            return found[node]
+        known = values if node in values else constants
+        if node in known:
+            return known[node]
         if node.op == "get_attr":
             value = constants[node] = attribute(self.graph, node)
-        else:
-            args, kwargs = fx.node.map_arg(
-                (node.args, node.kwargs), lambda source: self._value(source, values, constants)
-            )
-            with torch.no_grad():
-                value = node.target(*args, **kwargs)
-            constant = all(source.op == "get_attr" or source in constants for source in node.all_input_nodes)
-            if (
-                constant
-                and _bytes(
-                    {source: found for source, found in constants.items() if source.op != "get_attr"} | {node: value}
-                )
-                <= self.memory
-            ):
+            return value
+        with torch.no_grad():
+            value = call(node, {source: self._value(source, values, constants) for source in node.all_input_nodes})
+        if all(source.op == "get_attr" or source in constants for source in node.all_input_nodes):
+            computed = {source: known for source, known in constants.items() if source.op != "get_attr"}
+            if _bytes(computed | {node: value}) <= self.memory:
                 constants[node] = value
         return value
 
 
+def _last_readers(nodes: Sequence[fx.Node], place: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
+    """Place of the last node that reads each; of codes, also of what reads them decoded. -1: none."""
+    last = {node: max((place[user] for user in node.users), default=-1) for node in nodes}
+    for node in nodes:
+        if node.target is _DECODE:
+            codes: fx.Node = argument(node, "q")
+            last[codes] = max(last[codes], last[node])
+    return last
+
+
 def _read(node: fx.Node) -> list[fx.Node]:
     """What a node reads, and the codes that this was decoded from."""
-    return [*node.all_input_nodes, *(source.args[0] for source in node.all_input_nodes if source.target is _DECODE)]  # type: ignore[list-item]
+    sources = node.all_input_nodes
+    return [*sources, *(argument(source, "q") for source in sources if source.target is _DECODE)]
 
 
-def _bytes(values: dict[fx.Node, Value]) -> int:
-    return sum(value.numel() * value.element_size() for value in values.values() if isinstance(value, Tensor))
+def _bytes(values: Mapping[fx.Node, Value]) -> int:
+    return sum(value.nbytes for value in values.values() if isinstance(value, Tensor))

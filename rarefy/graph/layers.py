@@ -1,14 +1,16 @@
+"""Layers: which nodes are convolutions or linear layers with stored weights, and what a user may call them."""
+
 from __future__ import annotations
 
 import fnmatch
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import fx
 
 from rarefy.errors import InputError
+from rarefy.graph.nodes import argument
 
 aten = torch.ops.aten
 WEIGHTED = {aten.conv2d.default, aten.conv2d.padding, aten.conv1d.default, aten.linear.default}
@@ -37,18 +39,14 @@ def names(node: fx.Node) -> list[str]:
 
 
 def padding_of(node: fx.Node) -> float | None:
-    """What aten.pad(x, sizes, mode="constant", value=None) puts around, if that has a code: 0, or -inf where only max pooling reads it; else None."""
-    mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
-    value: Any = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
-    if mode != "constant":
+    """What ``aten.pad`` puts around, if that has a code: 0, or -inf where only max pooling reads it; None for anything else."""
+    value = argument(node, "value")
+    if argument(node, "mode") != "constant":
         return None
     if value in (None, 0):
         return 0.0
-    return (
-        float(value)
-        if value == -math.inf and all(user.target is aten.max_pool2d.default for user in node.users)
-        else None
-    )
+    pooled = all(user.target is aten.max_pool2d.default for user in node.users)
+    return float(value) if value == -math.inf and pooled else None
 
 
 def check_globs(graph: fx.GraphModule, **given: Iterable[str]) -> None:

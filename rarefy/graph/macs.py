@@ -13,16 +13,17 @@ not built yet. Additions, activations, normalisation and pooling count nothing, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 from torch import fx
 
-from rarefy.graph.nodes import operator_name
+from rarefy.graph.nodes import Value, argument, operator_name
 from rarefy.graph.shapes import shapes
 
 Axis = tuple[fx.Node, int]
 Products = list[list[Axis]]  # the MACs of a node: the sum over products of the sizes of these axes
+Shapes = Mapping[fx.Node, Value]
+Rule = Callable[[fx.Node, Shapes], Products]
 
 
 def count_macs(graph: fx.GraphModule) -> int:
@@ -30,7 +31,7 @@ def count_macs(graph: fx.GraphModule) -> int:
     return sum(layer_macs(graph).values())
 
 
-def layer_macs(graph: fx.GraphModule, found: dict[fx.Node, Any] | None = None) -> dict[str, int]:
+def layer_macs(graph: fx.GraphModule, found: Shapes | None = None) -> dict[str, int]:
     """MACs of each node that multiplies, by node name, for one sample. ``found``: the ``shapes`` of the graph, if already known."""
     found = shapes(graph, 1) if found is None else found
     return {
@@ -47,42 +48,41 @@ def count_parameters(graph: fx.GraphModule) -> int:
     return sum(parameter.numel() for parameter in graph.parameters())
 
 
-def products(node: fx.Node, found: dict[fx.Node, Any]) -> Products:
+def products(node: fx.Node, found: Shapes) -> Products:
     """The axes whose sizes multiply to the MACs of ``node``; empty for an operator that multiplies nothing."""
     rule = MACS.get(operator_name(node))
     return rule(node, found) if rule is not None else []
 
 
-def _axes(node: Any, found: dict[fx.Node, Any], start: int = 0) -> list[Axis]:
+def _axes(node: Value, found: Shapes, start: int = 0) -> list[Axis]:
     return [(node, axis) for axis in range(start, found[node].dim())]
 
 
-def _convolution(node: fx.Node, found: dict[fx.Node, Any]) -> Products:
+def _convolution(node: fx.Node, found: Shapes) -> Products:
     return [_axes(node, found) + _axes(node.args[1], found, 1)]
 
 
-def _transposed_convolution(node: fx.Node, found: dict[fx.Node, Any]) -> Products:
+def _transposed_convolution(node: fx.Node, found: Shapes) -> Products:
     return [_axes(node.args[0], found) + _axes(node.args[1], found, 1)]
 
 
-def _matrix_product(first: int) -> Callable[[fx.Node, dict[fx.Node, Any]], Products]:
-    def rule(node: fx.Node, found: dict[fx.Node, Any]) -> Products:
-        left: Any = node.args[first]
+def _matrix_product(first: int) -> Rule:
+    def rule(node: fx.Node, found: Shapes) -> Products:
+        left: Value = node.args[first]
         return [[*_axes(node, found), (left, found[left].dim() - 1)]]
 
     return rule
 
 
-def _attention(node: fx.Node, found: dict[fx.Node, Any]) -> Products:
-    query: Any = node.args[0]
-    key: Any = node.args[1]
+def _attention(node: fx.Node, found: Shapes) -> Products:
+    query, key = argument(node, "query"), argument(node, "key")
     keys = (key, found[key].dim() - 2)
     return [[*_axes(query, found), keys], [*_axes(node, found), keys]]
 
 
-def _einsum(node: fx.Node, found: dict[fx.Node, Any]) -> Products:
-    operands: Any = node.args[1]
-    letters, _ = einsum_letters(str(node.args[0]), [found[operand].dim() for operand in operands])
+def _einsum(node: fx.Node, found: Shapes) -> Products:
+    operands = argument(node, "tensors")
+    letters, _ = einsum_letters(argument(node, "equation"), [found[operand].dim() for operand in operands])
     if len(letters) < 2:
         return []
     first: dict[str, Axis] = {}
@@ -111,7 +111,7 @@ def einsum_letters(equation: str, ranks: list[int]) -> tuple[list[list[str]], li
     return [spelled(term, under) for term, under in zip(terms, hidden, strict=True)], spelled(right, max(hidden))
 
 
-MACS: dict[str, Callable[[fx.Node, dict[fx.Node, Any]], Products]] = {
+MACS: dict[str, Rule] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution", "conv2d_codes"), _convolution),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _transposed_convolution),
     **dict.fromkeys(("linear", "linear_codes", "matmul", "mm", "bmm", "mv", "dot"), _matrix_product(0)),

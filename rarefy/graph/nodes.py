@@ -55,11 +55,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def is_tensor(value: Any) -> bool:
+def is_tensor(value: object) -> bool:
     return isinstance(value, (Tensor, FakeTensor))
 
 
-def attribute(graph: nn.Module, target: Any) -> Any:
+def attribute(graph: nn.Module, target: Value) -> Value:
     """The parameter, buffer or flag of that dotted name, or that a ``get_attr`` node reads."""
     target = target.target if isinstance(target, fx.Node) else target
     owner, _, name = str(target).rpartition(".")

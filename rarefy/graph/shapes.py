@@ -1,7 +1,13 @@
+"""What every node of a graph yields, without computing: shapes and types.
+
+Operators run on the meta device, which has no numbers. Asking one takes a millisecond, and the first time imports a
+compiler of 150 MB, so that the few operators most of a network is made of have their rule here (``_SHAPES``). Where an
+operator needs real devices or numbers, torch's fake tensors know more of them, and take longer.
+"""
+
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -9,13 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
-from rarefy.graph.nodes import attribute, example_inputs
+from rarefy.graph.interpreter import steps
+from rarefy.graph.nodes import Value, attribute, example_inputs
 
 aten = torch.ops.aten
 
 
-def shapes(graph: fx.GraphModule, batch: int = 2) -> dict[fx.Node, Any]:
-    """What every node yields for that batch size, without computing: a tensor of no device (``.shape``, ``.dtype``), or a plain value."""
+def shapes(graph: fx.GraphModule, batch: int = 2) -> dict[fx.Node, Value]:
+    """What each node yields for that batch size: a tensor of no device (``.shape``, ``.dtype``), or a plain value."""
     with torch.no_grad():
         try:
             return _meta_shapes(graph, batch)
@@ -26,48 +33,40 @@ def shapes(graph: fx.GraphModule, batch: int = 2) -> dict[fx.Node, Any]:
 def output_shapes(graph: fx.GraphModule) -> list[tuple[int, ...]]:
     """Shape of each output, without the batch."""
     values = shapes(graph)
-    outputs = [
-        node
-        for node in pytree.tree_leaves(next(iter(reversed(graph.graph.nodes))).args[0])
-        if isinstance(node, fx.Node)
-    ]
-    return [tuple(values[node].shape[1:]) for node in outputs]
+    (output,) = graph.graph.find_nodes(op="output")
+    return [tuple(values[node].shape[1:]) for node in pytree.tree_leaves(output.args[0]) if isinstance(node, fx.Node)]
 
 
-def _meta_shapes(graph: fx.GraphModule, batch: int) -> dict[fx.Node, Any]:
+def _meta_shapes(graph: fx.GraphModule, batch: int) -> dict[fx.Node, Value]:
     """Every operator on the meta device, with no bookkeeping around it."""
-    inputs = iter(
-        [
-            torch.empty((batch, *spec["shape"]), dtype=getattr(torch, spec["dtype"]), device="meta")
-            for spec in graph.meta["inputs"]
-        ]
-    )
-    found: dict[fx.Node, Any] = {}
+    inputs = iter(graph.meta["inputs"])
+    live: dict[fx.Node, Value] = {}
     for node in graph.graph.nodes:
         if node.op == "placeholder":
-            found[node] = next(inputs)
+            spec = next(inputs)
+            live[node] = torch.empty((batch, *spec["shape"]), dtype=getattr(torch, spec["dtype"]), device="meta")
         elif node.op == "get_attr":
-            value = attribute(graph, str(node.target))
-            found[node] = value.detach().to("meta") if isinstance(value, Tensor) else value
-        elif node.op == "call_function":
-            args, kwargs = fx.map_arg((node.args, node.kwargs), found.__getitem__)
-            if _keeps_shape(node, args):
-                found[node] = args[0]
-                continue
-            rule: Any = _SHAPES.get(node.target)
-            made = rule(*args, **kwargs) if rule is not None else None
-            if made is not None:
-                found[node] = made
-                continue
-            args, kwargs = fx.node.map_aggregate((args, kwargs), _nowhere)
-            if "device" in kwargs or node.target in _CREATORS:
-                kwargs = {**kwargs, "device": _META}
-            found[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-    return found
+            value = attribute(graph, node)
+            live[node] = value.detach().to("meta") if isinstance(value, Tensor) else value
+    return dict(steps(graph, list(graph.graph.nodes)[:-1], live, _shape))
 
 
-def _keeps_shape(node: fx.Node, args: tuple[Any, ...]) -> bool:
-    """Does the node plainly yield a tensor like its first argument? Asking the operator takes a millisecond, and these are most of a network."""
+def _shape(node: fx.Node, live: Mapping[fx.Node, Value]) -> Value:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), live.__getitem__)
+    if _keeps_shape(node, args):
+        return args[0]
+    rule = _SHAPES.get(node.target)
+    value = None if rule is None else rule(*args, **kwargs)
+    if value is not None:
+        return value
+    args, kwargs = fx.node.map_aggregate((args, kwargs), _nowhere)
+    if "device" in kwargs or node.target in _CREATORS:
+        kwargs = {**kwargs, "device": _META}
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _keeps_shape(node: fx.Node, args: Sequence[Value]) -> bool:
+    """Does the node plainly yield a tensor like its first argument?"""
     first = args[0] if args else None
     if not isinstance(first, Tensor) or not first.is_floating_point() or node.kwargs:
         return False
@@ -101,12 +100,12 @@ _LIKE_BOTH = {aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor}
 def _convolved(
     input: Tensor,
     weight: Tensor,
-    bias: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
     groups: int = 1,
-) -> Any:
+) -> Tensor | None:
     rank = weight.dim() - 2
     if input.dim() != weight.dim():
         return None
@@ -119,17 +118,17 @@ def _convolved(
     return input.new_empty((input.shape[0], weight.shape[0], *places))
 
 
-def _projected(input: Tensor, weight: Tensor, bias: Any = None) -> Any:
+def _projected(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     return input.new_empty((*input.shape[:-1], weight.shape[0])) if weight.dim() == 2 else None
 
 
-def _attended(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
+def _attended(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor | None:
     if query.dim() != 4 or query.shape[:2] != value.shape[:2]:
         return None
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
-def _joined(tensors: Any, dim: int = 0) -> Any:
+def _joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
     first = tensors[0]
     if any((one.dtype, one.dim()) != (first.dtype, first.dim()) for one in tensors):
         return None
@@ -137,13 +136,12 @@ def _joined(tensors: Any, dim: int = 0) -> Any:
     return first.new_empty((*first.shape[:dim], sum(one.shape[dim] for one in tensors), *first.shape[dim + 1 :]))
 
 
-def _pooled(input: Tensor, output_size: Any) -> Any:
-    if any(size is None for size in output_size):
-        return None
-    return input.new_empty((*input.shape[: input.dim() - len(output_size)], *output_size))
+def _pooled(input: Tensor, output_size: Sequence[int | None]) -> Tensor | None:
+    sizes = [size for size in output_size if size is not None]
+    return input.new_empty((*input.shape[: -len(sizes)], *sizes)) if len(sizes) == len(output_size) else None
 
 
-def _spread(one: Tensor, other: Any) -> Any:
+def _spread(one: Tensor, other: object) -> Tensor | None:
     if not isinstance(other, Tensor) or one.dtype != other.dtype or not one.is_floating_point():
         return None
     rank = max(one.dim(), other.dim())
@@ -151,8 +149,8 @@ def _spread(one: Tensor, other: Any) -> Any:
     return one.new_empty([size if least == 1 else least for size, least in sizes])
 
 
-# Shapes known without the operator, which on a tensor without numbers takes a millisecond, and the first time imports a compiler of 150 MB. None: not that plain.
-_SHAPES: dict[Any, Callable[..., Any]] = {
+# Shapes known without asking the operator; None: not that plain.
+_SHAPES: dict[object, Callable[..., Tensor | None]] = {
     aten.conv1d.default: _convolved,
     aten.conv2d.default: _convolved,
     aten.conv3d.default: _convolved,
@@ -178,18 +176,18 @@ _CREATORS = {
 }
 
 
-def _nowhere(value: Any) -> Any:
+def _nowhere(value: Value) -> Value:
     return _META if isinstance(value, torch.device) else value
 
 
-def _fake_shapes(graph: fx.GraphModule, batch: int) -> dict[fx.Node, Any]:
+def _fake_shapes(graph: fx.GraphModule, batch: int) -> dict[fx.Node, Value]:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         fakes = [mode.from_tensor(example) for example in example_inputs(graph, batch)]
-    found: dict[fx.Node, Any] = {}
+    found: dict[fx.Node, Value] = {}
 
     class Recorder(FakeTensorProp):
-        def run_node(self, node: fx.Node) -> Any:
+        def run_node(self, node: fx.Node) -> Value:
             found[node] = fx.Interpreter.run_node(self, node)
             return found[node]
 

@@ -22,6 +22,9 @@ def is_quantised(model: nn.Module) -> bool:
     return isinstance(model, fx.GraphModule) and any(node.target in OPERATORS for node in model.graph.nodes)
 
 
+GRID = ("scale", "zero_point", "qmin", "qmax", "dtype")  # arguments that say which codes an operator makes
+
+
 class QParams(NamedTuple):
     """The grid that codes are made on. scale, zero_point: nodes that read them. value: name of the rounded value."""
 
@@ -55,8 +58,7 @@ def value_of(scale: fx.Node | str) -> str:
 def _grid_of(operator: Any) -> dict[str, int]:
     """Name -> place of the arguments that say on which grid codes are made; empty for operators that make none."""
     names = [argument.name for argument in operator._schema.arguments]
-    wanted = ("scale", "zero_point", "qmin", "qmax")
-    return {name: names.index(name) for name in wanted} if set(wanted) <= set(names) else {}
+    return {name: names.index(name) for name in GRID[:4]} if set(GRID) <= set(names) else {}
 
 
 _GRIDS = {operator: places for operator in OPERATORS if (places := _grid_of(operator))}
