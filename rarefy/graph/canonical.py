@@ -1,7 +1,9 @@
-"""simplify(): one form for what can be written in several, so that the tables of operators stay short.
+"""One form for what can be written in several.
 
-The mean over the plane is average pooling; hardswish is x hardsigmoid(x), silu is x sigmoid(x); attention is its two
-products and a softmax; as many zeros on either side are the padding of the convolution that reads them.
+``make_functional``, of a trace: no operator changes its argument, so that a pass may move or drop any node. ``simplify``,
+before quantization, so that the tables of operators stay short: the mean over the plane is average pooling; hardswish
+is x hardsigmoid(x), silu is x sigmoid(x); attention is its two products and a softmax; as many zeros on either side are
+the padding of the convolution that reads them.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import fx
 
-from rarefy.graph.layers import padding_of
+from rarefy.errors import CaptureError
+from rarefy.graph.layers import TRAINING_FLAG, padding_of
 from rarefy.graph.nodes import Value, argument, arguments, finish, share_copy
 from rarefy.graph.shapes import shapes
 
@@ -116,3 +119,96 @@ _SIMPLER = {
     aten.conv2d.default: _padded,
     aten.conv1d.default: _padded,
 }
+
+
+def make_functional(graph: fx.GraphModule) -> None:
+    """``relu_(x)`` -> ``relu(x)``, and whoever read the changed ``x`` afterwards reads the result. In place.
+
+    A change to a slice of a tensor is written back to that tensor (``slice_scatter``), as often as it was sliced.
+    """
+    order = {node: index for index, node in enumerate(graph.graph.nodes)}
+    for node in list(graph.graph.nodes):
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if not node.target._schema.is_mutable or node.target in TRAINING_FLAG:
+            continue
+        where = f"{node.meta.get('stack') or node.name}: {node.target}"
+        changed: fx.Node = node.args[0]
+        node.target, node.args = _functional(graph, node, where)
+        _write_back(graph, node, changed, order, where)
+
+
+def _write_back(graph: fx.GraphModule, node: fx.Node, changed: fx.Node, order: dict[fx.Node, int], where: str) -> None:
+    """What was read after ``changed`` had been, reads ``node`` or what was made of it. order: place of each node."""
+
+    def is_late(user: fx.Node) -> bool:
+        return order.get(user, -1) > order[node]
+
+    changed.replace_all_uses_with(node, delete_user_cb=is_late)
+    settled, value = {changed}, node
+    while _is_view(changed):
+        base: Value = changed.args[0]
+        scatter = _SCATTER.get(changed.target)
+        if not any(is_late(user) for alias in _views_of(base) if alias not in settled for user in alias.users):
+            break
+        if scatter is None:
+            raise CaptureError(
+                f"{where} changes a tensor through {changed.target}, and it is read later; "
+                "write it without in-place assignment (torch.cat, torch.where), or capture another part with core="
+            )
+        with graph.graph.inserting_after(value):
+            value = graph.graph.call_function(scatter, (base, value, *changed.args[1:]))
+        order[value] = order[node]
+        base.replace_all_uses_with(value, delete_user_cb=is_late)
+        settled.add(base)
+        changed = base
+    for alias in _views_of(changed):
+        if alias not in settled and any(map(is_late, alias.users)) and order[alias] < order[node]:
+            raise CaptureError(
+                f"{where} changes a tensor that {alias.name} also views, and both are read later; "
+                "write it without in-place assignment"
+            )
+
+
+# view operator -> the operator that writes the changed view back
+_SCATTER: Mapping[object, Callable[..., Value]] = {
+    aten.slice.Tensor: aten.slice_scatter.default,
+    aten.select.int: aten.select_scatter.default,
+}
+
+
+def _functional(graph: fx.GraphModule, node: fx.Node, where: str) -> tuple[Callable[..., Value], tuple[Value, ...]]:
+    """Operator and arguments that return what the in-place ``node`` would have left in its first argument."""
+    target = node.target
+    assert isinstance(target, torch._ops.OpOverload)
+    name = target._schema.name.split("::")[1]
+    if name == "copy_":  # x.copy_(y) makes x equal y, in x's shape and type
+        with graph.graph.inserting_before(node):
+            shaped = graph.graph.call_function(aten.expand_as.default, (node.args[1], node.args[0]))
+        return aten.type_as.default, (shaped, node.args[0])
+    packet = getattr(aten, name[:-1], None) if name.endswith("_") else None
+    overload = getattr(packet, target._overloadname, None) if packet is not None else None
+    if overload is None:
+        raise CaptureError(f"{where} has no form that returns a new tensor; capture another part with core=")
+    return overload, node.args
+
+
+def _views_of(node: fx.Node) -> list[fx.Node]:
+    """Nodes that may share memory with ``node``: what it is a view of, and the views of that."""
+    root: Value = node
+    while root.op == "call_function" and _is_view(root):
+        root = root.args[0]
+    found, queue = [], [root]
+    while queue:
+        current = queue.pop()
+        found.append(current)
+        queue.extend(user for user in current.users if _is_view(user) and user.args and user.args[0] is current)
+    return found
+
+
+def _is_view(node: fx.Node) -> bool:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    first = target._schema.arguments[0] if target._schema.arguments else None
+    return bool(first is not None and first.alias_info is not None and not first.alias_info.is_write)

@@ -13,13 +13,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from rarefy.errors import InputError
-from rarefy.graph.capture import TRAINING_FLAG, aten
+from rarefy.graph.layers import TRAINING_FLAG
 from rarefy.graph.nodes import is_tensor
 from rarefy.graph.shapes import shapes
+
+aten = torch.ops.aten
 
 DEPTHS = 4  # features of a network of one resolution
 

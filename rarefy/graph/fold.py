@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import torch
 from torch import Tensor, fx, nn
@@ -138,3 +139,26 @@ def normed(graph: fx.GraphModule) -> list[str]:
         for node in graph.graph.nodes
         if weighted(node) and len(node.users) == 1 and next(iter(node.users)).target is aten.batch_norm.default
     ]
+
+
+def fold_weight_norm(graph: fx.GraphModule) -> None:
+    """The weight that direction v and length g make, in place of both, unless something else reads one of them. In place."""
+    names: dict[object, str] = {}
+    taken = {*dict(graph.named_parameters(remove_duplicate=False)), *dict(graph.named_buffers(remove_duplicate=False))}
+    for node in graph.graph.find_nodes(op="call_function", target=aten._weight_norm.default):
+        sources = node.all_input_nodes
+        if any(source.op != "get_attr" or any(user.args != node.args for user in source.users) for source in sources):
+            continue
+        v, g = (attribute(graph, argument(node, name)) for name in ("v", "g"))
+        key = (id(v), id(g), argument(node, "dim"))
+        if key not in names:
+            name = re.sub(r"parametrizations\.(\w+)\.original1$|_v$", r"\1", str(argument(node, "v").target))
+            names[key] = name if name not in taken else f"{name}_normed"
+            with torch.no_grad():
+                weight = torch._weight_norm(v, g, argument(node, "dim"))
+            set_attribute(graph, names[key], nn.Parameter(weight, v.requires_grad or g.requires_grad))
+        with graph.graph.inserting_before(node):
+            stored = graph.graph.get_attr(names[key])
+        stored.meta = {"stack": node.meta.get("stack", "")}
+        node.replace_all_uses_with(stored)
+        graph.graph.erase_node(node)

@@ -13,6 +13,15 @@ from rarefy.errors import InputError
 from rarefy.graph.nodes import argument
 
 aten = torch.ops.aten
+# Operators with a flag that says whether the module is training, and the flag's place among the arguments.
+TRAINING_FLAG = {
+    aten.batch_norm.default: 5,
+    aten.dropout.default: 2,
+    aten.feature_dropout.default: 2,
+    aten.alpha_dropout.default: 2,
+    aten.feature_alpha_dropout.default: 2,
+}
+
 WEIGHTED = {aten.conv2d.default, aten.conv2d.padding, aten.conv1d.default, aten.linear.default}
 
 
