@@ -154,7 +154,14 @@ def worse(model: nn.Module, reference: nn.Module, task: Task) -> float:
 
 
 BOTH = pytest.mark.parametrize("kind", [MultiLabel, Regression])
-TRAINING = pytest.mark.xfail(reason="distillation asks the task, not task.data", strict=True)
+TRAINING = pytest.mark.xfail(
+    reason="distillation asks the task, not task.data; keep='best' takes the highest", strict=True
+)
+PRUNING = pytest.mark.xfail(reason="the criteria ask the task, not task.data", strict=True)
+QUANTIZING = pytest.mark.xfail(reason="quantize asks the task, not task.data", strict=True)
+COMPRESSING = pytest.mark.xfail(
+    reason="compress asks the task, not task.data; gates and report know top-1 only", strict=True
+)
 
 
 # -------------------------------------------------------------------------------------------------------------- what they do
@@ -172,7 +179,9 @@ def test_evaluate_speaks_in_the_words_of_the_metric(kind: type[MultiLabel]) -> N
         metric.add(new.eval()(inputs), targets)
     assert found.value == pytest.approx(metric.value(), rel=1e-5) and found.samples == 160
     assert found.interval[0] <= found.value <= found.interval[1]
-    assert found.drop["value"] > 0 and found.drop["interval"][0] > 0, "untrained is worse, whichever direction is better"
+    assert found.drop["value"] > 0 and found.drop["interval"][0] > 0, (
+        "untrained is worse, whichever direction is better"
+    )
     assert found.reference.robustness["contrast"][5] != found.reference.value
     text, told = str(found), json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert text.startswith(f"{metric.label} ") and "top-1" not in text and "agreement" not in text
@@ -190,6 +199,7 @@ def test_training_keeps_the_best_epoch_by_the_metric(kind: type[MultiLabel]) -> 
     assert rarefy.evaluate(net, task, progress=False).value == pytest.approx(best, rel=1e-4)
 
 
+@PRUNING
 @BOTH
 def test_a_pruned_student_learns_from_its_original(kind: type[MultiLabel]) -> None:
     task, net = fitted(kind)
@@ -199,12 +209,14 @@ def test_a_pruned_student_learns_from_its_original(kind: type[MultiLabel]) -> No
     assert worse(taught, net, task) < worse(student, net, task)
 
 
+@QUANTIZING
 @BOTH
 def test_quantized_it_is_about_as_good(kind: type[MultiLabel]) -> None:
     task, net = fitted(kind)
     assert abs(worse(rarefy.quantize(net, task, images=64, progress=False), net, task)) < 0.02
 
 
+@COMPRESSING
 @BOTH
 def test_compress_from_end_to_end(kind: type[MultiLabel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task, net = fitted(kind)
