@@ -36,7 +36,7 @@ from rarefy.cli.terminal import show_table
 from rarefy.distillation.distill import train
 from rarefy.errors import DataError, InputError
 from rarefy.graph.macs import count_macs
-from rarefy.pruning.ranking import RANKINGS
+from rarefy.pruning.options import RANKINGS
 from rarefy.pruning.repair import repair
 from rarefy.tasks.classification import Classification
 

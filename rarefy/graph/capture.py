@@ -64,7 +64,7 @@ def capture(model: nn.Module, inputs: Tensor | Sequence[Tensor], *, core: str | 
     A graph is returned as a copy. Raises CaptureError, which names the user's line and the way out.
     """
     if is_graph(model):
-        return copy.deepcopy(model)  # type: ignore[return-value]
+        return copy.deepcopy(model)
     examples = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     was_training = {module: module.training for module in model.modules()}
     try:
@@ -93,7 +93,7 @@ def capture(model: nn.Module, inputs: Tensor | Sequence[Tensor], *, core: str | 
 def as_graph(model: nn.Module, inputs: Tensor | Sequence[Tensor] | None = None) -> fx.GraphModule:
     """A graph of ``model`` for a step to work on: a graph is copied, any other module captured from ``inputs``."""
     if is_graph(model):
-        return copy.deepcopy(model)  # type: ignore[return-value]
+        return copy.deepcopy(model)
     if inputs is None:
         raise CaptureError(
             f"{type(model).__name__} is not captured yet; pass inputs= (an example batch), or capture() it first"

@@ -9,7 +9,7 @@ import itertools
 import operator
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 Value = Any  # what a node yields or reads: a tensor, a number, a list of them; a node where it stands for its value
 
 
-def is_graph(model: nn.Module) -> bool:
+def is_graph(model: nn.Module) -> TypeGuard[fx.GraphModule]:
     """Is this a model that ``capture`` (or ``load``) made?"""
     return isinstance(model, fx.GraphModule) and "inputs" in model.meta
 

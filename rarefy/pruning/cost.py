@@ -1,7 +1,15 @@
+"""What a network costs as classes leave it: MACs and parameters as polynomials of its widths.
+
+The MACs of a layer are a product of widths (``graph/macs.py`` names the axes), the elements of a parameter too, and a
+width is a sum over the classes that are alive. So the cost of a network that has not been built is exact, and asked for
+in microseconds: ``choose`` bisects over it.
+"""
+
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from torch import Tensor, fx
@@ -9,14 +17,12 @@ from torch import Tensor, fx
 from rarefy.graph.macs import MACS, products
 from rarefy.graph.nodes import operator_name
 from rarefy.pruning.groups.groups import Coupling
-from rarefy.pruning.groups.labels import Value, compact
-
-# ------------------------------------------------------------------------------------------------------------------ cost
+from rarefy.pruning.groups.labels import Value, compact, values_in
 
 
 @dataclass(frozen=True)
 class Polynomial:
-    """A sum of products of widths: ``coefficients * prod(widths[factors])``; ``widths = counts @ alive``, with a last width of 1."""
+    """A sum of products of widths: ``coefficients * prod(widths[factors])``, where a factor of -1 is 1."""
 
     coefficients: np.ndarray
     factors: np.ndarray
@@ -25,15 +31,54 @@ class Polynomial:
         return round(float((self.coefficients * np.append(widths, 1.0)[self.factors].prod(1)).sum()))
 
 
-class _Widths:
-    """The distinct axes of the network as vectors of classes, and how many positions of each survive."""
+@dataclass(frozen=True, eq=False)
+class Costs:
+    """axes: the distinct axes of the network, each a vector (size,) of classes.  count: of classes.  macs, params: of the widths of ``axes``."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    axes: list[np.ndarray]
+    count: int
+    macs: Polynomial
+    params: Polynomial
+
+    def __call__(self, alive: np.ndarray) -> dict[str, int]:
+        """alive: (classes,) bool -> {"keep", "macs", "params"}, what there is of each."""
+        widths = self.widths(alive)
+        return {"keep": int(alive[1:].sum()), "macs": self.macs(widths), "params": self.params(widths)}
+
+    def widths(self, alive: np.ndarray) -> np.ndarray:
+        """(classes,) bool -> (axes,): how many positions of each axis survive."""
+        return np.bincount(self._axis, alive[self._classes], len(self.axes))
+
+    def widths_of(self, members: np.ndarray) -> np.ndarray:
+        """(axes, members): how many positions of each axis each of these classes has."""
+        place = np.full(self.count, -1)
+        place[members] = np.arange(len(members))
+        column = place[self._classes]
+        index = (self._axis * len(members) + column)[column >= 0]
+        shape = (len(self.axes), len(members))
+        return np.bincount(index, minlength=math.prod(shape)).reshape(shape).astype(np.float64)
+
+    @cached_property
+    def _classes(self) -> np.ndarray:
+        """(positions,) of all axes, one after the other."""
+        return np.concatenate(self.axes)
+
+    @cached_property
+    def _axis(self) -> np.ndarray:
+        """(positions,) the axis of each."""
+        return np.repeat(np.arange(len(self.axes)), [len(vector) for vector in self.axes])
+
+
+class _Axes:
+    """The distinct axes that were met so far."""
+
+    def __init__(self) -> None:
         self.index: dict[bytes, int] = {}
         self.vectors: list[np.ndarray] = []
+        self.layers: dict[int, list[tuple[int, int]]] = {}
 
     def add(self, classes: Tensor) -> int:
+        """Its number; classes: (size,)."""
         vector = classes.contiguous().numpy()
         key = vector.tobytes()
         if key not in self.index:
@@ -41,34 +86,65 @@ class _Widths:
             self.vectors.append(vector)
         return self.index[key]
 
-    def counted(self) -> _Counted:
-        axis = np.repeat(np.arange(len(self.vectors)), [len(vector) for vector in self.vectors])
-        return _Counted(np.concatenate(self.vectors), axis, (len(self.vectors), self.count))
+    def of(self, value: Value) -> list[tuple[int, int]]:
+        """(axis of the activation, number) of each axis of it that may be cut."""
+        found = []
+        for layer in value.layers:
+            if id(layer) not in self.layers:
+                own = compact(layer)
+                varying = [axis for axis, size in enumerate(own.shape) if size > 1]
+                self.layers[id(layer)] = [(axis, self.add(own.flatten())) for axis in varying]
+            found += self.layers[id(layer)]
+        return found
 
 
-@dataclass(frozen=True, eq=False)
-class _Counted:
-    """How many positions of each axis survive. classes, axis: (positions,) of all axes.  shape: axes, classes."""
+def costs_of(coupling: Coupling) -> Costs:
+    """The axes of what is counted come first, then those of all other activations and parameters, which cost nothing but must not vanish."""
+    axes = _Axes()
+    macs, params = _macs(coupling, axes), _params(coupling, axes)
+    seen: set[int] = set()
+    for value in coupling.values.values():
+        for layer in (layer for part in values_in(value) for layer in part.layers):
+            if id(layer) not in seen:
+                seen.add(id(layer))
+                axes.add(compact(layer).flatten())
+    for row in coupling.rows:
+        axes.add(row.classes)
+    return Costs(axes.vectors, coupling.count, macs, params)
 
-    classes: np.ndarray
-    axis: np.ndarray
-    shape: tuple[int, int]
 
-    def __call__(self, alive: np.ndarray) -> np.ndarray:
-        """(classes,) bool -> (axes,)."""
-        return np.bincount(self.axis, alive[self.classes], self.shape[0])
+def _macs(coupling: Coupling, axes: _Axes) -> Polynomial:
+    terms = []
+    for node in coupling.graph.graph.nodes:
+        for product in products(node, coupling.found) if operator_name(node) in MACS else ():
+            coefficient, factors = 1.0, []
+            for source, axis in product:
+                number = _number(coupling, axes, source, axis)
+                if number is None:
+                    coefficient *= coupling.values[source].shape[axis]
+                else:
+                    factors.append(number)
+            terms.append((coefficient, factors))
+    return _polynomial(terms)
 
-    def of(self, members: np.ndarray) -> np.ndarray:
-        """(axes, members): how many positions each of these classes has."""
-        place = np.full(self.shape[1], -1)
-        place[members] = np.arange(len(members))
-        column = place[self.classes]
-        index = (self.axis * len(members) + column)[column >= 0]
-        return (
-            np.bincount(index, minlength=self.shape[0] * len(members))
-            .reshape(self.shape[0], len(members))
-            .astype(np.float64)
-        )
+
+def _number(coupling: Coupling, axes: _Axes, source: fx.Node, axis: int) -> int | None:
+    return next((number for place, number in axes.of(coupling.values[source]) if place == axis), None)
+
+
+def _params(coupling: Coupling, axes: _Axes) -> Polynomial:
+    parameters = dict(coupling.graph.named_parameters())
+    factors: dict[str, list[int]] = {name: [] for name in parameters}
+    for row in coupling.rows:
+        name = next((name for name in row.names if name in parameters), None)
+        if name is not None:
+            factors[name].append(axes.add(row.classes))
+    return _polynomial(
+        [
+            (parameter.numel() / math.prod(len(axes.vectors[index]) for index in factors[name]), factors[name])
+            for name, parameter in parameters.items()
+        ]
+    )
 
 
 def _polynomial(terms: list[tuple[float, list[int]]]) -> Polynomial:
@@ -76,56 +152,3 @@ def _polynomial(terms: list[tuple[float, list[int]]]) -> Polynomial:
     padded = [factors + [-1] * (longest - len(factors)) for _, factors in terms]
     coefficients = np.array([coefficient for coefficient, _ in terms], dtype=np.float64)
     return Polynomial(coefficients, np.array(padded, dtype=np.int64).reshape(-1, longest))
-
-
-def _costs(coupling: Coupling, widths: _Widths) -> tuple[Polynomial, Polynomial]:
-    """MACs and parameters as polynomials of the widths."""
-    cache: dict[int, list[tuple[int, int]]] = {}
-
-    def varying(node: fx.Node) -> list[tuple[int, int]]:
-        found = []
-        for layer in coupling.values[node].layers:
-            if id(layer) not in cache:
-                own = compact(layer)
-                cache[id(layer)] = [
-                    (axis, widths.add(own.flatten())) for axis, size in enumerate(own.shape) if size > 1
-                ]
-            found += cache[id(layer)]
-        return found
-
-    macs = []
-    for node in coupling.graph.graph.nodes:
-        if operator_name(node) not in MACS:
-            continue
-        for product in products(node, coupling.found):
-            coefficient, factors = 1.0, []
-            for source, axis in product:
-                own = next((index for place, index in varying(source) if place == axis), None)
-                if own is None:
-                    coefficient *= coupling.values[source].shape[axis]
-                else:
-                    factors.append(own)
-            macs.append((coefficient, factors))
-    parameters = dict(coupling.graph.named_parameters())
-    by_name: dict[str, list[int]] = {}
-    for row in coupling.rows:
-        name = next((name for name in row.names if name in parameters), None)
-        if name is not None:
-            by_name.setdefault(name, []).append(widths.add(row.classes))
-    params = []
-    for name, parameter in parameters.items():
-        factors = by_name.get(name, [])
-        params.append((parameter.numel() / math.prod(len(widths.vectors[index]) for index in factors), factors))
-    return _polynomial(macs), _polynomial(params)
-
-
-def _add_activations(coupling: Coupling, widths: _Widths) -> None:
-    seen: set[int] = set()
-    for values in coupling.values.values():
-        for value in values if isinstance(values, list) else [values]:
-            for layer in value.layers if isinstance(value, Value) else ():
-                if id(layer) not in seen:
-                    seen.add(id(layer))
-                    widths.add(compact(layer).flatten())
-    for row in coupling.rows:
-        widths.add(row.classes)

@@ -4,28 +4,23 @@
                  ▲                                                                   │  until it is as fast as asked
                  └───────────────────────────────── its kernels' times, a new goal ──┘
 
-**Table.** MACs are no time: kernels work in tiles, are bound by memory where they are thin, and layout changes, softmax and additions cost,
-too. So the runtime is asked. The network is exported whole and at a few widths, each family of channels at another fraction every time (a Latin
-hypercube), and the runtime's profile gives the time of each kernel, as fused and with the caches as it finds them there. Which axis of a kernel
-follows which axis of the network is read off the sizes over the samples, rounded up to the layout's block where the runtime does so: no operator is known by
-name. Kernels alike (operator, fixed sizes) share their samples; their time is fitted as ``a + b i + c o + d i o + ...`` of their widths, coefficients
-not negative, by relative error. A network's time is thus one quadratic form of its widths.
+**Table.** The time of the network as a function of its widths, from the runtime's own profiles (``latency_table.py``).
 
-**Damage.** A layer of n outputs that loses the share r of their importance is damaged by ``n r^2``: the errors of a layer's lost channels add up, so its last
-channels are worth more than its first, and no layer becomes a bottleneck because its channels are dear. A family that several layers make
-(a residual stream) is damaged in each of them.
+**Damage.** A layer of n outputs that loses the share r of their importance is damaged by ``n r^2``: the errors of a
+layer's lost channels add up, so its last channels are worth more than its first, and no layer becomes a bottleneck because
+its channels are dear. A family that several layers make (a residual stream) is damaged in each of them.
 
-**Path.** From the whole network, the step of a family that does least damage for a microsecond saved is taken, its saving evaluated exactly with all other
-widths as they are, until nothing can go. Steps of several tiles are tried too, so that a block boundary is crossed where a single tile saves nothing. The
-goal is a point on that path.
+**Path.** From the whole network, the step of a family that does least damage for a microsecond saved is taken, its saving
+evaluated exactly with all other widths as they are, until nothing can go. Steps of several tiles are tried too, so that a
+block boundary is crossed where a single tile saves nothing. The goal is a point on that path.
 
-**Correction.** What is promised is a measurement: the network at that point is exported and timed against the original (``measuring.latency``, taking turns), its
-kernels join the table, and the goal is moved by what was missed, for a few rounds, and a few more where the best is still a good deal faster than asked. A measurement whose quartiles lie far apart (a busy machine) moves nothing, and
-if none is better the pruning is refused.
+**Correction.** What is promised is a measurement: the network at that point is exported and timed against the original
+(``deployment/latency.py``, taking turns), its kernels join the table, and the goal is moved by what was missed, for a few
+rounds, and a few more where the best is still a good deal faster than asked. A measurement whose quartiles lie far apart
+(a busy machine) moves nothing, and if none is better the pruning is refused.
 
-The idea of a knapsack of importance under a latency table is HALP's (arXiv 2110.10811). Given up: the same file from the same seed, since clocks
-differ; and what the table cannot see, which the rounds correct. Samples are kept in the user's cache, by runtime, version, processor, threads,
-batch, network and widths; a cache that is damaged is measured anew.
+The idea of a knapsack of importance under a latency table is HALP's (arXiv 2110.10811). Given up: the same file from the
+same seed, since clocks differ; and what the table cannot see, which the rounds correct.
 """
 
 from __future__ import annotations
@@ -36,38 +31,65 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from rarefy import plugins
 from rarefy.deployment import latency
-from rarefy.deployment.latency import Quartiles, is_calm
+from rarefy.deployment.latency import Quartiles, Timed, is_calm
 from rarefy.deployment.runtime import Kernel
 from rarefy.errors import InputError
 from rarefy.graph.nodes import example_inputs
-from rarefy.pruning.latency_table import (
-    JUMPS,
-    TURNS,
-    Array,
-    Space,
-    Table,
-    _cache_file,
-    _cached,
-    _design,
-    _keep,
-    _kernels,
-    _total,
-    fit,
-)
+from rarefy.pruning.latency_table import Array, Space, Table, cache_file, cached, design, fit, keep
+from rarefy.pruning.options import Measured
+from rarefy.pruning.ranking import Plan, Ranking
 from rarefy.system.progress import track
 
+TILE = 8  # channels, where a family's width is chosen by time: what kernels compute together, or half of it
+OPTIONS = 64  # widths of a family that are tried, about
+JUMPS = (1, 2, 4, 8)  # steps of a family that are tried at once
+TURNS = 20  # of a sample and the whole network
 ROUNDS = 5
 SPARE = 3  # further rounds, where the best so far is faster than it need be
 AIM = 1.02  # of what is asked: a measurement has an error, and what is asked is a least
 ACCEPTED = (1.0, 1.05)  # times what is asked: no further round
 LEAST, MOST = 0.95, 1.15  # below that the goal is missed; above, channels went for nothing
+
+
+def for_speed(
+    ranking: Ranking, build: Callable[[Tensor], fx.GraphModule], speedup: float, where: Measured, seed: int = 0
+) -> tuple[Plan, dict[str, object]]:
+    """The plan that is ``speedup`` times as fast, and what was measured.
+
+    ranking: says which channels of a family go first; how many of each is chosen here.  build: (classes,) bool -> the graph.
+    """
+    families = np.flatnonzero(ranking.least < ranking.sizes)
+    families = families[families > 0]
+
+    def alive(widths: Array) -> Array:
+        counts = ranking.sizes.copy()
+        counts[families] = widths
+        return ranking.alive(counts)
+
+    space = _space(ranking, families)
+    widths, facts = search(space, lambda widths: build(torch.from_numpy(alive(widths))), speedup, where, seed=seed)
+    return ranking.plan(alive(widths)), facts
+
+
+def _space(ranking: Ranking, families: Array) -> Space:
+    """What there is to choose of these families, in tiles."""
+    widths, damages, parts = [], [], []
+    for index in families:
+        members = np.flatnonzero(ranking.family == index)
+        members = members[np.argsort(ranking.place[members])]
+        stride = ranking.round_to * max(1, round(len(members) / (OPTIONS * ranking.round_to)))
+        options = np.unique(np.append(np.arange(ranking.least[index], len(members), stride), len(members)))
+        widths.append(options)
+        damages.append(damage(ranking.importance[members], options) * ranking.outputs[members].mean())
+        parts.append(np.cumsum(ranking.costs.widths_of(members), 1)[:, options - 1].T)
+    return Space(widths, damages, parts, ranking.costs.widths(~np.isin(ranking.family, families)))
 
 
 def damage(values: Array, widths: Array) -> Array:
@@ -108,16 +130,15 @@ def descend(space: Space, table: Table) -> Descent:
         moves = [(family, at - jump) for family, at in enumerate(option) for jump in JUMPS if at >= jump]
         if not moves:
             break
-        saved = now - local(
-            held + np.stack([parts[family][to] - parts[family][option[family]] for family, to in moves])
-        )
+        steps = np.stack([parts[family][to] - parts[family][option[family]] for family, to in moves])
+        saved = now - local(held + steps)
         lost = np.array([space.damage[family][to] - space.damage[family][option[family]] for family, to in moves])
         worth = np.where(saved > 1e-9 * now, (lost + 1e-12) / np.maximum(saved, 1e-9 * now), np.inf)
         best = int(worth.argmin())
         if not math.isfinite(worth[best]):
             break
         family, to = moves[best]
-        held = held + parts[family][to] - parts[family][option[family]]
+        held = held + steps[best]
         option[family] = to
         now -= float(saved[best])
         options.append(option.copy())
@@ -130,7 +151,11 @@ def descend(space: Space, table: Table) -> Descent:
 
 @dataclass(frozen=True, eq=False)
 class Round:
-    """option: (families,).  predicted: times as fast as the original, before it was measured;  measured: {"median", "low", "high"}, the same."""
+    """A network that was measured.
+
+    option: (families,).  predicted: times as fast as the original, before it was measured.  measured: the same, measured.
+    latency_ms: of the original and of this.  table_error: of the table that predicted it.
+    """
 
     option: Array
     predicted: float
@@ -142,92 +167,88 @@ class Round:
     def speedup(self) -> float:
         return self.measured["median"]
 
+    @property
+    def calm(self) -> bool:
+        """Can its measurement be trusted?"""
+        return is_calm(self.measured)
+
+
+class Bench:
+    """The original's file, and beside it in ``folder`` the file of one smaller network at a time.
+
+    build: widths (families,) -> the network.
+    """
+
+    def __init__(
+        self, space: Space, build: Callable[[Array], fx.GraphModule], where: Measured, seed: int, folder: Path
+    ) -> None:
+        self.space, self.build = space, build
+        self.runtime = latency.with_threads(where.runtime, where.threads)
+        self.name = plugins.describe(self.runtime).partition(":")[0]
+        self.settings = {"runtime": self.name, "threads": self.runtime.threads, "batch": where.batch}
+        self.original = build(space.kept(space.whole))
+        self.example = example_inputs(self.original, batch=where.batch, seed=seed)[0]
+        self.files = {name: folder / f"{name}{self.runtime.suffix}" for name in ("original", "pruned")}
+        self.runtime.export(self.original, self.files["original"])
+
+    def kernels(self, file: str) -> list[Kernel]:
+        """Of a run of "original" or "pruned". Raises InputError where the runtime does not tell."""
+        if not self.runtime.capabilities.has_kernel_times:
+            raise InputError(
+                f"{self.name}: can't tell the time of each of its kernels; prune to macs= in place of speedup="
+            )
+        return self.runtime.kernel_times(self.files[file], self.example)
+
+    def tried(
+        self, option: Array, whole: Sequence[Kernel], repeats: int | None = None
+    ) -> tuple[list[Kernel], dict[str, Timed]]:
+        """The kernels of a smaller network, and its time beside the original's; whole: kernels of the original.
+
+        Its kernels' sum stands to the original's as the two networks do when they take turns: a machine's speed drifts
+        between profiles.
+        """
+        self.runtime.export(self.build(self.space.kept(option)), self.files["pruned"])
+        kernels = self.kernels("pruned")
+        times = latency.timed(self.files, self.example, runtime=self.runtime, repeats=repeats, warmup=5)
+        ratio = times["pruned"]["speedup"]["original"]
+        share = _total(whole) / ratio["median"] / _total(kernels) if is_calm(ratio) else 1.0
+        return [kernel._replace(us=share * kernel.us) for kernel in kernels], times
+
+    def sampled(self, options: Sequence[Array]) -> list[list[Kernel]]:
+        """The kernels at each of the options, of which the first is the whole network."""
+        whole = self.kernels("original")
+        smaller = track(options[1:], len(options) - 1, f"latency table on {self.name}")
+        return [whole, *(self.tried(option, whole, TURNS)[0] for option in smaller)]
+
 
 def search(
     space: Space,
     build: Callable[[Array], fx.GraphModule],
     speedup: float,
+    where: Measured,
     *,
-    runtime: Any = "onnxruntime",
-    threads: int | None = None,
-    batch: int = 1,
     seed: int = 0,
     cache: str | os.PathLike[str] | None = None,
-) -> tuple[Array, dict[str, Any]]:
+) -> tuple[Array, dict[str, object]]:
     """The widths (families,) at which the network is ``speedup`` times as fast, measured, and what was measured.
 
-    build: widths (families,) -> the network.  threads, batch: of what is timed.  cache: folder of measured samples, None: the user's.
+    build: widths (families,) -> the network.  cache: folder of measured samples, None: the user's.
     Raises InputError where the goal is out of reach, with what was reached.
     """
-    chosen = latency.with_threads(runtime, threads)
-    name = plugins.describe(chosen).partition(":")[0]
-    settings = {"runtime": name, "threads": chosen.threads, "batch": batch}
-    original = build(space.kept(space.whole))
-    example = example_inputs(original, batch=batch, seed=seed)[0]
-    options = _design(space, seed)
-    file = _cache_file(cache, original, [space.kept(option).tolist() for option in options], settings, chosen.package)
-    rounds: list[Round] = []
     with tempfile.TemporaryDirectory(prefix="rarefy-") as temporary:
-        files = {
-            "original": chosen.export(original, Path(temporary) / f"original{chosen.suffix}"),
-            "pruned": Path(temporary) / f"pruned{chosen.suffix}",
-        }
-
-        whole_run = _kernels(chosen, files["original"], example, name)
-
-        def tried(option: Array, repeats: int | None = None) -> tuple[list[Kernel], dict[str, Any]]:
-            """Its kernels, their sum in the proportion that the two networks have when they take turns: a machine's speed drifts between profiles."""
-            kernels = _kernels(chosen, chosen.export(build(space.kept(option)), files["pruned"]), example, name)
-            times = latency.timed(files, example, runtime=chosen, repeats=repeats, warmup=5)
-            ratio = times["pruned"]["speedup"]["original"]
-            share = _total(whole_run) / ratio["median"] / _total(kernels) if is_calm(ratio) else 1.0
-            return [kernel._replace(us=share * kernel.us) for kernel in kernels], times
-
-        samples = _cached(file)
+        bench = Bench(space, build, where, seed, Path(temporary))
+        options = design(space, seed)
+        widths = [space.kept(option).tolist() for option in options]
+        file = cache_file(cache, bench.original, widths, bench.settings, bench.runtime.package)
+        samples = cached(file)
         from_cache = samples is not None
         if samples is None:
-            smaller = track(options[1:], len(options) - 1, f"latency table on {settings['runtime']}")
-            samples = [whole_run, *(tried(option, TURNS)[0] for option in smaller)]
-            _keep(file, samples)
-        whole_run = samples[0]
-        turns = track(range(ROUNDS + SPARE), ROUNDS, f"prune to {speedup:g}x")
-        for turn in turns:
-            near = rounds[-1:] if turn < ROUNDS else [_best(rounds, speedup)]
-            if turn >= ROUNDS and not (is_calm(near[0].measured) and near[0].speedup > MOST * speedup):
-                break
-            table = fit(samples, np.stack([space.axes(option) for option in options]))
-            whole, *before = table(
-                np.stack([space.axes(option) for option in (space.whole, *(one.option for one in near))])
-            )
-            # What that round missed, the table misses for its neighbours too.
-            reference = before[0] * near[0].speedup if near and is_calm(near[0].measured) else whole
-            path = descend(space, table)
-            point = path.within(reference / (AIM * speedup))
-            option = path.options[-1 if point is None else point]
-            if any((option == one.option).all() for one in rounds):
-                break
-            predicted = reference / float(table(space.axes(option)[None])[0])
-            kernels, times = tried(option)
-            samples, options = [*samples, kernels], [*options, option]
-            milliseconds = {name: one["latency_ms"]["median"] for name, one in times.items()}
-            rounds.append(Round(option, predicted, times["pruned"]["speedup"]["original"], milliseconds, table.error))
-            turns.update(f"{rounds[-1].speedup:.2f}x")
-            if is_calm(rounds[-1].measured) and ACCEPTED[0] * speedup <= rounds[-1].speedup <= ACCEPTED[1] * speedup:
-                break
-    best, calm = _best(rounds, speedup), [one for one in rounds if is_calm(one.measured)]
-    if not calm:
-        spread = rounds[-1].measured
-        raise InputError(
-            f"speedup={speedup:g}: no measurement could be trusted, half of the last one's lay outside {spread['low']:.2f}x to {spread['high']:.2f}x; "
-            f"other processes use the processor, run it again when it is free, or prune to macs="
-        )
-    if best.speedup < LEAST * speedup:
-        raise InputError(
-            f"speedup={speedup:g} is out of reach on {settings['runtime']} (threads={chosen.threads}, batch={batch}): the smallest network tried runs "
-            f"{max(one.speedup for one in calm):.2f}x as fast; ask for less, or lower floor or round_to"
-        )
+            samples = bench.sampled(options)
+            keep(file, samples)
+        rounds = _rounds(bench, samples, options, speedup)
+    best = _accepted(rounds, speedup, bench)
     facts = {
-        **settings,
+        **bench.settings,
         "asked": speedup,
         "predicted": best.predicted,
         "measured": best.measured,
@@ -235,18 +256,76 @@ def search(
         "rounds": [
             {"predicted": one.predicted, "measured": one.speedup, "table_error": one.table_error} for one in rounds
         ],
-        "table": {"samples": len(samples) - len(rounds), "kernels": len(samples[0]), "from_cache": from_cache},
+        "table": {"samples": len(samples), "kernels": len(samples[0]), "from_cache": from_cache},
     }
     return space.kept(best.option), facts
+
+
+def _rounds(bench: Bench, samples: Sequence[list[Kernel]], options: Sequence[Array], speedup: float) -> list[Round]:
+    """Networks nearer and nearer to the goal; samples, options: what the table begins with."""
+    space, samples, options = bench.space, list(samples), list(options)
+    rounds: list[Round] = []
+    turns = track(range(ROUNDS + SPARE), ROUNDS, f"prune to {speedup:g}x")
+    for turn in turns:
+        near = _best(rounds, speedup) if turn >= ROUNDS else rounds[-1] if rounds else None
+        if turn >= ROUNDS and near is not None and not (near.calm and near.speedup > MOST * speedup):
+            break
+        table = fit(samples, np.stack([space.axes(option) for option in options]))
+        option, predicted = _aimed(space, table, near, speedup)
+        if any((option == one.option).all() for one in rounds):
+            break
+        kernels, times = bench.tried(option, samples[0])
+        samples.append(kernels)
+        options.append(option)
+        milliseconds = {name: one["latency_ms"]["median"] for name, one in times.items()}
+        found = Round(option, predicted, times["pruned"]["speedup"]["original"], milliseconds, table.error)
+        rounds.append(found)
+        turns.update(f"{found.speedup:.2f}x")
+        if found.calm and ACCEPTED[0] * speedup <= found.speedup <= ACCEPTED[1] * speedup:
+            break
+    return rounds
+
+
+def _aimed(space: Space, table: Table, near: Round | None, speedup: float) -> tuple[Array, float]:
+    """The option that the table expects at the goal, and how many times as fast as the original it expects it to be."""
+
+    def us(option: Array) -> float:
+        return float(table(space.axes(option)[None])[0])
+
+    # What the last round missed, the table misses for its neighbours too.
+    original = us(near.option) * near.speedup if near is not None and near.calm else us(space.whole)
+    path = descend(space, table)
+    point = path.within(original / (AIM * speedup))
+    option: Array = path.options[-1 if point is None else point]
+    return option, original / us(option)
+
+
+def _accepted(rounds: Sequence[Round], speedup: float, bench: Bench) -> Round:
+    """The best round. Raises InputError where none can be trusted, or none is fast enough."""
+    best, calm = _best(rounds, speedup), [one for one in rounds if one.calm]
+    if not calm:
+        spread = rounds[-1].measured
+        raise InputError(
+            f"speedup={speedup:g}: no measurement could be trusted, half of the last one's lay outside "
+            f"{spread['low']:.2f}x to {spread['high']:.2f}x; other processes use the processor, run it again when it is "
+            f"free, or prune to macs="
+        )
+    if best.speedup < LEAST * speedup:
+        raise InputError(
+            f"speedup={speedup:g} is out of reach on {bench.name} (threads={bench.runtime.threads}, "
+            f"batch={len(bench.example)}): the smallest network tried runs "
+            f"{max(one.speedup for one in calm):.2f}x as fast; ask for less, or lower floor or round_to"
+        )
+    return best
 
 
 def _best(rounds: Sequence[Round], speedup: float) -> Round:
     """Of those that can be trusted, and then of those fast enough, the nearest to the goal."""
     return min(
         rounds,
-        key=lambda one: (
-            not is_calm(one.measured),
-            one.speedup < LEAST * speedup,
-            abs(math.log(one.speedup / (AIM * speedup))),
-        ),
+        key=lambda one: (not one.calm, one.speedup < LEAST * speedup, abs(math.log(one.speedup / (AIM * speedup)))),
     )
+
+
+def _total(kernels: Sequence[Kernel]) -> float:
+    return sum(kernel.us for kernel in kernels)

@@ -1,3 +1,17 @@
+"""The latency table: how long a network takes, as one quadratic form of its widths, fitted to profiles of a few networks.
+
+MACs are no time: kernels work in tiles, are bound by memory where they are thin, and layout changes, softmax and
+additions cost, too. So the runtime is asked. The network is exported whole and at a few widths, each family of channels at
+another fraction every time (a Latin hypercube), and the runtime's profile gives the time of each kernel, as fused and
+with the caches as it finds them there. Which axis of a kernel follows which axis of the network is read off the sizes over
+the samples, rounded up to the layout's block where the runtime does so: no operator is known by name. Kernels alike
+(operator, fixed sizes) share their samples; their time is fitted as ``a + b i + c o + d i o + ...`` of their widths,
+coefficients not negative, by relative error.
+
+Samples are kept in the user's cache, by runtime, version, processor, threads, batch, network and widths; a cache that is
+damaged is measured anew.
+"""
+
 from __future__ import annotations
 
 import hashlib
@@ -5,38 +19,36 @@ import importlib.metadata
 import json
 import os
 import platform
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import nnls
 from torch import Tensor, fx
 
-from rarefy.deployment.runtime import Kernel, Runtime
-from rarefy.errors import FormatError, InputError
+from rarefy.deployment.runtime import Kernel
+from rarefy.errors import FormatError
 from rarefy.graph.nodes import attribute
-from rarefy.system.files import cache_folder
+from rarefy.system.files import cache_folder, replacing
 from rarefy.system.strict_json import parse
 
 SAMPLES = 6  # of the table: the whole network and five smaller ones
 BLOCKS = (1, 4, 8, 16, 32)  # what layouts round channels up to
-JUMPS = (1, 2, 4, 8)  # steps of a family that are tried at once
-TURNS = 20  # of a sample and the whole network
 FORMAT = 1
 
-Array = np.ndarray[Any, Any]
+Array = np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
 class Space:
     """What can be chosen.
 
-    widths: for each family (options,) channels kept, ascending, the last is all.  damage: for each family (options,), the last is 0.
-    parts: for each family (options, axes), the positions of each axis of the network that it then holds.  fixed: (axes,) those that always stay.
+    widths: for each family (options,) channels kept, ascending, the last is all.
+    damage: for each family (options,), the last is 0.
+    parts: for each family (options, axes), the positions of each axis of the network that it then holds.
+    fixed: (axes,) those that always stay.
     """
 
     widths: list[Array]
@@ -50,21 +62,30 @@ class Space:
 
     def axes(self, option: Array) -> Array:
         """(axes,) sizes where family f takes ``option[f]``."""
-        held: Array = self.fixed + sum(part[index] for part, index in zip(self.parts, option, strict=True))
-        return held
+        sizes: Array = self.fixed + sum(part[index] for part, index in zip(self.parts, option, strict=True))
+        return sizes
 
     def kept(self, option: Array) -> Array:
         return np.array([widths[index] for widths, index in zip(self.widths, option, strict=True)])
 
 
-# ----------------------------------------------------------------------------------------------------------------- table
+def design(space: Space, seed: int) -> list[Array]:
+    """The whole network, then a Latin hypercube: every family takes each fraction of its range once, never all of itself."""
+    random = np.random.default_rng(seed)
+    whole, smaller = space.whole, SAMPLES - 1
+    strata = np.stack([random.permutation(smaller) for _ in whole], 1) if len(whole) else np.zeros((smaller, 0))
+    return [whole, *(((strata + 0.5) / smaller * whole).astype(np.int64))]
+
+
+# ------------------------------------------------------------------------------------------------------------------- fit
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
     """Microseconds of the network as ``f Q f``: f are the sizes of ``axes``, rounded up to ``blocks``, and a 1.
 
-    error: median of |fitted - measured| / measured over the samples' totals.  modelled: share of the time whose kernels have a fit.
+    error: median of |fitted - measured| / measured over the samples' totals.
+    modelled: share of the time whose kernels have a fit.
     """
 
     axes: Array
@@ -81,109 +102,122 @@ class Table:
         return total
 
 
-def fit(samples: Sequence[Sequence[Kernel]], sizes: Array) -> Table:
-    """The table of samples taken at ``sizes`` (samples, axes); the first is the whole network, which may be built of other kernels."""
-    named = [{kernel.name: kernel for kernel in sample} for sample in samples]
-    common = [name for name in named[-1] if all(name in sample for sample in named[1:])]
-    seen: dict[tuple[int, ...], list[dict[tuple[float, ...], int]]] = {}
-    features: dict[tuple[int, int], int] = {}
-    pools: dict[Any, list[tuple[list[int], Array, Array]]] = {}
-    for name in common:
-        present = [index for index, sample in enumerate(named) if name in sample]
-        kernels = [named[index][name] for index in present]
-        kernels = [kernel for kernel in kernels if [*map(len, kernel.shapes)] == [*map(len, kernels[-1].shapes)]]
-        present = [index for index in present if any(named[index][name] is kernel for kernel in kernels)]
-        known = seen.setdefault(tuple(present), []) or _columns(sizes[present], seen[tuple(present)])
-        own: dict[int, int] = {}  # feature -> its place among this kernel's
-        rows: list[Array] = []
-        structure: list[Any] = [kernels[0].operator]
+class _Fitted(NamedTuple):
+    """A kernel over the samples. features: its widths, as numbers of features.  widths: (samples, features).  us: (samples,)."""
+
+    features: list[int]
+    widths: Array
+    us: Array
+
+
+class _Features:
+    """The axes of the network that kernels follow, each with the block it is rounded up to: (axis, block) -> number.
+
+    sizes: (samples, axes of the network).
+    """
+
+    def __init__(self, sizes: Array):
+        self.sizes = sizes
+        self.numbers: dict[tuple[int, int], int] = {}
+        self.columns: dict[tuple[int, ...], list[dict[tuple[float, ...], int]]] = {}
+
+    def read(self, present: tuple[int, ...], kernels: Sequence[Kernel]) -> tuple[tuple[object, ...], _Fitted]:
+        """(what kernels alike have in common, the kernel over the samples); present: the samples that ``kernels`` are of."""
+        places: dict[int, int] = {}  # feature -> its place among this kernel's
+        widths: list[Array] = []
+        structure: list[object] = [kernels[0].operator]
         for place, shape in enumerate(kernels[0].shapes):
             for axis, size in enumerate(shape):
                 column = np.array([kernel.shapes[place][axis] for kernel in kernels], dtype=np.float64)
                 if (column == column[0]).all():
                     structure.append(size)
                     continue
-                found = next(
-                    ((by[key], block) for block, by in zip(BLOCKS, known, strict=True) if (key := tuple(column)) in by),
-                    None,
-                )
-                if found is None:
+                feature = self._of(present, column)
+                if feature is None:
                     structure.append("?")
                     continue
-                feature = features.setdefault(found, len(features))
-                if feature not in own:
-                    own[feature] = len(own)
-                    rows.append(column)
-                structure.append(f"w{own[feature]}")
+                if feature not in places:
+                    places[feature] = len(places)
+                    widths.append(column)
+                structure.append(f"w{places[feature]}")
             structure.append("/")
-        times = np.array([max(kernel.us, 0.1) for kernel in kernels])
-        pools.setdefault(tuple(structure), []).append(
-            (list(own), np.stack(rows, 1) if rows else np.zeros((len(times), 0)), times)
-        )
-    form = np.zeros((len(features) + 1, len(features) + 1))
-    for members in pools.values():
-        one, other, coefficients = _fitted(
-            np.concatenate([rows for _, rows, _ in members]), np.concatenate([times for *_, times in members])
-        )
-        for places, _, _ in members:
-            names = np.array([*places, len(features)])
-            np.add.at(form, (names[one], names[other]), coefficients)
+        us = np.array([max(kernel.us, 0.1) for kernel in kernels])
+        held = np.stack(widths, 1) if widths else np.zeros((len(us), 0))
+        return tuple(structure), _Fitted(list(places), held, us)
+
+    def _of(self, present: tuple[int, ...], column: Array) -> int | None:
+        """The feature that has these sizes in the samples, with the smallest block."""
+        if present not in self.columns:
+            self.columns[present] = _columns(self.sizes[list(present)])
+        key = tuple(column)
+        for block, axes in zip(BLOCKS, self.columns[present], strict=True):
+            if key in axes:
+                return self.numbers.setdefault((axes[key], block), len(self.numbers))
+        return None
+
+
+def fit(samples: Sequence[Sequence[Kernel]], sizes: Array) -> Table:
+    """The table of samples taken at ``sizes`` (samples, axes); the first is the whole network, which may be built of other kernels."""
+    named = [{kernel.name: kernel for kernel in sample} for sample in samples]
+    common = [name for name in named[-1] if all(name in sample for sample in named[1:])]
+    features = _Features(sizes)
+    alike: dict[tuple[object, ...], list[_Fitted]] = {}
+    for name in common:
+        last = [*map(len, named[-1][name].shapes)]
+        found = {index: sample[name] for index, sample in enumerate(named) if name in sample}
+        found = {index: kernel for index, kernel in found.items() if [*map(len, kernel.shapes)] == last}
+        structure, kernel = features.read(tuple(found), list(found.values()))
+        alike.setdefault(structure, []).append(kernel)
     totals = np.array([sum(kernel.us for kernel in sample) for sample in samples])
     rest = [sum(kernel.us for kernel in sample if kernel.name not in set(common)) for sample in samples[1:]] or [0.0]
+    form = _form(alike.values(), len(features.numbers))
     form[-1, -1] += float(np.mean(rest))
-    pairs = np.array(list(features), dtype=np.int64).reshape(-1, 2)
-    table = Table(
-        pairs[:, 0],
-        pairs[:, 1],
-        form,
-        0.0,
-        1 - float(np.mean(rest)) / float(totals[1:].mean() if len(totals) > 1 else totals[0]),
-    )
+    pairs = np.array(list(features.numbers), dtype=np.int64).reshape(-1, 2)
+    modelled = 1 - float(np.mean(rest)) / float(totals[1:].mean() if len(totals) > 1 else totals[0])
+    table = Table(pairs[:, 0], pairs[:, 1], form, 0.0, modelled)
     apart = np.abs(table(sizes) / totals - 1)
-    return Table(table.axes, table.blocks, form, float(np.median(apart)), table.modelled)
+    return Table(table.axes, table.blocks, form, float(np.median(apart)), modelled)
 
 
-def _columns(sizes: Array, into: list[dict[tuple[float, ...], int]]) -> list[dict[tuple[float, ...], int]]:
+def _columns(sizes: Array) -> list[dict[tuple[float, ...], int]]:
     """For each block, the sizes an axis has in the samples, rounded up -> the first such axis."""
-    for block in BLOCKS:
-        rounded = (-(-sizes // block) * block).T
-        into.append({tuple(column): index for index, column in reversed(list(enumerate(rounded.tolist())))})
-    return into
+    rounded = [(-(-sizes // block) * block).T.tolist() for block in BLOCKS]
+    return [{tuple(column): index for index, column in reversed(list(enumerate(columns)))} for columns in rounded]
 
 
-def _fitted(widths: Array, times: Array) -> tuple[Array, Array, Array]:
+def _form(alike: Iterable[Sequence[_Fitted]], features: int) -> Array:
+    """(features + 1, features + 1): the sum of what was fitted to kernels alike."""
+    form = np.zeros((features + 1, features + 1))
+    for kernels in alike:
+        one, other, coefficients = _coefficients(
+            np.concatenate([kernel.widths for kernel in kernels]), np.concatenate([kernel.us for kernel in kernels])
+        )
+        for kernel in kernels:
+            numbers = np.array([*kernel.features, features])
+            np.add.at(form, (numbers[one], numbers[other]), coefficients)
+    return form
+
+
+def _coefficients(widths: Array, us: Array) -> tuple[Array, Array, Array]:
     """Pairs of widths (the last stands for 1) and the coefficients of their products, not negative, least squares of the relative error."""
+    from scipy.optimize import nnls  # once asked for: it takes long to import, and no other pruning needs it
+
     with_one = np.concatenate((widths, np.ones((len(widths), 1))), 1)
     one, other = np.triu_indices(with_one.shape[1])
     terms = with_one[:, one] * with_one[:, other]
     scale = terms.max(0)
-    found, _ = nnls(terms / scale / times[:, None], np.ones(len(times)))
+    found, _ = nnls(terms / scale / us[:, None], np.ones(len(us)))
     return one, other, found / scale
 
 
-def _design(space: Space, seed: int) -> list[Array]:
-    """The whole network, then a Latin hypercube: every family takes each fraction of its range once, never all of itself."""
-    random = np.random.default_rng(seed)
-    whole, smaller = space.whole, SAMPLES - 1
-    strata = np.stack([random.permutation(smaller) for _ in whole], 1) if len(whole) else np.zeros((smaller, 0))
-    return [whole, *(((strata + 0.5) / smaller * whole).astype(np.int64))]
+# ----------------------------------------------------------------------------------------------------------------- cache
 
 
-def _total(kernels: Sequence[Kernel]) -> float:
-    return sum(kernel.us for kernel in kernels)
-
-
-def _kernels(runtime: Runtime, file: Path, example: Tensor, name: str) -> list[Kernel]:
-    if not runtime.capabilities.has_kernel_times:
-        raise InputError(f"{name}: can't tell the time of each of its kernels; prune to macs= in place of speedup=")
-    return runtime.kernel_times(file, example)
-
-
-def _cache_file(
+def cache_file(
     cache: str | os.PathLike[str] | None,
     graph: fx.GraphModule,
     widths: list[list[int]],
-    settings: dict[str, Any],
+    settings: Mapping[str, object],
     package: str,
 ) -> Path:
     """The file's name is a hash of all that the times depend on."""
@@ -210,14 +244,12 @@ def _cache_file(
 def _processor() -> list[str]:
     about = Path("/proc/cpuinfo")
     lines = about.read_text().splitlines() if about.exists() else []
-    own = [
-        next((line for line in lines if line.startswith(name)), "")
-        for name in ("model name", "flags", "Features", "cache size")
-    ]
-    return [platform.machine(), platform.processor(), str(os.cpu_count()), *own]
+    wanted = ("model name", "flags", "Features", "cache size")
+    said = [next((line for line in lines if line.startswith(name)), "") for name in wanted]
+    return [platform.machine(), platform.processor(), str(os.cpu_count()), *said]
 
 
-def _cached(file: Path) -> list[list[Kernel]] | None:
+def cached(file: Path) -> list[list[Kernel]] | None:
     """The samples of an earlier run; None where there is no sound file."""
     try:
         content = parse(file.read_bytes(), file)
@@ -229,15 +261,13 @@ def _cached(file: Path) -> list[list[Kernel]] | None:
         return None
 
 
-def _keep(file: Path, samples: list[list[Kernel]]) -> None:
+def keep(file: Path, samples: Sequence[Sequence[Kernel]]) -> None:
     """Write the whole file or nothing; a cache that can't be written is no error."""
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, partial = tempfile.mkstemp(dir=file.parent, prefix=".", suffix=".json")
-        with os.fdopen(descriptor, "w") as stream:
-            json.dump({"format": FORMAT, "sha256": _digest(samples), "samples": samples}, stream)
-        os.replace(partial, file)
+        with replacing(file) as partial:
+            partial.write_text(json.dumps({"format": FORMAT, "sha256": _digest(samples), "samples": samples}))
 
 
-def _digest(samples: Any) -> str:
+def _digest(samples: object) -> str:
     return hashlib.sha256(json.dumps(samples).encode()).hexdigest()

@@ -40,4 +40,6 @@ def check(options: Any, where: str) -> None:
     for field in dataclasses.fields(options):
         holds, value = field.metadata.get("holds"), getattr(options, field.name)
         if holds is not None and not holds(value):
-            raise InputError(f"{where}: {field.name}={value!r} is not {field.metadata['allowed']}")
+            bound = field.metadata["allowed"]
+            said = bound if bound.startswith("must ") else f"is not {bound}"
+            raise InputError(f"{where}{': ' if where else ''}{field.name}={value!r} {said}")

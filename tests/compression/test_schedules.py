@@ -29,8 +29,9 @@ from rarefy.evaluation.evaluate import evaluate
 from rarefy.graph.capture import capture
 from rarefy.graph.macs import count_macs, count_parameters
 from rarefy.pruning.groups.groups import couple
+from rarefy.pruning.options import Target
 from rarefy.pruning.prune import prune
-from rarefy.pruning.ranking import Target, choose
+from rarefy.pruning.ranking import choose, rank
 from rarefy.pruning.repair import kept_channels
 from rarefy.pruning.selection.best import Best
 from rarefy.pruning.selection.sample import Sample
@@ -310,7 +311,7 @@ def test_the_first_is_drawn_by_its_score_and_the_rest_without_replacement() -> N
 def test_what_floor_protects_is_drawn_too() -> None:
     coupling = couple(net())
     scores = torch.ones(coupling.count, dtype=torch.float64)
-    alive = [choose(coupling, scores, Target("keep", 0.3), select=Sample(), seed=seed).alive for seed in (1, 2)]
+    alive = [choose(rank(coupling, scores, select=Sample(), seed=seed), Target("keep", 0.3)).alive for seed in (1, 2)]
     assert not torch.equal(*alive)
 
 

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from rarefy.deployment import latency
 from rarefy.deployment.runtime import Capabilities, Kernel
 from rarefy.errors import InputError
 from rarefy.graph.capture import capture
 from rarefy.graph.macs import count_macs
-from rarefy.pruning import latency_search, latency_table
+from rarefy.pruning import latency_search
 from rarefy.pruning.latency_search import damage, descend
-from rarefy.pruning.latency_table import Space, fit
+from rarefy.pruning.latency_table import Space, cached, design, fit, keep
 from rarefy.pruning.prune import prune
 from rarefy.runtimes.onnxruntime import OnnxRuntime
 
@@ -48,7 +48,7 @@ def run(space: Space, option: np.ndarray, slope: float = 2e-3) -> list[Kernel]:
 
 def test_table_finds_planted_times_at_widths_it_never_saw() -> None:
     space = chain(128, 96, 256, 64)
-    options = latency_table._design(space, 0)
+    options = design(space, 0)
     table = fit([run(space, option) for option in options], np.stack([space.axes(option) for option in options]))
     random = np.random.default_rng(1)
     apart = []
@@ -64,7 +64,7 @@ def test_table_finds_planted_times_at_widths_it_never_saw() -> None:
 
 def test_path_spares_what_is_cheap_and_keeps_blocks_full() -> None:
     space = chain(128, 128, 128, 128)
-    options = latency_table._design(space, 0)
+    options = design(space, 0)
     table = fit([run(space, option) for option in options], np.stack([space.axes(option) for option in options]))
     path = descend(space, table)
     assert (np.diff(path.us) < 0).all()
@@ -93,10 +93,10 @@ def test_damage_is_convex_and_falls_on_the_least_important() -> None:
 
 def test_cache_gives_back_what_was_kept_and_nothing_else(tmp_path: Path) -> None:
     space = chain(64, 64)
-    samples = [run(space, option) for option in latency_table._design(space, 0)]
+    samples = [run(space, option) for option in design(space, 0)]
     file = tmp_path / "deep" / "one.json"
-    latency_table._keep(file, samples)
-    assert latency_table._cached(file) == samples
+    keep(file, samples)
+    assert cached(file) == samples
     assert [path.name for path in file.parent.iterdir()] == ["one.json"]
     sound = file.read_bytes()
     content = json.loads(sound)
@@ -110,8 +110,8 @@ def test_cache_gives_back_what_was_kept_and_nothing_else(tmp_path: Path) -> None
         sound.replace(b'"format": 1', b'"format": 0'),
     ):
         file.write_bytes(broken)
-        assert latency_table._cached(file) is None
-    assert latency_table._cached(tmp_path / "none.json") is None
+        assert cached(file) is None
+    assert cached(tmp_path / "none.json") is None
 
 
 class Small(nn.Module):
@@ -165,10 +165,25 @@ def test_refuses_what_is_no_speedup(speedup: object) -> None:
         prune(capture(nn.Linear(4, 4), torch.randn(2, 4)), speedup=speedup)  # type: ignore[arg-type]
 
 
-def test_refuses_a_runtime_that_tells_no_times() -> None:
-    mine: Any = SimpleNamespace(capabilities=Capabilities())
-    with pytest.raises(InputError, match="can't tell the time of each of its kernels"):
-        latency_table._kernels(mine, Path("none"), torch.zeros(1), "mine")
+@dataclass(frozen=True)
+class Mute:
+    """A runtime that does not tell the time of its kernels."""
+
+    threads: int = 0
+    suffix: ClassVar[str] = ".none"
+    package: ClassVar[str] = "none"
+    capabilities: ClassVar[Capabilities] = Capabilities()
+
+    def export(self, graph: fx.GraphModule, path: Path) -> Path:
+        return path
+
+
+def test_refuses_a_runtime_that_tells_no_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAREFY_CACHE", str(tmp_path))
+    model = Small().eval()
+    model(torch.randn(2, 3, 32, 32))
+    with pytest.raises(InputError, match=r"test_latency_search:Mute: can't tell the time of each of its kernels"):
+        prune(model, inputs=torch.randn(2, 3, 32, 32), speedup=2.0, runtime=Mute())  # type: ignore[arg-type]
 
 
 def test_the_best_round_is_the_nearest_of_those_fast_enough_and_calm() -> None:

@@ -31,8 +31,9 @@ from rarefy.pruning.criteria.taylor import Taylor
 from rarefy.pruning.groups.equivalence import check
 from rarefy.pruning.groups.groups import couple
 from rarefy.pruning.groups.slicing import cut
+from rarefy.pruning.options import Target
 from rarefy.pruning.prune import prune
-from rarefy.pruning.ranking import Target, choose
+from rarefy.pruning.ranking import choose, rank
 
 
 class Block(nn.Module):
@@ -282,7 +283,7 @@ def test_equals_the_original_model_with_those_channels_zeroed(make) -> None:  # 
     graph = capture(original, inputs)
     coupling = couple(graph)
     scores = torch.rand(coupling.count, generator=torch.Generator().manual_seed(1))
-    alive = choose(coupling, scores, Target("macs", 0.4)).alive
+    alive = choose(rank(coupling, scores), Target("macs", 0.4)).alive
     small = cut(coupling, alive)
     state = original.state_dict()
     for row in coupling.rows:
@@ -371,7 +372,7 @@ def test_global_ranking_removes_the_weakest(resnet: fx.GraphModule) -> None:
             graph.get_parameter(f"{consumer}.weight")[:, channels] *= 1e-4
     coupling = couple(graph)
     scores = Magnitude().scores(graph, coupling, None, 0)
-    plan = choose(coupling, scores, Target("keep", (coupling.count - 1 - 6) / (coupling.count - 1)))
+    plan = choose(rank(coupling, scores), Target("keep", (coupling.count - 1 - 6) / (coupling.count - 1)))
     rows = {row.names[0].removesuffix(".weight"): row for row in coupling.rows if row.produces}
     gone = {name: (~plan.alive[row.classes]).nonzero().flatten().tolist() for name, row in rows.items()}
     assert {name: channels for name, channels in gone.items() if channels} == weak
@@ -469,7 +470,7 @@ def test_weights_that_are_not_finite(resnet: fx.GraphModule) -> None:
 def planned(graph: fx.GraphModule):  # type: ignore[no-untyped-def]
     coupling = couple(graph)
     scores = torch.rand(coupling.count, generator=torch.Generator().manual_seed(0))
-    return coupling, choose(coupling, scores, Target("keep", 0.5)).alive
+    return coupling, choose(rank(coupling, scores), Target("keep", 0.5)).alive
 
 
 def altered(coupling, name: str, axis: int):  # type: ignore[no-untyped-def]

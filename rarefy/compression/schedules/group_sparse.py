@@ -65,7 +65,7 @@ class Pull:
         self.rows: dict[str, list[Row]] = {}
         for row in coupling.rows:
             self.rows.setdefault(row.names[0], []).append(row)
-        self.family = _families(coupling)
+        self.family = coupling.producers().unique(return_inverse=True)[1]
         self.strength = torch.zeros(coupling.count, dtype=torch.float64)
         self.factors: dict[str, Tensor] = {}
 
@@ -118,12 +118,3 @@ class Pull:
                 )
             if bool(total.any()):
                 self.factors[name] = torch.empty_like(one).copy_(total.to(one.device, one.dtype).expand_as(one))
-
-
-def _families(coupling: Coupling) -> Tensor:
-    """(classes,) int64: the first row that makes the class (of any kind, if no layer does)."""
-    rows = len(coupling.rows)
-    first = torch.full((coupling.count,), 2 * rows)
-    for index, row in enumerate(coupling.rows):
-        first[row.classes] = torch.minimum(first[row.classes], torch.tensor(index if row.produces else index + rows))
-    return first.unique(return_inverse=True)[1]

@@ -85,6 +85,15 @@ class Coupling:
             found[axes[0]] = mask.flatten().nonzero().flatten()
         return found
 
+    def producers(self) -> Tensor:
+        """(count,) int64: for each class the first row that makes it (of any kind, if no layer does); -1 if none has it."""
+        rows = len(self.rows)
+        first = torch.full((self.count,), 2 * rows)
+        for index, row in enumerate(self.rows):
+            rank = torch.tensor(index if row.produces else index + rows)
+            first[row.classes] = torch.minimum(first[row.classes], rank)
+        return torch.where(first < 2 * rows, first % rows, -1)
+
     def gather(
         self,
         elements: Mapping[str, Tensor],

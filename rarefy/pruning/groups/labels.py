@@ -32,6 +32,11 @@ class Value:
         return len(self.shape)
 
 
+def values_in(carried: object) -> list[Value]:
+    """The ``Value``s of what a node carries: one, a list of them, or a plain number."""
+    return [one for one in (carried if isinstance(carried, list) else [carried]) if isinstance(one, Value)]
+
+
 class Trace:
     """The state of one run on labels: what every node carries, the edges found, and what froze what.
 
@@ -99,9 +104,8 @@ class Trace:
 
     def freeze_all(self, arguments: Any, why: str) -> None:
         def visit(node: fx.Node) -> fx.Node:
-            values = self.values[node]
-            for value in values if isinstance(values, list) else [values]:
-                for layer in value.layers if isinstance(value, Value) else ():
+            for value in values_in(self.values[node]):
+                for layer in value.layers:
                     self.freeze(layer, why)
             return node
 

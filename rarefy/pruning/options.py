@@ -1,0 +1,171 @@
+"""What prune() is asked: help and bounds stand at the fields, where the command line and the verb itself read them.
+
+Nothing here imports torch, so that ``rarefy prune --help`` need not wait for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rarefy import plugins
+from rarefy.errors import InputError
+from rarefy.system.options import check, option
+
+if TYPE_CHECKING:
+    import torch
+
+    from rarefy.deployment.runtime import Runtime
+    from rarefy.pruning.ranking import Criterion, Selection
+    from rarefy.pruning.schedule import Schedule
+    from rarefy.tasks.task import Task
+
+RANKINGS = ("global", "loss", "local", "isomorphic")
+TARGETS = ("keep", "macs", "params", "speedup")
+
+
+@dataclass(frozen=True)
+class Target:
+    """``kind``: one of ``TARGETS``; ``value``: a fraction, or a number above 1. Raises InputError for a value that is none."""
+
+    kind: str
+    value: float
+
+    def __post_init__(self) -> None:
+        kind, value = self.kind, self.value
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if kind == "speedup":
+            if not number or value <= 1:
+                raise InputError(f"speedup={value!r} is not a ratio above 1; twice as fast is 2")
+        elif not number or value <= 0 or (value > 1 and (kind == "keep" or not float(value).is_integer())):
+            allowed = "a fraction in (0, 1]" if kind == "keep" else "a fraction in (0, 1] or a whole number"
+            raise InputError(f"{kind}={value!r} is not {allowed}")
+
+    @property
+    def asked(self) -> dict[str, float]:
+        return {self.kind: self.value}
+
+    def __str__(self) -> str:
+        return f"{self.kind}={self.value}"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a speedup is measured on. runtime: the object or its name.  threads: None for one.  batch: samples a run."""
+
+    runtime: Runtime | str = "onnxruntime"
+    threads: int | None = None
+    batch: int = 1
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and value >= least
+
+
+def _are_globs(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, Sequence) and all(isinstance(glob, str) for glob in value))
+
+
+@dataclass(frozen=True)
+class Options:
+    """All that ``prune`` takes beside the model.
+
+    Raises InputError for a value out of its bounds, an unknown choice, or repair without images.
+    """
+
+    keep: float | None = option(None, "Share of the channels to keep.", metavar="SHARE")
+    macs: float | int | None = option(None, "MACs that may remain: a share, or a number above 1.", metavar="SHARE")
+    params: float | int | None = option(
+        None, "Parameters that may remain: a share, or a number above 1.", metavar="SHARE"
+    )
+    speedup: float | None = option(
+        None, "Times as fast as the original, measured on --runtime; widths follow its kernels' times.", metavar="RATIO"
+    )
+    runtime: Runtime | str = option(
+        "onnxruntime", "Where the model will run; see `rarefy list runtimes`.", metavar="NAME"
+    )
+    threads: int | None = option(None, "Of the runtime, for --speedup; default 1.", metavar="N")
+    batch: int = option(1, "Samples a run, for --speedup.", metavar="N")
+    criterion: Criterion | str = option(
+        "magnitude", "What a channel is worth; see `rarefy list criteria`.", metavar="CHOICE"
+    )
+    ranking: str = option(
+        "global",
+        "global: layers compete; loss: the same, for hessian:group=true and taylor:form=fisher; "
+        "local: each loses its share; isomorphic: layers of like structure compete.",
+        lambda name: name in RANKINGS,
+        f"one of {', '.join(RANKINGS)}",
+        "NAME",
+    )
+    round_to: int = option(
+        1,
+        "Channels left are a multiple of this; with --speedup 8 unless given.",
+        lambda n: _is_whole(n, 1),
+        "must be a whole number from 1",
+        "N",
+    )
+    floor: float = option(
+        0.1,
+        "Share of any layer that stays in any case.",
+        lambda share: isinstance(share, (int, float)) and 0 <= share <= 1,
+        "must lie between 0 and 1",
+        "SHARE",
+    )
+    ignore: Sequence[str] = option(
+        (),
+        "Layers to leave alone; may be given more than once.",
+        _are_globs,
+        "must be a list of globs, such as ['head.*']",
+        "GLOB",
+    )
+    heads: str = option("dims", "Of attention: dims, the same of each head leave; whole: heads leave.", metavar="NAME")
+    select: Selection | str = option(
+        "best", "How scores decide: best, or sample:temperature=1; see `rarefy list selection`.", metavar="CHOICE"
+    )
+    schedule: Schedule | str = option(
+        "oneshot", "oneshot, iterative:rounds=5, group_sparse:epochs=10; see `rarefy list schedules`.", metavar="CHOICE"
+    )
+    check: bool = option(True, "Compare with the masked original.")
+    repair: bool = option(False, "Mend it on 512 training images, without training.")
+    task: Task | None = option(None, "For criteria that need data, and schedules that train.")
+    seed: int = option(
+        0, "The same seed gives the same result.", lambda n: _is_whole(n, 0), "must be a whole number from 0", "N"
+    )
+    device: str | torch.device | None = option(
+        None, "cpu, cuda, cuda:1; default: a GPU if there is one.", metavar="NAME"
+    )
+    checkpoint: str | Path | None = option(None, "Where a schedule that trains goes on after a kill.")
+    progress: bool = option(True, "Show how far a schedule that trains has come.")
+
+    def __post_init__(self) -> None:
+        check(self, "")
+        if self.repair and self.task is None:
+            raise InputError(
+                "repair=True needs images: pass task= (--data), or call rarefy.pruning.repair.repair() with batches "
+                "of your own"
+            )
+        for kind, choice in (("criteria", self.criterion), ("selection", self.select), ("schedules", self.schedule)):
+            plugins.resolve(kind, choice)
+
+    @property
+    def globs(self) -> tuple[str, ...]:
+        """What to ignore, of one glob or several."""
+        return (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore)
+
+    @property
+    def target(self) -> Target:
+        """Raises InputError where there is not one, or it is none."""
+        given = {kind: value for kind in TARGETS if (value := getattr(self, kind)) is not None}
+        if len(given) != 1:
+            raise InputError(
+                f"give one of keep=, macs=, params=, speedup=, such as macs=0.5; got {', '.join(given) or 'none'}"
+            )
+        ((kind, value),) = given.items()
+        return Target(kind, value)
+
+    @property
+    def measured(self) -> Measured:
+        return Measured(self.runtime, self.threads, self.batch)
