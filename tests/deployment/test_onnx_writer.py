@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from rarefy import capture
 from rarefy.deployment.onnx import file as file_module
-from rarefy.deployment.onnx.writer import ROWS, Untranslated, onnx_model
+from rarefy.deployment.onnx.model import ROWS, onnx_model
+from rarefy.deployment.onnx.writer import Untranslated
 from rarefy.errors import InputError
 from rarefy.graph.fold import fold_constants
 

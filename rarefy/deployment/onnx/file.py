@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from rarefy.deployment.onnx.writer import OPSET, Untranslated, onnx_model
+from rarefy.deployment.onnx.model import OPSET, onnx_model
+from rarefy.deployment.onnx.writer import Untranslated
 from rarefy.errors import InputError
 from rarefy.graph.fold import fold_constants
 from rarefy.graph.nodes import attribute, device_of, example_inputs

@@ -1,0 +1,197 @@
+"""Rows of the operators on one element, or on two at one place: arithmetic, activations, comparisons, types."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from rarefy.deployment.onnx.writer import Arguments, Row, Untranslated, Writer
+from rarefy.graph.nodes import is_tensor
+
+aten = torch.ops.aten
+
+
+def _unary(kind: str, **attributes: float) -> Row:
+    return lambda w, node, g: w.op(kind, [w.value(next(iter(g.values())), w.dtype(node))], **attributes)
+
+
+def _sides(w: Writer, g: Arguments, dtype: torch.dtype) -> list[str]:
+    return [w.value(g[side], dtype) for side in ("self", "other")]
+
+
+def _binary(kind: str) -> Row:
+    def row(w: Writer, node: fx.Node, g: Arguments) -> str:
+        if not is_tensor(w.known[node]):  # sizes
+            return w.op(kind, [w.vector([size]) for size in g.values()])
+        one, two = _sides(w, g, w.dtype(node))
+        return w.op(kind, [one, w.scaled(two, g.get("alpha", 1), w.dtype(node))])
+
+    return row
+
+
+def _reverse_subtract(w: Writer, node: fx.Node, g: Arguments) -> str:
+    one, two = _sides(w, g, w.dtype(node))
+    return w.op("Sub", [two, w.scaled(one, g["alpha"], w.dtype(node))])
+
+
+def _divide(w: Writer, node: fx.Node, g: Arguments) -> str:
+    dtype = w.dtype(node)
+    name = w.op("Div", _sides(w, g, dtype))
+    mode = g.get("rounding_mode")
+    if mode is None:
+        return name
+    if not dtype.is_floating_point:
+        raise Untranslated(f"{node.name}: a division of integers, rounded")
+    return w.op("Floor", [name]) if mode == "floor" else w.cast(w.cast(name, torch.int64), dtype)
+
+
+def _compare(kind: str, negate: bool = False) -> Row:
+    def row(w: Writer, node: fx.Node, g: Arguments) -> str:
+        sides = [w.known[value] if isinstance(value, fx.Node) else value for value in (g["self"], g["other"])]
+        dtype = torch.result_type(
+            *(torch.empty(side.shape, dtype=side.dtype) if is_tensor(side) else side for side in sides)
+        )
+        name = w.op(kind, _sides(w, g, dtype))
+        return w.op("Not", [name]) if negate else name
+
+    return row
+
+
+def _logical(kind: str) -> Row:
+    def row(w: Writer, node: fx.Node, g: Arguments) -> str:
+        if w.dtype(node) != torch.bool:
+            raise Untranslated(f"{node.name}: {node.target} on integers")
+        return w.op(kind, [w.value(value, torch.bool) for value in g.values()])
+
+    return row
+
+
+def _clip(w: Writer, node: fx.Node, g: Arguments) -> str:
+    low, high = (g.get(short, g.get(long)) for short, long in (("min", "min_val"), ("max", "max_val")))
+    dtype = w.dtype(node)
+    if isinstance(low, fx.Node) or isinstance(high, fx.Node):
+        name = w.value(g["self"], dtype)
+        name = name if low is None else w.op("Max", [name, w.value(low, dtype)])
+        return name if high is None else w.op("Min", [name, w.value(high, dtype)])
+    bounds = ["" if value is None else w.constant(value, dtype) for value in (low, high)]
+    return w.op("Clip", [w.value(g["self"], dtype), *bounds])
+
+
+def _silu(w: Writer, node: fx.Node, g: Arguments) -> str:
+    x = w.value(g["self"])
+    return w.op("Mul", [x, w.op("Sigmoid", [x])])
+
+
+def _softplus(w: Writer, node: fx.Node, g: Arguments) -> str:
+    x = w.value(g["self"])
+    if g["beta"] == 1:
+        return w.op("Softplus", [x])
+    beta = w.constant(g["beta"], w.dtype(node))
+    return w.op("Div", [w.op("Softplus", [w.op("Mul", [x, beta])]), beta])
+
+
+def _power(w: Writer, node: fx.Node, g: Arguments) -> str:
+    dtype = w.dtype(node)
+    base = w.value(g["self"], dtype)
+    if g["exponent"] == 2:
+        return w.op("Mul", [base, base])
+    if g["exponent"] == 0.5:
+        return w.op("Sqrt", [base])
+    return w.op("Pow", [base, w.value(g["exponent"], dtype)])
+
+
+def _prelu(w: Writer, node: fx.Node, g: Arguments) -> str:
+    slope = w.value(g["weight"])
+    if w.rank(g["weight"]) == 1 and w.rank(node) > 2:
+        slope = w.reshaped(slope, [w.fixed(g["weight"], 0), *[1] * (w.rank(node) - 2)])
+    return w.op("PRelu", [w.value(g["self"]), slope])
+
+
+def _glu(w: Writer, node: fx.Node, g: Arguments) -> str:
+    one, two = w.ops("Split", [w.value(g["self"])], 2, axis=g["dim"], num_outputs=2)
+    return w.op("Mul", [one, w.op("Sigmoid", [two])])
+
+
+def _addcmul(w: Writer, node: fx.Node, g: Arguments) -> str:
+    product = w.scaled(w.op("Mul", w.values(g["tensor1"], g["tensor2"])), g["value"], w.dtype(node))
+    return w.op("Add", [w.value(g["self"]), product])
+
+
+def _lerp(w: Writer, node: fx.Node, g: Arguments) -> str:
+    start = w.value(g["self"])
+    way = w.op("Sub", [w.value(g["end"]), start])
+    return w.op("Add", [start, w.op("Mul", [way, w.value(g["weight"], w.dtype(node))])])
+
+
+def _where(w: Writer, node: fx.Node, g: Arguments) -> str:
+    return w.op("Where", [w.value(g["condition"], torch.bool), *_sides(w, g, w.dtype(node))])
+
+
+def _masked_fill(w: Writer, node: fx.Node, g: Arguments) -> str:
+    return w.op("Where", [w.value(g["mask"], torch.bool), w.value(g["value"], w.dtype(node)), w.value(g["self"])])
+
+
+_KINDS = {
+    "relu": "Relu", "sigmoid": "Sigmoid", "tanh": "Tanh", "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "abs": "Abs",
+    "neg": "Neg", "floor": "Floor", "ceil": "Ceil", "round": "Round", "erf": "Erf", "sin": "Sin", "cos": "Cos",
+    "reciprocal": "Reciprocal", "sign": "Sign", "hardswish": "HardSwish", "mish": "Mish",
+}  # fmt: skip
+ROWS: dict[object, Row] = {
+    **{getattr(aten, name).default: _unary(kind) for name, kind in _KINDS.items()},
+    aten.hardsigmoid.default: _unary("HardSigmoid", alpha=1 / 6, beta=0.5),
+    aten.leaky_relu.default: lambda w, node, g: w.op("LeakyRelu", [w.value(g["self"])], alpha=g["negative_slope"]),
+    aten.elu.default: lambda w, node, g: w.op("Elu", [w.value(g["self"])], alpha=g["alpha"]),
+    aten.silu.default: _silu,
+    aten.gelu.default: lambda w, node, g: w.op("Gelu", [w.value(g["self"])], approximate=g["approximate"]),
+    aten.softplus.default: _softplus,
+    aten.rsqrt.default: lambda w, node, g: w.op("Reciprocal", [w.op("Sqrt", [w.value(g["self"], w.dtype(node))])]),
+    aten.square.default: lambda w, node, g: w.op("Mul", [w.value(g["self"])] * 2),
+    aten.prelu.default: _prelu,
+    aten.glu.default: _glu,
+    aten.relu6.default: lambda w, node, g: _clip(w, node, {"self": g["self"], "min": 0.0, "max": 6.0}),
+    **dict.fromkeys(
+        (
+            aten.hardtanh.default, aten.clamp.default, aten.clamp.Tensor, aten.clamp_min.default,
+            aten.clamp_max.default, aten.clip.default,
+        ),
+        _clip,
+    ),
+    **dict.fromkeys((aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor, aten.pow.Scalar), _power),
+    **dict.fromkeys((aten.add.Tensor, aten.add.Scalar, operator.add), _binary("Add")),
+    **dict.fromkeys((aten.sub.Tensor, aten.sub.Scalar, operator.sub), _binary("Sub")),
+    **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar, operator.mul), _binary("Mul")),
+    **dict.fromkeys((aten.maximum.default, aten.max.other), _binary("Max")),
+    **dict.fromkeys((aten.minimum.default, aten.min.other), _binary("Min")),
+    operator.floordiv: _binary("Div"),
+    **dict.fromkeys((aten.rsub.Scalar, aten.rsub.Tensor), _reverse_subtract),
+    **dict.fromkeys((aten.div.Tensor, aten.div.Scalar, aten.div.Tensor_mode, aten.div.Scalar_mode), _divide),
+    **dict.fromkeys((aten.eq.Scalar, aten.eq.Tensor), _compare("Equal")),
+    **dict.fromkeys((aten.ne.Scalar, aten.ne.Tensor), _compare("Equal", negate=True)),
+    **dict.fromkeys((aten.lt.Scalar, aten.lt.Tensor), _compare("Less")),
+    **dict.fromkeys((aten.gt.Scalar, aten.gt.Tensor), _compare("Greater")),
+    **dict.fromkeys((aten.le.Scalar, aten.le.Tensor), _compare("LessOrEqual")),
+    **dict.fromkeys((aten.ge.Scalar, aten.ge.Tensor), _compare("GreaterOrEqual")),
+    **dict.fromkeys((aten.logical_not.default, aten.bitwise_not.default), _logical("Not")),
+    **dict.fromkeys((aten.logical_and.default, aten.bitwise_and.Tensor, aten.__and__.Tensor), _logical("And")),
+    **dict.fromkeys((aten.logical_or.default, aten.bitwise_or.Tensor, aten.__or__.Tensor), _logical("Or")),
+    aten.addcmul.default: _addcmul,
+    **dict.fromkeys((aten.lerp.Scalar, aten.lerp.Tensor), _lerp),
+    **dict.fromkeys((aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar), _where),
+    **dict.fromkeys((aten.masked_fill.Scalar, aten.masked_fill.Tensor), _masked_fill),
+    **dict.fromkeys(
+        (
+            aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default,
+            aten._to_copy.default,
+        ),
+        lambda w, node, g: w.value(g["self"], w.dtype(node)),
+    ),
+    **dict.fromkeys(
+        (
+            aten.contiguous.default, aten.clone.default, aten.dropout.default, aten.feature_dropout.default,
+            aten.alpha_dropout.default, aten.feature_alpha_dropout.default, aten.detach.default, aten.alias.default,
+        ),
+        lambda w, node, g: w.value(next(iter(g.values()))),
+    ),
+}  # fmt: skip

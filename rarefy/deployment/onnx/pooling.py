@@ -1,0 +1,157 @@
+"""Rows of the operators on windows of the plane: pooling, resizing, sampling, and patches put in rows."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from rarefy.deployment.onnx.writer import Arguments, Row, Untranslated, Writer, listed
+
+aten = torch.ops.aten
+
+
+def _windows(w: Writer, node: fx.Node, g: Arguments) -> dict[str, list[int]]:
+    kernel = listed(g["kernel_size"], w.rank(node) - 2)
+    stride, padding = listed(g["stride"] or kernel, len(kernel)), listed(g["padding"], len(kernel))
+    return {"kernel_shape": kernel, "strides": stride, "pads": padding * 2}
+
+
+def _max_pool(w: Writer, node: fx.Node, g: Arguments) -> str:
+    sizes = _windows(w, node, g)
+    dilation = listed(g["dilation"], w.rank(node) - 2)
+    return w.op("MaxPool", [w.value(g["self"])], **sizes, dilations=dilation, ceil_mode=int(g["ceil_mode"]))
+
+
+def _average_pool(w: Writer, node: fx.Node, g: Arguments) -> str:
+    sizes, ceiling = _windows(w, node, g), g["ceil_mode"]
+    padded, counted = any(sizes["pads"]), g["count_include_pad"]
+    options = {**sizes, "ceil_mode": int(ceiling), "count_include_pad": int(counted) if padded else 0}
+    name = w.op("AveragePool", [w.value(g["self"])], **options)
+    divisor = g.get("divisor_override")
+    if divisor is None:
+        return name
+    if ceiling or (padded and not counted):
+        raise Untranslated(f"{node.name}: a divisor of its own with windows of several sizes")
+    return w.op("Mul", [name, w.constant(math.prod(sizes["kernel_shape"]) / divisor, w.dtype(node))])
+
+
+def _adaptive_average(w: Writer, node: fx.Node, g: Arguments) -> str:
+    """A mean over the plane, windows of one size, or, where windows differ, a product with the windows' weights along
+    each axis."""
+    wanted = list(w.known[node].shape)[2:]
+    sides = w.plane(g["self"])
+    name = w.value(g["self"])
+    if wanted == sides:
+        return name
+    if all(size == 1 for size in wanted):
+        return w.op("GlobalAveragePool", [name])
+    if all(side % size == 0 for side, size in zip(sides, wanted, strict=True)):
+        kernel = [side // size for side, size in zip(sides, wanted, strict=True)]
+        return w.op("AveragePool", [name], kernel_shape=kernel, strides=kernel)
+    if len(sides) != 2:
+        raise Untranslated(f"{node.name}: adaptive pooling of {len(sides)} axes with windows of several sizes")
+    rows, columns = (_shares(side, size, w.dtype(node)) for side, size in zip(sides, wanted, strict=True))
+    across = w.op("MatMul", [name, w.stored_anew("columns", columns.t())])
+    return w.op("MatMul", [w.stored_anew("rows", rows), across])
+
+
+def _shares(side: int, size: int, dtype: torch.dtype) -> Tensor:
+    """(size, side): what each input position counts in each window's mean."""
+    starts = torch.arange(size) * side // size
+    ends = -(-(torch.arange(size) + 1) * side // size)
+    places = torch.arange(side)
+    inside = (places >= starts[:, None]) & (places < ends[:, None])
+    return (inside / inside.sum(1, keepdim=True)).to(dtype)
+
+
+def _adaptive_max(w: Writer, node: fx.Node, g: Arguments) -> list[str]:
+    wanted = list(w.known[node][0].shape)[2:]
+    sides = w.plane(g["self"])
+    if any(side % size for side, size in zip(sides, wanted, strict=True)):
+        raise Untranslated(f"{node.name}: adaptive pooling with windows of several sizes")
+    kernel = [side // size for side, size in zip(sides, wanted, strict=True)]
+    return w.ops("MaxPool", [w.value(g["self"])], 2, kernel_shape=kernel, strides=kernel)
+
+
+def _resize(mode: str, **options: object) -> Row:
+    def row(w: Writer, node: fx.Node, g: Arguments) -> str:
+        source = g["input"] if "input" in g else g["self"]
+        factors = (_factor(side, size) for side, size in zip(w.plane(source), w.plane(node), strict=True))
+        aligned = "align_corners" if g.get("align_corners") else "half_pixel"
+        transformation = {"coordinate_transformation_mode": aligned, **options}
+        scales = w.constant([1.0, 1.0, *factors], torch.float32)
+        return w.op("Resize", [w.value(source), "", scales], mode=mode, **transformation)
+
+    return row
+
+
+def _factor(side: int, size: int) -> float:
+    """What ``side`` is multiplied by to give ``size`` when rounded down; a float32.
+
+    (Between integer kernels ONNX Runtime loses sizes.)
+    """
+    factor = np.float32(size / side)
+    return float(factor if side * float(factor) >= size else np.nextafter(factor, np.float32(np.inf)))
+
+
+def _grid_sample(w: Writer, node: fx.Node, g: Arguments) -> str:
+    modes = {
+        "mode": ("linear", "nearest", "cubic")[g["interpolation_mode"]],
+        "padding_mode": ("zeros", "border", "reflection")[g["padding_mode"]],
+    }
+    return w.op("GridSample", w.values(g["input"], g["grid"]), **modes, align_corners=int(g["align_corners"]))
+
+
+def _patches(w: Writer, node: fx.Node, g: Arguments) -> str:
+    """F.unfold: (n, c, h, w) -> (n, c kh kw, oh ow)."""
+    source, name = g["self"], w.value(g["self"])
+    if any(g["padding"]):
+        top, left = g["padding"]
+        name = w.op("Pad", [name, w.constant([0, 0, top, left] * 2), w.constant(0, w.dtype(node))])
+    for axis, place in ((2, 0), (4, 1)):
+        side = w.fixed(source, 2 + place) + 2 * g["padding"][place]
+        kernel, dilation, stride = (g[key][place] for key in ("kernel_size", "dilation", "stride"))
+        count = (side - dilation * (kernel - 1) - 1) // stride + 1
+        places = torch.arange(kernel)[:, None] * dilation + torch.arange(count) * stride
+        name = w.op("Gather", [name, w.constant(places.tolist())], axis=axis)
+    return w.reshaped(w.transposed(name, [0, 1, 2, 4, 3, 5]), w.shape(node))
+
+
+def _from_patches(w: Writer, node: fx.Node, g: Arguments) -> str:
+    sizes = [w.constant([w.plain(size) for size in g[key]]) for key in ("output_size", "kernel_size")]
+    options = {"strides": list(g["stride"]), "pads": list(g["padding"]) * 2, "dilations": list(g["dilation"])}
+    return w.op("Col2Im", [w.value(g["self"]), *sizes], **options)
+
+
+_NEAREST = _resize("nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor")
+ROWS: dict[object, Row] = {
+    **dict.fromkeys((aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default), _max_pool),
+    **dict.fromkeys((aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default), _average_pool),
+    **dict.fromkeys(
+        (aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default),
+        _adaptive_average,
+    ),
+    aten.adaptive_max_pool2d.default: _adaptive_max,
+    **dict.fromkeys(
+        (aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default, aten.upsample_nearest1d.vec), _NEAREST
+    ),
+    **dict.fromkeys(
+        (aten.upsample_bilinear2d.vec, aten.upsample_bilinear2d.default, aten.upsample_linear1d.vec), _resize("linear")
+    ),
+    **dict.fromkeys(
+        (aten.upsample_bicubic2d.vec, aten.upsample_bicubic2d.default), _resize("cubic", cubic_coeff_a=-0.75)
+    ),
+    **dict.fromkeys(
+        (aten._upsample_bilinear2d_aa.vec, aten._upsample_bilinear2d_aa.default), _resize("linear", antialias=1)
+    ),
+    **dict.fromkeys(
+        (aten._upsample_bicubic2d_aa.vec, aten._upsample_bicubic2d_aa.default),
+        _resize("cubic", cubic_coeff_a=-0.5, antialias=1),
+    ),
+    **dict.fromkeys((aten.grid_sampler.default, aten.grid_sampler_2d.default), _grid_sample),
+    aten.im2col.default: _patches,
+    aten.col2im.default: _from_patches,
+}

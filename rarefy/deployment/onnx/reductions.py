@@ -1,0 +1,90 @@
+"""Rows of the operators that take axes together: sums, means, extremes, norms, and the order of values."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import fx
+
+from rarefy.deployment.onnx.writer import Arguments, Row, Untranslated, Writer
+
+aten = torch.ops.aten
+
+
+def _axes(w: Writer, g: Arguments) -> list[int]:
+    dims, rank = g.get("dim"), w.rank(g["self"])
+    dims = [dims] if isinstance(dims, int) else dims
+    return sorted(dim % rank for dim in dims) if dims else list(range(rank))
+
+
+def _reduce(kind: str) -> Row:
+    def row(w: Writer, node: fx.Node, g: Arguments) -> str:
+        name, axes = w.value(g["self"], w.dtype(node)), _axes(w, g)
+        if kind == "ReduceMean" and w.rank(g["self"]) == 4 and axes == [2, 3] and g["keepdim"]:
+            return w.op("GlobalAveragePool", [name])
+        return w.op(kind, [name, w.constant(axes)], keepdims=int(g.get("keepdim", False)))
+
+    return row
+
+
+def _extreme(kind: str) -> Row:
+    def row(w: Writer, node: fx.Node, g: Arguments) -> list[str]:
+        name, keep = w.value(g["self"]), int(g["keepdim"])
+        return [
+            w.op(f"Reduce{kind}", [name, w.constant([g["dim"]])], keepdims=keep),
+            w.op(f"Arg{kind}", [name], axis=g["dim"], keepdims=keep),
+        ]
+
+    return row
+
+
+def _place_of(kind: str) -> Row:
+    def row(w: Writer, node: fx.Node, g: Arguments) -> str:
+        if g["dim"] is None:
+            raise Untranslated(f"{node.name}: {node.target} over everything")
+        return w.op(kind, [w.value(g["self"])], axis=g["dim"], keepdims=int(g["keepdim"]))
+
+    return row
+
+
+def _variance(w: Writer, node: fx.Node, g: Arguments) -> str:
+    axes, source, dtype = _axes(w, g), g["self"], w.dtype(node)
+    name, over = w.value(source), w.constant(axes)
+    count = math.prod(w.fixed(source, axis) for axis in axes)
+    away = w.op("Sub", [name, w.op("ReduceMean", [name, over], keepdims=1)])
+    sums = w.op("ReduceSum", [w.op("Mul", [away, away]), over], keepdims=int(g["keepdim"]))
+    correction = g.get("correction", 1 if g.get("unbiased", True) else 0)
+    return w.op("Div", [sums, w.constant(float(count - (1 if correction is None else correction)), dtype)])
+
+
+def _vector_norm(w: Writer, node: fx.Node, g: Arguments) -> str:
+    order = g.get("ord", g.get("p", 2))
+    if order not in (1, 2, None):
+        raise Untranslated(f"{node.name}: a norm of order {order}")
+    kind = "ReduceL1" if order == 1 else "ReduceL2"
+    return w.op(kind, [w.value(g["self"]), w.constant(_axes(w, g))], keepdims=int(g["keepdim"]))
+
+
+def _top(w: Writer, node: fx.Node, g: Arguments) -> list[str]:
+    options = {"axis": g["dim"], "largest": int(g["largest"]), "sorted": int(g["sorted"])}
+    return w.ops("TopK", [w.value(g["self"]), w.vector([g["k"]])], 2, **options)
+
+
+ROWS: dict[object, Row] = {
+    **dict.fromkeys((aten.mean.dim, aten.mean.default), _reduce("ReduceMean")),
+    **dict.fromkeys((aten.sum.dim_IntList, aten.sum.default), _reduce("ReduceSum")),
+    **dict.fromkeys((aten.amax.default, aten.max.default), _reduce("ReduceMax")),
+    **dict.fromkeys((aten.amin.default, aten.min.default), _reduce("ReduceMin")),
+    aten.prod.dim_int: _reduce("ReduceProd"),
+    aten.logsumexp.default: _reduce("ReduceLogSumExp"),
+    aten.max.dim: _extreme("Max"),
+    aten.min.dim: _extreme("Min"),
+    aten.argmax.default: _place_of("ArgMax"),
+    aten.argmin.default: _place_of("ArgMin"),
+    **dict.fromkeys((aten.var.correction, aten.var.dim), _variance),
+    **dict.fromkeys((aten.std.correction, aten.std.dim), lambda w, node, g: w.op("Sqrt", [_variance(w, node, g)])),
+    **dict.fromkeys((aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim), _vector_norm),
+    aten.cumsum.default: lambda w, node, g: w.op("CumSum", [w.value(g["self"], w.dtype(node)), w.constant(g["dim"])]),
+    aten.topk.default: _top,
+}
