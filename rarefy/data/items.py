@@ -233,9 +233,10 @@ def _as_images(given: Tensor | np.ndarray, where: str) -> Tensor:
         return images
     if images.dtype == torch.bool:
         return images.to(torch.uint8) * 255
-    if images.is_complex() or int(images.min()) < 0 or int(images.max()) > 255:
+    whole = images.to(torch.int64) if not images.is_complex() else None  # of unsigned types torch knows no least
+    if whole is None or int(whole.min()) < 0 or int(whole.max()) > 255:
         raise DataError(f"{where}: images of type {images.dtype} leave 0..255; pass uint8, or float in [0, 1]")
-    return images.to(torch.uint8)
+    return whole.to(torch.uint8)
 
 
 def held_out(labels: Tensor | None, count: int, split: Split) -> Tensor:

@@ -1,13 +1,7 @@
 """measure(): what a model costs: parameters, MACs, bytes on disk, latency on the runtime that will run it, memory.
 
-**Latency** is compared, not listed: a machine's speed drifts by more than the differences that matter. So all models take turns, in rounds:
-each round runs every model once, and the order rotates from round to round, so that none always follows the same one. One sample is the mean
-of as many runs as take ``SAMPLE_SECONDS``, far above the clock's resolution. Reported are the median and the quartiles of the samples; how many times
-faster a model is than the first one is the median over rounds of the ratio *within* a round, where the drift cancels. Each sample of a round is
-milliseconds away from the other. What is given up: runs that take turns find colder caches than one that has the machine for itself.
-
-A round that took 1.3 times as long as the fastest one was disturbed by another process, and counts for no model (the ten fastest always
-count). On a quiet machine that discards next to nothing; on a busy one it is the difference between a measurement and a lottery. ``repeats`` is what counted.
+**Latency** is compared, not listed: all models take turns in one run (``rarefy/deployment/latency.py``), and how many times faster a model is
+than the first one is the median over rounds of the ratio *within* a round. ``repeats`` is the number of rounds that no other process disturbed.
 
 **Threads** are one unless the runtime (``"onnxruntime:threads=4"``) or the caller says otherwise; the number used is part of the result.
 
@@ -15,7 +9,8 @@ count). On a quiet machine that discards next to nothing; on a busy one it is th
 stored as integer codes. **MACs** are those of ``rarefy/graph/macs.py``, for one sample.
 
 **Peak memory** is that of a fresh process: its highest resident memory while it opens the exported file and runs it three times, less what it
-held just before, with all libraries loaded. It contains the runtime's buffers and the weights, not the libraries. None where the system doesn't tell.
+held just before, with all libraries loaded. It contains the runtime's buffers and the weights, not the libraries. None where the system
+doesn't tell.
 """
 
 from __future__ import annotations
@@ -30,26 +25,42 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor, fx
 
 from rarefy import plugins
 from rarefy.artifact import folder as folder_
-from rarefy.deployment.latency import timed, with_threads
+from rarefy.deployment.latency import Quartiles, RunTime, timed, with_threads
+from rarefy.deployment.runtime import Runtime
 from rarefy.errors import InputError
 from rarefy.graph import macs
 from rarefy.graph.macs import count_macs
 from rarefy.graph.nodes import dtype_name, example_inputs
+from rarefy.kernels.int_linear import CODES
 
-CODES = "_codes"  # what the quantizer calls the integers of a weight
+
+class Costs(TypedDict):
+    """What needs no clock. macs: of one sample. size_bytes: of the weights on disk."""
+
+    parameters: int
+    macs: int
+    size_bytes: int
+
+
+class Measurement(Costs):
+    """speedup: against the first of the models that took turns. peak_memory_bytes: None where it was not measured."""
+
+    peak_memory_bytes: int | None
+    latency_ms: RunTime
+    speedup: Quartiles
 
 
 def measure(
     models: Mapping[str, fx.GraphModule],
     *,
-    runtime: Any = "onnxruntime",
+    runtime: Runtime | str = "onnxruntime",
     batch: int = 1,
     threads: int | None = None,
     repeats: int | None = None,
@@ -57,29 +68,19 @@ def measure(
     memory: bool = True,
     folder: str | os.PathLike[str] | None = None,
     seed: int = 0,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Measurement]:
     """Cost of each model, by name; latencies from one run in which all take turns.
 
-    batch: samples a run. threads: see above. repeats: rounds; None: as many as 4 seconds
-    hold, 30 to 400. folder: where the exported files stay; None: they are temporary.
+    models: graphs of the same inputs, by name; speedups are against the first. runtime: that runs them; threads: of one operator, see above.
+    batch: samples a run. repeats: rounds; None: as many as 4 seconds hold, 30 to 400. warmup: runs of each before anything counts.
+    memory: measure the peak memory too, in a process of its own.
+    folder: where the exported files stay; None: they are temporary. seed: of the random inputs.
 
     ``{name: {"parameters", "macs", "size_bytes", "peak_memory_bytes", "latency_ms": {"median", "low", "high", "batch", "threads", "runtime",
-    "repeats"}, "speedup": {"median", "low", "high"}}}``: low and high are quartiles, speedup is against the first model.
+    "repeats"}, "speedup": {"median", "low", "high"}}}``: low and high are quartiles.
     Raises InputError for no model, models of different inputs, or what the runtime can't run.
     """
-    if not isinstance(models, Mapping) or not models:
-        raise InputError(
-            f"measure: {'no model was given' if not models else f'a {type(models).__name__} has no name'}; pass {{name: graph}}"
-        )
-    shapes = {json.dumps(graph.meta["inputs"]) for graph in models.values()}
-    if len(shapes) > 1:
-        raise InputError(
-            f"measure: the models take different inputs, {' and '.join(sorted(shapes))}; only models of one input can be compared"
-        )
-    if len(json.loads(next(iter(shapes)))) != 1:
-        raise InputError(
-            "measure: the models take several inputs, and the runtimes here are handed one; measure a part of one input (core=)"
-        )
+    _check_models(models)
     chosen = with_threads(runtime, threads)
     with tempfile.TemporaryDirectory(prefix="rarefy-") as temporary:
         home = Path(folder if folder is not None else temporary)
@@ -87,21 +88,38 @@ def measure(
         files = {name: home / f"{index}{chosen.suffix}" for index, name in enumerate(models)}
         for name, graph in models.items():
             chosen.export(graph, files[name])
-        example = example_inputs(next(iter(models.values())), batch=batch, seed=seed)[0]
-        times = timed(files, example, runtime=chosen, repeats=repeats, warmup=warmup)
         first = next(iter(models))
-        found = {}
-        for name, graph in models.items():
-            found[name] = {
+        example = example_inputs(models[first], batch=batch, seed=seed)[0]
+        times = timed(files, example, runtime=chosen, repeats=repeats, warmup=warmup)
+        return {
+            name: {
                 **costs(graph),
                 "peak_memory_bytes": peak_memory(files[name], example, runtime=chosen) if memory else None,
-                **times[name],
+                "latency_ms": times[name]["latency_ms"],
                 "speedup": times[name]["speedup"][first],
             }
-    return found
+            for name, graph in models.items()
+        }
 
 
-def costs(graph: fx.GraphModule) -> dict[str, int]:
+def _check_models(models: Mapping[str, fx.GraphModule]) -> None:
+    if not isinstance(models, Mapping) or not models:
+        what = "no model was given" if not models else f"a {type(models).__name__} has no name"
+        raise InputError(f"measure: {what}; pass {{name: graph}}")
+    shapes = {json.dumps(graph.meta["inputs"]) for graph in models.values()}
+    if len(shapes) > 1:
+        raise InputError(
+            f"measure: the models take different inputs, {' and '.join(sorted(shapes))}; "
+            "only models of one input can be compared"
+        )
+    if len(json.loads(next(iter(shapes)))) != 1:
+        raise InputError(
+            "measure: the models take several inputs, and the runtimes here are handed one; "
+            "measure a part of one input (core=)"
+        )
+
+
+def costs(graph: fx.GraphModule) -> Costs:
     """What needs no clock: parameters, MACs of one sample, bytes of the weights on disk."""
     return {"parameters": count_parameters(graph), "macs": count_macs(graph), "size_bytes": weight_bytes(graph)}
 
@@ -120,16 +138,16 @@ def weight_bytes(graph: fx.GraphModule) -> int:
 
 
 def peak_memory(
-    file: str | os.PathLike[str], example: Tensor, *, runtime: Any = "onnxruntime", timeout: float = 600.0
+    file: str | os.PathLike[str], example: Tensor, *, runtime: Runtime | str = "onnxruntime", timeout: float = 600.0
 ) -> int | None:
     """Bytes that a fresh process takes to open ``file`` and run it on inputs like ``example``; None where the system does not tell.
 
     Raises InputError where that process fails.
     """
     asked = [plugins.describe(runtime), os.fspath(file), json.dumps([list(example.shape), dtype_name(example.dtype)])]
-    place = str(Path(__file__).resolve().parents[1])
+    place = str(Path(__file__).resolve().parents[2])
     known = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (place, os.environ.get("PYTHONPATH"))))}
-    program = "import sys; from rarefy.evaluation.measure import _child; _child(*sys.argv[1:])"
+    program = "import sys; from rarefy.evaluation.measure import print_peak_memory; print_peak_memory(*sys.argv[1:])"
     try:
         done = subprocess.run(
             [sys.executable, "-c", program, *asked],
@@ -150,23 +168,23 @@ def peak_memory(
     return value
 
 
-def _child(runtime: str, file: str, example: str) -> None:
+def print_peak_memory(runtime: str, file: str, example: str) -> None:
     """The process of ``peak_memory``."""
     shape, dtype = json.loads(example)
     kind = getattr(torch, dtype)
-    chosen = plugins.resolve("runtimes", runtime)
+    chosen: Runtime = plugins.resolve("runtimes", runtime)
     given = torch.zeros(shape, dtype=kind) if not kind.is_floating_point else torch.rand(shape, dtype=kind)
     importlib.import_module(chosen.package)  # opening would load it, and the library is no cost of the model's
     gc.collect()
-    before = _peak_bytes(reset=True)
+    before = peak_bytes(reset=True)
     session = chosen.open(Path(file))
     for _ in range(3):
         session(given)
-    after = _peak_bytes()
+    after = peak_bytes()
     print(json.dumps(None if before is None or after is None else max(0, after - before)))
 
 
-def _peak_bytes(reset: bool = False) -> int | None:
+def peak_bytes(reset: bool = False) -> int | None:
     """Highest resident memory of this process; with ``reset``, the highest starts anew at what is held now.
 
     Not ``ru_maxrss`` on Linux: it survives exec, so a child would begin with its parent's.

@@ -1,0 +1,96 @@
+"""latency(): models take turns, disturbed rounds count for none. The clock is one that the test turns, so no machine is too slow for it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from rarefy.deployment import latency
+from rarefy.errors import InputError
+
+
+class Clock:
+    """The time, as the models below let it pass."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.log: list[str] = []
+
+    def model(self, name: str, *seconds: float) -> latency.Call:
+        """Takes so many seconds, each of them in turn, and tells when it was called."""
+        calls = 0
+
+        def call(inputs: Tensor) -> Tensor:
+            nonlocal calls
+            self.log.append(name)
+            self.now += seconds[calls % len(seconds)]
+            calls += 1
+            return inputs
+
+        return call
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
+
+
+X = torch.zeros(1)
+
+
+def test_models_take_turns_and_the_order_rotates(clock: Clock) -> None:
+    found = latency.latency({name: clock.model(name, 0.0025) for name in "abc"}, X, repeats=3, warmup=1)
+    assert clock.log[-9:] == list("abcbcacab")  # one run a sample, since a run takes longer than a sample must
+    assert found["a"]["repeats"] == 3
+
+
+def test_a_disturbed_round_counts_for_no_model(clock: Clock) -> None:
+    """Every third run of one model takes ten times as long; its rounds are left out, and the ratio is as if nothing had been."""
+    models = {"a": clock.model("a", 0.01, 0.01, 0.1), "b": clock.model("b", 0.01)}
+    found = latency.latency(models, X, repeats=30)
+    assert found["a"]["repeats"] == 20
+    assert found["a"]["ms"] == pytest.approx({"median": 10.0, "low": 10.0, "high": 10.0})
+    assert found["b"]["speedup"]["a"] == pytest.approx({"median": 1.0, "low": 1.0, "high": 1.0})
+
+
+def test_speedup_is_of_pairs(clock: Clock) -> None:
+    """A machine that slows down from round to round changes the times, and no ratio."""
+    drift = [1 + step / 100 for step in range(12)]
+    slow, fast = ([factor * second for factor in drift] for second in (0.006, 0.002))
+    found = latency.latency({"slow": clock.model("s", *slow), "fast": clock.model("f", *fast)}, X, repeats=12, warmup=2)
+    assert found["slow"]["speedup"]["slow"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+    ratio = found["fast"]["speedup"]["slow"]
+    assert ratio["low"] <= ratio["median"] <= ratio["high"] and ratio == pytest.approx(dict.fromkeys(ratio, 3.0))
+    assert found["fast"]["ms"]["low"] < found["fast"]["ms"]["high"]
+
+
+def test_a_sample_is_long_enough(clock: Clock) -> None:
+    latency.latency({"a": clock.model("a", 1.01e-4)}, X, repeats=2, warmup=1)
+    assert len(clock.log) == 1 + 10 + 2 * 20  # the warm-up, what estimates, and 2 ms of runs of 0.1 ms in each sample
+
+
+@pytest.mark.parametrize("seconds", [1e-6, 0.02, 1.0])
+def test_repeats_are_chosen_within_bounds(clock: Clock, seconds: float) -> None:
+    found = latency.latency({"a": clock.model("a", seconds)}, X)
+    assert found["a"]["repeats"] == min(
+        latency.ROUNDS[1], max(latency.ROUNDS[0], round(latency.SECONDS / max(seconds, 0.002)))
+    )
+
+
+@pytest.mark.parametrize(("repeats", "warmup"), [(0, 1), (1, -1)])
+def test_bad_counts(repeats: int, warmup: int) -> None:
+    with pytest.raises(InputError, match="at least"):
+        latency.latency({"a": torch.relu}, X, repeats=repeats, warmup=warmup)
+
+
+def test_threads_are_stated() -> None:
+    assert latency.with_threads("onnxruntime").threads == 1
+    assert latency.with_threads("onnxruntime:threads=3").threads == 3
+    assert latency.with_threads("onnxruntime:threads=3", 2).threads == 2
+    with pytest.raises(InputError, match="threads=0"):
+        latency.with_threads("onnxruntime", 0)
