@@ -95,6 +95,6 @@ def test_shared_parameters_stay_one_and_containers_plain() -> None:
             return {"pair": (self.b(self.a(x)), [x]), "none": None}
 
     graph = capture(Tied(), torch.randn(2, 4))
-    assert set(dict(graph.named_parameters())) == {"a.weight", "a.bias", "b.bias"}
+    assert sum(name.endswith("weight") for name, _ in graph.named_parameters(remove_duplicate=False)) == 1
     found = graph(torch.randn(3, 4))
     assert found["none"] is None and isinstance(found["pair"], tuple) and list(map(len, found["pair"][1])) == [3]
