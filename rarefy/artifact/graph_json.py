@@ -1,15 +1,15 @@
 """graph.json: the graph as text, and back.
 
     nodes      one object a node, in order: op, name, target, args, kwargs, and the module that made it (stack)
-    tensors    one object a parameter or buffer: dtype, shape, whether it trains, how it is stored, which it is the same as
+    tensors    one object a parameter or buffer: dtype, shape, does it train, how is it stored, which is it the same as
     meta       the graph's own (inputs, core, history, bits, sparse)
 
 An argument that JSON has a form for is written as it is; any other is an object of one key that names its type:
 ``{"node": "conv2d"}``, ``{"dtype": "float32"}``, ``{"tuple": [...]}``. docs/format.md lists them.
 
-``read`` and ``build`` believe nothing: the module is made by torch.fx, which writes a Python function from the names of the nodes,
-so a name is an identifier that function does not use, a tensor's name can't hide one of the module's attributes, a node reads
-only nodes before it, and every call passes ``rarefy.artifact.allowlist``.
+``read`` and ``build`` believe nothing: the module is made by torch.fx, which writes a Python function from the names of
+the nodes, so a name is an identifier that function does not use, a tensor's name can't hide one of the module's
+attributes, a node reads only nodes before it, and every call passes ``rarefy.artifact.allowlist``.
 """
 
 from __future__ import annotations
@@ -20,17 +20,28 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from rarefy.artifact import allowlist, packing
 from rarefy.errors import FormatError
-from rarefy.graph.nodes import dtype_name, set_attribute
-from rarefy.system.strict_json import expect, expected, is_size, located, parse, plain, restore, said, special_float
+from rarefy.graph.nodes import Value, dtype_name, set_attribute
+from rarefy.system.strict_json import (
+    Json,
+    expect,
+    expected,
+    is_size,
+    located,
+    parse,
+    plain,
+    restore,
+    said,
+    special_float,
+)
 
 SCHEMA = 1
+Entry = dict[str, Json]  # what graph.json says of a node or a tensor
 
 # dtype -> its name in a safetensors header
 DTYPES = {
@@ -55,13 +66,17 @@ _PART = re.compile(r"(?!__)[A-Za-z0-9_-]{1,200}")  # RegNet's stages are named b
 _IDENTIFIER = re.compile(r"(?!__)[A-Za-z_][A-Za-z0-9_]{0,200}")
 _MODULE_ATTRIBUTES = {*dir(nn.Module), *vars(nn.Module())}
 _GRAPH_ATTRIBUTES = {*dir(fx.GraphModule), *vars(fx.GraphModule(nn.Module(), fx.Graph()))}
+_KEYS = {"format", "schema", "meta", "nodes", "tensors"}
 _NODE_KEYS = {"op", "name", "target", "args", "kwargs", "stack"}
 # names the generated forward() reads
 _TAKEN = {"self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree", "math", "operator", "rarefy"}
 
 
-def write(graph: fx.GraphModule, tensors: Mapping[str, Mapping[str, Any]]) -> str:
-    """graph.json, one line a node and a tensor; ``tensors`` are its entries. Raises FormatError for what has no form in it."""
+def write(graph: fx.GraphModule, tensors: Mapping[str, Entry]) -> str:
+    """graph.json, one line a node and a tensor; ``tensors`` are its entries.
+
+    Raises FormatError for what has no form in it.
+    """
     meta = dict(graph.meta)
     if "bits" in meta:
         meta["bits"] = {name: width for name, width in meta["bits"].items() if name in tensors}
@@ -83,8 +98,8 @@ def write(graph: fx.GraphModule, tensors: Mapping[str, Mapping[str, Any]]) -> st
     return "\n".join(lines) + "\n"
 
 
-def tensor_entry(graph: nn.Module, name: str, value: Tensor) -> dict[str, Any]:
-    entry: dict[str, Any] = {"dtype": dtype_name(value.dtype), "shape": list(value.shape)}
+def tensor_entry(graph: nn.Module, name: str, value: Tensor) -> Entry:
+    entry: Entry = {"dtype": dtype_name(value.dtype), "shape": list(value.shape)}
     if isinstance(value, nn.Parameter):
         entry.update(kind="parameter", requires_grad=value.requires_grad)
     else:
@@ -95,8 +110,8 @@ def tensor_entry(graph: nn.Module, name: str, value: Tensor) -> dict[str, Any]:
     return entry
 
 
-def _node_entry(node: fx.Node) -> dict[str, Any]:
-    entry: dict[str, Any] = {"op": node.op, "name": node.name}
+def _node_entry(node: fx.Node) -> Entry:
+    entry: Entry = {"op": node.op, "name": node.name}
     if node.op == "call_function":
         entry["target"] = located(f"{node.meta.get('stack') or node.name}", allowlist.name_of, node.target)
     elif node.op != "output":
@@ -110,7 +125,7 @@ def _node_entry(node: fx.Node) -> dict[str, Any]:
     return entry
 
 
-def _encode(value: Any, where: str) -> Any:
+def _encode(value: Value, where: str) -> Json:
     """An argument as JSON. What JSON has no form for is an object of one key that names its type."""
     if value is None or type(value) in (bool, int, str):
         return value
@@ -137,28 +152,22 @@ def _encode(value: Any, where: str) -> Any:
     raise FormatError(f"node {where}: an argument of type {type(value).__name__} has no form in the file")
 
 
-def _line(value: Any) -> str:
+def _line(value: Json) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def read(data: bytes, where: str) -> dict[str, Any]:
+def read(data: bytes, where: str) -> dict[str, Json]:
     """graph.json, checked as far as it can be without building anything: keys, tensors, meta."""
     value = parse(data, where)
     check_schema(value, where)
-    expect(
-        value.keys() == {"format", "schema", "meta", "nodes", "tensors"}, where, f"has the keys {said(sorted(value))}"
-    )
+    expect(value.keys() == _KEYS, where, f"has the keys {said(sorted(value))}")
     tensors = value["tensors"]
-    expect(
-        isinstance(tensors, dict) and len(tensors) <= MOST_TENSORS,
-        where,
-        f"tensors is no object of at most {MOST_TENSORS}",
-    )
+    good = isinstance(tensors, dict) and len(tensors) <= MOST_TENSORS
+    expect(good, where, f"tensors is no object of at most {MOST_TENSORS}")
     for name, entry in tensors.items():
         _check_tensor_entry(name, entry, tensors, where)
-    inner = {
-        ".".join(parts[:count]) for parts in (name.split(".") for name in tensors) for count in range(1, len(parts))
-    }
+    split = [name.split(".") for name in tensors]
+    inner = {".".join(parts[:count]) for parts in split for count in range(1, len(parts))}
     expect(len(inner) <= MOST_TENSORS, where, f"has its tensors in {len(inner)} modules (at most {MOST_TENSORS})")
     for name in tensors.keys() & inner:
         raise FormatError(f"{where}: {said(name)} is a tensor and a module at once")
@@ -169,7 +178,7 @@ def read(data: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def _check_tensor_entry(name: str, entry: Any, tensors: Mapping[str, Any], where: str) -> None:
+def _check_tensor_entry(name: str, entry: Json, tensors: Mapping[str, Json], where: str) -> None:
     at = f"{where}: tensor {said(name)}"
     parts = name.split(".")
     good = len(name) <= LONGEST_NAME and all(_PART.fullmatch(part) and not keyword.iskeyword(part) for part in parts)
@@ -181,9 +190,8 @@ def _check_tensor_entry(name: str, entry: Any, tensors: Mapping[str, Any], where
     expect(kind in ("parameter", "buffer"), at, f"is neither parameter nor buffer but {said(kind)}")
     if "same_as" in entry:
         other = entry["same_as"]
-        expect(
-            entry.keys() == {"kind", "same_as"}, at, f"is another one and has keys of its own: {said(sorted(entry))}"
-        )
+        alone = entry.keys() == {"kind", "same_as"}
+        expect(alone, at, f"is another one and has keys of its own: {said(sorted(entry))}")
         original = tensors.get(other) if isinstance(other, str) else None
         expect(isinstance(original, dict), at, f"is the same as {said(other)}, which is not there")
         assert original is not None
@@ -197,36 +205,30 @@ def _check_tensor_entry(name: str, entry: Any, tensors: Mapping[str, Any], where
     expect(dtype in DTYPES, at, f"has the dtype {said(entry['dtype'])}")
     assert dtype is not None
     shape = entry["shape"]
-    expect(
-        isinstance(shape, list) and len(shape) <= MOST_AXES and all(map(is_size, shape)),
-        at,
-        f"has the shape {said(shape)}",
-    )
+    expect(is_shape(shape), at, f"has the shape {said(shape)}")
     expect(math.prod(size for size in shape if size) < 2**48, at, f"has the shape {said(shape)}, which no memory holds")
     floats = dtype.is_floating_point or dtype.is_complex
     expect(floats or entry.get("requires_grad") is not True, at, f"of {entry['dtype']} can't require gradients")
-    expect(
-        entry.get("channels_last", True) is True and (len(shape) == 4 or "channels_last" not in entry),
-        at,
-        "can't be channels_last",
-    )
-    if entry.get("stored") == "sparse":
-        expect(
-            dtype.is_floating_point and "bits" not in entry,
-            at,
-            f"of {entry['dtype']} can't be stored as sparse weights",
-        )
+    last = "channels_last" not in entry or (entry["channels_last"] is True and len(shape) == 4)
+    expect(last, at, "can't be channels_last")
+    stored, bits = entry.get("stored"), entry.get("bits")
+    if stored == "sparse":
+        good = dtype.is_floating_point and "bits" not in entry
+        expect(good, at, f"of {entry['dtype']} can't be stored as sparse weights")
     elif "stored" in entry or "bits" in entry:
-        good = (
-            entry.get("stored") in ("packed", "zstd")
-            and type(entry.get("bits")) is int
-            and entry["bits"] in packing.WIDTHS
-        )
-        what = f"is stored as {said(entry.get('stored'))} of {said(entry.get('bits'))} bits"
-        expect(good and dtype in (torch.int8, torch.uint8), at, what)
+        good = stored in ("packed", "zstd") and _is_width(bits) and dtype in (torch.int8, torch.uint8)
+        expect(good, at, f"is stored as {said(stored)} of {said(bits)} bits")
 
 
-def _check_meta(meta: Any, tensors: Mapping[str, Any], where: str) -> None:
+def is_shape(value: object) -> bool:
+    return isinstance(value, list) and len(value) <= MOST_AXES and all(map(is_size, value))
+
+
+def _is_width(value: object) -> bool:
+    return type(value) is int and value in packing.WIDTHS
+
+
+def _check_meta(meta: Json, tensors: Mapping[str, Entry], where: str) -> None:
     expect(isinstance(meta, dict) and isinstance(meta.get("inputs"), list), where, "meta.inputs is not a list")
     for entry in meta["inputs"]:
         good = isinstance(entry, dict) and isinstance(entry.get("shape"), list) and all(map(is_size, entry["shape"]))
@@ -241,19 +243,15 @@ def _check_meta(meta: Any, tensors: Mapping[str, Any], where: str) -> None:
     sparse = meta.get("sparse", [])
     expect(isinstance(sparse, list), where, "meta.sparse is not a list")
     for name in sparse:
-        expect(
-            isinstance(name, str) and name in tensors,
-            where,
-            f"meta.sparse has {said(name)}, which is no tensor of the file",
-        )
+        good = isinstance(name, str) and name in tensors
+        expect(good, where, f"meta.sparse has {said(name)}, which is no tensor of the file")
     bits = meta.get("bits", {})
     expect(isinstance(bits, dict), where, "meta.bits is not an object")
     for name, width in bits.items():
-        good = name in tensors and type(width) is int and width in packing.WIDTHS
-        expect(good, where, f"meta.bits gives {said(name)} the width {said(width)}")
+        expect(name in tensors and _is_width(width), where, f"meta.bits gives {said(name)} the width {said(width)}")
 
 
-def build(description: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> fx.GraphModule:
+def build(description: Mapping[str, Json], tensors: Mapping[str, Tensor], where: str) -> fx.GraphModule:
     """The module. ``tensors`` holds one for each entry that is not ``same_as`` another."""
     entries = description["tensors"]
     root = nn.Module()
@@ -279,7 +277,7 @@ def build(description: Mapping[str, Any], tensors: Mapping[str, Tensor], where: 
     return module.eval()
 
 
-def _build_graph(entries: list[Any], tensors: Mapping[str, Any], wanted: int, where: str) -> fx.Graph:
+def _build_graph(entries: list[Json], tensors: Mapping[str, Entry], wanted: int, where: str) -> fx.Graph:
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
     yields: dict[fx.Node, str] = {}
@@ -288,11 +286,7 @@ def _build_graph(entries: list[Any], tensors: Mapping[str, Any], wanted: int, wh
         at = f"{where}: node {index}"
         expect(isinstance(entry, dict) and {"op", "name"} <= entry.keys() <= _NODE_KEYS, at, "has other keys")
         name, op, target, stack = entry["name"], entry["op"], entry.get("target"), entry.get("stack", "")
-        expect(
-            isinstance(name, str) and _IDENTIFIER.fullmatch(name) and not keyword.iskeyword(name),
-            at,
-            f"can't be named {said(name)}",
-        )
+        expect(_is_identifier(name), at, f"can't be named {said(name)}")
         expect(name not in nodes and name not in _TAKEN, at, f"has the name {said(name)}, which is taken")
         at = f"{where}: node {name}"
         expect(isinstance(stack, str) and len(stack) <= LONGEST_NAME and stack.isprintable(), at, "stack is not a name")
@@ -304,34 +298,23 @@ def _build_graph(entries: list[Any], tensors: Mapping[str, Any], wanted: int, wh
         expect(not kwargs or op == "call_function", at, "has keyword arguments, which only operators have")
         expect(not args or op in ("call_function", "output"), at, "has arguments, which only operators have")
         if op == "call_function":
-            function = located(at, allowlist.function_named, expected(target, str, at, "target"))
-            kind = located(at, allowlist.check_call, function, args, kwargs, yields)
-            node = graph.create_node(op, function, tuple(args), kwargs, name=name)
+            target = located(at, allowlist.function_named, expected(target, str, at, "target"))
+            kind = located(at, allowlist.check_call, target, args, kwargs, yields)
         elif op == "get_attr":
             known = isinstance(target, str) and (target in tensors or target == "training")
             expect(known, at, f"reads {said(target)}, which is no tensor of the file")
             kind = allowlist.NUMBER if target == "training" else allowlist.TENSOR
-            node = graph.create_node(op, target, name=name)
         elif op == "placeholder":
-            same = (
-                isinstance(target, str)
-                and _IDENTIFIER.fullmatch(target)
-                and re.fullmatch(re.escape(target) + r"(_\d+)?", name)
-            )
-            expect(
-                same and target not in _TAKEN and not keyword.iskeyword(target),
-                at,
-                f"is an input of another name, {said(target)}",
-            )
+            same = _is_identifier(target) and re.fullmatch(re.escape(target) + r"(_\d+)?", name)
+            expect(same and target not in _TAKEN, at, f"is an input of another name, {said(target)}")
             expect(target not in inputs, at, f"is a second input {said(target)}")
             inputs.add(target)
             kind = allowlist.TENSOR
-            node = graph.create_node(op, target, name=name)
         else:
             expect(op == "output" and target is None, at, f"does {said(op)}, which is no operation of a graph")
             expect(len(args) == 1 and index == len(entries) - 1, at, "is not one output at the end")
-            kind = allowlist.ANY
-            node = graph.create_node(op, "output", tuple(args), name=name)
+            target, kind = "output", allowlist.ANY
+        node = graph.create_node(op, target, tuple(args), kwargs, name=name)
         expect(node.name == name, at, f"can't be named {said(name)}")
         node.meta = {"stack": stack}
         nodes[name], yields[node] = node, kind
@@ -340,18 +323,19 @@ def _build_graph(entries: list[Any], tensors: Mapping[str, Any], wanted: int, wh
     return graph
 
 
-def _decode(value: Any, nodes: Mapping[str, fx.Node], at: str) -> Any:
+def _is_identifier(name: object) -> bool:
+    return isinstance(name, str) and _IDENTIFIER.fullmatch(name) is not None and not keyword.iskeyword(name)
+
+
+def _decode(value: Json, nodes: Mapping[str, fx.Node], at: str) -> Value:
     if isinstance(value, list):
         return [_decode(item, nodes, at) for item in value]
     if isinstance(value, str):
         expect(len(value) <= LONGEST_TEXT, at, "has an argument of more than 10,000 letters")
         return value
     if not isinstance(value, dict):
-        expect(
-            type(value) is not int or abs(value) < 2**63,
-            at,
-            f"has the argument {said(value)}, which is no 64-bit number",
-        )
+        good = type(value) is not int or abs(value) < 2**63
+        expect(good, at, f"has the argument {said(value)}, which is no 64-bit number")
         return value
     expect(len(value) == 1, at, f"has the argument {said(value)}")
     ((kind, inner),) = value.items()
@@ -376,12 +360,12 @@ def _decode(value: Any, nodes: Mapping[str, fx.Node], at: str) -> Any:
     if kind == "layout":
         expect(inner == "strided", at, f"names the layout {said(inner)}")
         return torch.strided
-    table: Mapping[str, Any] = BY_NAME if kind == "dtype" else _MEMORY_FORMATS if kind == "memory_format" else {}
+    table: Mapping[str, object] = BY_NAME if kind == "dtype" else _MEMORY_FORMATS if kind == "memory_format" else {}
     expect(isinstance(inner, str) and inner in table, at, f"has the argument {said(value)}")
     return table[inner]
 
 
-def check_schema(value: Any, where: str | Path) -> None:
+def check_schema(value: Json, where: str | Path) -> None:
     expect(isinstance(value, dict) and value.get("format") == "rarefy", where, "is not rarefy's")
     schema = value.get("schema")
     expect(type(schema) is int and schema >= 1, where, f"has the schema {said(schema)}")

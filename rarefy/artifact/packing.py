@@ -1,21 +1,22 @@
 """Codes to bytes without gaps, and entropy coding where it pays; sparse weights without their zeros.
 
-Code i of a tensor in row-major order fills bits [i b, (i+1) b) of a little-endian bit stream, where bit j of the stream is bit
-j % 8 of byte j // 8, the lowest first. Signed codes are cut to their b lowest bits (two's complement). The stream ends with the
-last code; what is left of its last byte is zero. So n codes take exactly ceil(n b / 8) bytes:
+Code i of a tensor in row-major order fills bits [i b, (i+1) b) of a little-endian bit stream, where bit j of the stream
+is bit j % 8 of byte j // 8, the lowest first. Signed codes are cut to their b lowest bits (two's complement). The
+stream ends with the last code; what is left of its last byte is zero. So n codes take exactly ceil(n b / 8) bytes:
 
     4 bits, codes 1 2 3      bytes 0x21 0x03
     3 bits, codes 1 2 3 4    bytes 0xd1 0x08
 
 Eight codes fill b whole bytes, so eight lanes of shifts on 64-bit words do it for every b from 2 to 8.
 
-Entropy coding (Deep Compression, 1510.00149): the codes of a trained layer are bell-shaped, so their entropy is below b bits.
-zstandard's Huffman coder gets within 0.06 bits of it when no code straddles a byte, so the codes are packed at the next of 2, 4
-or 8 bits before they go in. Level 1: higher levels search for repeats, which codes don't have, and end larger. Given up: an
-arithmetic coder, which would save that 0.06 and decode a hundred times slower.
+Entropy coding (Deep Compression, 1510.00149): the codes of a trained layer are bell-shaped, so their entropy is below b
+bits. zstandard's Huffman coder gets within 0.06 bits of it when no code straddles a byte, so the codes are packed at
+the next of 2, 4 or 8 bits before they go in. Level 1: higher levels search for repeats, which codes don't have, and end
+larger. Given up: an arithmetic coder, which would save that 0.06 and decode a hundred times slower.
 
-Sparse weights: one bit an element says whether it is there, then come the values that are. At 2:4 the indices of N:M kernels take as many
-bits (2 of 2 bits in 4 weights), at 4:8 more (12 in 8), and what the best code would save (3 in 4) is 1.5 % of float32: one form is enough.
+Sparse weights: one bit an element says whether it is there, then come the values that are. At 2:4 the indices of N:M
+kernels take as many bits (2 of 2 bits in 4 weights), at 4:8 more (12 in 8), and what the best code would save (3 in 4)
+is 1.5 % of float32: one form is enough.
 
     0, 1.5, 0, -2 in float32     bytes 0x0a, then 00 00 c0 3f  00 00 00 c0
 """
@@ -34,7 +35,7 @@ from rarefy.errors import FormatError, InputError
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 
-# Decoded bytes a stored byte may stand for: real codes stay below 10, and a file of a few bytes can't ask for gigabytes.
+# Decoded bytes a stored byte may stand for: real codes stay below 10, and few bytes can't ask for gigabytes.
 LARGEST_RATIO = 256
 
 # Width at which codes go to the entropy coder, by their own width.
@@ -52,7 +53,10 @@ def code_range(bits: int, dtype: torch.dtype) -> tuple[int, int]:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """``codes`` (any shape, int8 or uint8) as uint8 (packed_size,). Raises InputError for a code that needs more bits."""
+    """``codes`` (any shape, int8 or uint8) as uint8 (packed_size,).
+
+    Raises InputError for a code that needs more bits.
+    """
     _check(codes.dtype, bits)
     flat = codes.detach().cpu().contiguous().reshape(-1)
     low, high = code_range(bits, codes.dtype)
@@ -71,7 +75,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 def unpack(packed: Tensor, bits: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """The codes ``pack`` was given, of ``shape`` and ``dtype`` (int8 or uint8).
 
-    Raises FormatError if ``packed`` (uint8, 1 axis) is not exactly as long as ``shape`` asks, or ends in bits that are not zero.
+    Raises FormatError if ``packed`` (uint8, 1 axis) is not exactly as long as ``shape`` asks, or ends in bits that are
+    not zero.
     """
     _check(dtype, bits)
     count = math.prod(shape)
@@ -95,7 +100,7 @@ def unpack(packed: Tensor, bits: int, shape: Sequence[int], dtype: torch.dtype) 
 
 
 def entropy_encode(codes: Tensor, bits: int) -> Tensor | None:
-    """``codes`` (int8 or uint8) as a zstandard frame, uint8 (n,); None where ``entropy_decode`` would refuse its ratio."""
+    """``codes`` (int8 or uint8) as a zstandard frame, uint8 (n,); None if ``entropy_decode`` would refuse its ratio."""
     stream = pack(codes, _WHOLE[bits]).numpy().tobytes()
     frame = zstandard.ZstdCompressor(level=1, write_content_size=True, write_checksum=False).compress(stream)
     if len(stream) > LARGEST_RATIO * len(frame):
@@ -106,7 +111,8 @@ def entropy_encode(codes: Tensor, bits: int) -> Tensor | None:
 def entropy_decode(frame: Tensor, bits: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """The codes ``entropy_encode`` was given. What the frame claims is checked before any memory is taken.
 
-    Raises FormatError for a frame that is not one, that holds another number of bytes than ``shape`` asks, or codes beyond ``bits``.
+    Raises FormatError for a frame that is not one, that holds another number of bytes than ``shape`` asks, or codes
+    beyond ``bits``.
     """
     _check(dtype, bits)
     size = packed_size(math.prod(shape), _WHOLE[bits])
@@ -139,7 +145,9 @@ def sparse_size(value: Tensor) -> int:
 
 
 def sparse_pack(value: Tensor) -> Tensor:
-    """``value`` (any shape and dtype) as uint8 (sparse_size,): ceil(n / 8) bytes of bits, bit i % 8 of byte i // 8 being 1 where element i of
+    """``value`` (any shape and dtype) as uint8 (sparse_size,).
+
+    That is ceil(n / 8) bytes of bits, bit i % 8 of byte i // 8 being 1 where element i of
     the row-major order has a bit that is not 0 (so -0.0 and NaN come back); then those elements, in order.
     """
     present = _present(value)
@@ -148,10 +156,13 @@ def sparse_pack(value: Tensor) -> Tensor:
 
 
 def sparse_unpack(packed: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The tensor ``sparse_pack`` was given. It takes at most 8 times the element's bytes for a byte of ``packed``, and its length is
-    compared with the bits before that.
+    """The tensor ``sparse_pack`` was given.
 
-    Raises FormatError if ``packed`` (uint8, 1 axis) is not exactly what ``sparse_pack`` writes for a tensor of that shape.
+    It takes at most 8 times the element's bytes for a byte of ``packed``, and its length is compared with the bits
+    before that.
+
+    Raises FormatError if ``packed`` (uint8, 1 axis) is not exactly what ``sparse_pack`` writes for a tensor of that
+    shape.
     """
     count = math.prod(shape)
     size = packed_size(count, 1)

@@ -1,14 +1,15 @@
 """keygen(), sign() and verify(): who made the folder, and that every byte of it is theirs.
 
-The signature is OpenSSF's model signing (model.sig: a Sigstore bundle around an in-toto statement that lists the sha256 of every
-file), made and checked by its own library, so ``model_signing verify`` reads it too. Three ways to sign:
+The signature is OpenSSF's model signing (model.sig: a Sigstore bundle around an in-toto statement that lists the sha256
+of every file), made and checked by its own library, so ``model_signing verify`` reads it too. Three ways to sign:
 
     a key pair     keygen("me.pem"); sign(folder, "me.pem"); verify(folder, "me.pem.pub")      EC P-256, no network
     a certificate  sign(folder, key, certificate=..., chain=[...]); verify(folder, chain=[...])
     Sigstore       sign(folder, sigstore=True); verify(folder, identity="me@example.org", issuer="https://...")
 
-What the library leaves open is closed here: it skips git's files and does not see folders. ``verify`` compares every entry below the
-folder with the signed list, so a file added, hidden or not, a link, an empty folder, or a device is refused as a changed byte is.
+What the library leaves open is closed here: it skips git's files and does not see folders. ``verify`` compares every
+entry below the folder with the signed list, so a file added, hidden or not, a link, an empty folder, or a device is
+refused as a changed byte is.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ import contextlib
 import hashlib
 import json
 import os
-import secrets
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rarefy.errors import InputError, MissingDependency, RarefyError, SignatureRefused
+from rarefy.system.files import replacing
 
 SIGNATURE = "model.sig"
 
@@ -35,7 +36,7 @@ PathLike = str | os.PathLike[str]
 
 
 def keygen(path: PathLike, *, password: str | None = None) -> tuple[Path, Path]:
-    """A new EC P-256 key pair: the private key at ``path`` (PEM, PKCS 8, mode 0600), the public one at ``path`` + ".pub".
+    """A new EC P-256 key pair: the private key at ``path`` (PEM, PKCS 8, mode 0600), the public one at "path.pub".
 
     Returns both paths. Raises InputError if either is there already: a key is never overwritten.
     """
@@ -69,16 +70,17 @@ def sign(
     password: str | None = None,
     certificate: PathLike | None = None,
     chain: Sequence[PathLike] = (),
-    sigstore: bool | Mapping[str, Any] = False,
+    sigstore: bool | Mapping[str, object] = False,
 ) -> Path:
     """Sign every file of ``folder``; returns the path of its model.sig, which replaces an older one.
 
     key: the private key, PEM. password: of that key.
     certificate: the key's certificate, and chain: those up to the root, PEM.
-    sigstore: sign with Sigstore instead; a dictionary is passed to model_signing's ``use_sigstore_signer`` (identity_token,
-        use_ambient_credentials, use_staging, oidc_issuer, trust_config, ...).
+    sigstore: sign with Sigstore instead; a dictionary is passed to model_signing's ``use_sigstore_signer``
+        (identity_token, use_ambient_credentials, use_staging, oidc_issuer, trust_config, ...).
 
-    Raises InputError if the folder holds what can't be signed (links, empty folders, the private key) or the key is none.
+    Raises InputError if the folder holds what can't be signed (links, empty folders, the private key) or the key is
+    none.
     """
     library = _library()
     root = Path(folder)
@@ -104,14 +106,11 @@ def sign(
             config.use_elliptic_key_signer(private_key=key, password=password.encode() if password else None)
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{certificate or key or 'sigstore'}: can't sign with it ({_line(error)})") from error
-    temporary = root / f".{SIGNATURE}.{secrets.token_hex(4)}"
     try:
-        config.sign(root, temporary)
-        os.replace(temporary, root / SIGNATURE)
+        with replacing(root / SIGNATURE) as temporary:
+            config.sign(root, temporary)
     except Exception as error:  # the library passes on what its network, crypto and file layers raise
         raise InputError(f"{root}: can't be signed ({_line(error)})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return root / SIGNATURE
 
 
@@ -122,14 +121,14 @@ def verify(
     chain: Sequence[PathLike] = (),
     identity: str | None = None,
     issuer: str | None = None,
-    sigstore: Mapping[str, Any] | None = None,
+    sigstore: Mapping[str, object] | None = None,
 ) -> list[str]:
     """Is every file of ``folder`` as it was signed, and none added or removed? Returns their names, sorted.
 
     public_key: PEM, for a folder signed with a key.
     chain: root (and intermediate) certificates to trust, PEM, for one signed with a certificate.
-    identity, issuer: who must have signed, and who must have vouched for them, for one signed with Sigstore; ``sigstore``: further
-        arguments of model_signing's ``use_sigstore_verifier`` (use_staging, trust_config).
+    identity, issuer: who must have signed, and who must have vouched for them, for one signed with Sigstore;
+        ``sigstore``: further arguments of model_signing's ``use_sigstore_verifier`` (use_staging, trust_config).
 
     Raises SignatureRefused, which names the files, and InputError for a folder or a key that is none.
     """
@@ -169,7 +168,7 @@ def is_signed(folder: PathLike) -> bool:
 
 
 def _entries(root: Path, refusal: type[RarefyError]) -> list[str]:
-    """Every file below ``root`` but its signature; ``refusal`` is raised for anything that is neither a file nor a folder of files."""
+    """Every file below ``root`` but its signature; ``refusal`` is raised for what is no file and no folder of files."""
     if not root.is_dir():
         raise InputError(f"{root}: no such folder")
 
@@ -195,7 +194,10 @@ def _entries(root: Path, refusal: type[RarefyError]) -> list[str]:
 
 
 def _signed(root: Path, has_key: bool) -> dict[str, str]:
-    """The files that the signature lists, and their sha256 where it says so. Read before it is verified, so not to be believed yet."""
+    """The files that the signature lists, and their sha256 where it says so.
+
+    Read before it is verified, so not to be believed yet.
+    """
     path = root / SIGNATURE
     if not os.path.lexists(path):
         raise SignatureRefused(f"{root}: is not signed ({SIGNATURE} is missing)")

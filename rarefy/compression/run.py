@@ -102,11 +102,9 @@ class _Run:
         yield
 
     def _identity(self, original: fx.GraphModule) -> dict[str, Any]:
-        with tempfile.TemporaryDirectory(prefix="rarefy-") as folder:
-            content = folder_.content_hash(folder_.save(original, Path(folder) / "original"))
         splits = [split for split in ("train", "val") if getattr(self.task, split, None) is not None]
         identity = {
-            "model": content,
+            "model": folder_.content_of(original).hash,
             "data": {split: self.task.fingerprint(split) for split in splits},
             "task": {
                 key: value for key, value in self.task.describe().items() if key not in splits

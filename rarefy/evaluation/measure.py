@@ -133,8 +133,7 @@ def count_parameters(graph: fx.GraphModule) -> int:
 
 def weight_bytes(graph: fx.GraphModule) -> int:
     """Size of ``weights.safetensors``, as ``save`` writes it."""
-    with tempfile.TemporaryDirectory(prefix="rarefy-") as folder:
-        return (folder_.save(graph, Path(folder) / "model") / folder_.WEIGHTS).stat().st_size
+    return folder_.content_of(graph).weight_bytes
 
 
 def peak_memory(

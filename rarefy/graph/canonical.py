@@ -1,9 +1,9 @@
 """One form for what can be written in several.
 
-``make_functional``, of a trace: no operator changes its argument, so that a pass may move or drop any node. ``simplify``,
-before quantization, so that the tables of operators stay short: the mean over the plane is average pooling; hardswish
-is x hardsigmoid(x), silu is x sigmoid(x); attention is its two products and a softmax; as many zeros on either side are
-the padding of the convolution that reads them.
+``make_functional``, of a trace: no operator changes its argument, so that a pass may move or drop any node.
+``simplify``, before quantization, so that the tables of operators stay short: the mean over the plane is average
+pooling; hardswish is x hardsigmoid(x), silu is x sigmoid(x); attention is its two products and a softmax; as many zeros
+on either side are the padding of the convolution that reads them.
 """
 
 from __future__ import annotations

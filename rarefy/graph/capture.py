@@ -10,7 +10,8 @@
 * lets batch norm and dropout read the module's own ``training`` flag (a ``get_attr`` node of that name), so that
   ``train()`` and ``eval()`` work as they do on any module, with no recompilation;
 * clones the parameters (the caller's model is left alone) and shares those the original shares;
-* keeps the batch size free, and writes the input's shape to ``graph.meta["inputs"]``, so that an example can be made again.
+* keeps the batch size free, and writes the input's shape to ``graph.meta["inputs"]``, so that an example can be made
+  again.
 
 Given up: behaviour that exists only in training and is not an operator of the graph (stochastic depth, auxiliary
 heads) is not captured: the trace is of the model in ``eval()``.
@@ -210,7 +211,8 @@ def _plain(unlifted: fx.GraphModule, exported: torch.export.ExportedProgram) -> 
             original = attribute(unlifted, node.target)
             if not isinstance(original, Tensor):
                 raise CaptureError(
-                    f"{node.target}: the trace kept a {type(original).__name__}; compress a part with core='name.of.submodule'"
+                    f"{node.target}: the trace kept a {type(original).__name__}; "
+                    "compress a part with core='name.of.submodule'"
                 )
             tensors[node.target] = _clone(original, clones)
     root = nn.Module()

@@ -1,11 +1,12 @@
 """Values inside a graph: which ones are worth comparing between two networks, and a graph that returns them.
 
-A *cut* is a value all of the network's work passes through: no path from input to output goes around it. Ends of residual blocks are
-cuts, values inside a block are not. The last cut of each resolution is the end of a stage, whatever the family: no list of layer names
-per architecture. Found in one sweep: in execution order, a node is a cut when nothing made before it is read after it.
+A *cut* is a value all of the network's work passes through: no path from input to output goes around it. Ends of
+residual blocks are cuts, values inside a block are not. The last cut of each resolution is the end of a stage, whatever
+the family: no list of layer names per architecture. Found in one sweep: in execution order, a node is a cut when
+nothing made before it is read after it.
 
-Taps are extra outputs of a copy of the graph that shares its parameters and buffers, so they cost nothing and work under
-``torch.compile`` and DDP, where hooks and interpreters do not.
+Taps are extra outputs of a copy of the graph that shares its parameters and buffers, so they cost nothing and work
+under ``torch.compile`` and DDP, where hooks and interpreters do not.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ _BATCH = 2
 
 
 class Tap(NamedTuple):
-    """A node whose value is wanted. shape: without the batch, channels first; order: how to permute the value into that (or None)."""
+    """A node whose value is wanted.
+
+    shape: without the batch, channels first; order: how to permute the value into that (or None).
+    """
 
     node: fx.Node
     shape: tuple[int, ...]
@@ -42,7 +46,10 @@ class Tap(NamedTuple):
 
 
 def tapped(graph: fx.GraphModule, taps: Sequence[Tap]) -> fx.GraphModule:
-    """``graph``, returning (its output, (value of each tap: (N, channels, ...))). Parameters and buffers are the very same tensors."""
+    """``graph``, returning (its output, (value of each tap: (N, channels, ...))).
+
+    Parameters and buffers are the very same tensors.
+    """
     copied: dict[fx.Node, fx.Node] = {}
     nodes = fx.Graph()
     output = nodes.graph_copy(graph.graph, copied)
@@ -59,7 +66,10 @@ def tapped(graph: fx.GraphModule, taps: Sequence[Tap]) -> fx.GraphModule:
 
 
 def matched(student: fx.GraphModule, teacher: fx.GraphModule, on: str) -> list[tuple[Tap, Tap]]:
-    """(student's, teacher's) taps for a loss's ``on`` (see rarefy/distillation/losses). Raises InputError if nothing fits."""
+    """(student's, teacher's) taps for a loss's ``on`` (see rarefy/distillation/losses).
+
+    Raises InputError if nothing fits.
+    """
     if on == "logits":
         return []
     if on == "embedding":
@@ -74,7 +84,7 @@ def matched(student: fx.GraphModule, teacher: fx.GraphModule, on: str) -> list[t
 
 
 def cuts(graph: fx.GraphModule) -> list[Tap]:
-    """Every cut behind the first weight, in execution order; values of one position and dropout's outputs are left out."""
+    """Every cut behind the first weight, in order; values of one position and dropout's outputs are left out."""
     values = shapes(graph, _BATCH)
     carried: set[fx.Node] = set()
     place = {node: index for index, node in enumerate(graph.graph.nodes)}
@@ -109,7 +119,8 @@ def _stages(student: fx.GraphModule, teacher: fx.GraphModule) -> list[tuple[Tap,
             "/".join("x".join(map(str, resolution)) for resolution in found) or "none" for found in (ours, theirs)
         )
         raise InputError(
-            f"stages: student and teacher share no resolution ({seen}); name the pairs: on=student_node=teacher_node;..."
+            f"stages: student and teacher share no resolution ({seen}); "
+            "name the pairs: on=student_node=teacher_node;..."
         )
     columns = [resolution for resolution in common if _dominates(resolution, ours) and _dominates(resolution, theirs)]
     if columns:
@@ -136,15 +147,16 @@ def _embedding(graph: fx.GraphModule, which: str) -> Tap:
 
 def _named(graph: fx.GraphModule, name: str, which: str) -> Tap:
     values = shapes(graph, _BATCH)
+    called = [node for node in graph.graph.nodes if node.op == "call_function" and is_tensor(values.get(node))]
     inside = [node for node in graph.graph.nodes if node.name == name] or [
-        node for node in graph.graph.nodes
-        if node.op == "call_function" and f"{node.meta.get('stack', '')}.".startswith(f"{name}.") and is_tensor(values.get(node))
-    ]  # fmt: skip
+        node for node in called if f"{node.meta.get('stack', '')}.".startswith(f"{name}.")
+    ]
     tap = _tap(graph, inside[-1], values.get(inside[-1])) if inside else None
     if tap is None:
         modules = sorted({stack.split(".")[0] for node in graph.graph.nodes if (stack := node.meta.get("stack"))})
         raise InputError(
-            f"{name}: no value of that name in the {which}; give a node's or a module's name ({', '.join(modules[:12])}, ...)"
+            f"{name}: no value of that name in the {which}; "
+            f"give a node's or a module's name ({', '.join(modules[:12])}, ...)"
         )
     return tap
 
@@ -179,7 +191,8 @@ def _by_resolution(taps: Iterable[Tap]) -> dict[tuple[int, ...], list[Tap]]:
 
 
 def _dominates(resolution: tuple[int, ...], taps: dict[tuple[int, ...], list[Tap]]) -> bool:
-    """A network of one resolution, but for its stem: half of its cuts are tokens of one length, or nearly all are maps of one size."""
+    """A network of one resolution, but for its stem: half of its cuts are tokens of one length, or nearly all are maps
+    of one size."""
     share = 0.5 if len(resolution) == 1 else 0.75  # ResNet-152 has two thirds of its cuts at 14x14, and four stages
     return len(taps[resolution]) > share * sum(map(len, taps.values()))
 
@@ -189,7 +202,8 @@ def _at_depths(taps: list[Tap]) -> list[Tap]:
 
 
 def _reads_weight(node: fx.Node, values: dict[fx.Node, object], carried: set[fx.Node]) -> bool:
-    """A weight: it does not come from the input, and has at least two axes longer than one (constants of a normalisation have not)."""
+    """A weight: it does not come from the input, and has at least two axes longer than one (constants of a
+    normalisation have not)."""
     sources = [values.get(source) for source in node.all_input_nodes if source not in carried and _constant(source)]
     return any(
         isinstance(value, (Tensor, FakeTensor)) and sum(size > 1 for size in value.shape) >= 2 for value in sources

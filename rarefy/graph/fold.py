@@ -32,7 +32,7 @@ _TRAINING_ONLY = {
 
 
 def fold(graph: fx.GraphModule) -> fx.GraphModule:
-    """A copy without batch norm, dropout and detach, constants computed, that answers as ``graph`` does in eval mode."""
+    """A copy without batch norm, dropout and detach, constants computed; it answers as ``graph`` in eval mode."""
     graph = fold_constants(copy.deepcopy(graph))
     for node in list(graph.graph.nodes):
         if node.op == "call_function" and node.target in _TRAINING_ONLY:
@@ -114,7 +114,7 @@ def _fold_batch_norm(graph: fx.GraphModule, node: fx.Node) -> None:
 
 
 def put(graph: fx.GraphModule, node: fx.Node, weight: Tensor, bias: Tensor) -> None:
-    """Give a weighted node these tensors as parameters of its own; a weight that others read too stays as it is for them."""
+    """Give a layer these tensors as parameters of its own; a weight that others read too stays as it is for them."""
     base = str(argument(node, "weight").target)
     readers = [
         user for other in graph.graph.nodes if other.op == "get_attr" and other.target == base for user in other.users
@@ -142,7 +142,10 @@ def normed(graph: fx.GraphModule) -> list[str]:
 
 
 def fold_weight_norm(graph: fx.GraphModule) -> None:
-    """The weight that direction v and length g make, in place of both, unless something else reads one of them. In place."""
+    """The weight that direction v and length g make, in place of both, unless something else reads one of them.
+
+    In place.
+    """
     names: dict[object, str] = {}
     taken = {*dict(graph.named_parameters(remove_duplicate=False)), *dict(graph.named_buffers(remove_duplicate=False))}
     for node in graph.graph.find_nodes(op="call_function", target=aten._weight_norm.default):

@@ -1,4 +1,4 @@
-"""What was done to a graph: one record a step in ``meta["history"]``, oldest first, which ``save`` writes with the graph."""
+"""What was done to a graph: one record a step, oldest first, in ``meta["history"]``, which is saved with it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def records(model: nn.Module) -> list[Record]:
 
 
 def append(graph: fx.GraphModule, step: str, options: Mapping[str, Value], facts: Mapping[str, Value]) -> None:
-    """One more record, in a list of the graph's own: a graph that shares its ``meta`` values with this one keeps its history."""
+    """One more record, in a list of the graph's own: another graph that had the same list keeps it as it was."""
     record = Record(step=step, options=dict(options), facts=dict(facts))
     graph.meta["history"] = [*records(graph), record]
 
@@ -36,5 +36,5 @@ def last(model: nn.Module, *steps: str) -> Record | None:
 
 
 def since(graph: nn.Module, before: nn.Module) -> list[Record]:
-    """The records that ``graph`` has beyond those of ``before``, which it was made of; all of them where ``before`` has none."""
+    """The records that ``graph`` has beyond those of ``before``, which it was made of."""
     return records(graph)[len(records(before)) :]

@@ -1,8 +1,11 @@
 """What a convolution or linear layer multiplies, as a matrix: its unfolded form, at a few places of each image.
 
-    y[g, :, place] = W[g] x[g, :, place]        x: (N, groups, K, places), K = channels / groups x kernel; W: (groups, outputs, K)
+    y[g, :, place] = W[g] x[g, :, place]
 
-Neighbouring places say nearly the same, so that a few drawn at random, the same ones in every image of a batch, stand for all.
+x: (N, groups, K, places), K = channels / groups x kernel; W: (groups, outputs, K).
+
+Neighbouring places say nearly the same, so that a few drawn at random, the same ones in every image of a batch, stand
+for all.
 """
 
 from __future__ import annotations

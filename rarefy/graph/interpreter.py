@@ -132,7 +132,7 @@ def in_lockstep(
 
 
 def laid_out(x: Tensor, device: torch.device) -> Tensor:
-    """An input as the device likes it: on a CPU channels last, in which depthwise convolutions take a third of the time."""
+    """An input as the device likes it: a CPU channels last (depthwise convolutions then take a third of the time)."""
     x = x.to(device)
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 and x.device.type == "cpu" else x
 

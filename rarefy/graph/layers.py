@@ -48,7 +48,7 @@ def names(node: fx.Node) -> list[str]:
 
 
 def padding_of(node: fx.Node) -> float | None:
-    """What ``aten.pad`` puts around, if that has a code: 0, or -inf where only max pooling reads it; None for anything else."""
+    """What ``aten.pad`` puts around, if that has a code (0, or -inf where only max pooling reads it), else None."""
     value = argument(node, "value")
     if argument(node, "mode") != "constant":
         return None
@@ -59,12 +59,13 @@ def padding_of(node: fx.Node) -> float | None:
 
 
 def check_globs(graph: fx.GraphModule, **given: Iterable[str]) -> None:
-    """Raises InputError for a glob of layer names that nothing in the graph goes by; the keyword says which option it stands in."""
+    """Raises InputError for a glob that no layer of the graph goes by; the keyword is the option it stands in."""
     known = {name for node in graph.graph.nodes for name in names(node)}
     for option, globs in given.items():
         for glob in globs:
             if not fnmatch.filter(known, glob):
                 example = next((layer_name(node) for node in graph.graph.nodes if weighted(node)), "nothing")
                 raise InputError(
-                    f"{option}: {glob!r} matches no layer; names look like {example}, and 'NAME.*' is all that lies in NAME"
+                    f"{option}: {glob!r} matches no layer; "
+                    f"names look like {example}, and 'NAME.*' is all that lies in NAME"
                 )

@@ -1,13 +1,14 @@
 """MACs and parameters of a graph.
 
-One multiply-accumulate (MAC) is one product added to a sum; a convolution, a linear layer, a matrix product or attention is a
-sum of products of sizes, and the table below names those sizes as axes of tensors:
+One multiply-accumulate (MAC) is one product added to a sum; a convolution, a linear layer, a matrix product or
+attention is a sum of products of sizes, and the table below names those sizes as axes of tensors:
 
     conv2d        output (n, o, h, w) times weight[1:] (i / groups, kh, kw)      one MAC each
     attention     queries x keys x d  +  queries x keys x d_v
 
-Because the table names axes rather than numbers, pruning can put the surviving widths in and know the cost of a network it has
-not built yet. Additions, activations, normalisation and pooling count nothing, as in every published MACs figure.
+Because the table names axes rather than numbers, pruning can put the surviving widths in and know the cost of a network
+it has not built yet. Additions, activations, normalisation and pooling count nothing, as in every published MACs
+figure.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ def count_macs(graph: fx.GraphModule) -> int:
 
 
 def layer_macs(graph: fx.GraphModule, found: Shapes | None = None) -> dict[str, int]:
-    """MACs of each node that multiplies, by node name, for one sample. ``found``: the ``shapes`` of the graph, if already known."""
+    """MACs of each node that multiplies, by node name, for one sample.
+
+    ``found``: the ``shapes`` of the graph, if already known.
+    """
     found = shapes(graph, 1) if found is None else found
     return {
         node.name: sum(
@@ -94,7 +98,10 @@ def _einsum(node: fx.Node, found: Shapes) -> Products:
 
 
 def einsum_letters(equation: str, ranks: list[int]) -> tuple[list[list[str]], list[str]]:
-    """The letter of each axis, for every operand and for the result; axes under ``...`` are named by their distance from its end."""
+    """The letter of each axis, of every operand and of the result.
+
+    Axes under ``...`` are named by their distance from its end.
+    """
     left, arrow, right = equation.replace(" ", "").partition("->")
     terms = left.split(",")
     hidden = [

@@ -119,7 +119,10 @@ def argument(node: fx.Node, name: str) -> Value:
 
 
 def set_argument(node: fx.Node, name: str, value: Value) -> None:
-    """Set an argument by its name in the operator's schema. Raises KeyError for a name that the operator does not have."""
+    """Set an argument by its name in the operator's schema.
+
+    Raises KeyError for a name that the operator does not have.
+    """
     parameters = _parameters(node.target)
     if name not in parameters:
         raise KeyError(name)

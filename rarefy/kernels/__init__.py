@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import torch
 from torch import fx, nn
 
-OPERATORS: set[Any] = set()
+OPERATORS: set[torch._ops.OpOverload] = set()
 for _module in pkgutil.iter_modules(__path__):
     OPERATORS |= set(getattr(importlib.import_module(f"{__name__}.{_module.name}"), "OPERATORS", ()))
 
@@ -51,14 +52,14 @@ def qparams(node: fx.Node) -> QParams:
 
 
 def value_of(scale: fx.Node | str) -> str:
-    """``conv2d_3`` for the scale ``quantization.conv2d_3.scale``, or the node that reads it: the value that it rounds."""
+    """The value that a scale rounds: ``conv2d_3`` for ``quantization.conv2d_3.scale``, or the node that reads it."""
     return str(scale.target if isinstance(scale, fx.Node) else scale).split(".")[1]
 
 
-def _grid_of(operator: Any) -> dict[str, int]:
+def _grid_of(operator: torch._ops.OpOverload) -> dict[str, int]:
     """Name -> place of the arguments that say on which grid codes are made; empty for operators that make none."""
     names = [argument.name for argument in operator._schema.arguments]
     return {name: names.index(name) for name in GRID[:4]} if set(GRID) <= set(names) else {}
 
 
-_GRIDS = {operator: places for operator in OPERATORS if (places := _grid_of(operator))}
+_GRIDS: dict[object, dict[str, int]] = {operator: places for operator in OPERATORS if (places := _grid_of(operator))}

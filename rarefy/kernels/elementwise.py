@@ -1,11 +1,14 @@
-"""Sum and product of two tensors of codes, rounded as an integer kernel rounds them: each operand's factor is taken relative to the result's scale.
+"""Sum and product of two tensors of codes, rounded as an integer kernel rounds them.
+
+Each operand's factor is taken relative to the result's scale.
 
     add   q = clip( fma(a, s_a/s, fma(b, s_b/s, z - fma(s_a/s, z_a, s_b/s z_b))) )
     mul   q = clip( (a - z_a) (b - z_b) (s_a s_b / s) + z )
 
-in float32, to the nearest code, half to even. ``fma`` rounds once, after product and sum. These are the sequences of ONNX Runtime's QLinearAdd and QLinearMul on x86
-(2.6 million pairs of codes on 40 random grids: all equal), where the sum of the decoded numbers flips one code in ten thousand, and many more where the
-grids make ties (x + 3 of a hard sigmoid: 3 lies halfway between two codes). An operand a that is one number along the rows changes places with b.
+in float32, to the nearest code, half to even. ``fma`` rounds once, after product and sum. These are the sequences of
+ONNX Runtime's QLinearAdd and QLinearMul on x86 (2.6 million pairs of codes on 40 random grids: all equal), where the
+sum of the decoded numbers flips one code in ten thousand, and many more where the grids make ties (x + 3 of a hard
+sigmoid: 3 lies halfway between two codes). An operand a that is one number along the rows changes places with b.
 
 Given up: kernels of other machines differ from this by as much as from each other.
 """
@@ -69,7 +72,10 @@ def mul(
     qmax: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """a, b: codes that broadcast. Scales and zero points: of shape (). Returns the codes of the product, in ``dtype``."""
+    """a, b: codes that broadcast.
+
+    Scales and zero points: of shape (). Returns the codes of the product, in ``dtype``.
+    """
     kind = scale.dtype
     zero, factor = zero_point.to(kind), a_scale * b_scale / scale
 

@@ -1,10 +1,11 @@
-"""4-bit floats in blocks that share a scale, as an operator of the graph (simulation: decoded, then multiplied in float).
+"""4-bit floats in blocks that share a scale, as an operator of the graph (decoded, then multiplied in float).
 
     x = e2m1(q) s_block s      e2m1: 0 .5 1 1.5 2 3 4 6, code bit 3 the sign
 
-MXFP4 (OCP Microscaling 1.0): s_block = 2^(e - 127), e the 8-bit exponent (e8m0) floor(log2(largest of the block)) - 2 + 127, s = 1. What lies
-between 6 and 8 times s_block is clipped to 6, as the specification has it. NVFP4: s_block an e4m3 float, largest of the block / 6 in units of
-s = largest of the tensor / (6 448), a float32. Rounding: to nearest, ties to the even code.
+MXFP4 (OCP Microscaling 1.0): s_block = 2^(e - 127), e the 8-bit exponent (e8m0) floor(log2(largest of the block)) - 2 +
+127, s = 1. What lies between 6 and 8 times s_block is clipped to 6, as the specification has it. NVFP4: s_block an e4m3
+float, largest of the block / 6 in units of s = largest of the tensor / (6 448), a float32. Rounding: to nearest, ties
+to the even code.
 """
 
 from __future__ import annotations
@@ -55,7 +56,10 @@ def block_scale(scale: Tensor) -> Tensor:
 
 
 def dequantize_fp4(q: Tensor, scale: Tensor, tensor_scale: Tensor, group: int) -> Tensor:
-    """q: codes (out, in, ...). scale: (out, ceil(in / group), 1, ...). tensor_scale: (). The numbers, in the type of ``tensor_scale``."""
+    """q: codes (out, in, ...).
+
+    scale: (out, ceil(in / group), 1, ...). tensor_scale: (). The numbers, in the type of ``tensor_scale``.
+    """
     step = (block_scale(scale) * tensor_scale.float()).repeat_interleave(group, 1).narrow(1, 0, q.shape[1])
     return (decoded(q) * step).to(tensor_scale.dtype)
 

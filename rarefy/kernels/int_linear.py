@@ -1,16 +1,18 @@
-"""Convolution and linear layer on codes: the sums are integers, and one factor turns them into numbers, or into codes of the result.
+"""Convolution and linear layer on codes: sums are integers, which one factor turns into numbers or codes.
 
     t[o] = sum_i (x_i - z_x) w_oi  +  b_o           x: codes; w: codes; b: 32-bit codes on the grid s_x s_w
 
-    conv2d, linear                y[o] = t[o] (s_x s_w[o])                               numbers
-    conv2d_codes, linear_codes    q[o] = clip( round(t[o] (s_x s_w[o] / s)) + z )        codes on the grid (s, z); half to even
+    conv2d, linear                y[o] = t[o] (s_x s_w[o])                          numbers
+    conv2d_codes, linear_codes    q[o] = clip( round(t[o] (s_x s_w[o] / s)) + z )   codes on (s, z); half to even
 
-which is what an integer kernel computes. The factor of the codes is taken once, in float32 and in this order, as ONNX Runtime's QLinearConv and QGemm take it: sums
-scaled by s_x s_w and then divided by s come out as the next code a few times in a million (tests/test_integer.py).
+which is what an integer kernel computes. The factor of the codes is taken once, in float32 and in this order, as ONNX
+Runtime's QLinearConv and QGemm take it: sums scaled by s_x s_w and then divided by s come out as the next code a few
+times in a million (tests/test_integer.py).
 
-Sums are taken by a float convolution of whole numbers. Below 2^24 that is exact in float32, and as the factors are at most 8 bits wide it stays exact where a
-GPU multiplies in TF32 or bf16 and adds in float32; a convolution of the scaled numbers is not, and its roundings, different on every device, flip one code in
-ten thousand. A bias may be larger than 2^24: its low bits go into the sum, its high ones are added last, so that what is rounded to float32 is the whole.
+Sums are taken by a float convolution of whole numbers. Below 2^24 that is exact in float32, and as the factors are at
+most 8 bits wide it stays exact where a GPU multiplies in TF32 or bf16 and adds in float32; a convolution of the scaled
+numbers is not, and its roundings, different on every device, flip one code in ten thousand. A bias may be larger than
+2^24: its low bits go into the sum, its high ones are added last, so that what is rounded to float32 is the whole.
 
 Given up: sums without their bias beyond 2^24 are rounded on their way (600 products of extreme codes of one sign).
 """
@@ -58,7 +60,10 @@ def conv2d(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    """x: codes (n, c, h, w). weight: codes (o, c / groups, kh, kw). bias: int32 (o,). weight_scale: (o,). Returns numbers (n, o, h', w')."""
+    """x: codes (n, c, h, w).
+
+    weight: codes (o, c / groups, kh, kw). bias: int32 (o,). weight_scale: (o,). Returns numbers (n, o, h', w').
+    """
     places = (stride, padding, dilation, groups)
     return _convolved(x, weight, bias, x_zero_point, x_scale * weight_scale, places, lambda numbers: numbers)
 

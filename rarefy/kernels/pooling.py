@@ -1,10 +1,10 @@
 """Averages of codes, rounded as ONNX Runtime's kernels round them.
 
-    mean         q = clip( round((sum_n x - n z_x) (s_x / (s n))) + z )               over the whole plane: QLinearGlobalAveragePool
-    avg_pool2d   q = clip( round(mean(s_x (x - z_x)) / s + z) )                       over windows: QLinearAveragePool
+    mean         q = clip( round((sum_n x - n z_x) (s_x / (s n))) + z )      over the plane: QLinearGlobalAveragePool
+    avg_pool2d   q = clip( round(mean(s_x (x - z_x)) / s + z) )              over windows: QLinearAveragePool
 
-in float32 after the sum, half to even. Averages of few numbers fall halfway between two codes often: with 16 of them, on a grid twice as fine, the average of
-the decoded numbers, divided by s, flips 1.7 % of the codes.
+in float32 after the sum, half to even. Averages of few numbers fall halfway between two codes often: with 16 of them,
+on a grid twice as fine, the average of the decoded numbers, divided by s, flips 1.7 % of the codes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ _CODES = "Tensor x, Tensor x_scale, Tensor x_zero_point"
 _GRID = "Tensor scale, Tensor zero_point, int qmin, int qmax, ScalarType dtype"
 _library.define(f"mean({_CODES}, {_GRID}) -> Tensor")
 _library.define(
-    f"avg_pool2d({_CODES}, SymInt[] kernel, SymInt[] stride, SymInt[] padding, bool count_include_pad, {_GRID}) -> Tensor"
+    f"avg_pool2d({_CODES}, SymInt[] kernel, SymInt[] stride, SymInt[] padding, bool count_include_pad, {_GRID}) "
+    "-> Tensor"
 )
 
 

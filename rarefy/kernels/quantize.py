@@ -3,16 +3,17 @@
     quantize    q = clip(round(x / s) + z, qmin, qmax)      round: half to even, as ONNX's QuantizeLinear
     dequantize  x = s (q - z)
 
-``s`` (float32) and ``z`` (the type of ``q``) are of shape () for the whole tensor, (n,) for the n positions of ``axis``, or, with ``group`` above 0,
-(..., ceil(n / group), ...) for groups of that many neighbours along ``axis``, of which the last may be shorter (ONNX's blocks); their other axes are
-the tensor's or 1. Where the type of ``q`` is an 8-bit float, rounding is that to the type, and z is 0.
+``s`` (float32) and ``z`` (the type of ``q``) are of shape () for the whole tensor, (n,) for the n positions of
+``axis``, or, with ``group`` above 0, (..., ceil(n / group), ...) for groups of that many neighbours along ``axis``, of
+which the last may be shorter (ONNX's blocks); their other axes are the tensor's or 1. Where the type of ``q`` is an
+8-bit float, rounding is that to the type, and z is 0.
 
 ``fake_quantize`` is the two in one, for training: LSQ (1902.08153). With v = x / s + z and q its code,
 
     dy/dx = 1 where qmin <= v <= qmax, else 0 (straight through)      dy/ds = gradient * (q - v inside, q - z outside)
 
-``gradient`` is the paper's 1 / sqrt(N qmax), N the numbers that share a scale, which makes a step move scales and weights by like shares. It is no
-operator of a saved graph: a graph in training is not a file.
+``gradient`` is the paper's 1 / sqrt(N qmax), N the numbers that share a scale, which makes a step move scales and
+weights by like shares. It is no operator of a saved graph: a graph in training is not a file.
 """
 
 from __future__ import annotations
@@ -28,10 +29,13 @@ _ROUNDS = 1.5 * 2**23  # of float32s this large neighbours are whole numbers, be
 
 
 def to_codes(numbers: Tensor, zero: Tensor | int, qmin: int, qmax: int, dtype: torch.dtype) -> Tensor:
-    """clip(round(numbers) + zero, qmin, qmax) in ``dtype``, half to even; ``numbers`` (float) are lost. zero: one for all, or broadcast.
+    """clip(round(numbers) + zero, qmin, qmax) in ``dtype``, half to even; ``numbers`` (float) are lost.
 
-    A CPU makes 8-bit integers of floats one by one, and others in its vectors. There a float32 to which 1.5 x 2^23 is added is rounded by that, half to even, and its lowest
-    bits are the whole number, which 32-bit integers hand on to 8 bits in vectors.
+    zero: one for all, or broadcast.
+
+    A CPU makes 8-bit integers of floats one by one, and others in its vectors. There a float32 to which 1.5 x 2^23 is
+    added is rounded by that, half to even, and its lowest bits are the whole number, which 32-bit integers hand on to 8
+    bits in vectors.
     """
     if not _runs_on_cpu(numbers):
         return numbers.round_().add_(_as(zero, numbers)).clamp_(qmin, qmax).to(dtype)
@@ -56,7 +60,8 @@ def _as(zero: Tensor | int, numbers: Tensor) -> Tensor | int:
 
 _library = torch.library.Library("rarefy", "FRAGMENT")
 _library.define(
-    "quantize(Tensor x, Tensor scale, Tensor zero_point, int? axis, int qmin, int qmax, ScalarType dtype, int group=0) -> Tensor"
+    "quantize(Tensor x, Tensor scale, Tensor zero_point, int? axis, int qmin, int qmax, ScalarType dtype, int group=0) "
+    "-> Tensor"
 )
 _library.define("dequantize(Tensor q, Tensor scale, Tensor zero_point, int? axis, int group=0) -> Tensor")
 
@@ -91,7 +96,7 @@ def quantize(
 
 
 def _in_pieces(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, dtype: torch.dtype) -> Tensor:
-    """The same codes through one buffer that stays in the cache: a large tensor on a CPU waits for memory, five times as long."""
+    """The same codes through one buffer that stays in the cache: a large tensor waits for memory five times as long."""
     codes = torch.empty_like(x, dtype=dtype)
     buffer = torch.empty(PIECE, dtype=x.dtype)
     for piece, into in zip(_flat(x).split(PIECE), _flat(codes).split(PIECE), strict=True):
@@ -119,7 +124,10 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, g
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """x, scale and zero broadcast. Kept for the gradients: x and the scale, which is less than the graph of the formula would keep."""
+    """x, scale and zero broadcast.
+
+    Kept for the gradients: x and the scale, which is less than the graph of the formula would keep.
+    """
 
     @staticmethod
     def forward(x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, gradient: float) -> Tensor:

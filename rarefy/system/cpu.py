@@ -1,8 +1,9 @@
 """What this machine can do for rarefy, what is missing, and the line that brings it.
 
-The processor decides what int8 is worth. An 8-bit product needs a sum in 32 bits. With VNNI (or AMX, or Arm's dot product) one
-instruction does both, exactly. Without, AVX2 and AVX-512 first add pairs of products in 16 bits (``vpmaddubsw``), which saturates
-where both weights are large, and needs three instructions: int8 then gains little over float, and may change answers.
+The processor decides what int8 is worth. An 8-bit product needs a sum in 32 bits. With VNNI (or AMX, or Arm's dot
+product) one instruction does both, exactly. Without, AVX2 and AVX-512 first add pairs of products in 16 bits
+(``vpmaddubsw``), which saturates where both weights are large, and needs three instructions: int8 then gains little
+over float, and may change answers.
 """
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+"""Packages that rarefy can do without, until a step needs them."""
+
 from __future__ import annotations
 
 import importlib

@@ -16,7 +16,7 @@ from pathlib import Path
 def replacing(
     path: str | os.PathLike[str], *, durable: bool = False, check: Callable[[], None] | None = None
 ) -> Iterator[Path]:
-    """A name beside ``path``, for a file or a folder to write there, which takes the place of ``path`` when all went well.
+    """A name beside ``path``, for a file or a folder to write, which takes its place when all went well.
 
     Where the block, ``check`` or the writing raises, what is at ``path`` is as it was, and what was written is gone.
 
@@ -61,7 +61,7 @@ def _replace_folder(partial: Path, target: Path, previous: Path) -> None:
 
 
 def _exchanged(one: Path, other: Path) -> bool:
-    """Swap two folders in one step, so that a kill at any moment leaves one of them there; False where the system can't."""
+    """Swap two folders in one step, so that a kill always leaves one of them there; False where the system can't."""
     if sys.platform != "linux":
         return False
     try:
@@ -97,7 +97,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-# ------------------------------------------------------------------------------------------------------------------ cache
+# ---------------------------------------------------------------------------------------------------------------- cache
 
 
 def cache_folder() -> Path:

@@ -1,10 +1,12 @@
 """release(): memory that was freed goes back to the system, which the C library puts off.
 
-glibc keeps blocks below 32 MB for the next request, and where small ones lie between them they stay for good: half a gigabyte after a large network was cut
-twice. Asked, it gives back whole pages (10 ms). Elsewhere than on glibc nothing happens.
+glibc keeps blocks below 32 MB for the next request, and where small ones lie between them they stay for good: half a
+gigabyte after a large network was cut twice. Asked, it gives back whole pages (10 ms). Elsewhere than on glibc nothing
+happens.
 
-``Level`` asks when the process holds more than ever after it asked, so that a run over many small tensors stays near what it needs, and the less readily the more
-came back, so that one whose large tensors come and go does not map them anew each time.
+``Level`` asks when the process holds more than ever after it asked, so that a run over many small tensors stays near
+what it needs, and the less readily the more came back, so that one whose large tensors come and go does not map them
+anew each time.
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ def release() -> None:
 
 
 class Level:
-    """The most memory (bytes) held after giving back, so far; slack: how much more is let be. What is given back has to be mapped anew: it adds an 8th."""
+    """The most memory (bytes) held after giving back, so far; slack: how much more is let be.
+
+    What is given back has to be mapped anew: it adds an 8th.
+    """
 
     def __init__(self) -> None:
         self.bytes, self.slack = _resident(), SLACK

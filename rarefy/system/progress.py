@@ -1,7 +1,7 @@
 """track(): a loop's progress on stderr, with the time left.
 
-A bar where a person watches (stderr is a terminal), else a plain line every ten seconds, so that a log stays readable. It is drawn
-at most ten times a second, by the loop itself: no thread, and a few hundred nanoseconds a turn in between.
+A bar where a person watches (stderr is a terminal), else a plain line every ten seconds, so that a log stays readable.
+It is drawn at most ten times a second, by the loop itself: no thread, and a few hundred nanoseconds a turn in between.
 
     >>> steps = track(range(400), 400, "distil")
     >>> for step in steps:

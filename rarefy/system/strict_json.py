@@ -1,7 +1,7 @@
 """JSON written by strangers: parsed only once it is known to be neither deep nor long, and the checks of what it says.
 
-A key stands once in its object and numbers are finite, as JSON has it; ``plain`` and ``restore`` carry NaN and infinity as
-``{"$float": "nan"}``. Whatever is wrong raises FormatError in one line that says where and with what value.
+A key stands once in its object and numbers are finite, as JSON has it; ``plain`` and ``restore`` carry NaN and infinity
+as ``{"$float": "nan"}``. Whatever is wrong raises FormatError in one line that says where and with what value.
 """
 
 from __future__ import annotations
@@ -11,24 +11,29 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
 from rarefy.errors import FormatError, InputError
 
+Json = Any  # what JSON holds, and Python for it
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
 # Far above any real model (the largest of torchvision: 0.5 MB, 1,700 nodes), and what they allow fits 300 MB of memory.
 MOST_BYTES = 16 * 2**20
 MOST_VALUES = 2_000_000
 DEEPEST = 64
-# A string, or what stands where one was begun: it always matches, and never goes back, so a hostile file takes linear time.
+# A string, or what stands where one was begun: always matches, never goes back, so a hostile file takes linear time.
 _STRINGS = re.compile(rb'"(?:[^"\\]++|\\.)*+\\?+(?:"|\Z)', re.DOTALL)
 _STEP = np.zeros(256, np.int8)  # what a byte adds to the depth
 _STEP[list(b"[{")] = 1
 _STEP[list(b"]}")] = -1
 
 
-def parse(data: bytes, where: str | Path) -> dict[str, Any]:
+def parse(data: bytes, where: str | Path) -> dict[str, Json]:
     """Parsed, once it is known to be neither deep nor of many values; a key may stand once, numbers are finite."""
     bare = _STRINGS.sub(b"", data)
     expect(
@@ -39,7 +44,7 @@ def parse(data: bytes, where: str | Path) -> dict[str, Any]:
     deepest = int(np.cumsum(_STEP[np.frombuffer(bare, np.uint8)], dtype=np.int32).max(initial=0))
     expect(deepest <= DEEPEST, where, f"is nested {deepest} deep")
     try:
-        value: dict[str, Any] = json.loads(
+        value: dict[str, Json] = json.loads(
             data.decode("utf-8"), object_pairs_hook=_once, parse_constant=_refuse, parse_float=_finite
         )
     except (ValueError, RecursionError) as error:
@@ -48,7 +53,7 @@ def parse(data: bytes, where: str | Path) -> dict[str, Any]:
     return value
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a key stands twice")
@@ -65,8 +70,11 @@ def _finite(text: str) -> float:
     return float(text)
 
 
-def plain(value: Any, where: str) -> Any:
-    """JSON of JSON values: tuples become lists, NaN and infinity ``{"$float": "nan"}``. Raises InputError for anything else."""
+def plain(value: object, where: str) -> Json:
+    """JSON of JSON values: tuples become lists, NaN and infinity ``{"$float": "nan"}``.
+
+    Raises InputError for anything else.
+    """
     if value is None or type(value) in (bool, int, str):
         return value
     if type(value) is float:
@@ -81,11 +89,12 @@ def plain(value: Any, where: str) -> Any:
                 )
         return {key: plain(item, f"{where}.{key}") for key, item in value.items()}
     raise InputError(
-        f"{where}: a value of type {type(value).__name__} is not JSON; convert it to text, numbers, lists and dictionaries"
+        f"{where}: a value of type {type(value).__name__} is not JSON; "
+        "convert it to text, numbers, lists and dictionaries"
     )
 
 
-def restore(value: Any, where: str | Path) -> Any:
+def restore(value: Json, where: str | Path) -> Json:
     """What ``plain`` was given."""
     if isinstance(value, list):
         return [restore(item, where) for item in value]
@@ -96,33 +105,34 @@ def restore(value: Any, where: str | Path) -> Any:
     return value
 
 
-def special_float(text: Any, where: str | Path) -> float:
+def special_float(text: object, where: str | Path) -> float:
     if text not in ("nan", "inf", "-inf"):
         raise FormatError(f"{where}: {said(text)} is not nan, inf or -inf")
-    return float(text)
+    return float(str(text))
 
 
-def expect(good: Any, where: str | Path, what: str) -> None:
+def expect(good: object, where: str | Path, what: str) -> None:
     if not good:
         raise FormatError(f"{where}: {what}")
 
 
-def expected(value: Any, kind: type, at: str, what: str) -> Any:
-    expect(isinstance(value, kind), at, f"{what} is not a {kind.__name__}")
+def expected(value: object, kind: type[T], at: str, what: str) -> T:
+    if not isinstance(value, kind):
+        raise FormatError(f"{at}: {what} is not a {kind.__name__}")
     return value
 
 
-def located(at: str, function: Callable[..., Any], *args: Any) -> Any:
+def located(at: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """``function(*args)``, whose FormatError then says where."""
     try:
-        return function(*args)
+        return function(*args, **kwargs)
     except FormatError as error:
         raise FormatError(f"{at}: {error}") from error
 
 
-def is_size(value: Any) -> bool:
+def is_size(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**48
 
 
-def said(value: Any) -> str:
+def said(value: object) -> str:
     return repr(value)[:80]

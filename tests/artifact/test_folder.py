@@ -17,6 +17,7 @@ from rarefy.artifact import folder as folder_
 from rarefy.errors import FormatError, InputError
 from rarefy.graph.capture import capture
 from rarefy.graph.nodes import finish, set_attribute
+from rarefy.system import files
 
 ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = {
@@ -253,10 +254,10 @@ def test_it_loads_where_the_class_does_not_exist(tmp_path):
     folder = folder_.save(graph, tmp_path / "model")
     program = f"""
 import sys, torch
-from rarefy import artifact
+from rarefy.artifact import folder as artifact
 torch.set_num_threads(1)
 graph = artifact.load({str(folder)!r})
-assert "test_artifact" not in sys.modules and "torchvision" not in sys.modules
+assert "test_folder" not in sys.modules and "torchvision" not in sys.modules
 print(graph(torch.linspace(-1, 1, 75).reshape(3, 1, 5, 5)).tolist())
 """
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -268,6 +269,32 @@ print(graph(torch.linspace(-1, 1, 75).reshape(3, 1, 5, 5)).tolist())
 
 
 # --------------------------------------------------------------------------------------------------------------- bytes on disk
+
+
+@pytest.mark.parametrize("entropy", [True, False])
+@pytest.mark.parametrize("make", [small, lambda: with_codes(5), lambda: with_codes(8, torch.uint8)])
+def test_the_content_of_a_graph_is_that_of_its_folder(make, entropy, tmp_path):
+    graph = make()
+    if "codes" in dict(graph.named_buffers()):
+        graph.meta["bits"] = {"codes": 5}
+        graph.meta["bits"] = {"codes": 8} if graph.codes.dtype == torch.uint8 else graph.meta["bits"]
+    else:
+        graph.meta["sparse"] = ["linear.weight"]
+        graph.get_parameter("linear.weight").data[:2] = 0
+    found = folder_.content_of(graph, entropy=entropy)
+    folder = folder_.save(graph, tmp_path / "model", entropy=entropy)
+    assert found.hash == folder_.content_hash(folder) == folder_.read_manifest(folder)["content"]
+    sizes = [(folder / name).stat().st_size for name in ("graph.json", "weights.safetensors")]
+    assert [found.graph_bytes, found.weight_bytes] == sizes
+
+
+def test_a_graph_that_can_not_be_saved_has_no_content():
+    graph = small()
+    graph.meta["note"] = object()
+    with pytest.raises(InputError, match="graph.meta.note: a value of type object is not JSON"):
+        folder_.content_of(graph)
+    with pytest.raises(InputError, match="^a Net is not a graph; capture\\(\\) it first$"):
+        folder_.content_of(Net())
 
 
 def test_golden_bytes(tmp_path):
@@ -369,7 +396,9 @@ def test_bits_that_do_not_fit_and_bits_of_nothing(tmp_path):
         folder_.save(graph, tmp_path / "model")
     assert not (tmp_path / "model").exists()
     graph.meta["bits"] = {"codes": 8, "gone": 4}
-    assert folder_.load(folder_.save(graph, tmp_path / "model")).meta["bits"] == {"codes": 8}
+    graph.meta["sparse"] = ["gone"]
+    loaded = folder_.load(folder_.save(graph, tmp_path / "model"))
+    assert loaded.meta["bits"] == {"codes": 8} and loaded.meta["sparse"] == []
 
 
 def test_a_quantised_graph(tmp_path):
@@ -542,12 +571,7 @@ def test_a_folder_can_be_saved_with_its_own_files(tmp_path):
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), MemoryError()])
 @pytest.mark.parametrize(
     "place",
-    [
-        "safetensors.torch.save_file",
-        "rarefy.artifact.folder._sync",
-        "rarefy.artifact.folder._exchanged",
-        "shutil.copyfile",
-    ],
+    ["safetensors.torch.save_file", "rarefy.system.files._sync", "rarefy.system.files._exchanged", "shutil.copyfile"],
 )
 def test_a_save_that_fails_leaves_what_was_there(error, place, tmp_path, monkeypatch):
     folder = folder_.save(small(), tmp_path / "model", files={"report.html": b"old"})
@@ -564,15 +588,33 @@ def test_a_save_that_fails_leaves_what_was_there(error, place, tmp_path, monkeyp
     assert_same(folder_.load(folder), small())
 
 
+def test_a_save_is_on_the_disk_before_it_takes_its_place_and_its_place_is_after(tmp_path, monkeypatch):
+    done = []
+    sync, exchanged = os.fsync, files._exchanged
+
+    def synced(descriptor):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        done.append("parent" if path == tmp_path else "folder" if path.parent == tmp_path else path.name)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(files, "_exchanged", lambda one, other: done.append("rename") or exchanged(one, other))
+    folder = folder_.save(small(), tmp_path / "model")
+    done.clear()
+    folder_.save(small(1), folder, files={"report.html": b"new"})
+    assert set(done[:4]) == {"graph.json", "weights.safetensors", "manifest.json", "report.html"}
+    assert done[4:] == ["folder", "rename", "parent"]
+
+
 def test_without_an_exchange_of_folders_the_result_is_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder_, "_exchanged", lambda one, other: False)
+    monkeypatch.setattr(files, "_exchanged", lambda one, other: False)
     folder = folder_.save(small(), tmp_path / "model")
     folder_.save(small(1), folder)
     assert_same(folder_.load(folder), small(1))
     rename = Path.rename
 
     def fail(self, target):
-        if self.name.endswith(".saving"):
+        if ".part" in self.name:
             raise KeyboardInterrupt
         return rename(self, target)
 
@@ -602,7 +644,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_folder(tmp_path):
     allowed = {folder_.content_hash(folder), folder_.content_hash(other)}
     program = """
 import sys
-from rarefy import artifact
+from rarefy.artifact import folder as artifact
 graphs = [artifact.load(sys.argv[2]), artifact.load(sys.argv[1])]
 print("ready", flush=True)
 while True:
