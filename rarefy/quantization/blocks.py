@@ -1,22 +1,24 @@
-"""Stretches of a graph whose layers are rounded together, as functions of their weights' numbers and their activations' scales.
+"""Stretches of a graph whose layers are rounded together, as functions of their weights' numbers and activations' scales.
 
-Found in the graph, not by class names: between two values that all of the network's work passes through (``tapping.cuts``: ends of residual blocks are, values
-inside are not) lie the layers of one block. A stretch of one layer, as in a network without residuals, is that layer alone; one of more than ``MOST``
-layers (a dense block) is taken apart into its layers.
+Found in the graph, not by class names: between two values that all of the network's work passes through
+(``graph.features.cuts``: ends of residual blocks are, values inside are not) lie the layers of one block. A stretch of
+one layer, as in a network without residuals, is that layer alone; one of more than ``MOST`` layers (a dense block) is
+taken apart into its layers.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
 
 from rarefy.graph.features import cuts
-from rarefy.graph.interpreter import Resumable
-from rarefy.graph.nodes import attribute
+from rarefy.graph.interpreter import Resumable, call, needed, steps
+from rarefy.graph.lowering import is_decoded
+from rarefy.graph.nodes import Value, argument
+from rarefy.kernels import qparams
 from rarefy.kernels.quantize import fake_quantize
 
 MOST = 16  # layers of a block
@@ -40,7 +42,8 @@ def together(graph: fx.GraphModule, layers: Sequence[fx.Node]) -> tuple[list[lis
 class Stretch:
     """What lies between a block's first layer and its end, in the quantised graph and in its float twin.
 
-    layers: in ``graph``, whose weights are still float. before: the first layer of the next block; None: there is none.
+    entries, twin_entries: what the block reads of the blocks before, in both graphs; None: there is no such float value.
+    scales: names of the activation scales that can be learned here, in order.
     """
 
     def __init__(
@@ -48,40 +51,50 @@ class Stretch:
         graph: fx.GraphModule,
         twin: fx.GraphModule,
         layers: Sequence[fx.Node],
-        before: fx.Node | None,
+        after: fx.Node | None,
         marks: frozenset[str],
-    ):
-        self.graph, self.twin, self.layers = graph, twin, list(layers)
+    ) -> None:
+        """layers: in ``graph``, whose weights are still float. after: the first layer of the next block; None: there is
+        none. marks: names of values between blocks."""
+        self.graph, self.layers = graph, list(layers)
         self.twins = {node.name: node for node in twin.graph.nodes}
         nodes = list(graph.graph.nodes)
         place = {node: index for index, node in enumerate(nodes)}
-        self._depends = _on_inputs(nodes)
-        self._constants: dict[fx.Node, Any] = {}
-        stop = place[before] if before is not None else len(nodes) - 1
-        self.end, self.twin_end = self._ends(nodes[:stop], marks)
-        self.body = [node for node in nodes[place[layers[0]] : place[self.end] + 1] if node in self._depends]
-        self.body = _needed(self.body, self.end)
+        self._first = _first_on_each_grid(nodes)
+        self.end, self.twin_end = self._ends(nodes[: len(nodes) - 1 if after is None else place[after]], marks)
+        varies = _on_inputs(nodes)
+        between = nodes[place[layers[0]] : place[self.end] + 1]
+        self.body = needed([node for node in between if node in varies], [self.end])
         inside = set(self.body)
-        self.entries = list(
-            dict.fromkeys(
-                s for node in self.body for s in node.all_input_nodes if s in self._depends and s not in inside
-            )
-        )
+        read = dict.fromkeys(source for node in self.body for source in node.all_input_nodes if source not in inside)
+        self.entries = [node for node in read if node in varies]
         self.twin_entries = [self._twin_of(node) for node in self.entries]
-        self.scales = self._own_scales(nodes)
+        self._constants: dict[fx.Node, Value] = {}
+        constants = [node for node in read if node not in varies]
+        with torch.no_grad():
+            for _ in steps(graph, needed(nodes, constants), self._constants, keep=set(constants)):
+                pass
+        self._numbers = {node for node in self.body if node.target is OPERATORS.quantize.default and _as_number(node)}
+        self.scales = [
+            scale_name(node)
+            for node in self.body
+            if node in self._numbers
+            and self._is_first(node)
+            and self.twins[qparams(node).value].target is not aten.softmax.int
+        ]
         self.counts: dict[fx.Node, int] = {}  # sizes that are read -> their part of each image
         self.leads = 0, 1  # which entry tells the number of images, and its rows an image
 
     def _ends(self, nodes: Sequence[fx.Node], marks: frozenset[str]) -> tuple[fx.Node, fx.Node]:
-        """The last value made from all of the block's layers before the next block begins, one of ``marks`` if there is any, and its float twin."""
+        """The last value made from all of the block's layers before the next block begins, one of ``marks`` if there is
+        any, and its float twin."""
         reached: dict[fx.Node, int] = {}
         for node in nodes:
-            parts = [reached[source] for source in node.all_input_nodes if source in reached]
-            own = [1 << self.layers.index(node)] if node in self.layers else []
-            if parts or own:
-                reached[node] = 0
-                for part in (*parts, *own):
-                    reached[node] |= part
+            bits = 1 << self.layers.index(node) if node in self.layers else 0
+            for source in node.all_input_nodes:
+                bits |= reached.get(source, 0)
+            if bits:
+                reached[node] = bits
         everything = (1 << len(self.layers)) - 1
         found = [
             (node, twin)
@@ -90,141 +103,105 @@ class Stretch:
         ]
         return ([pair for pair in found if pair[1].name in marks] or found)[-1]
 
+    def _is_first(self, node: fx.Node) -> bool:
+        """Is this ``quantize`` the one of the value itself, not of what carries it on?"""
+        return self._first[scale_name(node)] is node
+
     def _twin_of(self, node: fx.Node) -> fx.Node | None:
         """The float value that ``node`` stands for: of a rounded value the one before rounding; None for what has no twin."""
-        if node.target is OPERATORS.dequantize.default:
-            source = node.args[0]
-            if (
-                not isinstance(source, fx.Node)
-                or source.target is not OPERATORS.quantize.default
-                or source.args[1] is not node.args[1]
-            ):
+        if is_decoded(node):
+            source = node.all_input_nodes[0]
+            if source.target is not OPERATORS.quantize.default or qparams(source).scale is not argument(node, "scale"):
                 return None
-            number: Any = source.args[0]  # of what carries a rounded value on, the carrier itself
-            return self.twins.get(
-                str(source.args[1].target).split(".")[1] if _first_of_its_grid(source) else number.name
-            )  # type: ignore[union-attr]
-        if node.target is OPERATORS.quantize.default or not node.users:
+            carrier = source.all_input_nodes[0]  # of what carries a rounded value on, the carrier itself
+            return self.twins.get(qparams(source).value if self._is_first(source) else carrier.name)
+        rounded = any(user.target is OPERATORS.quantize.default for user in node.users)
+        if node.target is OPERATORS.quantize.default or not node.users or rounded:
             return None
-        return (
-            None if any(user.target is OPERATORS.quantize.default for user in node.users) else self.twins.get(node.name)
-        )
-
-    def _own_scales(self, nodes: Sequence[fx.Node]) -> dict[str, fx.Node]:
-        """Name of each activation scale that is first used here, and read as it was written -> its ``quantize``."""
-        found: dict[str, fx.Node] = {}
-        for node in self.body:
-            if node.target is OPERATORS.quantize.default and _first_of_its_grid(node):
-                scale: Any = node.args[1]
-                if _as_number(node) and self.twins[scale.target.split(".")[1]].target is not aten.softmax.int:
-                    found[scale.target] = node
-        return found
+        return self.twins.get(node.name)
 
     def gather(
         self, prefix: Resumable, float_prefix: Resumable, memory: float
-    ) -> tuple[list[Any], list[Any], Tensor, int]:
-        """Of as many images as fit into ``memory``: what the block reads in both graphs (numbers instead of tensors as they are), and what it makes in float;
-        and how many images that is."""
-        ours: list[Any] = []
-        theirs: list[Any] = []
-        made: list[Tensor] = []
+    ) -> tuple[list[Value], list[Value], Tensor, int]:
+        """Of as many images as fit into ``memory`` bytes: what the block reads in both graphs (numbers instead of tensors
+        as they are), and what it makes in float; and how many images that is."""
+        ours: list[Sequence[Value]] = []
+        theirs: list[Sequence[Value]] = []
+        outputs: list[Tensor] = []
         used = images = 0
         twin_entries = [twin for twin in self.twin_entries if twin is not None]
-        until = self.layers[0]
         both = zip(
-            prefix.run(until, self.entries),
+            prefix.run(self.layers[0], self.entries),
             float_prefix.run(self.twin_end.next, (*twin_entries, self.twin_end)),
             strict=True,
         )
         for batch, (values, (*exact, end)) in zip(prefix.batches, both, strict=True):
-            size = sum(
-                value.numel() * value.element_size() for value in (*values, *exact, end) if isinstance(value, Tensor)
-            )
-            if made and used + size > memory:
+            size = sum(one.numel() * one.element_size() for one in (*values, *exact, end) if isinstance(one, Tensor))
+            if outputs and used + size > memory:
                 continue  # the iterators are to be run to their ends
             used, images = used + size, images + len(batch[0])
             if not ours:
                 lead = next(index for index, value in enumerate(values) if isinstance(value, Tensor))
                 self.leads = lead, len(values[lead]) // len(batch[0])
-                self.counts = {
-                    node: value // len(batch[0])
-                    for node, value in zip(self.entries, values, strict=True)
-                    if isinstance(value, int)
-                }
+                sizes = zip(self.entries, values, strict=True)
+                self.counts = {node: value // len(batch[0]) for node, value in sizes if isinstance(value, int)}
             waiting = iter(exact)
             ours.append(values)
             theirs.append([next(waiting) if twin is not None else None for twin in self.twin_entries])
-            made.append(end)
-        count = len(self.twin_entries)
-        return (
-            [_joined([one[index] for one in ours]) for index in range(count)],
-            [_joined([one[index] for one in theirs]) for index in range(count)],
-            torch.cat(made),
-            images,
-        )
+            outputs.append(end)
+        return list(map(_joined, zip(*ours))), list(map(_joined, zip(*theirs))), torch.cat(outputs), images
 
     def run(
         self,
-        inputs: Sequence[Any],
+        inputs: Sequence[Value],
         weights: Sequence[Tensor],
         biases: Sequence[Tensor],
         scales: Sequence[Tensor],
         mix: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """The block's output. mix(rounded, exact): what stands for a rounded value."""
-        values = dict(zip(self.entries, inputs, strict=True))
         lead, rows = self.leads
-        values |= {node: count * (len(inputs[lead]) // rows) for node, count in self.counts.items()}
-        last = {source: node for node in self.body for source in node.all_input_nodes}
-        own = dict(zip(self.layers, zip(weights, biases, strict=True), strict=True))
-        steps = dict(zip(self.scales, scales, strict=True))
-        for node in self.body:
-            if node.target is OPERATORS.quantize.default:
-                values[node] = self._rounded(node, values, steps, mix)
-            elif node.target is OPERATORS.dequantize.default and _stays(node) and _as_number(node.args[0]):
-                values[node] = values[node.args[0]]  # type: ignore[index]
-            else:
-                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: self._value(source, values))
-                if node in own:
-                    args = (args[0], *own[node], *args[3:])
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-            for source in node.all_input_nodes:
-                if last[source] is node and source is not self.end:
-                    values.pop(source, None)
-        return values[self.end]
+        live = self._constants | dict(zip(self.entries, inputs, strict=True))
+        live |= {node: count * (len(inputs[lead]) // rows) for node, count in self.counts.items()}
+        for layer, weight, bias in zip(self.layers, weights, biases, strict=True):
+            live |= {argument(layer, "weight"): weight, argument(layer, "bias"): bias}
+        by_name = dict(zip(self.scales, scales, strict=True))
 
-    def _rounded(self, node: fx.Node, values: dict[fx.Node, Any], steps: dict[str, Tensor], mix: Any) -> Tensor:
-        """The number of ``quantize``, or its codes where they are read on another grid."""
-        source, scale, zero, axis, qmin, qmax, dtype = cast(Any, node.args)
-        x, step, middle = self._value(source, values), self._value(scale, values), self._value(zero, values)
-        if not _as_number(node):
-            return node.target(x, step, middle, axis, qmin, qmax, dtype)  # type: ignore[operator, no-any-return]
-        name: str = scale.target
-        rounded = fake_quantize(x, steps.get(name, step), middle, axis, qmin, qmax)
+        def compute(node: fx.Node, live: Mapping[fx.Node, Value]) -> Value:
+            if node in self._numbers:
+                return self._rounded(node, live, by_name, mix)
+            source = node.all_input_nodes[0]
+            return live[source] if source in self._numbers and is_decoded(node) else call(node, live)
+
+        for _ in steps(self.graph, self.body, live, compute, (self.end,)):
+            pass
+        output: Tensor = live[self.end]
+        return output
+
+    def _rounded(
+        self,
+        node: fx.Node,
+        live: Mapping[fx.Node, Value],
+        scales: Mapping[str, Tensor],
+        mix: Callable[[Tensor, Tensor], Tensor] | None,
+    ) -> Tensor:
+        """The number of ``quantize``, in place of its codes."""
+        source, grid = node.all_input_nodes[0], qparams(node)
+        x, zero_point = live[source], live[grid.zero_point]
+        scale = scales.get(scale_name(node), live[grid.scale])
+        rounded = fake_quantize(x, scale, zero_point, argument(node, "axis"), grid.qmin, grid.qmax)
         if mix is None:
             return rounded
-        value = self.twins[name.split(".")[1]]
-        if value.name != source.name and value.args and getattr(value.args[0], "name", None) == source.name:  # type: ignore[union-attr]
-            x = value.target(x, *value.args[1:], **value.kwargs)  # type: ignore[operator]  # a clip that the end of the grid does
-        mixed: Tensor = mix(rounded, x)
-        return mixed
-
-    def _value(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-        if node in values:
-            return values[node]
-        if node not in self._constants:
-            if node.op == "get_attr":
-                return attribute(self.graph, node).detach()
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: self._value(source, values))
-            with torch.no_grad():
-                self._constants[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        return self._constants[node]
+        value = self.twins[grid.value]
+        if value.name != source.name and value.all_input_nodes and value.all_input_nodes[0].name == source.name:
+            x = call(value, {value.all_input_nodes[0]: x})  # a clip that the end of the grid does
+        return mix(rounded, x)
 
 
-def batch_of(values: Sequence[Any], chosen: Tensor, images: int) -> list[Any]:
+def batch_of(values: Sequence[Value], chosen: Tensor, images: int) -> list[Value]:
     """Of each value the part of the ``chosen`` images; several rows an image (windows) stay together."""
 
-    def part(value: Any) -> Any:
+    def part(value: Value) -> Value:
         if not isinstance(value, Tensor):
             return value
         if len(value) == images:
@@ -234,34 +211,25 @@ def batch_of(values: Sequence[Any], chosen: Tensor, images: int) -> list[Any]:
     return [part(value) for value in values]
 
 
-def _first_of_its_grid(node: fx.Node) -> bool:
-    """Is this ``quantize`` the one of the value itself, not of what carries it on?"""
-    scale: Any = node.args[1]
-    return (
-        next(
-            user
-            for other in node.graph.nodes
-            if other.target == scale.target
-            for user in other.users
-            if user.target is OPERATORS.quantize.default
-        )
-        is node
-    )
+def scale_name(node: fx.Node) -> str:
+    """Name of the tensor whose scale a ``quantize`` makes codes on: the same for all that carry a value."""
+    return str(qparams(node).scale.target)
 
 
-def _stays(node: fx.Node) -> bool:
-    """A ``dequantize`` on the grid its codes were made on."""
-    source = node.args[0] if node.target is OPERATORS.dequantize.default else None
-    return (
-        isinstance(source, fx.Node)
-        and source.target is OPERATORS.quantize.default
-        and source.args[1].target == node.args[1].target
-    )  # type: ignore[union-attr]
+def _first_on_each_grid(nodes: Sequence[fx.Node]) -> dict[str, fx.Node]:
+    """Name of a scale -> the ``quantize`` of the value itself, not of what carries it on."""
+    found: dict[str, fx.Node] = {}
+    for node in nodes:
+        for user in node.users if node.op == "get_attr" else ():
+            if user.target is OPERATORS.quantize.default and qparams(user).scale is node:
+                found.setdefault(str(node.target), user)
+    return found
 
 
-def _as_number(node: Any) -> bool:
-    """Is a ``quantize`` read as the number that was rounded and nothing else?"""
-    return all(_stays(user) for user in node.users)
+def _as_number(node: fx.Node) -> bool:
+    """Is a ``quantize`` read as the number that was rounded, on its own grid, and as nothing else?"""
+    scale = scale_name(node)
+    return all(is_decoded(user) and argument(user, "scale").target == scale for user in node.users)
 
 
 def _on_inputs(nodes: Sequence[fx.Node]) -> set[fx.Node]:
@@ -274,13 +242,5 @@ def _on_inputs(nodes: Sequence[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _needed(nodes: Sequence[fx.Node], end: fx.Node) -> list[fx.Node]:
-    wanted = {end}
-    for node in reversed(nodes):
-        if node in wanted:
-            wanted.update(node.all_input_nodes)
-    return [node for node in nodes if node in wanted]
-
-
-def _joined(values: list[Any]) -> Any:
-    return torch.cat(values) if isinstance(values[0], Tensor) else values[0]
+def _joined(values: Sequence[Value]) -> Value:
+    return torch.cat(list(values)) if isinstance(values[0], Tensor) else values[0]
