@@ -11,18 +11,18 @@ that a ReLU cuts off afterwards count: what a layer's readers see may be less no
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from rarefy.errors import InputError
 from rarefy.graph.interpreter import in_lockstep
-from rarefy.graph.layers import weighted
+from rarefy.graph.layers import layer_name, names, weighted
+from rarefy.quantization.observers import channel_axis
+from rarefy.quantization.placement import Placement
 
 IMAGES = 8
-aten = torch.ops.aten
 
 
 def noise(
@@ -35,7 +35,7 @@ def noise(
     left = IMAGES
     for batch in batches:
         for name, exact, value in in_lockstep(float_graph, graph, layers, tuple(one[:left] for one in batch)):
-            axis = exact.dim() - 1 if layers[name].target is aten.linear.default else 1
+            axis = channel_axis(layers[name], exact)
             others = [dim for dim in range(exact.dim()) if dim != axis]
             own = [part.sum(others).double() for part in (exact, exact.square(), (exact - value).square())]
             sums[name] = [one + more for one, more in zip(sums[name], own, strict=True)] if name in sums else own
@@ -48,6 +48,34 @@ def noise(
         signal = float((squares - mean.square() / counts[name]).clamp_min(0).sum())
         found[name] = 10 * math.log10(signal / float(lost.sum())) if signal > 0 and float(lost.sum()) > 0 else None
     return found
+
+
+def floats(
+    float_graph: fx.GraphModule,
+    placement: Placement,
+    unassigned: Collection[fx.Node],
+    undone: Collection[str],
+    noise: Mapping[str, float | None],
+) -> dict[str, object]:
+    """Facts on what stays in float: layers, [name, why] of each operator in order, and signal to noise (dB) of layers.
+
+    unassigned: layers that their own format leaves in float; undone: names of those that the gate put back.
+    """
+    reasons: dict[str, str] = {}
+    for node, why in placement.floats.items():
+        name = names(node)[0]
+        if node in unassigned:
+            why = "weights=float for this layer"
+        elif name in undone:
+            why = "gate: faster in float"
+        reasons[name if name not in reasons else node.name] = why
+    integer = {node.name for node in placement.layers}
+    layers = [node for node in float_graph.graph.nodes if weighted(node) and node.name not in integer]
+    return {
+        "float": sorted(map(layer_name, layers)),
+        "reasons": [[name, why] for name, why in reasons.items()],
+        "float_sqnr_db": {layer_name(node): noise[node.name] for node in layers if node.name in noise},
+    }
 
 
 def explain(graph: nn.Module) -> dict[str, list[dict[str, Any]]]:

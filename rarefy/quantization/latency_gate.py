@@ -1,15 +1,18 @@
 """Never slower: which layers of a network pay for being integers, timed on the runtime.
 
-    float ─▶ all that can be integer ─▶ without one kind of layers at a time ─▶ without all that did not pay ─▶ the fastest of them, float included
+    float ─▶ all that can be integer ─▶ without one kind of layers at a time ─▶ without all that did not pay
+          ─▶ the fastest of them, float included
 
-A *stretch* is a set of integer layers that hand codes to each other, with no float operator between. Stretches of the same layers (the blocks of a
-transformer) are one candidate, and where a candidate holds layers of several kinds (depthwise, 1x1, other convolutions, linear), so is each kind of it. What is timed
-is the whole network with the candidate in float, since a stretch alone would pay neither for the conversions that its neighbours no longer need
-nor for the caches it finds. All files take turns in one run (``rarefy.evaluation.measure``); the weights are rounded to the nearest code for it, as time does not
-depend on them.
+A *stretch* is a set of integer layers that hand codes to each other, with no float operator between. Stretches of the
+same layers (the blocks of a transformer) are one candidate, and where a candidate holds layers of several kinds
+(depthwise, 1x1, other convolutions, linear), so is each kind of it. What is timed is the whole network with the candidate
+in float, since a stretch alone would pay neither for the conversions that its neighbours no longer need nor for the
+caches it finds. All files take turns in one run (``rarefy.deployment.latency``); the weights are rounded to the nearest
+code for it, as time does not depend on them.
 
-A candidate goes back to float where the network without it is faster by 1 %, and in three of four rounds. Those that do go together, and the result is
-the fastest of: all integer, all but these, float in any precision of the runtime (``floats``: bf16 on OpenVINO). A tie is decided for more integers.
+A candidate goes back to float where the network without it is faster by 1 %, and in three of four rounds. Those that do
+go together, and the result is the fastest of: all integer, all but these, float in any precision of the runtime
+(``floats``: bf16 on OpenVINO). A tie is decided for more integers.
 """
 
 from __future__ import annotations
@@ -19,16 +22,17 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import fx
 
 from rarefy import plugins
 from rarefy.deployment import latency
+from rarefy.deployment.runtime import Runtime, Session
 from rarefy.graph.layers import layer_name
 from rarefy.graph.lowering import to_integers
-from rarefy.graph.nodes import attribute, example_inputs, finish, share_copy
+from rarefy.graph.nodes import argument, attribute, example_inputs, finish, share_copy
 from rarefy.quantization import formats, qdq
 from rarefy.quantization.placement import Placement, place
 from rarefy.system.progress import track
@@ -37,6 +41,23 @@ CANDIDATES = 12  # at most, in the order of the network
 INTEGER, MIXED = "all integer", "without what did not pay"
 
 Ranges = Mapping[str, tuple[float, float]]
+
+
+class Verdict(TypedDict):
+    """undone: names of layers and products that go back to float: all where the whole network is faster there."""
+
+    undone: list[str]
+    why: str
+    batch: int
+    threads: int
+    runtime: str
+
+
+class Timed(TypedDict):
+    """A median."""
+
+    what: str
+    latency_ms: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +70,7 @@ class Candidate:
 
 def candidates(graph: fx.GraphModule, placement: Placement) -> list[Candidate]:
     """Stretches, alike ones together, and their kinds, and the products of activations; none that holds everything."""
-    alike: dict[Any, list[fx.Node]] = {}
+    alike: dict[tuple[str, ...], list[fx.Node]] = {}
     for stretch in _stretches(placement):
         alike.setdefault(tuple(_shape(graph, node) for node in stretch), []).extend(stretch)
     found: dict[tuple[str, ...], str] = {}
@@ -76,14 +97,14 @@ def judge(
     placement: Placement,
     ranges: Ranges,
     ignore: Sequence[str],
-    runtime: Any,
+    runtime: Runtime,
     grid: formats.Grid,
     progress: bool = True,
-) -> dict[str, Any]:
-    """What was found, timed with a batch of one: ``{"undone": [layer names], "why": str, "timed": [...], "batch", "threads", "runtime"}``.
+) -> tuple[Verdict, list[Timed]]:
+    """What goes back to float, and what was timed, with a batch of one.
 
-    graph: float, folded, with the biases that layers in codes need. ranges: of all values, by name. ignore: globs that stay float in any case.
-    undone: all integer layers where the whole network is faster in float.
+    graph: float, folded, with the biases that layers in codes need. ranges: of all values, by name.
+    ignore: globs that stay float in any case. grid: of activations.
     """
     chosen = latency.with_threads(runtime)
     example = example_inputs(graph, batch=1)[0]
@@ -91,10 +112,10 @@ def judge(
     everything = _everything(placement)
     with tempfile.TemporaryDirectory(prefix="rarefy-") as folder:
 
-        def opened(model: fx.GraphModule, on: Any = chosen) -> Any:
+        def opened(model: fx.GraphModule, on: Runtime = chosen) -> Session:
             return on.open(on.export(model, Path(folder) / f"{len(os.listdir(folder))}{on.suffix}"))
 
-        def without(layers: Sequence[str]) -> Any:
+        def without(layers: Sequence[str]) -> Session:
             return opened(rounded(graph, ranges, [*ignore, *layers], chosen, grid))
 
         floats = {f"float on {plugins.describe(form)}": opened(graph, form) for form in chosen.floats}
@@ -103,25 +124,21 @@ def judge(
         found = latency.latency({**whole, **parts, **floats}, example, warmup=3)
         slow = [one for one, name in zip(tried, parts, strict=True) if _faster(found, name, INTEGER)]
         undone = sorted({layer for one in slow for layer in one.layers})
-        timed = {name: one["ms"]["median"] for name, one in found.items()}
+        medians = {name: one["ms"]["median"] for name, one in found.items()}
         if undone and undone != everything:
             whole[MIXED] = without(undone)
             found = latency.latency({**whole, **floats}, example, warmup=3)
-            timed |= {name: one["ms"]["median"] for name, one in found.items()}
+            medians |= {name: one["ms"]["median"] for name, one in found.items()}
     best = MIXED if MIXED in whole and _faster(found, MIXED, INTEGER) else INTEGER
     faster = [name for name in floats if _faster(found, name, best)]
     if faster:
-        best, undone = min(faster, key=timed.__getitem__), everything
+        best, undone = min(faster, key=medians.__getitem__), everything
     elif best == INTEGER:
         undone = []
-    return {
-        "undone": undone,
-        "why": _why(best, slow),
-        "timed": [{"what": name, "latency_ms": ms} for name, ms in timed.items()],
-        "batch": 1,
-        "threads": chosen.threads,
-        "runtime": plugins.describe(chosen),
-    }
+    verdict = Verdict(
+        undone=undone, why=_why(best, slow), batch=1, threads=chosen.threads, runtime=plugins.describe(chosen)
+    )
+    return verdict, [Timed(what=name, latency_ms=ms) for name, ms in medians.items()]
 
 
 def _faster(found: Mapping[str, latency.Latency], one: str, other: str) -> bool:
@@ -140,15 +157,15 @@ def _why(best: str, slow: Sequence[Candidate]) -> str:
 
 
 def rounded(
-    graph: fx.GraphModule, ranges: Ranges, ignore: Sequence[str], runtime: Any, grid: formats.Grid
+    graph: fx.GraphModule, ranges: Ranges, ignore: Sequence[str], runtime: Runtime, grid: formats.Grid
 ) -> fx.GraphModule:
     """A copy in integers, weights at the nearest of 8 bits."""
     copied = share_copy(graph)
     placement = place(copied, runtime.capabilities, ignore)
-    own = {value: qdq.grid_of(placement, value, grid) for value in placement.values}
-    qdq.insert(copied, placement, {value: ranges[value.name] for value in placement.values}, own)
+    grids = {value: qdq.grid_of(placement, value, grid) for value in placement.values}
+    qdq.insert(copied, placement, {value: ranges[value.name] for value in placement.values}, grids)
     for node in placement.layers:
-        weight = attribute(copied, node.args[1]).detach()
+        weight = attribute(copied, argument(node, "weight")).detach()
         scale = torch.maximum(weight.abs().flatten(1).amax(1) / 127, qdq.least_scale(copied, node))
         codes = torch.round(weight / scale.view(-1, *[1] * (weight.dim() - 1))).to(torch.int8)
         qdq.put_codes(copied, node, codes, scale)
@@ -175,12 +192,13 @@ def _stretches(placement: Placement) -> list[list[fx.Node]]:
     return list(found.values())
 
 
-def _shape(graph: fx.GraphModule, node: fx.Node) -> tuple[Any, ...]:
-    return (node.target, tuple(attribute(graph, node.args[1]).shape), str(node.args[3:]))
+def _shape(graph: fx.GraphModule, node: fx.Node) -> str:
+    """The same for layers that take as long."""
+    return f"{node.target} {tuple(attribute(graph, argument(node, 'weight')).shape)} {node.args[3:]}"
 
 
 def _kind(graph: fx.GraphModule, node: fx.Node) -> str:
-    size = attribute(graph, node.args[1]).shape
+    size = attribute(graph, argument(node, "weight")).shape
     if len(size) == 2:
         return "linear"
     if size[1] == 1 and size[0] > 1:

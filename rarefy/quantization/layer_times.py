@@ -1,12 +1,14 @@
-"""What each layer costs on the runtime, in integers and in float: the table of the integer program of mixed precision (``rarefy.quantization.mixed_precision``).
+"""What each layer costs on the runtime, in integers and in float: the table of mixed precision's integer program.
 
-The network is exported whole in float and whole in integers, and the runtime tells the time of each kernel in the caches as it finds them there. A kernel is a layer's by what
-it is (``LAYERS``) and by how many numbers it reads and makes, in the order of the network; where the runtime made other sizes of some (padded channels), by the order alone. All that is
-no layer (activations, sums, layout changes, rounding) counts with the layer before it. The two files then take turns, and the integer kernels are scaled to the ratio of their
-times, since a machine's speed drifts between profiles.
+The network is exported whole in float and whole in integers, and the runtime tells the time of each kernel in the caches
+as it finds them there. A kernel is a layer's by what it is (``LAYERS``) and by how many numbers it reads and makes, in
+the order of the network; where the runtime made other sizes of some (padded channels), by the order alone. All that is no
+layer (activations, sums, layout changes, rounding) counts with the layer before it. The two files then take turns, and
+the integer kernels are scaled to the ratio of their times, since a machine's speed drifts between profiles.
 
-What is assumed: a layer takes as long whatever its neighbours are. It does not: between a layer in float and one in integers numbers are converted. So what a choice promises is measured
-(``share``), and the caller corrects its goal by what was missed.
+What is assumed: a layer takes as long whatever its neighbours are. It does not: between a layer in float and one in
+integers numbers are converted. So what a choice promises is measured (``share``), and the caller corrects its goal by
+what was missed.
 """
 
 from __future__ import annotations
@@ -15,38 +17,27 @@ import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, fx
 
 from rarefy import plugins
 from rarefy.deployment import latency
-from rarefy.deployment.runtime import Kernel
+from rarefy.deployment.runtime import Kernel, Runtime
 from rarefy.errors import InputError
 from rarefy.graph.layers import layer_name, weighted
-from rarefy.graph.nodes import example_inputs, share_copy
+from rarefy.graph.nodes import example_inputs, is_tensor, share_copy
 from rarefy.graph.shapes import shapes
 from rarefy.quantization import formats, latency_gate, qdq
-from rarefy.quantization.calibration.minmax import MinMax
 from rarefy.quantization.observers import observe
 from rarefy.quantization.placement import place
 
-LAYERS = (
-    "Conv",
-    "FusedConv",
-    "Gemm",
-    "MatMul",
-    "FusedGemm",
-    "FusedMatMul",
-    "QLinearConv",
-    "QGemm",
-    "QLinearMatMul",
-    "MatMulInteger",
+LAYERS = frozenset(
+    "Conv FusedConv Gemm MatMul FusedGemm FusedMatMul QLinearConv QGemm QLinearMatMul MatMulInteger".split()
 )
 
 
 class LayerTimes:
-    """``graph``: float, folded. ignore: globs of what stays float. All times with a batch of one."""
+    """float_us, integer_us: of each layer. whole_us: of the float network. All with a batch of one."""
 
     def __init__(
         self,
@@ -54,9 +45,13 @@ class LayerTimes:
         layers: Sequence[fx.Node],
         batch: tuple[Tensor, ...],
         ignore: Sequence[str],
-        runtime: Any,
+        runtime: Runtime | str,
         grid: formats.Grid,
-    ):
+    ) -> None:
+        """graph: float, folded. batch: images that tell how large values get. ignore: globs of what stays float.
+
+        Raises InputError where the runtime can't tell, or nothing that it tells can be trusted.
+        """
         self.runtime, self.grid, self.ignore = latency.with_threads(runtime), grid, ignore
         self.graph = share_copy(graph)
         for node in self.graph.graph.nodes:
@@ -64,21 +59,17 @@ class LayerTimes:
                 qdq.own_bias(self.graph, node)
         placement = place(self.graph, self.runtime.capabilities, ignore)
         seen = observe(self.graph, placement.values, [batch])
-        self.ranges = {}
-        for value in placement.values:
-            own = qdq.grid_of(placement, value, grid)
-            lo, hi = MinMax().activation_range(seen.histograms[value], own)
-            self.ranges[value.name] = qdq.clipped(placement, value, min(lo, 0.0), max(hi, 0.0), own)
+        grids = {value: qdq.grid_of(placement, value, grid) for value in placement.values}
+        ranges = qdq.ranges(placement, seen.histograms, plugins.resolve("calibration", "minmax"), grids)
+        self.ranges = {value.name: span for value, span in ranges.items()}
         self.example = example_inputs(self.graph, batch=1)[0]
-        sizes = shapes(self.graph)
-        twins = {node.name: node for node in self.graph.graph.nodes}
-        self.sizes = [
-            tuple(_one(sizes[twin]) for twin in (twins[node.name].args[0], twins[node.name])) for node in layers
-        ]
+        numbers = {
+            node.name: math.prod(value.shape[1:]) for node, value in shapes(self.graph).items() if is_tensor(value)
+        }
+        sizes = [(numbers[node.all_input_nodes[0].name], numbers[node.name]) for node in layers]
         with tempfile.TemporaryDirectory(prefix="rarefy-") as folder:
             files = [self._export(Path(folder), None), self._export(Path(folder), ())]
-            kernels = [self._kernels(file) for file in files]
-            whole, integer = [layer_times(run, self.sizes, layers) for run in kernels]
+            whole, integer = (layer_times(self._kernels(file), sizes, layers) for file in files)
             ratio = self._ratio(*files)
         self.whole_us = sum(whole)
         scale = self.whole_us / ratio / sum(integer)
@@ -92,14 +83,10 @@ class LayerTimes:
 
     def _export(self, folder: Path, floats: Sequence[str] | None) -> Path:
         """floats: layers in float beside ``ignore``; None: all."""
-        made = (
-            self.graph
-            if floats is None
-            else latency_gate.rounded(self.graph, self.ranges, [*self.ignore, *floats], self.runtime, self.grid)
-        )
-        name = "float" if floats is None else "integer"
-        exported: Path = self.runtime.export(made, folder / f"{name}{self.runtime.suffix}")
-        return exported
+        if floats is None:
+            return self.runtime.export(self.graph, folder / f"float{self.runtime.suffix}")
+        integer = latency_gate.rounded(self.graph, self.ranges, [*self.ignore, *floats], self.runtime, self.grid)
+        return self.runtime.export(integer, folder / f"integer{self.runtime.suffix}")
 
     def _kernels(self, file: Path) -> list[Kernel]:
         if not self.runtime.capabilities.has_kernel_times:
@@ -117,29 +104,31 @@ class LayerTimes:
             if latency.is_calm(ratio):
                 return ratio["median"]
         raise InputError(
-            "mixed: latency: no measurement could be trusted, other processes use the processor; run it again when it is free, or give bits=, size= or bitops="
+            "mixed: latency: no measurement could be trusted, other processes use the processor; "
+            "run it again when it is free, or give bits=, size= or bitops="
         )
 
 
-def _one(value: Any) -> int:
-    """Numbers of one sample."""
-    return math.prod(value.shape[1:])
-
-
 def layer_times(kernels: Sequence[Kernel], sizes: Sequence[tuple[int, ...]], layers: Sequence[fx.Node]) -> list[float]:
-    """Microseconds of each layer, with all that is none and comes after it. kernels: (name, operator, shapes, us) in the order of a run."""
-    own = [index for index, (_, operator, *_) in enumerate(kernels) if operator in LAYERS]
+    """Microseconds of each layer, with all that is none and comes after it.
+
+    kernels: in the order of a run. sizes: how many numbers each layer reads and makes.
+    """
+    multiply = [index for index, (_, operator, *_) in enumerate(kernels) if operator in LAYERS]
     place: dict[int, int] = {}  # kernel -> layer
     for size in set(sizes):
         ours = [index for index, other in enumerate(sizes) if other == size]
-        theirs = [index for index in own if (math.prod(kernels[index][2][0]), math.prod(kernels[index][2][-1])) == size]
+        theirs = [
+            index for index in multiply if (math.prod(kernels[index][2][0]), math.prod(kernels[index][2][-1])) == size
+        ]
         if len(ours) == len(theirs):
             place |= dict(zip(theirs, ours, strict=True))
     left = [index for index in range(len(layers)) if index not in place.values()]
-    open_to = [index for index in own if index not in place]
+    open_to = [index for index in multiply if index not in place]
     if left and len(left) != len(open_to):
         raise InputError(
-            f"mixed: latency: {layer_name(layers[left[0]])}: its kernel is not to be told from others in the runtime's profile; give bits=, size= or bitops="
+            f"mixed: latency: {layer_name(layers[left[0]])}: its kernel is not to be told from others in the runtime's "
+            "profile; give bits=, size= or bitops="
         )
     place |= dict(zip(open_to, left, strict=True)) if left else {}
     times = [0.0] * len(layers)

@@ -9,18 +9,27 @@ bins stay at most twice as wide as they need be. Extremes are those of all value
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor, fx
 
-from rarefy.errors import CheckFailed, DataError
+from rarefy.errors import CheckFailed, DataError, InputError
 from rarefy.graph.interpreter import laid_out, run
+from rarefy.graph.nodes import device_of
+from rarefy.graph.shapes import shapes
+from rarefy.quantization.formats import Format, Grid
+from rarefy.tasks.task import Task
 
 aten = torch.ops.aten
 
+NONE = "no calibration images; give at least one batch (128 images are a good number)"
 BINS = 2048
+PIECE = 27e6  # bytes of a batch's largest activation on a CPU: from 32 MiB on each is mapped anew, a tenth to a third slower
 COUNTED = 2**18  # 2**16 of these few images leaves EfficientNet-Lite2 at 20.7 dB in place of 21.5
 
 
@@ -59,6 +68,89 @@ class Histogram:
         """(BINS,) the value each bin stands for."""
         width = (self.hi - self.lo) / BINS
         return self.lo + width * (torch.arange(BINS, dtype=torch.double, device=self.counts.device) + 0.5)
+
+
+class Calibration(Protocol):
+    """A rule that chooses the range a grid covers; those that come with rarefy are in ``calibration/``."""
+
+    def activation_range(self, histogram: Histogram, grid: Grid) -> tuple[float, float]:
+        """(lo, hi) of a tensor that streamed into ``histogram``."""
+
+    def weight_scale(self, rows: Tensor, grid: Format) -> Tensor:
+        """(n,) of the weights (n, elements) of n channels or groups."""
+
+
+class Images:
+    """Samples to calibrate ``graph`` on, of a task's training split or of the caller's batches, an iterator perhaps.
+
+    Every reading begins with the first of them, whatever was looked at before.
+    """
+
+    def __init__(
+        self, graph: fx.GraphModule, task: Task | None, batches: Iterable[Tensor | tuple[Tensor, ...]] | None, seed: int
+    ) -> None:
+        """seed: of which images of the task are taken."""
+        self._graph, self._task, self._seed = graph, task, seed
+        self._batches = None if batches is None else iter(batches)
+        self._front: list[Tensor | tuple[Tensor, ...]] = []  # was looked at
+        self.are_drawn = batches is None
+
+    def first(self, count: int) -> tuple[Tensor, ...]:
+        """The first ``count`` samples, at most one batch of the caller's: (count, ...) for each of the graph's inputs."""
+        if self._batches is None:
+            return next(self._checked(self._drawn(count, count), count))
+        self._front = self._front or list(itertools.islice(self._batches, 1))
+        if not self._front:
+            raise DataError(NONE)
+        return next(self._checked(self._front, count))
+
+    def read(self, count: int, batch_size: int) -> Iterator[tuple[Tensor, ...]]:
+        """The first ``count`` samples, batch by batch; batches of the caller's are as large as they are. Once only."""
+        if self._batches is None:
+            yield from self._checked(self._drawn(count, batch_size), count)
+        else:
+            yield from self._checked(itertools.chain(self._front, self._batches), count)
+
+    def pieces(self, batches: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
+        """The same samples as a CPU likes them: few at a time."""
+        if device_of(self._graph).type != "cpu":
+            yield from batches
+            return
+        for batch in batches:
+            yield from zip(*(value.split(self._at_once) for value in batch), strict=True)
+
+    @property
+    def bytes_each(self) -> int:
+        """Of one sample."""
+        specs = self._graph.meta["inputs"]
+        return sum(math.prod(spec["shape"]) * getattr(torch, spec["dtype"]).itemsize for spec in specs)
+
+    @cached_property
+    def _at_once(self) -> int:
+        found = shapes(self._graph, 2).items()
+        values = [value for node, value in found if node.op != "get_attr" and isinstance(value, Tensor)]
+        return max(1, int(PIECE // max(value.numel() * value.element_size() / 2 for value in values)))
+
+    def _drawn(self, count: int, batch_size: int) -> Iterator[Tensor]:
+        if self._task is None:
+            raise InputError("no calibration images: pass a task, or batches=")
+        return self._task.inputs("train", count, batch_size, seed=self._seed)
+
+    def _checked(self, batches: Iterable[Tensor | tuple[Tensor, ...]], count: int) -> Iterator[tuple[Tensor, ...]]:
+        """At most ``count`` samples, on the graph's device. Raises InputError for another shape than the graph's."""
+        shape = [spec["shape"] for spec in self._graph.meta["inputs"]]
+        left, device = count, device_of(self._graph)
+        for batch in batches:
+            given = (batch,) if isinstance(batch, Tensor) else tuple(batch)
+            if [list(value.shape[1:]) for value in given] != shape:
+                raise InputError(
+                    f"calibration batch of shape {[list(value.shape) for value in given]}: "
+                    f"the model takes (N, {', '.join(map(str, shape[0]))})"
+                )
+            yield tuple(value[:left].to(device) for value in given)
+            left -= len(given[0])
+            if left <= 0:
+                return
 
 
 @dataclasses.dataclass
@@ -116,9 +208,14 @@ def observe(
             run(graph, [laid_out(value, value.device) for value in batch], see=see)
             count += 1
     if not count:
-        raise DataError("no calibration images; give at least one batch (128 images are a good number)")
+        raise DataError(NONE)
     means = {node: average.mean for node, average in averages.items()}
     return Observed(found, means, {node: average.spread for node, average in averages.items() if node in spread}, kept)
+
+
+def channel_axis(layer: fx.Node, value: Tensor) -> int:
+    """Of what a layer makes: the axis of its output channels."""
+    return value.dim() - 1 if layer.target is aten.linear.default else 1
 
 
 class Average:
@@ -129,7 +226,7 @@ class Average:
         self.spreads, self.squares = spreads, 0.0
 
     def add(self, layer: fx.Node, value: Tensor) -> None:
-        axis = value.dim() - 1 if layer.target is aten.linear.default else 1
+        axis = channel_axis(layer, value)
         rows = value.detach().float().movedim(axis, -1).flatten(0, -2)
         own = (rows.new_ones(1, len(rows)) @ rows)[0].double()
         self.sum = self.sum.to(own.device) + own

@@ -2,16 +2,16 @@
 
 In order, each on the one graph:
 
-1. fold batch norm, write operators in one form (``rarefy.graph.fold``);
-2. choose which values become integers, from the runtime's table (``rarefy.quantization.placement``), equalise their channels where that is exact (``rarefy.quantization.transforms.equalize``),
-   and let dead channels carry the noisiest a second time (``rarefy.quantization.transforms.split_channels``);
-3. run the calibration images once and stream every such value into a histogram (``rarefy.quantization.observers``), from which the calibration rule
-   chooses the range: affine, unsigned, one scale a tensor, and 0 is always a code; put them into the graph (``rarefy.quantization.qdq``);
-4. layer by layer, on what the rounded layers before it yield (``rarefy.graph.interpreter``): the weights, symmetric, one scale an output channel by the same kind
-   of rule, are rounded by the rounding rule, on a grid of the layer's own; then the mean that the layer's output moved by, a channel, is taken
-   out of its bias before its successors run (sequential bias correction, 1906.04721, sec. 4.2). Means right, what varies around them still shrinks from layer
-   to layer, as noise at the ends of ReLUs fills up what was off: the last layers' scales are raised until their outputs deviate as much as in float;
-5. write the layers as what an integer kernel computes (``rarefy.graph.lowering``).
+1. ``prepared``: batch norm is folded, operators are written in one form (``rarefy.graph.fold``), norms smoothed.
+2. ``formats_of``: which values become integers, from the runtime's table (``placement``), and on which grid each of them
+   and each layer's weights are (``formats``, ``mixed_precision``).
+3. ``calibrated``: channels are equalised where that is exact (``transforms``); the calibration images run once, and every
+   such value streams into a histogram (``observers``).
+4. ``placed``: the calibration rule chooses each range: affine, unsigned, one scale a tensor, and 0 is always a code; what
+   does not pay goes back to float (``latency_gate``), the rest is put into the graph (``qdq``).
+5. ``rounded``: layer by layer, on what the rounded layers before it yield (``rounding_pass``), the weights, symmetric,
+   one scale an output channel, are rounded by the rounding rule, and the means mended (``transforms/bias_correction``).
+6. ``recorded``: layers are written as what an integer kernel computes (``rarefy.graph.lowering``), and it is told.
 
 What is simulated is what runs: round half to even, saturation, and clips done by the grid's end.
 """
@@ -19,44 +19,98 @@ What is simulated is what runs: round half to even, saturation, and clips done b
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
-import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
 
 from rarefy import plugins
-from rarefy.errors import DataError, InputError
+from rarefy.deployment.runtime import Runtime
+from rarefy.errors import InputError
+from rarefy.graph import history
 from rarefy.graph.canonical import simplify
 from rarefy.graph.capture import as_graph
 from rarefy.graph.fold import fold, normed
 from rarefy.graph.layers import check_globs, layer_name, names, weighted
 from rarefy.graph.lowering import to_integers
-from rarefy.graph.nodes import device_of, finish, is_graph, share_copy
-from rarefy.graph.shapes import shapes
+from rarefy.graph.nodes import dtype_name, finish, is_graph, share_copy
 from rarefy.kernels import is_quantised
-from rarefy.quantization import explain, formats, latency_gate, mixed_precision, qdq, weight_only
-from rarefy.quantization.observers import Observed, observe
+from rarefy.quantization import explain, formats, latency_gate, mixed_precision, qdq
+from rarefy.quantization.observers import Calibration, Images, Observed, observe
+from rarefy.quantization.options import GATES, Options
 from rarefy.quantization.placement import Placement, place
-from rarefy.quantization.rounding_pass import MEMORY, OfBlocks, OfLayers, _Rounding
-from rarefy.quantization.transforms import equalize as equalize_module
-from rarefy.quantization.transforms import smoothquant, split_channels
+from rarefy.quantization.rounding_pass import MEMORY, OfBlocks, OfLayers, Rounding, RoundingPass
+from rarefy.quantization.transforms import equalize as equalization
+from rarefy.quantization.transforms import smoothquant, split_channels, weight_only
 from rarefy.system.memory import release
 from rarefy.system.progress import track
+from rarefy.tasks.task import Task
 
 EQUALIZED = 16  # images that tell how large a stream's channels get
 SMOOTHED = 32  # images that tell how large a norm's channels get
-GATES = (None, "latency")
-PIECE = 27e6  # bytes of the largest activation of a batch on a CPU: from 32 MiB on each is mapped anew at its use, which takes a tenth to a third of the time
+TOGETHER = 8  # of them at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """What the texts of ``options`` stand for. mixed: chooses widths of weights; None: ``weights`` says them all."""
+
+    options: Options
+    runtime: Runtime
+    mixed: mixed_precision.Mixed | None
+    weights: formats.Assignment
+    calibration: Calibration
+    weight_calibration: Calibration | None
+    rounding: Rounding
+    activations: formats.Assignment
+
+    @classmethod
+    def of(cls, options: Options) -> Choices:
+        """Raises InputError for a text that stands for nothing."""
+        runtime = plugins.resolve("runtimes", options.runtime)
+        mixed = mixed_precision.parse(options.weights)
+        weights = "int8" if isinstance(options.weights, mixed_precision.Mixed) or mixed else options.weights
+        weight_rule = options.weight_calibration
+        return cls(
+            options=options,
+            runtime=runtime,
+            mixed=mixed,
+            weights=formats.assign(weights, symmetric=True, axis=0),
+            calibration=plugins.resolve("calibration", options.calibration),
+            weight_calibration=None if weight_rule is None else plugins.resolve("calibration", weight_rule),
+            rounding=plugins.resolve("rounding", options.rounding),
+            activations=formats.assign(options.activations, symmetric=False, default="uint8"),
+        )
+
+    def grid(self) -> formats.Grid:
+        """Of activations that have none of their own. Raises InputError for a contradiction."""
+        grid, options = self.activations.default, self.options
+        if not isinstance(grid, formats.Grid):
+            raise InputError(
+                f"activations={self.activations}: integer kernels take uint8 or int8, and simulation fewer bits; "
+                "write uint4, say"
+            )
+        if options.gate not in GATES:
+            raise InputError(f"gate={options.gate!r}: choose latency, or none")
+        if options.images < 1 or options.batch_size < 1:
+            raise InputError(f"images={options.images}, batch_size={options.batch_size}: both must be at least 1")
+        return grid
+
+    def weight_rule(self, grid: formats.Format) -> Calibration:
+        """For scales of weights on ``grid``."""
+        return self.weight_calibration or plugins.resolve("calibration", "minmax" if grid.bits == 8 else "mse")
+
+    @property
+    def walks(self) -> bool:
+        """Are layers rounded on what the layers before them yield?"""
+        return self.options.correct_bias or isinstance(self.rounding, (OfLayers, OfBlocks))
 
 
 def quantize(
     model: nn.Module,
-    task: Any = None,
+    task: Task | None = None,
     *,
     inputs: Tensor | Sequence[Tensor] | None = None,
     batches: Iterable[Tensor | tuple[Tensor, ...]] | None = None,
@@ -64,10 +118,10 @@ def quantize(
     batch_size: int = 16,
     weights: str | formats.Format | Mapping[str, str] | mixed_precision.Mixed = "int8",
     activations: str | formats.Format | Mapping[str, str] = "uint8",
-    calibration: Any = "mse",
-    weight_calibration: Any = None,
-    rounding: Any = "narrow",
-    runtime: Any = "onnxruntime",
+    calibration: str | Calibration = "mse",
+    weight_calibration: str | Calibration | None = None,
+    rounding: str | Rounding = "narrow",
+    runtime: str | Runtime = "onnxruntime",
     ignore: Sequence[str] = (),
     equalize: bool = True,
     correct_bias: bool = True,
@@ -76,346 +130,247 @@ def quantize(
     seed: int = 0,
     progress: bool = True,
 ) -> fx.GraphModule:
-    """The graph of ``model`` in integers, for inference on ``runtime``.
+    """The graph of ``model`` in integers, for inference on ``runtime``; ``model`` is left as it is.
 
-    task: where calibration images come from (its training split; labels are not read); or batches: (N, ...) inputs themselves.
+    task: where calibration images come from (its training split; labels are not read); or batches: inputs (N, ...).
     inputs: an example batch, where ``model`` is not captured yet.
-    weights, activations: number formats, ``"int8"``, ``"uint8"``, ``"int4"``; weights also a layer, by globs of names of which the last that
-    matches holds: ``"int4;stem.*=int8;head=float"`` or ``{"*": "int4", "stem.*": "int8", "head": "float"}``; or ``"mixed:bits=4"``: widths chosen a layer
-        for an average, a size, bit-operations or a latency (``rarefy.quantization.mixed_precision``). activations="float" rounds the weights alone, to any format
-        (``"int4:group=32"``, ``"mxfp4"``), without images (``rarefy.quantization.weight_only``). Activations go by their own names or those of layers that read them.
-    weight_calibration: the rule for weight scales; None: minmax at 8 bits, where clipping the largest weights costs more than it saves, else mse.
+    images, batch_size: so many calibration images, so many at a time.
+    weights, activations: number formats, ``"int8"``, ``"uint8"``, ``"int4"``; or a layer, by globs of names, of which
+        the last that matches holds: ``"int4;stem.*=int8;head=float"``, ``{"*": "int4", "head": "float"}``; activations
+        by their own names or those of layers that read them. weights="mixed:bits=4": widths chosen a layer
+        (``mixed_precision``). activations="float": weights alone, in any format, without images (``weight_only``).
+    calibration, weight_calibration: rules for ranges of activations and for scales of weights, as in ``calibration/``;
+        None: minmax at 8 bits, where clipping the largest weights costs more than it saves, else mse.
+    rounding: the rule for weights, as in ``rounding/``. seed: of what it draws, and of the images chosen.
     ignore: globs of layer names that stay float; one that matches nothing is an error, as in weights and activations.
-    equalize: channels of values between layers brought to one range (``rarefy.quantization.transforms.equalize``), and the noisiest carried twice where others are dead
-        (``rarefy.quantization.transforms.split_channels``), where that is exact and lowers the noise.
-    correct_bias: means of all layers' outputs, and the deviation of the last ones', brought back to float's; block reconstruction does both in its own objective.
-    smooth: SmoothQuant before linear layers that read a norm, with this alpha, such as 0.5 (``rarefy.quantization.transforms.smoothquant``); None: not done.
-    gate: "latency" times each stretch of layers in integers and in float on the runtime, and keeps only what pays (``rarefy.quantization.latency_gate``); where nothing does, the
-    model comes back in float, and its history says so.
+    equalize: channels of values between layers brought to one range (``transforms/equalize``), and the noisiest carried
+        twice where others are dead (``transforms/split_channels``), where that is exact and lowers the noise.
+    correct_bias: means of all layers' outputs, and the deviation of the last ones', brought back to float's
+        (``transforms/bias_correction``); block reconstruction does both in its own objective.
+    smooth: SmoothQuant before linear layers that read a norm, with this alpha, such as 0.5; None: not done.
+    gate: "latency" times each stretch of layers in integers and in float on the runtime, and keeps only what pays
+        (``latency_gate``); where nothing does, the model comes back in float, and its history says so.
 
     Raises InputError for a contradiction, DataError without images, CheckFailed where the float model yields NaN.
     """
-    runtime = plugins.resolve("runtimes", runtime)
-    ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-    mixed = mixed_precision.parse(weights)
-    assigned = formats.assign("int8" if mixed is not None else weights, symmetric=True, axis=0)  # type: ignore[arg-type]
-    rule = plugins.resolve("calibration", calibration)
-    given_rule = None if weight_calibration is None else plugins.resolve("calibration", weight_calibration)
-    rounder = plugins.resolve("rounding", rounding)
-    activation_grids = formats.assign(activations, symmetric=False, default="uint8")
-    if activations == formats.FLOAT:
-        if mixed is not None or gate is not None:
+    ignored = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    options = Options(
+        images, batch_size, weights, activations, calibration, weight_calibration, rounding, runtime, ignored, equalize,
+        correct_bias, smooth, gate, seed, progress,
+    )  # fmt: skip
+    return _quantized(model, task, inputs, batches, Choices.of(options))
+
+
+def _quantized(
+    model: nn.Module,
+    task: Task | None,
+    inputs: Tensor | Sequence[Tensor] | None,
+    batches: Iterable[Tensor | tuple[Tensor, ...]] | None,
+    choices: Choices,
+) -> fx.GraphModule:
+    """``quantize``, its texts understood."""
+    options = choices.options
+    if options.activations == formats.FLOAT:
+        if choices.mixed is not None or options.gate is not None:
             raise InputError(
-                "activations=float: mixed widths and the gate look at integer layers; write a format such as int4:group=32"
+                "activations=float: mixed widths and the gate look at integer layers; "
+                "write a format such as int4:group=32"
             )
-        return _weights_only(model, inputs, assigned, given_rule, rounder, ignore, seed)
-    grid = activation_grids.default
-    if not isinstance(grid, formats.Grid):
-        raise InputError(
-            f"activations={activation_grids}: integer kernels take uint8 or int8, and simulation fewer bits; write uint4, say"
+        return weight_only.quantize_weights(
+            model, inputs, choices.weights, choices.weight_calibration, choices.rounding, options.ignore, options.seed
         )
-    if gate not in GATES:
-        raise InputError(f"gate={gate!r}: choose latency, or none")
-    if images < 1 or batch_size < 1:
-        raise InputError(f"images={images}, batch_size={batch_size}: both must be at least 1")
+    grid = choices.grid()
+    graph, norms = prepared(model, inputs, choices)
+    images = Images(graph, task, batches, options.seed)
+    smoothed = None
+    if options.smooth is not None:
+        few = zip(*(one.split(TOGETHER) for one in images.first(SMOOTHED)), strict=True)
+        smoothed = smoothquant.smooth(graph, few, options.smooth)
+    found = formats_of(graph, images, grid, choices)
+    equalized, doubled = _equalize(graph, images, found) if options.equalize else (0, 0)
+    observed = calibrated(graph, images, found.placement, choices)
+    release()
+    float_graph = share_copy(graph)
+    found, ranges = placed(graph, observed, found, grid, choices)
+    layers, learned = rounded(graph, float_graph, observed, found, choices)
+    release()
+    noise = explain.noise(float_graph, graph, observed.batches)
+    told = zip(found.placement.layers, layers, strict=True)
+    undone = found.verdict["undone"] if found.verdict else ()
+    facts = {
+        "layers": [{**fact, "sqnr_db": noise[node.name]} for node, fact in told],
+        "images_of_rounding": sum(len(batch[0]) for batch in observed.batches) if choices.walks else 0,
+        **{"equalized": equalized, "doubled": doubled, "batch_norm": norms},
+        **({} if smoothed is None else {"smoothed": smoothed}),
+        **({} if found.allocation is None else {"allocation": found.allocation}),
+        **explain.floats(float_graph, found.placement, found.unassigned, undone, noise),
+        "ranges": {node.name: [end * learned.get(node.name, 1.0) for end in ends] for node, ends in ranges.items()},
+        **({} if found.verdict is None else {"gate": found.verdict}),
+        **({"timing": found.timing} if found.timing else {}),
+    }
+    return recorded(graph, found.weights, facts, choices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Formats:
+    """Which numbers of a graph are on which grid.
+
+    weights: of layers by their names. layers: the grid of each integer layer's weights. values: that of each rounded
+    value. left_out: globs of what stays float; unassigned: layers that ``weights`` leaves in float. allocation, verdict:
+    what choosing widths and the gate found; timing: what they measured.
+    """
+
+    weights: formats.Assignment
+    layers: Mapping[fx.Node, formats.Grid]
+    values: Mapping[fx.Node, formats.Grid]
+    placement: Placement
+    left_out: Sequence[str]
+    unassigned: Collection[fx.Node]
+    allocation: mixed_precision.Facts | None
+    timing: Mapping[str, object]
+    verdict: latency_gate.Verdict | None = None
+
+
+def prepared(
+    model: nn.Module, inputs: Tensor | Sequence[Tensor] | None, choices: Choices
+) -> tuple[fx.GraphModule, list[str]]:
+    """A graph of float32 that folds what can be folded, each operator in one form; and the layers that had batch norm."""
     if is_quantised(model):
         raise InputError("the model is quantised already; start from its float original")
-    graph = share_copy(model) if is_graph(model) else as_graph(model, inputs)  # type: ignore[arg-type]  # folding copies
+    graph = share_copy(model) if isinstance(model, fx.GraphModule) and is_graph(model) else as_graph(model, inputs)
     for name, tensor in graph.named_parameters():
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise InputError(
-                f"quantize: {name} is {str(tensor.dtype).removeprefix('torch.')}, and codes are made of float32; capture model.float()"
+                f"quantize: {name} is {dtype_name(tensor.dtype)}, and codes are made of float32; capture model.float()"
             )
     norms = normed(graph)
-    graph = simplify(fold(graph), runtime.capabilities.whole)
+    graph = simplify(fold(graph), choices.runtime.capabilities.whole)  # folding copies
     qdq.free_names(graph)
     check_globs(
         graph,
-        ignore=ignore,
-        weights=[glob for glob, _ in assigned.rules],
-        activations=[glob for glob, _ in activation_grids.rules],
+        ignore=choices.options.ignore,
+        weights=[glob for glob, _ in choices.weights.rules],
+        activations=[glob for glob, _ in choices.activations.rules],
     )
     for parameter in graph.parameters():
         parameter.requires_grad_(False)
-    smoothed = 0
-    if smooth is not None:
-        first, batches = _first(graph, task, batches, SMOOTHED, seed)
-        smoothed = smoothquant.smooth(graph, zip(*(one.split(8) for one in first), strict=True), smooth)
-    allocation = None
-    timing: dict[str, Any] = {}
-    if mixed is not None:
+    return graph, norms
+
+
+def formats_of(graph: fx.GraphModule, images: Images, grid: formats.Grid, choices: Choices) -> Formats:
+    """The grid of each value and weight that can be integer; such layers get a bias of their own. grid: of activations.
+
+    Raises InputError where there is none, or one that integer kernels don't take.
+    """
+    options, runtime = choices.options, choices.runtime
+    weights, allocation = choices.weights, None
+    timing: dict[str, object] = {}
+    if choices.mixed is not None:
         begun = time.monotonic()
-        first, batches = _first(graph, task, batches, mixed.images, seed)
-        open_to = place(graph, runtime.capabilities, ignore).layers
-        assigned, allocation = mixed_precision.allocate(graph, open_to, first, mixed, grid, runtime, ignore)
+        batch = images.first(choices.mixed.images)
+        open_to = place(graph, runtime.capabilities, options.ignore).layers
+        weights, allocation, measured = mixed_precision.allocate(
+            graph, open_to, batch, choices.mixed, grid, runtime, options.ignore
+        )
         timing["allocation"] = time.monotonic() - begun
-        if "measured" in allocation:
-            timing["latency"] = allocation.pop("measured")
-    own_grid = {node: assigned.of(names(node)) for node in graph.graph.nodes if weighted(node)}
-    left_out = [*ignore, *(layer_name(node) for node, own in own_grid.items() if own is None)]
+        if measured:
+            timing["latency"] = measured
+    layers = {node: weights.of(names(node)) for node in graph.graph.nodes if weighted(node)}
+    unassigned = [node for node, format in layers.items() if format is None]
+    left_out = [*options.ignore, *map(layer_name, unassigned)]
     placement = place(graph, runtime.capabilities, left_out)
     if not placement.layers:
         raise InputError(
-            f"no layer can be quantised for {plugins.describe(runtime)}; ignore={list(ignore)} and weights={assigned} leave none, "
-            "or the model has no convolution or linear layer"
+            f"no layer can be quantised for {plugins.describe(runtime)}; ignore={list(options.ignore)} and "
+            f"weights={weights} leave none, or the model has no convolution or linear layer"
         )
-    layer_grids: dict[fx.Node, formats.Grid] = {}
+    grids = {node: qdq.weight_grid(node, layers[node], runtime.weight_bits) for node in placement.layers}
     for node in placement.layers:
-        if (
-            not isinstance(own := own_grid[node], formats.Grid)
-            or own.group is not None
-            or not own.symmetric
-            or not own.signed
-        ):
-            raise InputError(
-                f"{layer_name(node)}: weights={own}: integer kernels take int2 to int8 with one scale a channel; write int4, say"
-            )
-        own_grid[node] = layer_grids[node] = dataclasses.replace(own, bits=min(own.bits, runtime.weight_bits))
         qdq.own_bias(graph, node)
-    value_grids = _value_grids(placement, activation_grids)
-    equalized = doubled = 0
-    if equalize:
-        first, batches = _first(graph, task, batches, EQUALIZED, seed)
-        few = list(_pieces(graph, [tuple(value[:EQUALIZED] for value in first)]))
-        doubled = split_channels.double(graph, few, value_grids, layer_grids)
-        equalized = equalize_module.equalize(graph, few, value_grids, layer_grids)
-    walks = correct_bias or isinstance(rounder, (OfLayers, OfBlocks))
-    total = math.ceil(images / batch_size) if batches is None else None
-    checked = track(_checked_batches(graph, task, batches, images, batch_size, seed), total, "calibrate", progress)
-    seen = observe(
+    values = qdq.value_grids(placement, choices.activations)
+    return Formats(weights, grids, values, placement, left_out, unassigned, allocation, timing)
+
+
+def calibrated(graph: fx.GraphModule, images: Images, placement: Placement, choices: Choices) -> Observed:
+    """One pass over the calibration images: how large the values get, and what the layers make in the mean."""
+    options = choices.options
+    total = math.ceil(options.images / options.batch_size) if images.are_drawn else None
+    batches = track(images.read(options.images, options.batch_size), total, "calibrate", options.progress)
+    return observe(
         graph,
         placement.values,
-        _pieces(graph, checked),
-        placement.layers if correct_bias else (),
-        lambda samples: walks and samples * _input_bytes(graph) <= MEMORY / 2,
-        _last(placement.layers) if correct_bias else (),
+        images.pieces(batches),
+        placement.layers if options.correct_bias else (),
+        lambda samples: choices.walks and samples * images.bytes_each <= MEMORY / 2,
+        placement.last_layers() if options.correct_bias else (),
     )
-    release()
-    float_graph = share_copy(graph)
-    ranges = _ranges(placement, seen, rule, value_grids)
-    verdict = None
-    if gate is not None:
+
+
+def placed(
+    graph: fx.GraphModule, observed: Observed, found: Formats, grid: formats.Grid, choices: Choices
+) -> tuple[Formats, qdq.Ranges]:
+    """Grids put into the graph, but where they don't pay; and the range of each. grid: of activations in general."""
+    rule, options, runtime = choices.calibration, choices.options, choices.runtime
+    ranges = qdq.ranges(found.placement, observed.histograms, rule, found.values)
+    if options.gate is not None:
         by_name = {value.name: span for value, span in ranges.items()}
-        verdict = latency_gate.judge(graph, placement, by_name, left_out, runtime, grid, progress)
-        timing["gate"] = verdict.pop("timed")
-        placement = place(graph, runtime.capabilities, [*left_out, *verdict["undone"]])
-        value_grids = _value_grids(placement, activation_grids)
-        ranges = _ranges(placement, seen, rule, value_grids)
-    qdq.insert(graph, placement, ranges, value_grids)
-    run = _Rounding(graph, float_graph, seen, rounder, correct_bias, torch.Generator().manual_seed(seed))
-    facts = []
-    grid_of = {value.name: own for value, own in value_grids.items()}
-    blocks = run.blocks(placement.layers)
-    for index, block in enumerate(track(blocks, len(blocks), "round", progress and walks)):
-        chosen: list[tuple[formats.Format, Any]] = []
-        for node in block:
-            own = own_grid[node]
-            assert own is not None
-            chosen.append((own, given_rule or plugins.resolve("calibration", "minmax" if own.bits == 8 else "mse")))
-        made = run.round(block, chosen, blocks[index + 1][0] if index + 1 < len(blocks) else None)
-        for node, fact in zip(block, made, strict=True):
-            read = grid_of[fact["input"]]
-            facts.append(
-                fact | {"activation_bits": read.bits, "grid": str(own_grid[node]), "activation_grid": str(read)}
-            )
-        for node in block if correct_bias and not isinstance(rounder, OfBlocks) else ():
-            run.correct_spread(node)
-            run.correct_bias(node)
-    learned = run.learned
-    del run  # and the values that it keeps
-    release()
-    noise = explain.noise(float_graph, graph, seen.batches)
-    graph = to_integers(finish(graph))
-    if any(fact["bits"] < 8 for fact in facts):
-        graph.meta["bits"] = {f"{fact['weight']}_codes": fact["bits"] for fact in facts if fact["bits"] < 8}
-    integer = {node.name for node in placement.layers}
-    graph.meta.setdefault("history", []).append(
-        {
-            "step": "quantize",
-            "options": {
-                "images": images,
-                "weights": str(assigned),
-                "activations": str(activation_grids),
-                "calibration": plugins.describe(rule),
-                "weight_calibration": None if given_rule is None else plugins.describe(given_rule),
-                "rounding": plugins.describe(rounder),
-                "runtime": plugins.describe(runtime),
-                "ignore": list(ignore),
-                "equalize": equalize,
-                "correct_bias": correct_bias,
-                "smooth": smooth,
-                "gate": gate,
-                "seed": seed,
-            },
-            "facts": {
-                "layers": [
-                    {**{key: value for key, value in fact.items() if key != "weight"}, "sqnr_db": noise[node.name]}
-                    for node, fact in zip(placement.layers, facts, strict=True)
-                ],
-                "images_of_rounding": sum(len(batch[0]) for batch in seen.batches) if walks else 0,
-                "equalized": equalized,
-                "doubled": doubled,
-                "batch_norm": norms,
-                **({} if smooth is None else {"smoothed": smoothed}),
-                **({"allocation": allocation} if allocation is not None else {}),
-                "float": sorted(
-                    layer_name(node) for node in float_graph.graph.nodes if weighted(node) and node.name not in integer
-                ),
-                "reasons": _reasons(
-                    placement,
-                    {node for node, own in own_grid.items() if own is None},
-                    verdict["undone"] if verdict else (),
-                ),
-                "float_sqnr_db": {
-                    layer_name(node): noise[node.name]
-                    for node in float_graph.graph.nodes
-                    if weighted(node) and node.name in noise and node.name not in integer
-                },
-                "ranges": {
-                    value.name: [end * learned.get(value.name, 1.0) for end in ranges[value]]
-                    for value in placement.values
-                },
-                **({} if verdict is None else {"gate": verdict}),
-                **({"timing": timing} if timing else {}),
-            },
-        }
-    )
-    return graph.eval()
+        verdict, timed = latency_gate.judge(
+            graph, found.placement, by_name, found.left_out, runtime, grid, options.progress
+        )
+        placement = place(graph, runtime.capabilities, [*found.left_out, *verdict["undone"]])
+        values = qdq.value_grids(placement, choices.activations)
+        ranges = qdq.ranges(placement, observed.histograms, rule, values)
+        timing = {**found.timing, "gate": timed}
+        found = dataclasses.replace(found, placement=placement, values=values, verdict=verdict, timing=timing)
+    qdq.insert(graph, found.placement, ranges, found.values)
+    return found, ranges
 
 
-def _reasons(placement: Placement, left_out: set[fx.Node], undone: Sequence[str]) -> list[list[str]]:
-    """[name, why] of each operator that stays in float, in order."""
-    found: dict[str, str] = {}
-    for node, why in placement.floats.items():
-        name = names(node)[0]
-        if node in left_out:
-            why = "weights=float for this layer"
-        elif name in undone:
-            why = "gate: faster in float"
-        found[name if name not in found else node.name] = why
-    return [[name, why] for name, why in found.items()]
+def rounded(
+    graph: fx.GraphModule, float_graph: fx.GraphModule, observed: Observed, found: Formats, choices: Choices
+) -> tuple[list[dict[str, object]], dict[str, float]]:
+    """Codes in place of weights and biases; facts of each layer, and value -> what its scale was multiplied by."""
+    options, layers = choices.options, found.placement.layers
+    generator = torch.Generator().manual_seed(options.seed)
+    run = RoundingPass(graph, float_graph, observed, choices.rounding, options.correct_bias, generator)
+    read = {value.name: grid for value, grid in found.values.items()}
+    facts: list[dict[str, object]] = []
+    bits: dict[str, int] = {}
+    blocks = run.blocks(layers)
+    for index, block in enumerate(track(blocks, len(blocks), "round", options.progress and choices.walks)):
+        grids = [found.layers[node] for node in block]
+        rules = [choices.weight_rule(grid) for grid in grids]
+        after = blocks[index + 1][0] if index + 1 < len(blocks) else None
+        for node, grid, fact in zip(block, grids, run.round(block, grids, rules, after), strict=True):
+            activations = read[qdq.value_name(node)]
+            told = {"activation_bits": activations.bits, "grid": str(grid), "activation_grid": str(activations)}
+            facts.append({**fact, **told})
+            bits[qdq.codes_name(node)] = grid.bits
+        if options.correct_bias and not isinstance(choices.rounding, OfBlocks):
+            for node in block:
+                run.correct(node)
+    if any(count < 8 for count in bits.values()):
+        graph.meta["bits"] = {name: count for name, count in bits.items() if count < 8}
+    return facts, run.learned
 
 
-def _last(layers: Sequence[fx.Node]) -> list[fx.Node]:
-    """Those behind which there is no layer."""
-    before: set[fx.Node] = set()  # of a layer
-    waiting = [source for node in layers for source in node.all_input_nodes]
-    while waiting:
-        node = waiting.pop()
-        if node not in before:
-            before.add(node)
-            waiting += node.all_input_nodes
-    return [node for node in layers if node not in before]
+def _equalize(graph: fx.GraphModule, images: Images, found: Formats) -> tuple[int, int]:
+    """How many streams were equalised, and how many dead channels carry another."""
+    few = list(images.pieces([images.first(EQUALIZED)]))
+    doubled = split_channels.double(graph, few, found.values, found.layers)
+    return equalization.equalize(graph, few, found.values, found.layers), doubled
 
 
-def _ranges(
-    placement: Placement, seen: Observed, rule: Any, own: Mapping[fx.Node, formats.Grid]
-) -> dict[fx.Node, tuple[float, float]]:
-    found = {}
-    for value in placement.values:
-        lo, hi = rule.activation_range(seen.histograms[value], own[value])
-        found[value] = qdq.clipped(placement, value, min(lo, 0.0), max(hi, 0.0), own[value])
-    return found
-
-
-def _weights_only(
-    model: nn.Module,
-    inputs: Any,
-    assigned: formats.Assignment,
-    rule: Any,
-    rounder: Any,
-    ignore: Sequence[str],
-    seed: int,
+def recorded(
+    graph: fx.GraphModule, weights: formats.Assignment, facts: Mapping[str, object], choices: Choices
 ) -> fx.GraphModule:
-    """Codes for weights, floats for the rest (``rarefy.quantization.weight_only``)."""
-    if is_quantised(model):
-        raise InputError("the model is quantised already; start from its float original")
-    graph = fold(as_graph(model, inputs))
-    check_globs(graph, ignore=ignore, weights=[glob for glob, _ in assigned.rules])
-    layers = [
-        node
-        for node in graph.graph.nodes
-        if weighted(node) and not any(fnmatch.fnmatch(n, glob) for glob in ignore for n in names(node))
-    ]
-    own = weight_only.chosen_layers(graph, layers, {node: assigned.of(names(node)) for node in layers})
-    facts = weight_only.encode(graph, own, rule, rounder, torch.Generator().manual_seed(seed))
-    options = {
-        "weights": str(assigned),
-        "activations": formats.FLOAT,
-        "weight_calibration": None if rule is None else plugins.describe(rule),
-        "rounding": plugins.describe(rounder),
-        "ignore": list(ignore),
-        "seed": seed,
-    }
-    graph.meta.setdefault("history", []).append(
-        {"step": "quantize", "options": options, "facts": {"layers": facts, "float": [], "ranges": {}}}
-    )
+    """``graph`` as integer kernels compute it, with what was asked for and what came of it. weights: as in the end assigned."""
+    graph = to_integers(finish(graph))
+    options = {field.name: getattr(choices.options, field.name) for field in dataclasses.fields(Options)}
+    options |= {"weights": str(weights), "activations": str(choices.activations), "ignore": list(options["ignore"])}
+    for name in ("calibration", "weight_calibration", "rounding", "runtime"):
+        choice = getattr(choices, name)
+        options[name] = None if choice is None else plugins.describe(choice)
+    told = {name: value for name, value in options.items() if name not in ("batch_size", "progress")}
+    history.append(graph, "quantize", told, facts)
     return graph.eval()
-
-
-def _value_grids(placement: Placement, assigned: formats.Assignment) -> dict[fx.Node, formats.Grid]:
-    """The grid of each rounded value: by its own name, or by that of a layer that reads it. Raises InputError for a value in float."""
-    values = set(placement.values)
-    readers: dict[fx.Node, list[str]] = {value: [value.name] for value in placement.values}
-    for layer in placement.layers:
-        source: Any = layer.args[0]
-        while source not in values:
-            source = placement.carried.get(source, source.args[0])
-        readers[source] += names(layer)
-    found = {value: assigned.of(known) for value, known in readers.items()}
-    for value, grid in found.items():
-        if not isinstance(grid, formats.Grid):
-            raise InputError(
-                f"{value.name}: activations={assigned}: integer kernels take uint8 or int8, and simulation fewer bits"
-            )
-        found[value] = qdq.grid_of(placement, value, grid)
-    return found  # type: ignore[return-value]
-
-
-def _first(graph: fx.GraphModule, task: Any, batches: Any, images: int, seed: int) -> tuple[tuple[Tensor, ...], Any]:
-    """A few samples, and batches that still begin with them."""
-    if batches is None:
-        return next(_checked_batches(graph, task, None, images, images, seed)), None
-    left = iter(batches)
-    taken = list(itertools.islice(left, 1))
-    if not taken:
-        raise DataError("no calibration images; give at least one batch (128 images are a good number)")
-    return next(_checked_batches(graph, task, taken, images, images, seed)), itertools.chain(taken, left)
-
-
-def _input_bytes(graph: fx.GraphModule) -> int:
-    """Of one sample."""
-    return sum(math.prod(spec["shape"]) * getattr(torch, spec["dtype"]).itemsize for spec in graph.meta["inputs"])
-
-
-def _pieces(graph: fx.GraphModule, batches: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
-    """The same samples as a CPU likes them: few at a time."""
-    if device_of(graph).type != "cpu":
-        yield from batches
-        return
-    values = [value for node, value in shapes(graph, 2).items() if node.op != "get_attr" and isinstance(value, Tensor)]
-    most = max(1, int(PIECE // max(value.numel() * value.element_size() / 2 for value in values)))
-    for batch in batches:
-        yield from zip(*(value.split(most) for value in batch), strict=True)
-
-
-def _checked_batches(
-    graph: fx.GraphModule, task: Any, batches: Any, images: int, batch_size: int, seed: int
-) -> Iterator[tuple[Tensor, ...]]:
-    """The first ``images`` samples."""
-    if batches is None:
-        if task is None:
-            raise InputError("no calibration images: pass a task, or batches=")
-        batches = task.inputs("train", images, batch_size, seed=seed)
-    shape = [spec["shape"] for spec in graph.meta["inputs"]]
-    left, device = images, device_of(graph)
-    for batch in batches:
-        given = (batch,) if isinstance(batch, Tensor) else tuple(batch)
-        if [list(value.shape[1:]) for value in given] != shape:
-            raise InputError(
-                f"calibration batch of shape {[list(value.shape) for value in given]}: the model takes (N, {', '.join(map(str, shape[0]))})"
-            )
-        yield tuple(value[:left].to(device) for value in given)
-        left -= len(given[0])
-        if left <= 0:
-            return

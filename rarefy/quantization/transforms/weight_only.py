@@ -1,44 +1,95 @@
-"""Weights of few bits, activations in float: a layer's weight is kept as codes and decoded where it is read. No images are needed.
+"""Weights of few bits, activations in float: a weight is stored as codes and decoded where it is read. No images are needed.
 
     y = layer(x, dequantize(codes, scale, zero))
 
-A symmetric grid takes its scale from the calibration rule, one a channel or a group of inputs (``"int4:group=32"``); an affine one (``"uint4:group=32"``,
-``"int4:symmetric=no"``) covers the smallest to the largest weight, zero always being a code; floats of 8 bits reach to the largest; block floats follow their own
-rules (``rarefy.kernels.fp4``). It saves bytes on disk and in memory, and time only where a runtime multiplies by codes.
+A symmetric grid takes its scale from the calibration rule, one a channel or a group of inputs (``"int4:group=32"``); an
+affine one (``"uint4:group=32"``, ``"int4:symmetric=no"``) covers the smallest to the largest weight, zero always being a
+code; floats of 8 bits reach to the largest; block floats follow their own rules (``rarefy.kernels.fp4``). It saves bytes
+on disk and in memory, and time only where a runtime multiplies by codes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import fnmatch
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from rarefy import plugins
 from rarefy.errors import InputError
-from rarefy.graph.nodes import attribute, finish, set_attribute
-from rarefy.kernels import fp4
+from rarefy.graph import history
+from rarefy.graph.capture import as_graph
+from rarefy.graph.fold import fold
+from rarefy.graph.layers import check_globs, layer_name, names, weighted
+from rarefy.graph.nodes import argument, attribute, finish, set_argument, set_attribute
+from rarefy.kernels import fp4, is_quantised
 from rarefy.kernels.quantize import along
-from rarefy.quantization import formats
-from rarefy.quantization.rounding_pass import OfWeights
+from rarefy.quantization import formats, qdq
+from rarefy.quantization.observers import Calibration
+from rarefy.quantization.rounding_pass import OfWeights, Rounding
 
 OPERATORS = torch.ops.rarefy
 
 
+def quantize_weights(
+    model: nn.Module,
+    inputs: Tensor | Sequence[Tensor] | None,
+    assigned: formats.Assignment,
+    rule: Calibration | None,
+    rounder: Rounding,
+    ignore: Sequence[str],
+    seed: int,
+) -> fx.GraphModule:
+    """The graph of ``model`` with codes for weights, as ``quantize`` with activations="float". ignore: globs of layers."""
+    if is_quantised(model):
+        raise InputError("the model is quantised already; start from its float original")
+    graph = fold(as_graph(model, inputs))
+    check_globs(graph, ignore=ignore, weights=[glob for glob, _ in assigned.rules])
+    layers = [
+        node
+        for node in graph.graph.nodes
+        if weighted(node) and not any(fnmatch.fnmatch(name, glob) for glob in ignore for name in names(node))
+    ]
+    chosen = {node: grid for node in layers if (grid := assigned.of(names(node))) is not None}
+    if not chosen:
+        raise InputError(
+            "no weight is left to quantise: the model has no convolution or linear layer, or ignore and weights "
+            "leave none"
+        )
+    facts = encode(graph, chosen, rule, rounder, torch.Generator().manual_seed(seed))
+    options = {
+        "weights": str(assigned),
+        "activations": formats.FLOAT,
+        "weight_calibration": None if rule is None else plugins.describe(rule),
+        "rounding": plugins.describe(rounder),
+        "ignore": list(ignore),
+        "seed": seed,
+    }
+    history.append(graph, "quantize", options, {"layers": facts, "float": [], "ranges": {}})
+    return graph.eval()
+
+
 def encode(
-    graph: fx.GraphModule, own: Mapping[fx.Node, formats.Format], rule: Any, rounder: Any, generator: torch.Generator
-) -> list[dict[str, Any]]:
-    """Codes in place of the weights of ``own``'s layers, in place; one fact a layer. rule: None: minmax at 8 bits, else mse."""
+    graph: fx.GraphModule,
+    grids: Mapping[fx.Node, formats.Format],
+    rule: Calibration | None,
+    rounder: Rounding,
+    generator: torch.Generator,
+) -> list[dict[str, object]]:
+    """Codes in place of the weights of ``grids``' layers, in place; facts of each. rule: None: minmax at 8 bits, else mse."""
     if not isinstance(rounder, OfWeights):
         raise InputError(
-            f"rounding={plugins.describe(rounder)}: with activations in float a rule looks at weights alone; take nearest or stochastic"
+            f"rounding={plugins.describe(rounder)}: with activations in float a rule looks at weights alone; "
+            "take nearest or stochastic"
         )
-    facts, bits = [], dict(graph.meta.get("bits", {}))
-    for node, grid in own.items():
-        source: Any = node.args[1]
+    facts: list[dict[str, object]] = []
+    bits: dict[str, int] = dict(graph.meta.get("bits", {}))
+    for node, grid in grids.items():
+        source = argument(node, "weight")
         name, weight = str(source.target), attribute(graph, source).detach().float()
         chosen = rule or plugins.resolve("calibration", "minmax" if grid.bits == 8 else "mse")
+        layer = layer_name(node)
         with graph.graph.inserting_before(node):
             if isinstance(grid, formats.Fp4):
                 number, codes = _block_floats(graph, name, weight, grid)
@@ -46,14 +97,12 @@ def encode(
                 number, codes = _scaled(graph, name, weight, grid, chosen, rounder, generator)
         if grid.bits < 8:
             bits[f"{name}_codes"] = grid.bits
-        decoded: Tensor = number.target(
-            *(attribute(graph, one) if isinstance(one, fx.Node) else one for one in number.args)
-        )  # type: ignore[operator]
-        error = (decoded - weight).double().square().sum() / weight.double().square().sum().clamp_min(1e-30)
-        node.args = (node.args[0], number, *node.args[2:])
+        lost = (qdq.decoded(graph, number) - weight).double().square().sum()
+        error = lost / weight.double().square().sum().clamp_min(1e-30)
+        set_argument(node, "weight", number)
         facts.append(
             {
-                "name": name.rpartition(".")[0] or name,
+                "name": layer,
                 "bits": grid.bits,
                 "grid": str(grid),
                 "activation_bits": 32,
@@ -66,23 +115,18 @@ def encode(
     return facts
 
 
-def chosen_layers(
-    graph: fx.GraphModule, layers: list[fx.Node], own: Mapping[fx.Node, Any]
-) -> dict[fx.Node, formats.Format]:
-    """The layers that get codes. Raises InputError where there are none."""
-    found = {node: own[node] for node in layers if own[node] is not None}
-    if not found:
-        raise InputError(
-            "no weight is left to quantise: the model has no convolution or linear layer, or ignore and weights leave none"
-        )
-    return found
-
-
 def _scaled(
-    graph: fx.GraphModule, name: str, weight: Tensor, grid: Any, rule: Any, rounder: Any, generator: torch.Generator
+    graph: fx.GraphModule,
+    name: str,
+    weight: Tensor,
+    grid: formats.Format,
+    rule: Calibration,
+    rounder: OfWeights,
+    generator: torch.Generator,
 ) -> tuple[fx.Node, Tensor]:
-    rows = formats.rows(weight, grid)
-    axis = 1 if grid.group else grid.axis
+    """The ``dequantize`` of a weight's codes, and the codes."""
+    rows, group = formats.rows(weight, grid), grid.group or 0
+    axis = 1 if group else grid.axis
     zero = torch.zeros((), dtype=grid.dtype, device=weight.device)
     if isinstance(grid, formats.Grid) and not (grid.symmetric and grid.signed):
         low, high = rows.amin(1).clamp_max(0), rows.amax(1).clamp_min(0)
@@ -91,18 +135,16 @@ def _scaled(
         zero = formats.shaped(
             torch.round(grid.qmin - low / steps).clamp(grid.qmin, grid.qmax).to(grid.dtype), weight, grid
         )
-        shifted = (
-            weight / along(scale, weight, axis, grid.group or 0) + along(zero, weight, axis, grid.group or 0).float()
-        )
+        shifted = weight / along(scale, weight, axis, group) + along(zero, weight, axis, group).float()
         codes = rounder.codes(shifted, grid, generator)
     else:
         scale = formats.shaped(rule.weight_scale(rows, grid).float().clamp_min(1e-12).expand(len(rows)), weight, grid)
-        codes = rounder.codes(weight / along(scale, weight, axis, grid.group or 0), grid, generator)
-    zero = zero if grid.group else zero.expand(scale.shape)  # ONNX wants one for each scale
+        codes = rounder.codes(weight / along(scale, weight, axis, group), grid, generator)
+    zero = zero if group else zero.expand(scale.shape)  # ONNX wants one for each scale
     stored = (("codes", codes), ("scale", scale), ("zero_point", zero))
     parts = [_constant(graph, f"{name}_{key}", value.contiguous()) for key, value in stored]
-    group = (grid.group,) if grid.group else ()
-    return graph.graph.call_function(OPERATORS.dequantize.default, (*parts, axis, *group)), codes
+    read = (*parts, axis, group) if group else (*parts, axis)
+    return graph.graph.call_function(OPERATORS.dequantize.default, read), codes
 
 
 def _block_floats(graph: fx.GraphModule, name: str, weight: Tensor, grid: formats.Fp4) -> tuple[fx.Node, Tensor]:
