@@ -35,23 +35,31 @@ KINDS = {
     "students": "rarefy.compression.students",
 }
 TASKS = "rarefy.tasks"
+# file -> the name of its choice in texts, records and saved recipes, where it is another
+ALIASES = {"rarefy.quantization.rounding.gptq_narrow": "narrow"}
 
 
 def available(kind: str) -> list[str]:
     """Names of the choices of ``kind`` that come with rarefy, sorted."""
+    return sorted(ALIASES.get(f"{KINDS[kind]}.{name}", name) for name in _files(kind))
+
+
+def _files(kind: str) -> list[str]:
     package = importlib.import_module(KINDS[kind])
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_"))
+    return [module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_")]
 
 
 def choice_class(kind: str, name: str) -> Any:
-    """The dataclass in the file ``name`` of the kind's folder."""
-    if name not in available(kind):
+    """The dataclass in the file ``name`` of the kind's folder, or in the one that has that alias."""
+    package = KINDS[kind]
+    file = next((file for file in _files(kind) if name in (file, ALIASES.get(f"{package}.{file}"))), None)
+    if file is None:
         raise InputError(
             f"{kind}: unknown choice {name!r}; have {', '.join(available(kind))}, or give package.module:Class"
         )
-    found = _class_of(KINDS[kind], name)
+    found = _class_of(package, file)
     if found is None:
-        raise InputError(f"{KINDS[kind]}.{name} must define one dataclass named like the file")
+        raise InputError(f"{package}.{file} must define one dataclass named like the file")
     return found
 
 
@@ -117,9 +125,9 @@ def describe(choice: Any) -> str:
     if isinstance(choice, str):
         return choice
     cls = type(choice)
-    name = (
-        cls.__module__.rsplit(".", 1)[1] if cls.__module__.startswith("rarefy.") else f"{cls.__module__}:{cls.__name__}"
-    )
+    name = f"{cls.__module__}:{cls.__name__}"
+    if cls.__module__.startswith("rarefy."):
+        name = ALIASES.get(cls.__module__, cls.__module__.rpartition(".")[2])
     if not dataclasses.is_dataclass(choice):
         return name
     options = [

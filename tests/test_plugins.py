@@ -67,6 +67,13 @@ def test_each_choice_is_described_as_text_that_makes_it_again(kind: str, name: s
         assert text.startswith(f"{name}:") and plugins.resolve(kind, text) == other
 
 
+def test_a_choice_whose_file_was_renamed_is_written_by_its_old_name_and_read_by_either() -> None:
+    made = plugins.resolve("rounding", "gptq_narrow:inputs=9")
+    assert made == plugins.resolve("rounding", "narrow:inputs=9")
+    assert plugins.describe(made) == "narrow:inputs=9" and type(made).__module__.endswith(".gptq_narrow")
+    assert "narrow" in plugins.available("rounding") and "gptq_narrow" not in plugins.available("rounding")
+
+
 @pytest.mark.parametrize(("kind", "name"), EVERY)
 def test_each_choice_has_one_line_of_summary(kind: str, name: str) -> None:
     line = plugins.summary(kind, name)
