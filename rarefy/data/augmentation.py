@@ -1,8 +1,10 @@
-"""Augmentation: another picture of the same thing in every epoch. What is drawn follows from seeds, never from the global random state.
+"""Augmentation: another picture of the same thing in every epoch, drawn from seeds, never from the global state.
 
-* Of files, ``crop`` is a crop of random area (from ``scale`` to 1) and aspect (3/4 to 4/3), resized (GoogLeNet's, arXiv 1409.4842); of arrays, a
-  shift of so many pixels both ways, black where it came from outside (He et al., arXiv 1512.03385). ``flip`` mirrors half of them.
-* ``erase`` leaves a square of that side, around a random point, without content: zero after normalisation (cutout, arXiv 1708.04552).
+* Of files, ``crop`` is a crop of random area (from ``scale`` to 1) and aspect (3/4 to 4/3), resized (GoogLeNet's, arXiv
+  1409.4842); of arrays, a shift of so many pixels both ways, black where it came from outside (He et al., arXiv
+  1512.03385). ``flip`` mirrors half of them.
+* ``erase`` leaves a square of that side, around a random point, without content: zero after normalisation (cutout,
+  arXiv 1708.04552).
 * ``mix`` blends a batch with itself, pictures and targets alike: mixup (arXiv 1710.09412) or cutmix (arXiv 1905.04899).
 """
 
@@ -24,7 +26,8 @@ from rarefy.errors import DataError
 class Augmentation(NamedTuple):
     """``"crop=4,flip"``.
 
-    crop: pixels of shift (None: an eighth of the image). scale: least area of a random crop of a file. erase: side of a square.
+    crop: pixels of shift (None: an eighth of the image). scale: least area of a random crop of a file. erase: side of a
+    square.
     """
 
     cropped: bool = False
@@ -57,7 +60,8 @@ def parse(text: str, who: str) -> Augmentation:
                 raise ValueError
         except ValueError as error:
             raise DataError(
-                f"{who}: augment={text!r}: {part!r} is not crop, crop=PIXELS, flip, scale=LEAST_AREA, erase=PIXELS or none"
+                f"{who}: augment={text!r}: {part!r} is not crop, crop=PIXELS, flip, scale=LEAST_AREA, "
+                "erase=PIXELS or none"
             ) from error
     if not 0 < parsed.scale <= 1 or (parsed.crop or 0) < 0:
         raise DataError(f"{who}: augment={text!r}: scale is an area above 0 and up to 1, crop a number of pixels")
@@ -65,7 +69,7 @@ def parse(text: str, who: str) -> Augmentation:
 
 
 def random_box(width: int, height: int, draw: np.random.Generator, scale: float) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of a crop of random area and aspect; the whole image's centre where ten tries do not fit."""
+    """Left, top, right, bottom of a crop of random area and aspect; the image's centre where ten tries do not fit."""
     area = width * height * draw.uniform(scale, 1, 10)
     ratio = np.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3), 10))
     widths, heights = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
@@ -110,11 +114,11 @@ def erased(inputs: Tensor, side: int, generator: torch.Generator) -> Tensor:
 def mix(
     inputs: Tensor, targets: Tensor | None, *, mixup: float, cutmix: float, seed: int, step: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Mixup or cutmix of the batch with itself backwards; where both are asked for, one of them, drawn anew in each step.
+    """Mixup or cutmix of the batch with itself backwards; of both, one is drawn anew in each step.
 
     inputs: (N, channels, H, W). targets: (N, ...) float32, as ``Task.soft`` makes them, or None.
-    mixup, cutmix: alpha of the Beta distribution that the share is drawn from; 0: not this one. What is drawn depends on (seed, step) alone.
-    Cutmix's share is that of the rectangle as cut.
+    mixup, cutmix: alpha of the Beta distribution that the share is drawn from; 0: not this one. What is drawn depends
+    on (seed, step) alone. Cutmix's share is that of the rectangle as cut.
     """
     alphas = [("mixup", mixup)] * bool(mixup) + [("cutmix", cutmix)] * bool(cutmix)
     if not alphas:

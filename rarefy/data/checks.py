@@ -2,44 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from rarefy.data.decoding import RESAMPLING
 from rarefy.data.items import Arrays, Items, Source
-from rarefy.data.normalization import Values, check_values, is_identity
+from rarefy.data.normalization import check_values, is_identity
 from rarefy.errors import DataError
 
-
-class Options(Protocol):
-    """Those of ``rarefy.data.images.ImageData``."""
-
-    @property
-    def train(self) -> object: ...
-    @property
-    def val(self) -> object: ...
-    @property
-    def size(self) -> int | None: ...
-    @property
-    def channels(self) -> int | None: ...
-    @property
-    def mean(self) -> Values: ...
-    @property
-    def std(self) -> Values: ...
-    @property
-    def crop(self) -> float: ...
-    @property
-    def interpolation(self) -> str: ...
-    @property
-    def workers(self) -> int: ...
-    @property
-    def strict(self) -> bool | None: ...
-    @property
-    def task(self) -> str: ...
+if TYPE_CHECKING:
+    from rarefy.data.images import ImageData
 
 
-def check_options(data: Options) -> None:
+def check_options(data: ImageData) -> None:
     who = data.task
     if data.train is None and data.val is None:
         raise DataError(f"{who}: neither train nor val is given; pass at least one of them")
@@ -57,7 +33,7 @@ def check_options(data: Options) -> None:
     check_values(data.mean, data.std, who)
 
 
-def check_source(data: Options, source: Source, other: Source | None) -> None:
+def check_source(data: ImageData, source: Source, other: Source | None) -> None:
     """Does the source fit the options, and the other split?"""
     if isinstance(source, Items):
         left_out = source.store.left_out if source.store is not None else None
@@ -96,7 +72,7 @@ def check_range(images: Tensor, where: str, advice: str) -> None:
 
 
 def check_unit(images: Tensor, who: str) -> None:
-    """Are the images, as they are without normalisation, in [0, 1]? Where they are not, they were normalised before they came."""
+    """Are the images in [0, 1], as they are without normalisation? If not, they were normalised before they came."""
     low, high = float(images.min()), float(images.max())
     if low < -1e-3 or high > 1 + 1e-3:
         raise DataError(

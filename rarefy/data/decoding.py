@@ -1,7 +1,7 @@
 """Decoding: the items of a source as tensors of one shape, in a DataLoader's workers.
 
-* **Evaluation.** The shorter side resized to ``size / crop``, then the centre ``size`` x ``size`` (torchvision's Resize and CenterCrop, to the
-  pixel). Arrays and tensors that a dataset yields are resized as they are.
+* **Evaluation.** The shorter side resized to ``size / crop``, then the centre ``size`` x ``size`` (torchvision's Resize
+  and CenterCrop, to the pixel). Arrays and tensors that a dataset yields are resized as they are.
 * **Training.** ``augmentation.py``, drawn from (shuffle_seed, epoch, index), whatever the number of workers.
 * **Unreadable images** are no exception here: a worker tells what is broken and why, and who asked decides.
 """
@@ -205,7 +205,10 @@ def _stacked(labels: Sequence[Target]) -> Tensor:
 
 
 class Batch(NamedTuple):
-    """images: (N, C, H, W); None where none could be read. broken: index -> which and why. refused: why these can't be one batch."""
+    """What became of a batch's items.
+
+    images: (N, C, H, W); None where none could be read. broken: index -> which and why. refused: why they can't be one.
+    """
 
     images: Tensor | None
     labels: Tensor | None
@@ -218,7 +221,8 @@ def decoded(
 ) -> Iterator[Batch]:
     """The items that each chunk names, as uint8 or float (N, C, H, W), by ``workers`` processes; 0: in this one.
 
-    seeds: (shuffle_seed, epoch) to augment from; None: as for evaluation. pinned: in memory that a GPU copies from without waiting.
+    seeds: (shuffle_seed, epoch) to augment from; None: as for evaluation. pinned: in memory that a GPU copies from
+    without waiting.
     """
     where = decoder.source.where
     loader: DataLoader[Batch] = DataLoader(
@@ -251,7 +255,7 @@ def _uninterrupted(loader: DataLoader[Batch], where: str) -> Iterator[Batch]:
 
 
 def _begin_worker(worker: int) -> None:
-    """What the process had before the fork stays shared: a collection of garbage would write to each of its objects, 40 MB a worker."""
+    """What was there before the fork stays shared: garbage collection would write to each object, 40 MB a worker."""
     gc.freeze()
     _quiet_pictures()
 

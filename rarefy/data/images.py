@@ -3,24 +3,26 @@
 Where the data comes from is in ``sources.py``. What is done to it here:
 
 * **Files, PIL images** are decoded by ``workers`` processes (``decoding.py``), and sent on as uint8.
-* **Arrays** stay uint8 in memory, and are augmented on the device, a whole batch at once. Images of another size than ``size`` are resized as they
-  are, without cropping. On a GPU they are sent there once where they take no more than a quarter of its free memory, and indexed there; else batch
-  by batch, without waiting.
-* **Augmentation** (``augmentation.py``) by the text ``augment``: ``crop`` of files is a crop of random area, of arrays a shift of so many pixels
-  (without a number an eighth of the image: 4 pixels of 32); ``flip``; ``erase=PIXELS``.
-* **Normalisation** (``normalization.py``) is the last thing. Float images must lie in [0, 1]; those that are normalised already need ``mean=0,
-  std=1`` to be said, and can't be corrupted.
+* **Arrays** stay uint8 in memory, and are augmented on the device, a whole batch at once. Images of another size than
+  ``size`` are resized as they are, without cropping. On a GPU they are sent there once where they take no more than a
+  quarter of its free memory, and indexed there; else batch by batch, without waiting.
+* **Augmentation** (``augmentation.py``) by the text ``augment``: ``crop`` of files is a crop of random area, of arrays
+  a shift of so many pixels (without a number an eighth of the image: 4 pixels of 32); ``flip``; ``erase=PIXELS``.
+* **Normalisation** (``normalization.py``) is the last thing. Float images must lie in [0, 1]; those that are normalised
+  already need ``mean=0, std=1`` to be said, and can't be corrupted.
 
-**Exact resume.** Order and augmentation of step k follow from (shuffle_seed, epoch, k) alone, so ``start=k`` goes on as if nothing had happened:
-the order is a permutation drawn from (shuffle_seed, epoch); arrays are augmented from (shuffle_seed, epoch, k), files each from (shuffle_seed, epoch,
-index), whatever the number of workers. The global random state is neither read nor changed. (A user's dataset that draws random numbers of its
-own is out of reach; pass it without augmentation.)
+**Exact resume.** Order and augmentation of step k follow from (shuffle_seed, epoch, k) alone, so ``start=k`` goes on as
+if nothing had happened: the order is a permutation drawn from (shuffle_seed, epoch); arrays are augmented from
+(shuffle_seed, epoch, k), files each from (shuffle_seed, epoch, index), whatever the number of workers. The global
+random state is neither read nor changed. (A user's dataset that draws random numbers of its own is out of reach; pass
+it without augmentation.)
 
-``limit`` takes a random subset by a fixed seed (a prefix of a sorted folder would be one class), and a larger limit contains a smaller one's.
+``limit`` takes a random subset by a fixed seed (a prefix of a sorted folder would be one class), and a larger limit
+contains a smaller one's.
 
-An image that can't be read is an error that names the first and counts the rest; with ``strict=False``, and in shards and Parquet files unless
-``strict``, such images are left out, counted, and told by ``describe()``. In training the next sound one of the batch stands in for it, so that
-batches keep their size.
+An image that can't be read is an error that names the first and counts the rest; with ``strict=False``, and in shards
+and Parquet files unless ``strict``, such images are left out, counted, and told by ``describe()``. In training the next
+sound one of the batch stands in for it, so that batches keep their size.
 """
 
 from __future__ import annotations
@@ -38,8 +40,9 @@ from rarefy.data.augmentation import Augmentation, erased, parse
 from rarefy.data.checks import check_labels, check_options, check_source, check_unit
 from rarefy.data.decoding import generator
 from rarefy.data.items import Arrays, Items, Source, Split, relabelled
-from rarefy.data.normalization import Normalization, Values, is_identity, normalization, unit
+from rarefy.data.normalization import Normalization, Values, normalization, unit
 from rarefy.data.pictures import Labelled, Pictures, Seeds
+from rarefy.data.shards import LeftOut
 from rarefy.data.sources import load
 from rarefy.data.targets import ClassIndices, Targets
 from rarefy.errors import DataError
@@ -93,8 +96,6 @@ class ImageData:
         given = {split: _named(getattr(self, split)) for split in self.splits}
         return f"{self.task.capitalize()}({', '.join(f'{split}={source!r}' for split, source in given.items())})"
 
-    # -- what there is
-
     @property
     def splits(self) -> list[Split]:
         """Those of "train" and "val" that are given."""
@@ -105,22 +106,10 @@ class ImageData:
         """The split's images, opened. Raises DataError for what is wrong with them."""
         if split not in ("train", "val"):
             raise DataError(f"{self.task}: no split {split!r}; have train and val")
-        given = getattr(self, split)
-        if given is None:
-            raise DataError(f"{self.task}: no {split} data is given; pass {split}= (imagefolder:PATH, ...)")
         if split not in self._loaded:
-            folders = _is_folder(self.train) and _is_folder(self.val)
-            if split == "val" and folders:
+            if split == "val" and _are_folders(self):
                 self.source("train")  # its class folders give the labels of both
-            shared = isinstance(given, str) and self.train == self.val
-            source = load(given, split, shared=shared, targets=self.targets)
-            other = self._loaded.get("val" if split == "train" else "train")
-            check_source(self, source, other)
-            if source.labels is not None:
-                self.targets.check(source.labels, source.where, whole=True)
-            if split == "val" and folders and other is not None and other.names and source.names:
-                source = relabelled(source, other.names)
-            self._loaded[split] = source
+            self._loaded[split] = _loaded(self, split, self._loaded.get("val" if split == "train" else "train"))
         return self._loaded[split]
 
     @functools.cached_property
@@ -149,13 +138,9 @@ class ImageData:
         """What a manifest says of the data: JSON-able, without the data."""
         splits: dict[str, object] = {}
         for split in self.splits:
-            splits[split] = {"source": _named(getattr(self, split)), "images": self.length(split)}
-            if left_out := self.unreadable(split):
-                splits[split] = {
-                    "source": _named(getattr(self, split)),
-                    "images": self.length(split),
-                    "unreadable": left_out,
-                }
+            left_out = self.unreadable(split)
+            told = {"source": _named(getattr(self, split)), "images": self.length(split)}
+            splits[str(split)] = {**told, **({"unreadable": left_out} if left_out else {})}
         return {
             "input": list(self.input_shape),
             "mean": list(self.normalization.mean),
@@ -168,10 +153,7 @@ class ImageData:
 
     def unreadable(self, split: Split) -> dict[str, object]:
         """What was left out so far: ``count``, and ``first``, by name and with why; empty if nothing was."""
-        source, met = self.source(split), self._unreadable[split]
-        left_out = source.store.left_out if isinstance(source, Items) and source.store is not None else None
-        names = [*(left_out.first if left_out else []), *(text for _, text in sorted(met.items()))]
-        return {"count": (left_out.count if left_out else 0) + len(met), "first": names[0]} if names else {}
+        return _left_out(self.source(split), self._unreadable[split])
 
     def fingerprint(self, split: Split) -> str:
         """SHA-256 of the split's files (or pixels) and labels, as hex. Reads all of it, once."""
@@ -179,8 +161,6 @@ class ImageData:
         if split not in self._fingerprints:
             self._fingerprints[split] = source.fingerprint()
         return self._fingerprints[split]
-
-    # -- what a step needs
 
     def batches(
         self,
@@ -204,17 +184,10 @@ class ImageData:
         """
         source = self.source(split)
         check_labels(source, labelled and source.labels is None and isinstance(source, Arrays))
-        indices = _indices(source, batch_size, limit)
-        if augment and len(indices) < batch_size:
-            raise DataError(
-                f"{source.where}: {len(indices)} images are less than one batch of {batch_size}; pass a smaller batch size"
-            )
-        if shuffle_seed is not None:
-            indices = _shuffled(source, indices, generator(shuffle_seed, epoch))
-        chunks = [chunk for chunk in indices.split(batch_size) if not augment or len(chunk) == batch_size]
+        chunks = _chunks(source, batch_size, limit, None if shuffle_seed is None else (shuffle_seed, epoch), augment)
         seeds = (0 if shuffle_seed is None else shuffle_seed, epoch) if augment else None
         pictures = self._pictures(split)(chunks, start, seeds, torch.device(device), labelled=labelled)
-        return self._inputs(pictures, start, seeds)
+        return _inputs(self, pictures, start, seeds)
 
     def images(
         self, split: Split, batch_size: int, *, limit: int | None = None, device: Device = "cpu"
@@ -225,14 +198,14 @@ class ImageData:
         """
         source = self.source(split)
         chunks = _indices(source, batch_size, limit).split(batch_size)
-        return self._unit(self._pictures(split)(chunks, 0, None, torch.device(device)))
+        return _unit(self, self._pictures(split)(chunks, 0, None, torch.device(device)))
 
     def inputs(
         self, split: Split, count: int, batch_size: int, seed: int = 0, device: Device = "cpu"
     ) -> Iterator[Tensor]:
-        """Yield ``count`` images (all, if there are fewer), chosen by the seed, as (N, C, H, W) float32, prepared as for evaluation.
+        """Yield ``count`` images (all, if there are fewer), chosen by the seed, prepared as for evaluation.
 
-        Needs no labels.
+        In batches (N, C, H, W) float32. Needs no labels.
         """
         source = self.source(split)
         if count < 1:
@@ -274,35 +247,39 @@ class ImageData:
     def augmentation(self) -> Augmentation:
         return parse(self.augment, self.task)
 
-    # -- inside
-
-    def _inputs(self, pictures: Iterator[Labelled], start: int, seeds: Seeds) -> Iterator[Labelled]:
-        """Normalised, and without a square of each picture where that is asked for."""
-        side = self.augmentation.erase
-        for step, (images, targets) in enumerate(pictures, start):
-            inputs = self.normalize(images)
-            yield (erased(inputs, side, generator(*seeds, step, 1)) if seeds is not None and side else inputs), targets
-
-    def _unit(self, pictures: Iterator[Labelled]) -> Iterator[Labelled]:
-        for images, targets in pictures:
-            check_unit(unit(images), repr(self))
-            yield unit(images), targets
-
     def _pictures(self, split: Split) -> Pictures:
         if split not in self._opened:
-            self._opened[split] = Pictures(
-                self.source(split),
-                self.input_shape,
-                self.augmentation,
-                crop=self.crop,
-                interpolation=self.interpolation,
-                workers=self.workers,
-                targets=self.targets,
-                normalised=is_identity(self.mean, self.std),
-                strict=self.strict,
-                unreadable=self._unreadable[split],
-            )
+            self._opened[split] = Pictures(self, self.source(split), self._unreadable[split])
         return self._opened[split]
+
+
+def _loaded(data: ImageData, split: Split, other: Source | None) -> Source:
+    """The split's source, if it fits the options and the other split, where that is loaded."""
+    given = getattr(data, split)
+    if given is None:
+        raise DataError(f"{data.task}: no {split} data is given; pass {split}= (imagefolder:PATH, ...)")
+    shared = isinstance(given, str) and data.train == data.val
+    source = load(given, split, shared=shared, targets=data.targets)
+    check_source(data, source, other)
+    if source.labels is not None:
+        data.targets.check(source.labels, source.where, whole=True)
+    if split == "val" and _are_folders(data) and other is not None and other.names and source.names:
+        return relabelled(source, other.names)
+    return source
+
+
+def _inputs(data: ImageData, pictures: Iterator[Labelled], start: int, seeds: Seeds) -> Iterator[Labelled]:
+    """Normalised, and without a square of each picture where that is asked for."""
+    side = data.augmentation.erase
+    for step, (images, targets) in enumerate(pictures, start):
+        inputs = data.normalize(images)
+        yield (erased(inputs, side, generator(*seeds, step, 1)) if seeds is not None and side else inputs), targets
+
+
+def _unit(data: ImageData, pictures: Iterator[Labelled]) -> Iterator[Labelled]:
+    for images, targets in pictures:
+        check_unit(unit(images), repr(data))
+        yield unit(images), targets
 
 
 def _shape_of(source: Source) -> tuple[int, int, int]:
@@ -330,15 +307,33 @@ def _indices(source: Source, batch_size: int, limit: int | None) -> Tensor:
     return torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:limit].sort().values
 
 
-def _shuffled(source: Source, indices: Tensor, draw: torch.Generator) -> Tensor:
-    if isinstance(source, Items):
-        return source.shuffled(indices, draw)
-    return indices[torch.randperm(len(indices), generator=draw)]
+def _chunks(
+    source: Source, batch_size: int, limit: int | None, order: tuple[int, int] | None, full: bool
+) -> list[Tensor]:
+    """Indices of each batch. order: what a random one is drawn from; full: without a last batch that is not."""
+    indices = _indices(source, batch_size, limit)
+    if full and len(indices) < batch_size:
+        raise DataError(
+            f"{source.where}: {len(indices)} images are less than one batch of {batch_size}; pass a smaller batch size"
+        )
+    if order is not None and isinstance(source, Items):
+        indices = source.shuffled(indices, generator(*order))
+    elif order is not None:
+        indices = indices[torch.randperm(len(indices), generator=generator(*order))]
+    return [chunk for chunk in indices.split(batch_size) if not full or len(chunk) == batch_size]
+
+
+def _left_out(source: Source, met: dict[int, str]) -> dict[str, object]:
+    """What the source's files hold that is no sample, and what was met since."""
+    beforehand = source.store.left_out if isinstance(source, Items) and source.store is not None else LeftOut()
+    names = [*beforehand.first, *(text for _, text in sorted(met.items()))]
+    return {"count": beforehand.count + len(met), "first": names[0]} if names else {}
 
 
 def _named(given: object) -> str:
     return given if isinstance(given, str) else f"<{type(given).__name__}>"
 
 
-def _is_folder(given: object) -> bool:
-    return isinstance(given, str) and given.startswith("imagefolder:")
+def _are_folders(data: ImageData) -> bool:
+    """Do both splits come from class folders?"""
+    return all(isinstance(given, str) and given.startswith("imagefolder:") for given in (data.train, data.val))

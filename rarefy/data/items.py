@@ -1,4 +1,4 @@
-"""What a source of images becomes: ``Arrays`` in memory, or ``Items`` that are decoded when asked for; nothing else goes on from here."""
+"""What a source of images becomes: ``Arrays`` in memory, or ``Items`` that are decoded when asked for."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _IN_MEMORY = {
 
 
 class Store(Protocol):
-    """Items that lie together in large files. blocks: (N,) int64, which of them lie together; window: see ``shards.shuffled``."""
+    """Items in large files. blocks: (N,) int64, which of them lie together; window: see ``shards.shuffled``."""
 
     labels: Tensor | None
     names: tuple[str, ...] | None
@@ -82,8 +82,10 @@ class Arrays:
 class Items:
     """Images that are decoded when asked for. labels: (N, ...) where known without decoding.
 
-    items: what a dataset yields; indices: (N,) int64, which of them. names: of the classes. targets: how labels are read.
-    store: the items again, where they lie together in large files: it knows their places, and what in the files is no item.
+    items: what a dataset yields; indices: (N,) int64, which of them. names: of the classes. targets: how labels are
+    read.
+    store: the items again, where they lie together in large files: it knows their places, and what in the files is no
+    item.
     """
 
     where: str
@@ -132,7 +134,7 @@ class Items:
             return None, None
 
     def fingerprint(self) -> str:
-        """Of the files' bytes (or the decoded pixels, where there are no files) and the labels; not of where the files lie."""
+        """Of the files' bytes (of the pixels, where there are none) and the labels; not of where the files lie."""
         if self.store is not None:
             chosen = f"{self.indices.tolist()} {self.labels.tolist() if self.labels is not None else None}"
             return hashlib.sha256(f"{self.store.fingerprint()} {chosen}".encode()).hexdigest()
@@ -164,7 +166,7 @@ def of_store(text: str, store: Store) -> Items:
 
 
 def from_object(given: Any, where: str, targets: Targets) -> Source:
-    """Arrays, a pair of them, a dataset of torchvision, or any map-style dataset. Raises DataError for anything else."""
+    """Of arrays, a pair of them, or any map-style dataset. Raises DataError for anything else."""
     if isinstance(given, Tensor | np.ndarray):
         given = (given, None)
     if isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], Tensor | np.ndarray):
@@ -185,7 +187,7 @@ def from_object(given: Any, where: str, targets: Targets) -> Source:
 
 
 def _known_labels(dataset: Any, where: str, targets: Targets) -> Tensor | None:
-    """Labels of a dataset, without decoding an image: of a list of (path, label), or where torchvision's datasets keep them."""
+    """Labels without decoding an image: of a list of (path, label), or where torchvision's datasets keep them."""
     if isinstance(dataset, list | tuple):
         paths = all(
             isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], str | Path) for item in dataset
@@ -253,7 +255,7 @@ def held_out(labels: Tensor | None, count: int, split: Split) -> Tensor:
 
 
 def relabelled(source: Source, names: Sequence[str]) -> Source:
-    """The source of a split with labels that count these class names. Raises DataError for a class that is not among them."""
+    """The source with labels that count these class names. Raises DataError for a class that is not among them."""
     place = {name: label for label, name in enumerate(names)}
     unknown = [name for name in source.names or () if name not in place]
     if unknown:

@@ -1,4 +1,4 @@
-"""Normalisation: ``(x - mean) / std`` of images x in [0, 1], a value a channel: the last thing done to an image before the model."""
+"""Normalisation: ``(x - mean) / std`` of images x in [0, 1], a value a channel; the last thing before the model."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Parquet files of images, as Hugging Face datasets are stored: a column of ``{bytes, path}`` (or of bytes) and a column of labels.
+"""Parquet files of images, as Hugging Face datasets are stored: a column of ``{bytes, path}``, or of bytes, and labels.
 
-Labels are read at once, images a row group at a time, when one of its rows is asked for; the last few row groups are kept, ``CACHE`` bytes of them a process. So
-an epoch's order keeps to few row groups at a time (``shards.shuffled``, with a window of what the cache holds), and memory does not grow with what was read.
-Class names come from the file's own description, where it has one.
+Labels are read at once, images a row group at a time, when one of its rows is asked for; the last few row groups are
+kept, ``CACHE`` bytes of them a process. So an epoch's order keeps to few row groups at a time (``shards.shuffled``,
+with a window of what the cache holds), and memory does not grow with what was read. Class names come from the file's
+own description, where it has one.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ MOST_OPEN = 16
 
 
 class Parquet:
-    """The rows of Parquet files. labels: (N,) int64 or None; blocks: (N,) int64, the row group of each; window: see ``shards.shuffled``.
+    """The rows of Parquet files.
 
-    image, label: names of the columns; None: found by type, and by the name "label". Raises DataError for a file that has none, or is none.
+    labels: (N,) int64 or None; blocks: (N,) int64, the row group of each; window: see ``shards.shuffled``.
+    image, label: names of the columns; None: found by type, and by the name "label". Raises DataError for a file that
+    has none, or is none.
     """
 
     def __init__(self, where: str, files: Sequence[str], image: str | None = None, label: str | None = None):
@@ -49,7 +52,8 @@ class Parquet:
                 about = opened.metadata.row_group(group)
                 if about.total_byte_size > MOST_IN_A_GROUP:
                     raise DataError(
-                        f"{file}: row group {group} takes {about.total_byte_size:,} bytes; write the file with row_group_size=1000 or so"
+                        f"{file}: row group {group} takes {about.total_byte_size:,} bytes; "
+                        "write the file with row_group_size=1000 or so"
                     )
                 groups.append((index, group, row))
                 counts.append(about.num_rows)
@@ -109,7 +113,10 @@ class Parquet:
             try:
                 self._opened[key] = parquet.ParquetFile(self.files[index])
             except (pyarrow.ArrowException, OSError) as error:
-                raise DataError(f"{self.files[index]}: is no Parquet file that can be read ({plain(str(error))}); restore it or take it off the list") from error  # fmt: skip
+                raise DataError(
+                    f"{self.files[index]}: is no Parquet file that can be read ({plain(str(error))}); "
+                    "restore it or take it off the list"
+                ) from error
         return self._opened[key]
 
     def _column(self, block: int) -> Any:
@@ -142,7 +149,8 @@ def _image_column(file: str, schema: Any, asked: str | None) -> str:
         raise DataError(f"{file}: {asked!r} is no column of images; have {', '.join(fit) or 'none'}")
     if asked is None and len(fit) != 1:
         raise DataError(
-            f"{file}: has {len(fit)} columns of bytes ({', '.join(fit) or ', '.join(schema.names)}); name that of the images with ?image=NAME"
+            f"{file}: has {len(fit)} columns of bytes ({', '.join(fit) or ', '.join(schema.names)}); "
+            "name that of the images with ?image=NAME"
         )
     return asked or str(fit[0])
 
@@ -155,7 +163,8 @@ def _label_column(file: str, schema: Any, asked: str | None) -> str | None:
         raise DataError(f"{file}: {asked!r} is no column of whole numbers; have {', '.join(fit) or 'none'}")
     if asked is None and len(fit) > 1 and "label" not in fit:
         raise DataError(
-            f"{file}: has {len(fit)} columns of whole numbers ({', '.join(fit)}); name that of the labels with ?label=NAME"
+            f"{file}: has {len(fit)} columns of whole numbers ({', '.join(fit)}); "
+            "name that of the labels with ?label=NAME"
         )
     return asked or ("label" if "label" in fit else fit[0] if fit else None)
 

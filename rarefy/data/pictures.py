@@ -1,22 +1,25 @@
-"""Pictures: the images of a split, batch by batch, of the model's size and channels, augmented, before they are normalised."""
+"""Pictures: a split's images, batch by batch, of the model's size and channels, augmented, not yet normalised."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from rarefy.data.augmentation import Augmentation, shifted
+from rarefy.data.augmentation import shifted
 from rarefy.data.checks import check_labels, check_range
 from rarefy.data.decoding import MOST_SCANNED, RESAMPLING, Decoder, all_broken, decoded, generator, resized
 from rarefy.data.items import Arrays, Items, Source
-from rarefy.data.targets import Targets
+from rarefy.data.normalization import is_identity
 from rarefy.data.transfer import sent
 from rarefy.errors import DataError
+
+if TYPE_CHECKING:
+    from rarefy.data.images import ImageData
 
 Labelled = tuple[Tensor, Any]  # images, and their targets; None where the data has none
 Seeds = tuple[int, int] | None  # (shuffle_seed, epoch) to augment from; None: as for evaluation
@@ -24,21 +27,11 @@ Seeds = tuple[int, int] | None  # (shuffle_seed, epoch) to augment from; None: a
 
 @dataclass(frozen=True, eq=False)
 class Pictures:
-    """A source with what is done to its images; see ``rarefy.data.images.ImageData``.
+    """A split's source, and the data whose options say what to do. unreadable: index -> which and why, filled in here."""
 
-    shape: (C, H, W) of what comes out. normalised: are float images allowed to leave [0, 1]? unreadable: index -> which and why, filled in here.
-    """
-
+    data: ImageData
     source: Source
-    shape: tuple[int, int, int]
-    augmentation: Augmentation
-    crop: float
-    interpolation: str
-    workers: int
-    targets: Targets
-    normalised: bool
-    strict: bool | None
-    unreadable: dict[int, str]
+    unreadable: dict[int, str] = field(default_factory=dict)
     _placed: dict[torch.device, Arrays] = field(default_factory=dict, init=False)
 
     def __call__(
@@ -56,17 +49,17 @@ class Pictures:
     def _of_arrays(
         self, source: Arrays, chunks: Sequence[Tensor], start: int, seeds: Seeds, device: torch.device
     ) -> Iterator[Labelled]:
-        channels, height, width = self.shape
+        channels, height, width = self.data.input_shape
         for step, chunk in enumerate(chunks[start:], start):
             places = sent(chunk, source.images.device)
             images = sent(source.images[places].contiguous(), device)
             targets = None if source.labels is None else sent(source.labels[places], device)
             if seeds is not None:
-                images = shifted(images, self.augmentation, generator(*seeds, step)).contiguous()
+                images = shifted(images, self.data.augmentation, generator(*seeds, step)).contiguous()
             if images.shape[1] != channels:
                 images = images.expand(-1, channels, -1, -1)
             if images.shape[2:] != (height, width):
-                images = resized(images, (height, width), self.interpolation)
+                images = resized(images, (height, width), self.data.interpolation)
             yield images, targets
 
     def _resident(self, source: Arrays, device: torch.device) -> Arrays:
@@ -81,8 +74,9 @@ class Pictures:
     def _of_items(
         self, source: Items, chunks: Sequence[Tensor], start: int, seeds: Seeds, device: torch.device
     ) -> Iterator[Labelled]:
-        decoder = Decoder(source, self.shape, self.crop, RESAMPLING[self.interpolation], self.augmentation)
-        batches = decoded(decoder, chunks[start:], seeds, self.workers, device.type == "cuda")
+        data = self.data
+        decoder = Decoder(source, data.input_shape, data.crop, RESAMPLING[data.interpolation], data.augmentation)
+        batches = decoded(decoder, chunks[start:], seeds, data.workers, device.type == "cuda")
         for step, batch in enumerate(batches, start):
             if batch.broken:
                 self._tell(source, batch.broken)
@@ -93,21 +87,22 @@ class Pictures:
             elif seeds is not None:  # a step less would end the epoch before it was announced to
                 first = min(batch.broken.items())[1]
                 raise DataError(
-                    f"{source.where}: none of the images of step {step} can be read, the first is {first}; mend the data"
+                    f"{source.where}: none of the images of step {step} can be read, the first is {first}; "
+                    "mend the data"
                 )
 
     def _checked(self, source: Items, images: Tensor, labels: Tensor | None, device: torch.device) -> Labelled:
         """A batch on the device, if it is what it should be."""
         if labels is not None:
-            self.targets.check(labels, source.where)
-        if not self.normalised:
+            self.data.targets.check(labels, source.where)
+        if not is_identity(self.data.mean, self.data.std):
             check_range(images, source.where, "yield uint8 or [0, 1], or")
         targets = None if labels is None else labels.to(device, non_blocking=True)
         return images.to(device, non_blocking=True), targets
 
     def _tell(self, source: Items, broken: dict[int, str]) -> None:
         """Refuse what can't be read, or note that it is left out."""
-        if self.strict or (self.strict is None and source.store is None):
+        if self.data.strict or (self.data.strict is None and source.store is None):
             broken = all_broken(source) or broken
             seen, first = min(len(source), MOST_SCANNED), min(broken.items())[1]
             raise DataError(

@@ -1,17 +1,20 @@
-"""Tar shards: ``key.jpg`` and ``key.cls`` side by side in ``train-000000.tar`` ... (the layout of webdataset), read where they lie.
+"""Tar shards: ``key.jpg`` and ``key.cls`` side by side in ``train-000000.tar`` ..., read where they lie.
 
-Each shard's headers are walked once, which gives place, size and label of every sample: 24 bytes a sample. From then on an image is one read at a
-known place. So the number of images is exact, an epoch's order is a permutation computed before anything is read, step k begins without the
-steps before it, and memory does not grow with what was read. The order keeps to the shards (``shuffled``): a slow or far disk is read nearly in sequence.
+The layout is webdataset's. Each shard's headers are walked once, which gives place, size and label of every sample: 24
+bytes a sample. From then on an image is one read at a known place. So the number of images is exact, an epoch's order
+is a permutation computed before anything is read, step k begins without the steps before it, and memory does not grow
+with what was read. The order keeps to the shards (``shuffled``): a slow or far disk is read nearly in sequence.
 
     shards in random order  ─▶  cut into windows of WINDOW samples  ─▶  random order in each
 
-Nothing is extracted: names only pair image with label, so links, devices and paths that lead elsewhere do nothing. Every size is checked against the file's
-before it is believed. What is no sample (a damaged header, a link, an image without a label) is left out, counted, and the first are named; after damage,
-reading goes on at the next sound header. The headers are parsed by ``tarfile`` of the standard library; the ``webdataset`` package would give a stream, whose
+Nothing is extracted: names only pair image with label, so links, devices and paths that lead elsewhere do nothing.
+Every size is checked against the file's before it is believed. What is no sample (a damaged header, a link, an image
+without a label) is left out, counted, and the first are named; after damage, reading goes on at the next sound header.
+The headers are parsed by ``tarfile`` of the standard library; the ``webdataset`` package would give a stream, whose
 length is unknown, whose resume reads again what was read, and which unpickles members called ``.pkl`` or ``.pyd``.
 
-Given up: compressed tars (a place in them can't be read alone), and the seconds of the walk: about 10 microseconds a member.
+Given up: compressed tars (a place in them can't be read alone), and the seconds of the walk: about 10 microseconds a
+member.
 """
 
 from __future__ import annotations
@@ -58,7 +61,10 @@ class LeftOut:
 
 
 class Shards:
-    """The samples of tar files. labels: (N,) int64 or None; blocks: (N,) int64, the shard of each; window: see ``shuffled``."""
+    """The samples of tar files.
+
+    labels: (N,) int64 or None; blocks: (N,) int64, the shard of each; window: see ``shuffled``.
+    """
 
     window = WINDOW
 
@@ -71,7 +77,7 @@ class Shards:
                 offset.append(sample.offset)
                 size.append(sample.size)
                 label.append(sample.label)
-        found = [torch.from_numpy(np.frombuffer(one, dtype=np.int64).copy()) if one else torch.zeros(0, dtype=torch.int64) for one in (shard, offset, size, label)]  # fmt: skip
+        found = [torch.from_numpy(np.array(one, dtype=np.int64)) for one in (shard, offset, size, label)]
         self.labels: Tensor | None = None
         self.names: tuple[str, ...] | None = None
         if bool((found[3] >= 0).any()):  # else none has one
@@ -117,9 +123,10 @@ class Shards:
 
 
 def shuffled(blocks: Tensor, window: int, generator: torch.Generator) -> Tensor:
-    """A permutation of samples that lie in these blocks: blocks in random order, then samples within windows of that order.
+    """A permutation of samples that lie in these blocks.
 
-    blocks: (N,) int64. Each epoch's windows begin elsewhere, so that neighbours change.
+    Blocks in random order, then samples within windows of that order. blocks: (N,) int64. Each epoch's windows begin
+    elsewhere, so that neighbours change.
     """
     _, block = blocks.unique(return_inverse=True)
     turn = torch.randperm(int(block.max()) + 1 if len(block) else 0, generator=generator)[block]
@@ -131,15 +138,16 @@ def shuffled(blocks: Tensor, window: int, generator: torch.Generator) -> Tensor:
 
 
 def files_of(text: str, rest: str, split: str, suffix: str) -> tuple[list[str], bool]:
-    """The files that ``rest`` names: one, a folder's, ``a-{000..099}.tar``, or ``a-*.tar``; and: were they chosen by the split's name?
+    """The files that ``rest`` names; and: were they chosen by the split's name?
 
-    Raises DataError where there is none.
+    One, a folder's, ``a-{000..099}.tar``, or ``a-*.tar``. Raises DataError where there is none.
     """
     path = Path(rest).expanduser()
     divided = False
     if path.is_dir():
         found = sorted(str(one) for one in path.rglob(f"*{suffix}") if not one.name.startswith("."))
-        named = {word: [one for one in found if re.match(rf"{word}(?![a-zA-Z])", Path(one).name)] for words in _SPLITS.values() for word in words}  # fmt: skip
+        words = [word for of_split in _SPLITS.values() for word in of_split]
+        named = {word: [one for one in found if re.match(rf"{word}(?![a-zA-Z])", Path(one).name)] for word in words}
         of = {one: next((named[word] for word in words if named[word]), []) for one, words in _SPLITS.items()}
         if of["train"] and of["val"]:
             found, divided = of[split], True
@@ -147,7 +155,8 @@ def files_of(text: str, rest: str, split: str, suffix: str) -> tuple[list[str], 
         found = [one for part in _braces(str(path)) for one in (sorted(glob.glob(part)) or [part])]
     missing = next((one for one in found if not os.path.isfile(one)), None)
     if missing is not None or not found:
-        raise DataError(f"{text}: {f'{missing}: no such file' if missing else f'no *{suffix} in that folder'}; give a folder, a-{{000..099}}{suffix}, or a-*{suffix}")  # fmt: skip
+        what = f"{missing}: no such file" if missing else f"no *{suffix} in that folder"
+        raise DataError(f"{text}: {what}; give a folder, a-{{000..099}}{suffix}, or a-*{suffix}")
     return found, divided
 
 
@@ -192,7 +201,10 @@ def _samples(file: str, left_out: LeftOut) -> Iterator[_Sample]:
                 or start[:6] == b"\xfd7zXZ\x00"
                 or start[:4] == b"\x28\xb5\x2f\xfd"
             ):
-                raise DataError(f"{file}: is compressed, so no place in it can be read alone; unpack it to a plain .tar (images are compressed already)")  # fmt: skip
+                raise DataError(
+                    f"{file}: is compressed, so no place in it can be read alone; "
+                    "unpack it to a plain .tar (images are compressed already)"
+                )
             read = _reader(opened)
             for key, members in itertools.groupby(
                 _members(file, length, read, left_out), key=lambda member: _key(member.name)[0]
@@ -266,7 +278,10 @@ def _members(file: str, length: int, read: Callable[[int, int], bytes], left_out
 
 
 def _parsed(header: bytes) -> _Member:
-    """Name, kind and size as a header says; tarfile is asked where it is not of the plainest kind, because it takes five times as long."""
+    """Name, kind and size as a header says.
+
+    tarfile is asked where it is not of the plainest kind, because it takes five times as long.
+    """
     checked = header[148:154]
     simple = len(header) == BLOCK and header[345] == 0 and checked.isdigit() and header[124:135].isdigit()
     if simple and int(checked, 8) == sum(header) - sum(header[148:156]) + 256:

@@ -1,4 +1,4 @@
-"""Where images come from: text, arrays or a dataset become ``Arrays`` or ``Items`` (``items.py``), and nothing else goes on from here.
+"""Where images come from: text, arrays or a dataset become ``Arrays`` or ``Items`` (``items.py``).
 
 =================================  ==============================================================================
 ``FORM:...``                       a file of ``formats/`` reads it: ``imagefolder:PATH``, ``images:PATH``,
@@ -12,10 +12,11 @@ a map-style dataset                items are (image, label) or image; an image i
                                    (H, W[, C]) array or a (C, H, W) tensor
 =================================  ==============================================================================
 
-A text source that knows no splits and is named for both ``train`` and ``val`` is cut in two: a fifth of each class, chosen by a fixed seed, is
-for validation (``sklearn:digits`` always is). Arrays stay as they are (uint8 stays uint8, nothing is copied); items are decoded when asked for. A
-folder of shards is divided by its files' names, if they begin with ``train`` and ``val`` (or a word like it). Hidden files and folders are
-passed over, which torchvision's ImageFolder does not.
+A text source that knows no splits and is named for both ``train`` and ``val`` is cut in two: a fifth of each class,
+chosen by a fixed seed, is for validation (``sklearn:digits`` always is). Arrays stay as they are (uint8 stays uint8,
+nothing is copied); items are decoded when asked for. A folder of shards is divided by its files' names, if they begin
+with ``train`` and ``val`` (or a word like it). Hidden files and folders are passed over, which torchvision's
+ImageFolder does not.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Targets: what a data set says of each image, as the task wants it: class indices (0, 1, ...), or numbers.
 
-Shards, Parquet files and class folders hold class indices. Arrays and datasets hold what their author put there, and are read by what is here.
+Shards, Parquet files and class folders hold class indices. Arrays and datasets hold what their author put there, and
+are read by what is here.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class ClassIndices:
 
 @dataclass(frozen=True)
 class Numbers:
-    """Finite numbers, one or several an image, as float32: to be estimated, or 0 and 1 where several things may be true at once."""
+    """Finite numbers, one or several an image, as float32; 0 and 1 where several things may be true at once."""
 
     def of_all(self, given: object, count: int, where: str) -> Tensor:
         try:

@@ -78,7 +78,7 @@ def certify(
 
 
 def readers_of(runtime: Runtime | str, also: Sequence[Runtime | str]) -> dict[str, Runtime]:
-    """The runtimes of a certificate by name, the one that wrote the file first. Raises InputError for one of other files."""
+    """The runtimes of a certificate by name, the file's writer first. Raises InputError for one of other files."""
     writer: Runtime = plugins.resolve("runtimes", runtime)
     chosen: list[Runtime] = [writer, *(plugins.resolve("runtimes", one) for one in also)]
     readers = {plugins.describe(one): one for one in chosen}

@@ -1,8 +1,8 @@
 """Ten of the corruptions of ImageNet-C, on whole batches: how a classifier does on images that are not clean.
 
-Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations", arXiv 1903.12261.
-Each has five severities. The constants are the authors': those of ImageNet-C for images whose shorter side is at least 64, those
-of CIFAR-10-C below. With x in [0, 1] and constants c (or c, d), clipped to [0, 1] at the end::
+Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations", arXiv
+1903.12261. Each has five severities. The constants are the authors': those of ImageNet-C for images whose shorter side
+is at least 64, those of CIFAR-10-C below. With x in [0, 1] and constants c (or c, d), clipped to [0, 1] at the end::
 
     gaussian_noise   x + c n,              n ~ Normal(0, 1)
     shot_noise       Poisson(c x) / c
@@ -15,12 +15,12 @@ of CIFAR-10-C below. With x in [0, 1] and constants c (or c, d), clipped to [0, 
     pixelate         averaged down to c times the size, and repeated up again
     jpeg             JPEG at quality c
 
-What differs from ImageNet-C, so that the numbers are comparable with each other and not with published ones: the images are those
-the model takes (ImageNet-C corrupts, then saves at 224x224, at JPEG quality 85); the blur's sigma shrinks with the image above 64
-pixels (it is stated for 224); fog is a sum of octaves of noise instead of a diamond-square fractal; JPEG is the transform, the
-quantisation and the chroma subsampling in tensors, without the entropy code, which loses nothing, and without rounding to
-integers in between. Left out: what needs pictures (frost), loops over pixels (glass), or an image library (motion, zoom, snow,
-spatter, elastic).
+What differs from ImageNet-C, so that the numbers are comparable with each other and not with published ones: the images
+are those the model takes (ImageNet-C corrupts, then saves at 224x224, at JPEG quality 85); the blur's sigma shrinks
+with the image above 64 pixels (it is stated for 224); fog is a sum of octaves of noise instead of a diamond-square
+fractal; JPEG is the transform, the quantisation and the chroma subsampling in tensors, without the entropy code, which
+loses nothing, and without rounding to integers in between. Left out: what needs pictures (frost), loops over pixels
+(glass), or an image library (motion, zoom, snow, spatter, elastic).
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ class Corruption(NamedTuple):
 def corrupt(images: Tensor, name: str, severity: int, generator: torch.Generator | int = 0) -> Tensor:
     """``images``, corrupted: the same shape, dtype and device.
 
-    images: (N, C, H, W), uint8, or float in [0, 1]. severity: 1 to 5. generator: of the CPU, or a seed; the same one gives the
-    same images on every device. Raises InputError for an unknown name or severity, or images it is not defined for.
+    images: (N, C, H, W), uint8, or float in [0, 1]. severity: 1 to 5. generator: of the CPU, or a seed; the same one
+    gives the same images on every device. Raises InputError for an unknown name or severity, or images it is not
+    defined for.
     """
     if name not in CORRUPTIONS:
         raise InputError(f"corruption: unknown name {name!r}; have {', '.join(CORRUPTIONS)}")
@@ -118,7 +119,7 @@ def _saturate(images: Tensor, constants: tuple[float, float], generator: torch.G
     factor, shift = constants
     value, least = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
     spread = value - least
-    # A channel is value * (1 - saturation * part), part in [0, 1] given by the hue alone; a grey pixel's hue counts as red.
+    # A channel is value * (1 - saturation * part), part in [0, 1] given by the hue alone; a grey pixel counts as red.
     red = images.new_tensor([0.0, 1.0, 1.0]).view(1, 3, 1, 1)
     part = torch.where(spread > 0, (value - images) / spread.clamp(min=1e-12), red)
     saturation = (spread / value.clamp(min=1e-12) * factor + shift).clamp(0, 1)

@@ -1,11 +1,11 @@
 """evaluate(): how good a model is on a task, how sure that is, and how much worse than its reference.
 
-One pass over the data: a batch is decoded once and every model runs on it, so all numbers are of the same images, and differences are paired.
-What is counted is the task's metric (``rarefy/tasks/metric.py``; of a classifier top-1, ``rarefy/tasks/metrics/accuracy.py``): nothing here
-knows how outputs are read.
+One pass over the data: a batch is decoded once and every model runs on it, so all numbers are of the same images, and
+differences are paired. What is counted is the task's metric (``rarefy/tasks/metric.py``; of a classifier top-1,
+``rarefy/tasks/metrics/accuracy.py``): nothing here knows how outputs are read.
 
-**Robustness**: the metric under corruptions (``corruptions.py``) at severities 1, 3, 5. They change the image as it is; normalisation is the last
-thing before the model.
+**Robustness**: the metric under corruptions (``corruptions.py``) at severities 1, 3, 5. They change the image as it is;
+normalisation is the last thing before the model.
 """
 
 from __future__ import annotations
@@ -49,10 +49,11 @@ def evaluate(
 ) -> Evaluation:
     """Judge ``model`` on ``task``, and against ``reference`` where one is given.
 
-    model, reference: modules, or callables from (N, C, H, W) float32 to outputs, such as a runtime's session. Modules are run in eval mode and left
-    as they were; where ``device`` is not the module's, a copy is moved.
+    model, reference: modules, or callables from (N, C, H, W) float32 to outputs, such as a runtime's session. Modules
+    are run in eval mode and left as they were; where ``device`` is not the module's, a copy is moved.
     split: "train" or "val". batch_size: images a run of the model. limit: so many images only.
-    corruptions: names, or "all" that the images' channels allow; they depend on the seed and the batch size. severities: of 1 to 5.
+    corruptions: names, or "all" that the images' channels allow; they depend on the seed and the batch size.
+    severities: of 1 to 5.
     device: None is the model's own; callables get their inputs there, or on the CPU where none is given.
     Raises DataError where model and data do not fit, InputError for unknown corruptions.
     """
@@ -132,7 +133,8 @@ class _Runner:
         except (RuntimeError, ValueError, TypeError) as error:
             why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
             raise DataError(
-                f"{who}: can't be run on inputs of shape {tuple(inputs.shape)} ({why}); does the task's size or channels fit the model?"
+                f"{who}: can't be run on inputs of shape {tuple(inputs.shape)} ({why}); "
+                "does the task's size or channels fit the model?"
             ) from error
 
 

@@ -15,11 +15,13 @@ Robustness = Mapping[str, Mapping[int, float]]  # {corruption: {severity: the me
 class Evaluation:
     """What ``evaluate`` found. Shares are fractions of 1.
 
-    value, interval: the metric and its 95 % interval. samples: images it rests on. metric: its name ("top1"); label: as people write it;
+    value, interval: the metric and its 95 % interval. samples: images it rests on. metric: its name ("top1"); label: as
+    people write it;
     unit: "%" for shares; better: "higher" or "lower". text: all of the metric in a line.
     details: what else the metric tells; each is an attribute too, such as ``top5`` and ``worst_class`` of a classifier.
-    agreement, drop: against the reference, or None; drop is {"value", "interval", ...}, positive where the model is worse; of a classifier
-    "lost" and "gained" are the numbers of images only the reference and only the model gets right, "worst_class" the class that lost most.
+    agreement, drop: against the reference, or None; drop is {"value", "interval", ...}, positive where the model is
+    worse; of a classifier "lost" and "gained" are the numbers of images only the reference and only the model gets
+    right, "worst_class" the class that lost most.
     robustness: {corruption: {severity: value}}. reference: the reference's own evaluation on the same images, or None.
     warnings: what makes the numbers worthless, such as a model without its weights.
     """

@@ -1,16 +1,18 @@
 """measure(): what a model costs: parameters, MACs, bytes on disk, latency on the runtime that will run it, memory.
 
-**Latency** is compared, not listed: all models take turns in one run (``rarefy/deployment/latency.py``), and how many times faster a model is
-than the first one is the median over rounds of the ratio *within* a round. ``repeats`` is the number of rounds that no other process disturbed.
+**Latency** is compared, not listed: all models take turns in one run (``rarefy/deployment/latency.py``), and how many
+times faster a model is than the first one is the median over rounds of the ratio *within* a round. ``repeats`` is the
+number of rounds that no other process disturbed.
 
-**Threads** are one unless the runtime (``"onnxruntime:threads=4"``) or the caller says otherwise; the number used is part of the result.
+**Threads** are one unless the runtime (``"onnxruntime:threads=4"``) or the caller says otherwise; the number used is
+part of the result.
 
-**Bytes** are those of ``weights.safetensors`` as ``save`` writes it. **Parameters** are the numbers the model has learned, also where they are
-stored as integer codes. **MACs** are those of ``rarefy/graph/macs.py``, for one sample.
+**Bytes** are those of ``weights.safetensors`` as ``save`` writes it. **Parameters** are the numbers the model has
+learned, also where they are stored as integer codes. **MACs** are those of ``rarefy/graph/macs.py``, for one sample.
 
-**Peak memory** is that of a fresh process: its highest resident memory while it opens the exported file and runs it three times, less what it
-held just before, with all libraries loaded. It contains the runtime's buffers and the weights, not the libraries. None where the system
-doesn't tell.
+**Peak memory** is that of a fresh process: its highest resident memory while it opens the exported file and runs it
+three times, less what it held just before, with all libraries loaded. It contains the runtime's buffers and the
+weights, not the libraries. None where the system doesn't tell.
 """
 
 from __future__ import annotations
@@ -71,13 +73,15 @@ def measure(
 ) -> dict[str, Measurement]:
     """Cost of each model, by name; latencies from one run in which all take turns.
 
-    models: graphs of the same inputs, by name; speedups are against the first. runtime: that runs them; threads: of one operator, see above.
-    batch: samples a run. repeats: rounds; None: as many as 4 seconds hold, 30 to 400. warmup: runs of each before anything counts.
+    models: graphs of the same inputs, by name; speedups are against the first. runtime: that runs them; threads: of one
+    operator, see above.
+    batch: samples a run. repeats: rounds; None: as many as 4 seconds hold, 30 to 400. warmup: runs of each before
+    anything counts.
     memory: measure the peak memory too, in a process of its own.
     folder: where the exported files stay; None: they are temporary. seed: of the random inputs.
 
-    ``{name: {"parameters", "macs", "size_bytes", "peak_memory_bytes", "latency_ms": {"median", "low", "high", "batch", "threads", "runtime",
-    "repeats"}, "speedup": {"median", "low", "high"}}}``: low and high are quartiles.
+    ``{name: {"parameters", "macs", "size_bytes", "peak_memory_bytes", "latency_ms": {"median", "low", "high", "batch",
+    "threads", "runtime", "repeats"}, "speedup": {"median", "low", "high"}}}``: low and high are quartiles.
     Raises InputError for no model, models of different inputs, or what the runtime can't run.
     """
     _check_models(models)
@@ -139,9 +143,9 @@ def weight_bytes(graph: fx.GraphModule) -> int:
 def peak_memory(
     file: str | os.PathLike[str], example: Tensor, *, runtime: Runtime | str = "onnxruntime", timeout: float = 600.0
 ) -> int | None:
-    """Bytes that a fresh process takes to open ``file`` and run it on inputs like ``example``; None where the system does not tell.
+    """Bytes that a fresh process takes to open ``file`` and run it on inputs like ``example``.
 
-    Raises InputError where that process fails.
+    None where the system does not tell. Raises InputError where that process fails.
     """
     asked = [plugins.describe(runtime), os.fspath(file), json.dumps([list(example.shape), dtype_name(example.dtype)])]
     place = str(Path(__file__).resolve().parents[2])

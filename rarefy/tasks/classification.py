@@ -1,40 +1,26 @@
 """Classification: each image is of one class; cross-entropy is minimised, and models are judged by top-1.
 
-Images come from ``rarefy.data.images.ImageData``, which says what is done to them, and are read as class indices; the metric is
-``metrics/accuracy.py``.
+Images come from ``rarefy.data.images.ImageData``, which says what is done to them, and are read as class indices; the
+metric is ``metrics/accuracy.py``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypedDict, Unpack
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rarefy.data.images import ImageData, Labelled
-from rarefy.data.items import Items, Split
+from rarefy.data.images import ImageData
+from rarefy.data.items import Items
 from rarefy.data.normalization import Values
 from rarefy.data.targets import ClassIndices
 from rarefy.errors import DataError
 from rarefy.tasks.metric import Outputs
 from rarefy.tasks.metrics.accuracy import Accuracy
-
-
-class BatchOptions(TypedDict, total=False):
-    """Of ``batches``; see ``rarefy.data.images.ImageData``."""
-
-    limit: int | None
-    shuffle_seed: int | None
-    augment: bool
-    epoch: int
-    start: int
-    device: torch.device | str
-    labelled: bool
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -83,21 +69,9 @@ class Classification:
 
     @functools.cached_property
     def data(self) -> ImageData:
-        return ImageData(
-            train=self.train,
-            val=self.val,
-            size=self.size,
-            channels=self.channels,
-            mean=self.mean,
-            std=self.std,
-            crop=self.crop,
-            augment=self.augment,
-            interpolation=self.interpolation,
-            workers=self.workers,
-            strict=self.strict,
-            targets=ClassIndices(self.class_count),
-            task=self.name,
-        )
+        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        targets = ClassIndices(options.pop("class_count"))
+        return ImageData(**options, targets=targets, task=self.name)
 
     def loss(self, outputs: Outputs, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Mean cross-entropy. outputs: logits (N, classes); targets: int64 (N,), or probabilities (N, classes).
@@ -141,7 +115,7 @@ class Classification:
 
     @functools.cached_property
     def classes(self) -> int:
-        """Number of classes: as given, or of the folders, or the largest label + 1. Raises DataError where no split has labels."""
+        """How many: as given, or of the folders, or the largest label + 1. Raises DataError without labels."""
         if self.class_count is not None:
             return self.class_count
         names = self.class_names
@@ -168,44 +142,15 @@ class Classification:
             )
         return max(highest)
 
-    # -- the data, as ``rarefy.data.images.ImageData`` tells it
-
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of what ``batches`` yields."""
-        return self.data.input_shape
-
-    def length(self, split: Split) -> int:
-        return self.data.length(split)
-
-    def steps(self, split: Split, batch_size: int, *, limit: int | None = None, augment: bool = False) -> int:
-        return self.data.steps(split, batch_size, limit=limit, augment=augment)
-
-    def labelled(self, split: Split) -> bool:
-        return self.data.labelled(split)
-
-    def unreadable(self, split: Split) -> dict[str, object]:
-        return self.data.unreadable(split)
-
-    def fingerprint(self, split: Split) -> str:
-        return self.data.fingerprint(split)
-
-    def batches(self, split: Split, batch_size: int, **options: Unpack[BatchOptions]) -> Iterator[Labelled]:
-        return self.data.batches(split, batch_size, **options)
-
-    def rows(
-        self, split: Split, batch_size: int, *, shuffle_seed: int | None = None, epoch: int = 0
-    ) -> Sequence[Tensor] | None:
-        return self.data.rows(split, batch_size, shuffle_seed=shuffle_seed, epoch=epoch)
-
-    def inputs(
-        self, split: Split, count: int, batch_size: int, seed: int = 0, device: torch.device | str = "cpu"
-    ) -> Iterator[Tensor]:
-        return self.data.inputs(split, count, batch_size, seed, device)
-
-    def normalize(self, images: Tensor) -> Tensor:
-        return self.data.normalize(images)
-
-    def denormalize(self, inputs: Tensor) -> Tensor:
-        """Back to images in [0, 1]. Raises DataError if the inputs never were that."""
-        return self.data.denormalize(inputs)
+    # What the data tells and yields, for who asks the task.
+    input_shape = property(lambda self: self.data.input_shape)
+    length = property(lambda self: self.data.length)
+    steps = property(lambda self: self.data.steps)
+    labelled = property(lambda self: self.data.labelled)
+    unreadable = property(lambda self: self.data.unreadable)
+    fingerprint = property(lambda self: self.data.fingerprint)
+    batches = property(lambda self: self.data.batches)
+    rows = property(lambda self: self.data.rows)
+    inputs = property(lambda self: self.data.inputs)
+    normalize = property(lambda self: self.data.normalize)
+    denormalize = property(lambda self: self.data.denormalize)

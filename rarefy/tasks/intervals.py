@@ -4,9 +4,10 @@
 
     centre (p + z^2/2n) / (1 + z^2/n),   half (z / (1 + z^2/n)) sqrt(p (1-p)/n + z^2/4n^2)
 
-**A paired difference.** With b images only the reference gets right and c only the model, drop = (b - c) / n: positive is worse. Its interval
-is Bonett and Price's (J. Educ. Behav. Stat. 37, 2012), recommended by Fagerland et al. (Stat. Med. 33, 2014): Wald's after one image is added
-to b and to c, so it stays honest where no image is judged differently (then +-2.8/n)::
+**A paired difference.** With b images only the reference gets right and c only the model, drop = (b - c) / n: positive
+is worse. Its interval is Bonett and Price's (J. Educ. Behav. Stat. 37, 2012), recommended by Fagerland et al. (Stat.
+Med. 33, 2014): Wald's after one image is added to b and to c, so it stays honest where no image is judged differently
+(then +-2.8/n)::
 
     b' = (b+1)/(n+2),  c' = (c+1)/(n+2):   b' - c'  +-  z sqrt((b' + c' - (b' - c')^2) / (n+2))
 """
@@ -29,7 +30,7 @@ def wilson(successes: int, samples: int) -> tuple[float, float]:
 
 
 def paired_drop(lost: int, gained: int, samples: int) -> tuple[float, tuple[float, float]]:
-    """Drop and its 95 % interval: ``lost`` images only the reference gets right, ``gained`` only the model, of ``samples``."""
+    """Drop and its 95 % interval. lost: images only the reference gets right; gained: only the model."""
     b, c = (lost + 1) / (samples + 2), (gained + 1) / (samples + 2)
     half = Z95 * math.sqrt((b + c - (b - c) ** 2) / (samples + 2))
     return (lost - gained) / samples, (max(-1.0, b - c - half), min(1.0, b - c + half))

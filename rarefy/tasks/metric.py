@@ -1,11 +1,12 @@
 """Metric: how good a model is on a task, how sure that is, and how much worse than another model on the same images.
 
-A metric is handed the outputs and targets of batch after batch (``add``) and keeps of each image what its numbers need. Who judges a model
-makes one metric for each model (``task.metric()``), adds the same batches to all, and reads them: nobody but the metric knows how outputs
-are read, and nobody else knows its name, its unit, or which direction is better.
+A metric is handed the outputs and targets of batch after batch (``add``) and keeps of each image what its numbers need.
+Who judges a model makes one metric for each model (``task.metric()``), adds the same batches to all, and reads them:
+nobody but the metric knows how outputs are read, and nobody else knows its name, its unit, or which direction is
+better.
 
-A metric names this protocol as its base and then needs ``name``, ``unit``, ``better``, ``samples``, ``add``, ``value``, ``interval`` and
-``paired``; the rest has an answer here. ``metrics/accuracy.py`` is an example.
+A metric names this protocol as its base and then needs ``name``, ``unit``, ``better``, ``samples``, ``add``, ``value``,
+``interval`` and ``paired``; the rest has an answer here. ``metrics/accuracy.py`` is an example.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ Targets = Any  # what the data says of a batch's images: likewise
 
 
 class OutputError(DataError):
-    """The metric can't read what the model returns. The message begins with a verb; who runs the model puts its name in front."""
+    """The metric can't read what the model returns. Who runs the model puts its name before the message."""
 
 
 @dataclass(frozen=True)
 class Difference:
     """How much worse one model is than another on the same images.
 
-    value, interval: positive is worse, in the metric's unit. lost, gained: what only the other and what only this one gets right.
+    value, interval: positive is worse, in the metric's unit. lost, gained: what only the other and what only this one
+    gets right.
     agreement: share of the images to which both give the same answer. details: what else the metric tells, JSON-able.
     """
 
@@ -68,7 +70,7 @@ class Metric(Protocol):
         ...
 
     def add(self, outputs: Outputs, targets: Targets) -> None:
-        """One batch. Raises OutputError for outputs it can't read; images whose outputs hold NaN or infinity count as wrong."""
+        """One batch; NaN and infinity are as wrong as can be. Raises OutputError for outputs it can't read."""
         ...
 
     def value(self) -> float:
@@ -84,7 +86,7 @@ class Metric(Protocol):
         ...
 
     def details(self) -> dict[str, object]:
-        """What else there is to tell, JSON-able: further keys of an evaluation's JSON, and attributes of the evaluation."""
+        """What else there is to tell, JSON-able: further keys of an evaluation's JSON, and its attributes."""
         return {}
 
     def warnings(self, whole: bool) -> tuple[str, ...]:

@@ -1,8 +1,9 @@
 """Task and Data: what "as good" means, as the steps, the evaluation and the reports know it.
 
-A task says what a model is to learn: which images (``data``), what is minimised (``loss``) and by what number models are judged (``metric``). How
-outputs and targets are read, nobody else knows. ``classification.py`` is one; a task on images whose targets are numbers is a class of a few
-lines around ``rarefy.data.images.ImageData`` (tests/tasks/test_other_tasks.py has two).
+A task says what a model is to learn: which images (``data``), what is minimised (``loss``) and by what number models
+are judged (``metric``). How outputs and targets are read, nobody else knows. ``classification.py`` is one; a task on
+images whose targets are numbers is a class of a few lines around ``rarefy.data.images.ImageData``
+(tests/tasks/test_other_tasks.py has two).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from rarefy.tasks.metric import Metric, Outputs, Targets
 
 
 class Data(Protocol):
-    """Images to learn from ("train") and to judge on ("val"), with what is known of each. ``rarefy.data.images.ImageData`` is one."""
+    """Images to learn from ("train") and to judge on ("val"), and what is known of each, as ``ImageData`` is."""
 
     @property
     def train(self) -> object:
@@ -54,13 +55,13 @@ class Data(Protocol):
         device: torch.device | str = "cpu",
         labelled: bool = True,
     ) -> Iterator[tuple[Tensor, Targets]]:
-        """Yield (inputs (N, C, H, W) float32, normalised; targets), which depend on (shuffle_seed, epoch, step) alone."""
+        """Yield (inputs (N, C, H, W) float32, normalised; targets), by (shuffle_seed, epoch, step) alone."""
         ...
 
     def images(
         self, split: Split, batch_size: int, *, limit: int | None = None, device: torch.device | str = "cpu"
     ) -> Iterator[tuple[Tensor, Targets]]:
-        """The same for evaluation, before normalisation: (images (N, C, H, W) float32, targets), in the data's order."""
+        """Yield (images (N, C, H, W) float32 in [0, 1], targets) as for evaluation, before normalisation."""
         ...
 
     def normalize(self, images: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""``imagefolder:PATH``: one folder a class, sorted by name, images at any depth below; a folder of images only is unlabelled.
+"""``imagefolder:PATH``: one folder a class, sorted by name, images at any depth below.
 
-A folder that holds ``train`` and ``val`` (or ``validation``, ``valid``, ``test``) is entered at the right one.
+A folder of images only is unlabelled. A folder that holds ``train`` and ``val`` (or ``validation``, ``valid``,
+``test``) is entered at the right one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ def read(text: str, rest: str, split: Split) -> tuple[Source, bool]:
     root = Path(rest).expanduser()
     if not root.is_dir():
         raise DataError(
-            f"{text}: {'is a file, not a folder' if root.exists() else 'no such folder'}; give the folder that holds one folder a class"
+            f"{text}: {'is a file, not a folder' if root.exists() else 'no such folder'}; "
+            "give the folder that holds one folder a class"
         )
     divided = False
     folders = _folders(root)
@@ -35,7 +37,8 @@ def read(text: str, rest: str, split: Split) -> tuple[Source, bool]:
         files = images_below(root)
         if not files:
             raise DataError(
-                f"{text}: {root} has neither class folders nor images ({' '.join(EXTENSIONS)}); give the folder that holds one folder a class"
+                f"{text}: {root} has neither class folders nor images ({' '.join(EXTENSIONS)}); "
+                "give the folder that holds one folder a class"
             )
         return Items(text, files, torch.arange(len(files)), None), divided
     found = [(file, label) for label, folder in enumerate(folders) for file in images_below(folder)]
@@ -44,7 +47,8 @@ def read(text: str, rest: str, split: Split) -> tuple[Source, bool]:
     if int(counts.min()) == 0:
         empty = [folder.name for folder, count in zip(folders, counts.tolist(), strict=True) if count == 0]
         raise DataError(
-            f"{text}: no images ({' '.join(EXTENSIONS)}) in class folder {root / empty[0]} ({len(empty)} of {len(folders)} are empty); fill or delete it"
+            f"{text}: no images ({' '.join(EXTENSIONS)}) in class folder {root / empty[0]} "
+            f"({len(empty)} of {len(folders)} are empty); fill or delete it"
         )
     names = tuple(folder.name for folder in folders)
     return Items(text, [file for file, _ in found], torch.arange(len(found)), labels, names), divided

@@ -1,13 +1,15 @@
 """Accuracy of a classifier: top-1, and beside it top-5, the worst class and the calibration error.
 
-**Top-1** with its 95 % Wilson interval, and the paired drop against a reference (``rarefy/tasks/intervals.py``). **Top-5** of min(5, outputs).
-**Worst class**: lowest top-1 among the classes with at least one image (of equals the one with most images), with its number of images beside
-it. **Calibration error**: ECE over 15 equal bins of confidence (Guo et al., arXiv 1706.04599), sum_bins (n_bin/n) |accuracy - confidence|.
-**Agreement**: share of images to which model and reference give the same answer.
+**Top-1** with its 95 % Wilson interval, and the paired drop against a reference (``rarefy/tasks/intervals.py``).
+**Top-5** of min(5, outputs). **Worst class**: lowest top-1 among the classes with at least one image (of equals the one
+with most images), with its number of images beside it. **Calibration error**: ECE over 15 equal bins of confidence (Guo
+et al., arXiv 1706.04599), sum_bins (n_bin/n) |accuracy - confidence|. **Agreement**: share of images to which model and
+reference give the same answer.
 
-Equal logits: the lowest index is the answer, so a model that says nothing is not counted right by chance. An image whose outputs hold NaN or
-infinity counts as wrong, in top-1, top-5 and agreement alike, takes no part in the calibration error, and is counted in ``nonfinite``: a broken
-model gets a low score and a visible reason, so that a gate can refuse it, and not an exception in the middle of a run.
+Equal logits: the lowest index is the answer, so a model that says nothing is not counted right by chance. An image
+whose outputs hold NaN or infinity counts as wrong, in top-1, top-5 and agreement alike, takes no part in the
+calibration error, and is counted in ``nonfinite``: a broken model gets a low score and a visible reason, so that a gate
+can refuse it, and not an exception in the middle of a run.
 """
 
 from __future__ import annotations
@@ -162,7 +164,8 @@ def doubts(value: float, interval: tuple[float, float], samples: int, outputs: i
         )
     if outputs != classes:
         warnings.append(
-            f"{outputs} outputs, the data has {classes} classes: label i is compared with output i; is that their order?"
+            f"{outputs} outputs, the data has {classes} classes: label i is compared with output i; "
+            "is that their order?"
         )
     return tuple(warnings)
 
