@@ -22,23 +22,30 @@ GATES = (None, "latency")
 class Options:
     """What ``quantize`` is asked for, beside a model and its images: its keyword arguments, which its record tells."""
 
-    images: int = option(128, "Images to calibrate on; they need no labels.", lambda n: n >= 1, "at least 1")
-    batch_size: int = option(16, "Images at a time.", lambda n: n >= 1, "at least 1")
+    images: int = option(128, "Images to calibrate on; they need no labels.", lambda n: n >= 1, "at least 1", "N")
+    batch_size: int = option(16, "Images at a time.", lambda n: n >= 1, "at least 1", "N")
     weights: str | Format | Mapping[str, str] | Mixed = option(
         "int8",
         "int8, int4, int4:group=32, mixed:bits=4, ...; by layer: 'int4;stem.*=int8;head=float', "
         "the last that matches holds.",
+        metavar="GRID",
     )
     activations: str | Format | Mapping[str, str] = option(
-        "uint8", "uint8, uint4 (simulated), float: weights alone; a layer's input with 'uint4;fc=uint8'."
+        "uint8",
+        "uint8, uint4 (simulated), float: weights alone; a layer's input with 'uint4;fc=uint8'.",
+        metavar="GRID",
     )
-    calibration: str | Calibration = option("mse", "Range of the activations; see `rarefy list calibration`.")
+    calibration: str | Calibration = option(
+        "mse", "Range of the activations; see `rarefy list calibration`.", metavar="CHOICE"
+    )
     weight_calibration: str | Calibration | None = option(
-        None, "Range of the weights; the same choices; default: minmax at 8 bits, mse below."
+        None, "Range of the weights; the same choices; default: minmax at 8 bits, mse below.", metavar="CHOICE"
     )
-    rounding: str | Rounding = option("narrow", "See `rarefy list rounding`.")
-    runtime: str | Runtime = option("onnxruntime", "Where the model will run; see `rarefy list runtimes`.")
-    ignore: Sequence[str] = option((), "Layers to leave alone; may be given more than once.")
+    rounding: str | Rounding = option("narrow", "See `rarefy list rounding`.", metavar="CHOICE")
+    runtime: str | Runtime = option(
+        "onnxruntime", "Where the model will run; see `rarefy list runtimes`.", metavar="NAME"
+    )
+    ignore: Sequence[str] = option((), "Layers to leave alone; may be given more than once.", metavar="GLOB")
     equalize: bool = option(
         True,
         "Equalise channels between layers, and let dead ones carry the noisiest, where that is exact "
@@ -50,12 +57,14 @@ class Options:
         "SmoothQuant before linear layers that read a norm; 0.5, say; default: not done.",
         lambda alpha: alpha is None or 0 <= alpha <= 1,
         "from 0 to 1",
+        "ALPHA",
     )
     gate: str | None = option(
         None,
         "Time each stretch of layers in integers and in float, and keep only what pays.",
         lambda gate: gate in GATES,
         "latency, or none",
+        "latency",
     )
-    seed: int = option(0, "The same seed gives the same result.", lambda n: n >= 0, "at least 0")
+    seed: int = option(0, "The same seed gives the same result.", lambda n: n >= 0, "at least 0", "N")
     progress: bool = option(True, "Show how far it is.")
