@@ -37,6 +37,8 @@ KINDS = {
 TASKS = "rarefy.tasks"
 # file -> the name of its choice in texts, records and saved recipes, where it is another
 ALIASES = {"rarefy.quantization.rounding.gptq_narrow": "narrow"}
+# kind -> the module whose ``of(text)`` takes words that name none of its choices; its objects are described by their ``text``
+OTHERS = {"students": "rarefy.compression.students._other"}
 
 
 def available(kind: str) -> list[str]:
@@ -112,6 +114,10 @@ def resolve(kind: str, choice: Any) -> Any:
         return choice
     text = choice.strip()
     head, _, tail = text.partition(":")
+    if kind in OTHERS and head.replace("-", "_") not in available(kind):
+        other = importlib.import_module(OTHERS[kind]).of(text)
+        if other is not None:
+            return other
     if "." in head:
         name, _, tail = tail.partition(":")
         cls = _imported(head, name)
@@ -125,6 +131,8 @@ def describe(choice: Any) -> str:
     if isinstance(choice, str):
         return choice
     cls = type(choice)
+    if cls.__module__ in OTHERS.values():
+        return str(choice.text)
     name = f"{cls.__module__}:{cls.__name__}"
     if cls.__module__.startswith("rarefy."):
         name = ALIASES.get(cls.__module__, cls.__module__.rpartition(".")[2])

@@ -98,11 +98,11 @@ def distill(
     as_json: Json = False,
 ) -> None:
     """Train MODEL, or with --student one made of it, to answer like the teacher. Killed and started again, it goes on where it was."""
-    from rarefy.compression import students
     from rarefy.distillation.distill import distill as verb
     from rarefy.distillation.distill import train as without_teacher
     from rarefy.distillation.objective import terms
     from rarefy.distillation.options import Training, training_of
+    from rarefy.distillation.teachers import student_kind, student_of
     from rarefy.models import load
 
     given = locals()
@@ -111,7 +111,7 @@ def distill(
     training = training_of(preset, said, "distill")
     terms(loss)
     if student is not None:
-        students.resolve(student)
+        student_kind(student)
     if teacher and len(teacher_weights or ()) not in (0, len(teacher)):
         raise InputError(
             f"--teacher-weights: {len(teacher_weights or ())} files for {len(teacher)} teachers; give one for each, or none"
@@ -133,7 +133,7 @@ def distill(
         guide = load.load(name if star else text, weights=weights or None, classes=model.classes)
         guides.append((share, load.graph_of(guide, task.data.input_shape)))
     if student is not None:
-        graph, guides = students.made(student, graph, task=task, seed=seed), guides or [(1.0, graph)]
+        graph, guides = student_of(student, graph, task=task, seed=seed), guides or [(1.0, graph)]
     if not guides:
         trained = without_teacher(graph, task, **common)
     else:

@@ -181,7 +181,7 @@ def choice(option: str, value: Any, where: str) -> None:
         if option == "loss":  # a weighted sum of choices
             importlib.import_module("rarefy.distillation.objective").terms(value)
         elif option == "student":  # or the source of a model
-            importlib.import_module("rarefy.compression.students").resolve(value)
+            importlib.import_module("rarefy.distillation.teachers").student_kind(value)
         else:
             plugins.resolve(kind, value)
     except InputError as error:

@@ -1,52 +1,80 @@
-"""The checkpoint of a training: one safetensors file with JSON in its header, renamed into place.
+"""The checkpoint of a training: all that changes in it (``State``), in one safetensors file with JSON in its header, renamed into place.
 
-Killed at any moment, the run goes on from the last one. The header says whose it is (``identity``): a file of another run is refused, not overwritten.
+Killed at any moment, the run goes on from the last one. The header says whose it is (``identity``): a file of another run is refused, not
+overwritten. Everything random in step k is drawn from (seed, k), so no generator's state is kept; and where a masked weight is zero, its
+gradient, its momentum and its average are too, so no mask is. A resumed run ends, on a CPU, with the bits of an undisturbed one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, fx, nn
 
+from rarefy.distillation.objective import Objective
+from rarefy.distillation.optimizer import Average, Dot, optimizer_of
+from rarefy.distillation.options import Penalty, Training
 from rarefy.errors import FormatError, InputError
+from rarefy.system.files import replacing
 
 STATE_FILE = "state.safetensors"
+NUMBERS = ("step", "accumulate", "halved", "curve", "best_value", "best_epoch", "seconds", "waited")
+
+
+class Point(TypedDict):
+    """One of a training's curve: an epoch's mean loss, its last rate, and what the val split said at its end."""
+
+    epoch: int
+    step: int
+    lr: float
+    loss: float
+    val: float | None
+
+
+class Header(TypedDict):
+    """What the file's header says: whose it is, and where it stands or, once it is finished, the record it ended with."""
+
+    identity: dict[str, Any]
+    numbers: dict[str, Any] | None
+    record: dict[str, Any] | None
 
 
 class Store:
-    """The checkpoint's folder: one file, replaced whole."""
+    """The checkpoint's folder: one file, replaced whole.
 
-    def __init__(self, folder: Path, identity: dict[str, Any], seconds: float, writes: bool):
+    identity: what a run must have in common with the one that wrote the file. seconds: from one save to the next.
+    writes: is this the process that does?
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, object], seconds: float, writes: bool):
         self.folder, self.seconds, self.writes = folder, seconds, writes
         self.identity = json.loads(json.dumps(identity))
         self.saved = time.monotonic()
         self.file = folder / STATE_FILE
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for left in folder.glob(f".{STATE_FILE}.*") if writes else ():
-                _remove(left)
+            for left in folder.glob(f".{self.file.stem}.*") if writes else ():  # half a file, as a kill leaves it
+                left.unlink()
         except OSError as error:
             raise InputError(
                 f"checkpoint={folder}: can't be written ({error.strerror}); name a folder that can"
             ) from error
-        self.header: dict[str, Any] | None = None
+        self.header: Header | None = None
         self.loaded: dict[str, Tensor] = {}
         if self.file.exists():
             self.header, self.loaded = self._read()
             self._same(self.header["identity"])
 
-    def _read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def _read(self) -> tuple[Header, dict[str, Tensor]]:
         try:
             with safetensors.safe_open(self.file, framework="pt") as opened:
                 header = json.loads((opened.metadata() or {})["rarefy"])
@@ -55,67 +83,234 @@ class Store:
                 return header, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
         except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise FormatError(
-                f"{self.file}: is no checkpoint of a training ({type(error).__name__}: {error}); delete it, or name another folder"
+                f"{self.file}: is no checkpoint of a training ({type(error).__name__}: {error}); "
+                "delete it, or name another folder"
             ) from error
 
-    def _same(self, theirs: Mapping[str, Any]) -> None:
+    def _same(self, theirs: Mapping[str, object]) -> None:
         for part, mine in self.identity.items():
             other = theirs.get(part)
             if mine == other:
                 continue
-            what = (
-                f"{part} ({_changed(mine, other)})" if part in ("options", "task") and isinstance(other, dict) else part
-            )
+            what = part
+            if part in ("options", "task") and isinstance(mine, dict) and isinstance(other, dict):
+                what = f"{part} ({_changed(mine, other)})"
             raise InputError(
-                f"{self.folder}: the checkpoint is of a run with another {what}; name another folder, or delete this one to start anew"
+                f"{self.folder}: the checkpoint is of a run with another {what}; "
+                "name another folder, or delete this one to start anew"
             )
 
     def finished(self) -> dict[str, Any] | None:
+        """The record of a run that has ended."""
         return self.header["record"] if self.header is not None else None
 
     def numbers(self) -> dict[str, Any] | None:
+        """``State.numbers`` of a run that has not."""
         return self.header["numbers"] if self.header is not None else None
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """Those whose name begins so, by the rest of it."""
         return {name.removeprefix(prefix): value for name, value in self.loaded.items() if name.startswith(prefix)}
 
     def due(self) -> bool:
+        """Is it time to save again?"""
         return self.writes and time.monotonic() - self.saved >= self.seconds
 
     def save(self, state: Mapping[str, Tensor], numbers: dict[str, Any]) -> None:
         self._write(state, {"identity": self.identity, "numbers": numbers, "record": None})
 
-    def finish(self, record: dict[str, Any], result: Mapping[str, Tensor]) -> None:
+    def finish(self, record: Mapping[str, object], result: Mapping[str, Tensor]) -> None:
         tensors = {f"result.{name}": value for name, value in result.items()}
         self._write(tensors, {"identity": self.identity, "numbers": None, "record": record})
 
-    def _write(self, tensors: Mapping[str, Tensor], header: dict[str, Any]) -> None:
+    def _write(self, tensors: Mapping[str, Tensor], header: Mapping[str, object]) -> None:
         if not self.writes:
             return
-        # A folder of its own: safetensors writes to a file with a name of its choice first, which a kill leaves.
-        room = self.folder / f".{STATE_FILE}.{os.getpid()}"
-        temporary = room / STATE_FILE
         plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         try:
-            room.mkdir(exist_ok=True)
-            safetensors.torch.save_file(plain, temporary, metadata={"rarefy": json.dumps(header)})
-            with open(temporary, "rb") as written:
-                os.fsync(written.fileno())
-            os.replace(temporary, self.file)
-            _remove(room)
+            with replacing(self.file, durable=True) as partial:
+                partial.write_bytes(safetensors.torch.save(plain, metadata={"rarefy": json.dumps(header)}))
         except (OSError, safetensors.SafetensorError) as error:
-            _remove(room)
             raise InputError(
                 f"checkpoint={self.folder}: can't be written ({error}); free some space, or name another folder"
             ) from error
         self.saved = time.monotonic()
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+@dataclass
+class State:
+    """All that changes in a training: tensors, which are written where they lie, and the NUMBERS. A checkpoint holds both."""
+
+    # what learns, and what teaches it to
+    graph: fx.GraphModule
+    adapters: nn.Module
+    learned: dict[str, nn.Parameter]  # of both, by their names in the objective
+    optimizer: torch.optim.Optimizer
+    dot: Dot | None
+    average: Average | None
+    penalty: Penalty | None
+    loss_sum: Tensor  # of the epoch so far
+
+    # where it stands
+    step: int = 0
+    accumulate: int = 1
+    halved: list[dict[str, int]] = field(default_factory=list)
+    curve: list[Point] = field(default_factory=list)  # a point an epoch
+    best_value: float | None = None
+    best_epoch: int | None = None
+    best: dict[str, Tensor] = field(default_factory=dict)  # where it is what will be kept
+    seconds: float = 0.0
+    waited: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.parameters = {name: one for name, one in self.graph.named_parameters() if one.requires_grad}
+        sparse = [name for name in self.graph.meta.get("sparse", []) if name in self.parameters]
+        self.masks = {name: self.parameters[name].detach() != 0 for name in sparse}
+        self.good = {name: value.detach().clone() for name, value in tensors_of(self.result).items()}
+
+    @classmethod
+    def of(
+        cls,
+        graph: fx.GraphModule,
+        objective: Objective,
+        training: Training,
+        penalty: Penalty | None,
+        device: torch.device,
+    ) -> State:
+        """Before the first step. graph: the student as it is returned, whose tensors are those of the objective's."""
+        learned = {name: one for name, one in objective.named_parameters() if one.requires_grad}
+        if not learned:
+            raise InputError("the student has no parameter that requires a gradient; call requires_grad_() on it first")
+        return cls(
+            graph=graph,
+            adapters=objective.adapters,
+            learned=learned,
+            optimizer=optimizer_of(learned.values(), training, device),
+            dot=Dot(learned, training.momentum, training.dot, training.weight_decay) if training.dot else None,
+            average=Average(graph, training.ema) if training.ema else None,
+            penalty=penalty,
+            loss_sum=torch.zeros((), device=device),
+            accumulate=training.accumulate,
+        )
+
+    @property
+    def result(self) -> fx.GraphModule:
+        """What the training comes to: the average, where there is one."""
+        return self.average.graph if self.average is not None else self.graph
+
+    @property
+    def finite(self) -> bool:
+        """Are all weights of the result?"""
+        floats = [value.detach() for value in tensors_of(self.result).values() if value.is_floating_point()]
+        return bool(torch.stack([value.isfinite().all() for value in floats]).all()) if floats else True
+
+    @property
+    def data_share(self) -> float | None:
+        """Of the time, what was spent on waiting for data."""
+        return self.waited / self.seconds if self.seconds > 0 else None
+
+    def stopped(self, patience: int) -> bool:
+        """Has the val split seen no better state for so many epochs?"""
+        return bool(patience and self.best_epoch is not None and self.curve[-1]["epoch"] - self.best_epoch >= patience)
+
+    def forget(self, own: bool) -> None:
+        """The gradients of the step before.
+
+        own: sums of several parts need memory of their own, for a CUDA graph writes each part's gradients to the same place.
+        """
+        self.optimizer.zero_grad(set_to_none=not own)
+        if self.dot is not None:
+            self.dot.forget()
+        if own:
+            for parameter in self.learned.values():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+
+    def update(self, rate: float, clip: float) -> None:
+        """New weights from the gradients. rate: of the optimizer. clip: greatest norm of the gradient, 0: none."""
+        if self.penalty is not None:
+            self.penalty.add(self.parameters)
+        gradients = [(self.parameters[name].grad, mask) for name, mask in self.masks.items()]
+        masked = [(gradient, mask) for gradient, mask in gradients if gradient is not None]
+        if masked:
+            torch._foreach_mul_(*map(list, zip(*masked)))
+        if self.dot is not None:
+            if self.masks:
+                self.dot.mask({f"student.{name}": mask for name, mask in self.masks.items()})
+            self.dot.step(clip)
+        elif clip:
+            nn.utils.clip_grad_norm_(self.learned.values(), clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.step + 1)
+
+    def settle(self, tensors: Mapping[str, Tensor]) -> fx.GraphModule:
+        """The graph becomes that state, and is finished."""
+        load_into(self.graph, tensors)
+        self.graph.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        self.graph.zero_grad(set_to_none=True)
+        return self.graph.eval()
+
+    def remember(self) -> None:
+        """The result as it is now is good; what goes wrong later leads back to it."""
+        for name, tensor in tensors_of(self.result).items():
+            self.good[name].copy_(tensor.detach())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """For a checkpoint, by name."""
+        parts = {"graph": tensors_of(self.graph), "adapters": tensors_of(self.adapters), "best": self.best}
+        if self.average is not None:
+            parts["average"] = tensors_of(self.average.graph)
+        parts["optimizer"] = {
+            f"{key}.{name}": value
+            for name, parameter in self.learned.items()
+            for key, value in self.optimizer.state[parameter].items()
+            if isinstance(value, Tensor)
+        }
+        if self.penalty is not None:
+            parts["penalty"] = self.penalty.state()
+        if self.dot is not None:
+            parts["dot"] = self.dot.state()
+        named = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+        return {**named, "loss_sum": self.loss_sum}
+
+    def numbers(self) -> dict[str, Any]:
+        """For a checkpoint's header."""
+        return {name: getattr(self, name) for name in NUMBERS}
+
+    def restore(self, store: Store) -> None:
+        """Go on from the checkpoint, if there is one. Raises FormatError for one that lacks something."""
+        numbers = store.numbers()
+        if numbers is None:
+            return
+        try:
+            for name in NUMBERS:
+                setattr(self, name, numbers[name])
+            load_into(self.graph, store.tensors("graph."))
+            load_into(self.adapters, store.tensors("adapters."))
+            if self.average is not None:
+                load_into(self.average.graph, store.tensors("average."))
+            self.best = {name: value.to(self.loss_sum.device) for name, value in store.tensors("best.").items()}
+            self._restore_optimizer(store.tensors("optimizer."))
+            if self.penalty is not None:
+                self.penalty.restore(store.tensors("penalty."), self.parameters)
+            if self.dot is not None:
+                self.dot.restore(store.tensors("dot."))
+            self.loss_sum.copy_(store.tensors("loss_sum")[""])
+        except (KeyError, RuntimeError) as error:
+            raise FormatError(f"{store.file}: is incomplete ({error}); delete it to start anew") from error
+        self.remember()
+
+    def _restore_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
+        """What is shaped like the parameter lies in memory like it, too."""
+        for name, value in tensors.items():
+            key, _, owner = name.partition(".")
+            parameter = self.learned[owner]
+            alike = value.shape == parameter.shape
+            place = torch.empty_like(parameter) if alike else torch.empty_like(value, device=self.loss_sum.device)
+            self.optimizer.state[parameter][key] = place.detach().copy_(value)
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -125,6 +320,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_into(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Parameters and buffers become ``values``, where they lie."""
     for name, tensor in tensors_of(model).items():
         tensor.copy_(values[name])
 
@@ -138,6 +334,6 @@ def digest(graph: fx.GraphModule) -> str:
     return digest.hexdigest()
 
 
-def _changed(mine: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+def _changed(mine: Mapping[str, object], other: Mapping[str, object]) -> str:
     names = [name for name in sorted(mine.keys() | other.keys()) if mine.get(name) != other.get(name)]
     return ", ".join(f"{name}={mine.get(name)!r}, there {other.get(name)!r}" for name in names)

@@ -2,30 +2,37 @@
 
     loss = hard_weight · task(student, labels) + Σ share · Σ weight · distillation(student, teacher)
 
-Several teachers: the mean of their losses (by their shares, which sum to 1), not the loss of their mean. For KL the two have the same gradient; features of
-networks that differ have no mean, and each teacher is matched with the student on its own.
+Several teachers: the mean of their losses (by their shares, which sum to 1), not the loss of their mean. For KL the two have the same
+gradient; features of networks that differ have no mean, and each teacher is matched with the student on its own.
 
-One ``nn.Module`` maps (inputs, targets) to it, teacher included: what DDP wraps and ``torch.compile`` compiles, as one piece.
+One ``nn.Module`` maps (inputs, targets) to it, teacher included: what DDP wraps and ``torch.compile`` compiles, as one piece (``Compiled``).
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from rarefy import plugins
-from rarefy.distillation.options import Training
+from rarefy.distillation.distributed import batch_norm
+from rarefy.distillation.options import AUTO_STEPS, Training
 from rarefy.distillation.teachers import frozen
-from rarefy.errors import InputError
+from rarefy.errors import InputError, RarefyError
 from rarefy.graph.features import Tap, matched, tapped
-from rarefy.graph.nodes import device_of
+from rarefy.graph.nodes import argument, device_of, set_argument
 from rarefy.tasks.task import Task
+
+aten = torch.ops.aten
 
 Features = Mapping[str, tuple[Tensor, Tensor]]
 Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
@@ -33,16 +40,27 @@ Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
 
 @runtime_checkable
 class Loss(Protocol):
+    """What the student is to copy of its teacher: a choice of ``losses/``, or a user's own."""
+
     @property
-    def on(self) -> str: ...
+    def on(self) -> str:
+        """What it looks at beside the logits (``losses/__init__.py``)."""
+        ...
 
     def __call__(self, student: Tensor, teacher: Tensor, targets: Tensor | None, features: Features) -> Tensor:
-        """student, teacher: logits (N, classes). targets: int64 (N,), or probabilities (N, classes), or None without labels."""
+        """The loss of a batch, a scalar.
+
+        student, teacher: logits (N, classes), float32.
+        targets: int64 (N,), or probabilities (N, classes), or None without labels.
+        features: student's node name -> (student's value, teacher's value), both (N, channels, ...).
+        """
         ...
 
 
 @runtime_checkable
 class FeatureLoss(Loss, Protocol):
+    """A loss that looks at features; what brings the student's to the teacher's shape is trained along, and thrown away afterwards."""
+
     def adapter(self, shapes: Shapes) -> nn.Module | None:
         """A module from the student's features, {name: value}, to {name: value} as this loss compares them with the teacher's.
 
@@ -53,7 +71,8 @@ class FeatureLoss(Loss, Protocol):
 
 Losses = str | Loss | Sequence[tuple[float, Loss]] | None
 Term = tuple[float, Loss]
-Answer = tuple[tuple[Any, tuple[Tensor, ...]], ...]  # of each teacher: its output, and the values of its taps
+Answer = tuple[tuple[Tensor, tuple[Tensor, ...]], ...]  # of each teacher: its output, and the values of its taps
+T = TypeVar("T")
 
 
 def terms(loss: Losses) -> list[Term]:
@@ -61,7 +80,7 @@ def terms(loss: Losses) -> list[Term]:
     if loss is None:
         return []
     if isinstance(loss, str):
-        pairs: list[tuple[float, Any]] = []
+        pairs = []
         for part in re.split(r"(?<![0-9.][eE])\+", loss):
             number, star, name = part.partition("*")
             try:
@@ -76,7 +95,8 @@ def terms(loss: Losses) -> list[Term]:
     for weight, one in pairs:
         if not isinstance(one, Loss) or (one.on != "logits" and not isinstance(one, FeatureLoss)):
             raise InputError(
-                f"loss: {type(one).__name__} is no loss; it needs `on`, a call, and `adapter` if it looks at features (rarefy/distillation/losses)"
+                f"loss: {type(one).__name__} is no loss; it needs `on`, a call, and `adapter` if it looks at features "
+                "(rarefy/distillation/losses)"
             )
         if not 0 <= weight < math.inf:
             raise InputError(f"loss: weight {weight} of {plugins.describe(one)} is not 0 or more")
@@ -93,21 +113,29 @@ class Lesson(NamedTuple):
 
 
 class Objective(nn.Module):
-    """(inputs (N, ...), targets) -> the loss of that batch, a scalar; with ``apart``, (2,): against labels, and against the teachers.
+    """(inputs (N, ...), targets) -> the loss of that batch, a scalar; with ``dot``, (2,): against labels, and against the teachers.
 
-    taught: the teachers' answers, where they are known already. strength: what the teachers' losses are multiplied by, where it is not always 1.
+    taught: the teachers' answers, where they are known already.
+    strength: what the teachers' losses are multiplied by, where that is not always 1.
+    matched: [name of the student's node, of the teacher's] of each pair of features.
     """
 
     def __init__(
-        self, student: fx.GraphModule, teachers: Sequence[tuple[float, fx.GraphModule]], task: Task, training: Training, sum_of: list[Term], bf16: bool
-    ):  # fmt: skip
+        self,
+        student: fx.GraphModule,
+        teachers: Sequence[tuple[float, fx.GraphModule]],
+        task: Task,
+        training: Training,
+        losses: Sequence[Term],
+        bf16: bool,
+    ):
         super().__init__()
         ours: list[Tap] = []
         theirs: list[list[Tap]] = [[] for _ in teachers]
         self.lessons: list[Lesson] = []
         self.adapters = nn.ModuleDict()
         for number, (share, teacher) in enumerate(teachers):
-            for weight, one in sum_of:
+            for weight, one in losses:
                 pairs = matched(student, teacher, one.on)
                 places = {a.node.name: (_place(ours, a), _place(theirs[number], b)) for a, b in pairs}
                 adapter = (
@@ -139,17 +167,23 @@ class Objective(nn.Module):
         self.teachers.eval()
         return self
 
+    def freeze(self) -> bool:
+        """From now on the student's batch norm takes its statistics as they are. Was that new?"""
+        norms = [node for node in self.student.graph.nodes if node.target in (aten.batch_norm.default, batch_norm)]
+        live = [node for node in norms if argument(node, "training") is not False]
+        for node in live:
+            set_argument(node, "training", False)
+        self.student.recompile()
+        return bool(live)
+
     def forward(self, inputs: Tensor, targets: Tensor | None, taught: Answer | None = None) -> Tensor:
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.bf16):
             outputs, ours = self.student(inputs)
         taught = self.answers(inputs) if taught is None else taught
         outputs, ours, taught = pytree.tree_map(_float, (outputs, ours, taught))
-        hard = (
-            [self.hard_weight * self.task.loss(outputs, targets, label_smoothing=self.label_smoothing)]
-            if self.hard_weight
-            else []
-        )
-        soft = []
+        hard, soft = [], []
+        if self.hard_weight:
+            hard = [self.hard_weight * self.task.loss(outputs, targets, label_smoothing=self.label_smoothing)]
         for index, (weight, one, teacher, places) in enumerate(self.lessons):
             answer, theirs = taught[teacher]
             seen = {name: ours[a] for name, (a, _) in places.items()}
@@ -168,6 +202,54 @@ class Objective(nn.Module):
             return tuple(teacher(inputs) for teacher in self.teachers)
 
 
+class Compiled:
+    """The objective as the loop calls it: compiled where that is asked for or pays, and plain where the compiler can't.
+
+    mode: no, default or reduce-overhead (CUDA graphs), as ``torch.compile`` takes it.
+    auto: nobody asked for the compiler in so many words.
+    trusted: a step of it has run, so an error of a later one is not the compiler's.
+    """
+
+    call: Callable[..., Tensor]
+
+    def __init__(self, plain: nn.Module, mode: str, auto: bool):
+        self.plain, self.mode, self.auto, self.trusted = plain, mode, auto, False
+        self.compile()
+
+    def compile(self) -> None:
+        """From here on, and again after a change of the graphs."""
+        self.call = self.plain if self.mode == "no" else torch.compile(self.plain, mode=self.mode, dynamic=False)
+
+    def falls_back(self, error: Exception) -> bool:
+        """A first step that failed is to be tried again, without the compiler."""
+        if not self.auto or self.mode == "no" or self.trusted or isinstance(error, RarefyError):
+            return False
+        self.mode, self.call = "no", self.plain
+        logging.getLogger("rarefy").warning(
+            "not compiled (%s: %s)", type(error).__name__, (str(error).strip().splitlines() or [""])[0][:200]
+        )
+        return True
+
+
+def compiler_mode(training: Training, device: torch.device, steps: int, processes: int) -> str:
+    """``Compiled.mode`` of a training of so many steps."""
+    if training.compile != "auto":
+        return training.compile
+    pays = device.type == "cuda" and steps >= AUTO_STEPS and not training.dot and processes == 1
+    return "reduce-overhead" if pays and importlib.util.find_spec("triton") is not None else "no"
+
+
+@contextlib.contextmanager
+def compiler_silenced() -> Iterator[None]:
+    """It tells whoever compiles in fp32 of TF32, and the like; precision is the caller's choice here, and was made."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"torch\._inductor\.")
+        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+        # its own first one, made to hold a pool of memory
+        warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
+        yield
+
+
 def _sum(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
@@ -178,5 +260,5 @@ def _place(taps: list[Tap], tap: Tap) -> int:
     return taps.index(tap)
 
 
-def _float(value: Any) -> Any:
+def _float(value: T) -> T | Tensor:
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -1,25 +1,32 @@
-"""Distillation-oriented training (DOT, Zhao et al., ICCV 2023, 2307.08436): the gradient of the teacher's loss gets more momentum than that of the labels'.
+"""What turns gradients into new weights: the optimizer, the running mean of the weights (EMA), and DOT's two momenta.
+
+**Optimizer.** SGD with Nesterov momentum, or AdamW; no weight decay on biases and norms.
+
+**EMA** is the bias-corrected mean, θ̄ₜ = Σ dᵗ⁻ⁱ θᵢ / Σ dᵗ⁻ⁱ, so it needs no warm-up; running statistics are averaged like weights.
+
+**DOT**, distillation-oriented training (Zhao et al., ICCV 2023, 2307.08436): the gradient of the teacher's loss gets more momentum than that
+of the labels'.
 
     v_task ← (μ - Δ) v_task + g_task        v_teacher ← (μ + Δ) v_teacher + g_teacher
     θ ← θ - lr · [ g_task + (μ - Δ) v_task  +  g_teacher + (μ + Δ) v_teacher ]
 
-the Nesterov form of the paper's update, as this loop's SGD has it; with Δ = 0 it is that SGD. Weight decay belongs to the task's gradient. Δ = 0.075 is the paper's for
-CIFAR, 0.09 for ImageNet. The price is a second pass backwards through the student.
+the Nesterov form of the paper's update, as this loop's SGD has it; with Δ = 0 it is that SGD. Weight decay belongs to the task's gradient.
+Δ = 0.075 is the paper's for CIFAR, 0.09 for ImageNet. The price is a second pass backwards through the student.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from rarefy.distillation.checkpoint import tensors_of
 from rarefy.distillation.options import Training
 
 
-def _optimizer(parameters: Any, training: Training, device: torch.device) -> torch.optim.Optimizer:
+def optimizer_of(parameters: Iterable[nn.Parameter], training: Training, device: torch.device) -> torch.optim.Optimizer:
+    """Its rate is 0: the loop sets it in each step."""
     parameters = list(parameters)
     groups = [
         {"params": [one for one in parameters if one.dim() > 1], "weight_decay": training.weight_decay},
@@ -33,26 +40,21 @@ def _optimizer(parameters: Any, training: Training, device: torch.device) -> tor
     return torch.optim.AdamW(groups, lr=0.0, fused=fused)
 
 
-class _Averaged(NamedTuple):
-    """The tensors of a model and of its running mean, listed once."""
+class Average:
+    """The running mean of a graph, as a graph of its own. Codes and other integers do not train, so they need no mean."""
 
-    means: list[Tensor]
-    values: list[Tensor]
-
-    @classmethod
-    def of(cls, average: nn.Module, model: nn.Module) -> _Averaged:
-        """Codes and other integers do not train, so they need no mean."""
-        pairs = [
-            (mean, value.detach())
-            for mean, value in zip(tensors_of(average).values(), tensors_of(model).values())
-            if mean.is_floating_point()
-        ]
-        return cls([mean for mean, _ in pairs], [value for _, value in pairs])
+    def __init__(self, graph: fx.GraphModule, decay: float):
+        self.graph, self.decay = copy.deepcopy(graph).requires_grad_(False), decay
+        pairs = zip(
+            [*self.graph.parameters(), *self.graph.buffers()], [*graph.parameters(), *graph.buffers()], strict=True
+        )
+        floats = [(mean, value.detach()) for mean, value in pairs if mean.is_floating_point()]
+        self.means, self.values = [mean for mean, _ in floats], [value for _, value in floats]
 
     @torch.no_grad()
-    def update(self, decay: float, count: int) -> None:
+    def update(self, count: int) -> None:
         """θ̄ += (θ - θ̄) (1 - d) / (1 - dᵗ): the mean of all t states so far, the one i steps back weighing dⁱ."""
-        torch._foreach_lerp_(self.means, self.values, (1 - decay) / (1 - decay**count))
+        torch._foreach_lerp_(self.means, self.values, (1 - self.decay) / (1 - self.decay**count))
 
 
 class Dot:
@@ -60,28 +62,23 @@ class Dot:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], momentum: float, delta: float, weight_decay: float):
         self.parameters, self.momentum, self.delta, self.weight_decay = parameters, momentum, delta, weight_decay
-        self.task = {name: torch.zeros_like(one) for name, one in parameters.items()}
-        self.teacher = {name: torch.zeros_like(one) for name, one in parameters.items()}
-        self.taught = {name: torch.zeros_like(one) for name, one in parameters.items()}
+        self.task, self.teacher, self.taught = (
+            {name: torch.zeros_like(one) for name, one in parameters.items()} for _ in range(3)
+        )
 
     def forget(self) -> None:
+        """The gradients of the step before."""
         torch._foreach_zero_(list(self.taught.values()))
 
     def add(self, gradients: Iterable[Tensor | None]) -> None:
         """Gradients of the teacher's loss, in the order of the parameters; None: it does not depend on that one."""
-        for kept, gradient in zip(self.taught.values(), gradients, strict=True):
+        for total, gradient in zip(self.taught.values(), gradients, strict=True):
             if gradient is not None:
-                kept.add_(gradient)
+                total.add_(gradient)
 
     def mask(self, masks: Mapping[str, Tensor]) -> None:
         """Where a weight is to stay zero, its gradient is."""
         torch._foreach_mul_([self.taught[name] for name in masks], list(masks.values()))
-
-    def _task_gradients(self) -> list[Tensor]:
-        for one in self.parameters.values():
-            if one.grad is None:
-                one.grad = torch.zeros_like(one)
-        return [one.grad for one in self.parameters.values() if one.grad is not None]
 
     @torch.no_grad()
     def step(self, clip: float) -> None:
@@ -104,14 +101,18 @@ class Dot:
             torch._foreach_add_(task, buffers, alpha=momentum)
         torch._foreach_add_(task, taught)
 
+    def _task_gradients(self) -> list[Tensor]:
+        for one in self.parameters.values():
+            if one.grad is None:
+                one.grad = torch.zeros_like(one)
+        return [one.grad for one in self.parameters.values() if one.grad is not None]
+
     def state(self) -> dict[str, Tensor]:
-        return {
-            f"{kind}.{name}": value
-            for kind, found in (("task", self.task), ("teacher", self.teacher))
-            for name, value in found.items()
-        }
+        """For a checkpoint."""
+        buffers = (("task", self.task), ("teacher", self.teacher))
+        return {f"{kind}.{name}": value for kind, values in buffers for name, value in values.items()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        for kind, found in (("task", self.task), ("teacher", self.teacher)):
-            for name, value in found.items():
-                value.copy_(state[f"{kind}.{name}"])
+        """As ``state`` told it."""
+        for name, value in self.state().items():
+            value.copy_(state[name])

@@ -1,4 +1,4 @@
-"""How to train: the options, presets of them, and what the loop (``distilling.py``) asks of a task and of a penalty."""
+"""How to train: the options, presets of them, and what the loop (``loop.py``) asks of a penalty and of a student's maker."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol, runtime_checkable
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from rarefy.errors import InputError
+from rarefy.system.options import check, option
+from rarefy.tasks.task import Task
 
 DEFAULT_LR = {"sgd": 0.05, "adamw": 1e-3}
 AUTO_STEPS = 2000
@@ -26,97 +28,140 @@ class Penalty(Protocol):
     def restore(self, state: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None: ...
 
 
+@runtime_checkable
+class Student(Protocol):
+    """A network to train, made from its teacher: a choice of ``rarefy/compression/students``, or a user's own."""
+
+    def make(self, teacher: fx.GraphModule, task: Task | None, seed: int) -> fx.GraphModule:
+        """A new graph, whose inputs and outputs have the teacher's shapes. task: for kinds that look at images."""
+        ...
+
+
+def _below_one(share: float) -> bool:
+    return 0 <= share < 1
+
+
+def _up_to_one(share: float) -> bool:
+    return 0 <= share <= 1
+
+
+def _bounded(number: float) -> bool:
+    return 0 <= number < math.inf
+
+
+def _positive(number: int) -> bool:
+    return number >= 1
+
+
+def _not_negative(number: float) -> bool:
+    return number >= 0
+
+
+def _one_of(names: str, metavar: str, help: str = "", default: str = "") -> str:
+    """A field that holds one of the names in ``"a, b or c"``, the first where no other is the default."""
+    known = names.replace(" or ", ", ").split(", ")
+    field: str = option(default or known[0], help or f"{names}.", known.__contains__, names, metavar)
+    return field
+
+
+_PARTS = "1 to batch_size"
+_DELTA = "0 (off) up to momentum, and below 1 - momentum"
+
+
 @dataclass(frozen=True)
 class Training:
-    """How to train: what ``distill`` and ``train`` take as keywords.
+    """What ``distill`` and ``train`` take as keywords; each field says of itself what it is and what it may be."""
 
-    epochs, steps: length of the run; steps wins. batch_size: pictures a step, over all processes; accumulate: in so many parts.
-    lr: peak learning rate; None: 0.05 for sgd, 0.001 for adamw. warmup: share of the steps with rising lr. clip: greatest norm of the
-    gradient, 0: none. hard_weight: weight of the loss against labels. mixup, cutmix: α of Beta(α, α), 0: off; with both on, one of them at
-    random a step. ema: decay, 0: off. precision: fp32, bf16 or auto (bf16 on CUDA). channels_last: yes, no or auto (for convolutions).
-    compile: no, default, reduce-overhead (CUDA graphs) or auto: the last on CUDA from AUTO_STEPS steps on, where it has paid for the minute
-    it takes, and back to no where the compiler can't. validate_every: epochs between two looks at the val split, 0: never. keep: the last state
-    or the best on the val split (whose figure is then optimistic: it was chosen by it). patience: stop once the val split saw no better state for so
-    many epochs, 0: never. dot: Δ of the two momenta (``dot.py``), 0: off. freeze: share of the
-    steps, the last, in which batch norm's statistics stand still. loss_warmup: share of the steps in which the teacher's weight rises to what it is.
-    sync_norm: under torchrun, yes: batch norm looks at the whole batch; no: each process at its share, which is faster. live_norm:
-    for a quantised student, yes: batch norm is put back for the training (``normalizing.py``); no: it stays folded.
-    """
+    # Length of the run, and what a step sees: batch_size pictures, over all processes. steps wins over epochs.
+    epochs: int = option(30, "Times through the training data.", _positive, "at least 1")
+    steps: int | None = option(None, "In place of epochs.", lambda n: n is None or n >= 1, "at least 1, or None")
+    batch_size: int = option(128, "Images at a time.", _positive, "at least 1")
+    accumulate: int = option(1, "A batch is done in so many parts.", _positive, _PARTS)
 
-    epochs: int = 30
-    steps: int | None = None
-    batch_size: int = 128
-    accumulate: int = 1
-    optimizer: str = "sgd"
-    lr: float | None = None
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    warmup: float = 0.05
-    clip: float = 0.0
-    label_smoothing: float = 0.0
-    hard_weight: float = 1.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    ema: float = 0.0
-    precision: str = "auto"
-    channels_last: str = "auto"
-    compile: str = "auto"
-    validate_every: int = 1
-    keep: str = "last"
-    patience: int = 0
-    dot: float = 0.0
-    freeze: float = 0.0
-    loss_warmup: float = 0.0
-    sync_norm: str = "yes"
-    live_norm: str = "no"
-    seed: int = 0
+    # Optimizer: SGD with Nesterov momentum, or AdamW; a linear rise to the peak rate, then a cosine to zero.
+    optimizer: str = _one_of("sgd or adamw", "NAME")
+    lr: float | None = option(
+        None,
+        "Peak learning rate; default 0.05 for sgd, 0.001 for adamw.",
+        lambda rate: rate is None or 0 < rate < math.inf,
+        "positive, or None",
+        "RATE",
+    )
+    momentum: float = option(0.9, "Of sgd.", _below_one, "0 up to, not including, 1", "SHARE")
+    weight_decay: float = option(5e-4, "Pull of the weights towards 0.", _bounded, "0 or more", "RATE")
+    warmup: float = option(
+        0.05,
+        "Share of the run with a rising rate.",
+        _below_one,
+        "a share of the steps, 0 up to, not including, 1",
+        "SHARE",
+    )
+    clip: float = option(0.0, "Greatest norm of the gradient; 0: none.", _bounded, "0 (off) or more", "NORM")
+
+    # Loss against labels.
+    label_smoothing: float = option(0.0, "Of the labels.", _below_one, "0 up to, not including, 1", "SHARE")
+    hard_weight: float = option(
+        1.0, "Of the loss against labels; 0: unlabelled images do.", _bounded, "0 or more", "WEIGHT"
+    )
+
+    # Mixed pictures: α of Beta(α, α); with both on, one of the two at random a step.
+    mixup: float = option(0.0, "0: off.", _bounded, "0 (off) or more", "ALPHA")
+    cutmix: float = option(0.0, "0: off.", _bounded, "0 (off) or more", "ALPHA")
+
+    # Averaged weights.
+    ema: float = option(
+        0.0, "Moving average of the weights; 0: off.", _below_one, "0 (off) up to, not including, 1", "DECAY"
+    )
+
+    # Precision, layout and compiler. auto: bf16 on CUDA; channels last where there are convolutions; CUDA graphs (reduce-overhead) on CUDA
+    # from AUTO_STEPS steps on, where they have paid for the minute they take, and back to no where the compiler can't.
+    precision: str = _one_of("auto, fp32 or bf16", "NAME")
+    channels_last: str = _one_of("auto, yes or no", "WHEN")
+    compile: str = _one_of("auto, no, default or reduce-overhead", "HOW")
+
+    # Validation, in epochs. The figure of the best state is optimistic: it was chosen by it.
+    validate_every: int = option(1, "0: never.", _not_negative, "0 (never) or more", "EPOCHS")
+    keep: str = _one_of("last or best", "WHICH", "The last or the best state.")
+    patience: int = option(
+        0, "Stop after so many without a better state; 0: never.", _not_negative, "0 (never) or more epochs", "EPOCHS"
+    )
+
+    # What is not the same in all steps, and Δ of the two momenta (optimizer.py).
+    dot: float = option(
+        0.0, "More momentum for the teacher's gradient, less for the labels'; 0: off.", _not_negative, _DELTA, "SHARE"
+    )
+    freeze: float = option(
+        0.0,
+        "Of the steps, the last: batch norm's statistics stand still.",
+        _up_to_one,
+        "a share of the steps, 0 to 1",
+        "SHARE",
+    )
+    loss_warmup: float = option(
+        0.0, "Of the steps, the first: the teacher's weight rises.", _up_to_one, "a share of the steps, 0 to 1", "SHARE"
+    )
+
+    # Batch norm: of several processes (distributed.py), and of a quantised student (qat_batch_norm.py).
+    sync_norm: str = _one_of("yes or no", "WHETHER", "Under torchrun, batch norm looks at the whole batch: yes or no.")
+    live_norm: str = _one_of(
+        "yes or no", "WHETHER", "In codes, batch norm is put back meanwhile: yes or no.", default="no"
+    )
+
+    # Of all that is drawn.
+    seed: int = option(0, "The same seed gives the same result.")
 
     def __post_init__(self) -> None:
-        rules: list[tuple[str, bool, str]] = [
-            ("epochs", self.epochs >= 1, "at least 1"),
-            ("steps", self.steps is None or self.steps >= 1, "at least 1, or None"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("accumulate", 1 <= self.accumulate <= self.batch_size, "1 to batch_size"),
-            ("optimizer", self.optimizer in DEFAULT_LR, " or ".join(DEFAULT_LR)),
-            ("lr", self.lr is None or 0 < self.lr < math.inf, "positive, or None"),
-            ("momentum", 0 <= self.momentum < 1, "0 up to, not including, 1"),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
-            ("warmup", 0 <= self.warmup < 1, "a share of the steps, 0 up to, not including, 1"),
-            ("clip", 0 <= self.clip < math.inf, "0 (off) or more"),
-            ("label_smoothing", 0 <= self.label_smoothing < 1, "0 up to, not including, 1"),
-            ("hard_weight", 0 <= self.hard_weight < math.inf, "0 or more"),
-            ("mixup", 0 <= self.mixup < math.inf, "0 (off) or more"),
-            ("cutmix", 0 <= self.cutmix < math.inf, "0 (off) or more"),
-            ("ema", 0 <= self.ema < 1, "0 (off) up to, not including, 1"),
-            ("precision", self.precision in ("auto", "fp32", "bf16"), "auto, fp32 or bf16"),
-            ("channels_last", self.channels_last in ("auto", "yes", "no"), "auto, yes or no"),
-            (
-                "compile",
-                self.compile in ("auto", "no", "default", "reduce-overhead"),
-                "auto, no, default or reduce-overhead",
-            ),
-            ("validate_every", self.validate_every >= 0, "0 (never) or more"),
-            ("live_norm", self.live_norm in ("yes", "no"), "yes or no"),
-            ("sync_norm", self.sync_norm in ("yes", "no"), "yes or no"),
-            ("loss_warmup", 0 <= self.loss_warmup <= 1, "a share of the steps, 0 to 1"),
-            ("freeze", 0 <= self.freeze <= 1, "a share of the steps, 0 to 1"),
-            ("keep", self.keep in ("last", "best"), "last or best"),
-            ("patience", self.patience >= 0, "0 (never) or more epochs"),
-            (
-                "dot",
-                0 <= self.dot <= min(self.momentum, 1 - self.momentum)
-                and (self.dot < 1 - self.momentum or not self.dot),
-                "0 (off) up to momentum, and below 1 - momentum",
-            ),
-        ]
-        for name, holds, allowed in rules:
-            if not holds:
-                raise InputError(f"training: {name}={getattr(self, name)!r} is not {allowed}")
+        check(self, "training")
+        if self.accumulate > self.batch_size:
+            raise InputError(f"training: accumulate={self.accumulate!r} is not {_PARTS}")
+        if self.dot and not (self.dot <= self.momentum and self.dot < 1 - self.momentum):
+            raise InputError(f"training: dot={self.dot!r} is not {_DELTA}")
         if self.patience and not self.validate_every:
             raise InputError(f"training: patience={self.patience} needs validation; pass validate_every=1")
         if self.dot and (self.optimizer != "sgd" or self.compile not in ("auto", "no")):
             raise InputError(
-                f"training: dot={self.dot} is of sgd, and takes two passes backwards, which can't be compiled; pass optimizer=sgd, compile=no"
+                f"training: dot={self.dot} is of sgd, and takes two passes backwards, which can't be compiled; "
+                "pass optimizer=sgd, compile=no"
             )
 
     def rate(self, step: int, total: int) -> float:
@@ -135,8 +180,15 @@ PRESETS = {
 }
 
 
-def training_of(given: Training | str | None, options: Mapping[str, Any], verb: str) -> Training:
-    """The training meant by an object, a preset's name or nothing, with ``options`` in place of its fields. Raises InputError."""
+def training_of(given: Training | str | None, options: Mapping[str, object], verb: str) -> Training:
+    """The training that is meant.
+
+    given: a Training, the name of a preset, or None for the usual one.
+    options: values that go before the fields of that name.
+    verb: who asks, for the message.
+
+    Raises InputError for an unknown preset or option, and for a value out of its bounds.
+    """
     known = [one.name for one in dataclasses.fields(Training)]
     unknown = sorted(options.keys() - set(known))
     if unknown:
@@ -145,4 +197,4 @@ def training_of(given: Training | str | None, options: Mapping[str, Any], verb: 
         if given not in PRESETS:
             raise InputError(f"{verb}: training={given!r} is no preset; have {', '.join(PRESETS)}, or pass a Training")
         given = PRESETS[given]
-    return dataclasses.replace(given or Training(), **options)
+    return dataclasses.replace(given or Training(), **options)  # type: ignore[arg-type]  # checked by Training

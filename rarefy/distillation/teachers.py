@@ -1,6 +1,8 @@
-"""A teacher is frozen, so what its answers cost can be paid once.
+"""Who teaches, and a student made from its teacher.
 
-* Its batch norm goes into the layers before it (``folding.fold``): the same answers but for rounding, and a third of the passes over memory.
+A teacher is frozen, so what its answers cost can be paid once:
+
+* Its batch norm goes into the layers before it (``graph/fold.py``): the same answers but for rounding, and a third of the passes over memory.
 * In bf16 its weights are rounded once, not in every step. Autocast would round each to the same value.
 """
 
@@ -12,10 +14,16 @@ from collections.abc import Sequence
 import torch
 from torch import fx, nn
 
+from rarefy import plugins
+from rarefy.distillation.options import Student
 from rarefy.errors import InputError
+from rarefy.graph import history
 from rarefy.graph.fold import fold
 from rarefy.graph.layers import weighted
+from rarefy.graph.macs import count_macs, count_parameters
 from rarefy.graph.nodes import set_attribute
+from rarefy.graph.shapes import output_shapes
+from rarefy.tasks.task import Task
 
 Teachers = nn.Module | Sequence[nn.Module] | Sequence[tuple[float, nn.Module]] | None
 
@@ -35,7 +43,8 @@ def teachers_of(given: Teachers) -> list[tuple[float, nn.Module]]:
             or not 0 < float(pair[0]) < math.inf
         ):
             raise InputError(
-                f"teacher: {type(pair).__name__} is no teacher; give a module, modules, or [(weight above 0, module), ...]"
+                f"teacher: {type(pair).__name__} is no teacher; "
+                "give a module, modules, or [(weight above 0, module), ...]"
             )
     if not pairs:
         raise InputError("teacher: an empty list; give at least one, or call train()")
@@ -64,3 +73,46 @@ def _weights(graph: fx.GraphModule) -> list[str]:
                 weighted(user) and node in user.args[1:3] and node is not user.args[0] for user in node.users
             )
     return [name for name, alone in read.items() if all(alone) and parameters[name].dtype == torch.float32]
+
+
+def student_of(
+    student: str | Student, teacher: fx.GraphModule, *, task: Task | None = None, seed: int = 0
+) -> fx.GraphModule:
+    """The student that is meant, as a new graph on the teacher's device; the teacher stays as it is.
+
+    student: a word (``"depth:keep=0.5"``, ``"width:macs=0.25"``, ``"copy:fresh=true"``, or the source of another model,
+        ``"timm:resnet18"``, ``"small/"``), or an object that makes one.
+    teacher: whom it is made from. The record in ``meta["history"]`` says MACs and parameters of both.
+    task: for kinds that look at images.
+    seed: of what is drawn.
+
+    Raises InputError for a word that names nothing, or a student that does not fit.
+    """
+    kind = student_kind(student)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        graph = kind.make(teacher, task, seed)
+    ours, theirs = output_shapes(graph), output_shapes(teacher)
+    if ours != theirs:
+        raise InputError(
+            f"student {plugins.describe(kind)}: answers {ours}, the teacher {theirs}; "
+            "choose one with the teacher's classes"
+        )
+    facts = {
+        "macs": [count_macs(teacher), count_macs(graph)],
+        "params": [count_parameters(teacher), count_parameters(graph)],
+        **graph.meta.pop("student", {}),
+    }
+    history.append(graph, "student", {"student": plugins.describe(kind), "seed": seed}, facts)
+    return graph
+
+
+def student_kind(student: object) -> Student:
+    """What makes it. student: a word, or that object already. Raises InputError for what makes none."""
+    kind = plugins.resolve("students", student)
+    if not isinstance(kind, Student):
+        raise InputError(
+            f"student={student!r}: a {type(kind).__name__} makes no student; it needs make(teacher, task, seed) "
+            "(rarefy/compression/students)"
+        )
+    return kind

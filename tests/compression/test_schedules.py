@@ -23,11 +23,11 @@ from rarefy.compression.schedules.group_sparse import GroupSparse, Pull
 from rarefy.compression.schedules.iterative import Iterative
 from rarefy.compression.schedules.joint import Fade
 from rarefy.distillation.distill import train
-from rarefy.distillation.qat import is_quantized
 from rarefy.errors import InputError
 from rarefy.evaluation.evaluate import evaluate
 from rarefy.graph.capture import capture
 from rarefy.graph.macs import count_macs, count_parameters
+from rarefy.kernels import is_quantised
 from rarefy.pruning.groups.groups import couple
 from rarefy.pruning.options import Target
 from rarefy.pruning.prune import prune
@@ -414,7 +414,7 @@ def test_joint_prunes_distils_and_quantises_in_one_training(tmp_path: Path) -> N
     options: dict[str, Any] = {"macs": 0.5, "schedule": schedule, "task": task, "device": "cpu", "progress": False}
     small = prune(original, **options, checkpoint=tmp_path / "work")
     assert all(torch.equal(value, original.state_dict()[name]) for name, value in before.items())
-    assert is_quantized(small) and 0.4 < count_macs(small) / count_macs(original) <= 0.5
+    assert is_quantised(small) and 0.4 < count_macs(small) / count_macs(original) <= 0.5
     assert evaluate(small, task).value > evaluate(original, task).value - 0.08
     record = next(one for one in small.meta["history"] if one["step"] == "prune")
     assert (

@@ -15,9 +15,9 @@ from torch import Tensor, fx, nn
 from rarefy import plugins
 from rarefy.artifact import folder
 from rarefy.cli import main
-from rarefy.compression import students
 from rarefy.compression.students.depth import _evenly, blocks, influence, without
 from rarefy.distillation.distill import distill, train
+from rarefy.distillation.teachers import student_kind, student_of
 from rarefy.errors import InputError
 from rarefy.graph.capture import capture
 from rarefy.graph.macs import count_macs, count_parameters
@@ -121,8 +121,8 @@ def test_every_student_trains_saves_and_leaves_the_teacher_alone(
 ) -> None:
     teacher = graph_of(Residual())
     before = state(teacher)
-    student = students.made(word, teacher, task=digits, seed=1)
-    again = students.made(word, teacher, task=digits, seed=1)
+    student = student_of(word, teacher, task=digits, seed=1)
+    again = student_of(word, teacher, task=digits, seed=1)
     assert same(state(student), state(again)) and same(state(teacher), before)
     record = student.meta["history"][-1]
     assert record["step"] == "student" and record["options"] == {"student": word, "seed": 1}
@@ -196,7 +196,7 @@ def test_influence_is_zero_where_a_block_does_nothing_and_such_blocks_leave_firs
     scores = dict(zip([block.name for block in blocks(teacher)], influence(teacher, blocks(teacher), images)))
     assert scores["one.1"] == pytest.approx(0, abs=1e-6) and scores["two.2"] == pytest.approx(0, abs=1e-6)
     assert min(score for name, score in scores.items() if name not in ("one.1", "two.2")) > 1e-3
-    small = students.made("depth:keep=0.67", teacher, task=digits)
+    small = student_of("depth:keep=0.67", teacher, task=digits)
     assert small.meta["history"][-1]["facts"]["removed"] == ["one.1", "two.2"]
     assert torch.equal(small(images[0]), teacher(images[0]))
 
@@ -205,10 +205,10 @@ def test_depth_to_a_share_of_the_macs_takes_no_block_too_many(digits: Classifica
     teacher = graph_of(Residual())
     largest = max(block.macs for block in blocks(teacher))
     for share in (0.9, 0.6, 0.4):
-        left = count_macs(students.made(f"depth:macs={share}", teacher, task=digits)) / count_macs(teacher)
+        left = count_macs(student_of(f"depth:macs={share}", teacher, task=digits)) / count_macs(teacher)
         assert share - largest / count_macs(teacher) < left <= share
     with pytest.raises(InputError, match="out of reach, without all 6 blocks"):
-        students.made("depth:macs=0.01", teacher, task=digits)
+        student_of("depth:macs=0.01", teacher, task=digits)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 12, 27])
@@ -221,12 +221,12 @@ def test_evenly_chosen_blocks_are_spread(count: int) -> None:
 
 def test_depth_says_where_it_can_do_nothing(digits: Classification) -> None:
     with pytest.raises(InputError, match="no block can leave; choose width"):
-        students.made("depth", graph_of(Dense()), task=digits)
+        student_of("depth", graph_of(Dense()), task=digits)
     with pytest.raises(InputError, match="pass task=, or choose=even"):
-        students.made("depth", graph_of(Residual()))
+        student_of("depth", graph_of(Residual()))
     for wrong in ("depth:keep=0", "depth:keep=1.5", "depth:choose=odd", "depth:images=0", "depth:depth=3"):
         with pytest.raises(InputError):
-            students.resolve(wrong)
+            student_kind(wrong)
 
 
 # ------------------------------------------------------------------ width, fresh, others
@@ -234,18 +234,18 @@ def test_depth_says_where_it_can_do_nothing(digits: Classification) -> None:
 
 def test_width_leaves_the_same_share_everywhere(digits: Classification) -> None:
     teacher = graph_of(Residual())
-    small = students.made("width:keep=0.5", teacher, task=digits)
+    small = student_of("width:keep=0.5", teacher, task=digits)
     for name, (was, now) in small.meta["history"][-1]["facts"]["channels"].items():
         assert now == (was if name == "head.weight" else was // 2), name
     with pytest.raises(InputError, match="keep"):
-        students.made("width:keep=2", teacher, task=digits)
+        student_of("width:keep=2", teacher, task=digits)
 
 
 def test_fresh_weights_are_those_of_an_untrained_network() -> None:
     model = nn.Sequential(nn.Conv2d(1, 64, 3), nn.BatchNorm2d(64), nn.Conv2d(64, 64, 3, groups=4), nn.Flatten(), nn.LayerNorm(1024), nn.Linear(1024, 50))  # fmt: skip
     teacher = graph_of(model)
     nn.init.normal_(teacher.get_parameter("4.weight"))
-    made = students.made("copy:fresh=True", teacher, seed=3)
+    made = student_of("copy:fresh=True", teacher, seed=3)
     found, was = state(made), state(teacher)
     for name, variance in (("2.weight", 2 / (16 * 9)), ("5.weight", 1 / 1024)):
         numbers = found[name]
@@ -257,15 +257,15 @@ def test_fresh_weights_are_those_of_an_untrained_network() -> None:
         assert not torch.equal(numbers, was[name])
     for name, constant in (("1.weight", 1), ("1.bias", 0), ("1.running_mean", 0), ("1.running_var", 1), ("4.weight", 1), ("4.bias", 0), ("0.bias", 0), ("5.bias", 0)):  # fmt: skip
         assert bool((found[name] == constant).all()), name
-    assert not same(found, state(students.made("copy:fresh=True", teacher, seed=4)))
-    assert same(state(students.made("copy", teacher)), was)
+    assert not same(found, state(student_of("copy:fresh=True", teacher, seed=4)))
+    assert same(state(student_of("copy", teacher)), was)
 
 
 def test_a_quantised_teacher_has_no_fresh_copy() -> None:
     teacher = graph_of(Residual())
     teacher.meta["history"] = [{"step": "quantize", "options": {}, "facts": {}}]
     with pytest.raises(InputError, match="codes can't be drawn anew"):
-        students.made("copy:fresh=True", teacher)
+        student_of("copy:fresh=True", teacher)
 
 
 def test_another_model_gets_the_teachers_classes_and_input() -> None:
@@ -274,9 +274,9 @@ def test_another_model_gets_the_teachers_classes_and_input() -> None:
         nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7)),
         torch.zeros(2, 3, 64, 64),
     )
-    student = students.made("timm:test_resnet", teacher)
+    student = student_of("timm:test_resnet", teacher)
     assert student(torch.zeros(3, 3, 64, 64)).shape == (3, 7)
-    assert not same(state(student), state(students.made("timm:test_resnet", teacher, seed=1)))
+    assert not same(state(student), state(student_of("timm:test_resnet", teacher, seed=1)))
 
 
 @pytest.mark.parametrize(("word", "told"), [
@@ -286,15 +286,15 @@ def test_another_model_gets_the_teachers_classes_and_input() -> None:
 ])  # fmt: skip
 def test_a_word_that_names_nothing(word: str, told: str) -> None:
     with pytest.raises(InputError, match=told):
-        students.made(word, graph_of(Residual()))
+        student_of(word, graph_of(Residual()))
 
 
 def test_a_student_of_other_classes_is_refused() -> None:
     teacher = capture(Residual(num_classes=7).eval(), torch.zeros(2, 1, 8, 8))
     with pytest.raises(InputError, match=r"answers \[\(10,\)\], the teacher \[\(7,\)\]"):
-        students.made("tests.compression.test_students:Residual", teacher)
+        student_of("tests.compression.test_students:Residual", teacher)
     with pytest.raises(InputError, match="makes no student"):
-        students.made(3, teacher)
+        student_of(3, teacher)
     with pytest.raises(InputError, match="is made from a teacher"):
         train("copy", Classification(train="sklearn:digits"), device="cpu")  # type: ignore[arg-type]
 

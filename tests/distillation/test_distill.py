@@ -34,6 +34,8 @@ from rarefy.errors import FormatError, InputError, TrainingDiverged
 from rarefy.graph.capture import capture
 from rarefy.graph.nodes import is_graph
 from rarefy.system import progress
+from rarefy.tasks.metric import Metric
+from rarefy.tasks.metrics.accuracy import Accuracy
 
 torch.set_num_threads(1)  # as in the process that test_killed_run starts: bits depend on it
 
@@ -67,6 +69,11 @@ class Digits:
     watch: Callable[[int, int, Tensor], None] | None = None
     noise: float = 0.1
     labels: bool = True
+    name: str = "digits"
+
+    @property
+    def data(self) -> Digits:
+        return self
 
     def length(self, split: str) -> int:
         return self.images if split == "train" else 300
@@ -107,6 +114,12 @@ class Digits:
 
     def loss(self, outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         return F.cross_entropy(outputs, targets, label_smoothing=label_smoothing)
+
+    def soft(self, targets: Tensor) -> Tensor:
+        return F.one_hot(targets, self.classes).float()
+
+    def metric(self) -> Metric:
+        return Accuracy()
 
     def fingerprint(self, split: str) -> str:
         return hashlib.sha256(f"{split} {self.length(split)}".encode()).hexdigest()
@@ -708,15 +721,15 @@ def test_nan_in_the_first_epoch_keeps_the_start() -> None:
 
 def test_infinite_weights_after_a_finite_loss_are_not_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last step's gradient may break the weights when no loss is left to show it."""
-    advance = loop._Run._advance
+    advance = loop.Loop.advance
 
     def broken(self: Any, inputs: Tensor, targets: Tensor, taught: Any, rate: float) -> None:
         advance(self, inputs, targets, taught, rate)
-        if self.step == 3:
+        if self.state.step == 3:
             with torch.no_grad():
-                next(self.graph.parameters()).view(-1)[0] = float("inf")
+                next(self.state.graph.parameters()).view(-1)[0] = float("inf")
 
-    monkeypatch.setattr(loop._Run, "_advance", broken)
+    monkeypatch.setattr(loop.Loop, "advance", broken)
     with pytest.raises(TrainingDiverged, match="weights not finite at step 4"):
         train(student(), Digits(), **{**QUICK, "epochs": 1})
 

@@ -9,10 +9,11 @@ from torch import nn
 from rarefy import distill, plugins
 from rarefy.artifact.folder import load, save
 from rarefy.distillation.distill import train
-from rarefy.distillation.qat import is_quantized, to_codes, to_trainable
+from rarefy.distillation.qat import to_codes, to_trainable
 from rarefy.distillation.qat_batch_norm import put_back
 from rarefy.errors import InputError, TrainingDiverged
 from rarefy.graph.capture import capture
+from rarefy.kernels import is_quantised
 from rarefy.quantization.quantize import quantize
 from rarefy.tasks.classification import Classification
 
@@ -77,7 +78,7 @@ def test_both_forms_answer_alike_and_untrained_tensors_come_back_as_they_were(
     learns = to_trainable(small)
     x = next(iter(task.batches("val", 64)))[0]
     assert torch.allclose(small(x), learns(x), atol=1e-5)
-    assert is_quantized(small) and not is_quantized(learns)
+    assert is_quantised(small) and not is_quantised(learns)
     back = to_codes(small, learns)
     assert (
         back.code == small.code and back.meta["bits"] == small.meta["bits"]
@@ -145,7 +146,7 @@ def test_training_with_live_batch_norm_ends_in_codes(teacher, task) -> None:
     taught = distill(small, teacher, task, live_norm="yes", **options)
     told = taught.meta["history"][-1]["options"]
     assert (told["lr"], told["clip"], told["freeze"]) == (0.03, 1.0, 0.25)  # what it bears, as no rate was given
-    assert is_quantized(taught) and taught.code == small.code
+    assert is_quantised(taught) and taught.code == small.code
     assert apart(taught, teacher, task) < apart(small, teacher, task)
     with pytest.raises(InputError, match="live_norm"):
         train(
@@ -211,4 +212,4 @@ def test_a_checkpoint_and_labels_alone_do(teacher, task, tmp_path) -> None:
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in first.state_dict().items())
     with pytest.raises(TrainingDiverged) as caught:
         train(small, task, **{**options, "lr": 1e12, "checkpoint": None, "steps": 60})
-    assert is_quantized(caught.value.graph)
+    assert is_quantised(caught.value.graph)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import fx
 
+from rarefy.distillation.distill import distill, train
 from rarefy.errors import InputError
 from rarefy.pruning.schedule import Setting
 
@@ -25,8 +26,6 @@ def trained(
 
     part: the folder below the checkpoint. options: fields of ``Training``. Raises InputError without training data.
     """
-    from rarefy.distillation.distill import distill, train  # once asked for: `prune` alone needs no training loop
-
     check_data(name, setting)
     common: dict[str, Any] = {
         "device": setting.device,

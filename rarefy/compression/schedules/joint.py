@@ -27,11 +27,14 @@ from torch import Tensor, fx, nn
 
 from rarefy import plugins
 from rarefy.compression.schedules._training import check_data, check_training, joined, last, trained
+from rarefy.distillation.qat import CLIP, FREEZE
 from rarefy.errors import InputError
 from rarefy.graph.nodes import share_copy
+from rarefy.kernels import is_quantised
 from rarefy.pruning.groups.groups import Coupling, couple
 from rarefy.pruning.records import unpacked
 from rarefy.pruning.schedule import Asked, Once, Setting
+from rarefy.quantization.quantize import quantize
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,7 @@ class Joint:
 
     def run(self, graph: fx.GraphModule, once: Once, asked: Asked, setting: Setting) -> fx.GraphModule:
         """Raises InputError where there is no training data, for a graph that is quantised already, or for what ``prune`` refuses."""
-        from rarefy.distillation.qat import CLIP, FREEZE, is_quantized
-        from rarefy.quantization.quantize import quantize  # once asked for: `prune` alone needs none of it
-
-        if is_quantized(graph):
+        if is_quantised(graph):
             raise InputError("schedule 'joint' quantises by itself; pass the float network")
         check_data("joint", setting)
         chosen = once(graph, **asked)  # a target out of reach is told before the training, not after

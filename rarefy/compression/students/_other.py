@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx
 
@@ -15,26 +14,27 @@ from rarefy.graph.capture import as_graph
 from rarefy.graph.nodes import device_of
 from rarefy.graph.shapes import output_shapes
 from rarefy.models import libraries, load
+from rarefy.tasks.task import Task
+
+
+def of(text: str) -> Other | None:
+    """The model that the text names; None for ``package.module:Name`` of a student of the user's own, which is a dataclass."""
+    module, _, name = text.partition(":")
+    name = name.partition(":")[0]
+    if "." in module and re.fullmatch(r"[A-Za-z_][\w.]*", module) and name.isidentifier():
+        named = libraries.imported(module, name, text)
+        if isinstance(named, type) and dataclasses.is_dataclass(named):
+            return None
+    return Other(text)
 
 
 @dataclass(frozen=True)
 class Other:
-    """text: as ``sources.load`` takes it."""
+    """text: as ``load`` takes it. Built with as many outputs as the teacher has, where a library builds it."""
 
     text: str
 
-    @classmethod
-    def of(cls, text: str) -> Any:
-        """``package.module:Name`` may be a kind of student of the user's own, a dataclass; all else is a model."""
-        module, _, name = text.strip().partition(":")
-        name = name.partition(":")[0]
-        if "." in module and re.fullmatch(r"[A-Za-z_][\w.]*", module) and name.isidentifier():
-            found = libraries.imported(module, name, text)
-            if isinstance(found, type) and dataclasses.is_dataclass(found):
-                return plugins.resolve("students", text)
-        return cls(text.strip())
-
-    def make(self, teacher: fx.GraphModule, task: Any, seed: int) -> fx.GraphModule:
+    def make(self, teacher: fx.GraphModule, task: Task | None, seed: int) -> fx.GraphModule:
         try:
             built = any(self.text.startswith(prefix) for prefix in ("timm:", "torchvision:"))
             source = load.load(self.text, classes=_classes(teacher) if built else None, seed=seed)

@@ -1,9 +1,8 @@
-"""What TensorBoard shows of a training: loss and learning rate, accuracy on the validation data, images a second. ``tensorboard --logdir FOLDER`` reads it."""
+"""What TensorBoard shows of a run: numbers over steps. ``tensorboard --logdir FOLDER`` reads them."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from rarefy.errors import InputError, MissingDependency
 
@@ -17,14 +16,15 @@ class Logs:
         except ImportError as error:
             raise MissingDependency("tensorboard", "logs") from error
         try:
-            self.writer: Any = SummaryWriter(str(folder), purge_step=first)  # type: ignore[no-untyped-call]
+            self.writer = SummaryWriter(str(folder), purge_step=first)  # type: ignore[no-untyped-call]
         except OSError as error:
             raise InputError(f"logs={folder}: can't be written ({error.strerror}); name a folder that can") from error
 
     def add(self, step: int, **values: float | None) -> None:
+        """One point of each curve that has a value. values: by the curve's name."""
         for name, value in values.items():
             if value is not None:
-                self.writer.add_scalar(name, value, step)
+                self.writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
-        self.writer.close()
+        self.writer.close()  # type: ignore[no-untyped-call]
