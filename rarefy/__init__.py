@@ -17,6 +17,7 @@ _HOMES = {
     "prune": "rarefy.pruning.prune",
     "mask": "rarefy.pruning.mask",
     "distill": "rarefy.distillation.distill",
+    "train": "rarefy.distillation.distill",
     "quantize": "rarefy.quantization.quantize",
     "evaluate": "rarefy.evaluation.evaluate",
     "measure": "rarefy.evaluation.measure",
@@ -50,6 +51,7 @@ __all__ = [
     "report",
     "save",
     "sign",
+    "train",
     "verify",
 ]
 
@@ -59,7 +61,7 @@ if TYPE_CHECKING:
     from rarefy.compression.budget import Budget
     from rarefy.compression.compress import compress
     from rarefy.deployment.export import export
-    from rarefy.distillation.distill import distill
+    from rarefy.distillation.distill import distill, train
     from rarefy.errors import RarefyError
     from rarefy.evaluation.certify import certify
     from rarefy.evaluation.evaluate import evaluate

@@ -80,6 +80,10 @@ class Stopping:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.task, name)
 
+    @property
+    def data(self) -> Stopping:
+        return self
+
     def batches(self, *args: Any, **options: Any) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in self.task.batches(*args, **options):
             if options.get("augment"):

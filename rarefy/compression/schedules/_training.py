@@ -1,14 +1,43 @@
+"""What schedules that train share: one training by the one loop, and one record of all they did."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
+import torch
 from torch import fx
 
 from rarefy.distillation.distill import distill, train
+from rarefy.distillation.options import Penalty, Training
 from rarefy.errors import InputError
+from rarefy.graph import history
+from rarefy.graph.nodes import Value
 from rarefy.pruning.schedule import Setting
+from rarefy.tasks.task import Task
+
+Facts = Mapping[str, Value]
+
+
+class Options(TypedDict, total=False):
+    """Of a training: fields of ``rarefy.distillation.options.Training``."""
+
+    epochs: int
+    steps: int | None
+    lr: float
+    clip: float
+    freeze: float
+    live_norm: str
+
+
+class Common(TypedDict):
+    """What distill and train both take."""
+
+    training: Training
+    device: str | torch.device | None
+    checkpoint: Path | None
+    progress: bool
 
 
 def trained(
@@ -17,71 +46,73 @@ def trained(
     teacher: fx.GraphModule,
     loss: str,
     setting: Setting,
+    options: Options,
     *,
+    batch_size: int,
     part: str,
-    penalty: Any = None,
-    **options: Any,
+    penalty: Penalty | None = None,
 ) -> fx.GraphModule:
     """``graph``, trained by schedule ``name``: taught by ``teacher`` with that loss, or, where the loss is "none", by the labels.
 
-    part: the folder below the checkpoint. options: fields of ``Training``. Raises InputError without training data.
+    batch_size: no more than there are images. part: the folder below the checkpoint. Raises InputError without training data.
     """
-    check_data(name, setting)
-    common: dict[str, Any] = {
-        "device": setting.device,
-        "checkpoint": None if setting.checkpoint is None else Path(setting.checkpoint) / part,
-        "progress": setting.progress,
-        "penalty": penalty,
-        "seed": setting.seed,
-        "validate_every": 0,
-        **options,
-        "batch_size": min(options["batch_size"], setting.task.length("train")),
-    }
+    task = task_of(name, setting)
+    size = min(batch_size, task.data.length("train"))
+    training = Training(seed=setting.seed, validate_every=0, batch_size=size, **options)
+    checkpoint = None if setting.checkpoint is None else Path(setting.checkpoint) / part
+    common = Common(training=training, device=setting.device, checkpoint=checkpoint, progress=setting.progress)
     if loss == "none":
-        return train(graph, setting.task, **common)
-    return distill(graph, teacher, setting.task, loss=loss, **common)
+        return train(graph, task, penalty=penalty, **common)
+    return distill(graph, teacher, task, loss=loss, penalty=penalty, **common)
 
 
-def check_data(name: str, setting: Setting) -> None:
-    """Raises InputError without training data."""
-    if setting.task is None or setting.task.train is None:
+def task_of(name: str, setting: Setting) -> Task:
+    """The task to train on. Raises InputError without training data."""
+    if setting.task is None or setting.task.data.train is None:
         raise InputError(
-            f"schedule {name!r} trains, so it needs data: pass task= (--data) with a train split, or use schedule='oneshot'"
+            f"schedule {name!r} trains, so it needs data: pass task= (--data) with a train split, "
+            "or use schedule='oneshot'"
         )
+    return setting.task
 
 
-def check_training(schedule: Any) -> None:
-    """Are ``epochs``, ``batch_size``, ``lr`` and ``loss`` of a schedule such as training takes? Raises ValueError."""
-    if schedule.epochs < 1 or schedule.batch_size < 1:
-        raise ValueError(f"epochs={schedule.epochs} and batch_size={schedule.batch_size} must be at least 1")
-    if not 0 < schedule.lr < float("inf"):
-        raise ValueError(f"lr={schedule.lr} must be positive")
+def check_training(epochs: int, batch_size: int, lr: float) -> None:
+    """Are these such as training takes? Raises ValueError."""
+    if epochs < 1 or batch_size < 1:
+        raise ValueError(f"epochs={epochs} and batch_size={batch_size} must be at least 1")
+    if not 0 < lr < float("inf"):
+        raise ValueError(f"lr={lr} must be positive")
 
 
-def last(graph: fx.GraphModule, *steps: str) -> dict[str, Any]:
-    """The last record of one of ``steps`` in the graph's history."""
-    found: dict[str, Any] = next(record for record in reversed(graph.meta["history"]) if record["step"] in steps)
-    return found
+def facts_of(graph: fx.GraphModule, *steps: str) -> Facts:
+    """What the last record of one of ``steps`` in the graph's history says was reached."""
+    record = history.last(graph, *steps)
+    assert record is not None  # the step before this line left it
+    return record["facts"]
 
 
 def joined(
-    before: fx.GraphModule, after: fx.GraphModule, schedule: str, trainings: Sequence[Mapping[str, Any]], facts: Any
+    before: fx.GraphModule,
+    after: fx.GraphModule,
+    schedule: str,
+    trainings: Sequence[Facts],
+    facts: Facts,
+    options: Facts | None = None,
 ) -> fx.GraphModule:
     """``after`` with one record of pruning in place of those that the schedule left since ``before``, and what came behind the last of them.
 
-    trainings: facts of the trainings. facts: go before those of the last pruning.
+    trainings: facts of the trainings. facts: go before those of the last pruning. options: in place of those of the last pruning.
     """
-    history = after.meta["history"]
-    known = len(before.meta.get("history", []))
-    place = max(index for index, record in enumerate(history) if record["step"] == "prune")
-    final, behind = history[place], history[place + 1 :]
+    since = history.since(after, before)
+    place = max(index for index, record in enumerate(since) if record["step"] == "prune")
+    final, behind = since[place], since[place + 1 :]
     points = [point for one in trainings for point in one["curve"]]
     curve = [{**point, "epoch": index} for index, point in enumerate(points, 1)]
     timing = {"seconds": sum(one["timing"]["seconds"] for one in trainings)}
-    told = {**final["facts"], **facts, "curve": curve, "timing": timing}
-    after.meta["history"] = [
-        *history[:known],
-        {"step": "prune", "options": {**final["options"], "schedule": schedule}, "facts": told},
-        *behind,
-    ]
+    record = history.Record(
+        step="prune",
+        options={**(final["options"] if options is None else options), "schedule": schedule},
+        facts={**final["facts"], **facts, "curve": curve, "timing": timing},
+    )
+    after.meta["history"] = [*history.records(before), record, *behind]
     return after

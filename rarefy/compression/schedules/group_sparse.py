@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rarefy import plugins
-from rarefy.compression.schedules._training import check_training, joined, last, trained
+from rarefy.compression.schedules._training import Options, check_training, facts_of, joined, trained
 from rarefy.graph.nodes import share_copy
 from rarefy.pruning.groups.groups import Coupling, Row, couple
 from rarefy.pruning.schedule import Asked, Once, Setting
@@ -28,7 +28,10 @@ from rarefy.pruning.schedule import Asked, Once, Setting
 class GroupSparse:
     """A training that shrinks the least important channels, then one pruning.
 
-    epochs, batch_size, lr: of the training.  reg: pull on the strongest channel of a layer.  alpha: the weakest is pulled 2^alpha times as hard.
+    For when much has to go and there is time for one whole training before. Not ``iterative``, which prunes between short trainings.
+
+    epochs, batch_size, lr: of the training.
+    reg: pull on the strongest channel of a layer. alpha: the weakest is pulled 2^alpha times as hard.
     loss: how the original teaches meanwhile, or none.
     """
 
@@ -40,7 +43,7 @@ class GroupSparse:
     loss: str = "none"
 
     def __post_init__(self) -> None:
-        check_training(self)
+        check_training(self.epochs, self.batch_size, self.lr)
         if not 0 < self.reg < float("inf") or not 0 <= self.alpha <= 64:
             raise ValueError(f"reg={self.reg} must be positive, and alpha={self.alpha} lie between 0 and 64")
 
@@ -48,17 +51,21 @@ class GroupSparse:
         """Raises InputError where there is no training data, or for what ``prune`` refuses."""
         once(graph, **asked)  # a target out of reach is told before the training, not after
         penalty = Pull(couple(share_copy(graph).eval(), setting.ignore, setting.heads), self.reg, self.alpha)
-        options = {"epochs": self.epochs, "batch_size": self.batch_size, "lr": self.lr}
+        options = Options(epochs=self.epochs, lr=self.lr)
         shrunk = trained(
-            "group_sparse", graph, graph, self.loss, setting, part="group-sparse", penalty=penalty, **options
-        )
-        training = last(shrunk, "train", "distill")["facts"]
+            "group_sparse", graph, graph, self.loss, setting, options,
+            batch_size=self.batch_size, part="group-sparse", penalty=penalty,
+        )  # fmt: skip
+        training = facts_of(shrunk, "train", "distill")
         small = once(shrunk.train(graph.training), **asked)
         return joined(graph, small, plugins.describe(self), [training], {"weight_left": penalty.share(shrunk, graph)})
 
 
 class Pull:
-    """The penalty, as the training loop takes it. ``strength``: (classes,) float64, reg * 2^(...) of each group, 0 for the frozen one."""
+    """The penalty, as the training loop takes it.
+
+    family: (classes,) int64, which layer makes the class. strength: (classes,) float64, reg * 2^(...) of each group, 0 for the frozen one.
+    """
 
     def __init__(self, coupling: Coupling, reg: float, alpha: float):
         self.coupling, self.reg, self.alpha = coupling, reg, alpha
@@ -74,9 +81,9 @@ class Pull:
 
     def begin(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """New strengths, from the weights as they are."""
-        size = self.coupling.gather({name: one.detach().square() for name, one in parameters.items()}, reduce="sum")
-        families = int(self.family.max()) + 1
-        least, most = (torch.zeros(families, dtype=size.dtype).scatter_reduce(0, self.family, size, way, include_self=False) for way in ("amin", "amax"))  # fmt: skip
+        size = self._sizes(parameters)
+        none = torch.zeros(int(self.family.max()) + 1, dtype=size.dtype)
+        least, most = (none.scatter_reduce(0, self.family, size, way, include_self=False) for way in ("amin", "amax"))
         spread = (most - least)[self.family]
         self.strength = self.reg * torch.exp2(
             self.alpha * (most[self.family] - size) / torch.where(spread > 0, spread, 1.0)
@@ -99,13 +106,12 @@ class Pull:
 
     def share(self, after: fx.GraphModule, before: fx.GraphModule) -> float:
         """Median over the groups of what is left of I_k."""
-        sizes = [
-            self.coupling.gather({name: one.detach().square() for name, one in model.named_parameters()}, reduce="sum")[
-                1:
-            ]
-            for model in (after, before)
-        ]
-        return float((sizes[0] / sizes[1].clamp_min(1e-30)).median())
+        left, whole = (self._sizes(dict(model.named_parameters()))[1:] for model in (after, before))
+        return float((left / whole.clamp_min(1e-30)).median())
+
+    def _sizes(self, parameters: Mapping[str, nn.Parameter]) -> Tensor:
+        """(classes,) I_k."""
+        return self.coupling.gather({name: one.detach().square() for name, one in parameters.items()}, reduce="sum")
 
     def _spread(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """``factors``: name -> what each element of the parameter is multiplied by, the sum over its axes, shaped like it."""

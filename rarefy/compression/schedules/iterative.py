@@ -2,22 +2,23 @@
 
     what is gone after round k of K:  s_k = s (1 - (1 - k / K)^3),   s = 1 - target
 
-Much goes early, when what is left can still make up for it, and little at the end. The share is of the original's MACs, parameters or
-channels, whatever the target counts. Scores are taken anew in each round, from weights that have adapted. Each training is taught by the
-original (``loss="none"``: by labels alone). After the last round nothing is trained: that is ``distill``'s to do. ``floor`` is of the original's layers.
+Much goes early, when what is left can still make up for it, and little at the end. The share is of the original's MACs, parameters or channels,
+whatever the target counts. Scores are taken anew in each round, from weights that have adapted. Each training is taught by the original
+(``loss="none"``: by labels alone). After the last round nothing is trained: that is ``distill``'s to do. ``floor`` is of the original's layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
 from rarefy import plugins
-from rarefy.compression.schedules._training import check_training, joined, last, trained
+from rarefy.compression.schedules._training import Facts, Options, check_training, facts_of, joined, trained
 from rarefy.errors import InputError
+from rarefy.graph import history
 from rarefy.graph.macs import count_macs, count_parameters
 from rarefy.pruning.records import followed, packed
 from rarefy.pruning.schedule import Asked, Once, Setting
@@ -27,7 +28,9 @@ from rarefy.pruning.schedule import Asked, Once, Setting
 class Iterative:
     """Rounds of pruning, less in each, with a short training between two.
 
-    rounds: how many prunings.  epochs, batch_size, lr: of each training.  loss: how the original teaches, or none.
+    For when much has to go: what is left makes up for a part before the next part goes. Not ``group_sparse``, which trains first and prunes once.
+
+    rounds: how many prunings. epochs, batch_size, lr: of each training. loss: how the original teaches, or none.
     """
 
     rounds: int = 5
@@ -39,7 +42,7 @@ class Iterative:
     def __post_init__(self) -> None:
         if self.rounds < 1:
             raise ValueError(f"rounds={self.rounds} must be at least 1")
-        check_training(self)
+        check_training(self.epochs, self.batch_size, self.lr)
 
     def shares(self, target: float) -> list[float]:
         """What remains after each round, of which the last is ``target``."""
@@ -55,41 +58,45 @@ class Iterative:
         if target > 1:
             return once(graph, **asked)  # nothing has to go
         once(graph, **asked)  # a target out of reach is told before the first training, not after
-        small, rounds, trainings = graph, [], []
+        shares = self.shares(target)
+        small, trainings = graph, []
+        prunings: list[Facts] = []
+        rounds: list[dict[str, float]] = []
         reached: dict[str, float] = {}
-        first: dict[str, Any] = {}
-        records: list[dict[str, Any]] = []
-        for index, share in enumerate(self.shares(target), 1):
+        for index, share in enumerate(shares, 1):
             final = index == self.rounds
-            was = {name: before for name, (before, _) in first.get("channels", {}).items()}
-            small = once(
-                small, **{kind: value if final and value > 1 else min(1.0, share / reached.get(kind, 1.0))}, was=was
-            )
-            facts = last(small, "prune")["facts"]
-            records.append(facts)
+            widths = prunings[0]["channels"] if prunings else {}
+            goal = value if final and value > 1 else min(1.0, share / reached.get(kind, 1.0))
+            small = once(small, **{kind: goal}, was={name: before for name, (before, _) in widths.items()})
+            facts = facts_of(small, "prune")
+            prunings.append(facts)
             reached = {name: reached.get(name, 1.0) * left for name, left in facts["reached"].items()}
-            first = first or {name: facts[name] for name in ("macs", "params")} | {"channels": facts["channels"]}
             rounds.append(
                 {"asked": share, "reached": reached[kind], "macs": facts["macs"][1], "params": facts["params"][1]}
             )
             if not final:
-                options = {"epochs": self.epochs, "batch_size": self.batch_size, "lr": self.lr}
-                small = trained("iterative", small, graph, self.loss, setting, part=f"round-{index}", **options)
-                trainings.append(last(small, "train", "distill")["facts"])
+                options = Options(epochs=self.epochs, lr=self.lr)
+                part, size = f"round-{index}", self.batch_size
+                small = trained("iterative", small, graph, self.loss, setting, options, batch_size=size, part=part)
+                trainings.append(facts_of(small, "train", "distill"))
                 small.train(graph.training)
-        record = last(small, "prune")
-        record["options"] = {**asked, **{key: option for key, option in record["options"].items() if key != kind}}
-        facts = record["facts"]
-        kept = {
-            name: torch.zeros(first["channels"][name][0], dtype=torch.bool).index_fill(0, own, True)
-            for name, own in followed(records).items()
-        }
-        told = {
-            "asked": dict(asked),
-            "reached": reached,
-            **{name: [first[name][0], facts[name][1]] for name in ("macs", "params")},
-            "channels": {name: [first["channels"][name][0], after] for name, (_, after) in facts["channels"].items()},
-            "kept": {name: packed(mask) for name, mask in kept.items()},
-            "rounds": rounds,
-        }
-        return joined(graph, small, plugins.describe(self), trainings, told)
+        last = history.last(small, "prune")
+        assert last is not None
+        others = {key: option for key, option in last["options"].items() if key != kind}
+        told = {**_overall(prunings), "asked": dict(asked), "reached": reached, "rounds": rounds}
+        return joined(graph, small, plugins.describe(self), trainings, told, {**asked, **others})
+
+
+def _overall(prunings: Sequence[Facts]) -> Facts:
+    """What several prunings in a row did, as one would tell it."""
+    first, final = prunings[0], prunings[-1]
+    widths = {name: before for name, (before, _) in first["channels"].items()}
+    kept = {
+        name: torch.zeros(widths[name], dtype=torch.bool).index_fill(0, places, True)
+        for name, places in followed(prunings).items()
+    }
+    return {
+        **{name: [first[name][0], final[name][1]] for name in ("macs", "params")},
+        "channels": {name: [widths[name], after] for name, (_, after) in final["channels"].items()},
+        "kept": {name: packed(mask) for name, mask in kept.items()},
+    }

@@ -2,17 +2,19 @@
 
     [channels pulled to zero ─▶] cut ─▶ the rest trained ─▶ quantise ─▶ train codes, batch norm live, then frozen
 
-What is to go is chosen before the first step, as ``prune`` chooses it. In the first ``shrink`` of the steps the groups that are to go fade: of K steps, the k-th leaves
+What is to go is chosen before the first step, as ``prune`` chooses it. In the first ``shrink`` of the steps the groups that are to go fade: of K
+steps, the k-th leaves
 
     w_k = w_0 (K - k) / K        of every weight coupled to such a channel, which learns no more
 
-so the rest adapts to their absence step by step, and the cut changes nothing. The smaller network trains on in float; for the last ``codes`` of the steps it is quantised and trains
-its codes, with batch norm put back behind its layers (``normalizing.py``) and frozen for the last quarter of these steps. The original teaches throughout. The result is
-quantised: it needs no further step. (Group sparsity's penalty in place of fading leaves something of each group after so few steps.)
+so the rest adapts to their absence step by step, and the cut changes nothing. The smaller network trains on in float; for the last ``codes`` of the
+steps it is quantised and trains its codes, with batch norm put back behind its layers (distillation/qat_batch_norm.py) and frozen for the last
+quarter of these steps. The original teaches throughout. The result is quantised: it needs no further step. (Group sparsity's penalty in place of
+fading leaves something of each group after so few steps.)
 
-Rounding comes late because it is cheap to mend and dear to train through: a step in codes takes twice the time of one in float, and bears a smaller rate. Given up: a choice that
-training could revise. Fading is off unless asked for (``shrink=0.2``): its steps are those of the whole network, and over 200 steps cutting at once came out ahead.
-``bench/joint.py`` sets it beside prune, distil, quantise at equal steps.
+Rounding comes late because it is cheap to mend and dear to train through: a step in codes takes twice the time of one in float, and bears a smaller
+rate. Given up: a choice that training could revise. Fading is off unless asked for (``shrink=0.2``): its steps are those of the whole network, and
+over 200 steps cutting at once came out ahead. ``bench/joint.py`` sets it beside prune, distil, quantise at equal steps.
 """
 
 from __future__ import annotations
@@ -20,13 +22,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from rarefy import plugins
-from rarefy.compression.schedules._training import check_data, check_training, joined, last, trained
+from rarefy.compression.schedules._training import Options, check_training, facts_of, joined, task_of, trained
 from rarefy.distillation.qat import CLIP, FREEZE
 from rarefy.errors import InputError
 from rarefy.graph.nodes import share_copy
@@ -41,8 +42,13 @@ from rarefy.quantization.quantize import quantize
 class Joint:
     """Prune, distil and quantise in one training; the result is quantised.
 
-    epochs, batch_size: of the training, all parts together; steps wins over epochs. lr, code_lr: rates in float and in codes. shrink, codes: shares of the steps, the
-    first in which channels fade, and the last in codes. loss: how the original teaches, or none. weights, activations: the grids. images: to calibrate on.
+    For when the training has few steps, and all of it is to end in codes. Not for the steps of ``compress``, which undo what does not pay.
+
+    epochs, batch_size: of the training, all parts together; steps wins over epochs.
+    lr, code_lr: rates in float and in codes.
+    shrink, codes: shares of the steps, the first in which channels fade, and the last in codes.
+    loss: how the original teaches, or none.
+    weights, activations: the grids. images: to calibrate on.
     """
 
     epochs: int = 20
@@ -58,7 +64,7 @@ class Joint:
     images: int = 128
 
     def __post_init__(self) -> None:
-        check_training(self)
+        check_training(self.epochs, self.batch_size, self.lr)
         shares = 0 <= self.shrink < 1 and 0 < self.codes < 1 and self.shrink + self.codes < 1
         if (
             not shares
@@ -67,17 +73,17 @@ class Joint:
             or self.images < 1
         ):
             raise ValueError(
-                f"shrink={self.shrink} and codes={self.codes} are shares whose sum is below 1, code_lr={self.code_lr} is positive, steps={self.steps} at least 3, "
-                f"and images={self.images} at least 1"
+                f"shrink={self.shrink} and codes={self.codes} are shares whose sum is below 1, code_lr={self.code_lr} is "
+                f"positive, steps={self.steps} at least 3, and images={self.images} at least 1"
             )
 
     def run(self, graph: fx.GraphModule, once: Once, asked: Asked, setting: Setting) -> fx.GraphModule:
         """Raises InputError where there is no training data, for a graph that is quantised already, or for what ``prune`` refuses."""
         if is_quantised(graph):
             raise InputError("schedule 'joint' quantises by itself; pass the float network")
-        check_data("joint", setting)
+        task = task_of("joint", setting)
         chosen = once(graph, **asked)  # a target out of reach is told before the training, not after
-        length = setting.task.length("train")
+        length = task.data.length("train")
         total = self.steps or max(3, self.epochs * (length // min(self.batch_size, length)))
         parts = self._parts(total)
         learn = functools.partial(
@@ -87,19 +93,25 @@ class Joint:
         if parts[0]:
             penalty = Fade(
                 couple(share_copy(graph).eval(), setting.ignore, setting.heads),
-                last(chosen, "prune")["facts"]["kept"],
+                facts_of(chosen, "prune")["kept"],
                 parts[0],
             )
-            shrunk = learn(graph, part="shrink", penalty=penalty, steps=parts[0], lr=self.lr)
-            trainings.append(last(shrunk, "train", "distill")["facts"])
+            shrunk = learn(graph, part="shrink", penalty=penalty, options=Options(steps=parts[0], lr=self.lr))
+            trainings.append(facts_of(shrunk, "train", "distill"))
             small = once(shrunk.train(graph.training), **asked)
-        taught = learn(small, part="settle", steps=parts[1], lr=self.lr)
-        grids: dict[str, Any] = {"weights": self.weights, "activations": self.activations}
+        taught = learn(small, part="settle", options=Options(steps=parts[1], lr=self.lr))
         coded = quantize(
-            taught, setting.task, images=self.images, seed=setting.seed, progress=setting.progress, **grids
+            taught,
+            task,
+            weights=self.weights,
+            activations=self.activations,
+            images=self.images,
+            seed=setting.seed,
+            progress=setting.progress,
         )
-        done = learn(coded, part="codes", steps=parts[2], lr=self.code_lr, clip=CLIP, freeze=FREEZE, live_norm="yes")
-        trainings += [last(one, "train", "distill")["facts"] for one in (taught, done)]
+        late = Options(steps=parts[2], lr=self.code_lr, clip=CLIP, freeze=FREEZE, live_norm="yes")
+        done = learn(coded, part="codes", options=late)
+        trainings += [facts_of(one, "train", "distill") for one in (taught, done)]
         return joined(graph, done, plugins.describe(self), trainings, {"steps": parts})
 
     def _parts(self, total: int) -> list[int]:

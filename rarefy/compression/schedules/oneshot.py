@@ -11,7 +11,10 @@ from rarefy.pruning.schedule import Asked, Once, Setting
 
 @dataclass(frozen=True)
 class Oneshot:
-    """All at once, without training."""
+    """All at once, without training.
+
+    For little that has to go, and where there are no images to train on; what follows may train (``distill``).
+    """
 
     def run(self, graph: fx.GraphModule, once: Once, asked: Asked, setting: Setting) -> fx.GraphModule:
         return once(graph, **asked)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from rarefy.errors import InputError
-from rarefy.graph.nodes import attribute, operator_name
+from rarefy.graph import history
+from rarefy.graph.nodes import argument_name, attribute, operator_name
 
 _CONVOLUTIONS = {
     "conv1d",
@@ -36,19 +37,19 @@ _CONSTANTS = {"bias": 0.0, "weight": 1.0, "running_mean": 0.0, "running_var": 1.
 @torch.no_grad()
 def fresh(graph: fx.GraphModule, seed: int) -> fx.GraphModule:
     """A copy of the graph, initialised anew from the seed. Raises InputError for a quantised graph."""
-    if any(record["step"] == "quantize" for record in graph.meta.get("history", [])):
+    if history.last(graph, "quantize") is not None:
         raise InputError(
             "fresh=true: the teacher is quantised, and codes can't be drawn anew; make the student of the float model"
         )
-    made = copy.deepcopy(graph)
+    untrained = copy.deepcopy(graph)
     generator = torch.Generator().manual_seed(seed)
     done: set[int] = set()
-    for node in made.graph.nodes:
-        value = attribute(made, node) if node.op == "get_attr" else None
+    for node in untrained.graph.nodes:
+        value = attribute(untrained, node) if node.op == "get_attr" else None
         if not isinstance(value, Tensor) or id(value) in done or not node.users or not value.is_floating_point():
             continue
         done.add(id(value))
-        where = [(operator_name(user), _role(user, node)) for user in node.users]
+        where = [(operator_name(user), argument_name(user, node)) for user in node.users]
         operator, role = next(
             ((name, role) for name, role in where if name in _LAYERS and role in _CONSTANTS), ("", "")
         )
@@ -62,15 +63,4 @@ def fresh(graph: fx.GraphModule, seed: int) -> fx.GraphModule:
         elif isinstance(value, nn.Parameter):
             spread = float(value.float().std()) if value.numel() > 1 else 0.0
             value.copy_(torch.randn(value.shape, generator=generator) * spread + float(value.float().mean()))
-    return made
-
-
-def _role(user: fx.Node, node: fx.Node) -> str:
-    """The name of the argument that ``node`` is."""
-    if not isinstance(user.target, torch._ops.OpOverload):
-        return ""
-    names = [argument.name for argument in user.target._schema.arguments]
-    place = next((index for index, argument in enumerate(user.args) if argument is node), None)
-    return (
-        names[place] if place is not None else next((name for name, value in user.kwargs.items() if value is node), "")
-    )
+    return untrained

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx
 
 from rarefy.compression.students._fresh import fresh
+from rarefy.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -20,5 +20,5 @@ class Copy:
 
     fresh: bool = False
 
-    def make(self, teacher: fx.GraphModule, task: Any, seed: int) -> fx.GraphModule:
+    def make(self, teacher: fx.GraphModule, task: Task | None, seed: int) -> fx.GraphModule:
         return fresh(teacher, seed) if self.fresh else deepcopy(teacher)

@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -28,8 +28,9 @@ from rarefy.compression.students._fresh import fresh as anew
 from rarefy.errors import InputError
 from rarefy.graph.features import Tap, cuts, tapped
 from rarefy.graph.macs import count_macs, layer_macs
-from rarefy.graph.nodes import attribute, device_of, finish, operator_name
+from rarefy.graph.nodes import Value, attribute, device_of, finish, operator_name
 from rarefy.graph.shapes import shapes
+from rarefy.tasks.task import Task
 
 BATCH = 32
 
@@ -54,7 +55,7 @@ class Depth:
         if self.choose not in ("influence", "even") or self.images < 1:
             raise ValueError(f"choose={self.choose!r} is influence or even, and images={self.images} at least 1")
 
-    def make(self, teacher: fx.GraphModule, task: Any, seed: int) -> fx.GraphModule:
+    def make(self, teacher: fx.GraphModule, task: Task | None, seed: int) -> fx.GraphModule:
         """Raises InputError where the network has no block that could leave, or not enough of them for ``macs``."""
         found = blocks(teacher)
         if not found:
@@ -212,7 +213,7 @@ def _units(graph: fx.GraphModule) -> list[_Unit]:
     return units
 
 
-def _end(values: dict[fx.Node, Any], start: Tap, following: Sequence[Tap]) -> Tap | None:
+def _end(values: Mapping[fx.Node, Value], start: Tap, following: Sequence[Tap]) -> Tap | None:
     """Where the unit ends, if it is one: at the last value made like the start, else at the first."""
     alike = [tap for tap in following if _alike(values, start, tap)]
     same = [tap for tap in alike if _same_operator(start, tap)]
@@ -223,7 +224,7 @@ def _same_operator(one: Tap, other: Tap) -> bool:
     return operator_name(one.node) == operator_name(other.node)
 
 
-def _alike(values: dict[fx.Node, Any], one: Tap, other: Tap) -> bool:
+def _alike(values: Mapping[fx.Node, Value], one: Tap, other: Tap) -> bool:
     a, b = values[one.node], values[other.node]
     return (a.shape, a.dtype) == (b.shape, b.dtype)
 
@@ -252,8 +253,7 @@ def _evenly(count: int) -> list[int]:
     return sorted(range(count), key=lambda index: int(f"{(index + 1) % 2**bits:0{bits}b}"[::-1], 2))
 
 
-def _images(task: Any, count: int, seed: int) -> list[Tensor]:
-    split = None if task is None else "train" if task.train is not None else "val"
-    if split is None:
+def _images(task: Task | None, count: int, seed: int) -> list[Tensor]:
+    if task is None:
         raise InputError("student=depth: choose=influence looks at images; pass task=, or choose=even")
-    return list(task.inputs(split, count, BATCH, seed=seed))
+    return list(task.data.inputs("train" if task.data.train is not None else "val", count, BATCH, seed=seed))

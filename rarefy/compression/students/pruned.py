@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx
 
 from rarefy.compression.students import _cut
+from rarefy.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Pruned:
     round_to: int = 1
     fresh: bool = False
 
-    def make(self, teacher: fx.GraphModule, task: Any, seed: int) -> fx.GraphModule:
+    def make(self, teacher: fx.GraphModule, task: Task | None, seed: int) -> fx.GraphModule:
         return _cut.narrowed(
             teacher,
             task,
