@@ -154,9 +154,6 @@ def worse(model: nn.Module, reference: nn.Module, task: Task) -> float:
 
 
 BOTH = pytest.mark.parametrize("kind", [MultiLabel, Regression])
-TRAINING = pytest.mark.xfail(
-    reason="distillation asks the task, not task.data; keep='best' takes the highest", strict=True
-)
 PRUNING = pytest.mark.xfail(reason="the criteria ask the task, not task.data", strict=True)
 QUANTIZING = pytest.mark.xfail(reason="quantize asks the task, not task.data", strict=True)
 COMPRESSING = pytest.mark.xfail(
@@ -188,7 +185,6 @@ def test_evaluate_speaks_in_the_words_of_the_metric(kind: type[MultiLabel]) -> N
     assert told["metric"] == metric.name and "top5" not in told
 
 
-@TRAINING
 @BOTH
 def test_training_keeps_the_best_epoch_by_the_metric(kind: type[MultiLabel]) -> None:
     task = task_of(kind)
