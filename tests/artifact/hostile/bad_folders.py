@@ -1,9 +1,9 @@
 """Folders that break one promise of docs/format.md each, and are whole otherwise: the hashes in manifest.json are made to fit.
 
-``KINDS`` maps the promise that is broken to a function that breaks it in a good folder. A folder by hand, to look at or to try on
-another reader:
+``KINDS`` maps the promise that is broken to (a function that breaks it in a good folder, words of the refusal); the words
+stand in refusals.txt, one line a promise. A folder by hand, to look at or to try on another reader:
 
-    python tests/hostile/bad_folders.py a_node_reads_only_nodes_before_it bad/
+    python tests/artifact/hostile/bad_folders.py a_node_reads_only_nodes_before_it bad/
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from torch import nn
 from rarefy.artifact import folder as folder_
 from rarefy.graph.capture import capture
 
-KINDS: dict[str, Callable[[Path], None]] = {}
+CHANGES: dict[str, Callable[[Path], None]] = {}
 HUGE = 2**40
+NOISE = np.random.default_rng(0).bytes(5000)  # of as many codes as the tensor "eight" has
 
 
 class Small(nn.Module):
@@ -78,7 +79,7 @@ def breaks(change: Callable[[Path], None]) -> Callable[[Path], None]:
         if (folder / "manifest.json").is_file() and not change.__name__.startswith("manifest"):
             seal(folder)
 
-    KINDS[change.__name__] = broken
+    CHANGES[change.__name__] = broken
     return change
 
 
@@ -89,7 +90,7 @@ def in_text(change: Callable[[bytes], bytes]) -> Callable[[bytes], bytes]:
         (folder / "graph.json").write_bytes(change((folder / "graph.json").read_bytes()))
         seal(folder)
 
-    KINDS[change.__name__] = broken
+    CHANGES[change.__name__] = broken
     return change
 
 
@@ -102,7 +103,7 @@ def in_graph(change: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, An
         (folder / "graph.json").write_text(json.dumps(value))
         seal(folder)
 
-    KINDS[change.__name__] = broken
+    CHANGES[change.__name__] = broken
     return change
 
 
@@ -118,7 +119,7 @@ def in_weights(change: Callable[[dict[str, Any], bytes], tuple[Any, bytes]]) -> 
         path.write_bytes(len(text).to_bytes(8, "little") + text + data)
         seal(folder)
 
-    KINDS[change.__name__] = broken
+    CHANGES[change.__name__] = broken
     return change
 
 
@@ -172,7 +173,7 @@ def _manifest(name: str, change: Callable[[dict[str, Any]], None]) -> None:
         change(value)
         (folder / "manifest.json").write_text(json.dumps(value))
 
-    KINDS[name] = broken
+    CHANGES[name] = broken
 
 
 _manifest("manifest_is_of_a_known_schema", lambda value: value.update(schema=2))
@@ -241,6 +242,9 @@ _text = {
         b'"args":[', b'"args":[' + b"[" * 100 + b"]" * 100 + b",", 1
     ),
     "text_has_few_values": lambda data: data.replace(b'"nodes":[', b'"nodes":[' + b"[]," * 3_000_000),
+    "text_has_few_objects": lambda data: data.replace(
+        b'"meta":{', b'"meta":{"history":[' + b"{}," * 1_500_000 + b"{}],"
+    ),
     "text_is_short": lambda data: data + b" " * 17_000_000,
     "strings_end": lambda data: b'{"a":"' + b'\\"' * 5_000_000,
     "strings_end_after_an_escape": lambda data: b'{"a":"' + b'\\"' * 5_000_000 + b"\\",
@@ -262,8 +266,10 @@ _graph: dict[str, Callable[[dict[str, Any]], Any]] = {
     "nodes_are_objects": lambda graph: graph["nodes"].insert(0, "x"),
     "nodes_are_not_without_end": lambda graph: graph.update(nodes=[0] * 200_000),
     "nodes_have_no_other_keys": lambda graph: graph["nodes"][0].update(type="os.system"),
-    "operations_are_known": lambda graph: node(graph, _conv).update(op="call_method", target="__reduce__"),
-    "submodules_are_not_called": lambda graph: node(graph, _conv).update(op="call_module", target="conv"),
+    "operations_are_known": lambda graph: node(graph, _conv).update(op="call_method", target="__reduce__", args=[]),
+    "submodules_are_not_called": lambda graph: node(graph, _conv).update(op="call_module", target="conv", args=[]),
+    "only_operators_have_keywords": lambda graph: graph["nodes"][-1].update(kwargs={"x": _input}),
+    "an_output_has_no_target": lambda graph: graph["nodes"][-1].update(target="output"),
     # calls
     "no_function_of_the_system_is_called": lambda graph: call(graph, "os.system", "touch /tmp/hostile"),
     "no_function_of_python_is_called": lambda graph: call(graph, "builtins.eval", "1"),
@@ -349,7 +355,9 @@ _graph: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no_attribute_is_read": lambda graph: node(graph, "conv.weight").update(target="__class__.__init__.__globals__"),
     "no_method_is_read": lambda graph: node(graph, "conv.weight").update(target="forward"),
     **{
-        promise: lambda graph, name=name: graph["tensors"].update({name: graph["tensors"]["conv.weight"]})
+        promise: lambda graph, name=name: graph["tensors"].update(
+            {name: {"kind": "parameter", "same_as": "conv.weight"}}  # the folder holds all that it names
+        )
         for promise, name in {
             "tensor_names_stay_inside": "../x",
             "tensor_names_are_no_paths": "/etc/passwd",
@@ -363,14 +371,17 @@ _graph: dict[str, Callable[[dict[str, Any]], Any]] = {
             "tensor_names_hide_no_flag": "training",
             "tensor_names_are_short": "a." * 1000 + "b",
             "tensor_names_are_no_modules": "conv",
-            "tensors_are_in_the_weights": "other",
         }.items()
     },
+    "tensors_are_in_the_weights": lambda graph: graph["tensors"].update(other=graph["tensors"]["conv.weight"]),
     "tensors_are_not_without_end": lambda graph: graph["tensors"].update(
         dict.fromkeys(map("t{}".format, range(30_000)), 0)
     ),
     "modules_are_not_without_end": lambda graph: graph["tensors"].update(
-        {".".join([f"m{index}", *"abcdefghijkl", "w"]): graph["tensors"]["conv.weight"] for index in range(5_000)}
+        {
+            ".".join([f"m{index}", *"abcdefghijkl", "w"]): {"kind": "parameter", "same_as": "conv.weight"}
+            for index in range(5_000)
+        }
     ),
     "a_tensor_is_an_object": lambda graph: graph["tensors"].update(mask=1),
     "a_tensor_has_a_kind": lambda graph: graph["tensors"]["mask"].update(kind="module"),
@@ -414,7 +425,12 @@ _graph: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a_shared_tensor_is_of_one_kind": lambda graph: graph["tensors"].update(
         mask={"kind": "buffer", "same_as": "conv.bias"}
     ),
-    "a_shared_tensor_says_no_more": lambda graph: graph["tensors"]["norm.bias"].update(same_as="conv.bias"),
+    "a_shared_tensor_says_no_more": lambda graph: graph["tensors"].update(
+        other={"kind": "parameter", "same_as": "conv.bias", "requires_grad": False}
+    ),
+    "a_shared_tensor_is_not_another_shared_one": lambda graph: graph["tensors"].update(
+        other={"kind": "parameter", "same_as": "conv.bias"}, more={"kind": "parameter", "same_as": "other"}
+    ),
     # meta
     "meta_has_inputs": lambda graph: graph["meta"].pop("inputs"),
     "meta_inputs_have_a_shape": lambda graph: graph["meta"]["inputs"][0].pop("shape"),
@@ -423,8 +439,10 @@ _graph: dict[str, Callable[[dict[str, Any]], Any]] = {
     "meta_core_is_a_name": lambda graph: graph["meta"].update(core=[1]),
     "meta_history_is_a_list": lambda graph: graph["meta"].update(history={"step": "prune"}),
     "meta_history_is_of_records": lambda graph: graph["meta"].update(history=["prune"]),
+    "meta_bits_are_an_object": lambda graph: graph["meta"].update(bits=["four"]),
     "meta_bits_are_of_tensors": lambda graph: graph["meta"].update(bits={"other": 4}),
     "meta_bits_are_2_to_8": lambda graph: graph["meta"].update(bits={"four": 64}),
+    "meta_bits_are_no_flags": lambda graph: graph["meta"].update(bits={"four": True}),
     "meta_floats_are_floats": lambda graph: graph["meta"].update(facts={"$float": "1 + 1"}),
 }
 for _name, _change in _graph.items():
@@ -462,6 +480,13 @@ def a_header_is_not_deep(header, data):
 
 @in_weights
 def weights_are_complete(header, data):
+    header, data = with_bytes(header, data, "mask", b"")
+    header.pop("mask")
+    return header, data
+
+
+@in_weights
+def a_header_covers_the_file(header, data):
     header.pop("mask")
     return header, data
 
@@ -470,6 +495,28 @@ def weights_are_complete(header, data):
 def weights_have_no_other_tensor(header, data):
     end = len(data)
     return {**header, "other": {"dtype": "U8", "shape": [4], "data_offsets": [end, end + 4]}}, data + b"abcd"
+
+
+@in_weights
+def a_header_has_no_other_keys(header, data):
+    header["mask"]["layout"] = "strided"
+    return header, data
+
+
+@in_weights
+def a_header_shape_is_of_sizes(header, data):
+    """Of a tensor that is stored in another form, whose shape there is not compared with graph.json."""
+    header["eight"]["shape"] = [str(size) for size in header["eight"]["shape"]]
+    return header, data
+
+
+@in_weights
+def a_tensor_has_the_bytes_of_its_shape(header, data):
+    begin, end = header["norm.weight"]["data_offsets"]
+    shape, dtype = header["norm.weight"]["shape"], header["norm.weight"]["dtype"]
+    header, data = with_bytes(header, data, "norm.weight", data[begin:end] + bytes(4))
+    header["norm.weight"].update(shape=shape, dtype=dtype)
+    return header, data
 
 
 @in_weights
@@ -580,14 +627,14 @@ def a_frame_is_whole(header, data):
 
 @in_weights
 def a_frame_says_its_size(header, data):
-    return with_bytes(header, data, "eight", zstandard.ZstdCompressor(write_content_size=False).compress(bytes(5000)))
+    return with_bytes(header, data, "eight", zstandard.ZstdCompressor(write_content_size=False).compress(NOISE))
 
 
 @in_weights
 def a_frame_says_its_true_size(header, data):
     """A bomb: the header of a frame of 5,000 bytes before the blocks of one of 200 MB."""
     bomb = bytearray(zstandard.ZstdCompressor(write_content_size=False).compress(bytes(200_000_000)))
-    honest = zstandard.ZstdCompressor().compress(np.random.default_rng(0).bytes(5000))
+    honest = zstandard.ZstdCompressor().compress(NOISE)
     parameters = zstandard.frame_header_size(honest)
     return with_bytes(
         header, data, "eight", honest[:parameters] + bytes(bomb[zstandard.frame_header_size(bytes(bomb)) :])
@@ -612,12 +659,18 @@ def _seven_bits(graph):
 
 @in_weights
 def _hundreds(header, data):
-    return with_bytes(header, data, "eight", zstandard.ZstdCompressor().compress(bytes([100]) * 5000))
+    return with_bytes(
+        header, data, "eight", zstandard.ZstdCompressor().compress(bytes(64 + byte % 64 for byte in NOISE))
+    )
 
 
-_steps = KINDS.pop("_seven_bits"), KINDS.pop("_hundreds")
-KINDS["coded_codes_stay_in_their_bits"] = lambda folder: [step(folder) for step in _steps] and None
+_steps = CHANGES.pop("_seven_bits"), CHANGES.pop("_hundreds")
+CHANGES["coded_codes_stay_in_their_bits"] = lambda folder: [step(folder) for step in _steps] and None
+
+_refusals = (Path(__file__).parent / "refusals.txt").read_text().splitlines()
+WORDS = dict(line.split(": ", 1) for line in _refusals)
+KINDS = {promise: (change, WORDS[promise]) for promise, change in CHANGES.items()}
 
 
 if __name__ == "__main__":
-    KINDS[sys.argv[1]](good_folder(Path(sys.argv[2])))
+    CHANGES[sys.argv[1]](good_folder(Path(sys.argv[2])))

@@ -9,7 +9,7 @@ import time
 import hypothesis
 import pytest
 import torch
-from bad_folders import KINDS, good_folder, seal, small_graph
+from bad_folders import CHANGES, KINDS, WORDS, good_folder, seal, small_graph
 from hypothesis import strategies as st
 
 from rarefy.artifact import folder as folder_
@@ -52,18 +52,20 @@ def test_the_good_folder_is_good(good):
 def test_a_broken_promise_is_refused(promise, good, tmp_path):
     folder = tmp_path / "bad"
     shutil.copytree(good, folder)
-    KINDS[promise](folder)
+    change, words = KINDS[promise]
+    change(folder)
     start = time.perf_counter()
     with pytest.raises(FormatError) as refusal, little_memory():
         folder_.load(folder)
     assert time.perf_counter() - start < SECONDS
     text = str(refusal.value)
+    assert words in text
     assert "\n" not in text and str(folder) in text and len(text) < 1000
     assert text.isprintable()
 
 
 def test_there_are_enough_kinds():
-    assert len(KINDS) > 150
+    assert len(KINDS) > 200 and KINDS.keys() == WORDS.keys() == CHANGES.keys()
 
 
 @hypothesis.given(data=st.data())
