@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rarefy import plugins
+from rarefy.deployment.runtime import Runtime
 from rarefy.errors import InputError
 from rarefy.graph.capture import as_graph
 from rarefy.graph.nodes import example_inputs
@@ -19,19 +20,21 @@ def export(
     model: nn.Module,
     path: str | os.PathLike[str],
     *,
-    runtime: Any = "onnxruntime",
+    runtime: Runtime | str = "onnxruntime",
     inputs: Tensor | Sequence[Tensor] | None = None,
     compare: bool = True,
 ) -> dict[str, Any]:
-    """Write ``model`` for ``runtime`` to ``path``, and say how its answers differ from the model's.
+    """Write ``model`` for ``runtime`` to ``path``, and say how its answers differ from the model's
+    (``rarefy.deployment.runtime.Parity``).
 
+    path: a file there is replaced, and stays as it was if anything fails.
     runtime: a choice of ``rarefy.runtimes``, as an object or as text.
     inputs: an example batch: needed where ``model`` is not captured yet, and what is compared on (else random numbers).
     compare: False returns an empty dictionary.
 
-    A file there is replaced, and stays as it was if anything fails. Raises InputError for a layer the runtime can't run.
+    Raises InputError for a layer the runtime can't run.
     """
-    chosen = plugins.resolve("runtimes", runtime)
+    chosen: Runtime = plugins.resolve("runtimes", runtime)
     graph = as_graph(model, inputs).eval()
     if compare and len(graph.meta["inputs"]) != 1:
         raise InputError(

@@ -1,8 +1,8 @@
 """Latency: of models and files that take turns, and of the kernels of one run; and when such a measurement is trusted.
 
-Sessions that take turns meet the same clock speed and the same neighbours, so that a ratio within a round is a fair one.
-A sample is as many calls as fill two milliseconds; a round is one sample of each, and the turn begins with another each
-time. What counts is the median over the rounds that no other process disturbed, with its quartiles.
+Sessions that take turns meet the same clock speed and the same neighbours, so that a ratio within a round is a fair
+one. A sample is as many calls as fill two milliseconds; a round is one sample of each, and the turn begins with another
+each time. What counts is the median over the rounds that no other process disturbed, with its quartiles.
 """
 
 from __future__ import annotations

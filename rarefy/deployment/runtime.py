@@ -1,7 +1,8 @@
-"""What a runtime is to the rest of rarefy: a table of what it can do, a file that it is given, and a session that runs the file.
+"""What a runtime is to the rest of rarefy: a table of what it can do, a file that it is given, and a session that runs
+the file.
 
-A runtime is a frozen dataclass, one a file in ``rarefy/runtimes/``; its fields are its options. What one can't do is said by its
-``Capabilities`` and asked before it is tried: nobody calls ``kernel_times`` of a runtime that has none.
+A runtime is a frozen dataclass, one a file in ``rarefy/runtimes/``; its fields are its options. What one can't do is
+said by its ``Capabilities`` and asked before it is tried: nobody calls ``kernel_times`` of a runtime that has none.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self
+from typing import NamedTuple, NotRequired, Protocol, Self, TypedDict
 
 import torch
 from torch import Tensor, fx
@@ -20,7 +21,6 @@ from rarefy.system.cpu import exact_int8
 aten = torch.ops.aten
 
 Operators = frozenset[OpOverload]
-Parity = dict[str, Any]  # as ``rarefy.deployment.parity.compare`` returns it
 
 LAYERS: Operators = frozenset({aten.conv2d.default, aten.conv2d.padding, aten.linear.default})
 CARRIERS: Operators = frozenset(
@@ -89,6 +89,40 @@ class Kernel(NamedTuple):
     operator: str
     shapes: list[list[int]]
     us: float
+
+
+class Difference(TypedDict):
+    """Of one rounded value, when both start from the file's own inputs of that layer.
+
+    name: of the layer. value: of what is rounded. difference: the largest, in codes. share: of the codes that differ.
+    """
+
+    name: str
+    value: str
+    difference: int
+    share: float
+
+
+class Parity(TypedDict):
+    """What a graph's answers and those of its file have in common.
+
+    agreement: share of the inputs with equal most likely classes; of an output that is no (N, classes), and of each of
+        several, with a squared difference of at most 1 % of its variance.
+    samples: inputs compared. largest_difference: of all outputs. ulp: the largest difference of the layers, in codes.
+    first_diverging_layer: the first by more than one code, which rounding a sum in another order can't explain. layers:
+    each rounded value. passed: agreement of at least 99.5 % and no diverging layer. unread: values that the runtime
+    gives in another shape (it moved a padding before them), which are not compared; only
+        if there are any.
+    """
+
+    agreement: float
+    samples: int
+    largest_difference: float
+    ulp: int
+    first_diverging_layer: str | None
+    layers: list[Difference]
+    passed: bool
+    unread: NotRequired[list[str]]
 
 
 class Session(Protocol):

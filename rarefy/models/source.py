@@ -1,37 +1,41 @@
+"""Where a model comes from: what was asked for, what was got, and the words in which both are told."""
+
 from __future__ import annotations
 
 import difflib
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from rarefy.errors import InputError, MissingDependency
+from rarefy.errors import InputError, MissingDependency, first_line
 from rarefy.graph.nodes import is_graph
 
 FORMS = "timm:NAME, torchvision:NAME, package.module:function, a folder saved by rarefy, or a .pt2 file"
+
+Option = bool | int | float | str | None
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Source:
     """A model and what its maker says of its input.
 
-    text: what was asked for.
-    model: the module, in eval mode, on the CPU.
-    shape: its input without batch, ``(3, 224, 224)``, or None where nobody says.
-    preprocessing: ``mean``, ``std`` (a float a channel), ``size`` (pixels), ``crop`` (share of the resized image kept), ...,
-        as far as the maker states them; they are ``Classification``'s options of the same names.
+    text: what was asked for. model: the module, in eval mode, on the CPU. shape: its input without batch, ``(3, 224,
+    224)``, or None where nobody says. preprocessing: ``mean``, ``std`` (a float a channel), ``size`` (pixels), ``crop``
+    (share of the resized image that is
+        used), ..., as far as the maker states them; they are ``Classification``'s options of the same names.
     weights: what was loaded into it, or None: as the source made it.
     """
 
     text: str
     model: nn.Module
     shape: tuple[int, ...] | None = None
-    preprocessing: dict[str, Any] = field(default_factory=dict)
+    preprocessing: Mapping[str, object] = field(default_factory=dict)
     weights: str | None = None
 
     def example(self, shape: tuple[int, ...] | None = None, batch: int = 2) -> Tensor:
@@ -42,6 +46,66 @@ class Source:
                 f"{self.text}: nothing says what its input looks like; pass --input, for example --input 3,224,224"
             )
         return torch.randn((batch, *chosen), generator=torch.Generator().manual_seed(0))
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for.
+
+    text: the source as text. classes: outputs of the classifier, if they are to be others than the source's own.
+    has_weights: they come from a file beside it.
+    """
+
+    text: str
+    classes: int | None = None
+    has_weights: bool = False
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the colon: a library, or a module."""
+        return self.text.partition(":")[0]
+
+    @property
+    def rest(self) -> str:
+        """What stands behind it."""
+        return self.text.partition(":")[2]
+
+    def name_and_options(self) -> tuple[str, dict[str, Option]]:
+        """``resnet18?num_classes=3`` behind the colon -> ``("resnet18", {"num_classes": 3})``."""
+        name, _, query = self.rest.partition("?")
+        options = {}
+        for part in filter(None, query.split("&")):
+            key, equals, value = part.partition("=")
+            if not equals or not key.isidentifier():
+                raise InputError(f"{self.text!r}: {part!r} is no option; write ?name=value&name=value")
+            options[key] = parse_value(value)
+        return name, options
+
+    def make(self, build: Callable[[], T]) -> T:
+        """What ``build`` returns; whatever it raises is told as this request's failure."""
+        try:
+            return build()
+        except MissingDependency:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"{self.text}: making it failed: {type(error).__name__}: {first_line(error)}; "
+                "check the name and the options after '?'"
+            ) from error
+
+    def check_classes(self, outputs: Sequence[tuple[int, ...]]) -> None:
+        """What is made already can't be given other classes.
+
+        The same number is no contradiction (``--classes`` is meant for a reference beside it, too).
+        """
+        if self.classes is not None and list(outputs) != [(self.classes,)]:
+            raise InputError(
+                f"{self.text}: was made with outputs of {', '.join(map(by, outputs))}, not {self.classes}; "
+                "leave out --classes"
+            )
+
+
+Form = Callable[[Request], Source | None]  # None where the text is of another form
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
@@ -55,9 +119,9 @@ def parse_shape(text: str) -> tuple[int, ...]:
     return shape
 
 
-def parse_value(text: str) -> Any:
+def parse_value(text: str) -> Option:
     """An option's value: a number, true, false, none, or else text."""
-    plain = {"true": True, "false": False, "none": None}
+    plain: dict[str, Option] = {"true": True, "false": False, "none": None}
     if text.lower() in plain:
         return plain[text.lower()]
     for kind in (int, float):
@@ -68,49 +132,30 @@ def parse_value(text: str) -> Any:
     return text
 
 
-def _check_classes(text: str, own: list[tuple[int, ...]], classes: int) -> None:
-    """What is made already can't be given other classes; the same number is no contradiction (``--classes`` is meant for a reference beside it, too)."""
-    if own != [(classes,)]:
-        raise InputError(
-            f"{text}: was made with outputs of {', '.join(map(_by, own))}, not {classes}; leave out --classes"
-        )
-
-
-def _shape_of(model: nn.Module) -> tuple[int, ...] | None:
-    if isinstance(model, fx.GraphModule) and is_graph(model):
+def input_shape_of(model: nn.Module) -> tuple[int, ...] | None:
+    """Shape of its input without batch, as a graph knows it, or as the module's ``input_shape`` says."""
+    if is_graph(model):
         return tuple(model.meta["inputs"][0]["shape"])
     stated = getattr(model, "input_shape", None)
-    return (
-        tuple(stated) if isinstance(stated, (tuple, list)) and all(isinstance(size, int) for size in stated) else None
-    )
+    if isinstance(stated, (tuple, list)) and all(isinstance(size, int) for size in stated):
+        return tuple(stated)
+    return None
 
 
-def _made(text: str, make: Callable[[], Any]) -> Any:
-    try:
-        return make()
-    except MissingDependency:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"{text}: making it failed: {type(error).__name__}: {_first_line(error)}; check the name and the options after '?'"
-        ) from error
-
-
-def _parameters(function: Any) -> set[str]:
+def parameters_of(function: Callable[..., object]) -> set[str]:
+    """Names of what it takes; none where Python can't tell."""
     try:
         return set(inspect.signature(function).parameters)
     except (TypeError, ValueError):
         return set()
 
 
-def _near(name: str, have: list[str]) -> str:
+def near(name: str, have: Sequence[str]) -> str:
+    """What an error adds: the names most like ``name``, or how many there are."""
     close = difflib.get_close_matches(name, have, n=3, cutoff=0.5)
     return f"; the nearest are {', '.join(close)}" if close else f"; it has {len(have)} others"
 
 
-def _by(shape: Any) -> str:
+def by(shape: Sequence[int]) -> str:
+    """``3x224x224``."""
     return "x".join(str(int(size)) for size in shape) or "a single number"
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

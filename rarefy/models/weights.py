@@ -1,3 +1,9 @@
+"""Weights from a file: safetensors, or a checkpoint that ``torch.load(weights_only=True)`` can read.
+
+A checkpoint is a state_dict, or one under ``state_dict`` or ``model``; the prefixes of DataParallel and torch.compile
+are taken off. Every tensor must find its place.
+"""
+
 from __future__ import annotations
 
 import math
@@ -10,28 +16,30 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor, nn
 
-from rarefy.errors import FormatError, InputError
-from rarefy.models.source import Source, _by, _first_line
+from rarefy.errors import FormatError, InputError, first_line
+from rarefy.models.source import Source, by
+
+# What torch.load raises for a file that is no checkpoint.
+_BROKEN = (
+    RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, zipfile.BadZipFile,
+)  # fmt: skip
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Put the tensors of ``path`` into ``model``, every one at its place.
 
-    Raises InputError where a tensor is missing, unexpected or of another shape (the first of each kind is named, and how many
-    there are); FormatError for a file that is broken or that holds objects.
+    Raises InputError where a tensor is missing, unexpected or of another shape (the first of each kind is named, and
+    how many there are); FormatError for a file that is broken or that holds objects.
     """
-    found = _strip(read_weights(path))
-    wanted = model.state_dict()
-    missing = [name for name in wanted if name not in found and not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in found if name not in wanted]
-    shapes = [name for name in wanted if name in found and found[name].shape != wanted[name].shape]
+    given, wanted = _strip(read_weights(path)), model.state_dict()
+    missing = [name for name in wanted if name not in given and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in given if name not in wanted]
+    shapes = [name for name in wanted if name in given and given[name].shape != wanted[name].shape]
     wrong = []
     if shapes:
-        first = shapes[0]
-        hint = "; pass --classes" if found[first].shape[1:] == wanted[first].shape[1:] else ""
-        wrong.append(
-            f"{first} is {_by(found[first].shape)} there and {_by(wanted[first].shape)} in the model{_more(shapes)}{hint}"
-        )
+        there, here = given[shapes[0]].shape, wanted[shapes[0]].shape
+        hint = "; pass --classes" if there[1:] == here[1:] else ""
+        wrong.append(f"{shapes[0]} is {by(there)} there and {by(here)} in the model{_more(shapes)}{hint}")
     if missing:
         wrong.append(f"{missing[0]} is missing there{_more(missing)}")
     if unexpected:
@@ -40,7 +48,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise InputError(
             f"{path}: does not fit the model: {'; '.join(wrong)}; give the weights of this very architecture"
         )
-    model.load_state_dict(found, strict=False)
+    model.load_state_dict(given, strict=False)
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -71,27 +79,16 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             f"{file}: holds more than tensors, and loading it would run code of the file; "
             "save the weights alone: safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
         ) from error
-    except (
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        TypeError,
-        zipfile.BadZipFile,
-    ) as error:
+    except _BROKEN as error:
         raise FormatError(
-            f"{file}: is no checkpoint torch can read ({_first_line(error)}); give .safetensors or torch.save(model.state_dict())"
+            f"{file}: is no checkpoint torch can read ({first_line(error)}); "
+            "give .safetensors or torch.save(model.state_dict())"
         ) from error
+    content = content if isinstance(content, dict) else {}
     for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
+        if isinstance(content.get(key), dict):
             content = content[key]
-    tensors = (
-        {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-        if isinstance(content, dict)
-        else {}
-    )
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
         raise FormatError(
             f"{file}: no named tensors in it; save model.state_dict() (alone, or under the key 'state_dict' or 'model')"
@@ -99,13 +96,15 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_finite(source: Source) -> None:
+def check_finite(source: Source) -> None:
+    """Raises InputError for weights that are NaN or infinite."""
     for name, value in source.model.state_dict().items():
         if value.is_floating_point() and not math.isfinite(value.sum(dtype=torch.float64).item()):
             bad = int((~torch.isfinite(value)).sum())
             if bad:
                 raise InputError(
-                    f"{source.weights or source.text}: {name} holds {bad} values that are NaN or infinite; give weights from before the training diverged"
+                    f"{source.weights or source.text}: {name} holds {bad} values that are NaN or infinite; "
+                    "give weights from before the training diverged"
                 )
 
 

@@ -1,17 +1,20 @@
 """PyTorch's own compiler, torch.compile with Inductor, on the CPU and on CUDA.
 
-The file is the saved model itself: graph.json, weights.safetensors and manifest.json (``rarefy.artifact.folder``) in one ZIP, uncompressed and without a clock's time; a
-folder that rarefy saved is read as well. It holds no machine code and no pickle: whoever opens it compiles it, once for each shape of its inputs (10 to 50 s a
-network), for the processor at hand, and a C++ compiler has to be there.
+The file is the saved model itself: graph.json, weights.safetensors and manifest.json (``rarefy.artifact.folder``) in
+one ZIP, uncompressed and without a clock's time; a folder that rarefy saved is read as well. It holds no machine code
+and no pickle: whoever opens it compiles it, once for each shape of its inputs (10 to 50 s a network), for the processor
+at hand, and a C++ compiler has to be there.
 
-In integers on the CPU: layers are oneDNN's int8 convolutions and linear layers (``onednn.qconv_pointwise``, ``qlinear_pointwise``), which Inductor calls by
-themselves, weights packed and biases in numbers, rounding to the next codes within the kernel; sums, gates, activations and pooling become C++ loops that
-decode, compute and round at once. A sum is scaled in another order than in the simulation, so that a code in some ten thousand is the next one. On CUDA, which
-has no such layers, rarefy's exact integer operators are compiled: the simulation's answers, no faster than float.
+In integers on the CPU: layers are oneDNN's int8 convolutions and linear layers (``onednn.qconv_pointwise``,
+``qlinear_pointwise``), which Inductor calls by themselves, weights packed and biases in numbers, rounding to the next
+codes within the kernel; sums, gates, activations and pooling become C++ loops that decode, compute and round at once. A
+sum is scaled in another order than in the simulation, so that a code in some ten thousand is the next one. On CUDA,
+which has no such layers, rarefy's exact integer operators are compiled: the simulation's answers, no faster than float.
 
-The last few shapes stay compiled. The kernels of a compiled network have neither names that last nor shapes, so ``kernel_times`` times what multiplies,
-operator by operator, uncompiled; what Inductor melts together counts nothing there, and the search corrects the sum by the whole network's time. Peak memory
-(``rarefy.evaluation.measure``) is that of a process which compiles, too.
+The last few shapes stay compiled. The kernels of a compiled network have neither names that last nor shapes, so
+``kernel_times`` times what multiplies, operator by operator, uncompiled; what Inductor melts together counts nothing
+there, and the search corrects the sum by the whole network's time. Peak memory (``rarefy.evaluation.measure``) is that
+of a process which compiles, too.
 """
 
 from __future__ import annotations
@@ -24,35 +27,41 @@ import os
 import pkgutil
 import tempfile
 import time
+import types
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
+from torch.utils._pytree import tree_leaves
 
 import rarefy.kernels
 from rarefy.artifact import folder as folder_
 from rarefy.deployment import parity
 from rarefy.deployment.latency import quiet_medians, repeated
 from rarefy.deployment.runtime import ACTIVATIONS, Capabilities, Kernel, Parity, Runtime, exact_weight_bits
-from rarefy.errors import FormatError, InputError
-from rarefy.graph import macs, nodes
+from rarefy.errors import FormatError, InputError, first_line
+from rarefy.graph import macs
 from rarefy.graph.fold import fold
+from rarefy.graph.interpreter import call, run
 from rarefy.graph.lowering import LAYERS, to_integers, to_numbers
-from rarefy.graph.nodes import attribute, finish, set_attribute, share_copy
+from rarefy.graph.nodes import Value, argument, arguments, attribute, finish, operator_name, set_attribute, share_copy
 
 aten = torch.ops.aten
 OPERATORS = torch.ops.rarefy
 KEPT = 3  # shapes a session stays compiled for
+
+Rule = Callable[[fx.GraphModule, fx.Node], fx.Node]
 _MEMBERS = (folder_.MANIFEST, folder_.GRAPH, folder_.WEIGHTS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Inductor:
-    """torch.compile. threads: 0 is one a core. device: cpu or cuda. vnni: of the processor it is for; none is this one."""
+    """torch.compile. threads: 0 is one a core. device: cpu or cuda. vnni: of the processor it is for; none is this one.
+    """
 
     threads: int = 0
     device: str = "cpu"
@@ -98,38 +107,32 @@ class Inductor:
         batch: int = 32,
         on: Runtime | None = None,
     ) -> Parity:
-        """Parity of ``graph`` and the file it was exported to, compiled; see ``rarefy.deployment.parity``."""
+        """Parity of ``graph`` and the file it was exported to, compiled by ``on`` (None: this runtime)."""
         reader = on if isinstance(on, Inductor) else self
-        own = to_integers(to_numbers(graph))
+        integer = to_integers(to_numbers(graph))
         stored = parity.coded(to_integers(to_numbers(_opened(path))))
-        shared = [name for name in parity.coded(own) if name in stored]
+        shared = [name for name in parity.coded(integer) if name in stored]
         session = Session(path, reader.threads, reader.device, taps=shared)
 
-        def run(part: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
-            found = session.outputs(part)
-            count = len(found) - len(shared)
-            return found[:count], dict(zip(shared, found[count:], strict=True))
+        def read(part: Tensor) -> parity.Reading:
+            outputs = session.outputs(part)
+            count = len(outputs) - len(shared)
+            return outputs[:count], dict(zip(shared, outputs[count:], strict=True))
 
-        return parity.against(own, shared, run, inputs, batch)
+        return parity.against(integer, shared, read, inputs, batch)
 
     def kernel_times(self, path: str | os.PathLike[str], inputs: Tensor, seconds: float = 1.5) -> list[Kernel]:
         """What multiplies in one run, in order, each with its median over the quiet runs of ``seconds``."""
         session = Session(path, self.threads, self.device)
         x = inputs.to(session.device)
-
-        def run() -> list[Kernel]:
-            timed = _Timed(session.graph)
-            timed.run(x)
-            return timed.kernels
-
         with torch.no_grad(), _threads(session.threads):
-            runs = repeated(run, seconds)
+            runs = repeated(lambda: _timed(session.graph, x), seconds)
         times = quiet_medians([[kernel.us for kernel in kernels] for kernels in runs])
         return [kernel._replace(us=us) for kernel, us in zip(runs[-1], times, strict=True)]
 
 
 class Session:
-    """An opened file: called with a tensor (N, ...), it returns the model's first output, on the CPU. ``threads``, ``name`` (of the input).
+    """An opened file, compiled for each shape that it is called with; ``outputs`` takes a tensor (N, ...).
 
     taps: names of rounded values whose codes are outputs, too.
     """
@@ -141,7 +144,7 @@ class Session:
         self.threads = threads or os.cpu_count() or 1
         self.graph = _compilable(_opened(path), taps, exact=device != "cpu").to(self.device)
         self.name = next(node.name for node in self.graph.graph.nodes if node.op == "placeholder")
-        self.programs: collections.OrderedDict[tuple[int, ...], Any] = collections.OrderedDict()
+        self.programs: collections.OrderedDict[tuple[int, ...], Callable[[Tensor], Value]] = collections.OrderedDict()
 
     def __call__(self, inputs: Tensor) -> Tensor:
         return self.outputs(inputs)[0]
@@ -150,24 +153,22 @@ class Session:
         """All outputs of the network."""
         x = inputs.detach().to(self.device)
         with torch.no_grad(), _threads(self.threads):
-            found = self._program(x)(x)
-        return [value.cpu() for value in torch.utils._pytree.tree_leaves(found)]
+            answers = self._program(x)(x)
+        return [value.cpu() for value in tree_leaves(answers)]
 
-    def _program(self, x: Tensor) -> Any:
+    def _program(self, x: Tensor) -> Callable[[Tensor], Value]:
         """Compiled for the shape of ``x``."""
         shape = tuple(x.shape)
         if shape not in self.programs:
             program = torch.compile(share_copy(self.graph), dynamic=False, fullgraph=True)
             config = importlib.import_module("torch._inductor.config")
-            with (
-                warnings.catch_warnings(),
-                config.patch(freezing=True),
-            ):  # the weights are constants: packed once, as the kernels want them
+            # the weights are constants: packed once, as the kernels want them
+            with warnings.catch_warnings(), config.patch(freezing=True):
                 warnings.simplefilter("ignore")
                 try:
                     program(x)
                 except Exception as error:
-                    raise InputError(f"{self.path}: Inductor can't compile it ({_told(error)})") from error
+                    raise InputError(f"{self.path}: Inductor can't compile it ({_reason(error)})") from error
             self.programs[shape] = program
             if len(self.programs) > KEPT:
                 self.programs.popitem(last=False)
@@ -197,24 +198,28 @@ def _opened(path: str | os.PathLike[str]) -> fx.GraphModule:
 
 
 def _compilable(graph: fx.GraphModule, taps: Sequence[str], exact: bool) -> fx.GraphModule:
-    """A copy for inference, in operators that Inductor sees through or has kernels of. exact: rarefy's own. taps: values whose codes are answers."""
+    """A copy for inference, in operators that Inductor sees through or has kernels of.
+
+    taps: values whose codes are answers. exact: rarefy's own operators.
+    """
     integer = rarefy.kernels.is_quantised(graph)
     graph = to_integers(to_numbers(graph)) if integer else fold(graph)
     if taps:
-        found = parity.coded(graph)
+        codes = parity.coded(graph)
         (last,) = (node for node in graph.graph.nodes if node.op == "output")
-        last.args = ([last.args[0], *(found[name] for name in taps)],)
+        last.args = ([last.args[0], *(codes[name] for name in taps)],)
     for node in list(graph.graph.nodes):
-        rule = None if exact else _RULES.get(node.target)
         if node.target not in rarefy.kernels.OPERATORS or not node.users:
             continue
         if all(source.op == "get_attr" for source in node.all_input_nodes):
-            made = _constant(graph, node, node.target(*fx.map_arg(node.args, lambda source: attribute(graph, source))))
+            stored = {source: attribute(graph, source) for source in node.all_input_nodes}
+            plain = _constant(graph, node, call(node, stored))
         else:
+            rule = RULES.get(node.target, _written)
             with graph.graph.inserting_before(node):
-                made = rule(graph, node) if rule else graph.graph.call_function(_WRITTEN[node.target], node.args)
-        made.meta = dict(node.meta)
-        node.replace_all_uses_with(made)
+                plain = _written(graph, node) if exact else rule(graph, node)
+        plain.meta = dict(node.meta)
+        node.replace_all_uses_with(plain)
     return finish(graph).eval()
 
 
@@ -224,53 +229,65 @@ def _constant(graph: fx.GraphModule, node: fx.Node, value: Tensor, name: str = "
         return graph.graph.get_attr(f"{node.name}_{name}")
 
 
-def _grid(graph: fx.GraphModule, scale: Any, zero: Any) -> tuple[float, int]:
+def _written(graph: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """The function that an operator of ours was made of, which a compiler sees through."""
+    return graph.graph.call_function(_FUNCTIONS[node.target], node.args)
+
+
+def _grid(graph: fx.GraphModule, scale: fx.Node, zero: fx.Node) -> tuple[float, int]:
     return float(attribute(graph, scale)), int(attribute(graph, zero))
 
 
-def _quantize(graph: fx.GraphModule, node: fx.Node, value: Any, scale: Any, zero: Any, *limits: Any) -> fx.Node:
-    return graph.graph.call_function(
-        _decomposed().quantize_per_tensor.default, (value, *_grid(graph, scale, zero), *limits)
-    )
+def _quantize(graph: fx.GraphModule, node: fx.Node, numbers: fx.Node) -> fx.Node:
+    """``numbers`` rounded to the codes that the node makes."""
+    scale, zero, qmin, qmax, _ = rarefy.kernels.qparams(node)
+    limits = (qmin, qmax, argument(node, "dtype"))
+    rounding = _decomposed().quantize_per_tensor.default
+    return graph.graph.call_function(rounding, (numbers, *_grid(graph, scale, zero), *limits))
 
 
-def _dequantize(graph: fx.GraphModule, codes: Any, scale: Any, zero: Any) -> fx.Node:
-    dtype = attribute(graph, zero).dtype
-    bounds = torch.iinfo(dtype)
-    grid = _grid(graph, scale, zero)
-    return graph.graph.call_function(
-        _decomposed().dequantize_per_tensor.default, (codes, *grid, bounds.min, bounds.max, dtype)
-    )
+def _dequantize(graph: fx.GraphModule, node: fx.Node, codes: str, scale: str, zero: str) -> fx.Node:
+    """The numbers of an argument of the node; ``scale`` and ``zero`` name its grid."""
+    value, scales, zeros = (argument(node, name) for name in (codes, scale, zero))
+    dtype = attribute(graph, zeros).dtype
+    limits = (torch.iinfo(dtype).min, torch.iinfo(dtype).max, dtype)
+    decoding = _decomposed().dequantize_per_tensor.default
+    return graph.graph.call_function(decoding, (value, *_grid(graph, scales, zeros), *limits))
 
 
 def _layer(graph: fx.GraphModule, node: fx.Node) -> fx.Node:
-    """oneDNN's layer: x, its grid, the packed weight, its scales and zeros, the bias in numbers, sizes, the grid of the result, nothing after it."""
-    x, weight, bias, scale, zero, weight_scale, *rest = node.args
-    convolves = node.target in (OPERATORS.conv2d.default, OPERATORS.conv2d_codes.default)
-    sizes, result = (rest[:4], rest[4:]) if convolves else ([], rest)
-    grid, steps = _grid(graph, scale, zero), attribute(graph, weight_scale)
-    numbers = attribute(graph, bias).double() * (attribute(graph, scale).double() * steps.double())
-    added = _constant(graph, node, numbers.float(), "bias")
-    zeros = _constant(graph, node, torch.zeros(steps.shape, dtype=torch.int32), "zeros")
-    own = torch.ops.onednn
+    """oneDNN's layer: x, its grid, the packed weight, its scales and zeros, the bias in numbers, sizes, the grid of the
+    result, nothing after it."""
     call = graph.graph.call_function
+    g = arguments(node)
+    convolves = "stride" in g
+    sizes = [g[name] for name in ("stride", "padding", "dilation", "groups")] if convolves else []
+    grid, steps = _grid(graph, g["x_scale"], g["x_zero_point"]), attribute(graph, g["weight_scale"])
+    numbers = attribute(graph, g["bias"]).double() * (attribute(graph, g["x_scale"]).double() * steps.double())
+    bias = _constant(graph, node, numbers.float(), "bias")
+    zeros = _constant(graph, node, torch.zeros(steps.shape, dtype=torch.int32), "zeros")
+    onednn = torch.ops.onednn
     if convolves:
-        packed = call(own.qconv_prepack.default, (weight, weight_scale, *grid, *sizes, None))
+        packed = call(onednn.qconv_prepack.default, (g["weight"], g["weight_scale"], *grid, *sizes, None))
+        target = onednn.qconv_pointwise.default
     else:
-        packed = call(own.qlinear_prepack.default, (weight, None))
-    out = (*_grid(graph, *result[:2]), result[4]) if result else (1.0, 0, torch.float32)
-    target = own.qconv_pointwise.default if convolves else own.qlinear_pointwise.default
-    made = call(target, (x, *grid, packed, weight_scale, zeros, added, *sizes, *out, "none", [], ""))
-    if result and (result[2], result[3]) != (torch.iinfo(result[4]).min, torch.iinfo(result[4]).max):
-        made = call(aten.clamp.default, (made, result[2], result[3]))
-    return made
+        packed = call(onednn.qlinear_prepack.default, (g["weight"], None))
+        target = onednn.qlinear_pointwise.default
+    rounds = rarefy.kernels.makes_codes(node)
+    out = (*_grid(graph, g["scale"], g["zero_point"]), g["dtype"]) if rounds else (1.0, 0, torch.float32)
+    layer = call(target, (g["x"], *grid, packed, g["weight_scale"], zeros, bias, *sizes, *out, "none", [], ""))
+    if rounds and (g["qmin"], g["qmax"]) != (torch.iinfo(g["dtype"]).min, torch.iinfo(g["dtype"]).max):
+        layer = call(aten.clamp.default, (layer, g["qmin"], g["qmax"]))
+    return layer
 
 
-def _joined(graph: fx.GraphModule, node: fx.Node) -> fx.Node:
+def _operands(graph: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, ...]:
+    return tuple(_dequantize(graph, node, side, f"{side}_scale", f"{side}_zero_point") for side in "ab")
+
+
+def _join(target: OpOverload) -> Rule:
     """Decoded, added or multiplied, and rounded: one loop."""
-    target = aten.add.Tensor if node.target is OPERATORS.add.default else aten.mul.Tensor
-    numbers = graph.graph.call_function(target, tuple(_dequantize(graph, *node.args[at : at + 3]) for at in (0, 3)))
-    return _quantize(graph, node, numbers, *node.args[6:])
+    return lambda graph, node: _quantize(graph, node, graph.graph.call_function(target, _operands(graph, node)))
 
 
 # What a packed weight looks like to a compiler; PyTorch itself does not say. Of a linear layer it is (in, out).
@@ -281,55 +298,52 @@ for _name, _shape in (
     with contextlib.suppress(RuntimeError, AttributeError):  # said already, or a PyTorch without oneDNN
         torch.library.register_fake(f"onednn::{_name}", lambda weight, *_, shape=_shape: shape(weight))
 
-_RULES: dict[Any, Any] = {
+RULES: dict[object, Rule] = {
     **dict.fromkeys(LAYERS, _layer),
-    OPERATORS.add.default: _joined,
-    OPERATORS.mul.default: _joined,
-    OPERATORS.quantize.default: lambda graph, node: _quantize(graph, node, *node.args[:3], *node.args[4:7]),
-    OPERATORS.dequantize.default: lambda graph, node: _dequantize(graph, *node.args[:3]),
-    OPERATORS.matmul.default: lambda graph, node: graph.graph.call_function(
-        aten.matmul.default,
-        (_dequantize(graph, node.args[0], *node.args[2:4]), _dequantize(graph, node.args[1], *node.args[4:6])),
+    OPERATORS.add.default: _join(aten.add.Tensor),
+    OPERATORS.mul.default: _join(aten.mul.Tensor),
+    OPERATORS.quantize.default: lambda graph, node: _quantize(graph, node, argument(node, "x")),
+    OPERATORS.dequantize.default: lambda graph, node: _dequantize(graph, node, "q", "scale", "zero_point"),
+    OPERATORS.matmul.default: (
+        lambda graph, node: graph.graph.call_function(aten.matmul.default, _operands(graph, node))
     ),
 }
 
 
-def _decomposed() -> Any:
+def _decomposed() -> types.ModuleType:
     """Operators of rounding that Inductor makes part of its loops; it registers them itself."""
     importlib.import_module("torch._inductor.decomposition")
     return torch.ops.quantized_decomposed
 
 
-def _python(operator: Any) -> Any:
-    """The function that an operator of ours was made of, which a compiler sees through."""
-    modules = (
+_FUNCTIONS: dict[object, Callable[..., Tensor]] = {
+    operator: vars(module)[operator._opname]
+    for module in (
         importlib.import_module(f"rarefy.kernels.{one.name}") for one in pkgutil.iter_modules(rarefy.kernels.__path__)
     )
-    return next(vars(module)[operator._opname] for module in modules if operator in getattr(module, "OPERATORS", ()))
+    for operator in vars(module).get("OPERATORS", ())
+}
 
 
-_WRITTEN = {operator: _python(operator) for operator in rarefy.kernels.OPERATORS}
+def _timed(graph: fx.GraphModule, x: Tensor) -> list[Kernel]:
+    """One run: what multiplies, in order, with its time."""
+    kernels: list[Kernel] = []
 
-
-class _Timed(fx.Interpreter):
-    """Runs a graph and takes the time of each node that multiplies: ``kernels``, in order."""
-
-    def __init__(self, graph: fx.GraphModule):
-        super().__init__(graph)
-        self.kernels: list[Kernel] = []
-
-    def run_node(self, node: fx.Node) -> Any:
-        name = nodes.operator_name(node)
+    def timed(node: fx.Node, live: Mapping[fx.Node, Value]) -> Value:
+        name = operator_name(node)
         if name not in macs.MACS:
-            return super().run_node(node)
-        reads = [self.env[source] for source in node.all_input_nodes]
+            return call(node, live)
+        reads = [live[source] for source in node.all_input_nodes]
         _wait(reads[0])
         begun = time.perf_counter()
-        value = super().run_node(node)
+        value = call(node, live)
         _wait(value)
         us = 1e6 * (time.perf_counter() - begun)
-        self.kernels.append(Kernel(node.name, name, [list(one.shape) for one in (*reads, value)], us))
+        kernels.append(Kernel(node.name, name, [list(one.shape) for one in (*reads, value)], us))
         return value
+
+    run(graph, (x,), instead=timed)
+    return kernels
 
 
 def _wait(value: Tensor) -> None:
@@ -348,9 +362,7 @@ def _threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _told(error: Exception) -> str:
-    text = str(error)
-    if "C++ compiler" in text or "InvalidCxxCompiler" in text:
+def _reason(error: Exception) -> str:
+    if "C++ compiler" in str(error) or "InvalidCxxCompiler" in str(error):
         return "no C++ compiler found; install g++ or clang, or name one in CXX"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return (lines or [type(error).__name__])[0][:200]
+    return first_line(error)

@@ -1,17 +1,19 @@
 """ONNX Runtime on the CPU: ONNX files with QuantizeLinear/DequantizeLinear pairs, which it fuses into integer kernels.
 
-What the capability table rests on (measured on an AVX-512 VNNI CPU): unsigned activations with signed weights are the fast grid (signed/signed
-is as slow as float); convolution, linear, add, multiply, concatenate, average pooling and sigmoid have integer kernels (QLinearConv, QGemm,
-QLinearAdd, ...); max pooling and reshapes move codes. HardSwish and HardSigmoid have none, so that the gate is written as an integer
-addition that saturates (``rarefy.quantization.quantize``), and a mean over the plane must be GlobalAveragePool (ReduceMean has none).
+What the capability table rests on (measured on an AVX-512 VNNI CPU): unsigned activations with signed weights are the
+fast grid (signed/signed is as slow as float); convolution, linear, add, multiply, concatenate, average pooling and
+sigmoid have integer kernels (QLinearConv, QGemm, QLinearAdd, ...); max pooling and reshapes move codes. HardSwish and
+HardSigmoid have none, so that the gate is written as an integer addition that saturates
+(``rarefy.quantization.quantize``), and a mean over the plane must be GlobalAveragePool (ReduceMean has none).
 
-Width: its integer convolution handles 16 output channels at a time and the rest one by one, so that fewer than 16 cost more than 16 (3x3,
-16 channels in, 32x32: 37 us for 8 out, 25 us for 16), and so does a depthwise one (3x3, 56x56: 476 us for 72 channels, 193 for 80; 5x5, 28x28: 323 for 120, 160 for
-128). Such layers, and all that their channels go through up to the convolutions that mix them, are written with zero filters up to the next 16, and what
-reads them with zero weights for these: the same answers.
+Width: its integer convolution handles 16 output channels at a time and the rest one by one, so that fewer than 16 cost
+more than 16 (3x3, 16 channels in, 32x32: 37 us for 8 out, 25 us for 16), and so does a depthwise one (3x3, 56x56: 476
+us for 72 channels, 193 for 80; 5x5, 28x28: 323 for 120, 160 for 128). Such layers are written with zero filters up to
+the next 16 (``rarefy.deployment.channel_padding``).
 
-Weights alone in 4 bits or fewer: linear layers are written as DequantizeLinear of INT4 or UINT4 in blocks, which it melts into MatMulNBits; it has no such
-kernel for convolutions, which keep int8 codes and are decoded. By itself it then rounds activations to int8 a block; ``Session`` asks for float products.
+Weights alone in 4 bits or fewer: linear layers are written as DequantizeLinear of INT4 or UINT4 in blocks, which it
+melts into MatMulNBits; it has no such kernel for convolutions, which keep int8 codes and are decoded. By itself it then
+rounds activations to int8 a block; ``Session`` asks for float products.
 """
 
 from __future__ import annotations
@@ -22,26 +24,36 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from rarefy.deployment import parity
-from rarefy.deployment.channel_padding import _MOVING, _is_integer, _widened
+from rarefy.deployment.channel_padding import pad_channels
 from rarefy.deployment.latency import quiet_medians, repeated
 from rarefy.deployment.onnx import file
 from rarefy.deployment.runtime import CARRIERS, JOINS, Capabilities, Kernel, Parity, Runtime, exact_weight_bits
-from rarefy.errors import FormatError
+from rarefy.errors import FormatError, first_line
 from rarefy.graph.lowering import to_numbers
 from rarefy.system.dependencies import needs
 
 aten = torch.ops.aten
 
+# Operators of an optimised file that only move or convert values.
+MOVING = {
+    "QuantizeLinear", "DequantizeLinear", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Concat", "Slice", "Split",
+    "Gather", "MaxPool", "Shape", "Flatten", "Identity", "Cast", "Pad", "ReorderInput", "ReorderOutput", "Expand",
+    "DepthToSpace", "SpaceToDepth",
+}  # fmt: skip
+INTEGER = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "QMoE", "QAttention")  # how integer kernels' names begin
+
 
 @dataclasses.dataclass(frozen=True)
 class OnnxRuntime:
-    """ONNX Runtime, CPU. threads: of one operator; 0 is one a core. vnni: of the processor it is for; none is this one."""
+    """ONNX Runtime, CPU. threads: of one operator; 0 is one a core. vnni: of the processor it is for; none is this one.
+
+    The one to start with: its files are read nearly everywhere. On Intel's processors ``openvino`` may be faster.
+    """
 
     threads: int = 0
     vnni: bool | None = None
@@ -68,7 +80,7 @@ class OnnxRuntime:
 
     def export(self, graph: fx.GraphModule, path: str | os.PathLike[str]) -> Path:
         """Write ``graph`` (in eval mode) as an ONNX file. Raises InputError for an operator ONNX has no form of."""
-        return file.write(_widened(to_numbers(graph)), path, four_bits=True)
+        return file.write(pad_channels(to_numbers(graph)), path, four_bits=True)
 
     def open(self, path: str | os.PathLike[str]) -> Session:
         """The file, ready to run."""
@@ -104,39 +116,34 @@ class OnnxRuntime:
         batch: int = 32,
         on: Runtime | None = None,
     ) -> Parity:
-        """Parity of ``graph`` and the file it was exported to, run by ``on`` (None: this runtime); see ``rarefy.deployment.parity``."""
-        reader = self if on is None else on
-        return parity.compare(_widened(to_numbers(graph)), path, inputs, reader.open, batch, reader.decoded)
+        """Parity of ``graph`` and the file it was exported to, run by ``on`` (None: this runtime)."""
+        return parity.compare(pad_channels(to_numbers(graph)), path, inputs, on or self, batch)
 
-    def integer_islands(self, path: str | os.PathLike[str]) -> dict[str, Any]:
-        """What ONNX Runtime made of the file: integer kernels by type, and float operators fed by and feeding integers (there should be none)."""
-        onnx = needs("onnx")
+    def integer_islands(self, path: str | os.PathLike[str]) -> dict[str, object]:
+        """What ONNX Runtime made of the file.
+
+        integer: its integer kernels by type. float_islands: float operators fed by and feeding integers (there should
+        be none). all: the types of all its kernels.
+        """
         with tempfile.TemporaryDirectory() as folder:
             optimized = Path(folder) / "optimized.onnx"
             Session(path, 1, optimized=optimized)
-            graph = onnx.load(os.fspath(optimized)).graph
-        maker = {name: node for node in graph.node for name in node.output}
-        readers: dict[str, list[Any]] = {}
-        for node in graph.node:
-            for name in node.input:
-                readers.setdefault(name, []).append(node)
+            nodes = needs("onnx").load(os.fspath(optimized)).graph.node
+        decoded = {name for node in nodes if node.op_type == "DequantizeLinear" for name in node.output}
+        encoded = {name for node in nodes if node.op_type == "QuantizeLinear" for name in node.input}
+        integer = [node.op_type for node in nodes if node.op_type.startswith(INTEGER)]
         islands = [
             f"{node.op_type} {node.name}"
-            for node in graph.node
-            if node.op_type not in _MOVING
-            and not _is_integer(node)
-            and any(maker.get(name) is not None and maker[name].op_type == "DequantizeLinear" for name in node.input)
-            and any(reader.op_type == "QuantizeLinear" for name in node.output for reader in readers.get(name, ()))
+            for node in nodes
+            if node.op_type not in MOVING and not node.op_type.startswith(INTEGER)
+            if decoded.intersection(node.input) and encoded.intersection(node.output)
         ]
-        kernels: dict[str, int] = {}
-        for node in graph.node:
-            if _is_integer(node):
-                kernels[node.op_type] = kernels.get(node.op_type, 0) + 1
-        return {"integer": kernels, "float_islands": islands, "all": sorted({node.op_type for node in graph.node})}
+        types = sorted({node.op_type for node in nodes})
+        return {"integer": dict(collections.Counter(integer)), "float_islands": islands, "all": types}
 
 
 class Session:
-    """An opened file: called with a CPU tensor (N, ...), it returns the model's first output as a tensor. ``threads``, ``name`` (of the input)."""
+    """An opened file; ``outputs`` takes a CPU tensor (N, ...)."""
 
     def __init__(
         self, path: str | os.PathLike[str], threads: int = 0, optimized: Path | None = None, profile: Path | None = None
@@ -146,12 +153,10 @@ class Session:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        options.add_session_config_entry(
-            "session.force_spinning_stop", "1"
-        )  # else its idle threads take the cores of what runs next
-        options.add_session_config_entry(
-            "session.qdq_matmulnbits_accuracy_level", "1"
-        )  # float32: what the graph computes
+        # else its idle threads take the cores of what runs next
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        # float32: what the graph computes
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         if optimized is not None:
             options.optimized_model_filepath = os.fspath(optimized)
         if profile is not None:
@@ -159,7 +164,7 @@ class Session:
         try:
             self.session = runtime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise FormatError(f"{path}: ONNX Runtime can't open it ({str(error).splitlines()[0][:200]})") from error
+            raise FormatError(f"{path}: ONNX Runtime can't open it ({first_line(error)})") from error
         self.threads = threads or os.cpu_count() or 1
         self.name = self.session.get_inputs()[0].name
 
@@ -168,7 +173,5 @@ class Session:
 
     def outputs(self, inputs: Tensor) -> list[Tensor]:
         """All outputs of the file."""
-        return [
-            torch.from_numpy(value)
-            for value in self.session.run(None, {self.name: inputs.detach().cpu().contiguous().numpy()})
-        ]
+        given = {self.name: inputs.detach().cpu().contiguous().numpy()}
+        return [torch.from_numpy(value) for value in self.session.run(None, given)]

@@ -1,8 +1,9 @@
-"""OpenVINO on the CPU: the same ONNX file, its QuantizeLinear/DequantizeLinear pairs becoming oneDNN's integer primitives.
+"""OpenVINO on the CPU: the same ONNX file, its QuantizeLinear/DequantizeLinear pairs becoming oneDNN's integer
+primitives.
 
-A model is compiled for the shape it is first called with (a batch left open costs speed), and once more for each other shape, the last few of
-which are kept. ``precision`` is the type of what is not integer: ``bf16`` halves the time of a float network on a processor that has it, so that
-"never slower" is judged against both.
+A model is compiled for the shape it is first called with (a batch left open costs speed), and once more for each other
+shape, the last few of which are kept. ``precision`` is the type of what is not integer: ``bf16`` halves the time of a
+float network on a processor that has it, so that "never slower" is judged against both.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from rarefy.deployment.latency import quiet_medians, repeated
 from rarefy.deployment.onnx import file
 from rarefy.deployment.runtime import ACTIVATIONS, CARRIERS, Capabilities, Kernel, Parity, Runtime, exact_weight_bits
 from rarefy.errors import FormatError, InputError
-from rarefy.graph.lowering import to_numbers
-from rarefy.graph.nodes import attribute, finish
+from rarefy.graph.lowering import is_decoded, to_numbers
+from rarefy.graph.nodes import argument, attribute, finish
 from rarefy.system.dependencies import needs
 
 aten = torch.ops.aten
@@ -34,7 +35,11 @@ KEPT = 3  # shapes a session stays compiled for
 
 @dataclasses.dataclass(frozen=True)
 class OpenVINO:
-    """OpenVINO, CPU. threads: 0 is one a core. precision: of what is not integer, f32 or bf16. vnni: of the processor it is for; none is this one."""
+    """OpenVINO, CPU.
+
+    threads: 0 is one a core. precision: of what is not integer, f32 or bf16. vnni: of the processor it is for; none is
+    this one.
+    """
 
     threads: int = 0
     precision: str = "f32"
@@ -75,9 +80,8 @@ class OpenVINO:
         batch: int = 32,
         on: Runtime | None = None,
     ) -> Parity:
-        """Parity of ``graph`` and the file it was exported to, run by ``on`` (None: this runtime); see ``rarefy.deployment.parity``."""
-        reader = self if on is None else on
-        return parity.compare(_written(graph), path, inputs, reader.open, batch, reader.decoded)
+        """Parity of ``graph`` and the file it was exported to, run by ``on`` (None: this runtime)."""
+        return parity.compare(_written(graph), path, inputs, on or self, batch)
 
     def kernel_times(self, path: str | os.PathLike[str], inputs: Tensor, seconds: float = 1.5) -> list[Kernel]:
         """The kernels of one run, in order, each with its median over the quiet runs of ``seconds``."""
@@ -115,29 +119,25 @@ def _written(graph: fx.GraphModule) -> fx.GraphModule:
     """A copy with its layers as numbers, in which what is read on the grid it is already on is not rounded again."""
     graph = to_numbers(graph)
     for node in list(graph.graph.nodes):
-        if node.target is OPERATORS.dequantize.default and node.args[0].target is OPERATORS.quantize.default:
-            moved = node.args[0].args[0]
-            source = moved
-            while source.op == "call_function" and (source.target in CARRIERS or source.target is operator.getitem):
-                source = source.args[0]
-            if (
-                source is not moved
-                and source.target is OPERATORS.dequantize.default
-                and _same_grid(graph, source, node)
-            ):
-                node.replace_all_uses_with(moved)
+        if not is_decoded(node) or argument(node, "q").target is not OPERATORS.quantize.default:
+            continue
+        moved = source = argument(argument(node, "q"), "x")
+        while source.target in CARRIERS or source.target is operator.getitem:
+            source = source.args[0]
+        if source is not moved and is_decoded(source) and _same_grid(graph, source, node):
+            node.replace_all_uses_with(moved)
     return finish(graph)
 
 
 def _same_grid(graph: fx.GraphModule, one: fx.Node, other: fx.Node) -> bool:
     return all(
-        torch.equal(attribute(graph, a), attribute(graph, b))
-        for a, b in zip(one.args[1:3], other.args[1:3], strict=True)
+        torch.equal(attribute(graph, argument(one, name)), attribute(graph, argument(other, name)))
+        for name in ("scale", "zero_point")
     )
 
 
 class Session:
-    """An opened file: called with a CPU tensor (N, ...), it returns the model's first output as a tensor. ``threads``, ``name`` (of the input)."""
+    """An opened file, compiled for each shape that it is called with; ``outputs`` takes a CPU tensor (N, ...)."""
 
     def __init__(self, path: str | os.PathLike[str], threads: int = 0, precision: str = "f32", profile: bool = False):
         self.core = _core()
@@ -163,8 +163,8 @@ class Session:
     def outputs(self, inputs: Tensor) -> list[Tensor]:
         """All outputs of the file."""
         request = self.request(inputs)
-        found = request.infer([inputs.detach().cpu().contiguous().numpy()], share_inputs=True)
-        return [torch.from_numpy(value) for value in found.values()]
+        answers = request.infer([inputs.detach().cpu().contiguous().numpy()], share_inputs=True)
+        return [torch.from_numpy(value) for value in answers.values()]
 
     def request(self, inputs: Tensor) -> Any:
         """Compiled for the shape of ``inputs``."""
@@ -186,8 +186,12 @@ class Session:
 
 @cache
 def _core() -> Any:
-    """One for the whole process. Each puts a stack for signal handlers in place, and at its end puts back the one it had found: of two freed in the order they were
-    made, the second puts back the first one's, which is unmapped, and the next signal that Python handles (a child's end, Ctrl-C) kills the process."""
+    """One for the whole process.
+
+    Each puts a stack for signal handlers in place, and at its end puts back the one that was there before: of two freed
+    in the order they were made, the second puts back the first one's, which is unmapped, and the next signal that
+    Python handles (a child's end, Ctrl-C) kills the process.
+    """
     return needs("openvino", "openvino").Core()
 
 

@@ -239,7 +239,7 @@ def test_huge_finite_weights_are_not_called_infinite() -> None:
     model = Small()
     with torch.no_grad():
         model.conv.weight.fill_(torch.finfo(torch.float32).max)
-    weights._check_finite(source_.Source("x", model))
+    weights.check_finite(source_.Source("x", model))
 
 
 def test_pickled_code_in_weights_is_refused_and_not_run(tmp_path: Path, state: dict[str, Tensor]) -> None:

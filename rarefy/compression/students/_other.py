@@ -13,7 +13,7 @@ from rarefy.errors import InputError
 from rarefy.graph.capture import as_graph
 from rarefy.graph.nodes import device_of
 from rarefy.graph.shapes import output_shapes
-from rarefy.models import libraries, load
+from rarefy.models import functions, load
 from rarefy.tasks.task import Task
 
 
@@ -22,7 +22,7 @@ def of(text: str) -> Other | None:
     module, _, name = text.partition(":")
     name = name.partition(":")[0]
     if "." in module and re.fullmatch(r"[A-Za-z_][\w.]*", module) and name.isidentifier():
-        named = libraries.imported(module, name, text)
+        named = functions.imported(module, name, text)
         if isinstance(named, type) and dataclasses.is_dataclass(named):
             return None
     return Other(text)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch import fx
 
 from rarefy.deployment.onnx.writer import Arguments, Row, Untranslated, Writer
 from rarefy.graph.nodes import is_tensor
-
-aten = torch.ops.aten
 
 
 def _unary(kind: str, **attributes: float) -> Row:
@@ -138,60 +134,46 @@ _KINDS = {
     "neg": "Neg", "floor": "Floor", "ceil": "Ceil", "round": "Round", "erf": "Erf", "sin": "Sin", "cos": "Cos",
     "reciprocal": "Reciprocal", "sign": "Sign", "hardswish": "HardSwish", "mish": "Mish",
 }  # fmt: skip
-ROWS: dict[object, Row] = {
-    **{getattr(aten, name).default: _unary(kind) for name, kind in _KINDS.items()},
-    aten.hardsigmoid.default: _unary("HardSigmoid", alpha=1 / 6, beta=0.5),
-    aten.leaky_relu.default: lambda w, node, g: w.op("LeakyRelu", [w.value(g["self"])], alpha=g["negative_slope"]),
-    aten.elu.default: lambda w, node, g: w.op("Elu", [w.value(g["self"])], alpha=g["alpha"]),
-    aten.silu.default: _silu,
-    aten.gelu.default: lambda w, node, g: w.op("Gelu", [w.value(g["self"])], approximate=g["approximate"]),
-    aten.softplus.default: _softplus,
-    aten.rsqrt.default: lambda w, node, g: w.op("Reciprocal", [w.op("Sqrt", [w.value(g["self"], w.dtype(node))])]),
-    aten.square.default: lambda w, node, g: w.op("Mul", [w.value(g["self"])] * 2),
-    aten.prelu.default: _prelu,
-    aten.glu.default: _glu,
-    aten.relu6.default: lambda w, node, g: _clip(w, node, {"self": g["self"], "min": 0.0, "max": 6.0}),
-    **dict.fromkeys(
-        (
-            aten.hardtanh.default, aten.clamp.default, aten.clamp.Tensor, aten.clamp_min.default,
-            aten.clamp_max.default, aten.clip.default,
-        ),
-        _clip,
+ROWS: dict[str, Row] = {
+    **{name: _unary(kind) for name, kind in _KINDS.items()},
+    "hardsigmoid": _unary("HardSigmoid", alpha=1 / 6, beta=0.5),
+    "leaky_relu": lambda w, node, g: w.op("LeakyRelu", [w.value(g["self"])], alpha=g["negative_slope"]),
+    "elu": lambda w, node, g: w.op("Elu", [w.value(g["self"])], alpha=g["alpha"]),
+    "silu": _silu,
+    "gelu": lambda w, node, g: w.op("Gelu", [w.value(g["self"])], approximate=g["approximate"]),
+    "softplus": _softplus,
+    "rsqrt": lambda w, node, g: w.op("Reciprocal", [w.op("Sqrt", [w.value(g["self"], w.dtype(node))])]),
+    "square": lambda w, node, g: w.op("Mul", [w.value(g["self"])] * 2),
+    "prelu": _prelu,
+    "glu": _glu,
+    "relu6": lambda w, node, g: _clip(w, node, {"self": g["self"], "min": 0.0, "max": 6.0}),
+    "hardtanh clamp clamp.Tensor clamp_min clamp_max clip": _clip,
+    "pow.Tensor_Scalar pow.Tensor_Tensor pow.Scalar": _power,
+    "add.Tensor add.Scalar operator.add": _binary("Add"),
+    "sub.Tensor sub.Scalar operator.sub": _binary("Sub"),
+    "mul.Tensor mul.Scalar operator.mul": _binary("Mul"),
+    "maximum max.other": _binary("Max"),
+    "minimum min.other": _binary("Min"),
+    "rsub.Scalar rsub.Tensor": _reverse_subtract,
+    "operator.floordiv": _binary("Div"),
+    "div.Tensor div.Scalar div.Tensor_mode div.Scalar_mode": _divide,
+    "eq.Scalar eq.Tensor": _compare("Equal"),
+    "ne.Scalar ne.Tensor": _compare("Equal", negate=True),
+    "lt.Scalar lt.Tensor": _compare("Less"),
+    "gt.Scalar gt.Tensor": _compare("Greater"),
+    "le.Scalar le.Tensor": _compare("LessOrEqual"),
+    "ge.Scalar ge.Tensor": _compare("GreaterOrEqual"),
+    "logical_not bitwise_not": _logical("Not"),
+    "logical_and bitwise_and.Tensor __and__.Tensor": _logical("And"),
+    "logical_or bitwise_or.Tensor __or__.Tensor": _logical("Or"),
+    "addcmul": _addcmul,
+    "lerp.Scalar lerp.Tensor": _lerp,
+    "where.self where.ScalarOther where.ScalarSelf where.Scalar": _where,
+    "masked_fill.Scalar masked_fill.Tensor": _masked_fill,
+    "to.dtype to.dtype_layout to.device to.other type_as _to_copy": lambda w, node, g: w.value(
+        g["self"], w.dtype(node)
     ),
-    **dict.fromkeys((aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor, aten.pow.Scalar), _power),
-    **dict.fromkeys((aten.add.Tensor, aten.add.Scalar, operator.add), _binary("Add")),
-    **dict.fromkeys((aten.sub.Tensor, aten.sub.Scalar, operator.sub), _binary("Sub")),
-    **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar, operator.mul), _binary("Mul")),
-    **dict.fromkeys((aten.maximum.default, aten.max.other), _binary("Max")),
-    **dict.fromkeys((aten.minimum.default, aten.min.other), _binary("Min")),
-    operator.floordiv: _binary("Div"),
-    **dict.fromkeys((aten.rsub.Scalar, aten.rsub.Tensor), _reverse_subtract),
-    **dict.fromkeys((aten.div.Tensor, aten.div.Scalar, aten.div.Tensor_mode, aten.div.Scalar_mode), _divide),
-    **dict.fromkeys((aten.eq.Scalar, aten.eq.Tensor), _compare("Equal")),
-    **dict.fromkeys((aten.ne.Scalar, aten.ne.Tensor), _compare("Equal", negate=True)),
-    **dict.fromkeys((aten.lt.Scalar, aten.lt.Tensor), _compare("Less")),
-    **dict.fromkeys((aten.gt.Scalar, aten.gt.Tensor), _compare("Greater")),
-    **dict.fromkeys((aten.le.Scalar, aten.le.Tensor), _compare("LessOrEqual")),
-    **dict.fromkeys((aten.ge.Scalar, aten.ge.Tensor), _compare("GreaterOrEqual")),
-    **dict.fromkeys((aten.logical_not.default, aten.bitwise_not.default), _logical("Not")),
-    **dict.fromkeys((aten.logical_and.default, aten.bitwise_and.Tensor, aten.__and__.Tensor), _logical("And")),
-    **dict.fromkeys((aten.logical_or.default, aten.bitwise_or.Tensor, aten.__or__.Tensor), _logical("Or")),
-    aten.addcmul.default: _addcmul,
-    **dict.fromkeys((aten.lerp.Scalar, aten.lerp.Tensor), _lerp),
-    **dict.fromkeys((aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar), _where),
-    **dict.fromkeys((aten.masked_fill.Scalar, aten.masked_fill.Tensor), _masked_fill),
-    **dict.fromkeys(
-        (
-            aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default,
-            aten._to_copy.default,
-        ),
-        lambda w, node, g: w.value(g["self"], w.dtype(node)),
+    "contiguous clone dropout feature_dropout alpha_dropout feature_alpha_dropout detach alias": lambda w, node, g: (
+        w.value(next(iter(g.values())))
     ),
-    **dict.fromkeys(
-        (
-            aten.contiguous.default, aten.clone.default, aten.dropout.default, aten.feature_dropout.default,
-            aten.alpha_dropout.default, aten.feature_alpha_dropout.default, aten.detach.default, aten.alias.default,
-        ),
-        lambda w, node, g: w.value(next(iter(g.values()))),
-    ),
-}  # fmt: skip
+}

@@ -1,29 +1,29 @@
-"""The ONNX file that runtimes read: the graph by the table of ``translating``, or, where an operator has no row there, by torch's exporter.
+"""The ONNX file that runtimes read: the graph by a table (``model``), or, where it lacks a row, by torch's exporter.
 
-Opset 20 (21 where codes of 4 bits are stored), batch free, int8 codes as initialisers, no metadata, so that the same graph gives the same bytes. A mean over the plane is
-GlobalAveragePool (runtimes have no integer ReduceMean), and zeros that only convolutions read are their own padding.
+Opset 20 (21 where codes of 4 bits are stored), batch free, int8 codes as initialisers, no metadata, so that the same
+graph gives the same bytes. A mean over the plane is GlobalAveragePool (runtimes have no integer ReduceMean), and zeros
+that only convolutions read are their own padding.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 import os
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import fx
 
 from rarefy.deployment.onnx.model import OPSET, onnx_model
-from rarefy.deployment.onnx.writer import Untranslated
+from rarefy.deployment.onnx.writer import Message, Untranslated
 from rarefy.errors import InputError
 from rarefy.graph.fold import fold_constants
 from rarefy.graph.nodes import attribute, device_of, example_inputs
 from rarefy.system.dependencies import needs
+from rarefy.system.quiet import quiet
 
 LARGEST = 2**31 - 2**24  # bytes of weights: what protobuf takes in one message, less room for the nodes
 
@@ -33,9 +33,11 @@ def write(
 ) -> Path:
     """Write ``graph`` (in eval mode, layers as numbers: ``lowering.to_numbers``); returns the path.
 
-    zero_points: False leaves those out that are 0 throughout, as weights' are. four_bits: linear layers of floats whose weights have up to 4 bits store them
-    two a byte (opset 21), which a runtime may multiply by as they are. Raises InputError for an operator ONNX has no form of, and for more weights than a
-    file holds.
+    zero_points: False leaves those out that are 0 throughout, as weights' are.
+    four_bits: linear layers of floats whose weights have up to 4 bits store them two a byte (opset 21), which a runtime
+        may multiply by as they are.
+
+    Raises InputError for an operator ONNX has no form of, and for more weights than a file holds.
     """
     onnx = needs("onnx")
     graph = fold_constants(graph if device_of(graph).type == "cpu" else copy.deepcopy(graph).cpu())
@@ -50,7 +52,8 @@ def write(
     except Exception as error:
         why = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
         raise InputError(
-            f"the graph can't be written as ONNX: {why[:300]}; leave that layer out with core=, or choose another runtime"
+            f"the graph can't be written as ONNX: {why[:300]}; "
+            "leave that layer out with core=, or choose another runtime"
         ) from error
     if not zero_points:
         _drop_zero_points(onnx, model.graph)
@@ -58,8 +61,11 @@ def write(
     return _stored(model, Path(path))
 
 
-def _stored(model: Any, path: Path) -> Path:
-    """The file, one tensor after the other: serialised as a whole, 1.5 GB of weights take three times as much on the way. The model is left without them."""
+def _stored(model: Message, path: Path) -> Path:
+    """The file, one tensor after the other: serialised as a whole, 1.5 GB of weights take three times as much.
+
+    The model is left without them.
+    """
     tensors = list(model.graph.initializer)
     sizes = [tensor.ByteSize() for tensor in tensors]
     heads = [_head(model.graph, "initializer", size) for size in sizes]
@@ -74,15 +80,15 @@ def _stored(model: Any, path: Path) -> Path:
     return path
 
 
-def _head(owner: Any, field: str, size: int) -> bytes:
-    """What stands in protobuf's wire format before a message of so many bytes: number and kind of the field, and the size."""
-    found = bytearray()
+def _head(owner: Message, field: str, size: int) -> bytes:
+    """What stands before a message of so many bytes in protobuf's wire format: number and kind of the field, size."""
+    head = bytearray()
     for number in (owner.DESCRIPTOR.fields_by_name[field].number << 3 | 2, size):
         while number > 127:
-            found.append(number & 127 | 128)
+            head.append(number & 127 | 128)
             number >>= 7
-        found.append(number)
-    return bytes(found)
+        head.append(number)
+    return bytes(head)
 
 
 def _fits(graph: fx.GraphModule) -> None:
@@ -93,12 +99,13 @@ def _fits(graph: fx.GraphModule) -> None:
     if total > LARGEST:
         name, largest = max(read.items(), key=lambda item: item[1].nbytes)
         raise InputError(
-            f"the graph holds {total / 1e9:.2f} GB of weights (most of all {name}: {largest.nbytes / 1e9:.2f}), an ONNX file at most "
-            f"{LARGEST / 1e9:.2f} (protobuf's limit); quantise or prune it first, or leave a part out with core="
+            f"the graph holds {total / 1e9:.2f} GB of weights (most of all {name}: {largest.nbytes / 1e9:.2f}), "
+            f"an ONNX file at most {LARGEST / 1e9:.2f} (protobuf's limit); "
+            "quantise or prune it first, or leave a part out with core="
         )
 
 
-def _is_valid(onnx: Any, model: Any) -> bool:
+def _is_valid(onnx: ModuleType, model: Message) -> bool:
     try:
         onnx.checker.check_model(model)
     except onnx.checker.ValidationError:
@@ -106,28 +113,27 @@ def _is_valid(onnx: Any, model: Any) -> bool:
     return True
 
 
-def _exported(graph: fx.GraphModule, optimize: bool) -> Any:
+def _exported(graph: fx.GraphModule, optimize: bool) -> Message:
     """The ONNX model, by torch's exporter, with our two operators as ONNX's."""
-    onnxscript = needs("onnxscript")
+    operators = getattr(needs("onnxscript"), f"opset{OPSET}")
 
-    operators = getattr(onnxscript, f"opset{OPSET}")
+    def quantized(
+        x: Message, scale: Message, zero_point: Message, axis: int | None, qmin: int, qmax: int, dtype: int
+    ) -> Message:
+        return operators.QuantizeLinear(x, scale, zero_point, **({} if axis is None else {"axis": axis}))
 
-    def quantized(x: Any, scale: Any, zero_point: Any, axis: Any, qmin: int, qmax: int, dtype: int) -> Any:
-        return (
-            operators.QuantizeLinear(x, scale, zero_point)
-            if axis is None
-            else operators.QuantizeLinear(x, scale, zero_point, axis=axis)
-        )
-
-    def dequantized(q: Any, scale: Any, zero_point: Any, axis: Any) -> Any:
-        return (
-            operators.DequantizeLinear(q, scale, zero_point)
-            if axis is None
-            else operators.DequantizeLinear(q, scale, zero_point, axis=axis)
-        )
+    def dequantized(q: Message, scale: Message, zero_point: Message, axis: int | None) -> Message:
+        return operators.DequantizeLinear(q, scale, zero_point, **({} if axis is None else {"axis": axis}))
 
     examples = example_inputs(graph)
-    with _quiet():
+    loggers = ("torch.onnx", "onnxscript", "torch.export", "torch.fx.experimental.symbolic_shapes")
+    with (
+        quiet(*loggers),
+        warnings.catch_warnings(),
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+    ):
+        warnings.simplefilter("ignore")
         program = torch.onnx.export(
             graph,
             examples,
@@ -145,23 +151,7 @@ def _exported(graph: fx.GraphModule, optimize: bool) -> Any:
     return program.model_proto
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    loggers = [
-        logging.getLogger(name)
-        for name in ("torch.onnx", "onnxscript", "torch.export", "torch.fx.experimental.symbolic_shapes")
-    ]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        warnings.simplefilter("ignore")
-        yield
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
-
-
-def _tidy(onnx: Any, model: Any) -> None:
+def _tidy(onnx: ModuleType, model: Message) -> None:
     """Global pooling by its name; no metadata; the batch axis named."""
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
@@ -197,22 +187,18 @@ def _tidy(onnx: Any, model: Any) -> None:
     model.producer_name, model.producer_version = "rarefy", ""
 
 
-def _drop_zero_points(onnx: Any, graph: Any) -> None:
+def _drop_zero_points(onnx: ModuleType, graph: Message) -> None:
     """Of stored codes: those of weights and biases."""
     stored = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
-        if (
-            node.op_type == "DequantizeLinear"
-            and node.input[0] in stored
-            and len(node.input) > 2
-            and node.input[2] in stored
-        ):
-            zero_point = onnx.numpy_helper.to_array(stored[node.input[2]])
-            if not zero_point.any():
-                del node.input[2]
+        codes, _, *zero_points = node.input if node.op_type == "DequantizeLinear" else ("", "")
+        if codes not in stored or not zero_points or zero_points[0] not in stored:
+            continue
+        if not onnx.numpy_helper.to_array(stored[zero_points[0]]).any():
+            del node.input[2]
 
 
-def _melt_padding(onnx: Any, graph: Any, constants: dict[str, Any]) -> None:
+def _melt_padding(onnx: ModuleType, graph: Message, constants: dict[str, Message]) -> None:
     """Zeros around the plane that only convolutions read become the convolutions' own padding."""
     for pad in [node for node in graph.node if node.op_type == "Pad" and node.input[1] in constants]:
         mode = next((attribute.s.decode() for attribute in pad.attribute if attribute.name == "mode"), "constant")
@@ -221,14 +207,8 @@ def _melt_padding(onnx: Any, graph: Any, constants: dict[str, Any]) -> None:
         zero = not value or (value in constants and not onnx.numpy_helper.to_array(constants[value]).any())
         readers = [node for node in graph.node if pad.output[0] in node.input]
         plain = all(node.op_type == "Conv" and node.input[0] == pad.output[0] for node in readers)
-        if (
-            mode != "constant"
-            or not zero
-            or not plain
-            or len(sizes) != 8
-            or any(sizes[:2] + sizes[4:6])
-            or min(sizes) < 0
-        ):
+        around_plane = len(sizes) == 8 and not any(sizes[:2] + sizes[4:6]) and min(sizes) >= 0
+        if mode != "constant" or not (zero and plain and around_plane):
             continue
         around = sizes[2:4] + sizes[6:8]
         for node in readers:

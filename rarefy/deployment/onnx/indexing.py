@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-import operator
 
 import torch
 from torch import fx
 
 from rarefy.deployment.onnx.writer import LAST, Arguments, Row, Untranslated, Writer, listed, static
-
-aten = torch.ops.aten
 
 
 def _split(w: Writer, node: fx.Node, g: Arguments) -> list[str]:
@@ -161,44 +158,29 @@ def _windowed(w: Writer, node: fx.Node, g: Arguments) -> str:
     return w.transposed(name, [dim for dim in range(rank + 1) if dim != axis + 1] + [axis + 1])
 
 
-ROWS: dict[object, Row] = {
-    **dict.fromkeys(
-        (
-            aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default,
-            aten.tensor_split.sections,
-        ),
-        _split,
+ROWS: dict[str, Row] = {
+    "split.Tensor split.sizes split_with_sizes chunk tensor_split.sections": _split,
+    "unbind.int": _unbind,
+    "slice.Tensor": _slice,
+    "narrow": _narrow,
+    "select.int": _select,
+    "roll": _roll,
+    "flip": _flip,
+    "pad constant_pad_nd": _pad,
+    "reflection_pad1d reflection_pad2d": lambda w, node, g: _pad(w, node, {**g, "mode": "reflect"}),
+    "replication_pad1d replication_pad2d": lambda w, node, g: _pad(w, node, {**g, "mode": "replicate"}),
+    "index.Tensor": _index,
+    "index_select": _index_select,
+    "gather take_along_dim": lambda w, node, g: w.op(
+        "GatherElements", [w.value(g["self"]), w.value(g.get("index", g.get("indices")))], axis=g["dim"]
     ),
-    aten.unbind.int: _unbind,
-    operator.getitem: lambda w, node, g: w.lists[g["self"]][g["index"]],
-    aten.slice.Tensor: _slice,
-    aten.narrow.default: _narrow,
-    aten.select.int: _select,
-    aten.roll.default: _roll,
-    aten.flip.default: _flip,
-    **dict.fromkeys((aten.pad.default, aten.constant_pad_nd.default), _pad),
-    **dict.fromkeys(
-        (aten.reflection_pad1d.default, aten.reflection_pad2d.default),
-        lambda w, node, g: _pad(w, node, {**g, "mode": "reflect"}),
-    ),
-    **dict.fromkeys(
-        (aten.replication_pad1d.default, aten.replication_pad2d.default),
-        lambda w, node, g: _pad(w, node, {**g, "mode": "replicate"}),
-    ),
-    aten.index.Tensor: _index,
-    aten.index_select.default: _index_select,
-    **dict.fromkeys(
-        (aten.gather.default, aten.take_along_dim.default),
-        lambda w, node, g: w.op(
-            "GatherElements", [w.value(g["self"]), w.value(g.get("index", g.get("indices")))], axis=g["dim"]
-        ),
-    ),
-    aten.embedding.default: lambda w, node, g: w.op("Gather", w.values(g["weight"], g["indices"]), axis=0),
-    aten.one_hot.default: _one_hot,
-    aten.scatter.src: _scatter,
-    aten.slice_scatter.default: _slice_scatter,
-    aten.select_scatter.default: _select_scatter,
-    aten.unfold.default: _windowed,
-    aten.tril.default: lambda w, node, g: w.op("Trilu", [w.value(g["self"]), w.constant(g["diagonal"])], upper=0),
-    aten.triu.default: lambda w, node, g: w.op("Trilu", [w.value(g["self"]), w.constant(g["diagonal"])], upper=1),
-}  # fmt: skip
+    "embedding": lambda w, node, g: w.op("Gather", w.values(g["weight"], g["indices"]), axis=0),
+    "one_hot": _one_hot,
+    "scatter.src": _scatter,
+    "slice_scatter": _slice_scatter,
+    "select_scatter": _select_scatter,
+    "unfold": _windowed,
+    "tril": lambda w, node, g: w.op("Trilu", [w.value(g["self"]), w.constant(g["diagonal"])], upper=0),
+    "triu": lambda w, node, g: w.op("Trilu", [w.value(g["self"]), w.constant(g["diagonal"])], upper=1),
+    "operator.getitem": lambda w, node, g: w.lists[g["self"]][g["index"]],
+}

@@ -12,8 +12,6 @@ from rarefy.deployment.onnx.writer import Arguments, Row, Untranslated, Writer, 
 from rarefy.graph.lowering import is_decoded
 from rarefy.graph.nodes import attribute
 
-aten = torch.ops.aten
-
 
 def _convolution(w: Writer, node: fx.Node, g: Arguments) -> str:
     kernel = w.plane(g["weight"])
@@ -156,31 +154,21 @@ def _lstm(w: Writer, node: fx.Node, g: Arguments) -> list[str]:
     return [answer, *(last[0] if layers == 1 else w.op("Concat", last, axis=0) for last in lasts)]
 
 
-ROWS: dict[object, Row] = {
-    **dict.fromkeys(
-        (
-            aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding, aten.conv2d.padding,
-            aten.conv3d.padding,
-        ),
-        _convolution,
+ROWS: dict[str, Row] = {
+    "conv1d conv2d conv3d conv1d.padding conv2d.padding conv3d.padding": _convolution,
+    "conv_transpose1d conv_transpose2d.input conv_transpose3d.input": _transposed_convolution,
+    "linear": _linear,
+    "matmul bmm mm": lambda w, node, g: w.op(
+        "MatMul", [w.value(value) for value in g.values() if isinstance(value, fx.Node)]
     ),
-    **dict.fromkeys(
-        (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input),
-        _transposed_convolution,
-    ),
-    aten.linear.default: _linear,
-    **dict.fromkeys(
-        (aten.matmul.default, aten.bmm.default, aten.mm.default),
-        lambda w, node, g: w.op("MatMul", [w.value(value) for value in g.values() if isinstance(value, fx.Node)]),
-    ),
-    **dict.fromkeys((aten.addmm.default, aten.baddbmm.default), _addmm),
-    aten.einsum.default: lambda w, node, g: w.op("Einsum", w.values(*g["tensors"]), equation=g["equation"]),
-    aten.scaled_dot_product_attention.default: _attention,
-    aten.batch_norm.default: _batch_norm,
-    aten.layer_norm.default: _layer_norm,
-    aten.rms_norm.default: _rms_norm,
-    aten.group_norm.default: _group_norm,
-    aten.softmax.int: lambda w, node, g: w.op("Softmax", [w.value(g["self"], w.dtype(node))], axis=g["dim"]),
-    aten.log_softmax.int: lambda w, node, g: w.op("LogSoftmax", [w.value(g["self"], w.dtype(node))], axis=g["dim"]),
-    aten.lstm.input: _lstm,
-}  # fmt: skip
+    "addmm baddbmm": _addmm,
+    "einsum": lambda w, node, g: w.op("Einsum", w.values(*g["tensors"]), equation=g["equation"]),
+    "scaled_dot_product_attention": _attention,
+    "batch_norm": _batch_norm,
+    "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
+    "group_norm": _group_norm,
+    "softmax.int": lambda w, node, g: w.op("Softmax", [w.value(g["self"], w.dtype(node))], axis=g["dim"]),
+    "log_softmax.int": lambda w, node, g: w.op("LogSoftmax", [w.value(g["self"], w.dtype(node))], axis=g["dim"]),
+    "lstm.input": _lstm,
+}

@@ -10,20 +10,41 @@ depend on values).
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterator
 from types import ModuleType
 
+import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+import rarefy.kernels  # noqa: F401  registers torch.ops.rarefy
 from rarefy.deployment.onnx import arithmetic, indexing, layers, pooling, quantized, reductions, shapes
-from rarefy.deployment.onnx.writer import BATCHES, Message, Row, Untranslated, Writer
+from rarefy.deployment.onnx.writer import BATCHES, Message, Untranslated, Writer
 from rarefy.graph.nodes import arguments, attribute, is_tensor
 
 OPSET, IR_VERSION = 20, 10
 OPSET_OF_4_BITS = 21  # INT4, UINT4, and scales of blocks
 
 FAMILIES = (arithmetic, quantized, layers, pooling, reductions, shapes, indexing)
-ROWS: dict[object, Row] = {operator: row for family in FAMILIES for operator, row in family.ROWS.items()}
+
+
+def operators(names: str) -> Iterator[object]:
+    """The operators that a row is for, by their names.
+
+    ``"clamp clamp.Tensor rarefy.quantize operator.add"``: ATen's default overload and another, one of ours, Python's.
+    """
+    for name in names.split():
+        head, _, tail = name.partition(".")
+        if head == "operator":
+            yield getattr(operator, tail)
+        elif head == "rarefy":
+            yield getattr(torch.ops.rarefy, tail).default
+        else:
+            yield getattr(getattr(torch.ops.aten, head), tail or "default")
+
+
+ROWS = {one: row for family in FAMILIES for names, row in family.ROWS.items() for one in operators(names)}
 
 
 def onnx_model(onnx: ModuleType, graph: fx.GraphModule, four_bits: bool = False) -> Message:

@@ -10,8 +10,6 @@ from torch import Tensor, fx
 
 from rarefy.deployment.onnx.writer import Arguments, Row, Untranslated, Writer, listed
 
-aten = torch.ops.aten
-
 
 def _windows(w: Writer, node: fx.Node, g: Arguments) -> dict[str, list[int]]:
     kernel = listed(g["kernel_size"], w.rank(node) - 2)
@@ -127,31 +125,17 @@ def _from_patches(w: Writer, node: fx.Node, g: Arguments) -> str:
 
 
 _NEAREST = _resize("nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor")
-ROWS: dict[object, Row] = {
-    **dict.fromkeys((aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default), _max_pool),
-    **dict.fromkeys((aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default), _average_pool),
-    **dict.fromkeys(
-        (aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default),
-        _adaptive_average,
-    ),
-    aten.adaptive_max_pool2d.default: _adaptive_max,
-    **dict.fromkeys(
-        (aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default, aten.upsample_nearest1d.vec), _NEAREST
-    ),
-    **dict.fromkeys(
-        (aten.upsample_bilinear2d.vec, aten.upsample_bilinear2d.default, aten.upsample_linear1d.vec), _resize("linear")
-    ),
-    **dict.fromkeys(
-        (aten.upsample_bicubic2d.vec, aten.upsample_bicubic2d.default), _resize("cubic", cubic_coeff_a=-0.75)
-    ),
-    **dict.fromkeys(
-        (aten._upsample_bilinear2d_aa.vec, aten._upsample_bilinear2d_aa.default), _resize("linear", antialias=1)
-    ),
-    **dict.fromkeys(
-        (aten._upsample_bicubic2d_aa.vec, aten._upsample_bicubic2d_aa.default),
-        _resize("cubic", cubic_coeff_a=-0.5, antialias=1),
-    ),
-    **dict.fromkeys((aten.grid_sampler.default, aten.grid_sampler_2d.default), _grid_sample),
-    aten.im2col.default: _patches,
-    aten.col2im.default: _from_patches,
+ROWS: dict[str, Row] = {
+    "max_pool1d max_pool2d max_pool3d": _max_pool,
+    "avg_pool1d avg_pool2d avg_pool3d": _average_pool,
+    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d": _adaptive_average,
+    "adaptive_max_pool2d": _adaptive_max,
+    "upsample_nearest2d.vec upsample_nearest2d upsample_nearest1d.vec": _NEAREST,
+    "upsample_bilinear2d.vec upsample_bilinear2d upsample_linear1d.vec": _resize("linear"),
+    "upsample_bicubic2d.vec upsample_bicubic2d": _resize("cubic", cubic_coeff_a=-0.75),
+    "_upsample_bilinear2d_aa.vec _upsample_bilinear2d_aa": _resize("linear", antialias=1),
+    "_upsample_bicubic2d_aa.vec _upsample_bicubic2d_aa": _resize("cubic", cubic_coeff_a=-0.5, antialias=1),
+    "grid_sampler grid_sampler_2d": _grid_sample,
+    "im2col": _patches,
+    "col2im": _from_patches,
 }

@@ -6,12 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-import rarefy.kernels  # noqa: F401  registers torch.ops.rarefy
 from rarefy.deployment.onnx.writer import Arguments, Row, Writer
 from rarefy.graph.lowering import is_decoded
 from rarefy.graph.nodes import argument, attribute
 
-OPERATORS = torch.ops.rarefy
 BLOCKS = (16, 32, 64, 128, 256)  # that runtimes have a product with codes of 4 bits for
 
 
@@ -87,4 +85,4 @@ def transposed_weight(w: Writer, weight: fx.Node) -> str:
     return w.op("Transpose", [w.value(weight)], perm=[1, 0])
 
 
-ROWS: dict[object, Row] = {OPERATORS.quantize.default: _quantize, OPERATORS.dequantize.default: _dequantize}
+ROWS: dict[str, Row] = {"rarefy.quantize": _quantize, "rarefy.dequantize": _dequantize}

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import fx
 
 from rarefy.deployment.onnx.writer import Arguments, Row, Untranslated, Writer
-
-aten = torch.ops.aten
 
 
 def _axes(w: Writer, g: Arguments) -> list[int]:
@@ -71,20 +68,20 @@ def _top(w: Writer, node: fx.Node, g: Arguments) -> list[str]:
     return w.ops("TopK", [w.value(g["self"]), w.vector([g["k"]])], 2, **options)
 
 
-ROWS: dict[object, Row] = {
-    **dict.fromkeys((aten.mean.dim, aten.mean.default), _reduce("ReduceMean")),
-    **dict.fromkeys((aten.sum.dim_IntList, aten.sum.default), _reduce("ReduceSum")),
-    **dict.fromkeys((aten.amax.default, aten.max.default), _reduce("ReduceMax")),
-    **dict.fromkeys((aten.amin.default, aten.min.default), _reduce("ReduceMin")),
-    aten.prod.dim_int: _reduce("ReduceProd"),
-    aten.logsumexp.default: _reduce("ReduceLogSumExp"),
-    aten.max.dim: _extreme("Max"),
-    aten.min.dim: _extreme("Min"),
-    aten.argmax.default: _place_of("ArgMax"),
-    aten.argmin.default: _place_of("ArgMin"),
-    **dict.fromkeys((aten.var.correction, aten.var.dim), _variance),
-    **dict.fromkeys((aten.std.correction, aten.std.dim), lambda w, node, g: w.op("Sqrt", [_variance(w, node, g)])),
-    **dict.fromkeys((aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim), _vector_norm),
-    aten.cumsum.default: lambda w, node, g: w.op("CumSum", [w.value(g["self"], w.dtype(node)), w.constant(g["dim"])]),
-    aten.topk.default: _top,
+ROWS: dict[str, Row] = {
+    "mean.dim mean": _reduce("ReduceMean"),
+    "sum.dim_IntList sum": _reduce("ReduceSum"),
+    "amax max": _reduce("ReduceMax"),
+    "amin min": _reduce("ReduceMin"),
+    "prod.dim_int": _reduce("ReduceProd"),
+    "logsumexp": _reduce("ReduceLogSumExp"),
+    "max.dim": _extreme("Max"),
+    "min.dim": _extreme("Min"),
+    "argmax": _place_of("ArgMax"),
+    "argmin": _place_of("ArgMin"),
+    "var.correction var.dim": _variance,
+    "std.correction std.dim": lambda w, node, g: w.op("Sqrt", [_variance(w, node, g)]),
+    "linalg_vector_norm norm.ScalarOpt_dim": _vector_norm,
+    "cumsum": lambda w, node, g: w.op("CumSum", [w.value(g["self"], w.dtype(node)), w.constant(g["dim"])]),
+    "topk": _top,
 }

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
 from rarefy.deployment.onnx.writer import Arguments, Row, Untranslated, Writer, listed
-
-aten = torch.ops.aten
 
 
 def _reshape(w: Writer, node: fx.Node, g: Arguments) -> str:
@@ -133,40 +130,27 @@ def _size(w: Writer, node: fx.Node, g: Arguments) -> str:
     return w.op("Shape", [w.value(g["self"])], start=axis, end=axis + 1)
 
 
-ROWS: dict[object, Row] = {
-    **dict.fromkeys(
-        (
-            aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.reshape_as.default,
-            aten.view_as.default, aten.flatten.using_ints, aten.unflatten.int,
-        ),
-        _reshape,
+ROWS: dict[str, Row] = {
+    "view reshape _unsafe_view reshape_as view_as flatten.using_ints unflatten.int": _reshape,
+    "permute": _permute,
+    "transpose.int swapaxes swapdims t mT": _swap,
+    "numpy_T": lambda w, node, g: w.transposed(w.value(g["self"]), range(w.rank(g["self"]))[::-1]),
+    "movedim.int movedim.intlist moveaxis.int": _move,
+    "expand expand_as": _expand,
+    "repeat tile": _repeat,
+    "repeat_interleave.self_int": _repeat_each,
+    "squeeze.dim squeeze.dims squeeze": _squeeze,
+    "unsqueeze": lambda w, node, g: w.op("Unsqueeze", [w.value(g["self"]), w.constant([g["dim"] % w.rank(node)])]),
+    "cat concat": _concatenate,
+    "stack": _stack,
+    "pixel_shuffle": lambda w, node, g: w.op(
+        "DepthToSpace", [w.value(g["self"])], blocksize=g["upscale_factor"], mode="CRD"
     ),
-    aten.permute.default: _permute,
-    **dict.fromkeys(
-        (aten.transpose.int, aten.swapaxes.default, aten.swapdims.default, aten.t.default, aten.mT.default), _swap
-    ),
-    aten.numpy_T.default: lambda w, node, g: w.transposed(w.value(g["self"]), range(w.rank(g["self"]))[::-1]),
-    **dict.fromkeys((aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int), _move),
-    **dict.fromkeys((aten.expand.default, aten.expand_as.default), _expand),
-    **dict.fromkeys((aten.repeat.default, aten.tile.default), _repeat),
-    aten.repeat_interleave.self_int: _repeat_each,
-    **dict.fromkeys((aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default), _squeeze),
-    aten.unsqueeze.default: (
-        lambda w, node, g: w.op("Unsqueeze", [w.value(g["self"]), w.constant([g["dim"] % w.rank(node)])])
-    ),
-    **dict.fromkeys((aten.cat.default, aten.concat.default), _concatenate),
-    aten.stack.default: _stack,
-    aten.pixel_shuffle.default: (
-        lambda w, node, g: w.op("DepthToSpace", [w.value(g["self"])], blocksize=g["upscale_factor"], mode="CRD")
-    ),
-    aten.pixel_unshuffle.default: _pixel_unshuffle,
-    aten.channel_shuffle.default: _channel_shuffle,
-    **dict.fromkeys((aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default), _filled(0)),
-    **dict.fromkeys((aten.ones.default, aten.ones_like.default, aten.new_ones.default), _filled(1)),
-    **dict.fromkeys(
-        (aten.full.default, aten.full_like.default, aten.new_full.default, aten.fill.Scalar, aten.fill.Tensor),
-        _filled(None),
-    ),
-    **dict.fromkeys((aten.arange.default, aten.arange.start, aten.arange.start_step), _range),
-    aten.sym_size.int: _size,
-}  # fmt: skip
+    "pixel_unshuffle": _pixel_unshuffle,
+    "channel_shuffle": _channel_shuffle,
+    "zeros zeros_like new_zeros": _filled(0),
+    "ones ones_like new_ones": _filled(1),
+    "full full_like new_full fill.Scalar fill.Tensor": _filled(None),
+    "arange arange.start arange.start_step": _range,
+    "sym_size.int": _size,
+}

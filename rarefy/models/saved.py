@@ -1,0 +1,32 @@
+"""A folder that rarefy saved: its graph, and the preprocessing that its manifest states."""
+
+from __future__ import annotations
+
+import os
+
+from rarefy.artifact import folder
+from rarefy.errors import FormatError, InputError
+from rarefy.graph.shapes import output_shapes
+from rarefy.models.source import FORMS, Request, Source, input_shape_of
+
+STATED = ("mean", "std", "crop", "interpolation")
+
+
+def saved(request: Request) -> Source | None:
+    """``small/``; the folder's own weights are used."""
+    text = request.text
+    if not os.path.isdir(text):
+        return None
+    if not os.path.isfile(os.path.join(text, "graph.json")):
+        raise FormatError(f"{text}: no graph.json in that folder, so rarefy did not save it; give {FORMS}")
+    if request.has_weights:
+        raise InputError(f"{text}: a saved folder has its own weights; leave out --weights")
+    graph = folder.load(text)
+    if request.classes is not None:
+        request.check_classes(output_shapes(graph))
+    task = folder.read_manifest(text).get("task")
+    known = {key: task[key] for key in STATED if key in task} if isinstance(task, dict) else {}
+    shape = input_shape_of(graph)
+    if shape is not None and len(shape) == 3 and shape[1] == shape[2]:
+        known["size"] = shape[1]
+    return Source(text, graph, shape, known)
