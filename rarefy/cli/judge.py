@@ -189,10 +189,8 @@ def _recorded(place: Path) -> dict[str, Any]:
         raise FormatError(f"{file}: is no JSON ({error}); pass --data to measure the folder again") from error
     try:
         view.view(facts)
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-        raise FormatError(
-            f"{file}: is no report ({type(error).__name__}: {error}); pass --data to measure the folder again"
-        ) from error
+    except FormatError as error:
+        raise FormatError(f"{file}: is no report ({error}); pass --data to measure the folder again") from error
     if not {"before", "after", "goals", "steps"} & facts.keys():
         raise FormatError(f"{file}: is no report; give a folder that `rarefy compress` saved, or its report.json")
     return dict(facts)

@@ -1,125 +1,168 @@
+"""Figures of a report: bars as shares of a width, curves and the frontier as coordinates. The template draws them as boxes and SVG."""
+
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypedDict
 
-from rarefy.reports.facts import Facts
-from rarefy.reports.units import _median, _ms, _number, _pair, _percent, _short, count, size
+from rarefy.reports.facts import Curve, Point, Side
+from rarefy.reports.units import Form, Metric, Number, count, ms, percent, short, size
 
-# ------------------------------------------------------------------ figures: shares of a width, and coordinates
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 460.0, 240.0, 58.0, 14.0, 12.0, 42.0
+_LETTER, _LINE = 6.3, 12.0  # a letter's width and a line's height, about
+
+Tick = tuple[float, str]  # place, and what stands there
 
 
-def _bars(before: Facts, after: Facts) -> list[dict[str, Any]]:
+class Frame(TypedDict):
+    """The axes of a figure, in its coordinates."""
+
+    width: float
+    height: float
+    left: float
+    right: float
+    top: float
+    bottom: float
+    ticks_x: list[Tick]
+    ticks_y: list[Tick]
+
+
+class Line(TypedDict):
+    """path: points of a polyline. dot: of a line of one point. colour: its number. last: value of the last point."""
+
+    name: str
+    path: str
+    dot: tuple[float, float] | None
+    colour: int
+    last: str
+
+
+class Chart(Frame):
+    title: str
+    x: str
+    y: str
+    lines: list[Line]
+
+
+class Place(TypedDict):
+    x: float
+    y: float
+
+
+class Mark(TypedDict):
+    """A candidate. low, high: where its interval ends. beaten: another is both faster and better. text: for the mouse."""
+
+    name: str
+    x: float
+    y: float
+    low: float
+    high: float
+    chosen: bool
+    beaten: bool
+    label: Place
+    text: str
+
+
+class Frontier(Frame):
+    x: str
+    y: str
+    marks: list[Mark]
+
+
+class Bar(TypedDict):
+    """before, after: the numbers. left, right: their bars, in percent of the longer one."""
+
+    label: str
+    before: str
+    after: str
+    left: float
+    right: float
+
+
+def bars(before: Side, after: Side) -> list[Bar]:
     """Pairs of bars, the longer one full."""
-    found = []
-    for label, left, right, form in (
-        ("latency", _median(before), _median(after), _ms),
+    rows: tuple[tuple[str, Number, Number, Form], ...] = (
+        ("latency", before["latency_ms"].get("median"), after["latency_ms"].get("median"), ms),
         ("size", before.get("size_bytes"), after.get("size_bytes"), size),
         ("MACs", before.get("macs"), after.get("macs"), count),
         ("parameters", before.get("parameters"), after.get("parameters"), count),
         ("peak memory", before.get("peak_memory_bytes"), after.get("peak_memory_bytes"), size),
-    ):
-        if _number(left) and _number(right) and max(left, right) > 0:
-            top = max(left, right)
-            found.append(
-                {
-                    "label": label,
-                    "before": form(left),
-                    "after": form(right),
-                    "left": _percent(left / top),
-                    "right": _percent(right / top),
-                }
-            )
+    )
+    found = []
+    for label, left, right, form in rows:
+        if left is not None and right is not None and (top := max(left, right)) > 0:
+            widths = percent(left / top), percent(right / top)
+            found.append(Bar(label=label, before=form(left), after=form(right), left=widths[0], right=widths[1]))
     return found
 
 
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 460.0, 240.0, 58.0, 14.0, 12.0, 42.0
-
-
-def _chart(curve: Facts) -> dict[str, Any] | None:
-    """Lines over a grid."""
+def chart(curve: Curve) -> Chart | None:
+    """Lines over a grid; None where there is no point."""
     series = []
-    for item in curve.get("series") or []:
-        points = [
-            (x, y) for x, y in zip(item.get("x") or [], item.get("y") or [], strict=False) if _number(x) and _number(y)
-        ]
+    for item in curve["series"]:
+        pairs = zip(item["x"], item["y"], strict=False)
+        points = [(x, y) for x, y in pairs if x is not None and y is not None]
         if points:
-            series.append((str(item.get("name") or ""), _thinned(points)))
+            series.append((item["name"], _thinned(points)))
     if not series:
         return None
     axes = _axes([x for _, points in series for x, _ in points], [y for _, points in series for _, y in points])
     lines = []
     for index, (name, points) in enumerate(series):
-        placed = [(axes["place_x"](x), axes["place_y"](y)) for x, y in points]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
-        lines.append(
-            {
-                "name": name,
-                "path": path,
-                "dot": placed[0] if len(placed) == 1 else None,
-                "colour": index % 5,
-                "last": _short(points[-1][1]),
-            }
-        )
-    return {
-        "title": str(curve.get("title") or ""),
-        "x": str(curve.get("x") or ""),
-        "y": str(curve.get("y") or ""),
-        "lines": lines,
-        **_frame(axes),
-    }
+        places = [(axes.x(x), axes.y(y)) for x, y in points]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        dot = places[0] if len(places) == 1 else None
+        lines.append(Line(name=name, path=path, dot=dot, colour=index % 5, last=short(points[-1][1])))
+    return Chart(title=curve["title"], x=curve["x"], y=curve["y"], lines=lines, **_frame(axes))
 
 
-def _frontier(candidates: Sequence[Facts]) -> dict[str, Any] | None:
-    """Accuracy over latency (or over size where no latency is told), with intervals."""
-    key, form = (
-        ("latency_ms", "latency, ms")
-        if any(_number(item.get("latency_ms")) for item in candidates)
-        else ("size_bytes", "size, MB")
-    )
-    scale = 1.0 if key == "latency_ms" else 1e-6
+def frontier(candidates: Sequence[Point], metric: Metric) -> Frontier | None:
+    """The metric over latency (or over size where no latency is told), with intervals; None for fewer than two points."""
+    timed = any("latency_ms" in item for item in candidates)
     points = []
     for item in candidates:
-        if _number(item.get(key)) and _number(item.get("value")):
-            between = _pair(item.get("interval")) or (item["value"], item["value"])
-            points.append((item, scale * item[key], 100 * item["value"], 100 * between[0], 100 * between[1]))
+        cost = item.get("latency_ms") if timed else item.get("size_bytes")
+        value = item.get("value")
+        if cost is not None and value is not None:
+            low, high = item.get("interval") or (value, value)
+            x = cost if timed else 1e-6 * cost
+            points.append((item, x, metric.scale * value, metric.scale * low, metric.scale * high))
     if len(points) < 2:
         return None
-    axes = _axes([point[1] for point in points], [number for point in points for number in point[2:]])
+    axes = _axes([point[1] for point in points], [number for _, _, *ys in points for number in ys])
     marks = []
-    taken = [_around(axes["place_x"](x) - 6, axes["place_y"](y) + 4, 12.0) for _, x, y, _, _ in points]
-    for item, x, y, low, high in sorted(points, key=lambda point: not point[0].get("chosen")):
-        beaten = any(other[1] <= x and other[2] >= y and (other[1], other[2]) != (x, y) for other in points)
-        left, height = axes["place_x"](x), axes["place_y"](y)
-        label = _label(str(item.get("name") or ""), left, height, taken)
-        marks.append(
-            {
-                "name": str(item.get("name") or ""),
-                "x": round(left, 1),
-                "y": round(height, 1),
-                "low": round(axes["place_y"](low), 1),
-                "high": round(axes["place_y"](high), 1),
-                "chosen": bool(item.get("chosen")),
-                "beaten": beaten,
-                "label": label,
-                "text": f"{item.get('name') or ''}: {y:.2f} %, {_short(x)} {'ms' if key == 'latency_ms' else 'MB'}",
-            }
+    taken = [_around(axes.x(x) - 6, axes.y(y) + 4, 12.0) for _, x, y, _, _ in points]
+    sign = -1 if metric.lower else 1
+    for item, x, y, low, high in sorted(points, key=lambda point: not point[0]["chosen"]):
+        name, left, top = item["name"], axes.x(x), axes.y(y)
+        mark = Mark(
+            name=name,
+            x=round(left, 1),
+            y=round(top, 1),
+            low=round(axes.y(low), 1),
+            high=round(axes.y(high), 1),
+            chosen=item["chosen"],
+            beaten=any(other[1] <= x and sign * other[2] >= sign * y and other[1:3] != (x, y) for other in points),
+            label=_label(name, left, top, taken),
+            text=f"{name}: {metric.value(item['value'])}, {short(x)} {'ms' if timed else 'MB'}",
         )
-    return {"marks": marks, "x": form, "y": "accuracy, %", **_frame(axes)}
+        marks.append(mark)
+    return Frontier(marks=marks, x="latency, ms" if timed else "size, MB", y=metric.axis, **_frame(axes))
 
 
-_LETTER, _LINE = 6.3, 12.0  # a letter's width and a line's height, about
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
-def _around(x: float, y: float, width: float) -> tuple[float, float, float, float]:
+def _around(x: float, y: float, width: float) -> Box:
     """The box of a text that starts at x, on the line y."""
     return x, y - _LINE, x + width, y
 
 
-def _label(name: str, x: float, y: float, taken: list[tuple[float, float, float, float]]) -> dict[str, Any]:
-    """Where a point's name stands: beside it, above or below, the nearest place that is inside the figure and free. It is then taken."""
+def _label(name: str, x: float, y: float, taken: list[Box]) -> Place:
+    """Where a point's name stands: beside it, above or below, the nearest place that is inside the figure and free. It is
+    then taken."""
     width = _LETTER * len(name)
     places = [
         (x + side * 9 - (width if side < 0 else 0), y + shift)
@@ -137,33 +180,42 @@ def _label(name: str, x: float, y: float, taken: list[tuple[float, float, float,
 
     chosen = next(filter(free, places), places[0])
     taken.append(_around(*chosen, width))
-    return {"x": round(chosen[0], 1), "y": round(chosen[1], 1)}
+    return Place(x=round(chosen[0], 1), y=round(chosen[1], 1))
 
 
-def _axes(xs: Sequence[float], ys: Sequence[float]) -> dict[str, Any]:
+class _Axes(NamedTuple):
+    """x, y: from a value to its place in the figure."""
+
+    ticks_x: list[float]
+    ticks_y: list[float]
+    x: Callable[[float], float]
+    y: Callable[[float], float]
+
+
+def _axes(xs: Sequence[float], ys: Sequence[float]) -> _Axes:
     ticks_x, ticks_y = _ticks(min(xs), max(xs)), _ticks(min(ys), max(ys))
     low_x, high_x = min(*xs, ticks_x[0]), max(*xs, ticks_x[-1])
     low_y, high_y = min(*ys, ticks_y[0]), max(*ys, ticks_y[-1])
-    wide, high = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
-    return {
-        "ticks_x": ticks_x,
-        "ticks_y": ticks_y,
-        "place_x": lambda x: _LEFT + wide * (x - low_x) / (high_x - low_x),
-        "place_y": lambda y: _TOP + high * (1 - (y - low_y) / (high_y - low_y)),
-    }
+    across, along = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
+    return _Axes(
+        ticks_x,
+        ticks_y,
+        lambda x: _LEFT + across * (x - low_x) / (high_x - low_x),
+        lambda y: _TOP + along * (1 - (y - low_y) / (high_y - low_y)),
+    )
 
 
-def _frame(axes: Facts) -> dict[str, Any]:
-    return {
-        "width": _WIDTH,
-        "height": _HEIGHT,
-        "left": _LEFT,
-        "right": _WIDTH - _RIGHT,
-        "top": _TOP,
-        "bottom": _HEIGHT - _BOTTOM,
-        "ticks_x": [(round(axes["place_x"](value), 1), _short(value)) for value in axes["ticks_x"]],
-        "ticks_y": [(round(axes["place_y"](value), 1), _short(value)) for value in axes["ticks_y"]],
-    }
+def _frame(axes: _Axes) -> Frame:
+    return Frame(
+        width=_WIDTH,
+        height=_HEIGHT,
+        left=_LEFT,
+        right=_WIDTH - _RIGHT,
+        top=_TOP,
+        bottom=_HEIGHT - _BOTTOM,
+        ticks_x=[(round(axes.x(value), 1), short(value)) for value in axes.ticks_x],
+        ticks_y=[(round(axes.y(value), 1), short(value)) for value in axes.ticks_y],
+    )
 
 
 def _ticks(low: float, high: float, wanted: int = 5) -> list[float]:

@@ -1,43 +1,64 @@
+"""Numbers as people read them. A number that is not told, None, is no text."""
+
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeGuard
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from rarefy.reports.facts import Facts
+
+Number = float | None
+Form = Callable[[Number], str]
 
 
-def _median(model: Mapping[str, Any]) -> Any:
-    latency = model.get("latency_ms")
-    return latency.get("median") if isinstance(latency, Mapping) else latency
-
-
-# ------------------------------------------------------------------ numbers as text
-
-
-def size(value: float) -> str:
+def size(value: Number) -> str:
     """Bytes: ``"1.23 MB"``."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= scale:
-            return f"{_short(value / scale)} {unit}"
-    return f"{value:.0f} B"
+    return _scaled(value, {"GB": 1e9, "MB": 1e6, "kB": 1e3}, " B")
 
 
-def count(value: float) -> str:
+def count(value: Number) -> str:
     """A count: ``"11.7 M"``."""
-    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    return _scaled(value, {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}, "")
+
+
+def _scaled(value: Number, units: Mapping[str, float], unscaled: str) -> str:
+    if value is None:
+        return ""
+    for unit, scale in units.items():
         if value >= scale:
-            return f"{_short(value / scale)} {unit}"
-    return f"{value:.0f}"
+            return f"{short(value / scale)} {unit}"
+    return f"{value:.0f}{unscaled}"
 
 
-def seconds(value: float) -> str:
+def seconds(value: Number) -> str:
     """A duration: ``"3 min 20 s"``."""
+    if value is None:
+        return ""
     if value < 60:
-        return f"{_short(value)} s"
+        return f"{short(value)} s"
     minutes, rest = divmod(round(value), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _short(value: float) -> str:
+def ms(value: Number) -> str:
+    return "" if value is None else f"{short(value)} ms"
+
+
+def share(value: Number) -> str:
+    """``"93.42 %"``."""
+    return "" if value is None else f"{100 * value:.2f} %"
+
+
+def decibels(value: Number) -> str:
+    return "" if value is None else f"{value:.1f} dB"
+
+
+def thousands(value: Number) -> str:
+    """A number of images or channels: ``"1,234"``."""
+    return "" if value is None else f"{value:,}"
+
+
+def short(value: float) -> str:
     """Three significant digits, without an exponent where one can do without."""
     if value == int(value) and abs(value) < 1e6:
         return str(int(value))
@@ -46,63 +67,22 @@ def _short(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _ms(value: float) -> str:
-    return f"{_short(value)} ms"
-
-
-def _share(value: Any) -> str:
-    return f"{100 * value:.2f} %" if _number(value) else ""
-
-
-def _points(value: float) -> str:
-    return f"{_short(100 * value)} points"
-
-
-def _signed(value: float) -> str:
+def signed(value: float) -> str:
     return f"{'+' if value > 0.005 else '−' if value < -0.005 else ''}{abs(value):.2f}"
 
 
-def _change_in_points(left: Any, right: Any) -> str:
-    change = _difference(right, left)
-    return f"{_signed(100 * change)} points" if change is not None else ""
+def percent(part: float) -> float:
+    """A share as a width in percent."""
+    return round(100 * part, 2)
 
 
-def _difference(left: Any, right: Any) -> float | None:
-    return left - right if _number(left) and _number(right) else None
-
-
-def _mean(values: Iterable[Any]) -> float | None:
-    told = [value for value in values if _number(value)]
+def mean(values: Iterable[Number]) -> Number:
+    """Of those that are told."""
+    told = [value for value in values if value is not None]
     return sum(told) / len(told) if told else None
 
 
-def _percent(share: float) -> float:
-    return round(100 * share, 2)
-
-
-def _pair(value: Any) -> tuple[float, float] | None:
-    return (
-        (value[0], value[1])
-        if isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_number, value))
-        else None
-    )
-
-
-def _neutral(value: Any) -> bool:
-    """Does an option say that there is nothing to say?"""
-    return value in (None, False, 0, "", "no", "auto", [], {})
-
-
-def _told(value: Any) -> bool:
-    """Is it one value to show?"""
-    return value is not None and not isinstance(value, (Mapping, list))
-
-
-def _number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def plain(value: Any) -> str:
+def plain(value: object) -> str:
     """A value of any kind on one line."""
     if isinstance(value, float):
         return f"{value:.6g}"
@@ -113,12 +93,58 @@ def plain(value: Any) -> str:
     return str(value)
 
 
-def _clean(value: Any) -> Any:
-    """As JSON has it: text keys, lists, and None for a number that is not finite."""
-    if isinstance(value, Mapping):
-        return {str(key): _clean(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_clean(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+@dataclass(frozen=True)
+class Metric:
+    """How a report writes the values of its metric.
+
+    name: what its row is called. label: on an axis. unit: "%" for shares of 1, which are shown in percent.
+    lower: less of it is better. of_classes: it is the accuracy of a classifier.
+    """
+
+    name: str = "accuracy"
+    label: str = "accuracy"
+    unit: str = "%"
+    lower: bool = False
+    of_classes: bool = True
+
+    @property
+    def scale(self) -> float:
+        return 100.0 if self.unit == "%" else 1.0
+
+    @property
+    def axis(self) -> str:
+        return f"{self.label}, {self.unit}" if self.unit else self.label
+
+    def number(self, value: float) -> str:
+        """``"93.42"``, without the unit."""
+        return f"{100 * value:.2f}" if self.unit == "%" else short(value)
+
+    def value(self, value: Number) -> str:
+        """``"93.42 %"``, ``"1.23 years"``."""
+        return "" if value is None else f"{self.number(value)} {self.unit}".rstrip()
+
+    def signed(self, change: float) -> str:
+        """``"−0.61"``, in points of shares, else in the unit."""
+        if self.unit == "%":
+            return signed(100 * change)
+        return f"{'+' if change > 0 else '−' if change < 0 else ''}{short(abs(change))}"
+
+    def change(self, before: Number, after: Number) -> str:
+        """``"−0.61 points"``."""
+        return "" if before is None or after is None else self.difference(after - before)
+
+    def difference(self, change: float) -> str:
+        return f"{self.signed(change)} {'points' if self.unit == '%' else self.unit}".rstrip()
+
+
+def metric_of(facts: Facts) -> Metric:
+    """The metric that both sides were judged by. Facts without a label are of an earlier rarefy, which knew shares alone."""
+    sides = (facts["after"]["evaluation"], facts["before"]["evaluation"])
+    evaluation = next((one for one in sides if one["metric"]), None)
+    if evaluation is None:
+        return Metric()
+    name, label = evaluation["metric"], evaluation["label"]
+    if name == "top1":
+        return Metric("top-1 accuracy")
+    unit, lower = evaluation["unit"] if label else "%", evaluation["better"] == "lower"
+    return Metric(label or name, label or name, unit, lower, of_classes="top5" in evaluation)

@@ -455,8 +455,8 @@ def test_thinning_keeps_ends_and_mean(values: list[float], most: int) -> None:
     [
         (units.size, 0, "0 B"), (units.size, 999, "999 B"), (units.size, 214_000, "214 kB"), (units.size, 3_500_000, "3.5 MB"),
         (units.count, 126_550_000, "127 M"), (units.count, 12, "12"), (units.seconds, 3.21, "3.21 s"), (units.seconds, 1520, "25 min 20 s"),
-        (units.seconds, 7300, "2 h 1 min"), (units._short, 1234567.0, "1.23e+06"), (units._short, 4.0, "4"), (units._short, 0.123456, "0.123"),
-        (units._signed, -0.612, "−0.61"), (units._signed, 0.4, "+0.40"), (units._signed, 0.001, "0.00"),
+        (units.seconds, 7300, "2 h 1 min"), (units.short, 1234567.0, "1.23e+06"), (units.short, 4.0, "4"), (units.short, 0.123456, "0.123"),
+        (units.signed, -0.612, "−0.61"), (units.signed, 0.4, "+0.40"), (units.signed, 0.001, "0.00"),
     ],
 )  # fmt: skip
 def test_numbers_as_text(function: Any, value: float, text: str) -> None:
