@@ -60,7 +60,7 @@ def _flags_without_proc() -> dict[str, bool] | None:
     return {"avx2": wide in ("AVX2", "AVX512"), "avx512": wide == "AVX512"} if wide.startswith("AVX") else None
 
 
-def _cpu_name() -> str:
+def name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -68,11 +68,11 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _memory() -> int | None:
+def memory_bytes() -> int | None:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):

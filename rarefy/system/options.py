@@ -15,8 +15,10 @@ The dataclass itself, the command line and the docs read them from there.
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import typing
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from rarefy.errors import InputError
 
@@ -43,3 +45,31 @@ def check(options: Any, where: str) -> None:
             bound = field.metadata["allowed"]
             said = bound if bound.startswith("must ") else f"is not {bound}"
             raise InputError(f"{where}{': ' if where else ''}{field.name}={value!r} {said}")
+
+
+class Option(NamedTuple):
+    """A keyword: its annotation, and its default (``inspect.Parameter.empty``: it must be given)."""
+
+    hint: Any
+    default: object
+
+
+def options_of(function: Callable[..., object]) -> dict[str, Option]:
+    """The keywords of a verb, or of a class's constructor; among them the fields of a dataclass that it takes one by one."""
+    hints = typing.get_type_hints(function)
+    parameters = inspect.signature(function).parameters.values()
+    loose = any(one.kind is one.VAR_KEYWORD for one in parameters)
+    found: dict[str, Option] = {}
+    for parameter in parameters:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        hint = hints.get(parameter.name, object)
+        parts = (hint, *typing.get_args(hint))
+        packed = next((part for part in parts if dataclasses.is_dataclass(part)), None)
+        if isinstance(packed, type) and (loose or str not in parts):
+            found |= options_of(packed)
+            if str not in parts:
+                continue
+            hint = str | None  # the name of one
+        found[parameter.name] = Option(hint, parameter.default)
+    return found
