@@ -37,7 +37,6 @@ test-gpu: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/lint-imports
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

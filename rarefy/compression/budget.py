@@ -1,12 +1,15 @@
+"""Budget: what must be reached, the usual recipe for it, and what of it was reached."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from rarefy.errors import InputError
+from rarefy.reports.facts import Goal
+from rarefy.system.options import check, option
+from rarefy.tasks.task import Task
 
-Step = Mapping[str, Any]
+Step = Mapping[str, object]  # {"do": verb, option: value, ...}
 QUANTIZED_GAIN = 1.5  # what the usual recipe expects of int8: kernels differ, so less than the 2 to 4 that is common
 LEAST = 0.02  # share of the MACs or parameters below which pruning is no advice
 SAFETY = 1.2  # latency falls more slowly than MACs
@@ -16,42 +19,88 @@ SAFETY = 1.2  # latency falls more slowly than MACs
 class Budget:
     """What must be reached; None does not matter.
 
-    max_drop: top-1 that may be lost, as a share (0.005 is half a point). speedup: how many times faster on the runtime.
+    max_drop: what the metric may lose, in its unit; of shares such as top-1 0.005 is half a point.
+    speedup: how many times faster on the runtime.
     size: largest size of the weights on disk, bytes.
     """
 
-    max_drop: float | None = None
-    speedup: float | None = None
-    size: int | None = None
+    max_drop: float | None = option(
+        None,
+        "what may be lost of the metric, 0.5% or 0.005",
+        lambda drop: drop is None or 0 <= drop < 1,
+        "a share from 0 up to 1; half a point is 0.005",
+    )
+    speedup: float | None = option(
+        None,
+        "how many times faster on the runtime",
+        lambda ratio: ratio is None or 1 <= ratio < 1000,
+        "a ratio from 1 up to 1000; twice as fast is 2",
+    )
+    size: int | None = option(
+        None,
+        "largest size of the weights on disk: 500kB, 2MB",
+        lambda size: size is None or size >= 1,
+        "a number of bytes; 500 kB are 500_000",
+    )
 
     def __post_init__(self) -> None:
-        if self.max_drop is not None and not 0 <= self.max_drop < 1:
-            raise InputError(f"budget: max_drop={self.max_drop} is not a share from 0 up to 1; half a point is 0.005")
-        if self.speedup is not None and not 1 <= self.speedup < 1000:
-            raise InputError(f"budget: speedup={self.speedup} is not a ratio from 1 up to 1000; twice as fast is 2")
-        if self.size is not None and not self.size >= 1:
-            raise InputError(f"budget: size={self.size} is not a number of bytes; 500 kB are 500_000")
+        check(self, "budget")
 
 
-def usual_steps(budget: Budget, size_bytes: int, task: Any) -> list[dict[str, Any]]:
-    """The recipe where none is given. size_bytes: of the original's weights."""
+def usual_steps(budget: Budget, size_bytes: int, task: Task) -> list[dict[str, object]]:
+    """The recipe where none is given: prune, distil, quantise; the last alone where pruning is not needed.
+
+    size_bytes: of the original's weights.
+    """
     share = QUANTIZED_GAIN / (SAFETY * budget.speedup) if budget.speedup is not None else 0.5
     target = "macs"
     if budget.size is not None:
-        stored = (
-            0.9 * 4 * budget.size / size_bytes
-        )  # what may remain, once a weight takes a byte, and scales and biases a tenth
+        # What may remain, once a weight takes a byte, and scales and biases a tenth.
+        stored = 0.9 * 4 * budget.size / size_bytes
         if stored < share:
             target, share = "params", stored
-    steps: list[dict[str, Any]] = []
+    steps: list[dict[str, object]] = []
     if share < 0.9:
-        steps += [
-            {"do": "prune", target: round(max(0.1, share), 3), "round_to": 8},
-            {
-                "do": "distill",
-                "epochs": 10,
-                "batch_size": min(128, task.length("train")),
-                **({} if task.labelled("train") else {"hard_weight": 0.0}),
-            },
-        ]
+        training = {"epochs": 10, "batch_size": min(128, task.data.length("train"))}
+        labels = {} if task.data.labelled("train") else {"hard_weight": 0.0}
+        steps.append({"do": "prune", target: round(max(0.1, share), 3), "round_to": 8})
+        steps.append({"do": "distill", **training, **labels})
     return [*steps, {"do": "quantize"}]
+
+
+def goals(
+    budget: Budget, *, drop: float, speedup: float, size: int, macs: float, parameters: float, unit: str = "%"
+) -> list[Goal]:
+    """What was asked and reached, and what to try where it was missed.
+
+    drop: of the metric, in its ``unit``, "%" for shares. speedup: against the original. size: bytes.
+    macs, parameters: what is left of the original's, a share.
+    """
+    found: list[Goal] = []
+    if budget.max_drop is not None:
+        advice = "distil for more epochs, or prune less"
+        goal = Goal(name="max_drop", asked=budget.max_drop, reached=drop, met=drop <= budget.max_drop, advice=advice)
+        found.append(goal if unit == "%" else {**goal, "unit": unit})
+    if budget.speedup is not None:
+        share = 0.9 * macs * speedup / budget.speedup
+        advice = f"prune to fewer MACs (macs={share:.2f}) and distil for more epochs"
+        if share < LEAST:
+            advice = (
+                "ask for less, or start from a faster architecture (distill with student=): "
+                "pruning alone does not get there"
+            )
+        met = speedup >= budget.speedup
+        found.append(Goal(name="speedup", asked=budget.speedup, reached=speedup, met=met, advice=advice))
+    if budget.size is not None:
+        share = min(1.0, 0.9 * parameters * budget.size / size)
+        advice = (
+            f"prune to fewer parameters (params={share:.2f}) and distil for more epochs, "
+            "or quantise to fewer bits (weights=int4)"
+        )
+        if share < LEAST:
+            advice = (
+                "ask for a larger size, or start from a smaller architecture (distill with student=): "
+                "pruning alone does not get there"
+            )
+        found.append(Goal(name="size", asked=budget.size, reached=size, met=size <= budget.size, advice=advice))
+    return found

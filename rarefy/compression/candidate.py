@@ -1,54 +1,72 @@
+"""Candidate: a model found on the way, as it lies in the working folder, with what was measured of it."""
+
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, Self, TypedDict, cast
 
 from torch import fx
 
 from rarefy.artifact import folder as folder_
-from rarefy.compression.budget import Step
+from rarefy.compression.gates import Measurement, Ratio
+from rarefy.deployment.latency import Quartiles, RunTime
+from rarefy.reports.facts import Epoch, Evaluation
+
+
+class Found(TypedDict):
+    """What its manifest says of a candidate, under "found".
+
+    step, options: the verb, and what was asked of it. facts: numbers, words and seconds from the verb's own record.
+    curve: of a training, an entry an epoch. seconds: that the step took. evaluation: of the exported file, against the original.
+    latency_ms, speedup: of one run in which it took turns with the original and with the model that the step started from.
+    """
+
+    step: str
+    name: str
+    seconds: float
+    evaluation: Evaluation
+    latency_ms: RunTime
+    speedup: dict[str, Quartiles]
+    options: NotRequired[Mapping[str, object]]
+    facts: NotRequired[Mapping[str, object]]
+    curve: NotRequired[list[Epoch] | None]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model found on the way, as it lies in the working folder. ``found``: what was measured of it."""
+    """folder: as ``artifact.save`` wrote it, with the exported file. measurement: what the gates look at."""
 
-    index: int
     folder: Path
-    found: dict[str, Any]
+    found: Found
+    measurement: Measurement
+
+    @classmethod
+    def read(cls, folder: Path, index: int) -> Self:
+        """The candidate that step ``index`` left in ``folder``. Raises FormatError."""
+        found = cast(Found, folder_.read_manifest(folder)["found"])
+        drop = found["evaluation"]["drop"]
+        measurement = Measurement(
+            index=index,
+            name=found["name"],
+            value=found["evaluation"]["value"],
+            drop=drop["value"] if drop else 0.0,
+            size=(folder / folder_.WEIGHTS).stat().st_size,
+            speedup={name: Ratio(**spread) for name, spread in found["speedup"].items()},
+        )
+        return cls(folder, found, measurement)
+
+    @property
+    def index(self) -> int:
+        return self.measurement.index
 
     @property
     def name(self) -> str:
-        return str(self.found["name"])
-
-    @property
-    def value(self) -> float:
-        return float(self.found["evaluation"]["value"])
-
-    @property
-    def drop(self) -> float:
-        return float((self.found["evaluation"]["drop"] or {"value": 0.0})["value"])
-
-    @property
-    def speedup(self) -> float:
-        """Against the original."""
-        return float(self.found["speedup"]["original"]["median"])
+        return self.measurement.name
 
     @cached_property
-    def size(self) -> int:
-        return (self.folder / folder_.WEIGHTS).stat().st_size
-
     def graph(self) -> fx.GraphModule:
+        """The model, loaded and checked once. It is shared: who changes it works on a copy."""
         return folder_.load(self.folder)
-
-
-@dataclass
-class Outcome:
-    """What the gate said of a step. ``candidate`` is None where the step could not be done."""
-
-    step: Step
-    candidate: Candidate | None
-    kept: bool
-    why: str

@@ -1,79 +1,166 @@
+"""The facts that a run's report shows (``rarefy.reports.facts``): what was asked, what came of each step, what the result is."""
+
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 
 from torch import fx
 
-from rarefy.compression.candidate import Candidate, Outcome
-from rarefy.evaluation import measure
+from rarefy import plugins
+from rarefy.artifact import folder as folder_
+from rarefy.compression import budget
+from rarefy.compression.candidate import Candidate
+from rarefy.compression.comparison import Comparison
+from rarefy.compression.environment import examine
+from rarefy.compression.gates import Outcome
+from rarefy.compression.run import Run
+from rarefy.graph import history
 from rarefy.graph.macs import layer_macs
+from rarefy.graph.nodes import attribute
+from rarefy.kernels.int_linear import CODES
+from rarefy.reports import facts as reported
+from rarefy.reports.facts import Facts
+from rarefy.tasks.metric import Metric
 
-# ------------------------------------------------------------------ what the report shows
+
+def of(
+    run: Run,
+    title: str,
+    recipe: str,
+    candidates: Mapping[int, Candidate],
+    outcomes: Sequence[Outcome],
+    result: Candidate,
+    compared: Comparison,
+    fingerprints: Mapping[str, str],
+) -> Facts:
+    """All that the report shows of a run that is done.
+
+    title, recipe: what the report calls it, and the recipe's text.
+    candidates: the original, 0, and what the steps made, by index. outcomes: of the steps. result: the candidate chosen.
+    compared: it and the original, measured side by side. fingerprints: of the data, a split.
+    """
+    original, metric = candidates[0], run.task.metric()
+    before, after = compared.before, compared.after
+    drop = after["evaluation"]["drop"]
+    warnings = before["evaluation"].get("warnings", [])
+    return Facts(
+        title=title or "a compressed model",
+        goals=budget.goals(
+            run.budget,
+            drop=drop["value"] if drop else 0.0,
+            speedup=after["speedup"]["original"]["median"],
+            size=after["size_bytes"],
+            macs=after["macs"] / before["macs"],
+            parameters=after["parameters"] / before["parameters"],
+            unit=metric.unit,
+        ),
+        warnings=[f"the original: {warning}" for warning in warnings],
+        before={"name": "original", **before},
+        after={"name": result.name, **after},
+        steps=[_step(one, candidates) for one in outcomes],
+        frontier=[_point(one, chosen=one.index == result.index) for one in candidates.values()],
+        layers=layers(original.graph, result.graph),
+        curves=[chart for one in candidates.values() for chart in _curves(one, metric)],
+        parity=compared.parity,
+        provenance=_provenance(run, recipe, original, result, fingerprints),
+    )
 
 
-def _step_facts(outcome: Outcome) -> dict[str, Any]:
-    step = {"step": outcome.step["do"], "options": {key: value for key, value in outcome.step.items() if key != "do"}}
-    told = {**step, "kept": outcome.kept, "why": outcome.why}
-    if outcome.candidate is None:
-        return told
-    found = outcome.candidate.found
+def _step(outcome: Outcome, candidates: Mapping[int, Candidate]) -> reported.Step:
+    step = reported.Step(
+        step=str(outcome.step["do"]),
+        options={key: value for key, value in outcome.step.items() if key != "do"},
+        kept=outcome.kept,
+        why=outcome.why,
+    )
+    if outcome.result is None:
+        return step
+    found = candidates[outcome.result.index].found
     return {
-        **told,
+        **step,
         "facts": {key: value for key, value in found["facts"].items() if value is not None},
         "seconds": found["seconds"],
-        "value": outcome.candidate.value,
+        "value": outcome.result.value,
         "latency_ms": found["latency_ms"]["median"],
-        "size_bytes": outcome.candidate.size,
+        "size_bytes": outcome.result.size,
     }
 
 
-def _curves(candidate: Candidate) -> list[dict[str, Any]]:
-    curve = candidate.found.get("curve") or []
-    if not curve:
-        return []
-    epochs = [point["epoch"] for point in curve]
-    charts = [{"title": f"{candidate.name}: loss", "x": "epoch", "y": "loss", "key": "loss", "scale": 1.0}]
-    charts += [{"title": f"{candidate.name}: validation", "x": "epoch", "y": "top-1, %", "key": "val", "scale": 100.0}]
-    return [
-        {
-            "title": one["title"],
-            "x": one["x"],
-            "y": one["y"],
-            "series": [
-                {
-                    "name": one["key"],
-                    "x": [epoch for epoch, point in zip(epochs, curve, strict=True) if point[one["key"]] is not None],
-                    "y": [one["scale"] * point[one["key"]] for point in curve if point[one["key"]] is not None],
-                }
-            ],
-        }
-        for one in charts
-    ]
+def _curves(candidate: Candidate, metric: Metric) -> list[reported.Curve]:
+    epochs = candidate.found.get("curve") or []
+    return reported.curves(candidate.name, epochs, metric.label, metric.unit, "validation", ("loss", "val"))
 
 
-def _layers(before: fx.GraphModule, after: fx.GraphModule) -> list[dict[str, Any]]:
+def _point(candidate: Candidate, chosen: bool) -> reported.Point:
+    return reported.Point(
+        name=candidate.name,
+        value=candidate.measurement.value,
+        interval=candidate.found["evaluation"]["interval"],
+        latency_ms=candidate.found["latency_ms"]["median"],
+        size_bytes=candidate.measurement.size,
+        chosen=chosen,
+    )
+
+
+def _provenance(
+    run: Run, recipe: str, original: Candidate, result: Candidate, fingerprints: Mapping[str, str]
+) -> dict[str, object]:
+    machine, described = examine(), run.task.describe()
+    content = folder_.content_hash(original.folder)
+    files = (folder_.GRAPH, folder_.WEIGHTS, run.model_file)
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": run.seed,
+        "chosen": result.index,
+        "runtime": plugins.describe(run.runtime),
+        "budget": {name: value for name, value in dataclasses.asdict(run.budget).items() if value is not None},
+        "data": {split: described[split] for split in ("train", "val") if split in described},
+        "hashes": {
+            "original": content,
+            "teacher": content,
+            **{f"data.{split}": digest for split, digest in fingerprints.items()},
+            **{name: hashlib.sha256((result.folder / name).read_bytes()).hexdigest() for name in files},
+        },
+        "environment": {
+            **{name: machine[name] for name in ("python", "system", "runtimes")},
+            "cpu": {name: machine["cpu"][name] for name in ("name", "usable_cores")},
+            "torch": machine["torch"]["version"],
+            "gpus": [gpu["name"] for gpu in machine["gpus"]],
+        },
+        "recipe": recipe,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------- layers
+
+
+def layers(before: fx.GraphModule, after: fx.GraphModule) -> list[reported.Layer]:
     """Each layer with a weight: channels and MACs on both sides, and how it was quantised."""
-    was, now = _weighted(before), _weighted(after)
-    history = [record["facts"] for record in after.meta.get("history", []) if record["step"] == "quantize"]
-    rounded = {layer.get("weight", layer["name"]): layer for layer in (history[-1]["layers"] if history else [])}
-    reasons = dict(history[-1].get("reasons") or ()) if history else {}
-    rows = []
-    for name, (channels, macs) in was.items():
-        row: dict[str, Any] = {"name": name.removesuffix(".weight"), "channels_before": channels, "macs_before": macs}
-        if name in now:
-            row |= {"channels_after": now[name][0], "macs_after": now[name][1], "bits": 32, "activation_bits": 32}
-        facts = rounded.get(name) or rounded.get(row["name"])
-        if facts is not None:
-            row |= {
-                key: facts[key] for key in ("bits", "activation_bits", "error", "sqnr_db") if facts.get(key) is not None
-            }
-        elif row["name"] in reasons:
-            row["why"] = reasons[row["name"]]
+    was, now = _weights(before), _weights(after)
+    record = history.last(after, "quantize")
+    facts = record["facts"] if record is not None else {}
+    rounded = {layer.get("weight", layer["name"]): layer for layer in facts.get("layers", [])}
+    reasons = dict(facts.get("reasons") or ())
+    rows: list[reported.Layer] = []
+    for weight, (channels, macs) in was.items():
+        name = weight.removesuffix(".weight")
+        row = reported.Layer(name=name, channels_before=channels, macs_before=macs)
+        if weight in now:
+            row["channels_after"], row["macs_after"] = now[weight]
+            row["bits"] = row["activation_bits"] = 32
+        quantized = rounded.get(weight) or rounded.get(name)
+        if quantized is not None:
+            row.update(reported.rounding(quantized))
+        elif name in reasons:
+            row["why"] = reasons[name]
         rows.append(row)
     return rows
 
 
-def _weighted(graph: fx.GraphModule) -> dict[str, tuple[int, int]]:
+def _weights(graph: fx.GraphModule) -> dict[str, tuple[int, int]]:
     """{name of the weight: (output channels, MACs)}."""
     nodes = {node.name: node for node in graph.graph.nodes}
     found: dict[str, tuple[int, int]] = {}
@@ -82,13 +169,6 @@ def _weighted(graph: fx.GraphModule) -> dict[str, tuple[int, int]]:
         while isinstance(source, fx.Node) and source.op == "call_function" and source.args:
             source = source.args[0]
         if isinstance(source, fx.Node) and source.op == "get_attr":
-            target = str(source.target)
-            weight: Any = (
-                graph.get_parameter(target) if target in dict(graph.named_parameters()) else graph.get_buffer(target)
-            )
-            found[target.removesuffix(measure.CODES)] = (weight.shape[0], macs)
+            weight = attribute(graph, source.target)
+            found[str(source.target).removesuffix(CODES)] = (weight.shape[0], macs)
     return found
-
-
-def _points(share: float) -> str:
-    return f"{100 * share:.2f} points"

@@ -30,9 +30,9 @@
 
 Without a ``[[step]]`` the usual recipe is taken. Paths are relative to the working directory, as on the command line.
 
-What keys a step may have is not written down a second time: it is read from the verb's own signature, and checked by pydantic
-with ``extra="forbid"``, so that a misspelt key is an error that names the key and what there is. Arguments that are objects of
-the run (the model, the teacher, the device, ...) are the runner's, not the recipe's. Text that names a choice
+What keys a step may have is not written down a second time: it is read from the verb's own signature and the dataclasses of its options,
+and checked by pydantic with ``extra="forbid"``, so that a misspelt key is an error that names the key and what there is. Arguments that
+are objects of the run (the model, the teacher, the device, ...) are the runner's, not the recipe's (``rarefy.compression.steps``). Text that names a choice
 (``"taylor:batches=20"``) is resolved when the recipe is read: what can't work is told before anything is trained.
 """
 
@@ -40,50 +40,27 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib
 import inspect
 import re
 import shlex
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, NonNegativeInt, PositiveInt, ValidationError, create_model
 
 from rarefy import plugins
+from rarefy.compression.budget import Budget
 from rarefy.errors import InputError
 from rarefy.models import source
+from rarefy.system.options import options_of
 
-# verb -> where it is
-VERBS = {
-    "prune": "rarefy.pruning.prune",
-    "mask": "rarefy.pruning.mask",
-    "distill": "rarefy.distillation.distill",
-    "quantize": "rarefy.quantization.quantize",
-}
-
-# What the runner hands to a verb, and a recipe therefore does not.
-GIVEN = {
-    "model",
-    "teacher",
-    "task",
-    "inputs",
-    "batches",
-    "device",
-    "progress",
-    "checkpoint",
-    "checkpoint_seconds",
-    "validate",
-    "penalty",
-    "seed",
-    "runtime",
-}
-
-# What the runner hands to a verb too, unless the recipe says something else.
-REPLACED = {"student"}
+# Objects, which no text says, beside what the runner hands to a verb.
+OBJECTS = frozenset({"inputs", "batches", "validate", "checkpoint_seconds"})
 
 # option, or verb and option -> kind of choice its text names
 CHOICES = {
@@ -143,19 +120,21 @@ def check(content: Mapping[str, Any], where: str = "recipe") -> Recipe:
     top = _validated(_Top, content, where)
     data = data_options(top.pop("data"), f"{where}: [data]", top["task"])
     budget = _in_numbers(top.pop("budget"), f"{where}: [budget]")
-    budget = _validated(_budget_options(), budget, f"{where}: [budget]") if budget else {}
-    steps = tuple(step(item, f"{where}: step {index}") for index, item in enumerate(top.pop("step"), 1))
+    budget = _validated(_options("Budget", Budget), budget, f"{where}: [budget]") if budget else {}
+    listed = tuple(step(item, f"{where}: step {index}") for index, item in enumerate(top.pop("step"), 1))
     shape = top.pop("input")
     if shape is not None:
         top["input"] = source.parse_shape(shape if isinstance(shape, str) else ",".join(map(str, shape)))
     choice("runtime", top["runtime"], f"{where}: runtime")
-    return Recipe(**top, data=data, budget=budget, steps=steps)
+    return Recipe(**top, data=data, budget=budget, steps=listed)
 
 
 def step(content: Mapping[str, Any] | str, where: str = "step") -> dict[str, Any]:
     """One step, checked: ``{"do": "prune", "macs": 0.5}``, or as text, ``"prune macs=0.5 criterion=taylor:batches=20"``."""
     if isinstance(content, str):
         content = _step_of_text(content, where)
+    from rarefy.compression.steps import VERBS
+
     verb = content.get("do")
     if verb not in VERBS:
         raise InputError(f"{where}: do = {verb!r} is no step; have {', '.join(VERBS)}")
@@ -179,9 +158,13 @@ def choice(option: str, value: Any, where: str) -> None:
         return
     try:
         if option == "loss":  # a weighted sum of choices
-            importlib.import_module("rarefy.distillation.objective").terms(value)
+            from rarefy.distillation import objective
+
+            objective.terms(value)
         elif option == "student":  # or the source of a model
-            importlib.import_module("rarefy.distillation.teachers").student_kind(value)
+            from rarefy.distillation import teachers
+
+            teachers.student_kind(value)
         else:
             plugins.resolve(kind, value)
     except InputError as error:
@@ -275,42 +258,30 @@ def _task_options(task: str) -> type[BaseModel]:
     return _options(known.__name__, known)
 
 
-def _budget_options() -> type[BaseModel]:
-    return _options("Budget", importlib.import_module("rarefy.compression.compress").Budget)
-
-
 def _verb_options(verb: str) -> type[BaseModel]:
-    return _options(verb, getattr(importlib.import_module(VERBS[verb]), verb))
+    from rarefy.compression.steps import GIVEN, REPLACED, VERBS
+
+    return _options(verb, VERBS[verb].function, GIVEN | OBJECTS, REPLACED)
 
 
-def _options(name: str, function: Any) -> type[BaseModel]:
-    """A pydantic model of what ``function`` takes as text, numbers and lists of them."""
-    return create_model(name, __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=True), **_fields(function))
+def _options(
+    name: str,
+    function: Callable[..., object],
+    given: AbstractSet[str] = frozenset(),
+    replaced: AbstractSet[str] = frozenset(),
+) -> type[BaseModel]:
+    """A pydantic model of what ``function`` takes as text, numbers and lists of them, but for what it is given otherwise.
 
-
-def _fields(function: Any) -> dict[str, Any]:
-    hints = typing.get_type_hints(function)
+    replaced: what may be left out, whatever the function says.
+    """
     fields: dict[str, Any] = {}
-    loose = any(one.kind is one.VAR_KEYWORD for one in inspect.signature(function).parameters.values())
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.name in GIVEN or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+    for option, (annotation, default) in options_of(function).items():
+        if option in given:
             continue
-        annotation = hints.get(parameter.name, Any)
-        parts = (annotation, *typing.get_args(annotation))
-        packed = next((part for part in parts if dataclasses.is_dataclass(part)), None)
-        if packed is not None and (
-            loose or str not in parts
-        ):  # options that the verb takes one by one, or packed in an object, or by its name
-            fields |= _fields(packed)
-            if str not in parts:
-                continue
-            annotation = str | None
-        hint = str if parameter.name in CHOICES else _plain(annotation)
-        default = (
-            None if parameter.name in REPLACED else ... if parameter.default is parameter.empty else parameter.default
-        )
-        fields[parameter.name] = (Annotated[hint, BeforeValidator(_split)] if _is_list(hint) else hint, default)
-    return fields
+        hint = str if option in CHOICES else _plain(annotation)
+        default = None if option in replaced else ... if default is inspect.Parameter.empty else default
+        fields[option] = (Annotated[hint, BeforeValidator(_split)] if _is_list(hint) else hint, default)
+    return create_model(name, __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=True), **fields)
 
 
 def _plain(hint: Any) -> Any:

@@ -1,90 +1,117 @@
+"""The steps of a recipe: each verb with what the run hands to it, and the options that are left for the recipe to say."""
+
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from torch import fx
 
 from rarefy.compression.budget import Step
+from rarefy.deployment.runtime import Runtime
 from rarefy.distillation.distill import distill
 from rarefy.errors import InputError
 from rarefy.pruning.mask import mask
 from rarefy.pruning.prune import prune
 from rarefy.quantization.quantize import quantize
+from rarefy.system.options import options_of
+from rarefy.tasks.task import Task
 
-if TYPE_CHECKING:
-    from rarefy.compression.run import _Run
-
-
-# ------------------------------------------------------------------ the verbs, with what the run hands them
-
-
-def _prune(run: _Run, graph: fx.GraphModule, options: dict[str, Any], checkpoint: Path) -> fx.GraphModule:
-    return prune(
-        graph.to(run.device or "cpu"),
-        task=run.task,
-        seed=run.seed,
-        device=run.device,
-        checkpoint=checkpoint,
-        progress=run.progress,
-        **options,
-    )
-
-
-def _mask(run: _Run, graph: fx.GraphModule, options: dict[str, Any], checkpoint: Path) -> fx.GraphModule:
-    return mask(graph.to(run.device or "cpu"), task=run.task, seed=run.seed, **options)
-
-
-def _distill(run: _Run, graph: fx.GraphModule, options: dict[str, Any], checkpoint: Path) -> fx.GraphModule:
-    student, options = (
-        options.get("student", graph),
-        {name: value for name, value in options.items() if name != "student"},
-    )
-    return distill(
-        student,
-        run.original.graph(),
-        run.task,
-        device=run.device,
-        checkpoint=checkpoint,
-        progress=run.progress,
-        seed=run.seed,
-        **options,
-    )
-
-
-def _quantize(run: _Run, graph: fx.GraphModule, options: dict[str, Any], checkpoint: Path) -> fx.GraphModule:
-    return quantize(graph, run.task, runtime=run.runtime, seed=run.seed, progress=run.progress, **options)
-
-
-VERBS: dict[str, Callable[[_Run, fx.GraphModule, dict[str, Any], Path], fx.GraphModule]] = {
-    "prune": _prune,
-    "mask": _mask,
-    "distill": _distill,
-    "quantize": _quantize,
-}
-FLOAT_ONLY = ("prune", "mask", "quantize")
 QUANTISED = "is quantised already"
-_GIVEN = ("model", "teacher", "task", "seed", "device", "checkpoint", "runtime", "progress", "penalty")
+FLOAT_ONLY = ("prune", "mask", "quantize")  # steps that a quantised model can't take
+
+# What the run hands to a verb, and a step therefore does not.
+GIVEN = frozenset({"model", "teacher", "task", "seed", "device", "checkpoint", "runtime", "progress", "penalty"})
+# What the run hands to a verb too, unless the step says something else.
+REPLACED = frozenset({"student"})
 
 
-def _check_steps(steps: Sequence[Step]) -> None:
-    """Told before the first hour of work, not after it."""
+@dataclass(frozen=True)
+class Context:
+    """What a run hands to each of its steps, beside the model.
+
+    teacher: the original. checkpoint: a folder that a training may use, to go on after a kill.
+    device: where training runs; None: where the verb likes.
+    """
+
+    task: Task
+    teacher: fx.GraphModule
+    runtime: Runtime
+    seed: int
+    device: str | None
+    checkpoint: Path
+    progress: bool
+
+
+Options = Mapping[str, Any]  # keywords of a verb, as the recipe gives them
+
+
+def _prune(graph: fx.GraphModule, context: Context, options: Options) -> fx.GraphModule:
+    return prune(
+        _on(context.device, graph),
+        task=context.task,
+        seed=context.seed,
+        device=context.device,
+        checkpoint=context.checkpoint,
+        progress=context.progress,
+        **options,
+    )
+
+
+def _mask(graph: fx.GraphModule, context: Context, options: Options) -> fx.GraphModule:
+    return mask(_on(context.device, graph), task=context.task, seed=context.seed, **options)
+
+
+def _distill(graph: fx.GraphModule, context: Context, options: Options) -> fx.GraphModule:
+    return distill(
+        options.get("student", graph),
+        context.teacher,
+        context.task,
+        device=context.device,
+        checkpoint=context.checkpoint,
+        progress=context.progress,
+        seed=context.seed,
+        **{name: value for name, value in options.items() if name != "student"},
+    )
+
+
+def _quantize(graph: fx.GraphModule, context: Context, options: Options) -> fx.GraphModule:
+    return quantize(
+        graph, context.task, runtime=context.runtime, seed=context.seed, progress=context.progress, **options
+    )
+
+
+def _on(device: str | None, graph: fx.GraphModule) -> fx.GraphModule:
+    return graph if device in (None, "cpu") else copy.deepcopy(graph).to(device)
+
+
+class Verb(NamedTuple):
+    """function: whose options a step takes. run: calls it with them and with what the run hands to it."""
+
+    function: Callable[..., fx.GraphModule]
+    run: Callable[[fx.GraphModule, Context, Options], fx.GraphModule]
+
+
+VERBS = {
+    "prune": Verb(prune, _prune),
+    "mask": Verb(mask, _mask),
+    "distill": Verb(distill, _distill),
+    "quantize": Verb(quantize, _quantize),
+}
+
+
+def check_steps(steps: Sequence[Step]) -> None:
+    """Are these steps, with options that they have? Told before the first hour of work, not after it. Raises InputError."""
     if not steps:
         raise InputError("compress: no step is left; give at least one, such as {'do': 'quantize'}")
     for number, step in enumerate(steps, 1):
         verb = step.get("do")
         if verb not in VERBS:
             raise InputError(f"step {number}: do={verb!r} is no step; have {', '.join(VERBS)}")
-        functions: dict[str, Callable[..., Any]] = {
-            "prune": prune,
-            "mask": mask,
-            "distill": distill,
-            "quantize": quantize,
-        }
-        parameters = inspect.signature(functions[verb]).parameters
-        known = {name for name, one in parameters.items() if one.kind is not one.VAR_KEYWORD} - set(_GIVEN)
+        known = options_of(VERBS[str(verb)].function).keys() - GIVEN
         unknown = sorted(step.keys() - known - {"do"})
-        if unknown and (len(known) == len(parameters) - len(_GIVEN & parameters.keys()) or unknown[0] in _GIVEN):
+        if unknown:
             raise InputError(f"step {number} ({verb}): unknown option {unknown[0]!r}; have {', '.join(sorted(known))}")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import rarefy
 from rarefy import plugins
 from rarefy.cli import main, options, terminal
-from rarefy.compression import environment, recipe
+from rarefy.compression import environment, recipe, steps
 from rarefy.errors import GoalMissed, InputError, SignatureRefused
 
 COMMANDS = [
@@ -108,7 +108,7 @@ def test_help_does_not_import_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("verb", list(recipe.VERBS))
+@pytest.mark.parametrize("verb", list(steps.VERBS))
 def test_every_option_of_a_verb_is_an_option_of_its_command(verb: str) -> None:
     names = {
         "quantize": {"weights": "weight_grid", "activations": "activation_grid"},

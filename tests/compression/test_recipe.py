@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rarefy.compression import recipe
+from rarefy.compression import recipe, steps
+from rarefy.distillation.options import Training
 from rarefy.errors import InputError
 
 WHOLE = """
@@ -199,18 +200,14 @@ def test_no_sizes(text: str) -> None:
         recipe.size(text, "here")
 
 
-@pytest.mark.parametrize("verb", list(recipe.VERBS))
+@pytest.mark.parametrize("verb", list(steps.VERBS))
 def test_a_step_has_the_verbs_own_options(verb: str) -> None:
     """No option of a verb is out of a recipe's reach, but for the objects of the run."""
-    module = __import__(recipe.VERBS[verb], fromlist=[verb])
+    given = steps.GIVEN | recipe.OBJECTS
     fields = set(recipe._verb_options(verb).model_fields)
-    for parameter in inspect.signature(getattr(module, verb)).parameters.values():
-        if (
-            parameter.kind is not parameter.VAR_KEYWORD
-            and parameter.name not in recipe.GIVEN
-            and parameter.name != "training"
-        ):
+    for parameter in inspect.signature(steps.VERBS[verb].function).parameters.values():
+        if parameter.kind is not parameter.VAR_KEYWORD and parameter.name not in {*given, "training"}:
             assert parameter.name in fields
     if verb == "distill":
-        assert {field.name for field in dataclasses.fields(module.Training)} - recipe.GIVEN | {"training"} <= fields
+        assert {field.name for field in dataclasses.fields(Training)} - given | {"training"} <= fields
         assert recipe.step("distill training=fast lr=0.1") == {"do": "distill", "training": "fast", "lr": 0.1}

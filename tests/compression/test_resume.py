@@ -24,14 +24,16 @@ import sys
 import torch
 
 torch.set_num_threads(1)
-from rarefy import capturing, demo
-from rarefy.compressing import Budget, compress
+from rarefy import demo
+from rarefy.compression.budget import Budget
+from rarefy.compression.compress import compress
+from rarefy.graph.capture import capture
 from rarefy.tasks import Classification
 
 workdir, output = sys.argv[1:]
 task = Classification(train="sklearn:digits", val="sklearn:digits", augment="none")
 torch.manual_seed(0)
-net = capturing.capture(demo.model(width=64), torch.zeros(2, 1, 8, 8))
+net = capture(demo.model(width=64), torch.zeros(2, 1, 8, 8))
 steps = [
     {"do": "prune", "macs": 0.6, "round_to": 16},
     {"do": "distill", "epochs": 3, "batch_size": 64, "lr": 0.02, "hard_weight": 1.0},

@@ -1,0 +1,88 @@
+"""The last word of a run: original and result side by side, their exported files on the same images and in the same rounds."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from torch import Tensor
+
+from rarefy import plugins
+from rarefy.compression.candidate import Candidate
+from rarefy.compression.gates import ORIGINAL
+from rarefy.compression.run import BATCH, Run
+from rarefy.deployment import latency
+from rarefy.evaluation import measure
+from rarefy.evaluation.certify import certify
+from rarefy.evaluation.evaluate import Model, evaluate
+from rarefy.graph.macs import count_macs
+from rarefy.reports.facts import Evaluation, Latency, Parity, Side, Spread
+
+CORRUPTED_IMAGES = 1000  # of more than that the first: robustness takes many passes
+PARITY_IMAGES = 256
+
+
+class Comparison(NamedTuple):
+    """before, after: the original and the result. parity: of the result's file with the model in PyTorch."""
+
+    before: Side
+    after: Side
+    parity: Parity
+
+
+def compare(run: Run, original: Candidate, result: Candidate) -> Comparison:
+    """Both measured anew, in one run."""
+    files = {ORIGINAL: original.folder / run.model_file, "result": result.folder / run.model_file}
+    evaluations = _evaluations(run, *(run.runtime.open(file) for file in files.values()))
+    example = run.images(1)
+    times = latency.timed(files, example, runtime=run.runtime)
+    parity = _certified(run, result, files["result"])
+    before, after = (
+        _side(run, candidate, files[name], example, times[name], evaluation)
+        for name, candidate, evaluation in zip(files, (original, result), evaluations, strict=True)
+    )
+    return Comparison(before, after, parity)
+
+
+def _evaluations(run: Run, original: Model, result: Model) -> tuple[Evaluation, Evaluation]:
+    """Of the original and the result, on all validation images; robustness on at most ``CORRUPTED_IMAGES`` of them."""
+    options: dict[str, Any] = {"reference": original, "batch_size": BATCH, "seed": run.seed, "progress": run.progress}
+    whole = run.task.data.length("val") <= CORRUPTED_IMAGES
+    judged = evaluate(result, run.task, corruptions=run.corruptions if whole else (), **options).to_json()
+    reference = judged.pop("reference")
+    if not whole and run.corruptions:
+        sampled = evaluate(result, run.task, corruptions=run.corruptions, limit=CORRUPTED_IMAGES, **options).to_json()
+        judged["robustness"], reference["robustness"] = sampled["robustness"], sampled["reference"]["robustness"]
+    return cast(Evaluation, reference), cast(Evaluation, judged)
+
+
+def _side(
+    run: Run, candidate: Candidate, file: Path, example: Tensor, times: latency.Timed, evaluation: Evaluation
+) -> Side:
+    return Side(
+        parameters=measure.count_parameters(candidate.graph),
+        macs=count_macs(candidate.graph),
+        size_bytes=candidate.measurement.size,
+        peak_memory_bytes=measure.peak_memory(file, example, runtime=run.runtime),
+        latency_ms=cast(Latency, times["latency_ms"]),
+        speedup=cast(dict[str, Spread], times["speedup"]),
+        evaluation=evaluation,
+    )
+
+
+def _certified(run: Run, result: Candidate, file: Path) -> Parity:
+    """Parity in the run's runtime, and in each other one that is installed and reads its files."""
+    name = plugins.describe(run.runtime)
+    others = [other for other in plugins.available("runtimes") if other != name.partition(":")[0]]
+    readers = [
+        reader
+        for reader in map(latency.with_threads, others)
+        if reader.suffix == run.runtime.suffix and find_spec(reader.package)
+    ]
+    certificate = certify(
+        result.graph, file, runtime=run.runtime, also=readers, inputs=run.images(PARITY_IMAGES), progress=run.progress
+    )
+    runtimes = dict(certificate["runtimes"])
+    parity = runtimes.pop(name)
+    return cast(Parity, {**parity, "sha256": certificate["sha256"], "also": runtimes})
