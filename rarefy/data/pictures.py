@@ -27,7 +27,7 @@ Seeds = tuple[int, int] | None  # (shuffle_seed, epoch) to augment from; None: a
 
 @dataclass(frozen=True, eq=False)
 class Pictures:
-    """A split's source, and the data whose options say what to do. unreadable: index -> which and why, filled in here."""
+    """A split's source, and whose options say what to do. unreadable: index -> which and why, filled in here."""
 
     data: ImageData
     source: Source

@@ -132,7 +132,8 @@ def test_images_without_class_folders_calibrate_and_do_not_train(tmp_path: Path)
 def test_functions_with_and_without_a_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.py").write_text(
         "import numpy as np\n"
-        "def both(split):\n    n = {'train': 6, 'val': 4}[split]\n    return np.zeros((n, 8, 8), 'uint8'), np.arange(n) % 2\n"
+        "def both(split):\n    n = {'train': 6, 'val': 4}[split]\n"
+        "    return np.zeros((n, 8, 8), 'uint8'), np.arange(n) % 2\n"
         "def one():\n    return np.zeros((20, 8, 8), 'uint8'), np.arange(20) % 2\n"
         "def fails():\n    raise RuntimeError('disk on fire')\n"
         "def nothing():\n    return None\n"
@@ -480,7 +481,7 @@ def test_whole_numbers_of_any_type_may_be_black_and_white(dtype: type) -> None:
 
 
 def test_the_refusal_that_says_most_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A split that is not there (ValueError) says less than one whose files are not (RuntimeError), whichever comes first."""
+    """That a split is not there (ValueError) says less than that its files are not (RuntimeError), in any order."""
     datasets = pytest.importorskip("torchvision.datasets")
 
     def refusing(**refusals: Exception) -> type:
@@ -522,7 +523,8 @@ def test_images_are_what_batches_normalise() -> None:
 def test_a_new_form_of_data_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "grey.py").write_text(
         "import numpy as np\n"
-        "def read(text, rest, split):\n    return (np.full((int(rest), 1, 4, 4), 99, 'uint8'), np.arange(int(rest)) % 2), False\n"
+        "def read(text, rest, split):\n    count = int(rest)\n"
+        "    return (np.full((count, 1, 4, 4), 99, 'uint8'), np.arange(count) % 2), False\n"
     )
     monkeypatch.setattr(formats, "__path__", [*formats.__path__, str(tmp_path)])
     task = Classification(train="grey:20", val="grey:20")

@@ -1,4 +1,7 @@
-"""Images in tar shards and Parquet files: read where they lie, in a reproducible order; what is broken or hostile is counted and named, and hurts nothing."""
+"""Images in tar shards and Parquet files: read where they lie, in a reproducible order.
+
+What is broken or hostile is counted and named, and hurts nothing.
+"""
 
 from __future__ import annotations
 
@@ -123,7 +126,15 @@ def test_a_shuffled_order_is_a_permutation_that_stays_near() -> None:
     assert len(shuffled(blocks[:0], window, torch.Generator())) == 0
 
 
-@pytest.mark.parametrize(("text", "count"), [("{folder}", 120), ("{folder}/train-{{000000..000001}}.tar", 80), ("{folder}/train-00000[12].tar", 80), ("{folder}/train-000002.tar", 40)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("{folder}", 120),
+        ("{folder}/train-{{000000..000001}}.tar", 80),
+        ("{folder}/train-00000[12].tar", 80),
+        ("{folder}/train-000002.tar", 40),
+    ],
+)
 def test_shards_are_named_as_a_folder_a_range_or_a_pattern(folder: Path, text: str, count: int) -> None:
     assert task_of("tar:" + text.format(folder=folder)).length("train") == count
 
@@ -141,8 +152,12 @@ def test_a_folder_is_divided_by_its_files_names_else_a_fifth_of_each_class_is_fo
 def test_long_names_and_other_members_are_read(tmp_path: Path) -> None:
     for number, form in enumerate((tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)):
         long = "deep/" * 40 + "name"
-        content = [member("notes.txt", b"x"), member(f"{long}.cls", b"3\n"), member(f"{long}.json", b"{}"), member(f"{long}.JPG", picture(100, "JPEG")),
-                   member("._0001.png", b"mac"), *sample(5, 4)]  # fmt: skip
+        named = [
+            member(f"{long}.cls", b"3\n"),
+            member(f"{long}.json", b"{}"),
+            member(f"{long}.JPG", picture(100, "JPEG")),
+        ]
+        content = [member("notes.txt", b"x"), *named, member("._0001.png", b"mac"), *sample(5, 4)]
         task = task_of(f"tar:{write(tmp_path / f'{number}.tar', content, form)}")
         assert levels(task.batches("train", 2)) == ([100, 5], [3, 4]) and task.unreadable("train") == {}
 
@@ -173,8 +188,14 @@ def bomb() -> bytes:
 
 ESCAPE = "0008\x1b[2J.png"
 AT_INDEX = {  # no sample: found when the headers are walked
-    "link": ([member("0001.png", type=tarfile.SYMTYPE, linkname="/etc/passwd"), member("0001.cls", b"1")], "is a link or no plain file"),
-    "hard link": ([member("0002.png", type=tarfile.LNKTYPE, linkname="000000.png"), member("0002.cls", b"1")], "is a link or no plain file"),
+    "link": (
+        [member("0001.png", type=tarfile.SYMTYPE, linkname="/etc/passwd"), member("0001.cls", b"1")],
+        "is a link or no plain file",
+    ),
+    "hard link": (
+        [member("0002.png", type=tarfile.LNKTYPE, linkname="000000.png"), member("0002.cls", b"1")],
+        "is a link or no plain file",
+    ),
     "device": ([member("0003.png", type=tarfile.CHRTYPE), member("0003.cls", b"1")], "is a link or no plain file"),
     "no label": ([member("0004.png", picture(1))], "has no label"),
     "no image": ([member("0005.cls", b"1")], "has a label and no image"),
@@ -208,7 +229,8 @@ def test_what_is_no_sample_is_left_out_and_named(tmp_path: Path, name: str) -> N
 @pytest.mark.parametrize("name", AT_DECODING)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_is_no_image_is_left_out_and_named(tmp_path: Path, name: str, workers: int) -> None:
-    file = write(tmp_path / "a.tar", [*sample(10, 1), member("0002.png", AT_DECODING[name]), member("0002.cls", b"9"), *sample(11, 2), *sample(12, 3)])  # fmt: skip
+    broken = [member("0002.png", AT_DECODING[name]), member("0002.cls", b"9")]
+    file = write(tmp_path / "a.tar", [*sample(10, 1), *broken, *sample(11, 2), *sample(12, 3)])
     task = task_of(f"tar:{file}", workers=workers)
     assert levels(task.batches("train", 2)) == ([10, 11, 12], [1, 2, 3])
     assert task.unreadable("train")["count"] == 1 and "a.tar: 0002.png" in task.unreadable("train")["first"]
@@ -276,7 +298,14 @@ def test_a_shard_that_shrinks_while_it_is_read(folder: Path) -> None:
     assert task.unreadable("train")["count"] == 120 - len(seen)
 
 
-@pytest.mark.parametrize(("content", "why"), [(b"\x1f\x8b" + bytes(600), "is compressed"), (bytes(10_240), "has no images"), (b"not a tar " * 200, "has no images")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"\x1f\x8b" + bytes(600), "is compressed"),
+        (bytes(10_240), "has no images"),
+        (b"not a tar " * 200, "has no images"),
+    ],
+)
 def test_what_is_no_shard(tmp_path: Path, content: bytes, why: str) -> None:
     (tmp_path / "a.tar").write_bytes(content)
     with pytest.raises(DataError, match=why):
@@ -302,7 +331,8 @@ def test_many_broken_members_are_counted_and_few_are_kept_by_name(tmp_path: Path
 def test_strict_on_the_command_line_is_one_line_and_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     members = [one for index in range(40) for one in sample(index, index % 10)]
     file = write(tmp_path / "a.tar", [*members, member("9999.png", picture(1)), member("9999.cls", b"cat")])
-    common = ["distill", "tests.data.test_shards:net", "--train", f"tar:{file}", "--image-size", str(SIZE), "--steps", "2", "--batch-size", "16", "--device", "cpu"]  # fmt: skip
+    common = ["distill", "tests.data.test_shards:net", "--train", f"tar:{file}", "--image-size", str(SIZE),
+                  "--steps", "2", "--batch-size", "16", "--device", "cpu"]  # fmt: skip
     assert main.run([*common, "--strict", "-o", str(tmp_path / "strict")]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and "1 members can't be used, the first is" in lines[0] and "9999" in lines[0]

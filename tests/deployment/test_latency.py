@@ -1,4 +1,7 @@
-"""latency(): models take turns, disturbed rounds count for none. The clock is one that the test turns, so no machine is too slow for it."""
+"""latency(): models take turns, disturbed rounds count for none.
+
+The clock is one that the test turns, so no machine is too slow for it.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,7 @@ def test_models_take_turns_and_the_order_rotates(clock: Clock) -> None:
 
 
 def test_a_disturbed_round_counts_for_no_model(clock: Clock) -> None:
-    """Every third run of one model takes ten times as long; its rounds are left out, and the ratio is as if nothing had been."""
+    """Every third run of one model takes ten times as long; those rounds are left out, and the ratio does not know."""
     models = {"a": clock.model("a", 0.01, 0.01, 0.1), "b": clock.model("b", 0.01)}
     found = latency.latency(models, X, repeats=30)
     assert found["a"]["repeats"] == 20

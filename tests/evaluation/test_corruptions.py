@@ -93,7 +93,8 @@ def test_jpeg_is_what_a_jpeg_library_makes(size: tuple[int, int], severity: int,
     expected = np.asarray(Image.open(buffer)).astype(np.float64)
     images = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).unsqueeze(0)
     ours = corrupt(images, "jpeg", severity)[0].permute(1, 2, 0).numpy().astype(np.float64)
-    # the library rounds in between (colour conversion, transform) and fills partial blocks its own way: within two levels on average
+    # the library rounds in between (colour conversion, transform) and fills partial blocks its own way:
+    # within two levels on average
     assert np.abs(ours - expected).mean() < 2
     assert np.abs(np.asarray(image) - expected).mean() > 0
 

@@ -1,4 +1,4 @@
-"""evaluate(): every number against its definition, pairs, models that misbehave, and what the caller passed in stays as it was."""
+"""evaluate(): every number against its definition, pairs, models that misbehave; what is passed in stays as it was."""
 
 from __future__ import annotations
 
@@ -294,7 +294,8 @@ def test_more_outputs_than_classes_and_chance_are_told() -> None:
     assert found.warnings == () and "warnings" not in found.to_json()
     found = evaluate(Lookup(right), task, reference=Lookup(right.roll(1, 1)), progress=False)
     assert found.warnings == (
-        f"{CLASSES + 3} outputs, the data has {CLASSES} classes: label i is compared with output i; is that their order?",
+        f"{CLASSES + 3} outputs, the data has {CLASSES} classes: label i is compared with output i; "
+        "is that their order?",
     )
     assert found.reference is not None and found.reference.warnings[0].startswith(
         "no better than chance (top-1 0.00% of 40 images"

@@ -1,7 +1,7 @@
-"""Two tasks that the product knows nothing of, each a few lines: everything that a classifier goes through, they go through.
+"""Two tasks that the product knows nothing of, each a few lines: they go through all that a classifier does.
 
-One says which of several things are in a picture (targets (N, 3) of 0 and 1, mean average precision), one estimates a number (targets (N, 1),
-mean absolute error, where lower is better).
+One says which of several things are in a picture (targets (N, 3) of 0 and 1, mean average precision), one estimates a
+number (targets (N, 1), mean absolute error, where lower is better).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rarefy.graph.capture import capture
 from rarefy.tasks.metric import Difference, Metric
 from rarefy.tasks.task import Task
 
-# ---------------------------------------------------------------------------------------------- the two tasks, all of them
+# ---------------------------------------------------------------------------------------- the two tasks, all of them
 
 
 class Bootstrapped(Metric):
@@ -107,11 +107,14 @@ class Regression(MultiLabel):
         return MeanAbsoluteError()
 
 
-# ----------------------------------------------------------------------------------------------------- pictures and networks
+# ----------------------------------------------------------------------------------------------- pictures and networks
 
 
 def pictures(count: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Images (N, 1, 12, 12) with up to three bright squares; which of them are there (N, 3); where the dark column is, in widths (N, 1)."""
+    """Images (N, 1, 12, 12) with up to three bright squares, and a dark column.
+
+    Which squares are there (N, 3), and where the column is, in widths (N, 1).
+    """
     draw = np.random.default_rng(seed)
     images = draw.integers(20, 190, (count, 1, 12, 12), dtype=np.uint8)
     there, column = draw.random((count, 3)) < 0.4, draw.integers(0, 12, count)
@@ -161,7 +164,7 @@ COMPRESSING = pytest.mark.xfail(
 )
 
 
-# -------------------------------------------------------------------------------------------------------------- what they do
+# -------------------------------------------------------------------------------------------------------- what they do
 
 
 @BOTH
