@@ -135,6 +135,7 @@ class DataOptions:
 
 
 Output = Annotated[str, typer.Option("-o", "--output", metavar="PATH", help="Where the result goes.")]
+OptionalOutput = Annotated[str | None, typer.Option("-o", "--output", metavar="PATH", help="Where the result goes.")]
 Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; default: a GPU if there is one.")]
 Seed = Annotated[int, typer.Option(metavar="N", min=0, help="The same seed gives the same result.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
