@@ -74,7 +74,12 @@ class Stretch:
         with torch.no_grad():
             for _ in steps(graph, needed(nodes, constants), self._constants, keep=set(constants)):
                 pass
-        self._numbers = {node for node in self.body if node.target is OPERATORS.quantize.default and _as_number(node)}
+        self._numbers = {
+            node
+            for node in self.body
+            if node.target is OPERATORS.quantize.default
+            and all(_as_number(node, user) for user in node.users if user in inside)
+        }
         self.scales = [
             scale_name(node)
             for node in self.body
@@ -87,20 +92,21 @@ class Stretch:
 
     def _ends(self, nodes: Sequence[fx.Node], marks: frozenset[str]) -> tuple[fx.Node, fx.Node]:
         """The last value made from all of the block's layers before the next block begins, one of ``marks`` if there is
-        any, and its float twin."""
-        reached: dict[fx.Node, int] = {}
-        for node in nodes:
-            bits = 1 << self.layers.index(node) if node in self.layers else 0
-            for source in node.all_input_nodes:
-                bits |= reached.get(source, 0)
-            if bits:
-                reached[node] = bits
+        any, and its float twin. Behind codes that are moved as such, through which no gradient passes, only if need be."""
         everything = (1 << len(self.layers)) - 1
-        found = [
-            (node, twin)
-            for node, bits in reached.items()
-            if bits == everything and (twin := self._twin_of(node)) is not None
-        ]
+        for whole in (False, True):
+            reached: dict[fx.Node, int] = {}
+            for node in nodes:
+                bits = 1 << self.layers.index(node) if node in self.layers else 0
+                for source in node.all_input_nodes:
+                    if whole or source.target is not OPERATORS.quantize.default or _as_number(source, node):
+                        bits |= reached.get(source, 0)
+                if bits:
+                    reached[node] = bits
+            twins = {node: self._twin_of(node) for node, bits in reached.items() if bits == everything}
+            found = [(node, twin) for node, twin in twins.items() if twin is not None]
+            if found:
+                break
         return ([pair for pair in found if pair[1].name in marks] or found)[-1]
 
     def _is_first(self, node: fx.Node) -> bool:
@@ -226,10 +232,9 @@ def _first_on_each_grid(nodes: Sequence[fx.Node]) -> dict[str, fx.Node]:
     return found
 
 
-def _as_number(node: fx.Node) -> bool:
-    """Is a ``quantize`` read as the number that was rounded, on its own grid, and as nothing else?"""
-    scale = scale_name(node)
-    return all(is_decoded(user) and argument(user, "scale").target == scale for user in node.users)
+def _as_number(node: fx.Node, user: fx.Node) -> bool:
+    """Does ``user`` read the codes of a ``quantize`` as the number that was rounded, on the same grid?"""
+    return is_decoded(user) and argument(user, "scale").target == scale_name(node)
 
 
 def _on_inputs(nodes: Sequence[fx.Node]) -> set[fx.Node]:

@@ -170,6 +170,25 @@ def test_a_size_that_hangs_on_the_batch_is_that_of_the_images_at_hand() -> None:
         assert len(part) == 5
 
 
+class PaddedPooling(Residual):
+    """The stem's codes are padded with the lowest and pooled, and no gradient passes that."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.pad(self.stem(x).relu(), (0, 1, 0, 1), value=-torch.inf)
+        return self.head(self.two(self.one(nn.functional.max_pool2d(x, 3, 2))).mean((2, 3)))
+
+
+def test_a_block_ends_before_codes_that_are_moved_as_such() -> None:
+    torch.manual_seed(0)
+    graph, held_out = graph_of(PaddedPooling()), torch.cat(images(1))
+    ours, nearest = (
+        quantize(graph, batches=images(0), weights="int3", rounding=rounding, progress=False)(held_out)
+        for rounding in (BRECQ, "nearest")
+    )
+    wanted = graph(held_out).detach()
+    assert (ours - wanted).square().mean() < 0.95 * (nearest - wanted).square().mean()
+
+
 def test_a_block_is_never_worse_than_nearest_on_its_images() -> None:
     torch.manual_seed(0)
     graph = graph_of(Residual())
