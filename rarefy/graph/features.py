@@ -60,9 +60,9 @@ def tapped(graph: fx.GraphModule, taps: Sequence[Tap]) -> fx.GraphModule:
         for tap in taps
     ]
     nodes.output((output, tuple(values)))
-    made = fx.GraphModule(graph, nodes)
-    made.meta["inputs"] = graph.meta["inputs"]
-    return made
+    module = fx.GraphModule(graph, nodes)
+    module.meta["inputs"] = graph.meta["inputs"]
+    return module
 
 
 def matched(student: fx.GraphModule, teacher: fx.GraphModule, on: str) -> list[tuple[Tap, Tap]]:

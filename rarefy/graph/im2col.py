@@ -46,8 +46,8 @@ def draw(plane: Sequence[int], generator: torch.Generator, device: torch.device,
     return chosen.to(device)
 
 
-def read(node: fx.Node, source: Tensor, shape: Sequence[int], groups: int, place: Tensor) -> Tensor:
-    """(N, groups, K, places) of ``source``, which the layer reads with a weight of ``shape``."""
+def unfold(node: fx.Node, source: Tensor, shape: Sequence[int], groups: int, place: Tensor) -> Tensor:
+    """(N, groups, K, places): what the layer multiplies of ``source``, read with a weight of ``shape``."""
     count = len(source)
     if node.target is aten.linear.default:
         return source.reshape(count, -1, source.shape[-1]).mT.index_select(-1, place).unsqueeze(1)
@@ -80,8 +80,8 @@ def _windows(node: fx.Node, source: Tensor, shape: Sequence[int]) -> Tensor:
     return padded.as_strided((*padded.shape[:2], *sizes, *shape[2:]), (batch, channel, *places, *taps))
 
 
-def made(node: fx.Node, output: Tensor, groups: int, place: Tensor) -> Tensor:
-    """(N, groups, outputs, places) of what the layer makes."""
+def outputs(node: fx.Node, output: Tensor, groups: int, place: Tensor) -> Tensor:
+    """(N, groups, outputs, places) of ``output``, which the layer yields."""
     if node.target is aten.linear.default:
         return output.reshape(len(output), -1, output.shape[-1]).mT.index_select(-1, place).unsqueeze(1)
     return output.flatten(2).index_select(-1, place).reshape(len(output), groups, -1, len(place))

@@ -23,7 +23,7 @@ def by_images(compute: Callable[..., Tensor], read: Sequence[Tensor], numbers: i
     read: tensors of as many images, along their first axis. numbers: that an image takes on the way.
     """
     first = read[0]
-    if not first.dim() or not _runs_on_cpu(first):
+    if not first.dim() or not runs_on_cpu(first):
         return compute(*read)
     most = max(1, PIECE * torch.get_num_threads() // max(1, numbers))
     if len(first) <= most:
@@ -31,6 +31,6 @@ def by_images(compute: Callable[..., Tensor], read: Sequence[Tensor], numbers: i
     return torch.cat([compute(*parts) for parts in zip(*(one.split(most) for one in read), strict=True)])
 
 
-def _runs_on_cpu(x: Tensor) -> bool:
+def runs_on_cpu(x: Tensor) -> bool:
     """Now, and not in a trace."""
     return x.device.type == "cpu" and not isinstance(x, FakeTensor) and not torch.compiler.is_compiling()

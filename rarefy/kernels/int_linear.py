@@ -87,7 +87,7 @@ def conv2d_codes(
 ) -> Tensor:
     """As ``conv2d``, on the grid of ``scale`` () and ``zero_point`` (). Returns codes (n, o, h', w') in ``dtype``."""
     places = (stride, padding, dilation, groups)
-    rounded = partial(_rounded, zero_point=zero_point, qmin=qmin, qmax=qmax, dtype=dtype)
+    rounded = partial(to_codes, zero=zero_point, qmin=qmin, qmax=qmax, dtype=dtype)
     return _convolved(x, weight, bias, x_zero_point, x_scale * weight_scale / scale, places, rounded)
 
 
@@ -112,7 +112,7 @@ def linear_codes(
     dtype: torch.dtype,
 ) -> Tensor:
     """As ``linear``, on the grid of ``scale`` () and ``zero_point`` (). Returns codes (..., o) in ``dtype``."""
-    rounded = partial(_rounded, zero_point=zero_point, qmin=qmin, qmax=qmax, dtype=dtype)
+    rounded = partial(to_codes, zero=zero_point, qmin=qmin, qmax=qmax, dtype=dtype)
     return _multiplied(x, weight, bias, x_zero_point, x_scale * weight_scale / scale, rounded)
 
 
@@ -160,24 +160,11 @@ def _wide(one_a_channel: Tensor) -> Tensor:
     return one_a_channel.view(-1, 1, 1)
 
 
-def _rounded(numbers: Tensor, zero_point: Tensor, qmin: int, qmax: int, dtype: torch.dtype) -> Tensor:
-    """Codes of numbers in units of their step; the numbers are lost."""
-    return to_codes(numbers, zero_point, qmin, qmax, dtype)
-
-
-def _conv2d_shape(*arguments: object) -> Tensor:
-    return conv2d(*arguments[:10]).to(arguments[-1])  # type: ignore[arg-type, call-overload, no-any-return]
-
-
-def _linear_shape(*arguments: object) -> Tensor:
-    return linear(*arguments[:6]).to(arguments[-1])  # type: ignore[arg-type, call-overload, no-any-return]
-
-
 for _name, _kernel, _shape in (
     ("conv2d", conv2d, conv2d),
     ("linear", linear, linear),
-    ("conv2d_codes", conv2d_codes, _conv2d_shape),
-    ("linear_codes", linear_codes, _linear_shape),
+    ("conv2d_codes", conv2d_codes, lambda *given: conv2d(*given[:10]).to(given[-1])),
+    ("linear_codes", linear_codes, lambda *given: linear(*given[:6]).to(given[-1])),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"rarefy::{_name}", _shape)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rarefy.kernels.chunks import PIECE, _runs_on_cpu
+from rarefy.kernels.chunks import PIECE, runs_on_cpu
 
 _ROUNDS = 1.5 * 2**23  # of float32s this large neighbours are whole numbers, below and above
 
@@ -37,7 +37,7 @@ def to_codes(numbers: Tensor, zero: Tensor | int, qmin: int, qmax: int, dtype: t
     added is rounded by that, half to even, and its lowest bits are the whole number, which 32-bit integers hand on to 8
     bits in vectors.
     """
-    if not _runs_on_cpu(numbers):
+    if not runs_on_cpu(numbers):
         return numbers.round_().add_(_as(zero, numbers)).clamp_(qmin, qmax).to(dtype)
     if numbers.dtype != torch.float32 or dtype.itemsize > 1 or (isinstance(zero, Tensor) and zero.dim()):
         return numbers.round_().add_(_as(zero, numbers)).clamp_(qmin, qmax).to(torch.int32).to(dtype)
@@ -49,7 +49,7 @@ def to_codes(numbers: Tensor, zero: Tensor | int, qmin: int, qmax: int, dtype: t
 def from_codes(codes: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
     """codes - zero as numbers of their own. zero: one for all, or broadcast."""
     numbers = codes.to(dtype, copy=True)
-    if not zero.dim() and _runs_on_cpu(codes) and _runs_on_cpu(zero) and not int(zero):
+    if not zero.dim() and runs_on_cpu(codes) and runs_on_cpu(zero) and not int(zero):
         return numbers
     return numbers.sub_(zero.to(dtype))
 

@@ -359,7 +359,7 @@ def _pairs(
 ) -> tuple[Tensor, Tensor]:
     """What the layer reads, (N, groups, K, places), and what it should make of it, (N, groups, outputs, places), at places drawn once a batch."""
     place = im2col.draw(im2col.plane(node, source, shape), generator, source.device)
-    return im2col.read(node, source, shape, groups, place), im2col.made(node, wanted, groups, place)
+    return im2col.unfold(node, source, shape, groups, place), im2col.outputs(node, wanted, groups, place)
 
 
 # ------------------------------------------------------------------------------------------------------------------- graphs

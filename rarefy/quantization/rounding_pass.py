@@ -179,13 +179,13 @@ class RoundingPass:
                 if index == len(drawn):
                     drawn.append(im2col.draw(im2col.plane(layer, inputs, shape), self.generator, inputs.device, most))
                 place = drawn[index]
-                x = _columns(im2col.read(layer, inputs, shape, groups, place))
+                x = _columns(im2col.unfold(layer, inputs, shape, groups, place))
                 other = y = None
                 if "float_inputs" in reads:
-                    other = _columns(im2col.read(twin, float_inputs, shape, groups, place))
+                    other = _columns(im2col.unfold(twin, float_inputs, shape, groups, place))
                 if "float_outputs" in reads:
                     bias = attribute(self.float_prefix.graph, argument(twin, "bias")).detach().float()
-                    y = _columns(im2col.made(twin, float_outputs, groups, place)) - bias.view(groups, -1, 1)
+                    y = _columns(im2col.outputs(twin, float_outputs, groups, place)) - bias.view(groups, -1, 1)
                 part = Sample(x, other, y, len(place))
                 if room is not None and not room.takes(part):
                     yield room.filled()

@@ -60,8 +60,7 @@ _MEMBERS = (folder_.MANIFEST, folder_.GRAPH, folder_.WEIGHTS)
 
 @dataclasses.dataclass(frozen=True)
 class Inductor:
-    """torch.compile. threads: 0 is one a core. device: cpu or cuda. vnni: of the processor it is for; none is this one.
-    """
+    """torch.compile. threads: 0 is one a core. device: cpu or cuda. vnni: of the processor it is for; none is this one."""
 
     threads: int = 0
     device: str = "cpu"

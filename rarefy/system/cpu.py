@@ -1,4 +1,4 @@
-"""What this machine can do for rarefy, what is missing, and the line that brings it.
+"""The processor: its instructions, cores and memory, and the compiler beside it.
 
 The processor decides what int8 is worth. An 8-bit product needs a sum in 32 bits. With VNNI (or AMX, or Arm's dot
 product) one instruction does both, exactly. Without, AVX2 and AVX-512 first add pairs of products in 16 bits

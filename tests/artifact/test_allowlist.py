@@ -99,6 +99,46 @@ def test_calls_of_the_schema_pass(nodes):
         assert check_call(target, args, kwargs, yields) == kind, target
 
 
+@pytest.mark.parametrize("largest", [allowlist.WIDEST, -allowlist.WIDEST])
+@pytest.mark.parametrize(
+    ("target", "argument", "before"),
+    [
+        (aten.max_pool2d.default, "kernel_size", ()),
+        (aten.max_pool2d.default, "padding", ([2, 2], [1, 1])),
+        (aten.max_pool2d.default, "dilation", ([2, 2], [1, 1], [0, 0])),
+        (aten.pad.default, "pad", ()),
+        (aten.conv_transpose2d.input, "output_padding", ("t", None, [1, 1], [0, 0])),
+    ],
+)
+def test_what_a_window_spans_is_bounded(nodes, target, argument, before, largest):
+    (t, *_), yields = nodes[0].values(), nodes[1]
+    args = (t, *(t if value == "t" else value for value in before))
+    assert argument in allowlist._SPANS and target._schema.arguments[len(args)].name == argument
+    assert check_call(target, (*args, [1, largest]), {}, yields) == TENSOR
+    with pytest.raises(FormatError, match=f"{argument} = .* is too large"):
+        check_call(target, (*args, [1, largest + (1 if largest > 0 else -1)]), {}, yields)
+
+
+@pytest.mark.parametrize(
+    ("target", "argument", "before"),
+    [
+        (aten.zeros.default, "size", ()),
+        (aten.unflatten.int, "sizes", ("t", 0)),
+        (aten.reshape.default, "shape", ("t",)),
+        (aten.repeat.default, "repeats", ("t",)),
+        (aten.tile.default, "dims", ("t",)),
+        (aten.adaptive_avg_pool2d.default, "output_size", ("t",)),
+    ],
+)
+def test_the_product_of_sizes_is_bounded(nodes, target, argument, before):
+    (t, *_), yields = nodes[0].values(), nodes[1]
+    args = tuple(t if value == "t" else value for value in before)
+    assert argument in allowlist._SIZES and target._schema.arguments[len(args)].name == argument
+    assert check_call(target, (*args, [2, allowlist.MOST_ELEMENTS // 2]), {}, yields) == TENSOR
+    with pytest.raises(FormatError, match=f"{argument} = .* is too large"):
+        check_call(target, (*args, [2, allowlist.MOST_ELEMENTS // 2 + 1]), {}, yields)
+
+
 def test_other_calls_are_refused(nodes):
     (t, s, n, several, _), yields = nodes[0].values(), nodes[1]
     for target, args, kwargs, words in [

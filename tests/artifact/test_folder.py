@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import resource
 import signal
@@ -78,7 +79,7 @@ def step(graph, x):
 
 def assert_same(one, other):
     first, second = one.state_dict(), other.state_dict()
-    assert list(first) == list(second) or sorted(first) == sorted(second)
+    assert sorted(first) == sorted(second)  # the order of a state_dict is the modules', that of a file the names'
     for name, value in first.items():
         assert value.dtype == second[name].dtype and torch.equal(value, second[name]), name
 
@@ -223,7 +224,7 @@ def test_meta_comes_back(tmp_path):
     graph.meta["history"] = [{"step": "prune", "options": {"keep": 0.5}, "facts": facts}]
     loaded = folder_.load(folder_.save(graph, tmp_path / "model"))
     back = loaded.meta["history"][0]["facts"]
-    assert back.pop("loss") != facts.pop("loss") and back == facts
+    assert math.isnan(back.pop("loss")) and facts.pop("loss") and back == facts
     assert loaded.meta["core"] == "backbone" and loaded.meta["inputs"] == graph.meta["inputs"]
 
 

@@ -222,6 +222,12 @@ def test_the_library_accepts_ours(signed, keys):
 # ------------------------------------------------------------------------------------------------------------------- keys
 
 
+def test_a_key_is_on_the_disk_before_it_is_told(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    assert synced == [] and [str(path) for path in signing.keygen(tmp_path / "me.pem")] == synced
+
+
 def test_a_key_is_private_and_never_overwritten(tmp_path):
     private, public = signing.keygen(tmp_path / "new" / "me.pem")
     assert stat.S_IMODE(private.stat().st_mode) == 0o600
