@@ -123,21 +123,17 @@ def timed(
     repeats, warmup: as in ``latency``.
     """
     sessions = {name: runtime.open(Path(file)) for name, file in files.items()}
-    found = latency(sessions, example, repeats=repeats, warmup=warmup)
-    name = plugins.describe(runtime).partition(":")[0]
-    return {
-        file: {
-            "latency_ms": {
-                **one["ms"],
-                "batch": len(example),
-                "threads": runtime.threads,
-                "runtime": name,
-                "repeats": one["repeats"],
-            },
-            "speedup": one["speedup"],
+    measured: dict[str, Timed] = {}
+    for name, one in latency(sessions, example, repeats=repeats, warmup=warmup).items():
+        run_time: RunTime = {
+            **one["ms"],
+            "batch": len(example),
+            "threads": runtime.threads,
+            "runtime": plugins.describe(runtime).partition(":")[0],
+            "repeats": one["repeats"],
         }
-        for file, one in found.items()
-    }
+        measured[name] = {"latency_ms": run_time, "speedup": one["speedup"]}
+    return measured
 
 
 def latency(
@@ -157,27 +153,26 @@ def latency(
             f"latency of {len(models)} models with repeats={repeats}, warmup={warmup}: give at least 1, 1 and 0"
         )
     given = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-    names = list(models)
-    inner = {name: _runs_of_a_sample(models[name], given, warmup) for name in names}
+    calls = list(models.values())
+    runs = [_runs_of_a_sample(call, given, warmup) for call in calls]
     if repeats is None:
-        one = sum(_seconds(models[name], given, inner[name]) * inner[name] for name in names)
+        one = sum(_seconds(call, given, count) * count for call, count in zip(calls, runs, strict=True))
         repeats = min(ROUNDS[1], max(ROUNDS[0], round(SECONDS / one)))
-    samples = {name: np.empty(repeats) for name in names}
+    samples = np.empty((len(calls), repeats))
     with _alone():
         for turn in range(repeats):
-            start = turn % len(names)
-            for name in names[start:] + names[:start]:
-                samples[name][turn] = _seconds(models[name], given, inner[name])
-    total = np.sum([samples[name] * inner[name] for name in names], axis=0)
-    calm = undisturbed(total, DISTURBED, CALM)
-    samples = {name: seconds[calm] for name, seconds in samples.items()}
+            for place in range(turn, turn + len(calls)):
+                which = place % len(calls)
+                samples[which, turn] = _seconds(calls[which], given, runs[which])
+    totals = (samples * np.array(runs)[:, None]).sum(0)
+    samples = samples[:, undisturbed(totals, DISTURBED, CALM)]
     return {
         name: {
-            "ms": _quartiles(1000 * samples[name]),
-            "speedup": {other: _quartiles(samples[other] / samples[name]) for other in names},
-            "repeats": int(calm.sum()),
+            "ms": _quartiles(1000 * seconds),
+            "speedup": {other: _quartiles(theirs / seconds) for other, theirs in zip(models, samples, strict=True)},
+            "repeats": len(seconds),
         }
-        for name in names
+        for name, seconds in zip(models, samples, strict=True)
     }
 
 

@@ -113,6 +113,7 @@ class Parity(TypedDict):
     each rounded value. passed: agreement of at least 99.5 % and no diverging layer. unread: values that the runtime
     gives in another shape (it moved a padding before them), which are not compared; only
         if there are any.
+    version: of the runtime that read the file; only in a certificate.
     """
 
     agreement: float
@@ -123,6 +124,7 @@ class Parity(TypedDict):
     layers: list[Difference]
     passed: bool
     unread: NotRequired[list[str]]
+    version: NotRequired[str]
 
 
 class Session(Protocol):

@@ -94,7 +94,7 @@ def readers_of(runtime: Runtime | str, also: Sequence[Runtime | str]) -> dict[st
 def _compared(
     writer: Runtime, graph: fx.GraphModule, path: str | os.PathLike[str], inputs: Tensor, reader: Runtime
 ) -> Parity:
-    parity = {**writer.compare(graph, path, inputs, on=reader)}
+    parity: Parity = {**writer.compare(graph, path, inputs, on=reader)}
     with suppress(importlib.metadata.PackageNotFoundError):
         parity["version"] = importlib.metadata.version(reader.package)
     return parity

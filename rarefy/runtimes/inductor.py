@@ -60,7 +60,10 @@ _MEMBERS = (folder_.MANIFEST, folder_.GRAPH, folder_.WEIGHTS)
 
 @dataclasses.dataclass(frozen=True)
 class Inductor:
-    """torch.compile. threads: 0 is one a core. device: cpu or cuda. vnni: of the processor it is for; none is this one."""
+    """torch.compile. threads: 0 is one a core. device: cpu or cuda. vnni: of the processor it is for; none is this one.
+
+    For programs that have PyTorch anyway, and a C++ compiler: nothing else is needed, but it compiles for each shape.
+    """
 
     threads: int = 0
     device: str = "cpu"

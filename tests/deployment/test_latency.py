@@ -6,12 +6,14 @@ The clock is one that the test turns, so no machine is too slow for it.
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from rarefy.deployment import latency
+from rarefy.deployment.runtime import Capabilities
 from rarefy.errors import InputError
 
 
@@ -96,4 +98,30 @@ def test_threads_are_stated() -> None:
     assert latency.with_threads("onnxruntime:threads=3").threads == 3
     assert latency.with_threads("onnxruntime:threads=3", 2).threads == 2
     with pytest.raises(InputError, match="threads=0"):
+        latency.with_threads("onnxruntime", 0)
+
+
+def test_a_ratio_is_trusted_where_its_quartiles_lie_near_and_a_gain_where_it_is_more_than_noise() -> None:
+    def ratio(low: float, median: float, high: float) -> latency.Quartiles:
+        return {"low": low, "median": median, "high": high}
+
+    assert latency.is_calm(ratio(1.0, 1.2, 1.3)) and not latency.is_calm(ratio(1.0, 1.2, 1.31))
+    assert latency.is_faster(ratio(1.001, 1.02, 1.1))
+    assert not latency.is_faster(ratio(1.001, 1.005, 1.1)) and not latency.is_faster(ratio(0.99, 1.02, 1.1))
+
+
+def test_the_first_runs_of_a_profile_and_the_disturbed_ones_count_for_nothing(clock: Clock) -> None:
+    call = clock.model("a", 0.1)
+    runs = latency.repeated(lambda: call(X), seconds=2.0)
+    assert len(runs) == 20 and len(latency.repeated(lambda: call(X), seconds=0.0)) == latency.RUNS[0]
+    quiet, disturbed = [1.0, 3.0], [9.0, 90.0]
+    assert latency.quiet_medians([disturbed] * 3 + [quiet, disturbed] * 6) == quiet
+    assert latency.quiet_medians([quiet] * 3 + [quiet, disturbed] * 3) == [5.0, 46.5]  # five runs count in any case
+
+
+def test_a_runtime_without_threads_is_left_as_it_is() -> None:
+    alone: Any = SimpleNamespace(threads=0, capabilities=Capabilities(has_threads=False))
+    assert latency.with_threads(alone, 4) is alone
+    assert latency.with_threads("onnxruntime", 4).threads == 4 and latency.with_threads("onnxruntime").threads == 1
+    with pytest.raises(InputError, match="give at least 1"):
         latency.with_threads("onnxruntime", 0)
