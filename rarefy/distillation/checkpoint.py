@@ -249,7 +249,7 @@ class State:
     def settle(self, tensors: Mapping[str, Tensor]) -> fx.GraphModule:
         """The graph becomes that state, and is finished."""
         load_into(self.graph, tensors)
-        self.graph.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        self.graph.to(memory_format=torch.contiguous_format)
         self.graph.zero_grad(set_to_none=True)
         return self.graph.eval()
 

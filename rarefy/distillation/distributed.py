@@ -163,7 +163,7 @@ def shared_out(model: nn.Module, inputs: Tensor, accelerator: Accelerator) -> Ou
 
     def whole(part: Tensor) -> Tensor:
         """(rows, ...) of this process -> (count, ...)"""
-        each = accelerator.gather(part.float() if part.is_floating_point() else part)
+        each: Tensor = accelerator.gather(part.float() if part.is_floating_point() else part)
         return each.view(world, len(rows), *part.shape[1:]).transpose(0, 1).flatten(0, 1)[:count]
 
     return pytree.tree_map_only(Tensor, whole, outputs)

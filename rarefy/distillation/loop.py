@@ -186,7 +186,7 @@ class Loop:
             logs.close()
         state.settle(state.best or {name: value.detach() for name, value in tensors_of(state.result).items()})
         spent = state.seconds - before
-        return self.facts((state.step - resumed) * batch_size / spent if spent > 0 else None)
+        return _facts(self, (state.step - resumed) * batch_size / spent if spent > 0 else None)
 
     def read(self) -> Iterator[tuple[Tensor, Tensor | None, Answer | None]]:
         """Batches from the current step to the last, this process's share of each; and the teachers' answers, if they are kept."""
@@ -316,28 +316,6 @@ class Loop:
             if self.training.keep == "best":
                 state.best = {name: tensor.clone() for name, tensor in state.good.items()}
 
-    def facts(self, images_per_second: float | None) -> dict[str, object]:
-        """What the record says of the run."""
-        state, last = self.state, math.ceil(self.total / self.batches.per_epoch)
-        early = {"epoch": state.curve[-1]["epoch"], "of": last} if state.step < self.total else None
-        timing = {"seconds": state.seconds, "images_per_second": images_per_second, "data_share": state.data_share}
-        return {
-            "epochs": math.ceil(state.step / self.batches.per_epoch),
-            "steps": state.step,
-            "stopped": early,
-            "curve": state.curve,
-            "best": None if state.best_value is None else {"epoch": state.best_epoch, "val": state.best_value},
-            "kept": self.training.keep if state.best_value is not None else "last",
-            "matched": self.objective.matched,
-            "device": str(self.device.type),
-            "processes": self.accelerator.num_processes,
-            "accumulate": state.accumulate,
-            "halved": state.halved,
-            "compiled": self.learner.mode,
-            "precision": "bf16" if self.objective.bf16 else "fp32",
-            "timing": timing,
-        }
-
 
 def _channels_last(training: Training, graph: fx.GraphModule) -> bool:
     convolves = any(node.target in (aten.conv2d.default, aten.conv2d.padding) for node in graph.graph.nodes)
@@ -346,13 +324,36 @@ def _channels_last(training: Training, graph: fx.GraphModule) -> bool:
 
 def _placed(job: Job, bf16: bool, layout: torch.memory_format) -> Objective:
     """The objective of the job on its device, student and teachers in the layout of the batches."""
-    job.student.to(job.device).to(memory_format=layout)  # type: ignore[call-overload]
+    job.student.to(job.device).to(memory_format=layout)
     objective = Objective(job.student, job.teachers, job.task, job.training, job.losses, bf16)
     if job.accelerator.num_processes > 1 and job.training.sync_norm == "yes":
         synchronised(objective.student)
     for one in (objective.teachers, objective.adapters):
-        one.to(job.device).to(memory_format=layout)  # type: ignore[call-overload]
+        one.to(job.device).to(memory_format=layout)
     return objective
+
+
+def _facts(loop: Loop, images_per_second: float | None) -> dict[str, object]:
+    """What the record says of the run."""
+    state, last = loop.state, math.ceil(loop.total / loop.batches.per_epoch)
+    early = {"epoch": state.curve[-1]["epoch"], "of": last} if state.step < loop.total else None
+    timing = {"seconds": state.seconds, "images_per_second": images_per_second, "data_share": state.data_share}
+    return {
+        "epochs": math.ceil(state.step / loop.batches.per_epoch),
+        "steps": state.step,
+        "stopped": early,
+        "curve": state.curve,
+        "best": None if state.best_value is None else {"epoch": state.best_epoch, "val": state.best_value},
+        "kept": loop.training.keep if state.best_value is not None else "last",
+        "matched": loop.objective.matched,
+        "device": str(loop.device.type),
+        "processes": loop.accelerator.num_processes,
+        "accumulate": state.accumulate,
+        "halved": state.halved,
+        "compiled": loop.learner.mode,
+        "precision": "bf16" if loop.objective.bf16 else "fp32",
+        "timing": timing,
+    }
 
 
 @contextlib.contextmanager

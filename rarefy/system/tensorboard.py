@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from rarefy.errors import InputError, MissingDependency
 
@@ -16,7 +17,7 @@ class Logs:
         except ImportError as error:
             raise MissingDependency("tensorboard", "logs") from error
         try:
-            self.writer = SummaryWriter(str(folder), purge_step=first)  # type: ignore[no-untyped-call]
+            self.writer: Any = SummaryWriter(str(folder), purge_step=first)
         except OSError as error:
             raise InputError(f"logs={folder}: can't be written ({error.strerror}); name a folder that can") from error
 
@@ -24,7 +25,7 @@ class Logs:
         """One point of each curve that has a value. values: by the curve's name."""
         for name, value in values.items():
             if value is not None:
-                self.writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+                self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self.writer.close()  # type: ignore[no-untyped-call]
+        self.writer.close()

@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import importlib.util
+import inspect
 import json
 import os
 import shutil
@@ -754,6 +756,114 @@ def test_wrong_arguments_are_one_line(arguments: dict[str, Any], says: str) -> N
     with pytest.raises(InputError, match=says) as raised:
         distill(student(), teacher(), Digits(), **{**QUICK, **arguments})
     assert "\n" not in str(raised.value)
+
+
+OUT_OF_BOUNDS = [
+    ({"epochs": 0}, "epochs=0 is not at least 1"),
+    ({"steps": 0}, "steps=0 is not at least 1, or None"),
+    ({"batch_size": 0}, "batch_size=0 is not at least 1"),
+    ({"accumulate": 0}, "accumulate=0 is not 1 to batch_size"),
+    ({"accumulate": 3, "batch_size": 2}, "accumulate=3 is not 1 to batch_size"),
+    ({"optimizer": "lion"}, "optimizer='lion' is not sgd or adamw"),
+    ({"lr": 0.0}, "lr=0.0 is not positive, or None"),
+    ({"lr": float("inf")}, "lr=inf is not positive, or None"),
+    ({"momentum": 1.0}, "momentum=1.0 is not 0 up to, not including, 1"),
+    ({"momentum": -0.1}, "momentum=-0.1 is not 0 up to, not including, 1"),
+    ({"weight_decay": -1.0}, "weight_decay=-1.0 is not 0 or more"),
+    ({"warmup": 1.0}, "warmup=1.0 is not a share of the steps, 0 up to, not including, 1"),
+    ({"clip": -1.0}, "clip=-1.0 is not 0 (off) or more"),
+    ({"clip": float("nan")}, "clip=nan is not 0 (off) or more"),
+    ({"label_smoothing": 1.0}, "label_smoothing=1.0 is not 0 up to, not including, 1"),
+    ({"hard_weight": -1.0}, "hard_weight=-1.0 is not 0 or more"),
+    ({"mixup": -1.0}, "mixup=-1.0 is not 0 (off) or more"),
+    ({"cutmix": float("inf")}, "cutmix=inf is not 0 (off) or more"),
+    ({"ema": 1.0}, "ema=1.0 is not 0 (off) up to, not including, 1"),
+    ({"precision": "fp16"}, "precision='fp16' is not auto, fp32 or bf16"),
+    ({"channels_last": "maybe"}, "channels_last='maybe' is not auto, yes or no"),
+    ({"compile": "max"}, "compile='max' is not auto, no, default or reduce-overhead"),
+    ({"validate_every": -1}, "validate_every=-1 is not 0 (never) or more"),
+    ({"keep": "first"}, "keep='first' is not last or best"),
+    ({"patience": -1}, "patience=-1 is not 0 (never) or more epochs"),
+    ({"dot": -0.1}, "dot=-0.1 is not 0 (off) up to momentum, and below 1 - momentum"),
+    ({"dot": 0.1}, "dot=0.1 is not 0 (off) up to momentum, and below 1 - momentum"),
+    ({"dot": 0.06, "momentum": 0.05}, "dot=0.06 is not 0 (off) up to momentum, and below 1 - momentum"),
+    ({"freeze": 1.1}, "freeze=1.1 is not a share of the steps, 0 to 1"),
+    ({"loss_warmup": -0.1}, "loss_warmup=-0.1 is not a share of the steps, 0 to 1"),
+    ({"sync_norm": "auto"}, "sync_norm='auto' is not yes or no"),
+    ({"live_norm": "auto"}, "live_norm='auto' is not yes or no"),
+]
+
+
+@pytest.mark.parametrize(("options", "words"), OUT_OF_BOUNDS)
+def test_a_training_out_of_bounds_says_which_field(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError) as raised:
+        Training(**options)
+    assert str(raised.value) == f"training: {words}"
+
+
+def test_a_training_at_its_bounds() -> None:
+    names = (
+        "accumulate",
+        "momentum",
+        "weight_decay",
+        "warmup",
+        "clip",
+        "label_smoothing",
+        "hard_weight",
+        "ema",
+        "freeze",
+    )
+    Training(epochs=1, steps=1, batch_size=1, lr=1e9, **dict.fromkeys(names[1:], 0.0))
+    Training(accumulate=128, freeze=1.0, loss_warmup=1.0, dot=0.05, momentum=0.05)
+    assert Training(momentum=0.5, dot=0.49).dot == 0.49
+
+
+def test_defaults_of_a_training_and_of_the_verbs() -> None:
+    assert dataclasses.asdict(Training()) == {
+        "epochs": 30, "steps": None, "batch_size": 128, "accumulate": 1,
+        "optimizer": "sgd", "lr": None, "momentum": 0.9, "weight_decay": 5e-4, "warmup": 0.05, "clip": 0.0,
+        "label_smoothing": 0.0, "hard_weight": 1.0, "mixup": 0.0, "cutmix": 0.0, "ema": 0.0,
+        "precision": "auto", "channels_last": "auto", "compile": "auto",
+        "validate_every": 1, "keep": "last", "patience": 0, "dot": 0.0, "freeze": 0.0, "loss_warmup": 0.0,
+        "sync_norm": "yes", "live_norm": "no", "seed": 0,
+    }  # fmt: skip
+    assert [Training(optimizer=name).rate(0, 1) for name in ("sgd", "adamw")] == [0.05, 1e-3]
+    everything = {
+        "training": None, "device": None, "checkpoint": None, "checkpoint_seconds": 60.0, "validate": None,
+        "penalty": None, "logs": None, "progress": True,
+    }  # fmt: skip
+    for verb, own in ((distill, {"loss": "lskd", "cache": None}), (train, {})):
+        parameters = inspect.signature(verb).parameters.values()
+        given = {one.name: one.default for one in parameters if one.default is not inspect.Parameter.empty}
+        assert given == {**everything, **own}
+
+
+def test_progress_is_shown_unless_that_is_declined(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    options = {key: value for key, value in QUICK.items() if key != "progress"}
+    train(student(), Digits(), **{**options, "epochs": 1})
+    said = capsys.readouterr().err
+    assert "train" in said and "4/4" in said
+    distill(student(), teacher(), Digits(), **{**options, "epochs": 1}, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_cuda_graphs_are_chosen_where_they_pay() -> None:
+    """From 2000 steps on, of one process, with one pass backwards; named, they are taken anywhere."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    pays = "reduce-overhead" if importlib.util.find_spec("triton") is not None else "no"
+    assert objective.compiler_mode(Training(), cuda, 2000, 1) == pays
+    for training, device, steps, processes in (
+        (Training(), cpu, 2000, 1),
+        (Training(), cuda, 1999, 1),
+        (Training(), cuda, 2000, 2),
+        (Training(dot=0.05), cuda, 2000, 1),
+        (Training(compile="no"), cuda, 2000, 1),
+    ):
+        assert objective.compiler_mode(training, device, steps, processes) == "no"
+    assert objective.compiler_mode(Training(compile="default"), cpu, 1, 2) == "default"
 
 
 def test_models_that_do_not_fit_the_task_or_each_other() -> None:

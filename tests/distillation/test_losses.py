@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 
 import pytest
 import torch
@@ -337,6 +339,67 @@ def test_bad_sums_name_themselves(bad: object) -> None:
     with pytest.raises(InputError) as raised:
         terms(bad)  # type: ignore[arg-type]
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("kl:temperature=0", "kl: temperature=0.0 is not positive; 1 to 10 is usual"),
+        ("lskd:temperature=-1", "lskd: temperature=-1.0 is not positive; 2 is usual"),
+        ("dkd:temperature=0", "dkd: temperature=0.0 is not positive; 4 is usual"),
+        ("dkd:alpha=-1", "dkd: alpha=-1.0, beta=2.0 must not be negative"),
+        ("dkd:beta=-1", "dkd: alpha=1.0, beta=-1.0 must not be negative"),
+        ("dist:temperature=0", "dist: temperature=0.0 is not positive; 1 to 4 is usual"),
+        ("skd:temperature=0", "skd: temperature=0.0 is not positive; 4 is usual"),
+        ("skd:ridge=0", "skd: ridge=0.0 is not positive; 0.1 is usual"),
+        ("mlkd:lowest=0", "mlkd: temperatures from 0 to 6: lowest must be at least 1"),
+        ("mlkd:lowest=7", "mlkd: temperatures from 7 to 6: lowest must be at least 1, and highest no less"),
+        ("rkd:distance=-1", "rkd: distance=-1.0, angle=50.0 must not be negative"),
+        ("rkd:angle=-1", "rkd: distance=25.0, angle=-1.0 must not be negative"),
+        ("at:on=logits", "at: logits has no positions"),
+        ("at:on=embedding", "at: embedding has no positions"),
+        ("wkd:on=logits", "wkd: logits have no positions"),
+        ("reviewkd:width=0", "reviewkd: width=0 must be at least 1"),
+        ("reviewkd:on=logits", "reviewkd: logits is no map"),
+        ("reviewkd:on=embedding", "reviewkd: embedding is no map"),
+    ],
+)
+def test_options_out_of_bounds_are_refused_in_these_words(text: str, words: str) -> None:
+    with pytest.raises(InputError, match=re.escape(words)) as raised:
+        terms(text)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("text", ["dkd:alpha=0,beta=0", "rkd:distance=0,angle=0", "mlkd:lowest=6", "reviewkd:width=1"])
+def test_options_at_their_bounds_are_taken(text: str) -> None:
+    ((_, loss),) = terms(text)
+    assert plugins.describe(loss) == plugins.describe(plugins.resolve("losses", text))
+
+
+DEFAULTS = {
+    "at": {"on": "stages"},
+    "dist": {"beta": 2.0, "gamma": 2.0, "temperature": 1.0},
+    "dkd": {"alpha": 1.0, "beta": 2.0, "temperature": 4.0},
+    "kl": {"temperature": 4.0},
+    "lskd": {"temperature": 2.0, "weight": 9.0},
+    "mlkd": {"lowest": 2, "highest": 6},
+    "mse": {"on": "stages"},
+    "reviewkd": {"width": 64, "on": "stages"},
+    "rkd": {"distance": 25.0, "angle": 50.0, "on": "embedding"},
+    "skd": {"temperature": 4.0, "direction": 1.0, "ridge": 0.1},
+    "wkd": {"on": "stages"},
+}
+
+
+def test_defaults_are_those_of_the_papers() -> None:
+    assert plugins.available("losses") == sorted(DEFAULTS)
+    for name, options in DEFAULTS.items():
+        loss = plugins.resolve("losses", name)
+        assert dataclasses.asdict(loss) == options, name
+        assert {key: type(value) for key, value in dataclasses.asdict(loss).items()} == {
+            key: type(value) for key, value in options.items()
+        }, name
+        assert loss.on == options.get("on", "logits"), name
 
 
 # -- where features are found

@@ -10,6 +10,7 @@ gradient at 0.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -42,11 +43,9 @@ class Skd:
         s, t = (F.normalize(logits, dim=-1) for logits in (student, teacher))
         apart = s @ s.mT - t @ t.mT
         centred = apart - apart.mean(0)
-        spread = centred.mT @ centred / max(len(apart) - 1, 1) + self.ridge * torch.eye(
-            len(apart), device=apart.device, dtype=apart.dtype
-        )
+        ridge = self.ridge * torch.eye(len(apart), device=apart.device, dtype=apart.dtype)
+        spread = centred.mT @ centred / max(len(apart) - 1, 1) + ridge
         factor = torch.linalg.cholesky_ex(spread).L
-        squares = torch.linalg.solve_triangular(factor, apart.mT, upper=False).square().sum(0)
-        return (
-            divergence(student, teacher, self.temperature) + self.direction * ((squares + EPS).sqrt() - EPS**0.5).mean()
-        )
+        squares: Tensor = torch.linalg.solve_triangular(factor, apart.mT, upper=False).square().sum(0)
+        directions = ((squares + EPS).sqrt() - math.sqrt(EPS)).mean()
+        return divergence(student, teacher, self.temperature) + self.direction * directions
