@@ -137,7 +137,7 @@ def _at_once(graph: fx.GraphModule, target: Target, options: Options, was: Mappi
     small.train(graph.training)
     asked = _asked(target, options, round_to, latency)
     history.append(small, "prune", asked, _facts(coupling, plan, target, latency, difference))
-    if options.repair:
+    if options.repair and options.task is not None:
         small = repaired(small, graph, options.task, seed=seed)
         *before, pruning, repairing = history.records(small)
         facts = {**pruning["facts"], "repair": repairing["facts"]}

@@ -20,22 +20,27 @@ transposed convolutions, are left alone; and so is the shortcut of a residual bl
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
 
 from rarefy.errors import CheckFailed, DataError, InputError
-from rarefy.graph import im2col
+from rarefy.graph import history, im2col
 from rarefy.graph.capture import as_graph
+from rarefy.graph.interpreter import Rule, call, steps
 from rarefy.graph.layers import layer_name, weighted
-from rarefy.graph.nodes import attribute, device_of, is_tensor, set_attribute, share_copy
+from rarefy.graph.nodes import Value, argument, attribute, device_of, is_tensor, set_attribute, share_copy
 from rarefy.graph.shapes import shapes
+from rarefy.pruning.least_squares import NormalEquations
 from rarefy.pruning.records import followed
 from rarefy.system.progress import track
+from rarefy.tasks.task import Task
+
+Batches = Iterable[Tensor | Sequence[Tensor]]
 
 aten = torch.ops.aten
 
@@ -46,7 +51,7 @@ _JUDGE = 4  # every so many images, one judges
 def repair(
     graph: fx.GraphModule,
     original: nn.Module,
-    data: Any,
+    data: Task | Batches,
     *,
     images: int = 512,
     batch_size: int = 64,
@@ -81,18 +86,14 @@ def repair(
             f"repair: memory={memory:.3g} bytes hold the activations of {fits} images; raise it to at least {8 * memory / max(fits, 1):.2g}"
         )
     batches = _batches(small, data, min(images, fits), batch_size, seed)
-    run = _Repair(small, wide, batches, kept, torch.Generator().manual_seed(seed))
+    run = Repair(small, wide, batches, kept, torch.Generator().manual_seed(seed))
     with torch.no_grad():
         run.all(batchnorm, reconstruct, progress)
     small.train(graph.training)
-    small.meta = {**graph.meta, "history": [*graph.meta.get("history", [])]}
-    small.meta["history"].append(
-        {
-            "step": "repair",
-            "options": {"images": images, "batchnorm": batchnorm, "reconstruct": reconstruct, "seed": seed},
-            "facts": {"images": run.images, "reconstructed": run.layers, "reestimated": run.norms},
-        }
-    )
+    small.meta = dict(graph.meta)
+    options = {"images": images, "batchnorm": batchnorm, "reconstruct": reconstruct, "seed": seed}
+    facts = {"images": run.images, "reconstructed": run.layers, "reestimated": run.norms}
+    history.append(small, "repair", options, facts)
     return small
 
 
@@ -101,8 +102,7 @@ def kept_channels(graph: fx.GraphModule, original: nn.Module) -> dict[str, Tenso
 
     Raises InputError where the records of pruning do not lead from ``original`` to ``graph``.
     """
-    begun = len(original.meta.get("history", [])) if isinstance(original, fx.GraphModule) else 0
-    records = [record["facts"] for record in graph.meta.get("history", [])[begun:] if record.get("step") == "prune"]
+    records = [record["facts"] for record in history.since(graph, original) if record.get("step") == "prune"]
     if not records:
         raise InputError(
             "repair: the graph has no record of pruning that the original has not; pass what prune() returned, and what it was given"
@@ -122,53 +122,26 @@ def kept_channels(graph: fx.GraphModule, original: nn.Module) -> dict[str, Tenso
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------------ running
+# --------------------------------------------------------------------------------------------------------------- running
+
+Values = list[Value]  # what a node yields, one a batch
 
 
-class _Stream:
-    """A graph run node by node over all batches; a value is let go after its last reader."""
+class Repair:
+    """Both networks side by side over all batches; a layer of the small one is mended just before it runs.
 
-    def __init__(self, graph: fx.GraphModule, batches: Sequence[tuple[Tensor, ...]]):
-        self.graph, self.batches = graph, batches
-        self.values: dict[fx.Node, list[Any]] = {}
-        self.left = {node: len(node.users) for node in graph.graph.nodes}
-        self.inputs = iter(range(len(batches[0])))
-
-    def run(self, node: fx.Node) -> list[Any]:
-        """The node's value for each batch."""
-        if node.op == "placeholder":
-            place = next(self.inputs)
-            made = [batch[place] for batch in self.batches]
-        elif node.op == "get_attr":
-            made = [attribute(self.graph, node)] * len(self.batches)
-        else:
-            made = [self._call(node, index) for index in range(len(self.batches))]
-        if node.users:
-            self.values[node] = made
-        for source in node.all_input_nodes:
-            self.left[source] -= 1
-            if not self.left[source]:
-                self.values.pop(source, None)
-        return made
-
-    def _call(self, node: fx.Node, index: int) -> Any:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: self.values[source][index])
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-class _Repair:
-    """layers: one a weight that was looked at; norms: the batch norms that got new statistics."""
+    layers: one a weight that was looked at.  norms: the batch norms that got new statistics.
+    """
 
     def __init__(
         self,
         small: fx.GraphModule,
-        wide: fx.GraphModule,
+        original: fx.GraphModule,
         batches: list[tuple[Tensor, ...]],
-        kept: dict[str, Tensor],
+        kept: Mapping[str, Tensor],
         generator: torch.Generator,
     ):
-        self.small, self.wide, self.kept, self.generator = small, wide, kept, generator
-        self.ours, self.theirs = _Stream(small, batches), _Stream(wide, batches)
+        self.small, self.batches, self.kept, self.generator = small, batches, kept, generator
         self.images = sum(len(batch[0]) for batch in batches)
         starts = itertools.accumulate((len(batch[0]) for batch in batches), initial=0)
         self.judges = [
@@ -176,167 +149,106 @@ class _Repair:
             for start, batch in zip(starts, batches, strict=False)
         ]
         self.axes = _image_axes(small)
-        self.layers: list[dict[str, Any]] = []
+        self.changed = _changed(small, original)
+        self.names = {node.name for node in original.graph.nodes}
+        self.theirs = self._run(original, functools.partial(self._called, original))
+        self.layers: list[dict[str, object]] = []
         self.norms: list[str] = []
 
     def all(self, batchnorm: bool, reconstruct: bool, progress: bool) -> None:
-        waiting = iter(self.wide.graph.nodes)
-        last = {node.name for node in self.wide.graph.nodes}
-        changed = _changed(self.small, self.wide)
-        for node in track(list(self.small.graph.nodes), None, "repair", progress):
-            if node.op == "output":
-                return
-            layer = reconstruct and node in changed and node in self.axes and _alone(self.small, node)
-            theirs: list[Any] | None = None
-            if node.name in last and (layer or node.op == "placeholder"):
-                for other in waiting:
-                    theirs = self.theirs.run(other)
-                    if other.name == node.name:
-                        break
-            if layer and theirs is not None:
-                self._reconstruct(node, theirs)
-            if batchnorm and node in changed and node.target is aten.batch_norm.default and _alone(self.small, node, 3):
-                self._reestimate(node)
-            self.ours.run(node)
+        def mended(node: fx.Node, live: Mapping[fx.Node, Value]) -> Values:
+            if node in self.changed:
+                if reconstruct and node in self.axes and node.name in self.names and _alone(self.small, node, "weight"):
+                    self._reconstruct(node, live)
+                if batchnorm and _has_statistics(self.small, node):
+                    self._reestimate(node, live)
+            return self._called(self.small, node, live)
 
-    def _replace(self, node: Any, value: Tensor) -> None:
+        for _ in track(self._run(self.small, mended), None, "repair", progress):
+            pass
+
+    def _run(self, graph: fx.GraphModule, rule: Rule) -> Iterator[tuple[fx.Node, Value]]:
+        """Each node and what it yields, a list with one value a batch."""
+        *nodes, _ = graph.graph.nodes
+        inputs = [node for node in nodes if node.op == "placeholder"]
+        live: dict[fx.Node, Value] = dict(zip(inputs, map(list, zip(*self.batches, strict=True)), strict=True))
+        return steps(graph, nodes, live, rule)
+
+    def _called(self, graph: fx.GraphModule, node: fx.Node, live: Mapping[fx.Node, Value]) -> Values:
+        """Stored tensors are read as they are now."""
+        stored = {source: attribute(graph, source) for source in node.all_input_nodes if source.op == "get_attr"}
+        others = [source for source in node.all_input_nodes if source.op != "get_attr"]
+        count = len(self.batches)
+        return [call(node, stored | {source: live[source][index] for source in others}) for index in range(count)]
+
+    def _replace(self, node: fx.Node, value: Tensor) -> None:
         """A new tensor in the place of the one that ``node`` reads, of its type; the old one is left as it is."""
         old = attribute(self.small, node)
         value = value.to(dtype=old.dtype, device=old.device)
         value = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
         set_attribute(self.small, str(node.target), value)
-        if node in self.ours.values:
-            self.ours.values[node] = [value] * len(self.ours.batches)
 
-    def _reestimate(self, node: fx.Node) -> None:
+    def _reestimate(self, node: fx.Node, live: Mapping[fx.Node, Value]) -> None:
         """Mean and variance (unbiased, as batch norm keeps it) a channel, over images and positions."""
         sums, count = torch.zeros((), dtype=torch.float64), 0
-        for value in self.ours.values[node.args[0]]:  # type: ignore[index]
+        for value in live[argument(node, "input")]:
             flat = value.transpose(0, 1).flatten(1).double()
             sums = sums.to(flat.device) + torch.stack((flat.sum(1), flat.square().sum(1)))
             count += flat.shape[1]
         mean = sums[0] / count
         variance = (sums[1] / count - mean.square()).clamp_min(0) * count / max(count - 1, 1)
-        self._replace(node.args[3], mean)
-        self._replace(node.args[4], variance)
-        self.norms.append(str(node.args[3].target).rpartition(".")[0])  # type: ignore[union-attr]
+        stored = argument(node, "running_mean")
+        self._replace(stored, mean)
+        self._replace(argument(node, "running_var"), variance)
+        self.norms.append(str(stored.target).rpartition(".")[0])
 
-    def _reconstruct(self, node: fx.Node, theirs: list[Tensor]) -> None:
-        weight = attribute(self.small, node.args[1]).detach()
-        bias_node = node.args[2] if len(node.args) > 2 else None
+    def _reconstruct(self, node: fx.Node, live: Mapping[fx.Node, Value]) -> None:
+        """New weights, and a new bias or mean, where they lower the error on the images that judge."""
+        reads, bias_node = argument(node, "weight"), argument(node, "bias")
+        weight = attribute(self.small, reads).detach()
         norm = _norm_behind(self.small, node) if bias_node is None else None
-        shifts = norm is not None or (bias_node is not None and _alone(self.small, node, 2))
-        axis = -1 if node.target is aten.linear.default else 1
-        kept = self.kept.get(str(node.args[1].target))  # type: ignore[union-attr]
+        shifts = norm is not None or (bias_node is not None and _alone(self.small, node, "bias"))
         groups = im2col.groups_of(node)
-        own = weight.reshape(groups, weight.shape[0] // groups, -1)
+        flat = weight.reshape(groups, weight.shape[0] // groups, -1)
         bias = None if bias_node is None else attribute(self.small, bias_node).detach()
-        fit, judge = _Normal(own, bias), _Normal(own, bias)
-        sources = self.ours.values[node.args[0]]  # type: ignore[index]
-        for source, wanted, judges in zip(sources, theirs, self.judges, strict=True):
-            source, wanted = (value.movedim(self.axes[node], 0) for value in (source, wanted))
-            wanted = wanted if kept is None else wanted.index_select(axis, kept.to(wanted.device))
-            x, y = _pairs(node, source, wanted, weight.shape, groups, self.generator)
-            judges = judges.repeat_interleave(len(x) // len(judges)).to(
-                x.device
-            )  # (windows of an image lie side by side)
-            fit.add(x[~judges], y[~judges])
-            judge.add(x[judges], y[judges])
+        fit, judge = self._equations(node, live, flat, bias, weight.shape)
         where = layer_name(node)
         if not math.isfinite(judge.total + fit.total):
             raise CheckFailed(f"{where}: yields NaN or infinity on the images; check the weights and the normalisation")
         before = judge.error(None, None)
         best: tuple[float, float | None] = (before, None)
         for ridge in RIDGES:
-            change, shift = fit.solve(ridge, shifts)
-            best = min(best, (judge.error(change, shift), ridge), key=lambda found: found[0])
+            best = min(best, (judge.error(*fit.solve(ridge, shifts)), ridge), key=lambda pair: pair[0])
         scale = max(judge.variance, 1e-30)
         self.layers.append({"name": where, "wrong_before": before / scale, "wrong": best[0] / scale, "ridge": best[1]})
         if best[1] is None:
             return
         fit.merge(judge)
         change, shift = fit.solve(best[1], shifts)
-        self._replace(node.args[1], (own.double() + change).reshape(weight.shape))
+        self._replace(reads, (flat.double() + change).reshape(weight.shape))
         if shift is not None and bias is not None:
             self._replace(bias_node, bias.double() + shift)
         elif shift is not None and norm is not None:
-            self._replace(norm.args[3], attribute(self.small, norm.args[3]).double() - shift)
+            mean = argument(norm, "running_mean")
+            self._replace(mean, attribute(self.small, mean).double() - shift)
 
-
-# ------------------------------------------------------------------------------------------------------------ least squares
-
-
-class _Normal:
-    """Normal equations of the change D (groups, outputs, K) of a layer's weights, summed over batches in float64.
-
-    gram: (groups, K, K) sum x x'; cross: (groups, outputs, K) sum e x', e the error of the weights as they are; sums of both; total: sum e^2.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None):
-        groups, outputs, inputs = weight.shape
-        self.weight, self.bias = weight, bias
-        self.gram = torch.zeros(groups, inputs, inputs, dtype=torch.float64, device=weight.device)
-        self.cross = torch.zeros(groups, outputs, inputs, dtype=torch.float64, device=weight.device)
-        self.x, self.e, self.y = (
-            self.cross.new_zeros(groups, inputs),
-            self.cross.new_zeros(groups, outputs),
-            self.cross.new_zeros(groups, outputs),
-        )
-        self.around: Tensor | None = None
-        self.squares = self.total = 0.0
-        self.count = 0
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """x: (N, groups, K, places); y: (N, groups, outputs, places)."""
-        x, y = (value.permute(1, 2, 0, 3).flatten(2).float() for value in (x, y))  # (groups, K or outputs, samples)
-        e = y - self.weight.float() @ x
-        if self.bias is not None:
-            e = e - self.bias.float().reshape(len(e), -1, 1)
-        # Around the first batch's mean, so that products in float32 keep what varies; then moved back in float64.
-        self.around = x.mean(2, keepdim=True) if self.around is None else self.around
-        near, far = x - self.around, self.around.double()
-        moved, sum_e = near.double().sum(2, keepdim=True), e.double().sum(2)
-        self.gram += (near @ near.mT).double() + far @ moved.mT + moved @ far.mT + x.shape[2] * far @ far.mT
-        self.cross += (e @ near.mT).double() + sum_e.unsqueeze(2) @ far.mT
-        self.x, self.e, self.y = self.x + x.double().sum(2), self.e + sum_e, self.y + y.double().sum(2)
-        self.total += float(e.double().square().sum())
-        self.squares += float(y.double().square().sum())
-        self.count += x.shape[2]
-
-    def merge(self, other: _Normal) -> None:
-        for name in ("gram", "cross", "x", "e", "y", "total", "squares", "count"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-
-    @property
-    def variance(self) -> float:
-        """Of the wanted outputs, a sample (summed over outputs)."""
-        return (self.squares - float(self.y.square().sum()) / max(self.count, 1)) / max(self.count, 1)
-
-    def solve(self, ridge: float, shifts: bool) -> tuple[Tensor, Tensor | None]:
-        """D (groups, outputs, K), and the shift (outputs,) of the output, if there may be one. Equations that can't be solved ask for no change."""
-        count = max(self.count, 1)
-        mean_x, mean_e = self.x / count, self.e / count
-        gram, cross = self.gram / count, self.cross / count
-        if shifts:
-            gram = gram - mean_x.unsqueeze(2) * mean_x.unsqueeze(1)
-            cross = cross - mean_e.unsqueeze(2) * mean_x.unsqueeze(1)
-        size = gram.shape[-1]
-        level = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
-        damped = gram + (ridge * level).view(-1, 1, 1) * torch.eye(size, dtype=gram.dtype, device=gram.device)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        change = torch.cholesky_solve(cross.mT, factor).mT if not bool(failed.any()) else torch.zeros_like(cross)
-        return change, (mean_e - (change @ mean_x.unsqueeze(2)).squeeze(2)).reshape(-1) if shifts else None
-
-    def error(self, change: Tensor | None, shift: Tensor | None) -> float:
-        """Mean over samples of |e - D x - shift|^2, summed over outputs."""
-        total = self.total
-        if change is not None:
-            total += float(((change @ self.gram) * change).sum() - 2 * (change * self.cross).sum())
-        if shift is not None:
-            own = shift.reshape(self.e.shape)
-            moved = self.e if change is None else self.e - (change @ self.x.unsqueeze(2)).squeeze(2)
-            total += float(self.count * own.square().sum() - 2 * (own * moved).sum())
-        return max(total, 0.0) / max(self.count, 1)
+    def _equations(
+        self, node: fx.Node, live: Mapping[fx.Node, Value], weight: Tensor, bias: Tensor | None, shape: Sequence[int]
+    ) -> tuple[NormalEquations, NormalEquations]:
+        """Of the images that fit, and of those that judge; weight: (groups, outputs, K), of ``shape`` as it is stored."""
+        axis = -1 if node.target is aten.linear.default else 1
+        kept = self.kept.get(str(argument(node, "weight").target))
+        fit, judge = NormalEquations(weight, bias), NormalEquations(weight, bias)
+        theirs = next(value for other, value in self.theirs if other.name == node.name)
+        for source, wanted, judges in zip(live[argument(node, "input")], theirs, self.judges, strict=True):
+            source, wanted = (value.movedim(self.axes[node], 0) for value in (source, wanted))
+            wanted = wanted if kept is None else wanted.index_select(axis, kept.to(wanted.device))
+            x, y = _pairs(node, source, wanted, shape, len(weight), self.generator)
+            # Windows of an image lie side by side.
+            judges = judges.repeat_interleave(len(x) // len(judges)).to(x.device)
+            fit.add(x[~judges], y[~judges])
+            judge.add(x[judges], y[judges])
+        return fit, judge
 
 
 def _image_axes(graph: fx.GraphModule) -> dict[fx.Node, int]:
@@ -365,38 +277,27 @@ def _pairs(
 # ------------------------------------------------------------------------------------------------------------------- graphs
 
 
-def _alone(graph: fx.GraphModule, node: fx.Node, place: int = 1) -> bool:
-    """Is the stored tensor at that place of the arguments read by this node only, under one name?"""
-    source = node.args[place]
+def _alone(graph: fx.GraphModule, node: fx.Node, name: str) -> bool:
+    """Is the stored tensor that is this argument read by this node only, under one name?"""
+    source = argument(node, name)
     if not isinstance(source, fx.Node) or source.op != "get_attr":
         return False
     tensor = attribute(graph, source)
-    readers = {
-        user
-        for other in graph.graph.nodes
-        if other.op == "get_attr" and attribute(graph, other) is tensor
-        for user in other.users
-    }
-    names = [
-        name
-        for name, value in [
-            *graph.named_parameters(remove_duplicate=False),
-            *graph.named_buffers(remove_duplicate=False),
-        ]
-        if value is tensor
-    ]
-    return len(readers) == 1 and len(names) == 1
+    stored = [other for other in graph.graph.nodes if other.op == "get_attr" and attribute(graph, other) is tensor]
+    named = (graph.named_parameters(remove_duplicate=False), graph.named_buffers(remove_duplicate=False))
+    names = [name for name, value in itertools.chain(*named) if value is tensor]
+    return len({user for other in stored for user in other.users}) == 1 and len(names) == 1
+
+
+def _has_statistics(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Is it a batch norm with running statistics of its own?"""
+    return node.target is aten.batch_norm.default and _alone(graph, node, "running_mean")
 
 
 def _norm_behind(graph: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     """The batch norm that alone reads ``node`` and has running statistics of its own."""
     reader = next(iter(node.users)) if len(node.users) == 1 else None
-    found = (
-        reader is not None
-        and reader.target is aten.batch_norm.default
-        and reader.args[0] is node
-        and _alone(graph, reader, 3)
-    )
+    found = reader is not None and _has_statistics(graph, reader) and argument(reader, "input") is node
     return reader if found else None
 
 
@@ -415,7 +316,7 @@ def _reads_less(small: fx.GraphModule, wide: fx.GraphModule, node: fx.Node) -> b
     """A layer of which input channels are gone. One that only makes fewer outputs makes those as before, and so does batch norm."""
     if not weighted(node) or im2col.groups_of(node) > 1:
         return False
-    name = str(node.args[1].target)  # type: ignore[union-attr]
+    name = str(argument(node, "weight").target)
     try:
         return bool(attribute(small, name).shape[1] < attribute(wide, name).shape[1])
     except AttributeError:
@@ -424,33 +325,28 @@ def _reads_less(small: fx.GraphModule, wide: fx.GraphModule, node: fx.Node) -> b
 
 def _peak(graph: fx.GraphModule) -> int:
     """Bytes of the activations of one sample that are alive at once."""
-    found = shapes(graph, 1)
-    left = {node: len(node.users) for node in graph.graph.nodes}
-    size = {
-        node: sum(
+    sizes = shapes(graph, 1)
+    *nodes, output = graph.graph.nodes
+    live = {node: sizes[node] for node in nodes if node.op == "placeholder"}
+    running = steps(graph, nodes, live, lambda node, _: sizes[node], output.all_input_nodes)
+    return max(
+        sum(
             item.numel() * item.element_size()
+            for node, value in live.items()
             for item in (value if isinstance(value, (list, tuple)) else [value])
-            if is_tensor(item)
+            if node.op != "get_attr" and is_tensor(item)
         )
-        for node, value in found.items()
-        if node.op not in ("get_attr", "output")
-    }
-    alive = most = 0
-    for node in graph.graph.nodes:
-        alive += size.get(node, 0)
-        most = max(most, alive)
-        for source in node.all_input_nodes:
-            left[source] -= 1
-            if not left[source]:
-                alive -= size.get(source, 0)
-    return most
+        for _ in running
+    )
 
 
-def _batches(graph: fx.GraphModule, data: Any, images: int, batch_size: int, seed: int) -> list[tuple[Tensor, ...]]:
+def _batches(
+    graph: fx.GraphModule, data: Task | Batches, images: int, batch_size: int, seed: int
+) -> list[tuple[Tensor, ...]]:
     """At most ``images`` samples. Raises DataError where there are fewer than 8, InputError for another shape."""
     device = device_of(graph)
-    given: Iterable[Any] = (
-        data if not hasattr(data, "inputs") else data.inputs("train", images, batch_size, seed=seed, device=device)
+    given: Batches = (
+        data if isinstance(data, Iterable) else data.data.inputs("train", images, batch_size, seed=seed, device=device)
     )
     batches = list(_limited(given, images, device))
     shape = [spec["shape"] for spec in graph.meta["inputs"]]
@@ -464,7 +360,7 @@ def _batches(graph: fx.GraphModule, data: Any, images: int, batch_size: int, see
     return batches
 
 
-def _limited(batches: Iterable[Any], images: int, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+def _limited(batches: Batches, images: int, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
     left = images
     for batch in batches:
         values = (batch,) if isinstance(batch, Tensor) else tuple(batch)

@@ -582,6 +582,10 @@ class FakeTask:
 
     count: int = 4
 
+    @property
+    def data(self) -> FakeTask:
+        return self
+
     def batches(
         self, split: str, batch_size: int, *, shuffle_seed: int | None = None, device: str = "cpu", **_: object
     ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -651,6 +655,10 @@ def test_taylor_is_the_first_order_change_by_hand() -> None:
     inputs = torch.randn(6, 3)
 
     class Task:
+        @property
+        def data(self) -> Task:
+            return self
+
         def batches(self, split: str, batch_size: int, **_: object) -> Iterator[tuple[Tensor, Tensor]]:
             assert split == "train"
             for start in range(0, 6, batch_size):
@@ -677,6 +685,10 @@ class Sums:
     """Batches of the given inputs; the loss is the mean of all outputs."""
 
     inputs: Tensor
+
+    @property
+    def data(self) -> Sums:
+        return self
 
     def batches(self, split: str, batch_size: int, **_: object) -> Iterator[tuple[Tensor, Tensor]]:
         assert split == "train"

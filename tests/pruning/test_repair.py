@@ -17,9 +17,10 @@ from rarefy.errors import CheckFailed, DataError, InputError
 from rarefy.graph.capture import capture
 from rarefy.graph.layers import weighted
 from rarefy.graph.nodes import attribute
+from rarefy.pruning.least_squares import NormalEquations
 from rarefy.pruning.prune import prune
 from rarefy.pruning.records import packed, unpacked
-from rarefy.pruning.repair import RIDGES, _Normal, _pairs, kept_channels, repair
+from rarefy.pruning.repair import RIDGES, _pairs, kept_channels, repair
 
 aten = torch.ops.aten
 
@@ -120,7 +121,7 @@ def test_solution_and_error_are_those_of_lstsq(shifts: bool) -> None:
     """The ridge as further rows, each weight pulled to where it was; the error by running it."""
     x, y = torch.randn(40, 2, 7, 3) + 0.5, torch.randn(40, 2, 4, 3)
     weight, bias = torch.randn(2, 4, 7), torch.randn(8)
-    normal = _Normal(weight, bias)
+    normal = NormalEquations(weight, bias)
     for part in range(0, 40, 16):
         normal.add(x[part : part + 16], y[part : part + 16])
     change, shift = normal.solve(0.3, shifts)
@@ -275,6 +276,10 @@ def test_fewer_images_where_memory_is_short(net: fx.GraphModule, small: fx.Graph
 
 
 class Task:
+    @property
+    def data(self) -> Task:
+        return self
+
     def inputs(
         self, split: str, count: int, batch_size: int, seed: int = 0, device: object = "cpu"
     ) -> Iterator[Tensor]:

@@ -11,18 +11,20 @@ the channel leaves, exactly the sum of W * dL/dW over the weights that read it, 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from rarefy.errors import DataError, InputError
+from rarefy.graph.interpreter import call, run
 from rarefy.graph.macs import MACS
-from rarefy.graph.nodes import device_of, operator_name
+from rarefy.graph.nodes import Value, device_of, operator_name
 from rarefy.pruning.groups.groups import Coupling
-from rarefy.pruning.groups.labels import Value, axes_of
+from rarefy.pruning.groups.labels import axes_of, values_in
+from rarefy.tasks.metric import Outputs, Targets
+from rarefy.tasks.task import Task
 
 _SUMS = {*MACS, "mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm", "logsumexp", "var_mean", "std_mean"}
 
@@ -49,10 +51,9 @@ def reads(coupling: Coupling) -> list[Read]:
             continue
         passed = _classes_of(coupling, node)
         for source in node.all_input_nodes:
-            value = coupling.values[source]
-            if source.op == "get_attr" or not isinstance(value, Value):
+            if source.op == "get_attr" or isinstance(coupling.values[source], list):
                 continue
-            for layer in value.layers:
+            for layer in (layer for value in values_in(coupling.values[source]) for layer in value.layers):
                 axes = axes_of(layer)
                 classes = layer.reshape(-1)
                 ends = (classes > 0) & ~torch.isin(classes, passed)
@@ -62,46 +63,41 @@ def reads(coupling: Coupling) -> list[Read]:
 
 
 def _classes_of(coupling: Coupling, node: fx.Node) -> Tensor:
-    values = coupling.values[node]
-    layers = [
-        layer
-        for value in (values if isinstance(values, list) else [values])
-        if isinstance(value, Value)
-        for layer in value.layers
-    ]
-    return torch.cat([torch.zeros(1, dtype=torch.int64), *(layer.reshape(-1) for layer in layers)]).unique()
+    layers = [layer.reshape(-1) for value in values_in(coupling.values[node]) for layer in value.layers]
+    return torch.cat([torch.zeros(1, dtype=torch.int64), *layers]).unique()
 
 
-class Reading(fx.Interpreter):
-    """Runs a graph; what each read takes goes through ``see(read, activation)``, whose result the reader gets instead."""
+def run_seen(
+    graph: fx.GraphModule, places: Sequence[Read], inputs: Tensor, see: Callable[[Read, Tensor], Tensor]
+) -> Value:
+    """What the graph yields; what each read takes goes through ``see(read, activation)``, whose result the reader gets."""
+    by_reader: dict[fx.Node, list[Read]] = {}
+    for place in places:
+        by_reader.setdefault(place.reader, []).append(place)
 
-    def __init__(self, graph: fx.GraphModule, places: list[Read], see: Callable[[Read, Tensor], Tensor]):
-        super().__init__(graph)
-        self.places: dict[fx.Node, list[Read]] = {}
-        for place in places:
-            self.places.setdefault(place.reader, []).append(place)
-        self.see = see
+    def rule(node: fx.Node, live: Mapping[fx.Node, Value]) -> Value:
+        taken = {source: live[source] for source in node.all_input_nodes}
+        for place in by_reader.get(node, ()):
+            taken[place.source] = see(place, taken[place.source])
+        return call(node, taken)
 
-    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
-        own = self.places.get(n)
-        if own is None:
-            return super().fetch_args_kwargs_from_env(n)
-        taken = {source: self.env[source] for source in n.all_input_nodes}
-        for place in own:
-            taken[place.source] = self.see(place, taken[place.source])
-        return fx.map_arg((n.args, n.kwargs), lambda source: taken[source])  # type: ignore[no-any-return]
+    return run(graph, (inputs,), instead=rule)
+
+
+def needed(task: Task | None, name: str) -> Task:
+    """The task. Raises InputError without one."""
+    if task is None:
+        raise InputError(f"criterion {name!r} needs data: pass task= (--data), or use criterion='magnitude'")
+    return task
 
 
 def batches_of(
-    task: Any, graph: fx.GraphModule, name: str, batches: int, batch_size: int, seed: int
-) -> Iterator[tuple[Tensor, Any]]:
+    task: Task | None, graph: fx.GraphModule, name: str, batches: int, batch_size: int, seed: int
+) -> Iterator[tuple[Tensor, Targets]]:
     """(inputs, targets) of the training split, shuffled by the seed. Raises InputError without a task, DataError without data."""
-    if task is None:
-        raise InputError(f"criterion {name!r} needs data: pass task= (--data), or use criterion='magnitude'")
     seen = 0
-    for inputs, targets in itertools.islice(
-        task.batches("train", batch_size, shuffle_seed=seed, device=device_of(graph)), batches
-    ):
+    shuffled = needed(task, name).data.batches("train", batch_size, shuffle_seed=seed, device=device_of(graph))
+    for inputs, targets in itertools.islice(shuffled, batches):
         yield inputs, targets
         seen += 1
     if not seen:
@@ -109,7 +105,7 @@ def batches_of(
 
 
 def sensitivities(
-    graph: fx.GraphModule, places: list[Read], count: int, inputs: Tensor, loss: Callable[[Any], Tensor]
+    graph: fx.GraphModule, places: list[Read], count: int, inputs: Tensor, loss: Callable[[Outputs], Tensor]
 ) -> Tensor:
     """(N, count) float64: for each sample and class, d loss / d mask, summed over all reads of the class (arXiv 2108.00708, eq. 4 to 6).
 
@@ -128,7 +124,7 @@ def sensitivities(
     try:
         graph.requires_grad_(False)
         with torch.enable_grad():
-            value = loss(Reading(graph, places, see).run(inputs))
+            value = loss(run_seen(graph, places, inputs, see))
         gradients = torch.autograd.grad(value, masks, allow_unused=True, materialize_grads=True)
     finally:
         for name, parameter in graph.named_parameters():

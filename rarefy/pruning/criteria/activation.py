@@ -10,13 +10,14 @@ layer makes: a channel that ReLU always cuts off is worth nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from rarefy.pruning.criteria._reads import Read, Reading, batches_of, check_reads, reads
-from rarefy.pruning.groups.groups import Coupling
+from rarefy.pruning.criteria._options import check_counts, check_reduce
+from rarefy.pruning.criteria._reads import Read, batches_of, check_reads, reads, run_seen
+from rarefy.pruning.groups.groups import ClassScores, Coupling
+from rarefy.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,10 @@ class Activation:
     def __post_init__(self) -> None:
         if self.statistic not in ("mean", "variance"):
             raise ValueError(f"statistic={self.statistic!r} is not mean or variance")
-        if self.batches < 1 or self.batch_size < 1:
-            raise ValueError(f"batches={self.batches} and batch_size={self.batch_size} must be at least 1")
-        if self.reduce not in ("mean", "sum", "max"):
-            raise ValueError(f"reduce={self.reduce!r} is not mean, sum or max")
+        check_counts(batches=self.batches, batch_size=self.batch_size)
+        check_reduce(self.reduce)
 
-    def scores(self, graph: fx.GraphModule, coupling: Coupling, task: Any, seed: int) -> Tensor:
+    def scores(self, graph: fx.GraphModule, coupling: Coupling, task: Task | None, seed: int) -> Tensor:
         """Raises InputError without a task, DataError without data."""
         places = check_reads(reads(coupling), coupling, "activation")
         sums: dict[Read, Tensor] = {}
@@ -52,16 +51,11 @@ class Activation:
             counts[place] += flat.shape[1]
             return activation
 
-        reading = Reading(graph, places, see)
         with torch.no_grad():
             for inputs, _ in batches_of(task, graph, "activation", self.batches, self.batch_size, seed):
-                reading.run(inputs)
-        total, members = torch.zeros(2, coupling.count, dtype=torch.float64)
+                run_seen(graph, places, inputs, see)
+        scores = ClassScores(coupling.count, self.reduce)
         for place in places:
             absolute, mean, square = sums[place] / counts[place]
-            values = absolute if self.statistic == "mean" else (square - mean.square()).clamp_min(0)
-            present, where = place.classes.unique(return_inverse=True)
-            own = torch.zeros(len(present), dtype=torch.float64).index_add_(0, where, values)
-            total[present] = torch.maximum(total[present], own) if self.reduce == "max" else total[present] + own
-            members[present] += 1
-        return total / members.clamp_min(1) if self.reduce == "mean" else total
+            scores.add(place.classes, absolute if self.statistic == "mean" else (square - mean.square()).clamp_min(0))
+        return scores.reduced()

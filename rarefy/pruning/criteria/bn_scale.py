@@ -9,14 +9,15 @@ them). A class that passes no batch norm has no such score, and is an error rath
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from rarefy.errors import InputError
 from rarefy.graph.nodes import attribute, operator_name
+from rarefy.pruning.criteria._options import check_reduce
 from rarefy.pruning.groups.groups import Coupling
+from rarefy.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,9 @@ class BnScale:
     reduce: str = "mean"
 
     def __post_init__(self) -> None:
-        if self.reduce not in ("mean", "sum", "max"):
-            raise ValueError(f"reduce={self.reduce!r} is not mean, sum or max")
+        check_reduce(self.reduce)
 
-    def scores(self, graph: fx.GraphModule, coupling: Coupling, task: Any, seed: int) -> Tensor:
+    def scores(self, graph: fx.GraphModule, coupling: Coupling, task: Task | None, seed: int) -> Tensor:
         """Raises InputError where channels that could leave pass no batch norm."""
         names = {
             str(node.args[1].target)

@@ -9,13 +9,14 @@ the weights that read it do not count, but for classes nothing makes (an embeddi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from rarefy.graph.nodes import attribute
-from rarefy.pruning.groups.groups import Coupling, Row
+from rarefy.pruning.criteria._options import check_reduce
+from rarefy.pruning.groups.groups import ClassScores, Coupling, Row
+from rarefy.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -28,25 +29,18 @@ class Fpgm:
     reduce: str = "mean"
 
     def __post_init__(self) -> None:
-        if self.reduce not in ("mean", "sum", "max"):
-            raise ValueError(f"reduce={self.reduce!r} is not mean, sum or max")
+        check_reduce(self.reduce)
 
-    def scores(self, graph: fx.GraphModule, coupling: Coupling, task: Any, seed: int) -> Tensor:
-        made = torch.zeros(coupling.count, dtype=torch.bool)
+    def scores(self, graph: fx.GraphModule, coupling: Coupling, task: Task | None, seed: int) -> Tensor:
+        by_layer = torch.zeros(coupling.count, dtype=torch.bool)
         for row in coupling.rows:
             if row.produces:
-                made[row.classes] = True
-        total, members = torch.zeros(2, coupling.count, dtype=torch.float64)
+                by_layer[row.classes] = True
+        scores = ClassScores(coupling.count, self.reduce)
         for row in coupling.rows:
-            if row.produces or not bool(made[row.classes].all()):
-                own = _distances(graph, row)
-                present, where = row.classes.unique(return_inverse=True)
-                own = torch.zeros(len(present), dtype=torch.float64).index_add_(0, where, own)
-                counts = present if row.produces else present[~made[present]]
-                own = own if row.produces else own[~made[present]]
-                total[counts] = torch.maximum(total[counts], own) if self.reduce == "max" else total[counts] + own
-                members[counts] += 1
-        return total / members.clamp_min(1) if self.reduce == "mean" else total
+            if row.produces or not bool(by_layer[row.classes].all()):
+                scores.add(row.classes, _distances(graph, row), among=None if row.produces else ~by_layer)
+        return scores.reduced()
 
 
 def _distances(graph: fx.GraphModule, row: Row) -> Tensor:

@@ -13,14 +13,16 @@ estimated without bias by ``draws`` random sums of outputs with signs +-1. Needs
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from rarefy.pruning.criteria._reads import batches_of, check_reads, reads, sensitivities
+from rarefy.pruning.criteria._options import check_counts, check_reduce
+from rarefy.pruning.criteria._reads import batches_of, check_reads, needed, reads, sensitivities
 from rarefy.pruning.groups.groups import Coupling
+from rarefy.tasks.metric import Outputs
+from rarefy.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -38,18 +40,15 @@ class Hessian:
     reduce: str = "mean"
 
     def __post_init__(self) -> None:
-        if self.batches < 1 or self.batch_size < 1 or self.draws < 1:
-            raise ValueError(
-                f"batches={self.batches}, batch_size={self.batch_size} and draws={self.draws} must be at least 1"
-            )
-        if self.reduce not in ("mean", "sum", "max"):
-            raise ValueError(f"reduce={self.reduce!r} is not mean, sum or max")
+        check_counts(batches=self.batches, batch_size=self.batch_size, draws=self.draws)
+        check_reduce(self.reduce)
 
-    def scores(self, graph: fx.GraphModule, coupling: Coupling, task: Any, seed: int) -> Tensor:
+    def scores(self, graph: fx.GraphModule, coupling: Coupling, task: Task | None, seed: int) -> Tensor:
         """Raises InputError without a task, DataError without data."""
         return self._group(graph, coupling, task, seed) if self.group else self._diagonal(graph, coupling, task, seed)
 
-    def _diagonal(self, graph: fx.GraphModule, coupling: Coupling, task: Any, seed: int) -> Tensor:
+    def _diagonal(self, graph: fx.GraphModule, coupling: Coupling, task: Task | None, seed: int) -> Tensor:
+        task = needed(task, "hessian")
         weights = {
             name: weight.detach().clone().requires_grad_()
             for name, weight in graph.named_parameters()
@@ -66,12 +65,12 @@ class Hessian:
         elements = {name: weight.detach().square() * fisher[name] / (2 * seen) for name, weight in weights.items()}
         return coupling.gather(elements, reduce=self.reduce)
 
-    def _group(self, graph: fx.GraphModule, coupling: Coupling, task: Any, seed: int) -> Tensor:
+    def _group(self, graph: fx.GraphModule, coupling: Coupling, task: Task | None, seed: int) -> Tensor:
         places = check_reads(reads(coupling), coupling, "hessian")
         generator = torch.Generator().manual_seed(seed)
         total, samples = torch.zeros(coupling.count, dtype=torch.float64), 0
 
-        def signed(outputs: Any) -> Tensor:
+        def signed(outputs: Outputs) -> Tensor:
             found = [
                 value
                 for value in pytree.tree_leaves(outputs)

@@ -9,11 +9,12 @@ are of another scale, and with them a trained ResNet-20 lost more.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, fx
 
+from rarefy.pruning.criteria._options import check_reduce
 from rarefy.pruning.groups.groups import Coupling
+from rarefy.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,9 @@ class Magnitude:
     def __post_init__(self) -> None:
         if not self.p > 0:
             raise ValueError(f"p={self.p} must be positive")
-        if self.reduce not in ("mean", "sum", "max"):
-            raise ValueError(f"reduce={self.reduce!r} is not mean, sum or max")
+        check_reduce(self.reduce)
 
-    def scores(self, graph: fx.GraphModule, coupling: Coupling, task: Any, seed: int) -> Tensor:
+    def scores(self, graph: fx.GraphModule, coupling: Coupling, task: Task | None, seed: int) -> Tensor:
         weights = {name: weight.detach() for name, weight in graph.named_parameters() if weight.dim() > 1}
         return coupling.gather(
             weights,

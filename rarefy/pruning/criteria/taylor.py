@@ -14,14 +14,20 @@ is left of the sum is noise.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from rarefy.pruning.criteria._reads import batches_of, check_reads, reads, sensitivities
+from rarefy.pruning.criteria._options import check_counts, check_reduce
+from rarefy.pruning.criteria._reads import batches_of, check_reads, needed, reads, sensitivities
 from rarefy.pruning.groups.groups import Coupling
+from rarefy.tasks.metric import Outputs, Targets
+from rarefy.tasks.task import Task
+
+Batches = Iterable[tuple[Tensor, Targets]]
 
 
 @dataclass(frozen=True)
@@ -38,40 +44,42 @@ class Taylor:
     form: str = "weight"
 
     def __post_init__(self) -> None:
-        if self.batches < 1 or self.batch_size < 1:
-            raise ValueError(f"batches={self.batches} and batch_size={self.batch_size} must be at least 1")
-        if self.reduce not in ("mean", "sum", "max"):
-            raise ValueError(f"reduce={self.reduce!r} is not mean, sum or max")
+        check_counts(batches=self.batches, batch_size=self.batch_size)
+        check_reduce(self.reduce)
         if self.form not in ("weight", "fisher"):
             raise ValueError(f"form={self.form!r} is not weight or fisher")
 
-    def scores(self, graph: fx.GraphModule, coupling: Coupling, task: Any, seed: int) -> Tensor:
+    def scores(self, graph: fx.GraphModule, coupling: Coupling, task: Task | None, seed: int) -> Tensor:
         """Raises InputError without a task, DataError without data."""
-        batches = batches_of(task, graph, "taylor", self.batches, self.batch_size, seed)
+        task = needed(task, "taylor")
+        form = self._fisher if self.form == "fisher" else self._weight
+        return form(graph, coupling, task, batches_of(task, graph, "taylor", self.batches, self.batch_size, seed))
+
+    def _fisher(self, graph: fx.GraphModule, coupling: Coupling, task: Task, batches: Batches) -> Tensor:
+        places = check_reads(reads(coupling), coupling, "taylor")
         total = torch.zeros(coupling.count, dtype=torch.float64)
-        if self.form == "fisher":
-            places = check_reads(reads(coupling), coupling, "taylor")
-            for inputs, targets in batches:
+        for inputs, targets in batches:
+            # The loss is a mean; a sample's own gradient is that of the sum.
+            loss = functools.partial(_summed, task, targets, len(inputs))
+            total += sensitivities(graph, places, coupling.count, inputs, loss).square().sum(0)
+        return total
 
-                def summed(outputs: Any, targets: Any = targets, size: int = inputs.shape[0]) -> Tensor:
-                    loss: Tensor = task.loss(outputs, targets)  # a mean; a sample's own gradient is that of the sum
-                    return loss * size
-
-                total += sensitivities(graph, places, coupling.count, inputs, summed).square().sum(0)
-            return total
+    def _weight(self, graph: fx.GraphModule, coupling: Coupling, task: Task, batches: Batches) -> Tensor:
         weights = {
             name: weight.detach().clone().requires_grad_()
             for name, weight in graph.named_parameters()
             if weight.is_floating_point()
         }
-        scored = [name for name, weight in weights.items() if weight.dim() > 1]
+        scored = {name: weight for name, weight in weights.items() if weight.dim() > 1}
+        total = torch.zeros(coupling.count, dtype=torch.float64)
         for inputs, targets in batches:
             loss = task.loss(torch.func.functional_call(graph, weights, (inputs,)), targets)
-            gradients = torch.autograd.grad(
-                loss, [weights[name] for name in scored], materialize_grads=True, allow_unused=True
-            )
-            elements = {
-                name: weights[name].detach() * gradient for name, gradient in zip(scored, gradients, strict=True)
-            }
+            gradients = torch.autograd.grad(loss, list(scored.values()), materialize_grads=True, allow_unused=True)
+            pairs = zip(scored.items(), gradients, strict=True)
+            elements = {name: weight.detach() * gradient for (name, weight), gradient in pairs}
             total += coupling.gather(elements, position=torch.abs, reduce=self.reduce)
         return total
+
+
+def _summed(task: Task, targets: Targets, count: int, outputs: Outputs) -> Tensor:
+    return task.loss(outputs, targets) * count

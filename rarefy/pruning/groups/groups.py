@@ -18,21 +18,31 @@ import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from rarefy.errors import InputError
-from rarefy.graph.nodes import attribute, is_tensor
+from rarefy.graph.nodes import Value as Yielded
+from rarefy.graph.nodes import arguments, attribute, is_tensor
 from rarefy.graph.shapes import shapes
 from rarefy.kernels import is_quantised
 from rarefy.pruning.groups.channel_shuffle import indexed
-from rarefy.pruning.groups.labels import Trace, Value, axes_of, compact
-from rarefy.pruning.groups.rules import Unknown, blank, rule_of
+from rarefy.pruning.groups.labels import (
+    Arguments,
+    Carried,
+    Kept,
+    Trace,
+    Unknown,
+    Value,
+    axes_of,
+    blank,
+    compact,
+    values_in,
+)
+from rarefy.pruning.groups.rules import rule_of
 
 HEADS = ("dims", "whole")
-Kept = list["Tensor | None"]  # for each axis, the positions that survive, or None for all
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +59,40 @@ class Row:
     produces: bool
 
 
+class ClassScores:
+    """Scores of classes (count,) float64 from scores of positions, axis by axis.
+
+    reduce: how the axes that leave together make one score: "mean", "sum" or "max".
+    """
+
+    def __init__(self, count: int, reduce: str):
+        self.reduce = reduce
+        self.total, self.members = torch.zeros(2, count, dtype=torch.float64)
+
+    def add(
+        self,
+        classes: Tensor,
+        values: Tensor,
+        position: Callable[[Tensor], Tensor] | None = None,
+        among: Tensor | None = None,
+    ) -> None:
+        """One axis: classes, values: (size,).
+
+        position: applied to the sums over each class's positions.  among: (count,) bool, the classes that count; None: all.
+        """
+        present, where = torch.unique(classes, return_inverse=True)
+        values = torch.zeros(len(present), dtype=torch.float64).index_add_(0, where, values.double().cpu())
+        values = position(values) if position is not None else values
+        if among is not None:
+            present, values = present[among[present]], values[among[present]]
+        total = self.total[present]
+        self.total[present] = torch.maximum(total, values) if self.reduce == "max" else total + values
+        self.members[present] += 1
+
+    def reduced(self) -> Tensor:
+        return self.total / self.members.clamp_min(1) if self.reduce == "mean" else self.total
+
+
 @dataclass(frozen=True, eq=False)
 class Coupling:
     """Who leaves with whom.
@@ -61,8 +105,8 @@ class Coupling:
     """
 
     graph: fx.GraphModule
-    values: dict[fx.Node, Any]
-    found: dict[fx.Node, Any]
+    values: dict[fx.Node, Carried]
+    found: dict[fx.Node, Yielded]
     count: int
     rows: list[Row]
     statistics: set[fx.Node]
@@ -108,8 +152,7 @@ class Coupling:
         reduce: how the axes that leave together make one score: "mean", "sum" or "max".
         element: applied to each tensor first, one at a time.
         """
-        total = torch.zeros(self.count, dtype=torch.float64)
-        members = torch.zeros(self.count, dtype=torch.float64)
+        scores = ClassScores(self.count, reduce)
         for names, rows in itertools.groupby(self.rows, key=lambda row: row.names):
             name = next((name for name in names if name in elements), None)
             if name is None:
@@ -118,16 +161,8 @@ class Coupling:
             values = element(values) if element is not None else values
             for row in rows:
                 others = [axis for axis in range(values.dim()) if axis != row.axis]
-                summed = (values.sum(others) if others else values).double().cpu()
-                present, where = row.classes.unique(return_inverse=True)
-                per_class = torch.zeros(len(present), dtype=torch.float64).index_add_(0, where, summed)
-                per_class = position(per_class) if position is not None else per_class
-                if reduce == "max":
-                    total[present] = torch.maximum(total[present], per_class)
-                else:
-                    total[present] += per_class
-                members[present] += 1
-        return total / members.clamp_min(1) if reduce == "mean" else total
+                scores.add(row.classes, values.sum(others) if others else values, position)
+        return scores.reduced()
 
     def groups(self) -> list[tuple[int, list[str]]]:
         """Channels and members of each group that prunes together; a member is "name[axis]"."""
@@ -180,37 +215,28 @@ def _run(trace: Trace, node: fx.Node) -> None:
         trace.values[node] = _call(trace, node)
 
 
-def _call(trace: Trace, node: fx.Node) -> Any:
+def _call(trace: Trace, node: fx.Node) -> Carried:
     result = trace.found.get(node)
     if not (is_tensor(result) or (isinstance(result, (list, tuple)) and any(map(is_tensor, result)))):
         return result
-    arguments = _bound(node, trace.values)
+    given = _carried(node, trace.values)
     if node.target is operator.getitem:
-        return arguments["self"][arguments["index"]]
+        return given["self"][given["index"]]
     rule = rule_of(node)
-    made: Any = rule(trace, node, arguments) if rule is not None else Unknown
-    if made is Unknown:
+    carried: Carried = rule(trace, node, given) if rule is not None else Unknown
+    if carried is Unknown:
         trace.unknown.setdefault(str(node.target), []).append(node.name)
         trace.freeze_all((node.args, node.kwargs), "unknown operator")
-        made = blank(result)
-    for value in made if isinstance(made, list) else [made]:
+        carried = blank(result)
+    for value in values_in(carried):
         value.layers = trace.disjoint(value.layers)
-    return made
+    return carried
 
 
-def _bound(node: fx.Node, values: dict[fx.Node, Any]) -> dict[str, Any]:
+def _carried(node: fx.Node, values: Mapping[fx.Node, Carried]) -> Arguments:
     """Arguments by their names in the operator's schema, nodes replaced by what they carry."""
-    target = node.target
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: values[source])
-    if not isinstance(target, torch._ops.OpOverload):
-        return dict(zip(("self", "index"), args, strict=False))
-    bound = {}
-    for index, argument in enumerate(target._schema.arguments):
-        if index < len(args):
-            bound[argument.name] = args[index]
-        else:
-            bound[argument.name] = kwargs.get(argument.name, argument.default_value)
-    return bound
+    given: Arguments = fx.map_arg(arguments(node), values.__getitem__)
+    return given
 
 
 def _ignore(trace: Trace, globs: Sequence[str]) -> None:
@@ -250,9 +276,8 @@ def _settle(trace: Trace) -> Coupling:
     joint = list(
         {
             id(layer): layer
-            for values in trace.values.values()
-            for value in (values if isinstance(values, list) else [values])
-            if isinstance(value, Value)
+            for carried in trace.values.values()
+            for value in values_in(carried)
             for layer in value.layers
             if len(axes_of(layer)) > 1
         }.values()
@@ -328,12 +353,7 @@ def _numbered(trace: Trace, classes: Tensor, component: Tensor, reason: Tensor, 
             if produced == axis and not bool(own.any()):
                 first = int(reason[component[layer.reshape(-1)]].min())
                 frozen[names[0]] = reasons[first] if first < len(reasons) else "nothing prunes with it"
-    every = {
-        id(part): part
-        for value in trace.values.values()
-        for part in (value if isinstance(value, list) else [value])
-        if isinstance(part, Value)
-    }
+    every = {id(value): value for carried in trace.values.values() for value in values_in(carried)}
     for value, layers in [(value, [shared(layer) for layer in value.layers]) for value in every.values()]:
         value.layers = layers
     return Coupling(trace.graph, trace.values, trace.found, len(used), rows, trace.statistics, frozen, trace.unknown)
@@ -347,7 +367,7 @@ class _Shared:
         self.known: dict[
             int, tuple[Tensor, Tensor]
         ] = {}  # id of a layer -> the layer, so that it keeps its id, and what is made of it
-        self.made: dict[Any, Tensor] = {}
+        self.made: dict[object, Tensor] = {}
 
     def __call__(self, layer: Tensor) -> Tensor:
         if id(layer) not in self.known:

@@ -17,7 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rarefy.graph.nodes import attribute, operator_name
+from rarefy.graph.nodes import Value as Yielded
+from rarefy.graph.nodes import attribute, is_tensor, operator_name
+
+Carried = Any  # what a node carries on labels: a ``Value``, a list of them, or the plain number that it yields
+Arguments = dict[str, Carried]  # of a node, by the names of its operator's schema
+Kept = list["Tensor | None"]  # for each axis of a tensor, the positions that survive, or None for all
 
 
 @dataclass(eq=False)
@@ -32,7 +37,11 @@ class Value:
         return len(self.shape)
 
 
-def values_in(carried: object) -> list[Value]:
+class Unknown:
+    """What a rule returns when it cannot describe this use of its operator."""
+
+
+def values_in(carried: Carried) -> list[Value]:
     """The ``Value``s of what a node carries: one, a list of them, or a plain number."""
     return [one for one in (carried if isinstance(carried, list) else [carried]) if isinstance(one, Value)]
 
@@ -43,9 +52,9 @@ class Trace:
     whole_heads: a product of blocks (attention) ties the dims of each block, so that whole blocks leave, in place of the same dims of all.
     """
 
-    def __init__(self, graph: fx.GraphModule, found: dict[fx.Node, Any], whole_heads: bool = False):
+    def __init__(self, graph: fx.GraphModule, found: dict[fx.Node, Yielded], whole_heads: bool = False):
         self.graph, self.found, self.whole_heads = graph, found, whole_heads
-        self.values: dict[fx.Node, Any] = {}
+        self.values: dict[fx.Node, Carried] = {}
         self.count = 1  # label 0 is frozen
         self.edges: list[tuple[Tensor, Tensor]] = []
         self.freezes: list[tuple[int, Tensor]] = []
@@ -56,7 +65,7 @@ class Trace:
         self.unknown: dict[str, list[str]] = {}
         self.node: fx.Node | None = None
 
-    def parameter(self, name: str) -> Any:
+    def parameter(self, name: str) -> Carried:
         tensor = attribute(self.graph, name)
         if not isinstance(tensor, Tensor):
             return tensor
@@ -68,6 +77,18 @@ class Trace:
         if name not in names:
             names.append(name)
         return Value(value.shape, list(value.layers))
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        """Of the one tensor that a node yields."""
+        return tuple(self.found[node].shape)
+
+    def note_layer(self, weight: fx.Node, axis: int) -> None:
+        """A layer makes its outputs along that axis of ``weight``: a parameter, or one behind a standardisation that keeps its shape."""
+        source = weight
+        while source.op == "call_function" and source.args and isinstance(source.args[0], fx.Node):
+            source = source.args[0]
+        if source.op == "get_attr" and self.found[source].shape == self.found[weight].shape:
+            self.outputs[id(attribute(self.graph, source))] = axis
 
     def fresh(self, size: int) -> Tensor:
         self.count += size
@@ -102,7 +123,7 @@ class Trace:
         self.reasons.append(f"{why} ({where})")
         self.freezes.append((len(self.reasons) - 1, layer.reshape(-1)))
 
-    def freeze_all(self, arguments: Any, why: str) -> None:
+    def freeze_all(self, arguments: Yielded, why: str) -> None:
         def visit(node: fx.Node) -> fx.Node:
             for value in values_in(self.values[node]):
                 for layer in value.layers:
@@ -207,6 +228,18 @@ def _first(layer: Tensor, axes: Collection[int]) -> Tensor:
 def along(labels: Tensor, axis: int, rank: int) -> Tensor:
     """(size,) labels as a layer along ``axis``."""
     return labels.reshape([-1 if index == axis else 1 for index in range(rank)])
+
+
+def blank(yielded: Yielded) -> Carried:
+    """What is carried where nothing is known: no labels, or the plain number."""
+    if is_tensor(yielded):
+        return Value(tuple(yielded.shape))
+    return [blank(item) for item in yielded] if isinstance(yielded, (list, tuple)) else yielded
+
+
+def replaced(shape: Sequence[int], axis: int, size: int) -> tuple[int, ...]:
+    """The shape with another size along one axis."""
+    return (*shape[:axis], size, *shape[axis + 1 :])
 
 
 def _overlapping(members: list[tuple[int, Tensor]]) -> list[list[tuple[int, Tensor]]]:

@@ -1,7 +1,9 @@
-"""alike(): the axes along which an operator treats every position in the same way, so that a few of them stand for all.
+"""Which part of an operator's work stands for all: axes along which it treats every position alike, cut to a few.
 
-A linear layer maps each token by itself, so its rows may be cut to a few; a convolution is the same function on a smaller image. A row of ``AXES`` names, for one
-operator, runs of axes that are cut together: of which arguments, and of the result. An operator without a row is not cut.
+A linear layer maps each token by itself, so its rows may be cut to a few; a convolution is the same function on a smaller
+image. A row of ``AXES`` names, for one operator, runs of axes that are cut together: of which arguments, and of the
+result. An operator without a row is not cut. ``Probe`` says where a node of the large graph and the same one of the small
+graph are cut, so that both compute the same positions.
 """
 
 from __future__ import annotations
@@ -9,15 +11,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from rarefy.graph.macs import einsum_letters
-from rarefy.graph.nodes import operator_name
+from rarefy.graph.nodes import Value as Argument
+from rarefy.graph.nodes import argument, operator_name
+from rarefy.pruning.groups.labels import Value, values_in
 from rarefy.pruning.groups.rules import is_elementwise
+from rarefy.pruning.groups.survivors import Cut, Survivors, survivors_in
 
 Shape = tuple[int, ...]
+
+
+# Numbers of a tensor that stand for all, about, where an operator treats positions alike.
+MOST = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,28 +98,28 @@ def _elementwise(node: fx.Node, shapes: Sequence[Shape | None], result: Shape) -
 
 def _rows(node: fx.Node, shapes: Sequence[Shape | None], result: Shape) -> list[Run]:
     """linear, layer_norm over the last axis: each row by itself."""
-    shape: Any = node.args[1]
     linear = operator_name(node) == "linear"
-    runs = [Run({0: axis}, axis) for axis in range(len(result) - (1 if linear else len(shape)))]
-    return [*runs, Run(_made(shapes), len(result) - 1, CHANNELS)] if linear else runs
+    taken = 1 if linear else len(argument(node, "normalized_shape"))
+    runs = [Run({0: axis}, axis) for axis in range(len(result) - taken)]
+    return [*runs, Run(_outputs(shapes), len(result) - 1, CHANNELS)] if linear else runs
 
 
 CHANNELS = 32  # of a weight's outputs no fewer
 
 
-def _made(shapes: Sequence[Shape | None]) -> dict[int, int]:
+def _outputs(shapes: Sequence[Shape | None]) -> dict[int, int]:
     """The outputs of a weight and a bias."""
     return {place: 0 for place, shape in enumerate(shapes) if place > 0 and shape is not None}
 
 
 def _across(node: fx.Node, shapes: Sequence[Shape | None], result: Shape) -> list[Run]:
-    dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs["dim"]
-    return [Run({0: axis}, axis) for axis in range(len(result)) if axis != dim % len(result)]
+    dim = argument(node, "dim") % len(result)
+    return [Run({0: axis}, axis) for axis in range(len(result)) if axis != dim]
 
 
 def _places(node: fx.Node, shapes: Sequence[Shape | None], result: Shape) -> list[Run]:
     """batch_norm: each place by itself, unless it asks for the batch's own statistics."""
-    return [] if node.args[5] is True else [Run({0: axis}, axis) for axis in (0, *range(2, len(result)))]
+    return [] if argument(node, "training") is True else [Run({0: axis}, axis) for axis in (0, *range(2, len(result)))]
 
 
 def _windows(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], result: Shape) -> list[Run]:
@@ -124,28 +133,26 @@ def _windows(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[in
 def _convolution(node: fx.Node, shapes: Sequence[Shape | None], result: Shape) -> list[Run]:
     """A smaller image, of a kernel and two steps at least; fewer outputs, or fewer groups of several channels."""
     kernel = (shapes[1] or ())[2:]
-    stride, _, dilation = (_each(node, place, name, default, len(kernel)) for place, name, default in _CONVOLUTION)
-    groups: Any = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
+    stride, dilation = (_each(argument(node, name), len(kernel)) for name in ("stride", "dilation"))
+    groups = argument(node, "groups")
     runs, axis = _windows(kernel, stride, dilation, result), len(result) - len(kernel) - 1
     if groups == 1:
-        return [*runs, Run(_made(shapes), axis, CHANNELS)]
-    return [*runs, Run({0: axis, **_made(shapes)}, axis, groups=groups)] if groups < (shapes[0] or ())[axis] else runs
+        return [*runs, Run(_outputs(shapes), axis, CHANNELS)]
+    return (
+        [*runs, Run({0: axis, **_outputs(shapes)}, axis, groups=groups)] if groups < (shapes[0] or ())[axis] else runs
+    )
 
 
-_CONVOLUTION = ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
-
-
-def _each(node: fx.Node, place: int, name: str, default: Any, rank: int) -> list[int]:
-    value: Any = node.args[place] if place < len(node.args) else node.kwargs.get(name, default)
-    values = list(value) if isinstance(value, (list, tuple)) else [value]
-    return (values * rank)[:rank] if values and not isinstance(values[0], str) else [default] * rank
+def _each(value: Argument, rank: int) -> list[int]:
+    """A size for each axis, of one number or several."""
+    return ((list(value) if isinstance(value, (list, tuple)) else [value]) * rank)[:rank]
 
 
 def _pooling(node: fx.Node, shapes: Sequence[Shape | None], result: Shape) -> list[Run]:
     rank = int(next(letter for letter in reversed(operator_name(node)) if letter.isdigit()))
-    kernel = _each(node, 1, "kernel_size", 1, rank)
-    stride = _each(node, 2, "stride", [], rank) if len(node.args) > 2 and node.args[2] else kernel
-    dilation = _each(node, 4, "dilation", 1, rank) if operator_name(node).startswith("max") else [1] * rank
+    kernel = argument(node, "kernel_size")
+    kernel, stride = _each(kernel, rank), _each(argument(node, "stride") or kernel, rank)
+    dilation = _each(argument(node, "dilation"), rank) if operator_name(node).startswith("max") else [1] * rank
     return _windows(kernel, stride, dilation, result)
 
 
@@ -185,14 +192,8 @@ def _matmul(node: fx.Node, shapes: Sequence[Shape | None], result: Shape) -> lis
 
 def _attention(node: fx.Node, shapes: Sequence[Shape | None], result: Shape) -> list[Run]:
     """Each query, head and sample by itself, where there is no mask."""
-    plain = (
-        len(shapes) == 3
-        and len(node.args) <= 5
-        and not node.kwargs.get("enable_gqa")
-        and len({len(shape or ()) for shape in shapes}) == 1
-    )
-    causal = (node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False)) is not False
-    if not plain or causal:
+    alone = argument(node, "is_causal") is False and not argument(node, "enable_gqa")
+    if not alone or len(shapes) != 3 or len({len(shape or ()) for shape in shapes}) != 1:
         return []
     lead = [f"lead{index}" for index in range(len(result) - 2)]
     letters = [[*lead, "rows", "inner"], [*lead, "keys", "inner"], [*lead, "keys", "columns"]]
@@ -200,24 +201,23 @@ def _attention(node: fx.Node, shapes: Sequence[Shape | None], result: Shape) -> 
 
 
 def _permuted(node: fx.Node, shapes: Sequence[Shape | None], result: Shape) -> list[Run]:
-    rank, given = len(result), list[Any](node.args[1:])
-    order: list[Any] = list(range(rank))
+    rank, order = len(result), list(range(len(result)))
     if operator_name(node) == "permute":
-        order = [axis % rank for axis in given[0]]
+        order = [axis % rank for axis in argument(node, "dims")]
     else:
-        one, other = (axis % rank for axis in given)
+        name = "axis" if operator_name(node) == "swapaxes" else "dim"
+        one, other = (argument(node, f"{name}{index}") % rank for index in (0, 1))
         order[one], order[other] = other, one
     return [Run({0: axis}, place) for place, axis in enumerate(order)]
 
 
 def _beside(node: fx.Node, shapes: Sequence[Shape | None], result: Shape) -> list[Run]:
     """What moves numbers along one axis (slice, cat, split, ...) does so at each place of the others."""
-    place = 2 if operator_name(node).endswith("_scatter") or operator_name(node).startswith(("split", "chunk")) else 1
-    dim: Any = node.args[place] if place < len(node.args) else node.kwargs.get("dim", 0)
+    dim = argument(node, "dim") % len(result)
     tensors = {index: shape for index, shape in enumerate(shapes) if shape is not None and len(shape) == len(result)}
     if operator_name(node) == "index_select":
         tensors = {0: result}
-    return [Run(dict.fromkeys(tensors, axis), axis) for axis in range(len(result)) if axis != dim % len(result)]
+    return [Run(dict.fromkeys(tensors, axis), axis) for axis in range(len(result)) if axis != dim]
 
 
 def _viewed(node: fx.Node, shapes: Sequence[Shape | None], result: Shape) -> list[Run]:
@@ -256,3 +256,106 @@ AXES: dict[str, Callable[[fx.Node, Sequence[Shape | None], Shape], list[Run]]] =
     **dict.fromkeys(("view", "_unsafe_view", "reshape"), _viewed),
     **dict.fromkeys(("expand", "broadcast_to"), _expanded),
 }
+
+
+# ------------------------------------------------------------------------------------------------------------------ cuts
+
+
+@dataclass
+class Cuts:
+    """Where the sources of a node and its result are cut, in the large graph and in the small one.
+
+    sizes: the large and the small one's axis -> size, among the arguments.  groups: how many are left of a convolution's, None for all.
+    """
+
+    large: list[Cut]
+    small: list[Cut]
+    result: Cut
+    sizes: tuple[dict[int, int], dict[int, int]]
+    groups: int | None = None
+
+
+class Probe:
+    """Where a node is cut for a comparison of the coupled graph with one of which only survivors are left."""
+
+    def __init__(self, survivors: Survivors):
+        self.coupling, self.survivors = survivors.coupling, survivors
+
+    def cuts(self, node: fx.Node, new: fx.Node) -> Cuts:
+        """A few positions in the middle of the axes that the operator treats alike; new: the node of the small graph.
+
+        Nothing is cut where the nodes read different things, and no run of axes of which different positions survive.
+        """
+        sources, others = sources_of(node), sources_of(new)
+        cuts = Cuts([[] for _ in sources], [[] for _ in others], [], ({}, {}))
+        values = [self.coupling.values[source] for source in sources]
+        same = [source.name for source in sources] == [source.name for source in others]
+        if not same or any(isinstance(value, list) for value in values):
+            return cuts
+        result = values_in(self.coupling.values[node])[0].shape
+        shapes = [value.shape if isinstance(value, Value) else None for value in values]
+        survivors: dict[Run, Tensor | None] = {}
+        for run in alike(node, shapes, result):
+            even, index = self._even_groups(run, node) if run.groups else self._common(run, node)
+            if even:
+                survivors[run] = index
+        for run, length in lengths(list(survivors), shapes, result, MOST):
+            if run.groups:
+                self._cut_groups(cuts, run, length, node)
+            else:
+                size = min((shapes[place] or ())[axis] for place, axis in run.sources.items())
+                _cut(cuts, run, (size - length) // 2, length, survivors[run])
+        return cuts
+
+    def _cut_groups(self, cuts: Cuts, run: Run, length: int, node: fx.Node) -> None:
+        """Some groups in the middle, of which equally many channels survive."""
+        cuts.groups, start = length, (run.groups - length) // 2
+
+        def part(channels: int) -> tuple[int, int]:
+            return start * channels // run.groups, length * channels // run.groups
+
+        for place, axis in run.sources.items():
+            source = sources_of(node)[place]
+            size, index = self.coupling.values[source].shape[axis], self.survivors.kept(source)[axis]
+            cuts.large[place].append((axis, *part(size)))
+            cuts.small[place].append((axis, *part(size if index is None else len(index))))
+        cuts.result.append((run.result, *part(self.coupling.values[node].shape[run.result])))
+
+    def _common(self, run: Run, node: fx.Node) -> tuple[bool, Tensor | None]:
+        """(do the same positions survive along all of a run's axes?, which they are, None for all)."""
+        sources = sources_of(node)
+        found = [kept[run.result] for kept in self.survivors.parts(node)]
+        found += [self.survivors.kept(sources[place])[axis] for place, axis in run.sources.items()]
+        first, *others = found
+        if first is None:
+            return all(index is None for index in others), None
+        return all(index is not None and torch.equal(index, first) for index in others), first
+
+    def _even_groups(self, run: Run, node: fx.Node) -> tuple[bool, None]:
+        """Does every group keep as many outputs, along all axes of these, and the same of its inputs?"""
+        source, groups = sources_of(node)[0], run.groups
+        read = self.survivors.kept(source)[run.sources[0]]
+        if read is not None:
+            size = self.coupling.values[source].shape[run.sources[0]] // groups
+            first = read[: len(read) // groups]
+            if len(read) % groups or not torch.equal(read, (first + size * torch.arange(groups)[:, None]).flatten()):
+                return False, None
+        outputs = Run({place: axis for place, axis in run.sources.items() if place}, run.result)
+        even, made = self._common(outputs, node)
+        if even and made is not None:
+            size = self.coupling.values[node].shape[run.result] // groups
+            even = len(torch.bincount(made // size, minlength=groups).unique()) == 1
+        return even, None
+
+
+def _cut(cuts: Cuts, run: Run, start: int, length: int, index: Tensor | None) -> None:
+    """``length`` positions from ``start`` on along the axes of a run; index: those that survive, None for all."""
+    first, count = survivors_in(index, start, length)
+    if not count:
+        return
+    for place, axis in run.sources.items():
+        cuts.large[place].append((axis, start, length))
+        cuts.small[place].append((axis, first, count))
+    cuts.result.append((run.result, start, length))
+    if run.sized:
+        cuts.sizes[0][run.result], cuts.sizes[1][run.result] = length, count

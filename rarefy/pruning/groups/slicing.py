@@ -1,29 +1,35 @@
 """cut(): the smaller graph.
 
-Cutting is one index-select on every parameter and buffer, and new sizes in the nodes that carry sizes: the table ``RESIZE``, one row an
-operator that has a size, a start, an index or a number of groups among its arguments. The new numbers are read off the labels that survive,
-so no row knows what a layer is. Whether the result is right is not believed but checked: ``twin.py``.
+Cutting is one index-select on every parameter and buffer, and new sizes in the nodes that carry sizes: the table
+``RESIZE``, one row an operator that has a size, a start, an index or a number of groups among its arguments. The new
+numbers are read off the labels that survive, so no row knows what a layer is. Whether the result is right is not believed
+but checked: ``equivalence.py``.
 """
 
 from __future__ import annotations
 
-import itertools
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
 
 from rarefy.errors import InputError
-from rarefy.graph.nodes import attribute, finish, operator_name, set_attribute, share_copy
-from rarefy.pruning.groups.groups import Coupling, Kept
-from rarefy.pruning.groups.labels import Value
+from rarefy.graph.nodes import (
+    argument,
+    attribute,
+    device_of,
+    finish,
+    operator_name,
+    set_argument,
+    set_attribute,
+    share_copy,
+)
+from rarefy.pruning.groups.groups import Coupling
+from rarefy.pruning.groups.labels import Carried, Kept
+from rarefy.pruning.groups.survivors import PIECE, Survivors
 
 aten = torch.ops.aten
-# Numbers of a tensor that are copied or compared at a time: they stay in the cache, and torch leaves so few to one thread. Threads that wait for each other
-# at every piece cost seconds on a busy machine.
-PIECE = 1 << 15
 
 
 def cut(coupling: Coupling, alive: Tensor) -> fx.GraphModule:
@@ -33,12 +39,12 @@ def cut(coupling: Coupling, alive: Tensor) -> fx.GraphModule:
     """
     graph = coupling.graph
     small = share_copy(graph)
-    knife = _Knife(coupling, alive, small)
+    slicer = Slicer(coupling, alive, small)
     for old, new in zip(graph.graph.nodes, small.graph.nodes, strict=True):
         resize = RESIZE.get(operator_name(old)) if old.op == "call_function" else None
         if resize is not None:
             try:
-                resize(knife, old, new)
+                resize(slicer, old, new)
             except InputError as error:
                 raise InputError(f"{old.meta.get('stack') or old.name}: {error}") from error
     _cut_tensors(coupling, alive, small)
@@ -56,12 +62,12 @@ def _cut_tensors(coupling: Coupling, alive: Tensor, small: fx.GraphModule) -> No
     named = [*small.named_parameters(remove_duplicate=False), *small.named_buffers(remove_duplicate=False)]
     for name, tensor in named:
         if id(tensor) not in done:
-            data = _selected(tensor.detach(), kept.get(first.get(name, name), {}))
+            data = _copied(tensor.detach(), kept.get(first.get(name, name), {}))
             done[id(tensor)] = nn.Parameter(data, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
         set_attribute(small, name, done[id(tensor)])
 
 
-def _selected(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+def _copied(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
     """A copy of the positions ``kept`` of some axes; along several, a few rows at a time, so that no larger tensor is made on the way."""
     chosen = [(axis, index.to(tensor.device)) for axis, index in sorted(kept.items())]
     if not chosen:
@@ -69,39 +75,51 @@ def _selected(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
     (first, rows), *others = chosen
     if not others:
         return tensor.index_select(first, rows)
-    made = tensor.new_empty([len(kept[axis]) if axis in kept else size for axis, size in enumerate(tensor.shape)])
+    copied = tensor.new_empty([len(kept[axis]) if axis in kept else size for axis, size in enumerate(tensor.shape)])
     pieces = rows.split(max(1, PIECE * tensor.shape[first] // max(1, tensor.numel())))
-    for part, target in zip(pieces, made.split([len(part) for part in pieces], first), strict=True):
+    for part, target in zip(pieces, copied.split([len(part) for part in pieces], first), strict=True):
         part = tensor.index_select(first, part)
         for axis, index in others:
             part = part.index_select(axis, index)
         target.copy_(part)
-    return made
+    return copied
 
 
-class _Knife:
+class Slicer:
     """What a row of ``RESIZE`` asks: the surviving positions of an axis of a node, and concrete arguments."""
 
     def __init__(self, coupling: Coupling, alive: Tensor, small: fx.GraphModule):
-        self.coupling, self.alive, self.small = coupling, alive, small
+        self.coupling, self.small = coupling, small
+        self.survivors = Survivors(coupling, alive)
 
-    def kept(self, node: Any) -> Kept:
-        value = self.coupling.values[node]
-        return self.coupling.kept(value, self.alive) if isinstance(value, Value) else []
+    def kept(self, node: fx.Node) -> Kept:
+        return self.survivors.kept(node)
 
-    def size(self, node: Any, axis: int) -> int:
-        kept, shape = self.kept(node), self.coupling.values[node].shape
-        index = kept[axis]
-        return shape[axis] if index is None else len(index)
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        """In the large graph."""
+        shape: tuple[int, ...] = self.coupling.values[node].shape
+        return shape
 
-    def number(self, argument: Any) -> Any:
+    def along(self, old: fx.Node) -> tuple[int, int, Tensor | None]:
+        """Of the axis ``dim`` of the node's first argument: which it is, its size, and what survives of it."""
+        source = source_of(old)
+        shape = self.shape(source)
+        axis = argument(old, "dim") % len(shape)
+        return axis, shape[axis], self.kept(source)[axis]
+
+    def size(self, node: fx.Node, axis: int) -> int:
+        index = self.kept(node)[axis]
+        return self.shape(node)[axis] if index is None else len(index)
+
+    def number(self, old: fx.Node, name: str) -> Carried:
         """A plain number for an argument that may be a node."""
-        return self.coupling.values[argument] if isinstance(argument, fx.Node) else argument
+        value = argument(old, name)
+        return self.coupling.values[value] if isinstance(value, fx.Node) else value
 
-    def sizes(self, old: fx.Node, new: fx.Node, asked: Sequence[Any], offset: int = 0) -> list[Any]:
+    def sizes(self, old: fx.Node, new: fx.Node, asked: Iterable[int | fx.Node], offset: int = 0) -> list[int | fx.Node]:
         """The sizes ``asked`` for the axes of ``old`` from ``offset`` on, where these are pruned replaced by what survives."""
-        kept, shape = self.kept(old), self.coupling.values[old].shape
-        result = []
+        kept, shape = self.kept(old), self.shape(old)
+        result: list[int | fx.Node] = []
         for axis, size in enumerate(asked, offset):
             index = kept[axis]
             if index is None or (isinstance(size, int) and size == -1):
@@ -117,206 +135,169 @@ class _Knife:
     def constant(self, new: fx.Node, value: Tensor) -> fx.Node:
         """A node that reads ``value``, kept as a buffer."""
         name = f"{new.name}_index"
-        device = next(
-            (tensor.device for tensor in itertools.chain(self.small.parameters(), self.small.buffers())), value.device
-        )
-        set_attribute(self.small, name, value.to(device))
+        set_attribute(self.small, name, value.to(device_of(self.small)))
         with new.graph.inserting_before(new):
             return new.graph.get_attr(name)
 
 
+def source_of(node: fx.Node) -> fx.Node:
+    """The first argument."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return source
+
+
 # ---------------------------------------------------------------------------------------------------------------- resize
-# A row takes the knife, the node of the coupled graph and its copy, whose arguments it sets.
+# A row takes the slicer, the node of the coupled graph and its copy, whose arguments it sets.
+
+Resize = Callable[[Slicer, fx.Node, fx.Node], None]
 
 
-def _set(new: fx.Node, name: str, value: Any) -> None:
-    """Set an argument by its name in the operator's schema."""
-    names = [argument.name for argument in new.target._schema.arguments]  # type: ignore[union-attr]
-    place = names.index(name)
-    if place < len(new.args):
-        new.update_arg(place, value)
-    else:
-        new.update_kwarg(name, value)
-
-
-def _get(node: fx.Node, name: str) -> Any:
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    place = next(index for index, argument in enumerate(schema) if argument.name == name)
-    return node.args[place] if place < len(node.args) else node.kwargs.get(name, schema[place].default_value)
-
-
-def _sizes(name: str) -> Callable[[_Knife, fx.Node, fx.Node], None]:
-    def resize(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
-        if any(index is not None for index in knife.kept(old)):
-            _set(new, name, knife.sizes(old, new, _get(new, name)))
+def _sizes(name: str) -> Resize:
+    def resize(slicer: Slicer, old: fx.Node, new: fx.Node) -> None:
+        if not slicer.survivors.is_whole(old):
+            set_argument(new, name, slicer.sizes(old, new, argument(new, name)))
 
     return resize
 
 
-def _unflatten(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
-    source: Any = old.args[0]
-    axis = _get(old, "dim") % knife.coupling.values[source].rank
-    _set(new, "sizes", knife.sizes(old, new, _get(new, "sizes"), axis))
+def _unflatten(slicer: Slicer, old: fx.Node, new: fx.Node) -> None:
+    axis, _, _ = slicer.along(old)
+    set_argument(new, "sizes", slicer.sizes(old, new, argument(new, "sizes"), axis))
 
 
-def _pieces(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
+def _pieces(slicer: Slicer, old: fx.Node, new: fx.Node) -> None:
     """split, chunk and their kin become ``split_with_sizes`` where the pieces may have become unequal."""
-    source: Any = old.args[0]
-    axis = _get(old, "dim") % knife.coupling.values[source].rank
-    if knife.kept(source)[axis] is None:
+    axis, _, kept = slicer.along(old)
+    if kept is None:
         return
     sizes = []
-    for part in knife.coupling.values[old]:
-        index = knife.coupling.kept(part, knife.alive)[axis]
+    for part, survivors in zip(slicer.coupling.values[old], slicer.survivors.parts(old), strict=True):
+        index = survivors[axis]
         sizes.append(part.shape[axis] if index is None else len(index))
-    new.target = aten.split_with_sizes.default
-    new.args, new.kwargs = (new.args[0], sizes, axis), {}
+    new.target, new.args, new.kwargs = aten.split_with_sizes.default, (new.args[0], sizes, axis), {}
 
 
-def _take(knife: _Knife, new: fx.Node, axis: int, kept: Tensor, wanted: Tensor) -> None:
+def _take(slicer: Slicer, new: fx.Node, axis: int, kept: Tensor, wanted: Tensor) -> None:
     """Positions ``wanted`` of an axis of which ``kept`` survive: a slice if they are evenly spaced, else an index."""
     place = torch.searchsorted(kept, wanted[torch.isin(wanted, kept)])
     steps = place.diff().unique()
     if len(place) == 1 or (len(steps) == 1 and int(steps[0]) > 0):
         step = int(steps[0]) if len(steps) else 1
-        new.target, new.args, new.kwargs = (
-            aten.slice.Tensor,
-            (new.args[0], axis, int(place[0]), int(place[-1]) + 1, step),
-            {},
-        )
+        new.target, new.args = aten.slice.Tensor, (new.args[0], axis, int(place[0]), int(place[-1]) + 1, step)
     else:
-        new.target, new.args, new.kwargs = (
-            aten.index_select.default,
-            (new.args[0], axis, knife.constant(new, place)),
-            {},
-        )
+        new.target, new.args = aten.index_select.default, (new.args[0], axis, slicer.constant(new, place))
+    new.kwargs = {}
 
 
-def _slice(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
-    source: Any = old.args[0]
-    shape = knife.coupling.values[source].shape
-    axis = _get(old, "dim") % len(shape)
-    kept = knife.kept(source)[axis]
+def _slice(slicer: Slicer, old: fx.Node, new: fx.Node) -> None:
+    axis, size, kept = slicer.along(old)
     if kept is None:
         return
     if operator_name(old) == "narrow":
-        start, length = knife.number(_get(old, "start")), knife.number(_get(old, "length"))
-        start %= shape[axis]
-        wanted = range(start, start + length)
+        start = slicer.number(old, "start") % size
+        wanted = range(start, start + slicer.number(old, "length"))
     else:
-        start, end, step = (knife.number(_get(old, name)) for name in ("start", "end", "step"))
-        wanted = range(*slice(start, end, step).indices(shape[axis]))
-    _take(knife, new, axis, kept, torch.tensor(list(wanted)))
+        wanted = range(*slice(*(slicer.number(old, name) for name in ("start", "end", "step"))).indices(size))
+    _take(slicer, new, axis, kept, torch.tensor(list(wanted)))
 
 
-def _scatter(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
+def _scatter(slicer: Slicer, old: fx.Node, new: fx.Node) -> None:
     """The replaced part starts and ends where its survivors do."""
-    source: Any = old.args[0]
-    shape = knife.coupling.values[source].shape
-    axis = _get(old, "dim") % len(shape)
-    kept = knife.kept(source)[axis]
+    _, size, kept = slicer.along(old)
     if kept is None:
         return
     if operator_name(old) == "select_scatter":
-        _set(new, "index", int(torch.searchsorted(kept, knife.number(_get(old, "index")) % shape[axis])))
+        _select(slicer, old, new)
         return
-    start, end, _ = slice(knife.number(_get(old, "start")), knife.number(_get(old, "end"))).indices(shape[axis])
-    _set(new, "start", int((kept < start).sum()))
-    _set(new, "end", int((kept < end).sum()))
+    start, end, _ = slice(slicer.number(old, "start"), slicer.number(old, "end")).indices(size)
+    set_argument(new, "start", int((kept < start).sum()))
+    set_argument(new, "end", int((kept < end).sum()))
 
 
-def _select(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
-    source: Any = old.args[0]
-    shape = knife.coupling.values[source].shape
-    axis = _get(old, "dim") % len(shape)
-    kept = knife.kept(source)[axis]
+def _select(slicer: Slicer, old: fx.Node, new: fx.Node) -> None:
+    _, size, kept = slicer.along(old)
     if kept is not None:
-        index = knife.number(_get(old, "index")) % shape[axis]
-        _set(new, "index", int(torch.searchsorted(kept, index)))
+        set_argument(new, "index", int(torch.searchsorted(kept, slicer.number(old, "index") % size)))
 
 
-def _index(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
+def _index(slicer: Slicer, old: fx.Node, new: fx.Node) -> None:
     """A constant index along a pruned axis: the survivors of its result, at their new places."""
-    source: Any = old.args[0]
-    kept = knife.kept(source)
+    source = source_of(old)
+    kept = slicer.kept(source)
     single = operator_name(old) == "index_select"
-    raw: Any = old.args[2] if single else old.args[1]
-    axes = [_get(old, "dim") % len(kept)] if single else [axis for axis, index in enumerate(raw) if index is not None]
+    asked = argument(old, "index" if single else "indices")
+    axes = [slicer.along(old)[0]] if single else [axis for axis, index in enumerate(asked) if index is not None]
     if all(kept[axis] is None for axis in axes):
         return
     axis = axes[0]
     survivors = kept[axis]
     assert survivors is not None
-    index = attribute(knife.coupling.graph, str((raw if single else raw[axis]).target)).cpu()
-    index = torch.where(index < 0, index + knife.coupling.values[source].shape[axis], index)
-    for place, positions in enumerate(knife.kept(old)[axis : axis + index.dim()]):
+    index = attribute(slicer.coupling.graph, asked if single else asked[axis]).cpu()
+    index = torch.where(index < 0, index + slicer.shape(source)[axis], index)
+    for place, positions in enumerate(slicer.kept(old)[axis : axis + index.dim()]):
         if positions is not None:
             index = index.index_select(place, positions)
-    constant = knife.constant(new, torch.searchsorted(survivors, index))
+    constant = slicer.constant(new, torch.searchsorted(survivors, index))
     if single:
-        new.update_arg(2, constant)
+        set_argument(new, "index", constant)
     else:
-        new.update_arg(1, [constant if place == axis else value for place, value in enumerate(new.args[1])])  # type: ignore[arg-type]
+        held = argument(new, "indices")
+        set_argument(new, "indices", [constant if place == axis else value for place, value in enumerate(held)])
 
 
-def _pad(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
-    source: Any = old.args[0]
-    pad = list(_get(old, "pad"))
-    shape = knife.coupling.values[source].shape
-    before_kept, after_kept = knife.kept(source), knife.kept(old)
+def _pad(slicer: Slicer, old: fx.Node, new: fx.Node) -> None:
+    source, pad = source_of(old), list(argument(old, "pad"))
+    shape, padded = slicer.shape(source), slicer.shape(old)
     for pair in range(len(pad) // 2):
         axis = len(shape) - 1 - pair
         before, after = pad[2 * pair], pad[2 * pair + 1]
-        index, own = after_kept[axis], before_kept[axis]
-        if (before, after) == (0, 0) or (index is None and own is None):
+        read, made = slicer.kept(source)[axis], slicer.kept(old)[axis]
+        if (before, after) == (0, 0) or (made is None and read is None):
             continue
-        total = knife.coupling.values[old].shape[axis]
-        index = torch.arange(total) if index is None else index
-        own = torch.arange(shape[axis]) if own is None else own
-        lost_before = int((own < -before).sum()) if before < 0 else 0
-        lost_after = int((own >= shape[axis] + after).sum()) if after < 0 else 0
-        pad[2 * pair] = int((index < before).sum()) if before > 0 else -lost_before
-        pad[2 * pair + 1] = int((index >= total - after).sum()) if after > 0 else -lost_after
-    _set(new, "pad", pad)
+        made = torch.arange(padded[axis]) if made is None else made
+        read = torch.arange(shape[axis]) if read is None else read
+        lost_before = int((read < -before).sum()) if before < 0 else 0
+        lost_after = int((read >= shape[axis] + after).sum()) if after < 0 else 0
+        pad[2 * pair] = int((made < before).sum()) if before > 0 else -lost_before
+        pad[2 * pair + 1] = int((made >= padded[axis] - after).sum()) if after > 0 else -lost_after
+    set_argument(new, "pad", pad)
 
 
-def _groups(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
+def _groups(slicer: Slicer, old: fx.Node, new: fx.Node) -> None:
     """Depthwise: as many groups as channels. Otherwise each group became narrower and their number stays."""
-    source: Any = old.args[0]
-    made_by: Any = old.args[1]
-    groups = _get(old, "groups")
-    value, weight = knife.coupling.values[source], knife.coupling.values[made_by]
-    axis = value.rank - weight.rank + 1
-    if groups > 1 and groups == value.shape[axis]:
-        _set(new, "groups", knife.size(source, axis))
+    source, groups = source_of(old), argument(old, "groups")
+    shape = slicer.shape(source)
+    axis = len(shape) - len(slicer.shape(argument(old, "weight"))) + 1
+    if groups > 1 and groups == shape[axis]:
+        set_argument(new, "groups", slicer.size(source, axis))
 
 
-def _normalized_shape(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
-    shape = _get(old, "normalized_shape")
-    _set(new, "normalized_shape", knife.sizes(old, new, shape, knife.coupling.values[old].rank - len(shape)))
+def _normalized_shape(slicer: Slicer, old: fx.Node, new: fx.Node) -> None:
+    shape: Sequence[int] = argument(old, "normalized_shape")
+    set_argument(new, "normalized_shape", slicer.sizes(old, new, shape, len(slicer.shape(old)) - len(shape)))
 
 
-def _group_norm(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
-    if _get(old, "num_groups") == knife.coupling.values[old].shape[1]:
-        _set(new, "num_groups", knife.size(old, 1))
+def _group_norm(slicer: Slicer, old: fx.Node, new: fx.Node) -> None:
+    if argument(old, "num_groups") == slicer.shape(old)[1]:
+        set_argument(new, "num_groups", slicer.size(old, 1))
 
 
-def _attention(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
+def _attention(slicer: Slicer, old: fx.Node, new: fx.Node) -> None:
     """The scale stays that of the trained network."""
-    query: Any = old.args[0]
-    if _get(old, "scale") is None and knife.kept(query)[-1] is not None:
-        _set(new, "scale", float(knife.coupling.values[query].shape[-1]) ** -0.5)
+    query = source_of(old)
+    if argument(old, "scale") is None and slicer.kept(query)[-1] is not None:
+        set_argument(new, "scale", float(slicer.shape(query)[-1]) ** -0.5)
 
 
-def _squeeze(knife: _Knife, old: fx.Node, new: fx.Node) -> None:
+def _squeeze(slicer: Slicer, old: fx.Node, new: fx.Node) -> None:
     """``squeeze()`` of every axis of size 1 must not take one that pruning made so."""
     if old.target is aten.squeeze.default:
-        source: Any = old.args[0]
-        shape = knife.coupling.values[source].shape
-        new.target, new.args = aten.squeeze.dims, (new.args[0], [axis for axis, size in enumerate(shape) if size == 1])
+        ones = [axis for axis, size in enumerate(slicer.shape(source_of(old))) if size == 1]
+        new.target, new.args = aten.squeeze.dims, (new.args[0], ones)
 
 
-RESIZE: dict[str, Callable[[_Knife, fx.Node, fx.Node], None]] = {
+RESIZE: dict[str, Resize] = {
     **dict.fromkeys(
         ("view", "_unsafe_view", "expand", "broadcast_to", "new_zeros", "new_ones", "new_full", "new_empty"),
         _sizes("size"),

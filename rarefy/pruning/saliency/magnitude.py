@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, fx
+
+from rarefy.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,6 @@ class Magnitude:
     scope: ClassVar[str] = "global"
 
     def scores(
-        self, graph: fx.GraphModule, weights: Mapping[str, Sequence[fx.Node]], task: Any, seed: int
+        self, graph: fx.GraphModule, weights: Mapping[str, Sequence[fx.Node]], task: Task | None, seed: int
     ) -> dict[str, Tensor]:
         return {name: graph.get_parameter(name).detach().abs() for name in weights}

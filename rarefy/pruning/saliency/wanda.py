@@ -12,13 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
 
+from rarefy.data.items import Split
 from rarefy.errors import DataError, InputError
-from rarefy.graph.nodes import attribute, device_of
+from rarefy.graph.interpreter import call, run
+from rarefy.graph.nodes import Value, argument, device_of
+from rarefy.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -37,36 +40,35 @@ class Wanda:
             raise ValueError(f"images={self.images} and batch_size={self.batch_size} must be at least 1")
 
     def scores(
-        self, graph: fx.GraphModule, weights: Mapping[str, Sequence[fx.Node]], task: Any, seed: int
+        self, graph: fx.GraphModule, weights: Mapping[str, Sequence[fx.Node]], task: Task | None, seed: int
     ) -> dict[str, Tensor]:
         """Raises InputError without a task, DataError without data."""
         if task is None:
             raise InputError("criterion 'wanda' needs data: pass task= (--data), or use criterion='magnitude'")
-        squares = _Squares(graph, weights)
-        split = "train" if task.train is not None else "val"
-        for inputs in task.inputs(split, self.images, self.batch_size, seed=seed, device=device_of(graph)):
-            squares.run(inputs)
-        if len(squares.found) < len(weights):
+        names = {node: name for name, nodes in weights.items() for node in nodes}
+        squares: dict[str, Tensor] = {}
+
+        def rule(node: fx.Node, live: Mapping[fx.Node, Value]) -> Value:
+            if node in names:
+                name, added = names[node], _squares(node, live)
+                squares[name] = squares[name] + added if name in squares else added
+            return call(node, live)
+
+        split: Split = "train" if task.data.train is not None else "val"
+        with torch.no_grad():
+            for inputs in task.data.inputs(split, self.images, self.batch_size, seed=seed, device=device_of(graph)):
+                run(graph, (inputs,), instead=rule)
+        if len(squares) < len(weights):
             raise DataError(f"criterion 'wanda': the {split} split of the task is empty")
-        return {name: graph.get_parameter(name).detach().abs() * squares.found[name].sqrt() for name in weights}
+        return {name: graph.get_parameter(name).detach().abs() * squares[name].sqrt() for name in weights}
 
 
-class _Squares(fx.Interpreter):
-    """Runs the graph and adds up, for each weight, the squares of what it multiplies: ``found``, name -> (shape of the weight)."""
-
-    def __init__(self, graph: fx.GraphModule, weights: Mapping[str, Sequence[fx.Node]]):
-        super().__init__(graph)
-        self.names = {node: name for name, nodes in weights.items() for node in nodes}
-        self.found: dict[str, Tensor] = {}
-
-    @torch.no_grad()
-    def run_node(self, n: fx.Node) -> Any:
-        name = self.names.get(n)
-        if name is not None:
-            args, kwargs = self.fetch_args_kwargs_from_env(n)
-            with torch.enable_grad():
-                weight = torch.zeros_like(attribute(self.module, name)).requires_grad_()
-                total = n.target(args[0].square(), weight, *args[2:], **kwargs).sum()  # type: ignore[operator]
-                (squares,) = torch.autograd.grad(total, weight)
-            self.found[name] = self.found[name] + squares if name in self.found else squares
-        return super().run_node(n)
+@torch.enable_grad()
+def _squares(node: fx.Node, live: Mapping[fx.Node, Value]) -> Tensor:
+    """Of what the node's weight multiplies, the sum for each element of the weight."""
+    inputs, weight = node.all_input_nodes[0], argument(node, "weight")
+    given = dict(live)
+    given[inputs] = live[inputs].square()
+    given[weight] = torch.zeros_like(live[weight]).requires_grad_()
+    (squares,) = torch.autograd.grad(call(node, given).sum(), given[weight])
+    return squares
