@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import typer
 
 from rarefy.cli import main
@@ -15,7 +17,7 @@ from rarefy.compression import recipe
 ROOT = Path(__file__).resolve().parents[1]
 SCORES = """
 from dataclasses import dataclass
-from rarefy.criteria.magnitude import Magnitude
+from rarefy.pruning.criteria.magnitude import Magnitude
 
 @dataclass(frozen=True)
 class MyScore:
@@ -54,10 +56,19 @@ def test_every_command_is_one_that_there_is(file: str) -> None:
         group.commands[name].make_context(name, list(arguments))  # type: ignore[attr-defined]
 
 
-def test_every_python_block_is_python() -> None:
+def test_the_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the pages, in one folder: the tutorial loads what the README saved, and has to find the same."""
+    pytest.importorskip("torchvision", reason="the tutorial prunes a detector of torchvision")
+    monkeypatch.chdir(tmp_path)
+    run: dict[str, Any] = {}
     for file in ("README.md", "docs/tutorial.md"):
+        assert blocks(file, "python")
         for block in blocks(file, "python"):
-            compile(block, file, "exec")
+            exec(compile(block, file, "exec"), run)  # noqa: S102 (our own pages)
+    images = torch.rand(3, 1, 8, 8)
+    assert torch.equal(run["small"](images), run["model"](images)) and len(run["digits"]()(images)) == 3
+    assert run["result"].report["before"]["evaluation"]["value"] > 0.9
+    assert run["parity"]["passed"] and (tmp_path / "backbone.onnx").exists()
 
 
 def test_every_recipe_is_one(tmp_path: Path) -> None:

@@ -7,11 +7,27 @@ from typing import Annotated, Any
 
 import typer
 
+from rarefy import plugins
 from rarefy.cli.inputs import device_of, prepared, share_or_count
-from rarefy.cli.options import DataOptions, Device, Ignore, Json, ModelOptions, Output, Runtime, Seed, app, grouped
+from rarefy.cli.options import (
+    DataOptions,
+    Device,
+    Fields,
+    Ignore,
+    Json,
+    ModelOptions,
+    OptionalOutput,
+    Output,
+    Seed,
+    app,
+    grouped,
+)
 from rarefy.cli.outputs import claim_folder, save_result
 from rarefy.cli.terminal import show_json, show_table
 from rarefy.errors import InputError
+from rarefy.pruning.options import Options
+
+ASKED = Fields(Options, {"batch": "batch_size"}, without=("task", "device", "checkpoint", "progress"))
 
 
 @app.command()
@@ -19,109 +35,29 @@ from rarefy.errors import InputError
 def prune(
     model: ModelOptions,
     data: DataOptions,
-    output: Annotated[str | None, typer.Option("-o", "--output", metavar="PATH", help="Where the result goes.")] = None,
-    keep: Annotated[float | None, typer.Option(metavar="SHARE", help="Share of the channels to keep.")] = None,
-    macs: Annotated[
-        float | None, typer.Option(metavar="SHARE", help="MACs that may remain: a share, or a number above 1.")
-    ] = None,
-    params: Annotated[
-        float | None, typer.Option(metavar="SHARE", help="Parameters that may remain: a share, or a number above 1.")
-    ] = None,
-    speedup: Annotated[
-        float | None,
-        typer.Option(
-            metavar="RATIO",
-            help="Times as fast as the original, measured on --runtime; widths follow its kernels' times.",
-        ),
-    ] = None,
-    runtime: Runtime = "onnxruntime",
-    threads: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Of the runtime, for --speedup; default 1.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Samples a run, for --speedup.")] = 1,
-    criterion: Annotated[
-        str, typer.Option(metavar="CHOICE", help="What a channel is worth; see `rarefy list criteria`.")
-    ] = "magnitude",
-    ranking: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="global: layers compete; loss: the same, for hessian:group=true and taylor:form=fisher; local: each loses its share; isomorphic: layers of like structure compete.",
-        ),
-    ] = "global",
-    round_to: Annotated[
-        int,
-        typer.Option(metavar="N", min=1, help="Channels left are a multiple of this; with --speedup 8 unless given."),
-    ] = 1,
-    floor: Annotated[float, typer.Option(metavar="SHARE", help="Share of any layer that stays in any case.")] = 0.1,
-    ignore: Ignore = None,
-    heads: Annotated[
-        str, typer.Option(metavar="NAME", help="Of attention: dims, the same of each head leave; whole: heads leave.")
-    ] = "dims",
-    select: Annotated[
-        str,
-        typer.Option(
-            metavar="CHOICE", help="How scores decide: best, or sample:temperature=1; see `rarefy list selection`."
-        ),
-    ] = "best",
-    schedule: Annotated[
-        str,
-        typer.Option(
-            metavar="CHOICE", help="oneshot, iterative:rounds=5, group_sparse:epochs=10; see `rarefy list schedules`."
-        ),
-    ] = "oneshot",
-    check: Annotated[bool, typer.Option(help="Compare with the masked original.")] = True,
-    repair: Annotated[bool, typer.Option(help="Mend it on 512 training images, without training.")] = False,
+    given: Annotated[dict[str, Any], ASKED],
+    output: OptionalOutput = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Only show what would leave together, and what can't leave and why.")
     ] = False,
-    seed: Seed = 0,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Remove whole channels. Data is only needed to repair, by criteria that look at it, and by schedules that train: these go on after a kill."""
-    from rarefy import plugins
-
-    for kind, choice in (
-        ("criteria", criterion),
-        ("runtimes", runtime),
-        ("selection", select),
-        ("schedules", schedule),
-    ):
-        plugins.resolve(kind, choice)
+    for target in given.keys() & {"macs", "params"}:
+        given[target] = share_or_count(given[target])
+    asked = Options(**{**given, "repair": False})  # what is no choice is told before a model is loaded
+    plugins.resolve("runtimes", asked.runtime)
     if explain:
         _, graph, _ = prepared(model, data, needed=False)
-        return _show_coupling(graph, tuple(ignore or ()), heads, as_json)
+        return _show_coupling(graph, asked.globs, asked.heads, as_json)
     if output is None:
         raise InputError("no --output is given; pass -o PATH, or --explain to only look (rarefy prune --help)")
     folder = claim_folder(output)
     source, graph, task = prepared(model, data, needed=False)
     from rarefy.pruning.prune import prune as verb
 
-    small = verb(
-        graph,
-        keep=keep,
-        macs=share_or_count(macs),
-        params=share_or_count(params),
-        speedup=speedup,
-        runtime=runtime,
-        threads=threads,
-        batch=batch_size,
-        criterion=criterion,
-        ranking=ranking,
-        round_to=round_to,
-        floor=floor,
-        ignore=tuple(ignore or ()),
-        heads=heads,
-        select=select,
-        schedule=schedule,
-        task=task,
-        seed=seed,
-        check=check,
-        device=device_of(device),
-        checkpoint=f"{folder}.work",
-        repair=repair,
-    )
+    small = verb(graph, **given, task=task, device=device_of(device), checkpoint=f"{folder}.work")
     save_result(small, folder, source, task, as_json)
     shutil.rmtree(f"{folder}.work", ignore_errors=True)
 
