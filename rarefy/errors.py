@@ -76,6 +76,6 @@ class TrainingDiverged(CheckFailed):
     graph: Any = None
 
 
-def first_line(error: BaseException, most: int = 200) -> str:
+def first_line(error: BaseException, most: int | None = 200) -> str:
     """What another package's error says, in one line of at most so many characters."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:most]

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from rarefy.data.augmentation import Augmentation, random_box, shifted
 from rarefy.data.items import Items, Picture
 from rarefy.data.targets import Target
-from rarefy.errors import DataError
+from rarefy.errors import DataError, first_line
 
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -91,7 +91,7 @@ class Decoder:
         except DataError as error:
             return _Decoded(index, refused=str(error))
         except Exception as error:
-            return _Decoded(index, broken=f"{self.source.name(index, image)} ({_why(error)})")
+            return _Decoded(index, broken=f"{self.source.name(index, image)} ({first_line(error)})")
 
     def _decoded(self, image: Picture, draw: np.random.Generator | None) -> Tensor:
         channels = self.shape[0]
@@ -249,7 +249,7 @@ def _uninterrupted(loader: DataLoader[Batch], where: str) -> Iterator[Batch]:
             return
         except RuntimeError as error:
             raise DataError(
-                f"{where}: a worker stopped ({_why(error)}); pass fewer workers, or workers=0 to decode in this process"
+                f"{where}: a worker stopped ({first_line(error)}); pass fewer workers, or workers=0 to decode in this process"
             ) from error
         yield batch
 
@@ -287,7 +287,3 @@ def generator(*seeds: int) -> torch.Generator:
 def _kind(value: object) -> str:
     shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor | np.ndarray) else ""
     return f"a {type(value).__name__}{shape}"
-
-
-def _why(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

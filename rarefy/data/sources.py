@@ -29,8 +29,8 @@ from collections.abc import Callable
 
 from rarefy.data import formats
 from rarefy.data.items import FORMS, Arrays, Items, Source, Split, from_object, held_out
-from rarefy.data.targets import ClassIndices, Targets, first_line
-from rarefy.errors import DataError
+from rarefy.data.targets import ClassIndices, Targets
+from rarefy.errors import DataError, first_line
 
 Read = Callable[[str, str, Split], tuple[object, bool]]
 
@@ -77,4 +77,6 @@ def _function(text: str, rest: str, split: Split) -> tuple[object, bool]:
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"{text}: the function failed with {type(error).__name__}: {first_line(error)}") from error
+        raise DataError(
+            f"{text}: the function failed with {type(error).__name__}: {first_line(error, None)}"
+        ) from error

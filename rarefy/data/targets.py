@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rarefy.errors import DataError
+from rarefy.errors import DataError, first_line
 
 Target = int | np.ndarray  # of one image
 
@@ -44,7 +44,7 @@ class ClassIndices:
         try:
             labels = torch.as_tensor(np.asarray(given) if isinstance(given, list | tuple) else given).detach().cpu()
         except (TypeError, ValueError) as error:
-            why = first_line(error)
+            why = first_line(error, None)
             raise DataError(
                 f"{where}: labels can't be read ({why}); pass class indices (0, 1, ...), one an image"
             ) from error
@@ -95,7 +95,7 @@ class Numbers:
         try:
             numbers = torch.as_tensor(np.asarray(given) if isinstance(given, list | tuple) else given).detach().cpu()
         except (TypeError, ValueError) as error:
-            raise DataError(f"{where}: targets can't be read ({first_line(error)}); pass numbers") from error
+            raise DataError(f"{where}: targets can't be read ({first_line(error, None)}); pass numbers") from error
         _one_an_image(numbers, count, where)
         self.check(numbers, where)
         return numbers.float()
@@ -117,7 +117,3 @@ def _one_an_image(targets: Tensor, count: int, where: str) -> None:
     if targets.dim() == 0 or len(targets) != count:
         given = len(targets) if targets.dim() else 1
         raise DataError(f"{where}: {count} images but {given} labels; pass one label an image")
-
-
-def first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

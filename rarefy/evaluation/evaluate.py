@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.data.items import Split
-from rarefy.errors import DataError, InputError
+from rarefy.errors import DataError, InputError, first_line
 from rarefy.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt, fits
 from rarefy.evaluation.evaluation import Evaluation, evaluation_of
 from rarefy.graph.nodes import device_of
@@ -131,9 +131,8 @@ class _Runner:
                 f"{who}: {self.device} is out of memory at batch size {len(inputs)}; pass a smaller one"
             ) from error
         except (RuntimeError, ValueError, TypeError) as error:
-            why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
             raise DataError(
-                f"{who}: can't be run on inputs of shape {tuple(inputs.shape)} ({why}); "
+                f"{who}: can't be run on inputs of shape {tuple(inputs.shape)} ({first_line(error, 300)}); "
                 "does the task's size or channels fit the model?"
             ) from error
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from rarefy.errors import CaptureError
+from rarefy.errors import CaptureError, first_line
 from rarefy.graph.canonical import make_functional
 from rarefy.graph.fold import fold_weight_norm
 from rarefy.graph.layers import TRAINING_FLAG
@@ -176,9 +176,8 @@ def _explain(model: nn.Module, error: Exception) -> str:
         if not frame.filename.startswith((inside, os.path.dirname(__file__)))
     ]
     where = f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
-    why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return (
-        f"{type(model).__name__} can't be captured{where}: {why[:300]}; "
+        f"{type(model).__name__} can't be captured{where}: {first_line(error, 300)}; "
         "change that line to tensor operations, or compress the part that is tensors only with core='name.of.submodule'"
     )
 
