@@ -22,15 +22,8 @@ import torch
 from torch import Tensor
 
 from rarefy.kernels.chunks import by_images
+from rarefy.kernels.library import GRID, operator
 from rarefy.kernels.quantize import from_codes, to_codes
-
-_library = torch.library.Library("rarefy", "FRAGMENT")
-_GRIDS = (
-    "Tensor a, Tensor a_scale, Tensor a_zero_point, Tensor b, Tensor b_scale, Tensor b_zero_point, "
-    "Tensor scale, Tensor zero_point, int qmin, int qmax, ScalarType dtype"
-)
-_library.define(f"add({_GRIDS}) -> Tensor")
-_library.define(f"mul({_GRIDS}) -> Tensor")
 
 
 def add(
@@ -107,8 +100,5 @@ def _shape(a: Tensor, a_scale: Tensor, a_zero_point: Tensor, b: Tensor, *rest: o
     return a.new_empty(torch.broadcast_shapes(a.shape, b.shape), dtype=dtype)
 
 
-for _name, _kernel in (("add", add), ("mul", mul)):
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"rarefy::{_name}", _shape)
-
-OPERATORS = (torch.ops.rarefy.add.default, torch.ops.rarefy.mul.default)
+_OPERANDS = "Tensor a, Tensor a_scale, Tensor a_zero_point, Tensor b, Tensor b_scale, Tensor b_zero_point"
+OPERATORS = tuple(operator(f"{_OPERANDS}, {GRID}", kernel, _shape) for kernel in (add, mul))

@@ -13,12 +13,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rarefy.kernels.library import operator
+
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 LARGEST = _VALUES[-1]
 _BIAS = 127
-
-_library = torch.library.Library("rarefy", "FRAGMENT")
-_library.define("dequantize_fp4(Tensor q, Tensor scale, Tensor tensor_scale, int group) -> Tensor")
 
 
 def encoded(scaled: Tensor) -> Tensor:
@@ -68,7 +67,4 @@ def _shape(q: Tensor, scale: Tensor, tensor_scale: Tensor, group: int) -> Tensor
     return q.new_empty(q.shape, dtype=tensor_scale.dtype)
 
 
-_library.impl("dequantize_fp4", dequantize_fp4, "CompositeExplicitAutograd")
-torch.library.register_fake("rarefy::dequantize_fp4", _shape)
-
-OPERATORS = (torch.ops.rarefy.dequantize_fp4.default,)
+OPERATORS = (operator("Tensor q, Tensor scale, Tensor tensor_scale, int group", dequantize_fp4, _shape),)

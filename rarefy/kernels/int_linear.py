@@ -28,24 +28,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rarefy.kernels.chunks import by_images
+from rarefy.kernels.library import GRID, operator
 from rarefy.kernels.quantize import from_codes, to_codes
 
 BIAS_LIMIT = 2.0**30  # of the codes of a bias, which are 32 bits wide
-
-
-CODES = "_codes"
-
-
+CODES = "_codes"  # ends the name of what holds the codes of a weight or a bias
 _LOW = 2**12  # of a bias in a sum: what is above has at most 2^20 values, so that float32 holds it
-
-_library = torch.library.Library("rarefy", "FRAGMENT")
-_READ = "Tensor x, Tensor weight, Tensor bias, Tensor x_scale, Tensor x_zero_point, Tensor weight_scale"
-_PLACES = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
-_GRID = "Tensor scale, Tensor zero_point, int qmin, int qmax, ScalarType dtype"
-_library.define(f"conv2d({_READ}, {_PLACES}) -> Tensor")
-_library.define(f"linear({_READ}) -> Tensor")
-_library.define(f"conv2d_codes({_READ}, {_PLACES}, {_GRID}) -> Tensor")
-_library.define(f"linear_codes({_READ}, {_GRID}) -> Tensor")
 
 
 def conv2d(
@@ -160,15 +148,11 @@ def _wide(one_a_channel: Tensor) -> Tensor:
     return one_a_channel.view(-1, 1, 1)
 
 
-for _name, _kernel, _shape in (
-    ("conv2d", conv2d, conv2d),
-    ("linear", linear, linear),
-    ("conv2d_codes", conv2d_codes, lambda *given: conv2d(*given[:10]).to(given[-1])),
-    ("linear_codes", linear_codes, lambda *given: linear(*given[:6]).to(given[-1])),
-):
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"rarefy::{_name}", _shape)
-
-OPERATORS = tuple(
-    getattr(torch.ops.rarefy, name).default for name in ("conv2d", "linear", "conv2d_codes", "linear_codes")
+_READ = "Tensor x, Tensor weight, Tensor bias, Tensor x_scale, Tensor x_zero_point, Tensor weight_scale"
+_PLACES = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
+OPERATORS = (
+    operator(f"{_READ}, {_PLACES}", conv2d),
+    operator(_READ, linear),
+    operator(f"{_READ}, {_PLACES}, {GRID}", conv2d_codes, lambda *given: conv2d(*given[:10]).to(given[-1])),
+    operator(f"{_READ}, {GRID}", linear_codes, lambda *given: linear(*given[:6]).to(given[-1])),
 )

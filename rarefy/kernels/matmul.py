@@ -7,13 +7,9 @@ Exact as in ``integer.py``: sums of whole numbers below 2^24, which is 1,024 pro
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-_library = torch.library.Library("rarefy", "FRAGMENT")
-_library.define(
-    "matmul(Tensor a, Tensor b, Tensor a_scale, Tensor a_zero_point, Tensor b_scale, Tensor b_zero_point) -> Tensor"
-)
+from rarefy.kernels.library import operator
 
 
 def matmul(
@@ -24,7 +20,5 @@ def matmul(
     return ((a.to(dtype) - a_zero_point.to(dtype)) @ (b.to(dtype) - b_zero_point.to(dtype))).mul_(a_scale * b_scale)
 
 
-_library.impl("matmul", matmul, "CompositeExplicitAutograd")
-torch.library.register_fake("rarefy::matmul", matmul)
-
-OPERATORS = (torch.ops.rarefy.matmul.default,)
+_OPERANDS = "Tensor a, Tensor b, Tensor a_scale, Tensor a_zero_point, Tensor b_scale, Tensor b_zero_point"
+OPERATORS = (operator(_OPERANDS, matmul),)

@@ -13,16 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rarefy.kernels.library import GRID, operator
 from rarefy.kernels.quantize import dequantize
-
-_library = torch.library.Library("rarefy", "FRAGMENT")
-_CODES = "Tensor x, Tensor x_scale, Tensor x_zero_point"
-_GRID = "Tensor scale, Tensor zero_point, int qmin, int qmax, ScalarType dtype"
-_library.define(f"mean({_CODES}, {_GRID}) -> Tensor")
-_library.define(
-    f"avg_pool2d({_CODES}, SymInt[] kernel, SymInt[] stride, SymInt[] padding, bool count_include_pad, {_GRID}) "
-    "-> Tensor"
-)
 
 
 def mean(
@@ -64,8 +56,6 @@ def avg_pool2d(
     return numbers.div_(scale).add_(zero_point.to(numbers.dtype)).round_().clamp_(qmin, qmax).to(dtype)
 
 
-for _name, _kernel in (("mean", mean), ("avg_pool2d", avg_pool2d)):
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"rarefy::{_name}", _kernel)
-
-OPERATORS = (torch.ops.rarefy.mean.default, torch.ops.rarefy.avg_pool2d.default)
+_CODES = "Tensor x, Tensor x_scale, Tensor x_zero_point"
+_WINDOWS = "SymInt[] kernel, SymInt[] stride, SymInt[] padding, bool count_include_pad"
+OPERATORS = (operator(f"{_CODES}, {GRID}", mean), operator(f"{_CODES}, {_WINDOWS}, {GRID}", avg_pool2d))

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from rarefy.kernels.chunks import PIECE, runs_on_cpu
+from rarefy.kernels.library import operator
 
 _ROUNDS = 1.5 * 2**23  # of float32s this large neighbours are whole numbers, below and above
 
@@ -56,14 +57,6 @@ def from_codes(codes: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _as(zero: Tensor | int, numbers: Tensor) -> Tensor | int:
     return zero.to(numbers.dtype) if isinstance(zero, Tensor) else zero
-
-
-_library = torch.library.Library("rarefy", "FRAGMENT")
-_library.define(
-    "quantize(Tensor x, Tensor scale, Tensor zero_point, int? axis, int qmin, int qmax, ScalarType dtype, int group=0) "
-    "-> Tensor"
-)
-_library.define("dequantize(Tensor q, Tensor scale, Tensor zero_point, int? axis, int group=0) -> Tensor")
 
 
 def along(parameter: Tensor, x: Tensor, axis: int | None, group: int = 0) -> Tensor:
@@ -170,28 +163,15 @@ def fake_quantize(
     return answer
 
 
-_library.impl("quantize", quantize, "CompositeExplicitAutograd")
-_library.impl("dequantize", dequantize, "CompositeExplicitAutograd")
-
-
-def _quantize_shape(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    axis: int | None,
-    qmin: int,
-    qmax: int,
-    dtype: torch.dtype,
-    group: int = 0,
-) -> Tensor:
-    return x.new_empty(x.shape, dtype=dtype)
-
-
-def _dequantize_shape(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, group: int = 0) -> Tensor:
-    return q.new_empty(q.shape, dtype=scale.dtype)
-
-
-torch.library.register_fake("rarefy::quantize", _quantize_shape)
-torch.library.register_fake("rarefy::dequantize", _dequantize_shape)
-
-OPERATORS = (torch.ops.rarefy.quantize.default, torch.ops.rarefy.dequantize.default)
+OPERATORS = (
+    operator(
+        "Tensor x, Tensor scale, Tensor zero_point, int? axis, int qmin, int qmax, ScalarType dtype, int group=0",
+        quantize,
+        lambda x, scale, zero_point, axis, qmin, qmax, dtype, group=0: x.new_empty(x.shape, dtype=dtype),
+    ),
+    operator(
+        "Tensor q, Tensor scale, Tensor zero_point, int? axis, int group=0",
+        dequantize,
+        lambda q, scale, zero_point, axis, group=0: q.new_empty(q.shape, dtype=scale.dtype),
+    ),
+)

@@ -1,0 +1,28 @@
+"""Where operators of our own are registered: ``torch.ops.rarefy``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+GRID = "Tensor scale, Tensor zero_point, int qmin, int qmax, ScalarType dtype"  # of an operator that makes codes
+
+_library = torch.library.Library("rarefy", "FRAGMENT")
+
+
+def operator(
+    arguments: str, kernel: Callable[..., Tensor], shape: Callable[..., Tensor] | None = None
+) -> torch._ops.OpOverload:
+    """``torch.ops.rarefy.NAME.default``, NAME being that of the function ``kernel``, which runs on every device.
+
+    arguments: as a schema has them.
+    shape: what it yields for tensors without numbers; None: the kernel can tell.
+    """
+    name = kernel.__name__
+    _library.define(f"{name}({arguments}) -> Tensor")
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rarefy::{name}", kernel if shape is None else shape)
+    registered: torch._ops.OpOverload = getattr(torch.ops.rarefy, name).default
+    return registered
