@@ -1,6 +1,7 @@
-"""The batches of a training: mixed, in the layout that the networks want, from any step of any epoch on; and what the val split says.
+"""The batches of a training: mixed, as the networks want them, from any step of any epoch; and what the val split says.
 
-What a batch holds depends on the seed, the epoch and the step alone, so a resumed run sees what an undisturbed one would have seen.
+What a batch holds depends on the seed, the epoch and the step alone, so a resumed run sees what an undisturbed one
+would have seen.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Batches:
             )
 
     def of_epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """(inputs (N, channels, H, W), targets) of an epoch, from that step of it on. Raises InputError where the data ends early."""
+        """(inputs (N, channels, H, W), targets) from that step on. Raises InputError where the data ends early."""
         training = self.training
         batches = self.task.data.batches(
             "train",
@@ -78,7 +79,7 @@ class Batches:
 
 
 class Validation:
-    """How good a model is on the val split: by the caller's own number, which should rise, or else by the task's metric."""
+    """How good a model is on the val split, by the caller's number, which should rise, or by the task's metric."""
 
     def __init__(
         self,

@@ -1,8 +1,9 @@
-"""The checkpoint of a training: all that changes in it (``State``), in one safetensors file with JSON in its header, renamed into place.
+"""The checkpoint of a training: all that changes in it (``State``), in one safetensors file with JSON in its header.
 
-Killed at any moment, the run goes on from the last one. The header says whose it is (``identity``): a file of another run is refused, not
-overwritten. Everything random in step k is drawn from (seed, k), so no generator's state is kept; and where a masked weight is zero, its
-gradient, its momentum and its average are too, so no mask is. A resumed run ends, on a CPU, with the bits of an undisturbed one.
+Killed at any moment, the run goes on from the last one. The header says whose it is (``identity``): a file of another
+run is refused, not overwritten. Everything random in step k is drawn from (seed, k), so no generator's state is kept;
+and where a masked weight is zero, its gradient, its momentum and its average are too, so no mask is. A resumed run
+ends, on a CPU, with the bits of an undisturbed one.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Point(TypedDict):
 
 
 class Header(TypedDict):
-    """What the file's header says: whose it is, and where it stands or, once it is finished, the record it ended with."""
+    """What the file's header says: whose it is; where it stands or, once it is finished, the record it ended with."""
 
     identity: dict[str, Any]
     numbers: dict[str, Any] | None
@@ -139,7 +140,7 @@ class Store:
 
 @dataclass
 class State:
-    """All that changes in a training: tensors, which are written where they lie, and the NUMBERS. A checkpoint holds both."""
+    """All that changes in a training: tensors, which are written where they lie, and the NUMBERS."""
 
     # what learns, and what teaches it to
     graph: fx.GraphModule
@@ -216,7 +217,8 @@ class State:
     def forget(self, own: bool) -> None:
         """The gradients of the step before.
 
-        own: sums of several parts need memory of their own, for a CUDA graph writes each part's gradients to the same place.
+        own: sums of several parts need memory of their own, for a CUDA graph writes each part's gradients to the same
+            place.
         """
         self.optimizer.zero_grad(set_to_none=not own)
         if self.dot is not None:

@@ -2,9 +2,10 @@
 
     loss = hard_weight · task(student, labels) + Σ weight · distillation(student, teacher)
 
-A loss (``rarefy/distillation/losses``) only says what the student is to copy. The options are in ``options.py``, what a step minimises in
-``objective.py``, optimizers in ``optimizer.py``, the file a killed run goes on from in ``checkpoint.py``. A quantised student is trained in its
-codes (``qat.py``). Under ``torchrun`` a batch is split over the processes (``distributed.py``): ``batch_size`` is the whole.
+A loss (``rarefy/distillation/losses``) only says what the student is to copy. The options are in ``options.py``, what a
+step minimises in ``objective.py``, optimizers in ``optimizer.py``, the file a killed run goes on from in
+``checkpoint.py``. A quantised student is trained in its codes (``qat.py``). Under ``torchrun`` a batch is split over
+the processes (``distributed.py``): ``batch_size`` is the whole.
 """
 
 from __future__ import annotations
@@ -47,27 +48,27 @@ def distill(
     progress: bool = True,
     **options: Any,
 ) -> fx.GraphModule:
-    """The student's graph with trained weights; student and teacher stay as they are. A quantised student comes back quantised.
+    """The student's graph with trained weights; student and teacher stay as they are.
 
-    student: a network, or a word for one made from the (first) teacher (``"depth:keep=0.5"``, ``"timm:resnet18"``;
-        rarefy/compression/students).
+    student: a network, which comes back quantised if it is, or a word for one made from the (first) teacher
+        (``"depth:keep=0.5"``, ``"timm:resnet18"``; rarefy/compression/students).
     teacher: a module, several, or [(weight, module), ...]: the mean of their losses. The student itself may be one.
     task: what is to be learned, and from which images (rarefy/tasks).
     loss: text (``"lskd"``, ``"lskd + 50*mse:on=stages"``), a loss, or [(weight, loss), ...].
     training: a Training, or the name of one: fast, normal, patient.
     device: where to compute; None: on the GPU, if there is one.
-    checkpoint: a folder; the run is saved there at each epoch's end and every ``checkpoint_seconds``, and goes on from there when it is
-        called again with the same arguments. A finished run is returned at once.
+    checkpoint: a folder; the run is saved there at each epoch's end and every ``checkpoint_seconds``, and goes on from
+        there when it is called again with the same arguments. A finished run is returned at once.
     validate: graph -> a number that should rise, in place of the task's metric on the val split.
     penalty: a gradient to add in each step (``Penalty``).
     cache: a folder for the teacher's answers (``teacher_cache.py``): each picture is shown to the teacher once.
     logs: a folder for TensorBoard.
     progress: show how far it is, on stderr.
-    options: fields of Training, which go before those of ``training``. Where images have no labels, hard_weight=0 learns from the teacher
-        alone.
+    options: fields of Training, which go before those of ``training``. Where images have no labels, hard_weight=0
+        learns from the teacher alone.
 
-    Raises InputError for options, models or checkpoints that do not fit; TrainingDiverged when the loss is not finite, whose ``graph`` is
-    the last good state.
+    Raises InputError for options, models or checkpoints that do not fit; TrainingDiverged when the loss is not finite,
+    whose ``graph`` is the last good state.
     """
     extras = Extras(validate, penalty, checkpoint, checkpoint_seconds, cache, logs, progress)
     return _trained("distill", student, teacher, task, loss, training_of(training, options, "distill"), device, extras)

@@ -1,13 +1,14 @@
-"""Training in several processes (``torchrun``, which accelerate finds): they end together, and batch norm is that of the whole batch.
+"""Training in several processes (``torchrun``): they end together, and batch norm is that of the whole batch.
 
-Every process reads the whole batch from the task, and takes its share of it. Mean and variance of a batch norm are those of the whole batch, over
-all processes, as one process with all of it would have (unless ``sync_norm="no"``):
+Every process reads the whole batch from the task, and takes its share of it. Mean and variance of a batch norm are
+those of the whole batch, over all processes, as one process with all of it would have (unless ``sync_norm="no"``):
 
     m = Σ_p Σ x / n,  v = Σ_p Σ (x - m)² / n        n: images and places of all processes
 
-Two sums a layer are exchanged, forwards, and their gradients backwards (the gradient of a sum over processes is the sum of theirs; DDP then takes
-the mean of the weights' gradients). Two passes, because E x² - m² loses digits. ``torch.nn.SyncBatchNorm`` is a module and for GPUs alone; this is
-a node of the graph. Given up: the time of the exchange.
+Two sums a layer are exchanged, forwards, and their gradients backwards (the gradient of a sum over processes is the sum
+of theirs; DDP then takes the mean of the weights' gradients). Two passes, because E x² - m² loses digits.
+``torch.nn.SyncBatchNorm`` is a module and for GPUs alone; this is a node of the graph. Given up: the time of the
+exchange.
 """
 
 from __future__ import annotations
@@ -54,8 +55,9 @@ def accelerator_of(device: torch.device | str | None, logits: bool) -> Accelerat
 
 
 def _end_group() -> None:
-    """Gloo's threads let go of tensors after the call that waited for them has gone on; one that does so while the interpreter ends aborts the
-    process.
+    """Gloo's threads let go of tensors after the call that waited for them has gone on.
+
+    One that does so while the interpreter ends aborts the process.
     """
     gc.collect()  # what trained with the group holds it
     if _grouped():
@@ -68,7 +70,7 @@ def _grouped() -> bool:
 
 @contextlib.contextmanager
 def all_or_none(accelerator: Accelerator, checkpoint: str | Path | None) -> Iterator[None]:
-    """Where one of several processes ends, the others' next exchange fails, or torchrun ends them: either is told in one line."""
+    """Where one of several processes ends, the others' next exchange fails, or torchrun ends them: a line says so."""
     if accelerator.num_processes == 1:
         yield
         return
@@ -147,7 +149,7 @@ def wrapped(objective: nn.Module, accelerator: Accelerator) -> nn.Module:
 
 
 def agree(*models: nn.Module, accelerator: Accelerator) -> None:
-    """Buffers become those of the first process: running statistics are each process's own with ``sync_norm="no"``."""
+    """Buffers become those of the first process; with ``sync_norm="no"`` running statistics are each one's own."""
     for model in models if accelerator.num_processes > 1 else ():
         for tensor in model.buffers():
             torch.distributed.broadcast(tensor, 0)

@@ -1,14 +1,15 @@
 """The training loop, written once: ``distill`` and ``train`` say what it is to do by a ``Job``.
 
-What a step minimises is in ``objective.py``, what a batch holds in ``batches.py``, what changes and what a checkpoint keeps of it in
-``checkpoint.py``. Choices made:
+What a step minimises is in ``objective.py``, what a batch holds in ``batches.py``, what changes and what a checkpoint
+keeps of it in ``checkpoint.py``. Choices made:
 
 * Student and teacher see the same augmented, and the same mixed, picture (Beyer 2021, 2106.05237: consistent teaching).
-* Everything random in step k is drawn from (seed, k): resuming needs no generator's state. The price is one reseeding a step, some microseconds.
-* The device is read every ``CHECK_STEPS`` steps and at the end of an epoch, not each step; a loss that is not finite is found then. The state of
-  the last epoch's end is kept for that case.
-* Where a masked weight (``meta["sparse"]``, see pruning/mask.py) is zero, its gradient is set to zero before anything sees it: so it, its
-  momentum and its average stay zero.
+* Everything random in step k is drawn from (seed, k): resuming needs no generator's state. The price is one reseeding a
+  step, some microseconds.
+* The device is read every ``CHECK_STEPS`` steps and at the end of an epoch, not each step; a loss that is not finite is
+  found then. The state of the last epoch's end is kept for that case.
+* Where a masked weight (``meta["sparse"]``, see pruning/mask.py) is zero, its gradient is set to zero before anything
+  sees it: so it, its momentum and its average stay zero.
 * A penalty (compression/schedules/group_sparse.py) adds a gradient of its own in each step.
 * Where a batch does not fit into memory, it is done in twice as many parts, whose gradients add up to the same.
 """
@@ -66,7 +67,10 @@ class Extras:
 class Job:
     """A training to be done, all of it checked.
 
-    verb: distill or train. student: trained where it is. teachers: (share, network), the shares sum to 1. losses: (weight, loss).
+    verb: distill or train.
+    student: trained where it is.
+    teachers: (share, network), the shares sum to 1.
+    losses: (weight, loss).
     origin: digest of what the student was made of, where that is not the student itself.
     """
 
@@ -189,7 +193,9 @@ class Loop:
         return _facts(self, (state.step - resumed) * batch_size / spent if spent > 0 else None)
 
     def read(self) -> Iterator[tuple[Tensor, Tensor | None, Answer | None]]:
-        """Batches from the current step to the last, this process's share of each; and the teachers' answers, if they are kept."""
+        """Batches from the current step to the last, this process's share of each; and answers, where those are
+        kept.
+        """
         state, memory = self.state, self.memory
         share = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
         while state.step < self.total and not state.stopped(self.training.patience):

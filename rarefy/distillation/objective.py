@@ -2,10 +2,12 @@
 
     loss = hard_weight · task(student, labels) + Σ share · Σ weight · distillation(student, teacher)
 
-Several teachers: the mean of their losses (by their shares, which sum to 1), not the loss of their mean. For KL the two have the same
-gradient; features of networks that differ have no mean, and each teacher is matched with the student on its own.
+Several teachers: the mean of their losses (by their shares, which sum to 1), not the loss of their mean. For KL the two
+have the same gradient; features of networks that differ have no mean, and each teacher is matched with the student on
+its own.
 
-One ``nn.Module`` maps (inputs, targets) to it, teacher included: what DDP wraps and ``torch.compile`` compiles, as one piece (``Compiled``).
+One ``nn.Module`` maps (inputs, targets) to it, teacher included: what DDP wraps and ``torch.compile`` compiles, as one
+piece (``Compiled``).
 """
 
 from __future__ import annotations
@@ -59,10 +61,10 @@ class Loss(Protocol):
 
 @runtime_checkable
 class FeatureLoss(Loss, Protocol):
-    """A loss that looks at features; what brings the student's to the teacher's shape is trained along, and thrown away afterwards."""
+    """A loss that looks at features."""
 
     def adapter(self, shapes: Shapes) -> nn.Module | None:
-        """A module from the student's features, {name: value}, to {name: value} as this loss compares them with the teacher's.
+        """What brings the student's features, {name: value}, to the teacher's shape; trained along, then thrown away.
 
         shapes: node name -> (student's, teacher's) shape without the batch, (channels, ...).
         """
@@ -76,7 +78,10 @@ T = TypeVar("T")
 
 
 def terms(loss: Losses) -> list[Term]:
-    """``"lskd + 50*mse:on=stages"`` -> [(1.0, Lskd()), (50.0, Mse(on="stages"))]; ``feature`` is another word for mse. Raises InputError."""
+    """``"lskd + 50*mse:on=stages"`` -> [(1.0, Lskd()), (50.0, Mse(on="stages"))]; ``feature`` is another word for mse.
+
+    Raises InputError.
+    """
     if loss is None:
         return []
     if isinstance(loss, str):
@@ -113,7 +118,7 @@ class Lesson(NamedTuple):
 
 
 class Objective(nn.Module):
-    """(inputs (N, ...), targets) -> the loss of that batch, a scalar; with ``dot``, (2,): against labels, and against the teachers.
+    """(inputs (N, ...), targets) -> the loss of that batch, a scalar; with ``dot`` (2,): of labels, and of teachers.
 
     taught: the teachers' answers, where they are known already.
     strength: what the teachers' losses are multiplied by, where that is not always 1.

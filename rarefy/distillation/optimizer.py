@@ -2,16 +2,18 @@
 
 **Optimizer.** SGD with Nesterov momentum, or AdamW; no weight decay on biases and norms.
 
-**EMA** is the bias-corrected mean, θ̄ₜ = Σ dᵗ⁻ⁱ θᵢ / Σ dᵗ⁻ⁱ, so it needs no warm-up; running statistics are averaged like weights.
+**EMA** is the bias-corrected mean, θ̄ₜ = Σ dᵗ⁻ⁱ θᵢ / Σ dᵗ⁻ⁱ, so it needs no warm-up; running statistics are averaged
+like weights.
 
-**DOT**, distillation-oriented training (Zhao et al., ICCV 2023, 2307.08436): the gradient of the teacher's loss gets more momentum than that
-of the labels'.
+**DOT**, distillation-oriented training (Zhao et al., ICCV 2023, 2307.08436): the gradient of the teacher's loss gets
+more momentum than that of the labels'.
 
     v_task ← (μ - Δ) v_task + g_task        v_teacher ← (μ + Δ) v_teacher + g_teacher
     θ ← θ - lr · [ g_task + (μ - Δ) v_task  +  g_teacher + (μ + Δ) v_teacher ]
 
-the Nesterov form of the paper's update, as this loop's SGD has it; with Δ = 0 it is that SGD. Weight decay belongs to the task's gradient.
-Δ = 0.075 is the paper's for CIFAR, 0.09 for ImageNet. The price is a second pass backwards through the student.
+the Nesterov form of the paper's update, as this loop's SGD has it; with Δ = 0 it is that SGD. Weight decay belongs to
+the task's gradient. Δ = 0.075 is the paper's for CIFAR, 0.09 for ImageNet. The price is a second pass backwards through
+the student.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ def optimizer_of(parameters: Iterable[nn.Parameter], training: Training, device:
 
 
 class Average:
-    """The running mean of a graph, as a graph of its own. Codes and other integers do not train, so they need no mean."""
+    """The running mean of a graph, as a graph of its own. Codes and other integers do not train: they have no mean."""
 
     def __init__(self, graph: fx.GraphModule, decay: float):
         self.graph, self.decay = copy.deepcopy(graph).requires_grad_(False), decay
@@ -82,7 +84,10 @@ class Dot:
 
     @torch.no_grad()
     def step(self, clip: float) -> None:
-        """Both gradients become one update, in ``.grad``: for an SGD without momentum and decay. clip: greatest norm of their sum, 0: none."""
+        """Both gradients become one update, in ``.grad``: for an SGD without momentum and decay.
+
+        clip: greatest norm of their sum, 0: none.
+        """
         taught = list(self.taught.values())
         task = self._task_gradients()
         if clip:

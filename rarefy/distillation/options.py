@@ -1,4 +1,4 @@
-"""How to train: the options, presets of them, and what the loop (``loop.py``) asks of a penalty and of a student's maker."""
+"""How to train: the options, presets of them, and what training asks of a penalty and of a student's maker."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AUTO_STEPS = 2000
 
 
 class Penalty(Protocol):
-    """What else pulls at the weights. The loop calls ``begin`` at each epoch's start, ``add`` in each step, once the gradients are there."""
+    """What else pulls at the weights: ``begin`` is called at each epoch's start, ``add`` once a step has gradients."""
 
     def describe(self) -> str: ...  # two penalties that pull differently differ in it
     def begin(self, parameters: Mapping[str, nn.Parameter]) -> None: ...
@@ -113,8 +113,9 @@ class Training:
         0.0, "Moving average of the weights; 0: off.", _below_one, "0 (off) up to, not including, 1", "DECAY"
     )
 
-    # Precision, layout and compiler. auto: bf16 on CUDA; channels last where there are convolutions; CUDA graphs (reduce-overhead) on CUDA
-    # from AUTO_STEPS steps on, where they have paid for the minute they take, and back to no where the compiler can't.
+    # Precision, layout and compiler. auto: bf16 on CUDA; channels last where there are convolutions; CUDA graphs
+    # (reduce-overhead) on CUDA from AUTO_STEPS steps on, where they have paid for the minute they take, and back to no
+    # where the compiler can't.
     precision: str = _one_of("auto, fp32 or bf16", "NAME")
     channels_last: str = _one_of("auto, yes or no", "WHEN")
     compile: str = _one_of("auto, no, default or reduce-overhead", "HOW")

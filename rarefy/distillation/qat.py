@@ -1,16 +1,18 @@
-"""Quantization-aware training: the form of a quantised graph that learns, and the way back. Learned step sizes (LSQ, 1902.08153).
+"""Quantization-aware training: the form of a quantised graph that learns, and the way back (LSQ, 1902.08153).
 
-    codes       rarefy.conv2d_codes(x, w, b, scales)                       the form a graph is kept in (graph/lowering.py)
-    trainable   conv2d(fake_quantize(x, s_x), fake_quantize(w, s_w), b)    w, b, s_x, s_w float parameters
+    codes       rarefy.conv2d_codes(x, w, b, scales)                      what a graph is kept in (graph/lowering.py)
+    trainable   conv2d(fake_quantize(x, s_x), fake_quantize(w, s_w), b)   w, b, s_x, s_w float parameters
 
-Both compute the same: only the bias, a 32-bit code in the one, is not rounded in the other. The start is what quantisation after training came to:
-a weight starts at the number its code stands for, so that what a learned rounding found is kept. The way back writes the learned tensors into the
-graph they came from, rounded as training saw them; its nodes are not touched, so what ran before runs afterwards.
+Both compute the same: only the bias, a 32-bit code in the one, is not rounded in the other. The start is what
+quantisation after training came to: a weight starts at the number its code stands for, so that what a learned rounding
+found is kept. The way back writes the learned tensors into the graph they came from, rounded as training saw them; its
+nodes are not touched, so what ran before runs afterwards.
 
-Batch norm stays folded: a weight scale and a bias for each output channel, both learned, are what its factor and shift would be. What is given up
-is its conditioning: single layers run away at a rate that training from scratch takes. So where no rate is given it is ``LR``, and gradients are
-clipped to a norm of ``CLIP``. ``live_norm="yes"`` puts batch norm back for the training and freezes its statistics late (``qat_batch_norm.py``):
-a little better on ResNet-20 at 4 bits, worse on a small net at 2. Zero points stay: ranges grow and shrink around zero.
+Batch norm stays folded: a weight scale and a bias for each output channel, both learned, are what its factor and shift
+would be. What is given up is its conditioning: single layers run away at a rate that training from scratch takes. So
+where no rate is given it is ``LR``, and gradients are clipped to a norm of ``CLIP``. ``live_norm="yes"`` puts batch
+norm back for the training and freezes its statistics late (``qat_batch_norm.py``): a little better on ResNet-20 at 4
+bits, worse on a small net at 2. Zero points stay: ranges grow and shrink around zero.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ MOMENT_BATCHES = 8  # of images, for the statistics that batch norm starts with
 
 
 def trained(job: Job) -> fx.GraphModule:
-    """The job's student, a quantised graph, trained in its codes and quantised again. Raises what ``loop.run`` raises."""
+    """The job's student, a quantised graph, trained in its codes and quantised again. Raises what ``loop.run``
+    raises.
+    """
     coded = job.student
     inner = dataclasses.replace(job, student=_learner(job), training=suited(job.training), origin=digest(coded))
     try:
@@ -55,7 +59,9 @@ def trained(job: Job) -> fx.GraphModule:
 
 
 def suited(training: Training) -> Training:
-    """``training`` with the rate, the clipping and the freezing that learning in codes bears, where it gives no rate."""
+    """``training`` with the rate, the clipping and the freezing that learning in codes bears, where it gives no
+    rate.
+    """
     if training.lr is not None or training.optimizer != "sgd":
         return training
     live = training.live_norm == "yes"

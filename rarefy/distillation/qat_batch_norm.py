@@ -1,15 +1,16 @@
-"""Batch norm in quantization-aware training: put back behind the layers it was folded into, and folded in again at the end.
+"""Batch norm in quantization-aware training: put back behind the layers it was folded into, and folded in at the end.
 
 With one scale an output channel, rounding and batch norm's factor f = g / sqrt(v + e) change places without a rest:
 
     f · fake_quantize(w, s) = fake_quantize(f w, f s)        f > 0
 
-so conv(x, q(w, s)) -> batch norm is the folded layer, and training may keep live statistics, which let it bear the rates that training from scratch
-takes; |g| stands in the graph, as a grid of few bits reaches further down than up, and a turned sign would cut codes off. The codes that come out
-are those it saw. A quantised graph holds folded weights, so the way back chooses f: such that each channel's weight has norm 1 (how far a step turns
-it is then alike in all channels, as after training with weight decay), and the statistics are those of the layer's output on a few training images.
-In eval mode nothing changes; in training mode the start is where it was up to the images' differences. Late in the training the statistics are
-frozen (``Training.freeze``), so that weights settle on what will run.
+so conv(x, q(w, s)) -> batch norm is the folded layer, and training may keep live statistics, which let it bear the
+rates that training from scratch takes; |g| stands in the graph, as a grid of few bits reaches further down than up, and
+a turned sign would cut codes off. The codes that come out are those it saw. A quantised graph holds folded weights, so
+the way back chooses f: such that each channel's weight has norm 1 (how far a step turns it is then alike in all
+channels, as after training with weight decay), and the statistics are those of the layer's output on a few training
+images. In eval mode nothing changes; in training mode the start is where it was up to the images' differences. Late in
+the training the statistics are frozen (``Training.freeze``), so that weights settle on what will run.
 """
 
 from __future__ import annotations
@@ -29,14 +30,16 @@ aten = torch.ops.aten
 LAYERS = (aten.conv2d.default, aten.linear.default)
 NORM = "batch_norm"
 EPS, MOMENTUM = 1e-5, 0.1
-# Than LSQ's, the rate of a weight's scale: a factor that batch norm takes out again, and whose steps passed through 0 at 8 bits.
+# Than LSQ's, the rate of a weight's scale: a factor that batch norm takes out again, and whose steps passed through 0
+# at 8 bits.
 SLOWER = 0.1
 
 
 def put_back(graph: fx.GraphModule, weights: Collection[str], batches: Iterable[Tensor]) -> fx.GraphModule:
     """``graph``, in the trainable form, with batch norm behind layers. Changed in place.
 
-    weights: names of what these layers multiply by. batches: inputs (N, channels, H, W) for the statistics to start with.
+    weights: names of what these layers multiply by. batches: inputs (N, channels, H, W) for the statistics to start
+        with.
     """
     layers = [node for node in graph.graph.nodes if _weight(node) in weights and _reads_parameter(node, "bias")]
     if not layers:
@@ -65,7 +68,7 @@ def put_back(graph: fx.GraphModule, weights: Collection[str], batches: Iterable[
 
 
 def folded(graph: fx.GraphModule) -> dict[str, Tensor]:
-    """Parameters and buffers of ``graph`` by name, batch norms that ``put_back`` made folded into weights, scales and biases."""
+    """Tensors of ``graph`` by name, batch norms that ``put_back`` made folded into weights, scales and biases."""
     tensors = tensors_of(graph)
     for node in graph.graph.nodes:
         if node.target is not aten.batch_norm.default:
@@ -89,7 +92,7 @@ def folded(graph: fx.GraphModule) -> dict[str, Tensor]:
 
 
 def _as_norm(graph: fx.GraphModule, node: fx.Node, mean: Tensor, variance: Tensor) -> dict[str, Tensor]:
-    """A layer's weight is brought to norm 1 a channel, in place; weight, bias, mean and variance of the batch norm that makes up for it.
+    """Brings a layer's weight to norm 1 a channel, in place; the tensors of the batch norm that makes up for it.
 
     mean, variance: (channels,) of what the layer makes as it is.
     """

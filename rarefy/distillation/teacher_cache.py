@@ -2,16 +2,19 @@
 
 They are worth it where the same pictures come again:
 
-* an image is always the same picture (no augmentation, no mixing): one file, a row an image, of use from the second epoch on;
-* pictures vary, but by seed: a file an epoch, a row a picture, of use to a later run with the same seed and batch size (another loss, another
-  student).
+* an image is always the same picture (no augmentation, no mixing): one file, a row an image, of use from the second
+  epoch on;
+* pictures vary, but by seed: a file an epoch, a row a picture, of use to a later run with the same seed and batch size
+  (another loss, another student).
 
-A file is safetensors, written row by row, so that memory stays small, and renamed into place when it is whole. Its name is the hash of all that
-the answers depend on (the teachers' digest, the data's fingerprint, precision, layout, and what draws the pictures), which stands in its header
-too and is checked when it is read.
+A file is safetensors, written row by row, so that memory stays small, and renamed into place when it is whole. Its name
+is the hash of all that the answers depend on (the teachers' digest, the data's fingerprint, precision, layout, and what
+draws the pictures), which stands in its header too and is checked when it is read.
 
-Given up: the answers are stored as the teachers give them, features included, which for whole stages is large (three stages of a CIFAR ResNet in
-float32: 115 kB an image); and a data set that draws random numbers of its own is out of reach, as it is for an exact resume.
+Given up: the answers are stored as the teachers give them, features included, which for whole stages is large (three
+stages of a CIFAR ResNet in
+float32: 115 kB an image); and a data set that draws random numbers of its own is out of reach, as it is for an exact
+    resume.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 A teacher is frozen, so what its answers cost can be paid once:
 
-* Its batch norm goes into the layers before it (``graph/fold.py``): the same answers but for rounding, and a third of the passes over memory.
+* Its batch norm goes into the layers before it (``graph/fold.py``): the same answers but for rounding, and a third of
+  the passes over memory.
 * In bf16 its weights are rounded once, not in every step. Autocast would round each to the same value.
 """
 
@@ -53,7 +54,7 @@ def teachers_of(given: Teachers) -> list[tuple[float, nn.Module]]:
 
 
 def frozen(teacher: fx.GraphModule, bf16: bool) -> fx.GraphModule:
-    """A copy of ``teacher`` that only answers: without gradients, always in eval mode, folded; its layers' weights in bf16 if asked."""
+    """A copy of ``teacher`` that only answers: without gradients, in eval mode, folded; weights in bf16 if asked."""
     folded = fold(teacher).requires_grad_(False)
     if bf16:
         for name in _weights(folded):
@@ -64,7 +65,7 @@ def frozen(teacher: fx.GraphModule, bf16: bool) -> fx.GraphModule:
 
 
 def _weights(graph: fx.GraphModule) -> list[str]:
-    """Floating-point parameters that layers alone read, as weight or bias: autocast rounds those, and nothing else sees them."""
+    """Float parameters that layers alone read, as weight or bias: autocast rounds those, and nothing else sees them."""
     parameters = dict(graph.named_parameters(remove_duplicate=False))
     read: dict[str, list[bool]] = {}
     for node in graph.graph.nodes:

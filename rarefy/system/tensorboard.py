@@ -9,7 +9,10 @@ from rarefy.errors import InputError, MissingDependency
 
 
 class Logs:
-    """A folder of event files. first: the step a run starts or goes on from; what an earlier, killed run said of later ones is hidden."""
+    """A folder of event files.
+
+    first: the step a run starts or goes on from; what an earlier, killed run said of later ones is hidden.
+    """
 
     def __init__(self, folder: str | Path, first: int):
         try:

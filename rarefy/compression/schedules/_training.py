@@ -52,9 +52,11 @@ def trained(
     part: str,
     penalty: Penalty | None = None,
 ) -> fx.GraphModule:
-    """``graph``, trained by schedule ``name``: taught by ``teacher`` with that loss, or, where the loss is "none", by the labels.
+    """``graph``, trained for a schedule by that loss from ``teacher``; where the loss is "none", from labels alone.
 
-    batch_size: no more than there are images. part: the folder below the checkpoint. Raises InputError without training data.
+    name: of the schedule. batch_size: no more than there are images. part: the folder below the checkpoint.
+
+    Raises InputError without training data.
     """
     task = task_of(name, setting)
     size = min(batch_size, task.data.length("train"))
@@ -99,9 +101,10 @@ def joined(
     facts: Facts,
     options: Facts | None = None,
 ) -> fx.GraphModule:
-    """``after`` with one record of pruning in place of those that the schedule left since ``before``, and what came behind the last of them.
+    """``after`` with one record in place of all that a schedule left since ``before`` up to its last pruning.
 
-    trainings: facts of the trainings. facts: go before those of the last pruning. options: in place of those of the last pruning.
+    schedule: as text. trainings: facts of its trainings.
+    facts: go before those of the last pruning. options: in place of those of the last pruning.
     """
     since = history.since(after, before)
     place = max(index for index, record in enumerate(since) if record["step"] == "prune")

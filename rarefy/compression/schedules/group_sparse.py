@@ -1,12 +1,13 @@
-"""Group sparse: train with a penalty that drives whole groups to zero, then prune (DepGraph, arXiv 2301.12900, section 3.3).
+"""Group sparse: train with a penalty that drives whole groups to zero, then prune (DepGraph, arXiv 2301.12900, 3.3).
 
     I_k = sum of the squares of all weights coupled to channel k
     gradient of each such weight w  +=  reg * 2^(alpha (I_max - I_k) / (I_max - I_min)) * w
 
-A class of the coupling is such a group: what leaves together is shrunk together, in the layer that makes the channel, the norms on it, and all
-that read it. I_max and I_min are of the channels that the same layer makes; so the weakest of them is pulled 2^alpha times as hard as the
-strongest, and what pruning takes is then close to zero already. A weight lies along several axes and is pulled by the group of each. I_k is
-taken anew at each epoch's start. Frozen channels are not pulled.
+A class of the coupling is such a group: what leaves together is shrunk together, in the layer that makes the channel,
+the norms on it, and all that read it. I_max and I_min are of the channels that the same layer makes; so the weakest of
+them is pulled 2^alpha times as hard as the strongest, and what pruning takes is then close to zero already. A weight
+lies along several axes and is pulled by the group of each. I_k is taken anew at each epoch's start. Frozen channels are
+not pulled.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from rarefy.pruning.schedule import Asked, Once, Setting
 class GroupSparse:
     """A training that shrinks the least important channels, then one pruning.
 
-    For when much has to go and there is time for one whole training before. Not ``iterative``, which prunes between short trainings.
+    For when much has to go and there is time for one whole training before. Not ``iterative``, which prunes between
+    short trainings.
 
     epochs, batch_size, lr: of the training.
     reg: pull on the strongest channel of a layer. alpha: the weakest is pulled 2^alpha times as hard.
@@ -64,7 +66,8 @@ class GroupSparse:
 class Pull:
     """The penalty, as the training loop takes it.
 
-    family: (classes,) int64, which layer makes the class. strength: (classes,) float64, reg * 2^(...) of each group, 0 for the frozen one.
+    family: (classes,) int64, which layer makes the class.
+    strength: (classes,) float64, reg * 2^(...) of each group, 0 for the frozen one.
     """
 
     def __init__(self, coupling: Coupling, reg: float, alpha: float):
@@ -114,7 +117,7 @@ class Pull:
         return self.coupling.gather({name: one.detach().square() for name, one in parameters.items()}, reduce="sum")
 
     def _spread(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """``factors``: name -> what each element of the parameter is multiplied by, the sum over its axes, shaped like it."""
+        """``factors``: name -> what each element of the parameter is multiplied by, the sum over its axes."""
         self.factors = {}
         for name, one in parameters.items():
             total = torch.zeros((1,) * one.dim(), dtype=torch.float64)

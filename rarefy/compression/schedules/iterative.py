@@ -1,10 +1,11 @@
-"""Iterative: several rounds of pruning, with a short training between two of them (the cubic schedule of arXiv 1710.01878).
+"""Iterative: several rounds of pruning, a short training between two (the cubic schedule of arXiv 1710.01878).
 
     what is gone after round k of K:  s_k = s (1 - (1 - k / K)^3),   s = 1 - target
 
-Much goes early, when what is left can still make up for it, and little at the end. The share is of the original's MACs, parameters or channels,
-whatever the target counts. Scores are taken anew in each round, from weights that have adapted. Each training is taught by the original
-(``loss="none"``: by labels alone). After the last round nothing is trained: that is ``distill``'s to do. ``floor`` is of the original's layers.
+Much goes early, when what is left can still make up for it, and little at the end. The share is of the original's MACs,
+parameters or channels, whatever the target counts. Scores are taken anew in each round, from weights that have adapted.
+Each training is taught by the original (``loss="none"``: by labels alone). After the last round nothing is trained:
+that is ``distill``'s to do. ``floor`` is of the original's layers.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from rarefy.pruning.schedule import Asked, Once, Setting
 class Iterative:
     """Rounds of pruning, less in each, with a short training between two.
 
-    For when much has to go: what is left makes up for a part before the next part goes. Not ``group_sparse``, which trains first and prunes once.
+    For when much has to go: what is left makes up for a part before the next part goes. Not ``group_sparse``, which
+    trains first and prunes once.
 
     rounds: how many prunings. epochs, batch_size, lr: of each training. loss: how the original teaches, or none.
     """

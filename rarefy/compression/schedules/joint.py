@@ -1,20 +1,22 @@
-"""Joint: prune, distil and quantise in one training (as GETA, arXiv 2502.18030, and OCSPruner, 2501.13439, do, with the parts that are here).
+"""Joint: prune, distil and quantise in one training, as GETA (arXiv 2502.18030) and OCSPruner (2501.13439) do.
 
     [channels pulled to zero ─▶] cut ─▶ the rest trained ─▶ quantise ─▶ train codes, batch norm live, then frozen
 
-What is to go is chosen before the first step, as ``prune`` chooses it. In the first ``shrink`` of the steps the groups that are to go fade: of K
-steps, the k-th leaves
+What is to go is chosen before the first step, as ``prune`` chooses it. In the first ``shrink`` of the steps the groups
+that are to go fade: of K steps, the k-th leaves
 
     w_k = w_0 (K - k) / K        of every weight coupled to such a channel, which learns no more
 
-so the rest adapts to their absence step by step, and the cut changes nothing. The smaller network trains on in float; for the last ``codes`` of the
-steps it is quantised and trains its codes, with batch norm put back behind its layers (distillation/qat_batch_norm.py) and frozen for the last
-quarter of these steps. The original teaches throughout. The result is quantised: it needs no further step. (Group sparsity's penalty in place of
-fading leaves something of each group after so few steps.)
+so the rest adapts to their absence step by step, and the cut changes nothing. The smaller network trains on in float;
+for the last ``codes`` of the steps it is quantised and trains its codes, with batch norm put back behind its layers
+(distillation/qat_batch_norm.py) and frozen for the last quarter of these steps. The original teaches throughout. The
+result is quantised: it needs no further step. (Group sparsity's penalty in place of fading leaves something of each
+group after so few steps.)
 
-Rounding comes late because it is cheap to mend and dear to train through: a step in codes takes twice the time of one in float, and bears a smaller
-rate. Given up: a choice that training could revise. Fading is off unless asked for (``shrink=0.2``): its steps are those of the whole network, and
-over 200 steps cutting at once came out ahead. ``bench/joint.py`` sets it beside prune, distil, quantise at equal steps.
+Rounding comes late because it is cheap to mend and dear to train through: a step in codes takes twice the time of one
+in float, and bears a smaller rate. Given up: a choice that training could revise. Fading is off unless asked for
+(``shrink=0.2``): its steps are those of the whole network, and over 200 steps cutting at once came out ahead.
+``bench/joint.py`` sets it beside prune, distil, quantise at equal steps.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ from rarefy.quantization.quantize import quantize
 class Joint:
     """Prune, distil and quantise in one training; the result is quantised.
 
-    For when the training has few steps, and all of it is to end in codes. Not for the steps of ``compress``, which undo what does not pay.
+    For when the training has few steps, and all of it is to end in codes. Not for the steps of ``compress``, which undo
+    what does not pay.
 
     epochs, batch_size: of the training, all parts together; steps wins over epochs.
     lr, code_lr: rates in float and in codes.
@@ -73,12 +76,13 @@ class Joint:
             or self.images < 1
         ):
             raise ValueError(
-                f"shrink={self.shrink} and codes={self.codes} are shares whose sum is below 1, code_lr={self.code_lr} is "
-                f"positive, steps={self.steps} at least 3, and images={self.images} at least 1"
+                f"shrink={self.shrink} and codes={self.codes} are shares whose sum is below 1, "
+                f"code_lr={self.code_lr} is positive, steps={self.steps} at least 3, "
+                f"and images={self.images} at least 1"
             )
 
     def run(self, graph: fx.GraphModule, once: Once, asked: Asked, setting: Setting) -> fx.GraphModule:
-        """Raises InputError where there is no training data, for a graph that is quantised already, or for what ``prune`` refuses."""
+        """Raises InputError without training data, for a graph that is quantised, or for what ``prune`` refuses."""
         if is_quantised(graph):
             raise InputError("schedule 'joint' quantises by itself; pass the float network")
         task = task_of("joint", setting)

@@ -1,10 +1,12 @@
-"""fresh(): the same graph with weights as before any training, without the classes that would know how to initialise themselves.
+"""fresh(): the same graph with weights as before any training, though no class is there that knows how to draw them.
 
 What a tensor is follows from the argument it is of the operator that reads it:
 
-* weight of a convolution or linear layer: normal, variance 2 / inputs of one output (He et al., 1502.01852); 1 / inputs for a linear layer;
+* weight of a convolution or linear layer: normal, variance 2 / inputs of one output (He et al., 1502.01852); 1 / inputs
+  for a linear layer;
 * bias: 0; weight of a normalisation: 1; running mean and variance: 0 and 1;
-* anything else (position embeddings, layer scales, a matrix multiplied as it is): normal, with the mean and the deviation that it had.
+* anything else (position embeddings, layer scales, a matrix multiplied as it is): normal, with the mean and the
+  deviation that it had.
 
 Given up: what an author's own initialisation is fine-tuned to (zeros in the last norm of a block, truncated normals).
 """

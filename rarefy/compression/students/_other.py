@@ -18,7 +18,7 @@ from rarefy.tasks.task import Task
 
 
 def of(text: str) -> Other | None:
-    """The model that the text names; None for ``package.module:Name`` of a student of the user's own, which is a dataclass."""
+    """The model that is named; None where ``package.module:Name`` is a student of the user's own, a dataclass."""
     module, _, name = text.partition(":")
     name = name.partition(":")[0]
     if "." in module and re.fullmatch(r"[A-Za-z_][\w.]*", module) and name.isidentifier():

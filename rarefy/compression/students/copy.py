@@ -1,4 +1,7 @@
-"""Copy: the teacher's own architecture. Fresh, it is taught by itself from the start (born-again networks, arXiv 1805.04770); else it goes on."""
+"""Copy: the teacher's own architecture.
+
+Fresh, it is taught by itself from the start (born-again networks, arXiv 1805.04770); else it goes on.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,8 @@ from rarefy.tasks.task import Task
 @dataclass(frozen=True)
 class Copy:
     """The same network: self-distillation.
+
+    For accuracy, not for speed: nothing gets smaller.
 
     fresh: with new weights, in place of the teacher's.
     """

@@ -1,16 +1,18 @@
 """Depth: the teacher without some of its blocks, found in the graph, whatever it calls them.
 
-A **unit** is a stretch between two values that all of the network's work passes through (``tapping.cuts``), with products inside, whose two ends have
-the same shape: then its end can be read off its start, and the unit is gone. The end is the last such value before the next product that is made by the
-same operator as the start (ReLU to ReLU in a ResNet, sum to sum in a pre-norm transformer, norm to norm in a post-norm one), else the first, or where a
-chain of such units begins.
-Units that a path without weights goes around are **residual**: only they are taken out where there are any, else all count (VGG).
+A **unit** is a stretch between two values that all of the network's work passes through (``cuts`` of
+graph/features.py), with products inside, whose two ends have the same shape: then its end can be read off its start,
+and the unit is gone. The end is the last such value before the next product that is made by the same operator as the
+start (ReLU to ReLU in a ResNet, sum to sum in a pre-norm transformer, norm to norm in a post-norm one), else the first,
+or where a chain of such units begins. Units that a path without weights goes around are **residual**: only they are
+taken out where there are any, else all count (VGG).
 
-Units that follow one another are one **block** where they repeat: attention and MLP of a transformer leave together, because the smallest period of
-the stretch, by shapes of weights, is two. A run that repeats nothing is one block.
+Units that follow one another are one **block** where they repeat: attention and MLP of a transformer leave together,
+because the smallest period of the stretch, by shapes of weights, is two. A run that repeats nothing is one block.
 
-Which blocks leave: those that change their input least, 1 - cos(input, output), averaged over images (block influence, arXiv 2403.03853): one pass
-for all of them; or evenly. What stays keeps its weights. Given up: that the others' influence changes once a block is gone.
+Which blocks leave: those that change their input least, 1 - cos(input, output), averaged over images (block influence,
+arXiv 2403.03853): one pass for all of them; or evenly. What stays keeps its weights. Given up: that the others'
+influence changes once a block is gone.
 """
 
 from __future__ import annotations
@@ -39,7 +41,12 @@ BATCH = 32
 class Depth:
     """A shallower copy: whole blocks leave, the others keep their weights.
 
-    keep: share of the blocks. macs: share of the MACs, in its place. choose: influence (looks at images) or even. images: how many it looks at.
+    For deep networks of like blocks, on runtimes that pay by the layer. Not ``width``, which keeps all layers.
+
+    keep: share of the blocks.
+    macs: share of the MACs, in its place.
+    choose: influence (looks at images) or even.
+    images: how many it looks at.
     fresh: with new weights.
     """
 
@@ -60,7 +67,8 @@ class Depth:
         found = blocks(teacher)
         if not found:
             raise InputError(
-                "student=depth: no stretch of the network ends in the shape it starts with, so no block can leave; choose width"
+                "student=depth: no stretch of the network ends in the shape it starts with, so no block can leave; "
+                "choose width"
             )
         if self.choose == "even":
             order = _evenly(len(found))
@@ -90,7 +98,8 @@ class Depth:
             left -= found[index].macs
         if left > self.macs * whole:
             raise InputError(
-                f"student=depth: macs={self.macs} is out of reach, without all {len(found)} blocks that can leave {left / whole:.3f} remain; raise macs, or choose width"
+                f"student=depth: macs={self.macs} is out of reach, without all {len(found)} blocks that can leave "
+                f"{left / whole:.3f} remain; raise macs, or choose width"
             )
         return gone
 
@@ -230,7 +239,10 @@ def _alike(values: Mapping[fx.Node, Value], one: Tap, other: Tap) -> bool:
 
 
 def _goes_around(start: fx.Node, end: fx.Node, inside: Sequence[fx.Node], macs: dict[str, int]) -> bool:
-    """Does a path lead from start to end past all products? Not through a gate: there the value is multiplied by what products made of it."""
+    """Does a path lead from start to end past all products?
+
+    Not through a gate: there the value is multiplied by what products made of it.
+    """
     reached = {start}
     for node in inside:
         sources = [source for source in node.all_input_nodes if source.op != "get_attr"]

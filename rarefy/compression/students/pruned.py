@@ -17,7 +17,12 @@ from rarefy.tasks.task import Task
 class Pruned:
     """The pruned teacher: all channels compete.
 
-    keep: share of the channels. macs: share of the MACs, in its place. criterion: what a channel is worth. round_to: channels are a multiple of it.
+    For the smallest loss at the same cost. Not ``width``, where all layers lose alike.
+
+    keep: share of the channels.
+    macs: share of the MACs, in its place.
+    criterion: what a channel is worth.
+    round_to: channels are a multiple of it.
     fresh: with new weights.
     """
 

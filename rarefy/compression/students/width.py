@@ -1,7 +1,7 @@
-"""Width: the teacher with the same share of channels left everywhere: what ``prune`` cuts where every layer loses alike (``ranking="local"``).
+"""Width: the teacher with the same share of channels left everywhere, as ``prune`` cuts by ``ranking="local"``.
 
-The channels that stay keep their weights, unless ``fresh``: then only the shape is inherited, as in a family scaled by a multiplier (MobileNet's,
-arXiv 1704.04861).
+The channels that stay keep their weights, unless ``fresh``: then only the shape is inherited, as in a family scaled by
+a multiplier (MobileNet's, arXiv 1704.04861).
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ from rarefy.tasks.task import Task
 class Width:
     """A narrower copy: every group of channels loses the same share.
 
-    keep: share of the channels. macs: share of the MACs, in its place. criterion: which channels stay. round_to: channels are a multiple of it.
+    For a network of the family that an author would have published. Not ``pruned``, where layers lose unequally.
+
+    keep: share of the channels.
+    macs: share of the MACs, in its place.
+    criterion: which channels stay.
+    round_to: channels are a multiple of it.
     fresh: with new weights.
     """
 

@@ -3,7 +3,8 @@
     a = mean over the channels of x²,  flattened and divided by its length |a|
     loss = mean over the matched features of |aˢ - aᵗ|²,  mean over the batch
 
-Needs no projection, so channels may differ. The square, as in the authors' code, not the paper's root: its gradient is finite at 0.
+Needs no projection, so channels may differ. The square, as in the authors' code, not the paper's root: its gradient is
+finite at 0.
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ from rarefy.errors import InputError
 
 @dataclass(frozen=True)
 class At:
-    """Maps of where each stage is active (attention transfer)."""
+    """Maps of where each stage is active (attention transfer).
+
+    For teacher and student of the same resolutions but other channels, where no projection is to be trained. Not the
+    attention of a transformer. It stands beside a loss on logits.
+
+    on: stages, or pairs of nodes.
+    """
 
     on: str = "stages"
 

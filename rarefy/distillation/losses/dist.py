@@ -1,9 +1,12 @@
 """DIST (2205.10536): the student copies how the teacher's probabilities are related, not their values.
 
-    loss = T² · [ β · (1 - r over the classes of a sample)  +  γ · (1 - r over the samples of a class) ],  r Pearson's correlation
+    loss = T² · [ β · (1 - r over the classes of a sample)  +  γ · (1 - r over the samples of a class) ]
 
-A correlation does not see shift and scale, so that a small student need not reach a strong teacher's confidence. β = γ = 2 are the
-paper's, T = 1 that for ImageNet. T = 4, that for CIFAR-100, makes the first gradients on CIFAR-10 70 times those of the cross-entropy: give it ``loss_warmup``.
+with r Pearson's correlation.
+
+A correlation does not see shift and scale, so that a small student need not reach a strong teacher's confidence. β = γ
+= 2 are the paper's, T = 1 that for ImageNet. T = 4, that for CIFAR-100, makes the first gradients on CIFAR-10 70 times
+those of the cross-entropy: give it ``loss_warmup``.
 """
 
 from __future__ import annotations
@@ -22,7 +25,13 @@ EPS = 1e-12
 
 @dataclass(frozen=True)
 class Dist:
-    """Correlation of probabilities, within each sample and within each class."""
+    """Correlation of probabilities, within each sample and within each class.
+
+    For a teacher much stronger than the student: its confidence need not be reached. Like ``lskd`` blind to shift and
+    scale, but of probabilities, and across the batch too: batches must be large enough to correlate.
+
+    beta, gamma: weight within a sample, and within a class. temperature: of both networks' probabilities.
+    """
 
     beta: float = 2.0
     gamma: float = 2.0

@@ -3,9 +3,10 @@
     p_y = probability of the label,  q = softmax over the other classes,  both at temperature T
     loss = T² · [ α · KL((p_y, 1-p_y)ᵗ ‖ (p_y, 1-p_y)ˢ)  +  β · KL(qᵗ ‖ qˢ) ],  mean over the batch
 
-Plain KL is the case α = 1, β = 1 - p_yᵗ: where the teacher is sure of the label, it hardly hands on what it knows of the other classes.
-β = 2 is the authors' for ResNet-56 and ResNet-20 on CIFAR-100 (8 for wider students); they raise the whole from 0 in the first 20 of 240 epochs
-(``loss_warmup=0.08``), and with ten classes β weighs ten times as much as with a hundred. Soft labels (mixup) count by their largest entry; without labels, the teacher's answer is the label.
+Plain KL is the case α = 1, β = 1 - p_yᵗ: where the teacher is sure of the label, it hardly hands on what it knows of
+the other classes. β = 2 is the authors' for ResNet-56 and ResNet-20 on CIFAR-100 (8 for wider students); they raise the
+whole from 0 in the first 20 of 240 epochs (``loss_warmup=0.08``), and with ten classes β weighs ten times as much as
+with a hundred. Soft labels (mixup) count by their largest entry; without labels, the teacher's answer is the label.
 """
 
 from __future__ import annotations
@@ -24,7 +25,12 @@ from rarefy.errors import InputError
 
 @dataclass(frozen=True)
 class Dkd:
-    """Decoupled KL: the label's probability (alpha) and the other classes' (beta) weighed apart."""
+    """Decoupled KL: the label's probability (alpha) and the other classes' (beta) weighed apart.
+
+    For a teacher that is nearly always sure, of which ``kl`` hands on little; with many classes rather than ten.
+
+    alpha, beta: the two weights. temperature: of both networks' probabilities.
+    """
 
     alpha: float = 1.0
     beta: float = 2.0

@@ -2,7 +2,8 @@
 
     loss = T² · KL(softmax(t/T) ‖ softmax(s/T)),  mean over the batch
 
-The factor T² keeps the gradient's size independent of the temperature T: for large T it tends to (s - t)/classes on centred logits.
+The factor T² keeps the gradient's size independent of the temperature T: for large T it tends to (s - t)/classes on
+centred logits.
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ from rarefy.distillation.objective import Features
 
 @dataclass(frozen=True)
 class Kl:
-    """Hinton: KL divergence from the teacher's softened probabilities."""
+    """Hinton: KL divergence from the teacher's softened probabilities.
+
+    The one that is compared with. It asks for the teacher's very logits; ``lskd`` for their order and relations.
+
+    temperature: of both networks' probabilities.
+    """
 
     temperature: float = 4.0
     on: ClassVar[str] = "logits"

@@ -1,11 +1,13 @@
-"""Distillation of standardised logits (2403.01427): the student copies the order and the relations of the teacher's logits, not their size.
+"""Distillation of standardised logits (2403.01427): the student copies the order of the teacher's logits, not their
+size.
 
     z(x) = (x - mean(x)) / std(x)   over the classes of each sample, std with n - 1
     loss = weight · T² · KL(softmax(z(t)/T) ‖ softmax(z(s)/T)),  mean over the batch
 
-A small student need not reach the range of a large teacher's logits, which plain KL demands of it; each sample gets its own temperature,
-std(x) · T. Base temperature 2 and weight 9 beside a cross-entropy of weight 1 are the paper's. The standard deviation is taken as
-sqrt(var + eps), not std + 1e-7 as there: the same value, but a finite gradient where all logits are equal.
+A small student need not reach the range of a large teacher's logits, which plain KL demands of it; each sample gets its
+own temperature, std(x) · T. Base temperature 2 and weight 9 beside a cross-entropy of weight 1 are the paper's. The
+standard deviation is taken as sqrt(var + eps), not std + 1e-7 as there: the same value, but a finite gradient where all
+logits are equal.
 """
 
 from __future__ import annotations
@@ -23,7 +25,13 @@ EPS = 1e-12
 
 @dataclass(frozen=True)
 class Lskd:
-    """KL divergence between standardised logits: each sample at its own temperature."""
+    """KL divergence between standardised logits: each sample at its own temperature.
+
+    The default: it needs no tuning and no features, and a small student can reach it. Not ``kl``, which asks for the
+    size of the teacher's logits too.
+
+    temperature: beside each sample's own. weight: of the whole.
+    """
 
     temperature: float = 2.0
     weight: float = 9.0

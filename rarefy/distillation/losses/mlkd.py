@@ -5,9 +5,10 @@
     class     |pᵗᵀ pᵗ - pˢᵀ pˢ|² / C · (64 / N)² (C / 100)²     which classes are taken for each other
     loss = sum of the three, mean over the temperatures
 
-The paper's sums grow with the batch N, the last one with its square, and as much with 1 / C: at 512 samples, or of 10 classes, they drown the rest, and training diverges at a rate that the rest
-takes. So they count as at the paper's 64 samples and 100 classes, whatever N and C are.
-The paper's second view of each picture, strongly augmented, is the task's ``augment`` here.
+The paper's sums grow with the batch N, the last one with its square, and as much with 1 / C: at 512 samples, or of 10
+classes, they drown the rest, and training diverges at a rate that the rest takes. So they count as at the paper's 64
+samples and 100 classes, whatever N and C are. The paper's second view of each picture, strongly augmented, is the
+task's ``augment`` here.
 """
 
 from __future__ import annotations
@@ -27,7 +28,12 @@ PAPER_BATCH, PAPER_CLASSES = 64, 100
 
 @dataclass(frozen=True)
 class Mlkd:
-    """KL, alike samples and alike classes, at temperatures from ``lowest`` to ``highest``."""
+    """KL, alike samples and alike classes, at temperatures from ``lowest`` to ``highest``.
+
+    For large batches, whose relations tell something; it costs as many losses as there are temperatures.
+
+    lowest, highest: temperatures, whole numbers, both included.
+    """
 
     lowest: int = 2
     highest: int = 6
@@ -36,7 +42,8 @@ class Mlkd:
     def __post_init__(self) -> None:
         if not 1 <= self.lowest <= self.highest:
             raise InputError(
-                f"mlkd: temperatures from {self.lowest} to {self.highest}: lowest must be at least 1, and highest no less"
+                f"mlkd: temperatures from {self.lowest} to {self.highest}: "
+                "lowest must be at least 1, and highest no less"
             )
 
     def __call__(self, student: Tensor, teacher: Tensor, targets: Tensor | None, features: Features) -> Tensor:

@@ -1,10 +1,10 @@
-"""Knowledge review (2104.09044): each stage of the teacher is learned from that stage of the student and all deeper ones.
+"""Knowledge review (2104.09044): each stage of the teacher is learned from that of the student and all deeper ones.
 
-    fused_i = attention-weighted sum of P·s_i and fused_{i+1} (enlarged to the resolution of s_i)      from the deepest stage up
+    fused_i = attention-weighted sum of P·s_i and fused_{i+1} (enlarged like s_i)      from the deepest stage up
     loss = sum over the stages of HCL(R·fused_i, t_i)
 
-HCL, the hierarchical context loss, is the squared distance of the maps and of their averages over 4x4, 2x2 and 1x1 cells, weighted 1, 1/2, 1/4, 1/8. P, R and the
-attention are convolutions trained along and thrown away afterwards.
+HCL, the hierarchical context loss, is the squared distance of the maps and of their averages over 4x4, 2x2 and 1x1
+cells, weighted 1, 1/2, 1/4, 1/8. P, R and the attention are convolutions trained along and thrown away afterwards.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ CELLS = (4, 2, 1)
 
 @dataclass(frozen=True)
 class Reviewkd:
-    """Each stage of the teacher from that and all deeper stages of the student (knowledge review)."""
+    """Each stage of the teacher from that and all deeper stages of the student (knowledge review).
+
+    For convolutional networks of equal resolutions, where ``mse`` stage by stage asks too much of the early ones; its
+    adapters are the dearest to train.
+
+    width: channels of the fused maps. on: stages, or pairs of nodes.
+    """
 
     width: int = 64
     on: str = "stages"
@@ -39,7 +45,8 @@ class Reviewkd:
         for name, (ours, theirs) in shapes.items():
             if len(ours) != 3 or ours[1:] != theirs[1:]:
                 raise InputError(
-                    f"reviewkd: {name} is {ours} in the student and {theirs} in the teacher; it needs maps (c, h, w) of equal resolution"
+                    f"reviewkd: {name} is {ours} in the student and {theirs} in the teacher; "
+                    "it needs maps (c, h, w) of equal resolution"
                 )
         return _Review(shapes, self.width)
 

@@ -1,10 +1,11 @@
-"""Relational distillation (1904.05068): distances and angles between the samples of a batch, not the features themselves.
+"""Relational distillation (1904.05068): distances and angles between the samples of a batch, not the features.
 
     distances  |xᵢ - xⱼ| divided by the batch's mean distance
     angles     cosine at j between xᵢ and xₖ, for all triples
     loss = distance · huber(distances) + angle · huber(angles),  mean over the matched features
 
-Features of different widths compare as they are. Both come from one Gram matrix, so memory is N³ numbers, not N² times the width.
+Features of different widths compare as they are. Both come from one Gram matrix, so memory is N³ numbers, not N² times
+the width.
 """
 
 from __future__ import annotations
@@ -24,7 +25,13 @@ EPS = 1e-12
 
 @dataclass(frozen=True)
 class Rkd:
-    """Distances and angles between the samples of a batch."""
+    """Distances and angles between the samples of a batch.
+
+    For embeddings, as in retrieval, where only what is near to what counts; they may differ in width. Memory grows with
+    the cube of the batch.
+
+    distance, angle: the two weights. on: embedding, stages, logits, or pairs of nodes.
+    """
 
     distance: float = 25.0
     angle: float = 50.0

@@ -1,11 +1,11 @@
-"""Spherical distillation (SKD, CVPR 2026): beside KL, the directions of the logits are to stand to each other as the teacher's do.
+"""Spherical distillation (SKD, CVPR 2026): beside KL, logits point to where the teacher's do, seen from one another.
 
     z = logits / |logits|,  G = z zᵀ over the batch,  D = Gˢ - Gᵗ,  Σ = cov(rows of D) + ridge · I
     loss = T² · KL(pᵗ ‖ pˢ)  +  direction · mean over i of sqrt(Dᵢ Σ⁻¹ Dᵢᵀ)
 
-The directions of a fresh network's small logits turn fast, so the first gradients are 40 to 90 times those of the cross-entropy: give it ``loss_warmup``.
-The distance is Mahalanobis': a deviation that all rows share counts less than one of its own. The root is taken as sqrt(x + eps) - sqrt(eps), which has a
-gradient at 0.
+The directions of a fresh network's small logits turn fast, so the first gradients are 40 to 90 times those of the
+cross-entropy: give it ``loss_warmup``. The distance is Mahalanobis': a deviation that all rows share counts less than
+one of its own. The root is taken as sqrt(x + eps) - sqrt(eps), which has a gradient at 0.
 """
 
 from __future__ import annotations
@@ -27,7 +27,13 @@ EPS = 1e-8
 
 @dataclass(frozen=True)
 class Skd:
-    """KL, and the angles between the logits of a batch by Mahalanobis' distance."""
+    """KL, and the angles between the logits of a batch by Mahalanobis' distance.
+
+    For when it counts which samples are alike, beside what each is. Not ``rkd``, which takes features, and the angles
+    of all triples.
+
+    temperature: of KL. direction: weight of the angles. ridge: added to their covariance.
+    """
 
     temperature: float = 4.0
     direction: float = 1.0

@@ -1,10 +1,10 @@
-"""Wasserstein distillation, the Gaussian form for features (2412.08139, sec. 3.2): each sample's channels as normal distributions.
+"""Wasserstein distillation, the Gaussian form (2412.08139, sec. 3.2): a sample's channels as normal distributions.
 
     μ, σ = mean and standard deviation of a channel over the positions of one sample
     loss = mean over the matched features of  mean over samples and channels of (μˢ - μᵗ)² + (σˢ - σᵗ)²
 
-the squared Wasserstein distance of two normal distributions with diagonal covariance. Resolutions may differ: only moments are compared. Where the
-channels differ, the student's are projected (1x1, trained along, thrown away).
+the squared Wasserstein distance of two normal distributions with diagonal covariance. Resolutions may differ: only
+moments are compared. Where the channels differ, the student's are projected (1x1, trained along, thrown away).
 """
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ EPS = 1e-12
 
 @dataclass(frozen=True)
 class Wkd:
-    """Mean and spread of each channel of matched features (Gaussian Wasserstein distance)."""
+    """Mean and spread of each channel of matched features (Gaussian Wasserstein distance).
+
+    For features whose resolutions differ, or whose positions say little; ``mse`` compares position by position.
+
+    on: stages, embedding, or pairs of nodes.
+    """
 
     on: str = "stages"
 
