@@ -97,12 +97,12 @@ def task_class(text: str) -> Any:
 
 
 def summary(kind: str, name: str) -> str:
-    """First line of what the choice's class (or else its file) says of itself."""
+    """First paragraph of what the choice's class (or else its file) says of itself, as one line."""
     cls = choice_class(kind, name)
     doc = cls.__doc__ or ""
     if doc.startswith(f"{cls.__name__}("):  # the docstring dataclass makes when there is none
         doc = importlib.import_module(cls.__module__).__doc__ or ""
-    return doc.strip().split("\n")[0]
+    return " ".join(doc.strip().partition("\n\n")[0].split())
 
 
 def resolve(kind: str, choice: Any) -> Any:

@@ -1,4 +1,5 @@
-"""Stretches of a graph whose layers are rounded together, as functions of their weights' numbers and activations' scales.
+"""Stretches of a graph whose layers are rounded together, as functions of their weights' numbers and activations'
+scales.
 
 Found in the graph, not by class names: between two values that all of the network's work passes through
 (``graph.features.cuts``: ends of residual blocks are, values inside are not) lie the layers of one block. A stretch of
@@ -42,8 +43,8 @@ def together(graph: fx.GraphModule, layers: Sequence[fx.Node]) -> tuple[list[lis
 class Stretch:
     """What lies between a block's first layer and its end, in the quantised graph and in its float twin.
 
-    entries, twin_entries: what the block reads of the blocks before, in both graphs; None: there is no such float value.
-    scales: names of the activation scales that can be learned here, in order.
+    entries, twin_entries: what the block reads of the blocks before, in both graphs; None: there is no such float
+    value. scales: names of the activation scales that can be learned here, in order.
     """
 
     def __init__(
@@ -92,7 +93,8 @@ class Stretch:
 
     def _ends(self, nodes: Sequence[fx.Node], marks: frozenset[str]) -> tuple[fx.Node, fx.Node]:
         """The last value made from all of the block's layers before the next block begins, one of ``marks`` if there is
-        any, and its float twin. Behind codes that are moved as such, through which no gradient passes, only if need be."""
+        any, and its float twin. Behind codes that are moved as such, through which no gradient passes, only if need be.
+        """
         everything = (1 << len(self.layers)) - 1
         for whole in (False, True):
             reached: dict[fx.Node, int] = {}
@@ -114,7 +116,8 @@ class Stretch:
         return self._first[scale_name(node)] is node
 
     def _twin_of(self, node: fx.Node) -> fx.Node | None:
-        """The float value that ``node`` stands for: of a rounded value the one before rounding; None for what has no twin."""
+        """The float value that ``node`` stands for: of a rounded value the one before rounding; None for what has no
+        twin."""
         if is_decoded(node):
             source = node.all_input_nodes[0]
             if source.target is not OPERATORS.quantize.default or qparams(source).scale is not argument(node, "scale"):
@@ -129,8 +132,8 @@ class Stretch:
     def gather(
         self, prefix: Resumable, float_prefix: Resumable, memory: float
     ) -> tuple[list[Value], list[Value], Tensor, int]:
-        """Of as many images as fit into ``memory`` bytes: what the block reads in both graphs (numbers instead of tensors
-        as they are), and what it makes in float; and how many images that is."""
+        """Of as many images as fit into ``memory`` bytes: what the block reads in both graphs (numbers instead of
+        tensors as they are), and what it makes in float; and how many images that is."""
         ours: list[Sequence[Value]] = []
         theirs: list[Sequence[Value]] = []
         outputs: list[Tensor] = []

@@ -1,34 +1,38 @@
 """explain(): what quantisation made of each layer, and why the others stay in float.
 
-Noise is measured where it is made: with y a layer's sums in the float model and y~ those of the rounded one, both on the same few images,
+Noise is measured where it is made: with y a layer's sums in the float model and y~ those of the rounded one, both on
+the same few images,
 
     signal to noise = 10 log10( sum (y - E y)^2 / sum (y - y~)^2 )    dB, E over images and places, a channel
 
-The layers before have been rounded too, so that each layer shows what has come about up to it, and the one at which it falls is the one to look at. Sums
-that a ReLU cuts off afterwards count: what a layer's readers see may be less noisy.
+The layers before have been rounded too, so that each layer shows what has come about up to it, and the one at which it
+falls is the one to look at. Sums that a ReLU cuts off afterwards count: what a layer's readers see may be less noisy.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import Tensor, fx, nn
 
 from rarefy.errors import InputError
+from rarefy.graph import history
 from rarefy.graph.interpreter import in_lockstep
 from rarefy.graph.layers import layer_name, names, weighted
+from rarefy.graph.nodes import Value
 from rarefy.quantization.observers import channel_axis
 from rarefy.quantization.placement import Placement
 
+Row = dict[str, Value]
 IMAGES = 8
 
 
 def noise(
     float_graph: fx.GraphModule, graph: fx.GraphModule, batches: Iterable[tuple[Tensor, ...]]
 ) -> dict[str, float | None]:
-    """Signal to noise (dB) of each layer's sums, by the name of its node in both graphs, on the first ``IMAGES``; None: no noise, or no signal."""
+    """Signal to noise (dB) of each layer's sums, by the name of its node in both graphs, on the first ``IMAGES``; None:
+    no noise, or no signal."""
     layers = {node.name: node for node in float_graph.graph.nodes if weighted(node)}
     sums: dict[str, list[Tensor]] = {}
     counts: dict[str, int] = {}
@@ -78,21 +82,22 @@ def floats(
     }
 
 
-def explain(graph: nn.Module) -> dict[str, list[dict[str, Any]]]:
-    """Of a quantised graph, also of one that was loaded: ``{"layers": rows, "float": rows}``, in the order of the network.
+def explain(graph: nn.Module) -> dict[str, list[Row]]:
+    """Of a quantised graph, also of one that was loaded: ``{"layers": rows, "float": rows}``, in the order of the
+    network.
 
-    layers: name; bits, grid of the weights; error, what rounding did to them (noise power / signal power); input, the value read, with activation_bits,
-    activation_grid and range (lo, hi); sqnr_db, signal to noise of the layer's sums. float: name, why, and sqnr_db of layers. Keys that are not known are None.
+    layers: name; bits, grid of the weights; error, what rounding did to them (noise power / signal power); input, the
+    value read, with activation_bits, activation_grid and range (lo, hi); sqnr_db, signal to noise of the layer's sums.
+    float: name, why, and sqnr_db of layers. Keys that are not known are None.
 
     Raises InputError where nothing was quantised.
     """
-    history: Sequence[Mapping[str, Any]] = graph.meta.get("history", []) if isinstance(graph, fx.GraphModule) else []
-    records = [record["facts"] for record in history if record.get("step") == "quantize"]
-    if not records:
+    record = history.last(graph, "quantize")
+    if record is None:
         raise InputError(
             "the model is not quantised: nothing to explain; call quantize first (rarefy quantize --explain does both)"
         )
-    facts = records[-1]
+    facts = record["facts"]
     ranges = facts.get("ranges") or {}
     keys = ("name", "bits", "grid", "error", "input", "activation_bits", "activation_grid", "sqnr_db")
     layers = [

@@ -1,15 +1,19 @@
 """Number formats as values: which codes there are, what they stand for, and which numbers share a scale.
 
     ``int2`` ... ``int8``, ``uint2`` ... ``uint8``    code q in [qmin, qmax] stands for s (q - z)
-    ``fp8:e4m3``, ``fp8:e5m2``                        s times an 8-bit float (OCP: e4m3 without infinities, 448 at most; e5m2 57,344)
+    ``fp8:e4m3``, ``fp8:e5m2``    s times an 8-bit float (OCP: e4m3 without infinities, 448 at most; e5m2 57,344)
     ``mxfp4``    s_block times e2m1 (0, .5, 1, 1.5, 2, 3, 4, 6), s_block a power of two for each 32 (OCP MX 1.0)
     ``nvfp4``    s_tensor s_block times e2m1, s_block an e4m3 float for each 16
 
-``symmetric`` fixes z = 0 and, of signed codes at 8 bits, drops the lowest one (int8 is -127..127, as kernels that add two products in 16 bits want it). Of fewer
-bits all codes are used (int4 is -8..7, int2 -2..1): one in 16, let alone in 4, is worth more than a sign flip that is exact.
-One scale serves a tensor, a position of ``axis`` (an output channel), or ``group`` neighbours along the input axis within an output channel,
-whole kernels of a convolution; the last group may be shorter. Text, in Python, TOML and on the command line alike, with options after a
-colon: ``"int4:group=32"``, ``"int8:symmetric=no"``. Floats below 8 bits are for weights, and simulated: no CPU runtime multiplies them.
+``symmetric`` fixes z = 0 and, of signed codes at 8 bits, drops the lowest one (int8 is -127..127, as kernels that add
+two products in 16 bits want it). Of fewer bits all codes are used (int4 is -8..7, int2 -2..1): one in 16, let alone in
+4, is worth more than a sign flip that is exact.
+
+One scale serves a tensor, a position of ``axis`` (an output channel), or ``group`` neighbours along the input axis
+within an output channel, whole kernels of a convolution; the last group may be shorter.
+
+Text, in Python, TOML and on the command line alike, with options after a colon: ``"int4:group=32"``,
+``"int8:symmetric=no"``. Floats below 8 bits are for weights, and simulated: no CPU runtime multiplies them.
 """
 
 from __future__ import annotations
@@ -53,8 +57,12 @@ class Format(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Integers. bits: 2 to 8. signed: two's complement or from zero. symmetric: zero point fixed at 0. axis: one scale a position of that
-    axis, or None for one scale a tensor. group: positions of the input axis (1) that share a scale (None: all)."""
+    """Integers.
+
+    bits: 2 to 8. signed: two's complement or from zero. symmetric: zero point fixed at 0.
+    axis: one scale a position of that axis, or None for one scale a tensor.
+    group: positions of the input axis (1) that share a scale (None: all).
+    """
 
     bits: int = 8
     signed: bool = True
@@ -104,7 +112,7 @@ class Grid:
 
 @dataclasses.dataclass(frozen=True)
 class Fp8:
-    """8-bit floats; kind: e4m3 or e5m2. Too large a number becomes the largest, as in training with FP8 (2209.05433)."""
+    """8-bit floats; kind: e4m3 or e5m2. Too large a number becomes the largest, as in training in FP8 (2209.05433)."""
 
     kind: str = "e4m3"
     axis: int | None = None
@@ -137,7 +145,8 @@ class Fp8:
 
 @dataclasses.dataclass(frozen=True)
 class Fp4:
-    """4-bit floats e2m1 in blocks of ``group`` inputs; kind: mx (block scales are powers of two) or nv (e4m3 floats, and one float32 scale a tensor)."""
+    """4-bit floats e2m1 in blocks of ``group`` inputs; kind: mx (block scales are powers of two) or nv (e4m3 floats,
+    and one float32 scale a tensor)."""
 
     kind: str = "mx"
 
@@ -165,7 +174,8 @@ class Fp4:
         return fp4.encoded(snapped)
 
     def scales(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Stored block scales (out, groups, 1, ...) and the tensor's own scale (), by the formats' own rules: nothing is calibrated."""
+        """Stored block scales (out, groups, 1, ...) and the tensor's own scale (), by the formats' own rules: nothing
+        is calibrated."""
         largest = rows(weight, self).abs().amax(1)
         block, whole = fp4.nv_scale(largest) if self.kind == "nv" else (fp4.mx_scale(largest), largest.new_ones(()))
         return shaped(block, weight, self), whole.float()
@@ -175,7 +185,8 @@ class Fp4:
 
 
 def parse(text: str | Format, *, symmetric: bool, axis: int | None = None) -> Format:
-    """``"int8"`` -> a grid; ``symmetric`` and ``axis`` are the user of the grid's defaults (weights: symmetric, axis 0)."""
+    """``"int8"`` -> a grid; ``symmetric`` and ``axis`` are the user of the grid's defaults (weights: symmetric, axis
+    0)."""
     if not isinstance(text, str):
         return text
     name, _, options = text.strip().lower().partition(":")
@@ -196,7 +207,8 @@ def parse(text: str | Format, *, symmetric: bool, axis: int | None = None) -> Fo
     if name in ("mxfp4", "nvfp4") and not given:
         return Fp4(name[:2])
     raise InputError(
-        f"number format {text!r}: give int2 to int8 or uint2 to uint8, such as int8 or int4:group=32, fp8:e4m3, fp8:e5m2, mxfp4 or nvfp4"
+        f"number format {text!r}: give int2 to int8 or uint2 to uint8, such as int8 or int4:group=32, fp8:e4m3, "
+        "fp8:e5m2, mxfp4 or nvfp4"
     )
 
 
@@ -204,7 +216,8 @@ def parse(text: str | Format, *, symmetric: bool, axis: int | None = None) -> Fo
 
 
 def rows(weight: Tensor, grid: Format) -> Tensor:
-    """(scales, elements): the numbers of ``weight`` (out, in, ...) that share a scale, one row each; a shorter last group ends in zeros."""
+    """(scales, elements): the numbers of ``weight`` (out, in, ...) that share a scale, one row each; a shorter last
+    group ends in zeros."""
     if grid.group is None:
         return weight.reshape(weight.shape[0], -1) if grid.axis is not None else weight.reshape(1, -1)
     out, inputs, kernel = weight.shape[0], weight.shape[1], weight[0, 0].numel()
@@ -214,7 +227,8 @@ def rows(weight: Tensor, grid: Format) -> Tensor:
 
 
 def shaped(scale: Tensor, weight: Tensor, grid: Format) -> Tensor:
-    """The scales of ``rows(weight, grid)``, (scales,), as ``quantize`` and ``dequantize`` take them: (), (out,), or (out, groups, 1, ...)."""
+    """The scales of ``rows(weight, grid)``, (scales,), as ``quantize`` and ``dequantize`` take them: (), (out,), or
+    (out, groups, 1, ...)."""
     if grid.group is None:
         return scale if grid.axis is not None else scale.reshape(())
     return scale.reshape(weight.shape[0], -1, *[1] * (weight.dim() - 2))
@@ -225,7 +239,8 @@ def shaped(scale: Tensor, weight: Tensor, grid: Format) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-    """A grid for each layer: (glob of layer names, grid, or None for float); the last that matches holds, else ``default``."""
+    """A grid for each layer: (glob of layer names, grid, or None for float); the last that matches holds, else
+    ``default``."""
 
     default: Format | None
     rules: tuple[tuple[str, Format | None], ...] = ()
@@ -253,7 +268,8 @@ def assign(
     axis: int | None = None,
     default: str | Format = "int8",
 ) -> Assignment:
-    """``"int4"``, ``"int4;stem.*=int8;fc=float"`` or ``{"*": "int4", "stem.*": "int8", "fc": "float"}``; layers that nothing matches get ``default``."""
+    """``"int4"``, ``"int4;stem.*=int8;fc=float"`` or ``{"*": "int4", "stem.*": "int8", "fc": "float"}``; layers that
+    nothing matches get ``default``."""
 
     def grid(value: str | Format) -> Format | None:
         return (

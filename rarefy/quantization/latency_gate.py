@@ -5,10 +5,10 @@
 
 A *stretch* is a set of integer layers that hand codes to each other, with no float operator between. Stretches of the
 same layers (the blocks of a transformer) are one candidate, and where a candidate holds layers of several kinds
-(depthwise, 1x1, other convolutions, linear), so is each kind of it. What is timed is the whole network with the candidate
-in float, since a stretch alone would pay neither for the conversions that its neighbours no longer need nor for the
-caches it finds. All files take turns in one run (``rarefy.deployment.latency``); the weights are rounded to the nearest
-code for it, as time does not depend on them.
+(depthwise, 1x1, other convolutions, linear), so is each kind of it. What is timed is the whole network with the
+candidate in float, since a stretch alone would pay neither for the conversions that its neighbours no longer need nor
+for the caches it finds. All files take turns in one run (``rarefy.deployment.latency``); the weights are rounded to the
+nearest code for it, as time does not depend on them.
 
 A candidate goes back to float where the network without it is faster by 1 %, and in three of four rounds. Those that do
 go together, and the result is the fastest of: all integer, all but these, float in any precision of the runtime

@@ -1,10 +1,11 @@
 """What each layer costs on the runtime, in integers and in float: the table of mixed precision's integer program.
 
-The network is exported whole in float and whole in integers, and the runtime tells the time of each kernel in the caches
-as it finds them there. A kernel is a layer's by what it is (``LAYERS``) and by how many numbers it reads and makes, in
-the order of the network; where the runtime made other sizes of some (padded channels), by the order alone. All that is no
-layer (activations, sums, layout changes, rounding) counts with the layer before it. The two files then take turns, and
-the integer kernels are scaled to the ratio of their times, since a machine's speed drifts between profiles.
+The network is exported whole in float and whole in integers, and the runtime tells the time of each kernel in the
+caches as it finds them there. A kernel is a layer's by what it is (``LAYERS``) and by how many numbers it reads and
+makes, in the order of the network; where the runtime made other sizes of some (padded channels), by the order alone.
+All that is no layer (activations, sums, layout changes, rounding) counts with the layer before it. The two files then
+take turns, and the integer kernels are scaled to the ratio of their times, since a machine's speed drifts between
+profiles.
 
 What is assumed: a layer takes as long whatever its neighbours are. It does not: between a layer in float and one in
 integers numbers are converted. So what a choice promises is measured (``share``), and the caller corrects its goal by

@@ -4,11 +4,11 @@
 
 e_l(b) is the squared error of the answers, in shares of their variance, when layer l alone is rounded to b bits: the
 network behind the layer is run once for each layer and width, on a few images, with the layer's mean error taken out a
-channel as bias correction will do. c_l(b) is what the width costs: bits of weights, products of bits (MACs x weight bits
-x activation bits), or microseconds on the runtime (``layer_times``), which are the same for all whole numbers; then the
-goal is corrected by what the network measures, in a few rounds. Float is one of the choices. The program is solved
-exactly by HiGHS (scipy). What is assumed: errors of different layers add up, as small independent errors do (HAWQ-V3,
-2011.10680, has the same program, with second derivatives in place of measured errors).
+channel as bias correction will do. c_l(b) is what the width costs: bits of weights, products of bits (MACs x weight
+bits x activation bits), or microseconds on the runtime (``layer_times``), which are the same for all whole numbers;
+then the goal is corrected by what the network measures, in a few rounds. Float is one of the choices. The program is
+solved exactly by HiGHS (scipy). What is assumed: errors of different layers add up, as small independent errors do
+(HAWQ-V3, 2011.10680, has the same program, with second derivatives in place of measured errors).
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ def allocate(
     runtime: Runtime | str = "onnxruntime",
     ignore: Sequence[str] = (),
 ) -> tuple[formats.Assignment, Facts, list[Round]]:
-    """The grid of each of ``layers`` (of a folded float graph); facts: errors, widths, and what of the budget is used; and
-    the rounds in which a goal of latency was corrected.
+    """The grid of each of ``layers`` (of a folded float graph); facts: errors, widths, and what of the budget is used;
+    and the rounds in which a goal of latency was corrected.
 
     batch: images to measure errors on. grid: of activations.
     runtime, ignore: what time is measured on, and globs of what stays float there.
@@ -196,7 +196,10 @@ def _count(graph: fx.GraphModule, layer: fx.Node) -> int:
 
 
 def program(errors: Sequence[Sequence[float]], costs: Sequence[Sequence[float]], budget: float) -> list[int]:
-    """Which choice each layer takes: least total error within the budget. Raises InputError where not even the cheapest choices fit."""
+    """Which choice each layer takes: least total error within the budget.
+
+    Raises InputError where not even the cheapest choices fit.
+    """
     least = sum(map(min, costs))
     if least > budget * (1 + 1e-12):
         raise InputError(
@@ -223,7 +226,8 @@ def program(errors: Sequence[Sequence[float]], costs: Sequence[Sequence[float]],
 def sensitivities(
     graph: fx.GraphModule, layers: Sequence[fx.Node], batch: tuple[Tensor, ...], widths: Sequence[int]
 ) -> dict[fx.Node, list[float]]:
-    """Error of the answers for each layer and width: |answers' - answers|^2 over the answers' variance over the samples."""
+    """Error of the answers for each layer and width: |answers' - answers|^2 over the answers' variance over the
+    samples."""
     nodes = list(graph.graph.nodes)
     live: dict[fx.Node, Value] = dict(zip((node for node in nodes if node.op == "placeholder"), batch, strict=True))
     errors: dict[fx.Node, dict[int, Tensor]] = {node: {} for node in layers}

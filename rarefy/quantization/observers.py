@@ -1,9 +1,11 @@
-"""observe(): one pass over the calibration images, streaming what every chosen node yields into a histogram, and layers' mean outputs.
+"""observe(): one pass over the calibration images, streaming what every chosen node yields into a histogram, and
+layers' mean outputs.
 
-Memory is one batch's activations, ``BINS`` counts a node and two numbers a batch, whatever the number of images. The histogram's range starts at
-the first batch's and doubles towards the side that a later batch exceeds (neighbouring bins are merged), so that no value is ever clipped and the
-bins stay at most twice as wide as they need be. Extremes are those of all values; of a large batch, the bins count ``COUNTED`` values spread evenly
-(with a step that shares no factor with the size, so that no channel or column is preferred), since counting all took half of the whole time.
+Memory is one batch's activations, ``BINS`` counts a node and two numbers a batch, whatever the number of images. The
+histogram's range starts at the first batch's and doubles towards the side that a later batch exceeds (neighbouring bins
+are merged), so that no value is ever clipped and the bins stay at most twice as wide as they need be. Extremes are
+those of all values; of a large batch, the bins count ``COUNTED`` values spread evenly (with a step that shares no
+factor with the size, so that no channel or column is preferred), since counting all took half of the whole time.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ aten = torch.ops.aten
 
 NONE = "no calibration images; give at least one batch (128 images are a good number)"
 BINS = 2048
-PIECE = 27e6  # bytes of a batch's largest activation on a CPU: from 32 MiB on each is mapped anew, a tenth to a third slower
+# bytes of a batch's largest activation on a CPU: from 32 MiB on each is mapped anew at its use, which takes a tenth to
+# a third of the time
+PIECE = 27e6
 COUNTED = 2**18  # 2**16 of these few images leaves EfficientNet-Lite2 at 20.7 dB in place of 21.5
 
 
@@ -96,7 +100,7 @@ class Images:
         self.are_drawn = batches is None
 
     def first(self, count: int) -> tuple[Tensor, ...]:
-        """The first ``count`` samples, at most one batch of the caller's: (count, ...) for each of the graph's inputs."""
+        """The first ``count`` samples, at most one batch of the caller's: (count, ...) of each input of the graph."""
         if self._batches is None:
             return next(self._checked(self._drawn(count, count), count))
         self._front = self._front or list(itertools.islice(self._batches, 1))
@@ -134,7 +138,7 @@ class Images:
     def _drawn(self, count: int, batch_size: int) -> Iterator[Tensor]:
         if self._task is None:
             raise InputError("no calibration images: pass a task, or batches=")
-        return self._task.inputs("train", count, batch_size, seed=self._seed)
+        return self._task.data.inputs("train", count, batch_size, seed=self._seed)
 
     def _checked(self, batches: Iterable[Tensor | tuple[Tensor, ...]], count: int) -> Iterator[tuple[Tensor, ...]]:
         """At most ``count`` samples, on the graph's device. Raises InputError for another shape than the graph's."""
@@ -155,8 +159,11 @@ class Images:
 
 @dataclasses.dataclass
 class Observed:
-    """histograms: of each node. means: (channels,) float64, the mean output of each layer on ``batches``, the first of all, which are kept. spreads: of some
-    layers the deviation of the output around these means."""
+    """What ``observe`` found.
+
+    histograms: of each node. means: (channels,) float64, the mean output of each layer on ``batches``, the first of
+    all, which are kept. spreads: of some layers the deviation of the output around these means.
+    """
 
     histograms: dict[fx.Node, Histogram]
     means: dict[fx.Node, Tensor]
@@ -172,7 +179,8 @@ def observe(
     keep: Callable[[int], bool] = lambda samples: False,
     spread: Collection[fx.Node] = (),
 ) -> Observed:
-    """Histograms of the nodes over all batches, mean outputs of the layers over the batches that are kept, and how far those in ``spread`` are from them.
+    """Histograms of the nodes over all batches, mean outputs of the layers over the batches that are kept, and how far
+    those in ``spread`` are from them.
 
     keep: whether a batch is kept when that many samples are, with it; the first always is.
     Raises CheckFailed where a node yields NaN or infinity, and DataError where there is no batch.
@@ -191,7 +199,8 @@ def observe(
         lo, hi = (float(end) for end in torch.aminmax(value))
         if not (math.isfinite(lo) and math.isfinite(hi)):
             raise CheckFailed(
-                f"{node.meta.get('stack') or node.name}: yields NaN or infinity on the calibration images; check the weights and the normalisation"
+                f"{node.meta.get('stack') or node.name}: yields NaN or infinity on the calibration images; "
+                "check the weights and the normalisation"
             )
         if node in found:
             found[node].add(value, (lo, hi))
@@ -219,7 +228,10 @@ def channel_axis(layer: fx.Node, value: Tensor) -> int:
 
 
 class Average:
-    """Mean of a layer's output over images and places, a channel; streaming, (channels,) float64. spreads: whether squares are added up too."""
+    """Mean of a layer's output over images and places, a channel; streaming, (channels,) float64.
+
+    spreads: whether squares are added up too.
+    """
 
     def __init__(self, spreads: bool = False) -> None:
         self.sum, self.count = torch.zeros((), dtype=torch.float64), 0
@@ -254,7 +266,10 @@ def _dense(x: Tensor) -> bool:
 
 
 def _counts(x: Tensor, lo: float, hi: float) -> Tensor:
-    """(BINS,) float64: how many of ``x``, none outside, lie in each. Counting whole numbers takes a CPU a quarter of what ``histc`` takes."""
+    """(BINS,) float64: how many of ``x``, none outside, lie in each.
+
+    Counting whole numbers takes a CPU a quarter of what ``histc`` takes.
+    """
     at = (_spread(x) - lo).mul_(BINS / (hi - lo)).to(torch.int32).clamp_(0, BINS - 1)
     return torch.bincount(at, minlength=BINS).double()
 

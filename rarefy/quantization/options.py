@@ -1,4 +1,5 @@
-"""The options of ``quantize``, with help and bounds. Nothing heavy is imported: the command line reads them to answer --help."""
+"""The options of ``quantize``, with help and bounds. Nothing heavy is imported: the command line reads them to answer
+--help."""
 
 from __future__ import annotations
 

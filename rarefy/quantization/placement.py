@@ -8,8 +8,8 @@ follow each other without a float operator between them:
   reads it as integers;
 * a *clip* (ReLU, ReLU6) after an integer operator costs nothing: the grid of the result ends where the clip does, and
   the node goes;
-* a *product* of two activations (attention's queries and keys) is integer where the runtime has one: both are rounded on
-  signed grids around zero, which the second factor of an integer product has to be on, and the sums stay float.
+* a *product* of two activations (attention's queries and keys) is integer where the runtime has one: both are rounded
+  on signed grids around zero, which the second factor of an integer product has to be on, and the sums stay float.
   Probabilities (a softmax) times values stay float;
 * a *post* (hardswish, GELU) right after a layer is computed on the layer's own sums before these are rounded, where the
   runtime melts it into the kernel;

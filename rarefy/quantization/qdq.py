@@ -1,8 +1,8 @@
 """Grids into the graph: which nodes stand for a rounded value, a rounded weight, a rounded bias.
 
-A value becomes ``quantize`` followed by ``dequantize``, and whoever read it reads the result; a carrier's result is read
-on the grid of what it carries; a clip whose work the grid's end does goes; padding is done on the codes. A weight and its
-bias become codes and ``dequantize``. All of it in place.
+A value becomes ``quantize`` followed by ``dequantize``, and whoever read it reads the result; a carrier's result is
+read on the grid of what it carries; a clip whose work the grid's end does goes; padding is done on the codes. A weight
+and its bias become codes and ``dequantize``. All of it in place.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Ranges = dict[fx.Node, tuple[float, float]]
 
 
 def free_names(graph: fx.GraphModule) -> None:
-    """A value's grid is stored in a module of its name, so that a name may not be one that every module has (``to``)."""
+    """A value's grid is stored in a module of its name, which may not be that of what all modules have (``to``)."""
     for node in graph.graph.nodes:
         if node.op in ("placeholder", "call_function") and node.name in dir(nn.Module):
             node._rename(f"{node.name}_value")
@@ -91,7 +91,10 @@ def value_grids(placement: Placement, assigned: formats.Assignment) -> dict[fx.N
 
 
 def weight_grid(layer: fx.Node, format: formats.Format | None, most: int) -> formats.Grid:
-    """The grid of a layer's weights, of at most ``most`` bits. Raises InputError for a format that no integer kernel takes."""
+    """The grid of a layer's weights, of at most ``most`` bits.
+
+    Raises InputError for a format that no integer kernel takes.
+    """
     if isinstance(format, formats.Grid) and format.group is None and format.symmetric and format.signed:
         return dataclasses.replace(format, bits=min(format.bits, most))
     raise InputError(
@@ -145,7 +148,8 @@ def insert(
 
 
 def _whole(scale: Tensor) -> Tensor:
-    """The next larger scale, up to 1, that is one over a whole number: ONNX Runtime's integer softmax rounds 1 / scale down."""
+    """The next larger scale, up to 1, that is one over a whole number: ONNX Runtime's integer softmax rounds 1 / scale
+    down."""
     steps = torch.floor(1 / scale.double()).clamp_min(1.0)
     whole = (1 / steps).to(scale.dtype)
     return torch.where(torch.floor(1 / whole) < steps, torch.nextafter(whole, torch.zeros_like(whole)), whole)
@@ -193,8 +197,8 @@ def least_scale(graph: fx.GraphModule, layer: fx.Node) -> Tensor:
 
 
 def put_codes(graph: fx.GraphModule, layer: fx.Node, codes: Tensor, scale: Tensor) -> None:
-    """Codes in place of a layer's weight; its bias goes to 32-bit integers on the grid of the products, s_x s_w, as integer
-    kernels add it."""
+    """Codes in place of a layer's weight; its bias goes to 32-bit integers on the grid of the products, s_x s_w, as
+    integer kernels add it."""
     weight, bias = argument(layer, "weight"), argument(layer, "bias")
     products = _input_scale(graph, layer) * scale.double()
     values = attribute(graph, bias).detach()
@@ -249,7 +253,10 @@ def _yields_tuple(node: fx.Node) -> bool:
 def _after(
     graph: fx.GraphModule, node: fx.Node, value: fx.Node, scale: Tensor, zero: Tensor, grid: formats.Grid
 ) -> tuple[fx.Node, fx.Node]:
-    """quantize and dequantize ``node``; everybody who read it reads the result. The grid's tensors are named after ``value``."""
+    """quantize and dequantize ``node``; everybody who read it reads the result.
+
+    The grid's tensors are named after ``value``.
+    """
     name = f"quantization.{value.name}"
     with graph.graph.inserting_after(node):
         scale_node = _constant(graph, f"{name}.scale", scale)
@@ -272,8 +279,8 @@ def _constant(graph: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
 
 
 def _open_gate(graph: fx.GraphModule, gate: fx.Node, scale: Tensor, grid: formats.Grid) -> Tensor:
-    """hardsigmoid(x) = clip(x + 3, 0, 6) / 6 as an integer addition: the grid of x + 3 clips it, and its codes are read on
-    a grid six times finer, whose scale this is."""
+    """hardsigmoid(x) = clip(x + 3, 0, 6) / 6 as an integer addition: the grid of x + 3 clips it, and its codes are read
+    on a grid six times finer, whose scale this is."""
     name = f"quantization.{gate.name}"
     finer = scale / 6
     three = torch.tensor(grid.qmax, dtype=grid.dtype)

@@ -3,12 +3,12 @@
 In order, each on the one graph:
 
 1. ``prepared``: batch norm is folded, operators are written in one form (``rarefy.graph.fold``), norms smoothed.
-2. ``formats_of``: which values become integers, from the runtime's table (``placement``), and on which grid each of them
-   and each layer's weights are (``formats``, ``mixed_precision``).
-3. ``calibrated``: channels are equalised where that is exact (``transforms``); the calibration images run once, and every
-   such value streams into a histogram (``observers``).
-4. ``placed``: the calibration rule chooses each range: affine, unsigned, one scale a tensor, and 0 is always a code; what
-   does not pay goes back to float (``latency_gate``), the rest is put into the graph (``qdq``).
+2. ``formats_of``: which values become integers, from the runtime's table (``placement``), and on which grid each of
+   them and each layer's weights are (``formats``, ``mixed_precision``).
+3. ``calibrated``: channels are equalised where that is exact (``transforms``); the calibration images run once, and
+   every such value streams into a histogram (``observers``).
+4. ``placed``: the calibration rule chooses each range: affine, unsigned, one scale a tensor, and 0 is always a code;
+   what does not pay goes back to float (``latency_gate``), the rest is put into the graph (``qdq``).
 5. ``rounded``: layer by layer, on what the rounded layers before it yield (``rounding_pass``), the weights, symmetric,
    one scale an output channel, are rounded by the rounding rule, and the means mended (``transforms/bias_correction``).
 6. ``recorded``: layers are written as what an integer kernel computes (``rarefy.graph.lowering``), and it is told.
@@ -216,8 +216,8 @@ class Formats:
     """Which numbers of a graph are on which grid.
 
     weights: of layers by their names. layers: the grid of each integer layer's weights. values: that of each rounded
-    value. left_out: globs of what stays float; unassigned: layers that ``weights`` leaves in float. allocation, verdict:
-    what choosing widths and the gate found; timing: what they measured.
+    value. left_out: globs of what stays float; unassigned: layers that ``weights`` leaves in float. allocation,
+    verdict: what choosing widths and the gate found; timing: what they measured.
     """
 
     weights: formats.Assignment
@@ -234,7 +234,7 @@ class Formats:
 def prepared(
     model: nn.Module, inputs: Tensor | Sequence[Tensor] | None, choices: Choices
 ) -> tuple[fx.GraphModule, list[str]]:
-    """A graph of float32 that folds what can be folded, each operator in one form; and the layers that had batch norm."""
+    """A graph of float32 with all folded that can be, operators in one form; and the layers that had batch norm."""
     if is_quantised(model):
         raise InputError("the model is quantised already; start from its float original")
     graph = share_copy(model) if isinstance(model, fx.GraphModule) and is_graph(model) else as_graph(model, inputs)
@@ -364,7 +364,10 @@ def _equalize(graph: fx.GraphModule, images: Images, found: Formats) -> tuple[in
 def recorded(
     graph: fx.GraphModule, weights: formats.Assignment, facts: Mapping[str, object], choices: Choices
 ) -> fx.GraphModule:
-    """``graph`` as integer kernels compute it, with what was asked for and what came of it. weights: as in the end assigned."""
+    """``graph`` as integer kernels compute it, with what was asked for and what came of it.
+
+    weights: as in the end assigned.
+    """
     graph = to_integers(finish(graph))
     options = {field.name: getattr(choices.options, field.name) for field in dataclasses.fields(Options)}
     options |= {"weights": str(weights), "activations": str(choices.activations), "ignore": list(options["ignore"])}

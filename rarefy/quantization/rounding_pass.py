@@ -2,8 +2,8 @@
 
 A rule of rounding sees a layer in its unfolded form, y = W x, with samples of x from the rounded layers before it, or a
 block of layers as a function of their weights' numbers (``blocks``). What it returns are codes; they are put into the
-graph, and the layer's mean output is mended (``transforms/bias_correction``) before its successors run, so that each rule
-mends the errors of those before along with its own.
+graph, and the layer's mean output is mended (``transforms/bias_correction``) before its successors run, so that each
+rule mends the errors of those before along with its own.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ TOGETHER = 2**20  # numbers of samples in one product: batches of 2 images are m
 
 
 class RoundingPass:
-    """Layers of ``graph`` one after the other, each on what the layers before it, rounded, make of the images that were kept."""
+    """Layers of ``graph`` one after the other, each on what the layers before it, rounded, make of the images that were
+    kept."""
 
     def __init__(
         self,

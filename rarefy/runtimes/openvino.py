@@ -35,10 +35,11 @@ KEPT = 3  # shapes a session stays compiled for
 
 @dataclasses.dataclass(frozen=True)
 class OpenVINO:
-    """OpenVINO, CPU. threads: 0 is one a core. precision: of what is not integer, f32 or bf16.
+    """OpenVINO, CPU. threads: 0 is one a core. precision: of what is not integer, f32 or bf16. vnni: of the processor
+    it is for; none is this one.
 
     For Intel's processors, where it may be faster than ``onnxruntime``: gates and activations melt into its layers, and
-    attention can be integer. vnni: of the processor it is for; none is this one.
+    attention can be integer.
     """
 
     threads: int = 0

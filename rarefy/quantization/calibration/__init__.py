@@ -2,6 +2,6 @@
 
 A rule has two methods, both vectorised:
 
-    activation_range(histogram, grid) -> (lo, hi)      from the streamed histogram of a tensor (``rarefy.quantization.observers``)
-    weight_scale(rows, grid) -> scale (n,)              from the weights of n channels, rows: (n, elements)
+    activation_range(histogram, grid) -> (lo, hi)    from the streamed histogram of a tensor (``observers.Histogram``)
+    weight_scale(rows, grid) -> scale (n,)            from the weights of n channels, rows: (n, elements)
 """

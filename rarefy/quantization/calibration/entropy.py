@@ -1,8 +1,9 @@
 """Entropy: the range whose grid loses the least information, KL(P || Q) over the bins of the histogram.
 
-P: the counts inside the range, with what lies outside added to its first and last bin. Q: the counts inside the range once more, those of the bins that share
-a code spread evenly over these (empty bins stay empty). What is clipped is thus in P and not in Q. ``steps`` ranges down to ``smallest`` of the
-min-max range, both ends shrunk alike; the widest wins a tie. As TensorRT calibrates (Migacz, GTC 2017), which shrinks one symmetric threshold.
+P: the counts inside the range, with what lies outside added to its first and last bin. Q: the counts inside the range
+once more, those of the bins that share a code spread evenly over these (empty bins stay empty). What is clipped is thus
+in P and not in Q. ``steps`` ranges down to ``smallest`` of the min-max range, both ends shrunk alike; the widest wins a
+tie. As TensorRT calibrates (Migacz, GTC 2017), which shrinks one symmetric threshold.
 Weights: the same over each channel's absolute values.
 """
 
@@ -22,7 +23,10 @@ _WEIGHT_BINS = 512
 
 @dataclasses.dataclass(frozen=True)
 class Entropy:
-    """``steps`` candidates down to ``smallest`` of the min-max range."""
+    """``steps`` candidates down to ``smallest`` of the min-max range.
+
+    As TensorRT calibrates, to compare with it. What it weighs is the shape of a distribution; mse weighs errors.
+    """
 
     steps: int = 100
     smallest: float = 0.3
@@ -50,9 +54,8 @@ class Entropy:
         sizes = rows.abs().float()
         widest = sizes.amax(1).clamp_min(1e-30)
         place = (sizes / widest[:, None] * _WEIGHT_BINS).long().clamp_max(_WEIGHT_BINS - 1)
-        counts = torch.zeros(len(rows), _WEIGHT_BINS, dtype=torch.double, device=rows.device).scatter_add_(
-            1, place, sizes.double() * 0 + 1
-        )
+        counts = torch.zeros(len(rows), _WEIGHT_BINS, dtype=torch.double, device=rows.device)
+        counts.scatter_add_(1, place, torch.ones_like(sizes, dtype=torch.double))
         centers = (torch.arange(_WEIGHT_BINS, device=rows.device) + 0.5) / _WEIGHT_BINS
         best, lost = torch.ones_like(widest), torch.full_like(widest, torch.inf, dtype=torch.double)
         for share in torch.linspace(1.0, self.smallest, self.steps).tolist():

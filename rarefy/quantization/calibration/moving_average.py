@@ -1,7 +1,8 @@
-"""Moving average: the range follows the batches' extremes, lo <- m lo + (1 - m) min, hi <- m hi + (1 - m) max (1712.05877).
+"""Moving average: the range follows the batches' extremes, lo <- m lo + (1 - m) min, hi <- m hi + (1 - m) max
+(1712.05877).
 
-A batch with an outlier moves the range by a share only. It hangs on the order of the batches and on their size. Weights don't come in batches:
-min-max.
+A batch with an outlier moves the range by a share only. It hangs on the order of the batches and on their size. Weights
+don't come in batches: min-max.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from rarefy.quantization.observers import Histogram
 
 @dataclasses.dataclass(frozen=True)
 class MovingAverage:
-    """The extremes of the batches, averaged with weights that fall by ``momentum`` a batch."""
+    """The extremes of the batches, averaged with weights that fall by ``momentum`` a batch.
+
+    For ranges as quantization-aware training tracks them. Not an average of values.
+    """
 
     momentum: float = 0.9
 

@@ -1,8 +1,8 @@
 """MSE: the range whose grid leaves the smallest expected squared error, E[(x - dequantize(quantize(x)))^2].
 
-Activations: the expectation is over the streamed histogram. Both ends are shrunk in turn over ``steps`` shares of the min-max range
-(coordinate search, twice), each candidate's error computed for all bins at once. Weights: the exact error over the channel's elements,
-for ``steps`` shrunk scales at once a channel.
+Activations: the expectation is over the streamed histogram. Both ends are shrunk in turn over ``steps`` shares of the
+min-max range (coordinate search, twice), each candidate's error computed for all bins at once. Weights: the exact error
+over the channel's elements, for ``steps`` shrunk scales at once a channel.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from rarefy.quantization.observers import Histogram
 
 @dataclasses.dataclass(frozen=True)
 class Mse:
-    """``steps`` candidates down to ``smallest`` of the min-max range."""
+    """``steps`` candidates down to ``smallest`` of the min-max range.
+
+    The default of activations, and of weights below 8 bits: what clipping costs is weighed against finer steps.
+    """
 
     steps: int = 100
     smallest: float = 0.3

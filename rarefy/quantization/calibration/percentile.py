@@ -1,4 +1,5 @@
-"""Percentile: the range leaves out the given share of the values, half at either end (all at the upper end where nothing is negative)."""
+"""Percentile: the range leaves out the given share of the values, half at either end (all at the upper end where
+nothing is negative)."""
 
 from __future__ import annotations
 
@@ -14,7 +15,10 @@ from rarefy.quantization.observers import BINS, Histogram
 
 @dataclasses.dataclass(frozen=True)
 class Percentile:
-    """``percent`` of the values lie inside the range; 99.99 clips one value in 10,000."""
+    """``percent`` of the values lie inside the range; 99.99 clips one value in 10,000.
+
+    Where outliers are known to mean nothing. The share is of values, not of the error, which mse looks at.
+    """
 
     percent: float = 99.99
 

@@ -1,4 +1,5 @@
-"""Rules that turn weights into codes, one a file; the file name is what ``rounding="..."`` takes. A rule is a frozen dataclass with one of
+"""Rules that turn weights into codes, one a file; the file name is what ``rounding="..."`` takes. A rule is a frozen
+dataclass with one of
 
     codes(scaled, grid, generator) -> codes                  looks at the weights only: scaled = w / s
     layer_codes(layer, generator) -> codes                   looks at what a layer reads and should make (``Layer``)

@@ -1,11 +1,13 @@
 """The error of a layer's output as a function of its rounded weights, exact over all samples, and without keeping one.
 
-With x what the layer reads from the rounded layers before it and y what the float layer makes, for each output and in expectation,
+With x what the layer reads from the rounded layers before it and y what the float layer makes, for each output and in
+expectation,
 
     E (y - q x)^2  =  q A q' - 2 q b' + const        A = E x x' (K, K),  b = E y x' (outputs, K)
 
-so that the sums A and b are all a rule has to know. Where the mean of the error goes into the layer's bias afterwards (sequential bias correction), it is
-none of the weights' business: x and y are then taken around their means, which leaves what only weights can mend.
+so that the sums A and b are all a rule has to know. Where the mean of the error goes into the layer's bias afterwards
+(sequential bias correction), it is none of the weights' business: x and y are then taken around their means, which
+leaves what only weights can mend.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ _DAMPING = 0.01  # of A's mean diagonal (2210.17323)
 
 @dataclasses.dataclass
 class Moments:
-    """Sums over samples of x and of another value z that goes with it. gram: (groups, K, K) E x x'; cross: (groups, rows of z, K) E z x'."""
+    """Sums over samples of x and of another value z that goes with it.
+
+    gram: (groups, K, K) E x x'; cross: (groups, rows of z, K) E z x'.
+    """
 
     gram: Tensor
     cross: Tensor | None
@@ -38,7 +43,12 @@ class Moments:
     def halves(cls, layer: Layer, other: str, every: int) -> tuple[Moments, Moments, Moments]:
         """Over the images that fit, over one in ``every`` that judges the fit, and over all."""
         around, (fit, judge) = _summed(layer, other, every)
-        return tuple(sums.moments(layer, other, around) for sums in (fit, judge, fit + judge))  # type: ignore[return-value]
+        whole = fit + judge
+        return (
+            fit.moments(layer, other, around),
+            judge.moments(layer, other, around),
+            whole.moments(layer, other, around),
+        )
 
 
 @dataclasses.dataclass
@@ -76,7 +86,8 @@ class _Sums:
 
 
 def _summed(layer: Layer, other: str | None, every: int | None) -> tuple[Tensor, list[_Sums]]:
-    """The point around which they are taken, and sums over all images; or over those that fit, and one in ``every`` that judges."""
+    """The point around which they are taken, and sums over all images; or over those that fit, and one in ``every``
+    that judges."""
     inputs = layer.weight.shape[2]
     around: Tensor | None = None
     found = [_Sums()] if every is None else [_Sums(), _Sums()]
@@ -117,7 +128,8 @@ class Quadratic:
 
 
 def inverse_factor(gram: Tensor) -> Tensor:
-    """U (groups, K, K), upper triangular, with U'U the inverse of the damped gram matrix; a gram that can't be inverted is damped more."""
+    """U (groups, K, K), upper triangular, with U'U the inverse of the damped gram matrix; a gram that can't be inverted
+    is damped more."""
     diagonal = gram.diagonal(dim1=1, dim2=2)
     level = diagonal.mean(1).clamp_min(1e-30).view(-1, 1, 1)
     eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)

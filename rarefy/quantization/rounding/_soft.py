@@ -1,4 +1,5 @@
-"""Rounding that can be learned: h in [0, 1] is how far up from the floor, driven to one end while it trains (2004.10568, eq. 23 and 24)."""
+"""Rounding that can be learned: h in [0, 1] is how far up from the floor, driven to one end while it trains
+(2004.10568, eq. 23 and 24)."""
 
 from __future__ import annotations
 

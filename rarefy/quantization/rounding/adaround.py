@@ -3,10 +3,11 @@
     h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1)          q = s clip(floor(w / s) + h, qmin, qmax)
     min over V   E ||y - q x||^2 / (s^2 a)  +  strength  sum 1 - |2 h - 1|^beta
 
-y is what the float layer makes of the float model's inputs, x comes from the rounded layers before. The expectation is the exact quadratic form over all
-samples (``_quadratic``), not a minibatch, so that no sample is kept and no draw decides; what is given up is the activation behind the layer. Dividing by
-the square of the scale and a, the mean square of an input, makes ``strength`` mean the same in every layer. beta falls from 20 to 2 after the first fifth
-of the steps, in which the second term is off. An output that is not better than with nearest rounding stays with that.
+y is what the float layer makes of the float model's inputs, x comes from the rounded layers before. The expectation is
+the exact quadratic form over all samples (``_quadratic``), not a minibatch, so that no sample is kept and no draw
+decides; what is given up is the activation behind the layer. Dividing by the square of the scale and a, the mean square
+of an input, makes ``strength`` mean the same in every layer. beta falls from 20 to 2 after the first fifth of the
+steps, in which the second term is off. An output that is not better than with nearest rounding stays with that.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from rarefy.quantization.rounding_pass import Layer
 
 @dataclasses.dataclass(frozen=True)
 class Adaround:
-    """Up or down learned by gradient descent on the layer's output error."""
+    """Up or down learned by gradient descent on the layer's output error.
+
+    A layer at a time; brecq learns a block's layers together, with its scales and biases, and takes far longer.
+    """
 
     steps: int = 1000
     lr: float = 0.01

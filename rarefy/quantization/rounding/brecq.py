@@ -1,36 +1,42 @@
 """Block reconstruction (BRECQ, 2102.05426) with dropped rounding of activations (QDrop, 2203.05740).
 
-All layers of a block are rounded together, towards what the float block makes of the float model's inputs, on what the rounded blocks before it yield:
+All layers of a block are rounded together, towards what the float block makes of the float model's inputs, on what the
+rounded blocks before it yield:
 
     h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1)          q = s clip(floor(w / s_0) + h(V), qmin, qmax)
     min over V, s, s_x, b   E ||block(x; q, s_x, b) - y||^2 / e  +  strength  mean 1 - |2 h - 1|^beta
 
-e is the error that rounding the weights alone to nearest makes, so that ``strength`` means the same in every block and at every width of the activations; beta falls from 20 to 2
-after the first fifth of the steps, in which the second term is off (``_soft``). The scales of activations (LSQ) and weights and the biases learn along,
-and once more alone for a fifth as many steps when the codes are decided, with nothing dropped and rates that fall to 0 as a half cosine: a mean that moved by the rounding of all
-elements is not seen where half of them stay unrounded. So the means are mended in the block's own objective, and sequential bias correction is not done after it: shifting each sum inside the block
-to its float mean undoes what was learned (ResNet-20 loses 2 to 4 dB by it). In each step every element of an activation, the block's input included, stays unrounded with
-probability ``drop``, which makes a flatter minimum. A network without residuals goes layer by layer, the activation behind each included. The
-result is kept where its error on these images, nothing dropped and all rounded, is below that of nearest rounding.
+e is the error that rounding the weights alone to nearest makes, so that ``strength`` means the same in every block and
+at every width of the activations; beta falls from 20 to 2 after the first fifth of the steps, in which the second term
+is off (``_soft``). The scales of activations (LSQ) and weights and the biases learn along, and once more alone for a
+fifth as many steps when the codes are decided, with nothing dropped and rates that fall to 0 as a half cosine: a mean
+that moved by the rounding of all elements is not seen where half of them stay unrounded. So the means are mended in the
+block's own objective, and sequential bias correction is not done after it: shifting each sum inside the block to its
+float mean undoes what was learned (ResNet-20 loses 2 to 4 dB by it). In each step every element of an activation, the
+block's input included, stays unrounded with probability ``drop``, which makes a flatter minimum. A network without
+residuals goes layer by layer, the activation behind each included. The result is kept where its error on these images,
+nothing dropped and all rounded, is below that of nearest rounding.
 
-Given up: the weighting of errors by squared gradients (Fisher), which needs labels or gradients of the whole network for little; and 20,000 steps a block
-at the authors' rates of 1e-3 and 4e-5. ``lr`` is ten times theirs for as many fewer steps; ``scale_lr`` is relative to a scale, ``lr`` of biases to the layer's mean bias. What is learned
-fits its images better than others (W4A4, 128 images: the answers stand at 18 dB on these, at 14 on others): more images help more than more steps.
+Given up: the weighting of errors by squared gradients (Fisher), which needs labels or gradients of the whole network
+for little; and 20,000 steps a block at the authors' rates of 1e-3 and 4e-5. ``lr`` is ten times theirs for as many
+fewer steps; ``scale_lr`` is relative to a scale, ``lr`` of biases to the layer's mean bias. What is learned fits its
+images better than others (W4A4, 128 images: the answers stand at 18 dB on these, at 14 on others): more images help
+more than more steps.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from rarefy.errors import InputError
+from rarefy.graph.nodes import Value
 from rarefy.quantization.rounding._soft import beta_at, initial, opened, undecided
-from rarefy.quantization.rounding_pass import Block, Rounded
+from rarefy.quantization.rounding_pass import Block, Mix, Rounded
 
 _RANGE = 4.0  # a learned scale stays within this factor of where it started
 _SETTLING = 0.2  # of the steps, for scales and biases alone
@@ -39,7 +45,10 @@ _AT_ONCE = 64  # images whose error is measured together
 
 @dataclasses.dataclass(frozen=True)
 class Brecq:
-    """Up or down learned for all weights of a block together, with its scales and biases."""
+    """Up or down learned for all weights of a block together, with its scales and biases.
+
+    For few bits, where others lose too much; by far the slowest, and more images help it more than more steps.
+    """
 
     steps: int = 1000
     batch: int = 32
@@ -58,8 +67,8 @@ class Brecq:
             or not 0 <= self.drop < 1
         ):
             raise InputError(
-                f"brecq: steps={self.steps}, batch={self.batch}, lr={self.lr}, scale_lr={self.scale_lr}, strength={self.strength}: give positive numbers; "
-                f"drop={self.drop}: a probability below 1"
+                f"brecq: steps={self.steps}, batch={self.batch}, lr={self.lr}, scale_lr={self.scale_lr}, "
+                f"strength={self.strength}: give positive numbers; drop={self.drop}: a probability below 1"
             )
 
     def reconstruct(self, block: Block, generator: torch.Generator) -> Rounded:
@@ -136,15 +145,13 @@ def _moved(scales: Sequence[Tensor], logs: Sequence[Tensor]) -> list[Tensor]:
     return [scale * log.exp().clamp(1 / _RANGE, _RANGE) for scale, log in zip(scales, logs)]
 
 
-def _answer(
-    block: Block, inputs: Sequence[Any], state: Rounded, mix: Callable[[Tensor, Tensor], Tensor] | None
-) -> Tensor:
+def _answer(block: Block, inputs: Sequence[Value], state: Rounded, mix: Mix | None) -> Tensor:
     numbers = [code * step for code, step in zip(state.codes, state.steps)]
     return block.run(inputs, numbers, state.biases, state.scales, mix)
 
 
 @torch.no_grad()
-def _error(block: Block, state: Rounded, mix: Callable[[Tensor, Tensor], Tensor] | None = None) -> float:
+def _error(block: Block, state: Rounded, mix: Mix | None = None) -> float:
     """Mean square of the difference to the float block's output."""
     total = 0.0
     for chosen in torch.arange(block.images).split(_AT_ONCE):

@@ -1,20 +1,21 @@
 """Coordinate descent on the layer's output error (COMQ, 2403.07134; CDQuant, 2406.17542): no gradient, no step size.
 
-Started from what GPTQ gives, each column in turn takes the code that is best given all others: with the error q A q' - 2 q b' (``_quadratic``) and the residual
-r = b - q A,
+Started from what GPTQ gives, each column in turn takes the code that is best given all others: with the error q A q' -
+2 q b' (``_quadratic``) and the residual r = b - q A,
 
     q_j <- nearest code of  q_j + r_j / A_jj,      r <- r - (change of q_j) A_j
 
 which can only lower it. Larger inputs first, in ``sweeps`` rounds over all columns, in blocks as GPTQ does.
 
-**What few images say wrongly.** A few hundred images leave A full of chance correlations, and a descent that can only lower the error on these raises it on others. So A
-is taken part of the way to its diagonal, and of what the float layer makes of the float model's own inputs (y, by which errors of earlier layers are mended) only a share is
-wanted:
+**What few images say wrongly.** A few hundred images leave A full of chance correlations, and a descent that can only
+lower the error on these raises it on others. So A is taken part of the way to its diagonal, and of what the float layer
+makes of the float model's own inputs (y, by which errors of earlier layers are mended) only a share is wanted:
 
     A' = (1 - shrink) A + shrink diag A,      b' = w A' + share (E y x' - w A)
 
-Both are chosen for each layer by the error on every fourth image, of codes that the others gave; then all images give the codes. An output that is not better on all of
-them than with nearest rounding stays with that. Where no image is left to judge, the middle of the choices.
+Both are chosen for each layer by the error on every fourth image, of codes that the others gave; then all images give
+the codes. An output that is not better on all of them than with nearest rounding stays with that. Where no image is
+left to judge, the middle of the choices.
 """
 
 from __future__ import annotations
@@ -37,7 +38,11 @@ SHRINKS, SHARES = (0.2, 0.0, 0.05, 0.4, 0.6), (0.5, 0.25, 1.0)  # the middle fir
 
 @dataclasses.dataclass(frozen=True)
 class Descent:
-    """Each weight in turn to the code that is best given the others. shrink, share: None is chosen for each layer on images that did not fit it."""
+    """Each weight in turn to the code that is best given the others. shrink, share: None is chosen for each layer on
+    images that did not fit it.
+
+    The rule for a CPU below 8 bits (docs/measured.md). Coordinate descent: adaround and brecq take gradients.
+    """
 
     sweeps: int = 3
     shrink: float | None = None

@@ -4,9 +4,9 @@ For H = E x x', damped by 1 % of its mean diagonal, and U the upper Cholesky fac
 
     q_j = round(w_j),   e = (w_j - q_j) / U_jj,   w_k <- w_k - e U_jk   for k > j
 
-Lazily in blocks of ``block`` columns: within one at once, beyond it as one product. ``order``: columns of larger inputs first. Convolutions in their
-unfolded form; the groups of a grouped or depthwise one side by side. An output whose error is not below nearest rounding's stays with that, so
-that the loss on H is never above it.
+Lazily in blocks of ``block`` columns: within one at once, beyond it as one product. ``order``: columns of larger inputs
+first. Convolutions in their unfolded form; the groups of a grouped or depthwise one side by side. An output whose error
+is not below nearest rounding's stays with that, so that the loss on H is never above it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from rarefy.quantization.rounding_pass import Layer
 
 @dataclasses.dataclass(frozen=True)
 class Gptq:
-    """Each column's error spread over the later ones by the inverse Hessian of the inputs."""
+    """Each column's error spread over the later ones by the inverse Hessian of the inputs.
+
+    Quick. gptaq mends errors of earlier layers too; narrow is this for the layers of few inputs alone.
+    """
 
     block: int = 128
     order: bool = True
@@ -40,7 +43,10 @@ class Gptq:
 
 
 def rounded(layer: Layer, error: Quadratic, drift: Tensor | None, block: int, order: bool) -> Tensor:
-    """Codes (groups, outputs, K). drift: (groups, K, K) E (x~ - x) x', weighted: see ``rarefy.quantization.rounding.gptaq``; None: there is none."""
+    """Codes (groups, outputs, K).
+
+    drift: (groups, K, K) E (x~ - x) x', weighted: see ``rarefy.quantization.rounding.gptaq``; None: there is none.
+    """
     scale = layer.scale.expand_as(layer.weight)
     columns = (
         by_size(error.gram)

@@ -1,7 +1,7 @@
 """GPTQ of the layers of few inputs alone: a stem that reads three channels, depthwise kernels; nearest elsewhere.
 
-Of few products, an output has no others in which an error of rounding averages out, and of 27 or 9 inputs second moments
-are known and inverted in no time. At 8 bits other layers are as good by nearest rounding (docs/log.md).
+Of few products, an output has no others in which an error of rounding averages out, and of 27 or 9 inputs second
+moments are known and inverted in no time. At 8 bits other layers are as good by nearest rounding (docs/log.md).
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from rarefy.quantization.rounding_pass import Layer
 
 @dataclasses.dataclass(frozen=True)
 class GptqNarrow:
-    """GPTQ for layers whose outputs are sums of at most ``inputs`` products, nearest for others and where no images are.
+    """GPTQ for layers whose outputs are sums of at most ``inputs`` products, nearest for others and where no images
+    are.
 
-    The default, for 8 bits. Below, take descent, gptq or brecq, which look at all layers. Not the field's *narrow range*
-    (codes of -127 to 127).
+    The default, for 8 bits. Below, take descent, gptq or brecq, which look at all layers. Not the field's *narrow
+    range* (codes of -127 to 127).
     """
 
     inputs: int = 32

@@ -12,7 +12,10 @@ from rarefy.quantization.formats import Format
 
 @dataclasses.dataclass(frozen=True)
 class Nearest:
-    """Deterministic, half to even."""
+    """Deterministic, half to even.
+
+    To compare with, and where no images are. The others but stochastic look at what a layer reads.
+    """
 
     def codes(self, scaled: Tensor, grid: Format, generator: torch.Generator) -> Tensor:
         return grid.codes(grid.snap(scaled))

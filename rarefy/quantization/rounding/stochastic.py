@@ -1,4 +1,5 @@
-"""Stochastic rounding: floor(w / s + u), u uniform in [0, 1). Unbiased, E[q] = w / s, at twice the variance of nearest in the mean.
+"""Stochastic rounding: floor(w / s + u), u uniform in [0, 1). Unbiased, E[q] = w / s, at twice the variance of nearest
+in the mean.
 
 Reproducible: u comes from the step's seed.
 """
@@ -15,7 +16,10 @@ from rarefy.quantization.formats import Grid
 
 @dataclasses.dataclass(frozen=True)
 class Stochastic:
-    """Up or down at random, in proportion to the distance."""
+    """Up or down at random, in proportion to the distance.
+
+    For studies of unbiased rounding: nearest has half its variance. Not what rounds gradients in training.
+    """
 
     def codes(self, scaled: Tensor, grid: Grid, generator: torch.Generator) -> Tensor:
         noise = torch.rand(scaled.shape, generator=generator, dtype=scaled.dtype).to(scaled.device)

@@ -2,8 +2,8 @@
 
 Rounding moves the mean of a layer's output, a channel, by (q - w) E x, which goes out of its bias before its successors
 run (sequential bias correction, 1906.04721, sec. 4.2). Means right, what varies around them still shrinks from layer to
-layer, as noise at the ends of ReLUs fills up what was off: the last layers' scales are raised until their outputs deviate
-as much as in float.
+layer, as noise at the ends of ReLUs fills up what was off: the last layers' scales are raised until their outputs
+deviate as much as in float.
 """
 
 from __future__ import annotations

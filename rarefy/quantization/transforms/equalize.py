@@ -1,23 +1,28 @@
-"""equalize(): channels of an activation brought to one range where that is exact, so that one scale a tensor serves all of them.
+"""equalize(): channels of an activation brought to one range where that is exact, so that one scale a tensor serves all
+of them.
 
-After 1906.04721, but along whole streams: values that only operators without a mind for a positive factor a channel lie between (ReLU, addition, pooling). Where
-layers alone make them and layers alone read them, channel c of all that is made is divided and of all that reads it multiplied by s_c. Linear bottlenecks
-with what is added around them (MobileNetV2, EfficientNet-Lite) are such streams, and so are a residual network's between two reductions; ReLU6 and hardswish end one.
+After 1906.04721, but along whole streams: values that only operators without a mind for a positive factor a channel lie
+between (ReLU, addition, pooling). Where layers alone make them and layers alone read them, channel c of all that is
+made is divided and of all that reads it multiplied by s_c. Linear bottlenecks with what is added around them
+(MobileNetV2, EfficientNet-Lite) are such streams, and so are a residual network's between two reductions; ReLU6 and
+hardswish end one.
 
-With one scale an output channel the layers that make a stream round as before. What changes is the noise of the rounded values x, and of the weights that read them:
+With one scale an output channel the layers that make a stream round as before. What changes is the noise of the rounded
+values x, and of the weights that read them:
 
-    sum over readers, relative to the variance of what each makes:   sum_x step(x)^2 / 12  sum_c s_c^2 |W_c|^2   +   sum_o step(W_o)^2 / 12  sum_c E x_c^2 / s_c^2
+    sum over readers, relative to the variance of what each makes:
+        sum_x step(x)^2 / 12  sum_c s_c^2 |W_c|^2   +   sum_o step(W_o)^2 / 12  sum_c E x_c^2 / s_c^2
 
-where step(x) goes by the widest channel after division and step(W_o) by the largest weight after multiplication. For one x and the first term alone s_c = max|x_c| is
-best. Tried are s_c = max|x_c|^a / |W_c|^(1 - a) for a few a, and none; a stream keeps what makes least noise by this estimate. (Ranges of weights, which
-the paper makes meet, matter where a weight tensor has one scale: here they cost EfficientNet-Lite 0.2 to 0.4 dB.)
+where step(x) goes by the widest channel after division and step(W_o) by the largest weight after multiplication. For
+one x and the first term alone s_c = max|x_c| is best. Tried are s_c = max|x_c|^a / |W_c|^(1 - a) for a few a, and none;
+a stream keeps what makes least noise by this estimate. (Ranges of weights, which the paper makes meet, matter where a
+weight tensor has one scale: here they cost EfficientNet-Lite 0.2 to 0.4 dB.)
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -25,9 +30,10 @@ from torch import Tensor, fx
 from rarefy.graph.im2col import groups_of
 from rarefy.graph.interpreter import laid_out, run
 from rarefy.graph.layers import padding_of, weighted
-from rarefy.graph.nodes import attribute
+from rarefy.graph.nodes import Value, argument, attribute
 from rarefy.graph.shapes import shapes
 from rarefy.quantization.formats import Grid
+from rarefy.quantization.observers import channel_axis
 
 aten = torch.ops.aten
 
@@ -35,8 +41,8 @@ SHARES = (1.0, 0.75, 0.5, 0.25)  # a above
 LEAST = 0.01  # share of the noise that is won, or nothing is changed
 WIDEST = 1e3  # a factor's bound, either way
 _CARRY = {
-    aten.relu.default, aten.add.Tensor, aten.pad.default, aten.max_pool2d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default,
-    aten.flatten.using_ints,
+    aten.relu.default, aten.add.Tensor, aten.pad.default, aten.max_pool2d.default, aten.avg_pool2d.default,
+    aten.adaptive_avg_pool2d.default, aten.flatten.using_ints,
 }  # fmt: skip
 
 
@@ -58,7 +64,8 @@ def equalize(
 ) -> int:
     """Equalise ``graph`` (folded, for inference) in place; returns how many streams were.
 
-    batches: inputs that tell how large channels get. rounded: values that will be, and the grid; layers: those whose weights will be.
+    batches: inputs that tell how large channels get. rounded: values that will be, and the grid; layers: those whose
+    weights will be.
     """
     found = [
         stream
@@ -83,9 +90,9 @@ def streams(graph: fx.GraphModule) -> list[Stream]:
     return found
 
 
-def _stream(graph: fx.GraphModule, first: fx.Node, known: Mapping[fx.Node, Any]) -> Stream | None:
+def _stream(graph: fx.GraphModule, first: fx.Node, known: Mapping[fx.Node, Value]) -> Stream | None:
     """What ``first`` is a maker of; None where something else makes or reads a value of it."""
-    axis, channels = _axis(first, known), attribute(graph, first.args[1]).shape[0]
+    axis, channels = channel_axis(first, known[first]), weight_of(graph, first).shape[0]
     values, waiting, readers = set[fx.Node](), [first], set[fx.Node]()
     while waiting:
         value = waiting.pop()
@@ -94,7 +101,7 @@ def _stream(graph: fx.GraphModule, first: fx.Node, known: Mapping[fx.Node, Any])
         values.add(value)
         sources = [] if weighted(value) else value.all_input_nodes
         if weighted(value):
-            if _axis(value, known) != axis or not own(graph, value):
+            if channel_axis(value, known[value]) != axis or not owns(graph, value):
                 return None
         elif not _carries(value, known, axis):
             return None
@@ -102,9 +109,9 @@ def _stream(graph: fx.GraphModule, first: fx.Node, known: Mapping[fx.Node, Any])
             if not weighted(user):
                 waiting.append(user)
             elif (
-                user.args[0] is value
-                and _axis(user, known) == axis
-                and own(graph, user)
+                user.all_input_nodes[0] is value
+                and channel_axis(user, known[user]) == axis
+                and owns(graph, user)
                 and _channels(graph, user) == channels
             ):
                 readers.add(user)
@@ -120,12 +127,7 @@ def _stream(graph: fx.GraphModule, first: fx.Node, known: Mapping[fx.Node, Any])
     )
 
 
-def _axis(node: fx.Node, known: Mapping[fx.Node, Any]) -> int:
-    """Of a layer's channels."""
-    return known[node].dim() - 1 if node.target is aten.linear.default else 1
-
-
-def _carries(node: fx.Node, known: Mapping[fx.Node, Any], axis: int) -> bool:
+def _carries(node: fx.Node, known: Mapping[fx.Node, Value], axis: int) -> bool:
     """Does f(x / s) = f(x) / s hold, a channel?"""
     if node.op != "call_function" or node.target not in _CARRY or node.kwargs:
         return False
@@ -139,26 +141,36 @@ def _carries(node: fx.Node, known: Mapping[fx.Node, Any], axis: int) -> bool:
     return axis == 1 and sources[0][:2] == shape[:2]
 
 
-def own(graph: fx.GraphModule, layer: fx.Node) -> bool:
+def owns(graph: fx.GraphModule, layer: fx.Node) -> bool:
     """Does nothing else read its weight and bias?"""
-    mine = [str(source.target) for source in layer.args[1:3] if isinstance(source, fx.Node)]
-    readers = [
-        user for node in graph.graph.nodes if node.op == "get_attr" and str(node.target) in mine for user in node.users
-    ]
-    return len(readers) == len(mine)
+    stored = [source.target for source in _stored(layer)]
+    readers = [len(node.users) for node in graph.graph.nodes if node.op == "get_attr" and node.target in stored]
+    return sum(readers) == len(stored)
+
+
+def weight_of(graph: fx.GraphModule, layer: fx.Node) -> Tensor:
+    """(out, in / groups, ...)"""
+    weight: Tensor = attribute(graph, argument(layer, "weight"))
+    return weight.detach()
+
+
+def _stored(layer: fx.Node) -> list[fx.Node]:
+    """What reads its weight and its bias."""
+    return [source for name in ("weight", "bias") if (source := argument(layer, name)) is not None]
 
 
 def _channels(graph: fx.GraphModule, layer: fx.Node) -> int:
     """Input channels, where each is read on its own (no groups but depthwise); 0 otherwise."""
-    weight, groups = attribute(graph, layer.args[1]), groups_of(layer)
+    weight, groups = weight_of(graph, layer), groups_of(layer)
     if groups == 1:
-        return int(weight.shape[1])
+        return weight.shape[1]
     return groups if weight.shape[0] == groups and weight.shape[1] == 1 else 0
 
 
 @dataclasses.dataclass
 class Size:
-    """Of a value's channels: extremes and mean square, each (channels,) float64; of its numbers around their channel's mean: the variance, summed over channels."""
+    """Of a value's channels: extremes and mean square, each (channels,) float64; of its numbers around their channel's
+    mean: the variance, summed over channels."""
 
     lo: Tensor
     hi: Tensor
@@ -173,10 +185,8 @@ class Size:
         return cls(lo.double(), hi.double(), rows.sum(0).double(), rows.square().sum(0).double(), len(rows))
 
     def merged(self, other: Size) -> Size:
-        return Size(
-            torch.minimum(self.lo, other.lo), torch.maximum(self.hi, other.hi), self.sums + other.sums, self.squares + other.squares,
-            self.count + other.count,
-        )  # fmt: skip
+        lo, hi = torch.minimum(self.lo, other.lo), torch.maximum(self.hi, other.hi)
+        return Size(lo, hi, self.sums + other.sums, self.squares + other.squares, self.count + other.count)
 
     @property
     def power(self) -> Tensor:
@@ -213,10 +223,7 @@ def _equalize(
 ) -> bool:
     behind = _behind(stream)
     values = [value for value in stream.values if value in rounded]
-    readers = [
-        (reader, attribute(graph, reader.args[1]).detach().double(), groups_of(reader) == 1)
-        for reader in stream.readers
-    ]
+    readers = [(reader, weight_of(graph, reader).double(), groups_of(reader) == 1) for reader in stream.readers]
     largest = torch.stack([torch.maximum(sizes[value].hi, -sizes[value].lo) for value in values]).amax(0)
     columns = torch.stack([_columns(weight, dense).square().mean(1) for _, weight, dense in readers]).sum(0).sqrt()
     usable = (largest > 0) & (columns > 0) & largest.isfinite() & columns.isfinite()
@@ -232,11 +239,10 @@ def _equalize(
         total = 0.0
         for reader, weight, dense in readers:
             wide = weight * _along(s, weight, dense)
-            made = sum(float(steps[value].square()) for value in values if reader in behind[value]) * float(
-                wide.square().sum()
-            )
+            steps_read = sum(float(steps[value].square()) for value in values if reader in behind[value])
+            made = steps_read * float(wide.square().sum())
             if reader in layers and dense:
-                square = (sizes[reader.args[0]].power / s.square()).sum() * weight[0, 0].numel()  # type: ignore[index]
+                square = (sizes[reader.all_input_nodes[0]].power / s.square()).sum() * weight[0, 0].numel()
                 made += float((wide.flatten(1).abs().amax(1) / layers[reader].qmax).square().sum() * square)
             total += made / max(sizes[reader].variance, 1e-30)
         return total
@@ -251,12 +257,11 @@ def _equalize(
         return False
     with torch.no_grad():
         for maker in stream.makers:
-            for source in maker.args[1:3]:
-                if isinstance(source, fx.Node):
-                    tensor = attribute(graph, source)
-                    tensor.copy_(tensor.double() / factor.view(-1, *[1] * (tensor.dim() - 1)))
+            for source in _stored(maker):
+                tensor = attribute(graph, source)
+                tensor.copy_(tensor.double() / factor.view(-1, *[1] * (tensor.dim() - 1)))
         for reader, _, dense in readers:
-            tensor = attribute(graph, reader.args[1])
+            tensor = attribute(graph, argument(reader, "weight"))
             tensor.copy_(tensor.double() * _along(factor, tensor, dense))
     return True
 

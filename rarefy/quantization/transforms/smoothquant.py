@@ -1,20 +1,23 @@
-"""smooth(): outliers of activations go into the weights that multiply them, where a norm can bear it. SmoothQuant (2211.10438).
+"""smooth(): outliers of activations go into the weights that multiply them, where a norm can bear it. SmoothQuant
+(2211.10438).
 
-After a layer or RMS norm, a few channels are many times as large as the rest, and one scale a tensor leaves the rest without resolution. In every linear layer
-that reads the norm, channel j of the input is divided and column j of the weights multiplied by
+After a layer or RMS norm, a few channels are many times as large as the rest, and one scale a tensor leaves the rest
+without resolution. In every linear layer that reads the norm, channel j of the input is divided and column j of the
+weights multiplied by
 
-    s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)        X_j: over the images; W_j: over the outputs of all layers that read the norm
+    s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)        X_j: over the images; W_j: over the outputs of all these layers
 
-and the division goes into the norm's own weight and bias, so that the float network's answers stay what they were. alpha 0.5 gives either side the same
-share of the range; towards 1, the activations get smoother and the weights rougher.
+and the division goes into the norm's own weight and bias, so that the float network's answers stay what they were.
+alpha 0.5 gives either side the same share of the range; towards 1, the activations get smoother and the weights
+rougher.
 
-Done where nothing but linear layers reads the norm, and its weight is its own. Given up: layers after an activation (NNCF multiplies there at run time).
+Done where nothing but linear layers reads the norm, and its weight is its own. Given up: layers after an activation
+(NNCF multiplies there at run time).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -23,13 +26,13 @@ from rarefy.errors import InputError
 from rarefy.graph.fold import put
 from rarefy.graph.interpreter import run
 from rarefy.graph.layers import weighted
-from rarefy.graph.nodes import attribute
+from rarefy.graph.nodes import argument, attribute
 
 aten = torch.ops.aten
-_NORMS: dict[Any, tuple[int, ...]] = {
-    aten.layer_norm.default: (2, 3),
-    aten.rms_norm.default: (2,),
-}  # places of weight and bias
+_NORMS: dict[object, tuple[str, ...]] = {
+    aten.layer_norm.default: ("weight", "bias"),
+    aten.rms_norm.default: ("weight",),
+}
 WIDEST = 1e4  # a factor's bound, either way
 
 
@@ -45,8 +48,8 @@ def smooth(graph: fx.GraphModule, batches: Iterable[tuple[Tensor, ...]], alpha: 
 
     def see(node: fx.Node, value: Tensor) -> None:
         if node in norms:
-            found = value.detach().abs().flatten(0, -2).amax(0).float()
-            largest[node] = torch.maximum(largest[node], found) if node in largest else found
+            most = value.detach().abs().flatten(0, -2).amax(0).float()
+            largest[node] = torch.maximum(largest[node], most) if node in largest else most
 
     if norms:
         with torch.no_grad():
@@ -59,36 +62,36 @@ def smooth(graph: fx.GraphModule, batches: Iterable[tuple[Tensor, ...]], alpha: 
 
 def _is_smoothable(graph: fx.GraphModule, node: fx.Node) -> bool:
     """A norm over the last axis with a stored weight that nothing else reads, and only linear layers behind it."""
-    places = _NORMS.get(node.target)
-    if places is None or len(node.args[1]) != 1 or len(node.args) <= places[0]:  # type: ignore[arg-type]
+    if node.target not in _NORMS or len(argument(node, "normalized_shape")) != 1 or argument(node, "weight") is None:
         return False
-    stored = [node.args[place] for place in places if place < len(node.args) and node.args[place] is not None]
-    if node.args[places[0]] is None or not all(isinstance(one, fx.Node) and one.op == "get_attr" for one in stored):
+    stored = _stored(node)
+    if any(source.op != "get_attr" for source in stored):
         return False
-    read = [str(one.target) for one in stored]  # type: ignore[union-attr]
+    read = [source.target for source in stored]
     readers = sum(len(other.users) for other in graph.graph.nodes if other.op == "get_attr" and other.target in read)
     return readers == len(stored) and all(
-        user.target is aten.linear.default and weighted(user) and user.args[0] is node and not user.kwargs
+        user.target is aten.linear.default and weighted(user) and user.all_input_nodes[0] is node and not user.kwargs
         for user in node.users
     )
 
 
+def _stored(norm: fx.Node) -> list[fx.Node]:
+    """What reads its weight and its bias."""
+    sources = (argument(norm, name) for name in _NORMS[norm.target])
+    return [source for source in sources if source is not None]
+
+
 def _migrate(graph: fx.GraphModule, norm: fx.Node, largest: Tensor, alpha: float) -> None:
     layers = list(norm.users)
-    weights = [attribute(graph, layer.args[1]).detach() for layer in layers]
+    weights: list[Tensor] = [attribute(graph, argument(layer, "weight")).detach() for layer in layers]
     columns = torch.stack([weight.abs().amax(0).float() for weight in weights]).amax(0)
     factor = (largest.double() ** alpha / columns.double() ** (1 - alpha)).clamp(1 / WIDEST, WIDEST)
     factor = torch.where((largest > 0) & (columns > 0), factor, torch.ones_like(factor))
-    for place in _NORMS[norm.target]:
-        if place < len(norm.args) and norm.args[place] is not None:
-            stored = attribute(graph, norm.args[place])
-            with torch.no_grad():
-                stored.copy_(stored.double() / factor)
+    for source in _stored(norm):
+        stored = attribute(graph, source)
+        with torch.no_grad():
+            stored.copy_(stored.double() / factor)
     for layer, weight in zip(layers, weights, strict=True):
-        bias = attribute(graph, layer.args[2]).detach() if len(layer.args) > 2 and layer.args[2] is not None else None
-        put(
-            graph,
-            layer,
-            (weight.double() * factor).to(weight.dtype),
-            weight.new_zeros(weight.shape[0]) if bias is None else bias.clone(),
-        )
+        source = argument(layer, "bias")
+        bias = weight.new_zeros(weight.shape[0]) if source is None else attribute(graph, source).detach().clone()
+        put(graph, layer, (weight.double() * factor).to(weight.dtype), bias)

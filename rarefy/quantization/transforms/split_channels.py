@@ -1,8 +1,8 @@
 """double(): dead channels carry those whose rounding costs most a second time, a part of a step apart.
 
-Training with weight decay leaves channels whose weights have gone to nothing and which a ReLU keeps at zero (4 to 7 of 32 in the stems of EfficientNet-Lite). A value's
-grid has one step for all channels, and one channel that a depthwise layer weighs heavily, such as an edge detector on an offset, can make half of all the
-noise there. For
+Training with weight decay leaves channels whose weights have gone to nothing and which a ReLU keeps at zero (4 to 7 of
+32 in the stems of EfficientNet-Lite). A value's grid has one step for all channels, and one channel that a depthwise
+layer weighs heavily, such as an edge detector on an offset, can make half of all the noise there. For
 
     x = clip(M(.)),   y = clip(D(x)) with D depthwise,   R(y) with R 1 x 1,   and no other readers,
 
@@ -10,10 +10,12 @@ channel c is put into k - 1 dead ones too, its k copies at offsets o_j = (j - (k
 
     M_j = M_c + o_j      D_j(x) = D_c(x - o_j)      R_j = R_c / k
 
-In float that is what it was wherever neither clip bends it within a step. Rounded, the mean of k codes is one on a grid of k times the levels: step^2 / 12 becomes step^2 / (12 k^2),
-at no cost in time or size. It is done where the noise that R sums up falls by ``LEAST`` of itself a copy. Splitting channels is 1901.09504's, which widens the layers for it.
+In float that is what it was wherever neither clip bends it within a step. Rounded, the mean of k codes is one on a grid
+of k times the levels: step^2 / 12 becomes step^2 / (12 k^2), at no cost in time or size. It is done where the noise
+that R sums up falls by ``LEAST`` of itself a copy. Splitting channels is 1901.09504's, which widens the layers for it.
 
-A channel is dead if its weights alone keep it below half a step of 8 bits, for inputs up to ``MARGIN`` times as large as any seen. What it did behind D, a constant, goes to R's bias.
+A channel is dead if its weights alone keep it below half a step of 8 bits, for inputs up to ``MARGIN`` times as large
+as any seen. What it did behind D, a constant, goes to R's bias.
 """
 
 from __future__ import annotations
@@ -26,10 +28,10 @@ from torch import Tensor, fx
 
 from rarefy.graph.im2col import groups_of
 from rarefy.graph.layers import padding_of, weighted
-from rarefy.graph.nodes import attribute
+from rarefy.graph.nodes import argument, attribute
 from rarefy.quantization.formats import Grid
 from rarefy.quantization.placement import clip_bounds
-from rarefy.quantization.transforms.equalize import own, sizes
+from rarefy.quantization.transforms.equalize import owns, sizes, weight_of
 
 aten = torch.ops.aten
 
@@ -55,9 +57,11 @@ def double(
     rounded: Mapping[fx.Node, Grid],
     layers: Mapping[fx.Node, Grid],
 ) -> int:
-    """Double channels of ``graph`` (folded, for inference; layers with weights and biases of their own) in place; returns how many dead ones carry another.
+    """Double channels of ``graph`` (folded, for inference; layers with weights and biases of their own) in place;
+    returns how many dead ones carry another.
 
-    batches: inputs that tell how large channels get. rounded: values that will be, and the grid; layers: those whose weights will be.
+    batches: inputs that tell how large channels get. rounded: values that will be, and the grid; layers: those whose
+    weights will be.
     """
     found = [
         place
@@ -66,11 +70,12 @@ def double(
     ]
     if not found:
         return 0
-    seen = sizes(graph, {node: 1 for place in found for node in (place.maker.args[0], place.value)}, batches)  # type: ignore[misc]
+    values = {node for place in found for node in (place.maker.all_input_nodes[0], place.value)}
+    seen = sizes(graph, dict.fromkeys(values, 1), batches)
     doubled = 0
     for place in found:
         largest = float(seen[place.value].hi.max())
-        before = seen[place.maker.args[0]]  # type: ignore[index]
+        before = seen[place.maker.all_input_nodes[0]]
         dead = _dead(graph, place.maker, MARGIN * torch.maximum(before.hi, -before.lo), DEAD * largest)
         copies = _chosen(_noise(graph, place), dead)
         if copies:
@@ -88,17 +93,10 @@ def places(graph: fx.GraphModule) -> list[Place]:
         if value is None or depthwise is None or bent is None or reader is None or bent not in reader.args:
             continue
         place = Place(maker, value, depthwise, bent, reader)
-        layers = (maker, depthwise, reader)
         if (
-            all(
-                layer.target is aten.conv2d.default
-                and own(graph, layer)
-                and len(layer.args) > 2
-                and isinstance(layer.args[2], fx.Node)
-                for layer in layers
-            )
-            and [groups_of(maker), groups_of(reader), _weight(graph, reader)[0, 0].numel()] == [1, 1, 1]
-            and _weight(graph, depthwise).shape[:2] == (groups_of(depthwise), 1)
+            all(_is_whole(graph, layer) for layer in (maker, depthwise, reader))
+            and [groups_of(maker), groups_of(reader), weight_of(graph, reader)[0, 0].numel()] == [1, 1, 1]
+            and weight_of(graph, depthwise).shape[:2] == (groups_of(depthwise), 1)
         ):
             found.append(place)
     return found
@@ -119,21 +117,25 @@ def _reader(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _weight(graph: fx.GraphModule, layer: fx.Node) -> Tensor:
-    return attribute(graph, layer.args[1]).detach()
+def _is_whole(graph: fx.GraphModule, layer: fx.Node) -> bool:
+    """A convolution with a weight and a bias of its own?"""
+    is_convolution = layer.target is aten.conv2d.default
+    return is_convolution and argument(layer, "bias") is not None and owns(graph, layer)
 
 
 def _dead(graph: fx.GraphModule, maker: fx.Node, largest: Tensor, most: float) -> Tensor:
-    """Indices of channels of ``maker`` that stay below ``most``. largest: (channels of what it reads,), of their absolute values."""
-    reach = (_weight(graph, maker).double().abs().flatten(2).sum(2) * largest).sum(1) + attribute(
-        graph, maker.args[2]
-    ).detach().double()
+    """Indices of channels of ``maker`` that stay below ``most``.
+
+    largest: (channels of what it reads,), of their absolute values.
+    """
+    offset = attribute(graph, argument(maker, "bias")).detach().double()
+    reach = (weight_of(graph, maker).double().abs().flatten(2).sum(2) * largest).sum(1) + offset
     return (reach < most).nonzero().flatten()
 
 
 def _noise(graph: fx.GraphModule, place: Place) -> Tensor:
     """(channels,) what rounding a channel comes to in all that the reader sums up, in steps^2 / 12."""
-    deep, read = _weight(graph, place.depthwise).double(), _weight(graph, place.reader).double()
+    deep, read = weight_of(graph, place.depthwise).double(), weight_of(graph, place.reader).double()
     return deep.square().flatten(1).sum(1) * read.square().sum((0, 2, 3))
 
 
@@ -154,9 +156,9 @@ def _chosen(noise: Tensor, dead: Tensor) -> dict[int, list[int]]:
 
 def _put(graph: fx.GraphModule, place: Place, copies: Mapping[int, list[int]], step: float) -> None:
     made, offset, deep, mean, read, total = (
-        attribute(graph, layer.args[index])
+        attribute(graph, argument(layer, name))
         for layer in (place.maker, place.depthwise, place.reader)
-        for index in (1, 2)
+        for name in ("weight", "bias")
     )
     lo, hi = clip_bounds(place.bent)
     with torch.no_grad():

@@ -1,11 +1,12 @@
-"""Weights of few bits, activations in float: a weight is stored as codes and decoded where it is read. No images are needed.
+"""Weights of few bits, activations in float: a weight is stored as codes and decoded where it is read. No images are
+needed.
 
     y = layer(x, dequantize(codes, scale, zero))
 
 A symmetric grid takes its scale from the calibration rule, one a channel or a group of inputs (``"int4:group=32"``); an
-affine one (``"uint4:group=32"``, ``"int4:symmetric=no"``) covers the smallest to the largest weight, zero always being a
-code; floats of 8 bits reach to the largest; block floats follow their own rules (``rarefy.kernels.fp4``). It saves bytes
-on disk and in memory, and time only where a runtime multiplies by codes.
+affine one (``"uint4:group=32"``, ``"int4:symmetric=no"``) covers the smallest to the largest weight, zero always being
+a code; floats of 8 bits reach to the largest; block floats follow their own rules (``rarefy.kernels.fp4``). It saves
+bytes on disk and in memory, and time only where a runtime multiplies by codes.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def quantize_weights(
     ignore: Sequence[str],
     seed: int,
 ) -> fx.GraphModule:
-    """The graph of ``model`` with codes for weights, as ``quantize`` with activations="float". ignore: globs of layers."""
+    """The graph of ``model`` with codes for weights: ``quantize`` with activations="float". ignore: globs of layers."""
     if is_quantised(model):
         raise InputError("the model is quantised already; start from its float original")
     graph = fold(as_graph(model, inputs))
@@ -77,7 +78,10 @@ def encode(
     rounder: Rounding,
     generator: torch.Generator,
 ) -> list[dict[str, object]]:
-    """Codes in place of the weights of ``grids``' layers, in place; facts of each. rule: None: minmax at 8 bits, else mse."""
+    """Codes in place of the weights of ``grids``' layers, in place; facts of each.
+
+    rule: None: minmax at 8 bits, else mse.
+    """
     if not isinstance(rounder, OfWeights):
         raise InputError(
             f"rounding={plugins.describe(rounder)}: with activations in float a rule looks at weights alone; "
