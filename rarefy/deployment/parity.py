@@ -22,7 +22,7 @@ from rarefy.deployment.runtime import Difference, Parity, Runtime
 from rarefy.graph.interpreter import call, run
 from rarefy.graph.lowering import LAYERS, to_integers
 from rarefy.graph.nodes import Value, argument
-from rarefy.kernels import makes_codes, qparams
+from rarefy.kernels import makes_codes, qparams, value_of
 from rarefy.system.dependencies import needs
 
 LEAST_AGREEMENT = 0.995
@@ -198,7 +198,7 @@ def _values_in(model: Message, kind: str) -> dict[str, str]:
     constants = {tensor.name for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type == kind and node.input[1].startswith("quantization.") and node.input[0] not in constants:
-            tensors.setdefault(node.input[1].split(".")[1], clipped.get(node.output[0], node.output[0]))
+            tensors.setdefault(value_of(node.input[1]), clipped.get(node.output[0], node.output[0]))
     return tensors
 
 
