@@ -37,7 +37,7 @@ from rarefy.errors import CaptureError, first_line
 from rarefy.graph.canonical import make_functional
 from rarefy.graph.fold import fold_weight_norm
 from rarefy.graph.layers import TRAINING_FLAG
-from rarefy.graph.nodes import Value, attribute, dtype_name, finish, is_graph, set_attribute
+from rarefy.graph.nodes import Value, argument, attribute, dtype_name, finish, is_graph, set_argument, set_attribute
 
 aten = torch.ops.aten
 
@@ -303,7 +303,7 @@ def _share_as(graph: fx.GraphModule, model: nn.Module) -> None:
 def _read_training_flag(graph: fx.GraphModule) -> None:
     """The trace is of eval mode, so a flag that is False there is one that train() would turn on."""
     nodes = [node for node in graph.graph.nodes if node.op == "call_function" and node.target in TRAINING_FLAG]
-    switched = [node for node in nodes if node.args[TRAINING_FLAG[node.target]] is False]
+    switched = [node for node in nodes if argument(node, TRAINING_FLAG[node.target]) is False]
     if not switched:
         return
     with graph.graph.inserting_before(next(iter(graph.graph.nodes))):
@@ -311,4 +311,4 @@ def _read_training_flag(graph: fx.GraphModule) -> None:
             warnings.simplefilter("ignore")
             flag = graph.graph.get_attr("training")
     for node in switched:
-        node.update_arg(TRAINING_FLAG[node.target], flag)
+        set_argument(node, TRAINING_FLAG[node.target], flag)

@@ -37,7 +37,7 @@ def fold(graph: fx.GraphModule) -> fx.GraphModule:
     for node in list(graph.graph.nodes):
         if node.op == "call_function" and node.target in _TRAINING_ONLY:
             node.replace_all_uses_with(node.args[0])
-        elif node.op == "call_function" and node.target is aten.batch_norm.default and node.args[3] is not None:
+        elif node.op == "call_function" and node.target is aten.batch_norm.default:
             _fold_batch_norm(graph, node)
     return finish(graph)
 
@@ -87,6 +87,8 @@ def _repeatable(node: fx.Node) -> bool:
 
 def _fold_batch_norm(graph: fx.GraphModule, node: fx.Node) -> None:
     given = arguments(node)
+    if given["running_mean"] is None:
+        return  # it has no statistics: those of the batch
     parts = [given[name] for name in ("weight", "bias", "running_mean", "running_var")]
     tensors: list[Value] = [None if part is None else attribute(graph, part).detach().double() for part in parts]
     gamma, beta, mean, variance = tensors

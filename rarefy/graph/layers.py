@@ -13,13 +13,13 @@ from rarefy.errors import InputError
 from rarefy.graph.nodes import argument
 
 aten = torch.ops.aten
-# Operators with a flag that says whether the module is training, and the flag's place among the arguments.
+# Operators with a flag that says whether the module is training, and the name of that argument.
 TRAINING_FLAG = {
-    aten.batch_norm.default: 5,
-    aten.dropout.default: 2,
-    aten.feature_dropout.default: 2,
-    aten.alpha_dropout.default: 2,
-    aten.feature_alpha_dropout.default: 2,
+    aten.batch_norm.default: "training",
+    aten.dropout.default: "train",
+    aten.feature_dropout.default: "train",
+    aten.alpha_dropout.default: "train",
+    aten.feature_alpha_dropout.default: "train",
 }
 
 WEIGHTED = {aten.conv2d.default, aten.conv2d.padding, aten.conv1d.default, aten.linear.default}
@@ -29,15 +29,14 @@ def weighted(node: fx.Node) -> bool:
     """A convolution or linear layer whose weight (and bias, if any) is a stored tensor."""
     if node.op != "call_function" or node.target not in WEIGHTED:
         return False
-    sources = node.args[1:3]
+    sources = (argument(node, "weight"), argument(node, "bias"))
     return all(source is None or (isinstance(source, fx.Node) and source.op == "get_attr") for source in sources)
 
 
 def layer_name(node: fx.Node) -> str:
     """``layer1.0.conv1`` for the node that reads ``layer1.0.conv1.weight``."""
-    source = node.args[1]
-    assert isinstance(source, fx.Node)
-    return str(source.target).rpartition(".")[0] or str(source.target)
+    name = str(argument(node, "weight").target)
+    return name.rpartition(".")[0] or name
 
 
 def names(node: fx.Node) -> list[str]:

@@ -16,7 +16,6 @@ import functools
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
 
 SLACK = 32 << 20  # bytes
 
@@ -56,7 +55,7 @@ _PAGE = os.sysconf("SC_PAGE_SIZE") if sys.platform.startswith("linux") else 0
 
 
 @functools.cache
-def _trim() -> Callable[[int], Any] | None:
+def _trim() -> Callable[[int], object] | None:
     if not sys.platform.startswith("linux"):
         return None
     return getattr(ctypes.CDLL(None), "malloc_trim", None)
