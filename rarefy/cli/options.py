@@ -175,7 +175,7 @@ class Fields:
             metavar = one.metadata.get("metavar") or _METAVARS.get(kind)
             told = typer.Option(metavar=metavar, help=str(one.metadata["help"]))
             name = self.renamed.get(one.name, one.name)
-            value = None if isinstance(value, tuple) and not value else value
+            value = None if isinstance(value, tuple) and not value else _default(one)
             yield one.name, inspect.Parameter(name, _KEYWORD, default=value, annotation=Annotated[kind, told])
 
 

@@ -9,23 +9,11 @@ import typer
 
 from rarefy import plugins
 from rarefy.cli.inputs import device_of, prepared, share_or_count
-from rarefy.cli.options import (
-    DataOptions,
-    Device,
-    Fields,
-    Ignore,
-    Json,
-    ModelOptions,
-    OptionalOutput,
-    Output,
-    Seed,
-    app,
-    grouped,
-)
+from rarefy.cli.options import DataOptions, Device, Fields, Json, ModelOptions, OptionalOutput, Output, app, grouped
 from rarefy.cli.outputs import claim_folder, save_result
 from rarefy.cli.terminal import show_json, show_table
 from rarefy.errors import InputError
-from rarefy.pruning.options import Options
+from rarefy.pruning.options import MaskOptions, Options
 
 ASKED = Fields(Options, {"batch": "batch_size"}, without=("task", "device", "checkpoint", "progress"))
 
@@ -68,32 +56,16 @@ def mask(
     model: ModelOptions,
     data: DataOptions,
     output: Output,
-    sparsity: Annotated[
-        str, typer.Option(metavar="SHARE|N:M", help="0.5: half of the weights become zero; 2:4: of each 4, 2 stay.")
-    ],
-    criterion: Annotated[
-        str, typer.Option(metavar="CHOICE", help="What a weight is worth; see `rarefy list saliency`.")
-    ] = "magnitude",
-    scope: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Where a share is taken: global, layer or output; default: the criterion's."),
-    ] = None,
-    ignore: Ignore = None,
-    seed: Seed = 0,
+    given: Annotated[dict[str, Any], Fields(MaskOptions, without=("task",))],
     as_json: Json = False,
 ) -> None:
     """Make single weights zero, and keep them so in training: smaller on disk, no faster on ONNX Runtime. wanda needs data."""
-    from rarefy import plugins
-    from rarefy.pruning.mask import mask as verb
-    from rarefy.pruning.mask import parse
-
-    parse(sparsity)
-    plugins.resolve("saliency", criterion)
+    MaskOptions(**given)  # what is no choice is told before a model is loaded
     folder = claim_folder(output)
     source, graph, task = prepared(model, data, needed=False)
-    sparse = verb(
-        graph, sparsity=sparsity, criterion=criterion, scope=scope, ignore=tuple(ignore or ()), task=task, seed=seed
-    )
+    from rarefy.pruning.mask import mask as verb
+
+    sparse = verb(graph, **given, task=task)
     save_result(sparse, folder, source, task, as_json)
 
 

@@ -17,25 +17,26 @@ from __future__ import annotations
 
 import fnmatch
 import math
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, fx, nn
 
 from rarefy import plugins
 from rarefy.errors import InputError
+from rarefy.graph import history
 from rarefy.graph.capture import as_graph
-from rarefy.graph.nodes import operator_name
+from rarefy.graph.nodes import argument, operator_name
+from rarefy.pruning.options import MaskOptions, Pattern
+from rarefy.tasks.task import Task
 
 
 class Saliency(Protocol):
     @property
     def scope(self) -> str: ...
     def scores(
-        self, graph: fx.GraphModule, weights: Mapping[str, Sequence[fx.Node]], task: Any, seed: int
+        self, graph: fx.GraphModule, weights: Mapping[str, Sequence[fx.Node]], task: Task | None, seed: int
     ) -> dict[str, Tensor]: ...
 
 
@@ -45,7 +46,6 @@ INPUT_AXIS = {
     **{f"conv{rank}d": 1 for rank in (1, 2, 3)},
     **{f"conv_transpose{rank}d": 0 for rank in (1, 2, 3)},
 }
-SCOPES = ("global", "layer", "output")
 NOTE = "sparse weights: smaller on disk, no faster on onnxruntime"
 
 
@@ -53,41 +53,36 @@ def mask(
     model: nn.Module,
     *,
     sparsity: float | str,
-    criterion: Any = "magnitude",
+    criterion: Saliency | str = "magnitude",
     scope: str | None = None,
     ignore: Sequence[str] = (),
     inputs: Tensor | Sequence[Tensor] | None = None,
-    task: Any = None,
+    task: Task | None = None,
     seed: int = 0,
 ) -> fx.GraphModule:
     """A new graph with zeros among its weights; ``model`` is left as it is.
 
     model: a graph, or a module with ``inputs`` (an example batch) to capture it.
     sparsity: share of the weights that become zero, 0.5; or "N:M", 2:4, of each M along the inputs N stay.
-    criterion: what a weight is worth (``rarefy/pruning/saliency``), an object or text such as "wanda:images=64".
+    criterion: what a weight is worth (``saliency/``), an object or text such as "wanda:images=64".
     scope: where a share is taken: "global", "layer" or "output"; None: as the criterion's authors do. N:M has none.
     ignore: globs on dotted names of weights or modules to leave dense.
     task, seed: for criteria that look at data.
 
-    The record in ``meta["history"]`` says how many zeros there are, and in which layers. Weights that were zero come first.
+    The record in the history says how many zeros there are, and in which layers. Weights that were zero come first.
     Raises InputError for a sparsity that is none, or a model without weights to mask.
     """
-    pattern = parse(sparsity)
-    if scope is not None and (scope not in SCOPES or pattern.n):
-        raise InputError(
-            f"scope={scope!r} {'goes with a share, not with ' + str(pattern) if pattern.n else 'is not one of ' + ', '.join(SCOPES)}"
-        )
-    rule = plugins.resolve("saliency", criterion)
+    options = MaskOptions(sparsity, criterion, scope, ignore, task, seed)
+    rule: Saliency = plugins.resolve("saliency", criterion)
     graph = as_graph(model, inputs)
     training = graph.training
     graph.eval()
-    found = weights_of(graph, (ignore,) if isinstance(ignore, str) else tuple(ignore))
-    scores = {
-        name: score.float()
-        for name, score in rule.scores(graph, {name: nodes for name, (_, nodes) in found.items()}, task, seed).items()
-    }
+    found = weights_of(graph, options.globs)
+    nodes = {name: nodes for name, (_, nodes) in found.items()}
+    scores = {name: score.float() for name, score in rule.scores(graph, nodes, task, seed).items()}
     _check_scores(graph, found, scores, plugins.describe(rule))
     axes = {name: axis for name, (axis, _) in found.items()}
+    pattern = options.pattern
     within = None if pattern.n else scope or rule.scope
     kept = _blocks(scores, axes, pattern) if within is None else _shares(scores, axes, pattern.share, within)
     with torch.no_grad():
@@ -95,59 +90,31 @@ def mask(
             weight = graph.get_parameter(name)
             weight.copy_(torch.where(alive, weight, 0.0))
     graph.meta["sparse"] = sorted({*graph.meta.get("sparse", []), *kept})
-    zeros = {name: int((graph.get_parameter(name) == 0).sum()) for name in kept}
-    sizes = {name: alive.numel() for name, alive in kept.items()}
-    total = sum(sizes.values())
-    options = {
+    asked = {
         "sparsity": str(pattern),
         "criterion": plugins.describe(rule),
         "scope": within,
-        "ignore": list(ignore),
+        "ignore": list(options.globs),
         "seed": seed,
     }
-    facts = {
+    history.append(graph, "mask", asked, _facts(graph, kept))
+    return graph.train(training)
+
+
+def _facts(graph: fx.GraphModule, kept: Iterable[str]) -> dict[str, object]:
+    weights = {name: graph.get_parameter(name) for name in kept}
+    zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
+    total = sum(weight.numel() for weight in weights.values())
+    return {
         "sparsity": sum(zeros.values()) / total,
         "weights": total,
         "nonzero": total - sum(zeros.values()),
         "note": NOTE,
-        "layers": [{"name": name.removesuffix(".weight"), "sparsity": zeros[name] / sizes[name]} for name in kept],
+        "layers": [
+            {"name": name.removesuffix(".weight"), "sparsity": zeros[name] / weight.numel()}
+            for name, weight in weights.items()
+        ],
     }
-    graph.meta.setdefault("history", []).append({"step": "mask", "options": options, "facts": facts})
-    return graph.train(training)
-
-
-# --------------------------------------------------------------------------------------------------------------- pattern
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """A share of zeros, or (n > 0) n of each m that stay."""
-
-    share: float
-    n: int = 0
-    m: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.n}:{self.m}" if self.n else f"{self.share:g}"
-
-
-def parse(sparsity: float | str) -> Pattern:
-    """0.5, "0.5" or "2:4". Raises InputError."""
-    text = str(sparsity).strip()
-    pair = re.fullmatch(r"(\d{1,4}):(\d{1,4})", text)
-    if pair:
-        n, m = int(pair[1]), int(pair[2])
-        if 1 <= n < m:
-            return Pattern(1 - n / m, n, m)
-    try:
-        share = math.nan if isinstance(sparsity, bool) else float(text)
-    except ValueError:
-        share = math.nan
-    if not 0 < share < 1:
-        raise InputError(
-            f"sparsity={sparsity!r} is neither a share between 0 and 1 nor N:M with N below M; write 0.5 or 2:4"
-        )
-    return Pattern(share)
 
 
 def weights_of(graph: fx.GraphModule, ignore: Sequence[str] = ()) -> dict[str, tuple[int, list[fx.Node]]]:
@@ -156,7 +123,7 @@ def weights_of(graph: fx.GraphModule, ignore: Sequence[str] = ()) -> dict[str, t
     first = {id(one): name for name, one in reversed(parameters.items())}
     found: dict[str, tuple[int, list[fx.Node]]] = {}
     for node in graph.graph.nodes:
-        source = node.args[1] if operator_name(node) in INPUT_AXIS and len(node.args) > 1 else None
+        source = argument(node, "weight") if operator_name(node) in INPUT_AXIS else None
         if isinstance(source, fx.Node) and source.op == "get_attr" and str(source.target) in parameters:
             name = first[id(parameters[str(source.target)])]
             found.setdefault(name, (INPUT_AXIS[operator_name(node)], []))[1].append(node)
@@ -213,7 +180,7 @@ def _blocks(scores: dict[str, Tensor], axes: dict[str, int], pattern: Pattern) -
     return found
 
 
-def _check_scores(graph: fx.GraphModule, found: dict[str, Any], scores: dict[str, Tensor], criterion: str) -> None:
+def _check_scores(graph: fx.GraphModule, found: Iterable[str], scores: Mapping[str, Tensor], criterion: str) -> None:
     for name in found:
         shape = tuple(graph.get_parameter(name).shape)
         if name not in scores or tuple(scores[name].shape) != shape:

@@ -6,8 +6,9 @@ Nothing here imports torch, so that ``rarefy prune --help`` need not wait for it
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
     import torch
 
     from rarefy.deployment.runtime import Runtime
+    from rarefy.pruning.mask import Saliency
     from rarefy.pruning.ranking import Criterion, Selection
     from rarefy.pruning.schedule import Schedule
     from rarefy.tasks.task import Task
 
 RANKINGS = ("global", "loss", "local", "isomorphic")
 TARGETS = ("keep", "macs", "params", "speedup")
+SCOPES = ("global", "layer", "output")
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,11 @@ def _is_whole(value: object, least: int) -> bool:
 
 def _are_globs(value: object) -> bool:
     return isinstance(value, str) or (isinstance(value, Sequence) and all(isinstance(glob, str) for glob in value))
+
+
+def _globs(ignore: Sequence[str]) -> tuple[str, ...]:
+    """Of one glob or several."""
+    return (ignore,) if isinstance(ignore, str) else tuple(ignore)
 
 
 @dataclass(frozen=True)
@@ -152,8 +160,7 @@ class Options:
 
     @property
     def globs(self) -> tuple[str, ...]:
-        """What to ignore, of one glob or several."""
-        return (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore)
+        return _globs(self.ignore)
 
     @property
     def target(self) -> Target:
@@ -169,3 +176,80 @@ class Options:
     @property
     def measured(self) -> Measured:
         return Measured(self.runtime, self.threads, self.batch)
+
+
+# ------------------------------------------------------------------------------------------------------------------ mask
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A share of zeros, or (n > 0) n of each m that stay."""
+
+    share: float
+    n: int = 0
+    m: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}" if self.n else f"{self.share:g}"
+
+
+def parse(sparsity: float | str) -> Pattern:
+    """0.5, "0.5" or "2:4". Raises InputError."""
+    text = str(sparsity).strip()
+    pair = re.fullmatch(r"(\d{1,4}):(\d{1,4})", text)
+    if pair:
+        n, m = int(pair[1]), int(pair[2])
+        if 1 <= n < m:
+            return Pattern(1 - n / m, n, m)
+    try:
+        share = math.nan if isinstance(sparsity, bool) else float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 < share < 1:
+        raise InputError(
+            f"sparsity={sparsity!r} is neither a share between 0 and 1 nor N:M with N below M; write 0.5 or 2:4"
+        )
+    return Pattern(share)
+
+
+@dataclass(frozen=True)
+class MaskOptions:
+    """All that ``mask`` takes beside the model. Raises InputError for a value out of its bounds, or an unknown choice."""
+
+    sparsity: float | str = option(
+        MISSING, "0.5: half of the weights become zero; 2:4: of each 4, 2 stay.", metavar="SHARE|N:M"
+    )
+    criterion: Saliency | str = option(
+        "magnitude", "What a weight is worth; see `rarefy list saliency`.", metavar="CHOICE"
+    )
+    scope: str | None = option(
+        None, "Where a share is taken: global, layer or output; default: the criterion's.", metavar="NAME"
+    )
+    ignore: Sequence[str] = option(
+        (),
+        "Layers to leave alone; may be given more than once.",
+        _are_globs,
+        "must be a list of globs, such as ['head.*']",
+        "GLOB",
+    )
+    task: Task | None = option(None, "For criteria that look at data.")
+    seed: int = option(
+        0, "The same seed gives the same result.", lambda n: _is_whole(n, 0), "must be a whole number from 0", "N"
+    )
+
+    def __post_init__(self) -> None:
+        pattern = self.pattern
+        if self.scope is not None and pattern.n:
+            raise InputError(f"scope={self.scope!r} goes with a share, not with {pattern}")
+        if self.scope is not None and self.scope not in SCOPES:
+            raise InputError(f"scope={self.scope!r} is not one of {', '.join(SCOPES)}")
+        check(self, "")
+        plugins.resolve("saliency", self.criterion)
+
+    @property
+    def pattern(self) -> Pattern:
+        return parse(self.sparsity)
+
+    @property
+    def globs(self) -> tuple[str, ...]:
+        return _globs(self.ignore)

@@ -25,7 +25,8 @@ from rarefy.compression.compress import compress
 from rarefy.distillation.distill import distill, train
 from rarefy.errors import FormatError, InputError
 from rarefy.graph.capture import capture
-from rarefy.pruning.mask import _blocks, _shares, mask, parse, weights_of
+from rarefy.pruning.mask import _blocks, _shares, mask, weights_of
+from rarefy.pruning.options import parse
 from rarefy.pruning.saliency.wanda import Wanda
 from rarefy.reports import view
 from rarefy.tasks.classification import Classification
