@@ -33,7 +33,11 @@ class Polynomial:
 
 @dataclass(frozen=True, eq=False)
 class Costs:
-    """axes: the distinct axes of the network, each a vector (size,) of classes.  count: of classes.  macs, params: of the widths of ``axes``."""
+    """axes: the distinct axes of the network, each a vector (size,) of classes.
+
+    count: of classes.
+    macs, params: of the widths of ``axes``.
+    """
 
     axes: list[np.ndarray]
     count: int
@@ -99,7 +103,7 @@ class _Axes:
 
 
 def costs_of(coupling: Coupling) -> Costs:
-    """The axes of what is counted come first, then those of all other activations and parameters, which cost nothing but must not vanish."""
+    """Of the axes of what is counted, and of all others, which cost nothing but must not vanish."""
     axes = _Axes()
     macs, params = _macs(coupling, axes), _params(coupling, axes)
     seen: set[int] = set()

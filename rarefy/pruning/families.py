@@ -1,8 +1,8 @@
-"""Families: the classes that one layer makes, which are ranked and rounded together, and how scores compare between them.
+"""Families: the classes that one layer makes, ranked and rounded together, and how scores compare between them.
 
-A family that loses the share r of its importance is damaged by ``n r^2``, n the outputs of layers that its classes are (a
-residual stream is made by many): the errors of a layer's lost channels add up, so its last channels are worth more than
-its first. ``damages`` says what each class adds to r^2 as the classes leave one by one.
+A family that loses the share r of its importance is damaged by ``n r^2``, n the outputs of layers that its classes are
+(a residual stream is made by many): the errors of a layer's lost channels add up, so its last channels are worth more
+than its first. ``damages`` says what each class adds to r^2 as the classes leave one by one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ def producers_of(coupling: Coupling) -> np.ndarray:
 
 
 def families_of(coupling: Coupling, producer: np.ndarray, round_to: int) -> np.ndarray:
-    """(classes,) family, 0 for the frozen one: what one layer makes, split where its parts go different ways and each is a multiple."""
+    """(classes,) the family of each, 0 for the frozen one.
+
+    A family is what one layer makes, split where its parts go different ways and each is a multiple of ``round_to``.
+    """
     _, family = np.unique(producer, return_inverse=True)
     if round_to == 1:
         return family
@@ -41,7 +44,10 @@ def families_of(coupling: Coupling, producer: np.ndarray, round_to: int) -> np.n
 
 
 def like_families(coupling: Coupling, producer: np.ndarray) -> np.ndarray:
-    """(classes,) families whose coupled weights belong to the same operators, along the same axes, are one group (arXiv 2407.04616)."""
+    """(classes,) groups of families whose coupled weights belong to the same operators, along the same axes.
+
+    The idea is that of arXiv 2407.04616.
+    """
     users: dict[str, str] = {}
     for node in coupling.graph.graph.nodes:
         if node.op == "get_attr":

@@ -1,4 +1,4 @@
-"""Pruning to a measured latency: which widths make the network ``speedup`` times as fast on the runtime, at the least damage.
+"""Pruning to a measured latency: which widths make the network so many times as fast, at the least damage.
 
     samples ─▶ table (fit) ─▶ path (greedy) ─▶ a file, measured beside the original ─┐
                  ▲                                                                   │  until it is as fast as asked
@@ -7,20 +7,20 @@
 **Table.** The time of the network as a function of its widths, from the runtime's own profiles (``latency_table.py``).
 
 **Damage.** A layer of n outputs that loses the share r of their importance is damaged by ``n r^2``: the errors of a
-layer's lost channels add up, so its last channels are worth more than its first, and no layer becomes a bottleneck because
-its channels are dear. A family that several layers make (a residual stream) is damaged in each of them.
+layer's lost channels add up, so its last channels are worth more than its first, and no layer becomes a bottleneck
+because its channels are dear. A family that several layers make (a residual stream) is damaged in each of them.
 
-**Path.** From the whole network, the step of a family that does least damage for a microsecond saved is taken, its saving
-evaluated exactly with all other widths as they are, until nothing can go. Steps of several tiles are tried too, so that a
-block boundary is crossed where a single tile saves nothing. The goal is a point on that path.
+**Path.** From the whole network, the step of a family that does least damage for a microsecond saved is taken, its
+saving evaluated exactly with all other widths as they are, until nothing can go. Steps of several tiles are tried too,
+so that a block boundary is crossed where a single tile saves nothing. The goal is a point on that path.
 
 **Correction.** What is promised is a measurement: the network at that point is exported and timed against the original
-(``deployment/latency.py``, taking turns), its kernels join the table, and the goal is moved by what was missed, for a few
-rounds, and a few more where the best is still a good deal faster than asked. A measurement whose quartiles lie far apart
-(a busy machine) moves nothing, and if none is better the pruning is refused.
+(``deployment/latency.py``, taking turns), its kernels join the table, and the goal is moved by what was missed, for a
+few rounds, and a few more where the best is still a good deal faster than asked. A measurement whose quartiles lie far
+apart (a busy machine) moves nothing, and if none is better the pruning is refused.
 
-The idea of a knapsack of importance under a latency table is HALP's (arXiv 2110.10811). Given up: the same file from the
-same seed, since clocks differ; and what the table cannot see, which the rounds correct.
+The idea of a knapsack of importance under a latency table is HALP's (arXiv 2110.10811). Given up: the same file from
+the same seed, since clocks differ; and what the table cannot see, which the rounds correct.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def for_speed(
 ) -> tuple[Plan, dict[str, object]]:
     """The plan that is ``speedup`` times as fast, and what was measured.
 
-    ranking: says which channels of a family go first; how many of each is chosen here.  build: (classes,) bool -> the graph.
+    ranking: says which channels of a family go first; how many of each is chosen here.
+    build: (classes,) bool -> the graph.
     """
     families = np.flatnonzero(ranking.least < ranking.sizes)
     families = families[families > 0]
@@ -102,7 +103,7 @@ def damage(values: Array, widths: Array) -> Array:
     return lost
 
 
-# ------------------------------------------------------------------------------------------------------------------ path
+# --------------------------------------------------------------------------------------------------------------- path
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,14 +147,15 @@ def descend(space: Space, table: Table) -> Descent:
     return Descent(np.array(options), np.array(times))
 
 
-# ---------------------------------------------------------------------------------------------------------------- search
+# ------------------------------------------------------------------------------------------------------------- search
 
 
 @dataclass(frozen=True, eq=False)
 class Round:
     """A network that was measured.
 
-    option: (families,).  predicted: times as fast as the original, before it was measured.  measured: the same, measured.
+    option: (families,).
+    predicted: times as fast as the original, before it was measured.  measured: the same, measured.
     latency_ms: of the original and of this.  table_error: of the table that predicted it.
     """
 
@@ -307,8 +309,8 @@ def _accepted(rounds: Sequence[Round], speedup: float, bench: Bench) -> Round:
         spread = rounds[-1].measured
         raise InputError(
             f"speedup={speedup:g}: no measurement could be trusted, half of the last one's lay outside "
-            f"{spread['low']:.2f}x to {spread['high']:.2f}x; other processes use the processor, run it again when it is "
-            f"free, or prune to macs="
+            f"{spread['low']:.2f}x to {spread['high']:.2f}x; other processes use the processor, run it again when it "
+            "is free, or prune to macs="
         )
     if best.speedup < LEAST * speedup:
         raise InputError(

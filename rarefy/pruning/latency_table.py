@@ -1,15 +1,15 @@
-"""The latency table: how long a network takes, as one quadratic form of its widths, fitted to profiles of a few networks.
+"""The latency table: the time of a network as one quadratic form of its widths, fitted to profiles of a few.
 
 MACs are no time: kernels work in tiles, are bound by memory where they are thin, and layout changes, softmax and
-additions cost, too. So the runtime is asked. The network is exported whole and at a few widths, each family of channels at
-another fraction every time (a Latin hypercube), and the runtime's profile gives the time of each kernel, as fused and
-with the caches as it finds them there. Which axis of a kernel follows which axis of the network is read off the sizes over
-the samples, rounded up to the layout's block where the runtime does so: no operator is known by name. Kernels alike
-(operator, fixed sizes) share their samples; their time is fitted as ``a + b i + c o + d i o + ...`` of their widths,
-coefficients not negative, by relative error.
+additions cost, too. So the runtime is asked. The network is exported whole and at a few widths, each family of channels
+at another fraction every time (a Latin hypercube), and the runtime's profile gives the time of each kernel, as fused
+and with the caches as it finds them there. Which axis of a kernel follows which axis of the network is read off the
+sizes over the samples, rounded up to the layout's block where the runtime does so: no operator is known by name.
+Kernels alike (operator, fixed sizes) share their samples; their time is fitted as ``a + b i + c o + d i o + ...`` of
+their widths, coefficients not negative, by relative error.
 
-Samples are kept in the user's cache, by runtime, version, processor, threads, batch, network and widths; a cache that is
-damaged is measured anew.
+Samples are kept in the user's cache, by runtime, version, processor, threads, batch, network and widths; a cache that
+is damaged is measured anew.
 """
 
 from __future__ import annotations
@@ -70,14 +70,14 @@ class Space:
 
 
 def design(space: Space, seed: int) -> list[Array]:
-    """The whole network, then a Latin hypercube: every family takes each fraction of its range once, never all of itself."""
+    """The whole network, then a Latin hypercube: every family takes each fraction of its range once, never all."""
     random = np.random.default_rng(seed)
     whole, smaller = space.whole, SAMPLES - 1
     strata = np.stack([random.permutation(smaller) for _ in whole], 1) if len(whole) else np.zeros((smaller, 0))
     return [whole, *(((strata + 0.5) / smaller * whole).astype(np.int64))]
 
 
-# ------------------------------------------------------------------------------------------------------------------- fit
+# ---------------------------------------------------------------------------------------------------------------- fit
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +103,10 @@ class Table:
 
 
 class _Fitted(NamedTuple):
-    """A kernel over the samples. features: its widths, as numbers of features.  widths: (samples, features).  us: (samples,)."""
+    """A kernel over the samples.
+
+    features: its widths, as numbers of features. widths: (samples, features). us: (samples,).
+    """
 
     features: list[int]
     widths: Array
@@ -122,7 +125,7 @@ class _Features:
         self.columns: dict[tuple[int, ...], list[dict[tuple[float, ...], int]]] = {}
 
     def read(self, present: tuple[int, ...], kernels: Sequence[Kernel]) -> tuple[tuple[object, ...], _Fitted]:
-        """(what kernels alike have in common, the kernel over the samples); present: the samples that ``kernels`` are of."""
+        """(what kernels alike have in common, the kernel over the samples); present: the samples of ``kernels``."""
         places: dict[int, int] = {}  # feature -> its place among this kernel's
         widths: list[Array] = []
         structure: list[object] = [kernels[0].operator]
@@ -157,7 +160,10 @@ class _Features:
 
 
 def fit(samples: Sequence[Sequence[Kernel]], sizes: Array) -> Table:
-    """The table of samples taken at ``sizes`` (samples, axes); the first is the whole network, which may be built of other kernels."""
+    """The table of samples taken at ``sizes`` (samples, axes).
+
+    The first is the whole network, which may be built of other kernels.
+    """
     named = [{kernel.name: kernel for kernel in sample} for sample in samples]
     common = [name for name in named[-1] if all(name in sample for sample in named[1:])]
     features = _Features(sizes)
@@ -199,7 +205,10 @@ def _form(alike: Iterable[Sequence[_Fitted]], features: int) -> Array:
 
 
 def _coefficients(widths: Array, us: Array) -> tuple[Array, Array, Array]:
-    """Pairs of widths (the last stands for 1) and the coefficients of their products, not negative, least squares of the relative error."""
+    """Pairs of widths (the last stands for 1) and the coefficients of their products.
+
+    They are not negative; least squares of the relative error.
+    """
     from scipy.optimize import nnls  # once asked for: it takes long to import, and no other pruning needs it
 
     with_one = np.concatenate((widths, np.ones((len(widths), 1))), 1)
@@ -210,7 +219,7 @@ def _coefficients(widths: Array, us: Array) -> tuple[Array, Array, Array]:
     return one, other, found / scale
 
 
-# ----------------------------------------------------------------------------------------------------------------- cache
+# -------------------------------------------------------------------------------------------------------------- cache
 
 
 def cache_file(

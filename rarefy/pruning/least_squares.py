@@ -1,10 +1,10 @@
-"""Least squares of a layer's weights: the change that brings its output nearest to a wanted one, and what error is left.
+"""Least squares of a layer's weights: the change that brings its output nearest to a wanted one, and the error left.
 
     min over D, b  of  || (W + D) X + b - Y ||^2 + r g ||D||^2
 
-W: the weights as they are, X: what the layer reads, Y: what it should make of it, g: mean of X^2, r: the ridge. D is the
-solution of K linear equations in float64, for each group of a grouped convolution apart. Sums over samples are all that is
-stored, so that the number of samples costs no memory, and the error of any D is known without running it.
+W: the weights as they are, X: what the layer reads, Y: what it should make of it, g: mean of X^2, r: the ridge. D is
+the solution of K linear equations in float64, for each group of a grouped convolution apart. Sums over samples are all
+that is stored, so that the number of samples costs no memory, and the error of any D is known without running it.
 """
 
 from __future__ import annotations

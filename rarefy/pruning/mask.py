@@ -2,15 +2,16 @@
 
     score (saliency/*) ─▶ choose: so many of each set, or the best N of every M ─▶ zero
 
-A sparsity of 0.5 takes half of all weights of a set (``scope``: all layers, a layer, an output), "2:4" leaves 2 of each 4 that follow each other
-along the inputs, at the same output and place of the kernel (arXiv 2104.08378); the last, shorter block keeps 2 at most too. Only weights of
-convolutions and linear layers count; biases and norms stay dense.
+A sparsity of 0.5 takes half of all weights of a set (``scope``: all layers, a layer, an output), "2:4" leaves 2 of each
+4 that follow each other along the inputs, at the same output and place of the kernel (arXiv 2104.08378); the last,
+shorter block keeps 2 at most too. Only weights of convolutions and linear layers count; biases and norms stay dense.
 
-What it is good for, and what not: ``save`` stores one bit for a zero, so the folder is smaller; NVIDIA's tensor cores (Ampere on) run 2:4 faster
-with their own kernels. ONNX Runtime's and PyTorch's dense kernels multiply by zeros as by any number: nothing gets faster. ``prune`` is what
-makes a model faster.
+What it is good for, and what not: ``save`` stores one bit for a zero, so the folder is smaller; NVIDIA's tensor cores
+(Ampere on) run 2:4 faster with their own kernels. ONNX Runtime's and PyTorch's dense kernels multiply by zeros as by
+any number: nothing gets faster. ``prune`` is what makes a model faster.
 
-The names of the masked weights stand in ``meta["sparse"]``; wherever one of them is zero, training leaves it zero (``distilling.py``).
+The names of the masked weights stand in ``meta["sparse"]``; wherever one of them is zero, training leaves it zero
+(``rarefy/distillation``).
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ def _facts(graph: fx.GraphModule, kept: Iterable[str]) -> dict[str, object]:
 
 
 def weights_of(graph: fx.GraphModule, ignore: Sequence[str] = ()) -> dict[str, tuple[int, list[fx.Node]]]:
-    """The weights that can be masked: name -> (the axis along which they are summed, the nodes that multiply by them)."""
+    """The weights that can be masked: name -> (the axis along which they are summed, the nodes that multiply by it)."""
     parameters = {name: one for name, one in graph.named_parameters(remove_duplicate=False) if one.is_floating_point()}
     first = {id(one): name for name, one in reversed(parameters.items())}
     found: dict[str, tuple[int, list[fx.Node]]] = {}
@@ -137,16 +138,20 @@ def weights_of(graph: fx.GraphModule, ignore: Sequence[str] = ()) -> dict[str, t
             del found[name]
     if not found:
         raise InputError(
-            "nothing can be masked: the model has no convolution and no linear layer with a float weight (mask before quantize)"
+            "nothing can be masked: the model has no convolution and no linear layer with a float weight (mask before "
+            "quantize)"
         )
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------- choice
+# ------------------------------------------------------------------------------------------------------------- choice
 
 
 def _shares(scores: dict[str, Tensor], axes: dict[str, int], share: float, scope: str) -> dict[str, Tensor]:
-    """name -> which weights stay, bool: of each set the best, as many as round(share * its size) leaves. The first of equals stays."""
+    """name -> which weights stay, bool: of each set the best, as many as round(share * its size) leaves.
+
+    The first of equals stays.
+    """
     if scope == "global":
         whole = _best(torch.cat([score.reshape(-1) for score in scores.values()])[None], share)[0]
         parts = whole.split([score.numel() for score in scores.values()])

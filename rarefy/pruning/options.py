@@ -32,7 +32,10 @@ SCOPES = ("global", "layer", "output")
 
 @dataclass(frozen=True)
 class Target:
-    """``kind``: one of ``TARGETS``; ``value``: a fraction, or a number above 1. Raises InputError for a value that is none."""
+    """``kind``: one of ``TARGETS``; ``value``: a fraction, or a number above 1.
+
+    Raises InputError for a value that is none.
+    """
 
     kind: str
     value: float
@@ -178,7 +181,7 @@ class Options:
         return Measured(self.runtime, self.threads, self.batch)
 
 
-# ------------------------------------------------------------------------------------------------------------------ mask
+# --------------------------------------------------------------------------------------------------------------- mask
 
 
 @dataclass(frozen=True)
@@ -214,7 +217,10 @@ def parse(sparsity: float | str) -> Pattern:
 
 @dataclass(frozen=True)
 class MaskOptions:
-    """All that ``mask`` takes beside the model. Raises InputError for a value out of its bounds, or an unknown choice."""
+    """All that ``mask`` takes beside the model.
+
+    Raises InputError for a value out of its bounds, or an unknown choice.
+    """
 
     sparsity: float | str = option(
         MISSING, "0.5: half of the weights become zero; 2:4: of each 4, 2 stay.", metavar="SHARE|N:M"

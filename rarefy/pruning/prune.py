@@ -1,10 +1,11 @@
 """prune(): a smaller network with the channels that matter most.
 
-    couple ─▶ score (criteria/*) ─▶ rank and choose (ranking.py) ─▶ cut (groups/slicing.py) ─▶ check (groups/equivalence.py)
+    couple ─▶ score (criteria/*) ─▶ rank, choose (ranking.py) ─▶ cut (groups/slicing.py) ─▶ check
+    (groups/equivalence.py)
 
-A class is a set of slices that leave together (``groups/groups.py``). A ranking says which class leaves first, and how many
-leave hangs on the target: for keep, macs and params the largest prefix that is within it, for speedup widths by time
-measured on the runtime (``latency_search.py``).
+A class is a set of slices that leave together (``groups/groups.py``). A ranking says which class leaves first, and how
+many leave hangs on the target: for keep, macs and params the largest prefix that is within it, for speedup widths by
+time measured on the runtime (``latency_search.py``).
 
 Given up: the ranking knows nothing of cost (a channel that saves little is ranked as one that saves much); ``speedup=``
 does.
@@ -68,11 +69,11 @@ def prune(
     """A new graph with fewer channels; ``model`` is left as it is.
 
     model: a graph, or a module with ``inputs`` (an example batch) to capture it.
-    keep, macs, params: what may remain of prunable channels, MACs or parameters: a fraction up to 1.0, or (int) a number.
+    keep, macs, params: what may remain of prunable channels, MACs, parameters: a fraction up to 1.0, or (int) a number.
     speedup: how many times as fast as the original the result runs on ``runtime``, measured. Exactly one of the four.
     criterion: what a channel is worth (``criteria/``), an object or text such as "taylor:batches=50".
     ranking: "global", "loss" (of hessian:group=true: the best here, where there is data), "local" or "isomorphic".
-    round_to: families of channels are cut to a multiple, narrower ones stay whole; with speedup at least 8, unless given.
+    round_to: families of channels are cut to a multiple, narrower ones stay whole; with speedup 8, unless given.
     floor: fraction of the channels of any layer that stays in any case.
     ignore: globs on dotted names of parameters or modules whose outputs all stay.
     heads: attention loses the same "dims" of each head, or "whole" heads.
@@ -108,7 +109,7 @@ def _scheduled(graph: fx.GraphModule, options: Options) -> fx.GraphModule:
 
 
 def _at_once(graph: fx.GraphModule, target: Target, options: Options, was: Mapping[str, int]) -> fx.GraphModule:
-    """``prune`` without a schedule; was: outputs that layers had before earlier prunings, of which ``floor`` is a share."""
+    """``prune`` without a schedule; was: outputs that layers had first, of which ``floor`` is a share."""
     full = share_copy(graph).eval() if any(module.training for module in graph.modules()) else graph
     release()  # what an earlier run freed
     coupling = couple(full, options.globs, options.heads)
@@ -192,7 +193,8 @@ def _facts(
 def _check_scores(coupling: Coupling, scores: Tensor, criterion: str) -> None:
     if scores.shape != (coupling.count,):
         raise InputError(
-            f"criterion {criterion}: returned scores of shape {tuple(scores.shape)}, must be ({coupling.count},), one a class"
+            f"criterion {criterion}: returned scores of shape {tuple(scores.shape)}, must be ({coupling.count},), one "
+            "a class"
         )
     bad = ~torch.isfinite(scores)
     bad[0] = False

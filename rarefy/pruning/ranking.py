@@ -10,8 +10,8 @@ Classes stand in families by the first layer that makes them. ``ranking`` says h
 * ``isomorphic``  families whose coupled operators are alike are ranked together, by the damage of ``global``, and each
                   such set keeps the same fraction (arXiv 2407.04616).
 
-The best-ranked classes are kept, as many as the target allows: found by bisection, because what a class costs depends on
-all others (``cost.py`` is exact). The result is the largest prefix of the ranking, each family rounded down to
+The best-ranked classes are kept, as many as the target allows: found by bisection, because what a class costs depends
+on all others (``cost.py`` is exact). The result is the largest prefix of the ranking, each family rounded down to
 ``round_to``, that is within the target; so it misses it by less than a step. In every tensor the best ``floor`` of the
 classes are safe, and at least one, so no layer disappears.
 
@@ -210,7 +210,7 @@ def _floors(coupling: Coupling, axes: list[np.ndarray], floor: float, was: Mappi
 
 
 def _protected(axes: list[np.ndarray], key: np.ndarray, floors: list[float]) -> np.ndarray:
-    """The classes no threshold may remove: in each axis the best share of them, and one at least where nothing is frozen."""
+    """The classes no threshold may remove: of each axis the best share, and one at least where nothing is frozen."""
     safe = np.zeros(len(key), dtype=bool)
     safe[0] = True
     for vector, floor in zip(axes, floors, strict=True):

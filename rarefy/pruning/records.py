@@ -23,7 +23,8 @@ def unpacked(text: str, size: int) -> Tensor:
 
 
 def followed(records: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Weight name -> the positions of the first network's output channels that are left after all prunings, int64, from their facts in order."""
+    """Weight name -> the positions of the first network's output channels that are left after all prunings, int64, from
+    their facts in order."""
     found: dict[str, Tensor] = {}
     for facts in records:
         for name, bits in facts.get("kept", {}).items():

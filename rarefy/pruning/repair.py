@@ -1,21 +1,23 @@
 """repair(): what pruning broke, mended on a few hundred images, without labels and without training.
 
-Both networks run side by side, node by node over all images at once, so that each layer is mended on what the mended layers before it yield, in
-one pass:
+Both networks run side by side, node by node over all images at once, so that each layer is mended on what the mended
+layers before it yield, in one pass:
 
-* **Reconstruction** (He et al., arXiv 1707.06168). A convolution or linear layer behind anything that was cut gets the weights whose output is nearest
-  the original layer's, on the channels that are left:
+* **Reconstruction** (He et al., arXiv 1707.06168). A convolution or linear layer behind anything that was cut gets the
+  weights whose output is nearest the original layer's, on the channels that are left:
 
       min over D, b  of  || (W + D) X + b - Y ||^2 + r g ||D||^2
 
-  W: the pruned weights, X: patches of what the layer now reads (K numbers each), Y: the original's output, g: mean of X^2. D is the solution of K linear
-  equations in float64, for each group of a grouped convolution apart. b goes into the bias, or without one into the running mean of the batch norm that
-  follows; with neither it is 0. The ridge r is chosen from ``RIDGES`` by the error on every fourth image, which the fit did not see; where none lowers
-  that error, the layer stays as it is. Then all images are fitted with it.
+  W: the pruned weights, X: patches of what the layer now reads (K numbers each), Y: the original's output, g: mean of
+  X^2. D is the solution of K linear equations in float64, for each group of a grouped convolution apart. b goes into
+  the bias, or without one into the running mean of the batch norm that follows; with neither it is 0. The ridge r is
+  chosen from ``RIDGES`` by the error on every fourth image, which the fit did not see; where none lowers that error,
+  the layer stays as it is. Then all images are fitted with it.
 * **Batch norm** gets the exact mean and variance, over all images, of what it now reads.
 
-A quarter of the images judges, so a layer is not made worse on images of the same kind. Given up: layers whose weight several nodes read, and
-transposed convolutions, are left alone; and so is the shortcut of a residual block, whose lost channels only the layers behind it can make up for.
+A quarter of the images judges, so a layer is not made worse on images of the same kind. Given up: layers whose weight
+several nodes read, and transposed convolutions, are left alone; and so is the shortcut of a residual block, whose lost
+channels only the layers behind it can make up for.
 """
 
 from __future__ import annotations
@@ -69,12 +71,14 @@ def repair(
     batchnorm: re-estimate batch norm.  reconstruct: solve layers again.
     memory: bytes that activations may take; where they do not fit, fewer images are used (the record says how many).
 
-    The record in ``meta["history"]`` holds, for each layer, the share of the output's variance that was wrong before and after (on the images that judge)
-    and the ridge. Raises InputError where ``graph`` was not pruned from ``original``, DataError without enough images, CheckFailed for NaN.
+    The record in ``meta["history"]`` holds, for each layer, the share of the output's variance that was wrong before
+    and after (on the images that judge) and the ridge. Raises InputError where ``graph`` was not pruned from
+    ``original``, DataError without enough images, CheckFailed for NaN.
     """
     if images < 8 or batch_size < 1 or not memory > 0:
         raise InputError(
-            f"images={images}, batch_size={batch_size}, memory={memory}: repair needs at least 8 images, and positive numbers"
+            f"images={images}, batch_size={batch_size}, memory={memory}: repair needs at least 8 images, and positive "
+            "numbers"
         )
     if not (batchnorm or reconstruct):
         raise InputError("repair: batchnorm and reconstruct are both off; leave at least one on")
@@ -83,7 +87,8 @@ def repair(
     fits = int(memory // max(_peak(small) + _peak(wide), 1))
     if fits < 8:
         raise InputError(
-            f"repair: memory={memory:.3g} bytes hold the activations of {fits} images; raise it to at least {8 * memory / max(fits, 1):.2g}"
+            f"repair: memory={memory:.3g} bytes hold the activations of {fits} images; raise it to at least "
+            f"{8 * memory / max(fits, 1):.2g}"
         )
     batches = _batches(small, data, min(images, fits), batch_size, seed)
     run = Repair(small, wide, batches, kept, torch.Generator().manual_seed(seed))
@@ -98,14 +103,16 @@ def repair(
 
 
 def kept_channels(graph: fx.GraphModule, original: nn.Module) -> dict[str, Tensor]:
-    """Weight name -> positions of the original's output channels that are left, int64; layers that lost none are left out.
+    """Weight name -> positions of the original's output channels that are left, int64; layers that lost none are left
+    out.
 
     Raises InputError where the records of pruning do not lead from ``original`` to ``graph``.
     """
     records = [record["facts"] for record in history.since(graph, original) if record.get("step") == "prune"]
     if not records:
         raise InputError(
-            "repair: the graph has no record of pruning that the original has not; pass what prune() returned, and what it was given"
+            "repair: the graph has no record of pruning that the original has not; pass what prune() returned, and "
+            "what it was given"
         )
     found = followed(records)
     wide = dict(original.named_parameters(remove_duplicate=False))
@@ -117,12 +124,13 @@ def kept_channels(graph: fx.GraphModule, original: nn.Module) -> dict[str, Tenso
             or len(found.get(name, range(first[0]))) not in weight.shape
         ):
             raise InputError(
-                f"repair: {name}: the original is not what the graph was pruned from; pass the model that prune() was given"
+                f"repair: {name}: the original is not what the graph was pruned from; pass the model that prune() was "
+                "given"
             )
     return found
 
 
-# --------------------------------------------------------------------------------------------------------------- running
+# ------------------------------------------------------------------------------------------------------------ running
 
 Values = list[Value]  # what a node yields, one a batch
 
@@ -235,7 +243,7 @@ class Repair:
     def _equations(
         self, node: fx.Node, live: Mapping[fx.Node, Value], weight: Tensor, bias: Tensor | None, shape: Sequence[int]
     ) -> tuple[NormalEquations, NormalEquations]:
-        """Of the images that fit, and of those that judge; weight: (groups, outputs, K), of ``shape`` as it is stored."""
+        """Of the images that fit, and of those that judge; weight: (groups, outputs, K), stored as ``shape``."""
         axis = -1 if node.target is aten.linear.default else 1
         kept = self.kept.get(str(argument(node, "weight").target))
         fit, judge = NormalEquations(weight, bias), NormalEquations(weight, bias)
@@ -252,7 +260,8 @@ class Repair:
 
 
 def _image_axes(graph: fx.GraphModule) -> dict[fx.Node, int]:
-    """For the output of each layer, the axis that grows with the number of images; layers that have not one such axis are left out."""
+    """For the output of each layer, the axis that grows with the number of images; not of layers with several or
+    none."""
     two, three = shapes(graph, 2), shapes(graph, 3)
     found = {}
     for node in filter(weighted, graph.graph.nodes):
@@ -269,12 +278,13 @@ def _image_axes(graph: fx.GraphModule) -> dict[fx.Node, int]:
 def _pairs(
     node: fx.Node, source: Tensor, wanted: Tensor, shape: Sequence[int], groups: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """What the layer reads, (N, groups, K, places), and what it should make of it, (N, groups, outputs, places), at places drawn once a batch."""
+    """What the layer reads, (N, groups, K, places), and what it should make of it, (N, groups, outputs, places), at
+    places drawn once a batch."""
     place = im2col.draw(im2col.plane(node, source, shape), generator, source.device)
     return im2col.unfold(node, source, shape, groups, place), im2col.outputs(node, wanted, groups, place)
 
 
-# ------------------------------------------------------------------------------------------------------------------- graphs
+# ------------------------------------------------------------------------------------------------------------- graphs
 
 
 def _alone(graph: fx.GraphModule, node: fx.Node, name: str) -> bool:
@@ -302,7 +312,8 @@ def _norm_behind(graph: fx.GraphModule, node: fx.Node) -> fx.Node | None:
 
 
 def _changed(small: fx.GraphModule, wide: fx.GraphModule) -> set[fx.Node]:
-    """Nodes of the small graph whose input is not the original's: behind a parameter of another size, but for the layers that only make less."""
+    """Nodes of the small graph whose input is not the original's: behind a parameter of another size, but for the
+    layers that only make less."""
     found: set[fx.Node] = set()
     for node in small.graph.nodes:
         if node.op != "call_function":
@@ -313,7 +324,10 @@ def _changed(small: fx.GraphModule, wide: fx.GraphModule) -> set[fx.Node]:
 
 
 def _reads_less(small: fx.GraphModule, wide: fx.GraphModule, node: fx.Node) -> bool:
-    """A layer of which input channels are gone. One that only makes fewer outputs makes those as before, and so does batch norm."""
+    """A layer of which input channels are gone.
+
+    One that only makes fewer outputs makes those as before, and so does batch norm.
+    """
     if not weighted(node) or im2col.groups_of(node) > 1:
         return False
     name = str(argument(node, "weight").target)

@@ -1,4 +1,7 @@
-"""When to prune, and what to train meanwhile: the protocol of ``schedule=`` (rarefy/compression/schedules has those that come with rarefy)."""
+"""When to prune, and what to train meanwhile: the protocol of ``schedule=``.
+
+Those that come with rarefy lie in ``rarefy/compression/schedules``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Each coupling rule on the smallest network that has it: who leaves with whom, and the cut network equals the masked one."""
+"""Each coupling rule on the smallest network that has it: who leaves with whom, and the cut network equals the masked
+one."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ def classes(coupling: Coupling, name: str, axis: int) -> list[int]:
 
 
 def cut_half(coupling: Coupling, seed: int = 0):  # type: ignore[no-untyped-def]
-    """Remove a random half of the classes, one at least, check against the masked network and run at another batch size."""
+    """Remove a random half of the classes, one at least, check against the masked network and run at another batch
+    size."""
     generator = torch.Generator().manual_seed(seed)
     alive = torch.ones(coupling.count, dtype=torch.bool)
     alive[1 + torch.randperm(coupling.count - 1, generator=generator)[: max((coupling.count - 1) // 2, 1)]] = False
@@ -290,7 +292,8 @@ def test_fold_keeps_whole_channels() -> None:
     ("options", "places"), [({}, 6), ({"kernel_size": 3, "padding": 1}, 6), ({"stride": 2}, 3), ({"padding": 1}, 8)]
 )
 def test_spatial_axis_of_a_pointwise_convolution(options: dict[str, int], places: int) -> None:
-    """Three branches mixed at each channel (CoaT): a kernel of 1 treats the places, here the channels, each by itself; nothing else does."""
+    """Three branches mixed at each channel (CoaT): a kernel of 1 treats the places, here the channels, each by itself;
+    nothing else does."""
 
     def forward(s: nn.Module, x: Tensor) -> Tensor:
         branches = torch.stack([layer(x).mean((2, 3)) for layer in (s.one, s.two, s.three)], 1)
@@ -729,7 +732,8 @@ def test_a_row_that_meets_a_column_is_tied_in_few_edges() -> None:
 
 
 def test_equal_layers_of_classes_are_one_tensor() -> None:
-    """Of the largest networks labels took tens of MB: the vectors of a batch norm, and the activations between, have the same classes."""
+    """Of the largest networks labels took tens of MB: the vectors of a batch norm, and the activations between, have
+    the same classes."""
     net = Net(
         lambda self, x: self.b(self.norm(self.a(x)).relu()),
         a=nn.Conv2d(3, 8, 3),
@@ -763,7 +767,8 @@ def test_a_large_convolution_runs_in_parts(monkeypatch: pytest.MonkeyPatch, bias
 
 
 class Normed(nn.Module):
-    """Layers under weight norm, one of them run twice; directions and length of the last by hand, the length read once more."""
+    """Layers under weight norm, one of them run twice; directions and length of the last by hand, the length read once
+    more."""
 
     def __init__(self, norm) -> None:  # type: ignore[no-untyped-def]
         super().__init__()

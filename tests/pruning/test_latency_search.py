@@ -1,4 +1,5 @@
-"""Pruning to a measured latency: the table finds planted times, the path weighs damage against time, the cache, and the whole of it on a small network."""
+"""Pruning to a measured latency: the table finds planted times, the path weighs damage against time, the cache, and the
+whole of it on a small network."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def chain(*sizes: int, step: int = 8) -> Space:
 
 
 def run(space: Space, option: np.ndarray, slope: float = 2e-3) -> list[Kernel]:
-    """A runtime of known times: layers read one family and make the next, in blocks of 16; the first is ten times as dear."""
+    """A runtime of known times: layers read one family and make the next, in blocks of 16; the first is ten times as
+    dear."""
     kept = -(-space.kept(option) // 16) * 16
     kernels = [Kernel("stem#1", "Conv", [[1, 3, 32, 32], [1, int(kept[0]), 32, 32]], 5 + 0.1 * kept[0])]
     for index, (one, other) in enumerate(zip(kept[:-1].tolist(), kept[1:].tolist(), strict=True)):

@@ -1,4 +1,5 @@
-"""prune(): real families, targets, refusals; the cut network against an independent oracle; and a check that can fail."""
+"""prune(): real families, targets, refusals; the cut network against an independent oracle; and a check that can
+fail."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import copy
 import importlib.util
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -235,7 +236,9 @@ STREAMS = [
 
 
 @pytest.mark.parametrize(("make", "size", "stream", "inner"), STREAMS)
-def test_every_layer_loses_width_in_its_main_stream_too(make, size: int, stream: str, inner: str) -> None:  # type: ignore[no-untyped-def]
+def test_every_layer_loses_width_in_its_main_stream_too(
+    make: Callable[[], nn.Module], size: int, stream: str, inner: str
+) -> None:
     torch.manual_seed(0)
     found = facts(prune(make().eval(), inputs=torch.randn(2, 3, size, size), keep=0.5, ranking="local"))["channels"]
     for name in (stream, inner):
@@ -309,7 +312,7 @@ def test_caller_may_pass_a_module_in_training_and_frozen_parameters() -> None:
     assert not prune(graph.eval(), keep=0.5).training
 
 
-# --------------------------------------------------------------------------------------------------------------- targets
+# ------------------------------------------------------------------------------------------------------------ targets
 
 
 @pytest.mark.parametrize("ranking", ["global", "loss", "local", "isomorphic"])
@@ -320,7 +323,8 @@ def test_target_is_held_and_not_by_more_than_a_step(
     small = prune(resnet, **{kind: value}, ranking=ranking)
     assert facts(small)["macs"][1] == count_macs(small) and facts(small)["params"][1] == count_parameters(small)
     reached = facts(small)["reached"][kind]
-    # One class more would have passed the target: no class costs more than 4 % of this network; local keep rounds down in each family.
+    # One class more would have passed the target: no class costs more than 4 % of this network; local keep rounds down
+    # in each family.
     step = 0.06 if (kind, ranking) == ("keep", "local") else 0.04
     assert value - step < reached <= value
 
@@ -343,7 +347,8 @@ def test_round_to(resnet: fx.GraphModule, kind: str, ranking: str) -> None:
     small = prune(resnet, **{kind: 0.5}, round_to=4, ranking=ranking)
     for name, (_, after) in widths(small).items():
         assert after % 4 == 0 or name == "linear.weight"
-    # a step is 4 channels; one family has at most 5 % of the cost per 4 channels, and each family may be cut by one step less than a whole
+    # a step is 4 channels; one family has at most 5 % of the cost per 4 channels, and each family may be cut by one
+    # step less than a whole
     assert 0.5 - 0.15 < facts(small)["reached"][kind] <= 0.5
 
 
@@ -379,7 +384,8 @@ def test_global_ranking_removes_the_weakest(resnet: fx.GraphModule) -> None:
 
 
 def test_isomorphic_groups_like_with_like() -> None:
-    """Two blocks of one shape share a ranking; the one whose weight lies in few channels loses more. Locally both lose the same."""
+    """Two blocks of one shape share a ranking; the one whose weight lies in few channels loses more. Locally both lose
+    the same."""
     torch.manual_seed(0)
     graph = capture(CifarResNet(blocks=2, widths=(16, 16, 16)), torch.randn(2, 3, 8, 8))
     with torch.no_grad():
@@ -406,7 +412,7 @@ def test_prunes_again(resnet: fx.GraphModule) -> None:
     assert count_macs(twice) <= 0.49 * count_macs(resnet)
 
 
-# ---------------------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
@@ -464,7 +470,7 @@ def test_weights_that_are_not_finite(resnet: fx.GraphModule) -> None:
         prune(graph, keep=0.5)
 
 
-# ------------------------------------------------------------------------------------------------------------ self-check
+# --------------------------------------------------------------------------------------------------------- self-check
 
 
 def planned(graph: fx.GraphModule):  # type: ignore[no-untyped-def]
@@ -552,14 +558,17 @@ def test_self_check_where_a_padding_is_infinite() -> None:
             self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.second(F.max_pool2d(F.pad(self.first(x), (0, 1, 0, 1), value=-math.inf), 3, 2))  # type: ignore[no-any-return]
+            padded = F.pad(self.first(x), (0, 1, 0, 1), value=-math.inf)
+            out: Tensor = self.second(F.max_pool2d(padded, 3, 2))
+            return out
 
     small = prune(capture(Padded(), torch.randn(2, 3, 12, 12)), keep=0.5)
     assert widths(small)["second.weight"] == [4, 4] and bool(small(torch.randn(2, 3, 12, 12)).isfinite().all())
 
 
 def test_self_check_fails_on_a_missed_tie(resnet: fx.GraphModule) -> None:
-    """One convolution loses a channel its batch norm keeps: the small network does not run, and the check says where."""
+    """One convolution loses a channel its batch norm keeps: the small network does not run, and the check says
+    where."""
     coupling, alive = planned(resnet)
     fresh = torch.cat((alive, torch.tensor([False])))
     rows = []
@@ -573,7 +582,7 @@ def test_self_check_fails_on_a_missed_tie(resnet: fx.GraphModule) -> None:
         check(coupling, cut(broken, fresh), alive)
 
 
-# -------------------------------------------------------------------------------------------------------------- criteria
+# ----------------------------------------------------------------------------------------------------------- criteria
 
 
 @dataclass(frozen=True)
@@ -649,7 +658,8 @@ def test_magnitude_is_the_norm_by_hand() -> None:
 
 
 def test_taylor_is_the_first_order_change_by_hand() -> None:
-    """f = v . (W x), L = sum f / n: the change when unit k leaves is W_k . dL/dW_k = mean(v_k W_k x), for both weights alike."""
+    """f = v . (W x), L = sum f / n: the change when unit k leaves is W_k . dL/dW_k = mean(v_k W_k x), for both weights
+    alike."""
     net = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 1, bias=False))
     graph = capture(net, torch.randn(2, 3))
     inputs = torch.randn(6, 3)
@@ -725,7 +735,8 @@ def test_group_forms_by_hand() -> None:
 
 
 def test_group_forms_see_what_cancels() -> None:
-    """Two readers that undo each other for the first unit: it is worth nothing to the group, much to each weight alone."""
+    """Two readers that undo each other for the first unit: it is worth nothing to the group, much to each weight
+    alone."""
 
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -809,7 +820,7 @@ def test_magnitude_beats_chance_on_real_weights(real_data: Path) -> None:
     assert ours > 0.78 and ours > max(chance) + 0.05
 
 
-# -------------------------------------------------------------------------------------------------------------- counting
+# ----------------------------------------------------------------------------------------------------------- counting
 
 
 def test_macs_by_hand() -> None:

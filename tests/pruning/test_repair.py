@@ -1,9 +1,10 @@
-"""repair(): exact where it can be, never worse where it judges, on what the layers really read; its records and refusals."""
+"""repair(): exact where it can be, never worse where it judges, on what the layers really read; its records and
+refusals."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,7 @@ def record(graph: fx.GraphModule) -> dict:  # type: ignore[type-arg]
     return graph.meta["history"][-1]["facts"]
 
 
-# --------------------------------------------------------------------------------------------------------- least squares
+# ------------------------------------------------------------------------------------------------------ least squares
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,7 @@ def record(graph: fx.GraphModule) -> dict:  # type: ignore[type-arg]
         (lambda: nn.Linear(6, 8), ()),
     ],
 )
-def test_patches_times_weights_are_the_layers_output(make, size: tuple[int, ...]) -> None:  # type: ignore[no-untyped-def]
+def test_patches_times_weights_are_the_layers_output(make: Callable[[], nn.Module], size: tuple[int, ...]) -> None:
     layer = make().double()
     graph = capture(layer, torch.zeros(2, 6, *size, dtype=torch.float64))
     node = next(node for node in graph.graph.nodes if weighted(node))
@@ -160,7 +161,7 @@ def test_exact_where_the_rest_says_it_all() -> None:
     assert apart[0] > 0.1 and apart[1] < 1e-4
 
 
-# ---------------------------------------------------------------------------------------------------------- whole networks
+# ----------------------------------------------------------------------------------------------------- whole networks
 
 
 def test_answers_come_nearer_on_new_images(net: fx.GraphModule, small: fx.GraphModule) -> None:
@@ -214,7 +215,8 @@ def test_inputs_stay_and_the_seed_decides(net: fx.GraphModule, small: fx.GraphMo
 
 
 def test_a_layer_that_would_not_gain_stays(net: fx.GraphModule) -> None:
-    """The head reads noise of its own from few images: where no ridge lowers the error of the images that judge, nothing is changed."""
+    """The head reads noise of its own from few images: where no ridge lowers the error of the images that judge,
+    nothing is changed."""
     cut = prune(net, keep=0.9)
     whole = repair(cut, net, images(12), batchnorm=False)
     for layer in record(whole)["reconstructed"]:
@@ -272,7 +274,7 @@ def test_fewer_images_where_memory_is_short(net: fx.GraphModule, small: fx.Graph
         repair(small, net, images(200), memory=1e4)
 
 
-# ------------------------------------------------------------------------------------------------------------ from prune()
+# ------------------------------------------------------------------------------------------------------- from prune()
 
 
 class Task:
@@ -297,7 +299,7 @@ def test_prune_repairs(net: fx.GraphModule, small: fx.GraphModule) -> None:
         prune(net, macs=0.6, repair=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------------------------- refusals
 
 
 def test_refusals(net: fx.GraphModule, small: fx.GraphModule) -> None:

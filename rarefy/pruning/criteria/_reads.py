@@ -1,11 +1,13 @@
 """Where channels are read: what the criteria that look at data have in common.
 
-A channel matters through the operators that sum over it: convolutions, linear layers, products, means over channels. Each such place is a
-**read**, (reader, source, layer): the node, the activation it takes, and the labels that end in it. An operator that passes its channels on
-(depthwise convolution, batch norm, addition, pooling over the plane) is none.
+A channel matters through the operators that sum over it: convolutions, linear layers, products, means over channels.
+Each such place is a **read**, (reader, source, layer): the node, the activation it takes, and the labels that end in
+it. An operator that passes its channels on (depthwise convolution, batch norm, addition, pooling over the plane) is
+none.
 
-A mask m of ones, one number a sample and position, multiplied into every read, has the gradient dL/dm: how the loss of that sample changes as
-the channel leaves, exactly the sum of W * dL/dW over the weights that read it, without a weight's gradient for each sample.
+A mask m of ones, one number a sample and position, multiplied into every read, has the gradient dL/dm: how the loss of
+that sample changes as the channel leaves, exactly the sum of W * dL/dW over the weights that read it, without a
+weight's gradient for each sample.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ _SUMS = {*MACS, "mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm
 
 @dataclass(frozen=True, eq=False)
 class Read:
-    """reader takes source; axis: of the source; classes: (size,) the class of each position, 0 where it does not leave."""
+    """reader takes source; axis: of the source; classes: (size,) the class of each position, 0 where it stays."""
 
     reader: fx.Node
     source: fx.Node
@@ -70,7 +72,7 @@ def _classes_of(coupling: Coupling, node: fx.Node) -> Tensor:
 def run_seen(
     graph: fx.GraphModule, places: Sequence[Read], inputs: Tensor, see: Callable[[Read, Tensor], Tensor]
 ) -> Value:
-    """What the graph yields; what each read takes goes through ``see(read, activation)``, whose result the reader gets."""
+    """What the graph yields where each reader gets what ``see(read, activation)`` makes of what it takes."""
     by_reader: dict[fx.Node, list[Read]] = {}
     for place in places:
         by_reader.setdefault(place.reader, []).append(place)
@@ -94,7 +96,10 @@ def needed(task: Task | None, name: str) -> Task:
 def batches_of(
     task: Task | None, graph: fx.GraphModule, name: str, batches: int, batch_size: int, seed: int
 ) -> Iterator[tuple[Tensor, Targets]]:
-    """(inputs, targets) of the training split, shuffled by the seed. Raises InputError without a task, DataError without data."""
+    """(inputs, targets) of the training split, shuffled by the seed.
+
+    Raises InputError without a task, DataError without data.
+    """
     seen = 0
     shuffled = needed(task, name).data.batches("train", batch_size, shuffle_seed=seed, device=device_of(graph))
     for inputs, targets in itertools.islice(shuffled, batches):
@@ -107,7 +112,9 @@ def batches_of(
 def sensitivities(
     graph: fx.GraphModule, places: list[Read], count: int, inputs: Tensor, loss: Callable[[Outputs], Tensor]
 ) -> Tensor:
-    """(N, count) float64: for each sample and class, d loss / d mask, summed over all reads of the class (arXiv 2108.00708, eq. 4 to 6).
+    """(N, count) float64: for each sample and class, d loss / d mask, summed over all reads of the class.
+
+    It is eq. 4 to 6 of arXiv 2108.00708.
 
     loss: from the network's output to a scalar, the *sum* over samples, so that a sample's gradient is its own.
     """
@@ -144,6 +151,7 @@ def check_reads(places: list[Read], coupling: Coupling, name: str) -> list[Read]
     missing = next((row.names[0] for row in coupling.rows if not bool(seen[row.classes].all())), None)
     if missing is not None:
         raise InputError(
-            f"criterion {name!r}: no layer reads the channels of {missing}; list it in ignore, or use criterion='magnitude'"
+            f"criterion {name!r}: no layer reads the channels of {missing}; list it in ignore, or use "
+            "criterion='magnitude'"
         )
     return places

@@ -1,10 +1,11 @@
 """Activation: how much a channel says on data, where it is read.
 
-    mean      score = reduce over reads of  E |x|         (arXiv 1607.03250 counts zeros, 1611.06440 takes the mean; here of absolute values)
+    mean      score = reduce over reads of  E |x|
     variance  score = reduce over reads of  Var x         a channel that always says the same can be a bias
 
-E and Var run over images and positions. Needs no labels. Measured on what the next layer takes (behind the activation function), not on what this
-layer makes: a channel that ReLU always cuts off is worth nothing.
+arXiv 1607.03250 counts zeros, 1611.06440 takes the mean; here it is the mean of absolute values.
+E and Var run over images and positions. Needs no labels. Measured on what the next layer takes (behind the activation
+function), not on what this layer makes: a channel that ReLU always cuts off is worth nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from rarefy.tasks.task import Task
 class Activation:
     """Mean |activation| of a channel, or its variance, on batches of the training split.
 
-    statistic: mean or variance.  batches: how many.  batch_size: images in each.  reduce: mean, sum or max over the layers that read the channel.
+    statistic: mean or variance.  batches: how many.  batch_size: images in each.
+    reduce: mean, sum or max over the layers that read the channel.
     """
 
     statistic: str = "mean"

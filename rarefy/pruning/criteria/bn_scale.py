@@ -2,8 +2,9 @@
 
     score = reduce over the batch norms N that a class passes through of  sum over its positions of |gamma_N|
 
-A channel that its batch norm multiplies by little says little, whatever its weights. Means most where training drove gammas to zero (an L1 term on
-them). A class that passes no batch norm has no such score, and is an error rather than a guess.
+A channel that its batch norm multiplies by little says little, whatever its weights. Means most where training drove
+gammas to zero (an L1 term on them). A class that passes no batch norm has no such score, and is an error rather than a
+guess.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class BnScale:
                 else next(row.names[0] for row in coupling.rows if not bool(scored[row.classes].all()))
             )
             raise InputError(
-                f"criterion 'bn_scale': the channels of {max(len(without), 1)} layers pass no batch norm with a scale, such as {which}; "
+                f"criterion 'bn_scale': the channels of {max(len(without), 1)} layers pass no batch norm with a "
+                f"scale, such as {which}; "
                 "list them in ignore, or use criterion='magnitude'"
             )
         return coupling.gather(gammas, reduce=self.reduce)

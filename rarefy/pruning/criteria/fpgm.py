@@ -2,8 +2,9 @@
 
     score = reduce over the layers that make the class of  sum over its filters i, all filters j of  ||W_i - W_j||_2
 
-Filters near the geometric median of a layer can be said by the others, so they leave first, be they large or small. Filters are what makes a channel;
-the weights that read it do not count, but for classes nothing makes (an embedding of positions), where whatever varies along them does.
+Filters near the geometric median of a layer can be said by the others, so they leave first, be they large or small.
+Filters are what makes a channel; the weights that read it do not count, but for classes nothing makes (an embedding of
+positions), where whatever varies along them does.
 """
 
 from __future__ import annotations

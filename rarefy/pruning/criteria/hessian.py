@@ -1,12 +1,15 @@
 """Hessian: the second-order change of the loss as a channel leaves.
 
-    diagonal  score = reduce over coupled weights W of  1/2 sum over the channel's elements of  F_W W^2,   F_W = E (dL/dW)^2
-    group     score = E over samples of  || J w ||^2,   w all weights that read the channel, J the Jacobian of the network's output
+    diagonal  score = reduce over coupled weights W of  1/2 sum over the channel's elements of  F_W W^2
+    group     score = E over samples of  || J w ||^2
 
-The diagonal form is Optimal Brain Damage (LeCun 1990) with the Fisher information for the Hessian; Optimal Brain Surgeon's w^2 / (2 [H^-1]_ii) is the
-same number where H is diagonal. A gradient is that of a batch: the smaller the batch, the nearer the mean of squares is to the Fisher information.
-The group form is Optimal Brain Connection's (arXiv 2508.05521): w' J'J w has the interactions inside a group, which a diagonal leaves out (two
-weights that cancel). J w is one directional derivative a sample, found as the gradient of a mask (``_reads.py``); ||J w||^2 over the outputs is
+    F_W = E (dL/dW)^2;  w: all weights that read the channel;  J: the Jacobian of the network's output
+
+The diagonal form is Optimal Brain Damage (LeCun 1990) with the Fisher information for the Hessian; Optimal Brain
+Surgeon's w^2 / (2 [H^-1]_ii) is the same number where H is diagonal. A gradient is that of a batch: the smaller the
+batch, the nearer the mean of squares is to the Fisher information. The group form is Optimal Brain Connection's (arXiv
+2508.05521): w' J'J w has the interactions inside a group, which a diagonal leaves out (two weights that cancel). J w is
+one directional derivative a sample, found as the gradient of a mask (``_reads.py``); ||J w||^2 over the outputs is
 estimated without bias by ``draws`` random sums of outputs with signs +-1. Needs no labels.
 """
 

@@ -2,8 +2,8 @@
 
     score = reduce over coupled weights W of  sum |W[channel]|^p
 
-Both the weights that make the channel and those that read it count (arXiv 2301.12900); biases and the vectors of batch norm do not: they
-are of another scale, and with them a trained ResNet-20 lost more.
+Both the weights that make the channel and those that read it count (arXiv 2301.12900); biases and the vectors of batch
+norm do not: they are of another scale, and with them a trained ResNet-20 lost more.
 """
 
 from __future__ import annotations

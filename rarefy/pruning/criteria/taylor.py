@@ -1,15 +1,18 @@
-"""Taylor: the first-order change of the loss if a channel left (arXiv 1906.10771; arXiv 2407.04616 for the sum over coupled weights).
+"""Taylor: the first-order change of the loss if a channel left.
 
-    weight  score = sum over batches of  reduce over coupled weights W of  | sum over the channel's elements of  W * dL/dW |
-    fisher  score = sum over samples of  ( sum over all layers that read the channel of  dL/dm )^2         (group Fisher, arXiv 2108.00708)
+    weight  score = sum over batches of  reduce over coupled weights W of  | sum over the channel of  W * dL/dW |
+    fisher  score = sum over samples of  ( sum over all layers that read the channel of  dL/dm )^2
 
-m is a mask of ones on what a layer reads (``_reads.py``). Group Fisher adds before it squares, and squares sample by sample, so what one reader wants
-and another does not cancels, and the score is also a second-order one. Not divided by the memory of the channel, as the paper does: rankings here
-compare within a layer, or against the layer's mean.
+The first is arXiv 1906.10771, with the sum over coupled weights of arXiv 2407.04616; the second is group Fisher, arXiv
+2108.00708.
 
-The loss is that of the task on its training split, the graph in eval mode (batch norm with its running statistics): the network as it will
-be judged. The absolute value is taken batch by batch: over the whole training set a trained network's gradient is about zero, and what
-is left of the sum is noise.
+m is a mask of ones on what a layer reads (``_reads.py``). Group Fisher adds before it squares, and squares sample by
+sample, so what one reader wants and another does not cancels, and the score is also a second-order one. Not divided by
+the memory of the channel, as the paper does: rankings here compare within a layer, or against the layer's mean.
+
+The loss is that of the task on its training split, the graph in eval mode (batch norm with its running statistics): the
+network as it will be judged. The absolute value is taken batch by batch: over the whole training set a trained
+network's gradient is about zero, and what is left of the sum is noise.
 """
 
 from __future__ import annotations

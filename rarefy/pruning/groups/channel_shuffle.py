@@ -1,12 +1,15 @@
 """indexed(): a channel shuffle written as one constant index.
 
-    view (n, c, ...) -> (n, g, c / g, ...), transpose, view (n, c, ...)        =        index_select(x, 1, p),  p a permutation of the c channels
+    view (n, c, ...) -> (n, g, c / g, ...), transpose, view (n, c, ...)     =     index_select(x, 1, p)
 
-Seen as views, the channels must stay a rectangle of g rows, so each block keeps the same ones; and a network that shuffles again and again (ShuffleNet) ties
-the channels of a whole stage together. Seen as an index they leave one by one, and surgery writes the index of those that are left.
+p is a permutation of the c channels.
 
-Whether a chain of views is such a shuffle is found by running it on the numbers 0, 1, 2, ... at a batch of two. What is given up: the chain's own form in
-the result (an index reads memory as a transposition does).
+Seen as views, the channels must stay a rectangle of g rows, so each block keeps the same ones; and a network that
+shuffles again and again (ShuffleNet) ties the channels of a whole stage together. Seen as an index they leave one by
+one, and the cut writes the index of those that are left.
+
+Whether a chain of views is such a shuffle is found by running it on the numbers 0, 1, 2, ... at a batch of two. What is
+given up: the chain's own form in the result (an index reads memory as a transposition does).
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ _SHAPES = {"view", "_unsafe_view", "reshape", "flatten", "unflatten", "contiguou
 
 
 def indexed(graph: fx.GraphModule, found: dict[fx.Node, Any]) -> fx.GraphModule:
-    """A copy (sharing tensors) in which every shuffle along one axis is an ``index_select``; the graph itself where there is none.
+    """A copy (sharing tensors) in which every shuffle along one axis is an ``index_select``; with none, the graph.
 
     found: its ``shapes``, at any batch.
     """

@@ -1,8 +1,8 @@
 """Contractions: products of activations and weights as the einsums they are, and what their labels tie.
 
 The letters of the result are met, operand with operand; those of summed letters leave the sum together, and the result
-does not see them. A linear layer, a matrix product and attention (two products with a softmax between them) are the same
-rule with other letters.
+does not see them. A linear layer, a matrix product and attention (two products with a softmax between them) are the
+same rule with other letters.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from rarefy.pruning.groups.labels import Arguments, Trace, Unknown, Value, axes_
 
 
 def contract(trace: Trace, operands: Sequence[Value], letters: list[list[str]], out: list[str]) -> list[Tensor]:
-    """Layers of an einsum. Labels of a letter are met; those of summed letters leave the sum together and the result does not see them.
+    """Layers of an einsum.
 
-    A layer along a summed and another letter (dims of heads) is tied across the other: the same dims leave each head. With ``whole_heads`` it is
-    tied across the summed one, if all operands have the other: whole heads leave, and the result sees them. Likewise where each factor keeps an axis of
-    its own beside the heads (k' v of linear attention).
+    Labels of a letter are met; those of summed letters leave the sum together and the result does not see them.
+
+    A layer along a summed and another letter (dims of heads) is tied across the other: the same dims leave each head.
+    With ``whole_heads`` it is tied across the summed one, if all operands have the other: whole heads leave, and the
+    result sees them. Likewise where each factor keeps an axis of its own beside the heads (k' v of linear attention).
     """
     names = [*out, *sorted({letter for own in letters for letter in own} - set(out))]
     summed = [index for index, letter in enumerate(names) if letter not in out]
@@ -56,7 +58,10 @@ def contract(trace: Trace, operands: Sequence[Value], letters: list[list[str]], 
 
 
 def _apart(trace: Trace, factors: list[Value]) -> list[Value]:
-    """Layers of several factors along a common axis, each along one of its own too, leave one of both: met, they would tie everything."""
+    """Layers of several factors along a common axis, each along one of its own too, leave one of both.
+
+    Met, they would tie everything.
+    """
 
     def own(value: Value, layer: Tensor) -> list[int]:
         return [axis for axis in axes_of(layer) if all(other is value or other.shape[axis] == 1 for other in factors)]

@@ -1,7 +1,8 @@
 """check(): is the smaller graph the network with those channels masked?
 
-By induction over the nodes. The small graph runs on one example. Of each node, given the small one's inputs, with zeros put
-where channels were removed, the large graph's node must yield, where something is kept, what the small graph's yields:
+By induction over the nodes. The small graph runs on one example. Of each node, given the small one's inputs, with zeros
+put where channels were removed, the large graph's node must yield, where something is kept, what the small graph's
+yields:
 
     keep(large(spread(x))) = small(x)         up to rounding in float64, |difference| <= 1e-9 * magnitude
                                               (eps is 2.2e-16, sums are below 1e6 terms)
@@ -9,13 +10,13 @@ where channels were removed, the large graph's node must yield, where something 
 Parameters must be what their labels keep, bit for bit; the outputs must be kept whole; then the outputs are equal,
 because each node's are. Operators that only move numbers are run on the numbers 0, 1, 2, ..., so that no two values are
 alike by chance, and must agree exactly. Of operators that treat positions alike (``probes.py``) a few positions are
-compared, in the middle; the shape of the whole must fit. A node that is the same in both graphs and loses nothing of what
-it reads is equal. Where an operator takes a statistic over a pruned axis (layer norm), it is taken over what is kept,
-which is the definition of pruning such a layer; of those only shapes and sources are compared.
+compared, in the middle; the shape of the whole must fit. A node that is the same in both graphs and loses nothing of
+what it reads is equal. Where an operator takes a statistic over a pruned axis (layer norm), it is taken over what is
+kept, which is the definition of pruning such a layer; of those only shapes and sources are compared.
 
-Memory: beside both networks' weights the small one's activations, let go after their last use, and one node of the large
-one. What this check cannot see: behaviour at other batch sizes, and in training mode. Given up: the two networks are not
-run from end to end, so the sum of all roundings is not known.
+Memory: beside both networks' weights the small one's activations, let go after their last use, and one node of the
+large one. What this check cannot see: behaviour at other batch sizes, and in training mode. Given up: the two networks
+are not run from end to end, so the sum of all roundings is not known.
 """
 
 from __future__ import annotations
@@ -60,7 +61,11 @@ NO_SIZES: Mapping[int, int] = types.MappingProxyType({})
 
 @dataclass(frozen=True)
 class Difference:
-    """largest: of |small - masked| / magnitude over all nodes; nodes: how many were compared; statistics: of these on kept parts only."""
+    """How far the pruned network is from the masked one.
+
+    largest: of |small - masked| / magnitude over all nodes.
+    nodes: how many were compared.  statistics: of these on kept parts only.
+    """
 
     largest: float
     nodes: int
@@ -218,7 +223,7 @@ class Comparison:
             )
 
     def _floating(self, source: fx.Node) -> bool:
-        """Of either graph: does it yield a tensor of floats? (A node only the small graph has holds sizes and indices.)"""
+        """Of either graph: does it yield a tensor of floats? (What only the small one has are indices, sizes.)"""
         found = self.coupling.found[source] if source in self.coupling.found else self.live[source]
         return isinstance(found, Tensor) and found.is_floating_point()
 
@@ -292,7 +297,7 @@ def _same_numbers(node: fx.Node, full: Tensor, tensor: Tensor) -> None:
         )
 
 
-# --------------------------------------------------------------------------------------------------------------- running
+# ------------------------------------------------------------------------------------------------------------ running
 
 
 def _called(
@@ -302,9 +307,11 @@ def _called(
     sizes: Mapping[int, int] = NO_SIZES,
     groups: int | None = None,
 ) -> Yielded:
-    """The node's operator, ``values`` in place of ``sources_of(node)``; dtype: in place of any float's among the arguments.
+    """The node's operator, ``values`` in place of ``sources_of(node)``.
 
-    sizes: axis -> size, in the list that is the second argument.  groups: in place of a convolution's.
+    dtype: in place of any float's among the arguments.
+    sizes: axis -> size, in the list that is the second argument.
+    groups: in place of a convolution's.
     """
     waiting = iter(values)
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: next(waiting))
@@ -346,7 +353,7 @@ def _widened(value: Yielded) -> Yielded:
     return pytree.tree_map(lambda one: one.float() if isinstance(one, Tensor) and one.dtype in TINY else one, value)
 
 
-# ------------------------------------------------------------------------------------------------------------ differences
+# -------------------------------------------------------------------------------------------------------- differences
 
 
 def _magnitude(tensor: Yielded) -> float:

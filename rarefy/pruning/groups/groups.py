@@ -1,14 +1,15 @@
 """couple(): which slices of which tensors must leave together, found by running the graph on labels.
 
-Labels (``labels.py``) go through the graph; every operator ties some of them (``ties.py``). An operator without a rule freezes every label
-it touches: unknown is never wrong, only unpruned. Ties are edges; their connected components, found once at the end, turn labels into
-**classes**, and a class is what leaves as one.
+Labels (``labels.py``) go through the graph; every operator ties some of them (``rules.py``). An operator without a rule
+freezes every label it touches: unknown is never wrong, only unpruned. Ties are edges; their connected components, found
+once at the end, turn labels into **classes**, and a class is what leaves as one.
 
-A layer of labels that varies along two axes (channels viewed as blocks: heads, fused q, k and v) must keep a rectangle, so
-its labels are tied across all axes but the one that offers most classes: the same positions leave every block.
+A layer of labels that varies along two axes (channels viewed as blocks: heads, fused q, k and v) must keep a rectangle,
+so its labels are tied across all axes but the one that offers most classes: the same positions leave every block.
 
-The idea of the dependency group is DepGraph's (arXiv 2301.12900). Finding it by labels instead of by rules for each kind of layer, so
-that it works through any view and index, is this file's. Given up: a recurrent layer is an unknown operator.
+The idea of the dependency group is DepGraph's (arXiv 2301.12900). Finding it by labels instead of by rules for each
+kind of layer, so that it works through any view and index, is this file's. Given up: a recurrent layer is an unknown
+operator.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ class ClassScores:
     ) -> None:
         """One axis: classes, values: (size,).
 
-        position: applied to the sums over each class's positions.  among: (count,) bool, the classes that count; None: all.
+        position: applied to the sums over each class's positions.
+        among: (count,) bool, the classes that count; None: all.
         """
         present, where = torch.unique(classes, return_inverse=True)
         values = torch.zeros(len(present), dtype=torch.float64).index_add_(0, where, values.double().cpu())
@@ -97,9 +99,13 @@ class ClassScores:
 class Coupling:
     """Who leaves with whom.
 
-    graph: the graph that was coupled.  values: node -> Value (or a list of them, or a plain number), its layers of classes in place of labels; class 0
-    never leaves.  found: ``shapes`` at batch 1.  count: number of classes, the frozen one included.
-    rows: one an axis of a parameter or buffer.  statistics: nodes for which masking is not removal.
+    graph: the graph that was coupled.
+    values: node -> Value (or a list of them, or a plain number), its layers of classes in place of labels; class 0
+        never leaves.
+    found: ``shapes`` at batch 1.
+    count: number of classes, the frozen one included.
+    rows: one an axis of a parameter or buffer.
+    statistics: nodes for which masking is not removal.
     frozen: parameter name -> what froze its output axis, for layers of which nothing can be pruned.
     unknown: operator -> nodes, for operators the table does not know.
     """
@@ -130,7 +136,7 @@ class Coupling:
         return found
 
     def producers(self) -> Tensor:
-        """(count,) int64: for each class the first row that makes it (of any kind, if no layer does); -1 if none has it."""
+        """(count,) int64: the first row that makes each class (of any kind, if no layer does); -1 if none has it."""
         rows = len(self.rows)
         first = torch.full((self.count,), 2 * rows)
         for index, row in enumerate(self.rows):
@@ -183,7 +189,8 @@ class Coupling:
 
 
 def couple(graph: fx.GraphModule, ignore: Sequence[str] = (), heads: str = "dims") -> Coupling:
-    """The coupling of a graph, in which channel shuffles became indices (``shuffling.py``): the result's own ``graph``, if there are any.
+    """The coupling of a graph, in which channel shuffles became indices (``channel_shuffle.py``): the result's own
+    ``graph``, if there are any.
 
     ignore: globs on the dotted names of parameters or modules whose outputs must all stay.
     heads: attention loses the same "dims" of each head, or "whole" heads.
@@ -297,9 +304,9 @@ def _settle(trace: Trace) -> Coupling:
 
 
 def _components(edges: Tensor, labels: int) -> Tensor:
-    """(labels,) the component of each, numbered by their least labels: trees are hooked to the least neighbour's and flattened, in a logarithm of rounds.
+    """(labels,) the component of each, numbered by their least labels.
 
-    scipy sorts the edges twice for that.
+    Trees are hooked to the least neighbour's and flattened, in a logarithm of rounds; scipy sorts the edges twice.
     """
     root = torch.arange(labels)
     one, other = edges
@@ -315,7 +322,7 @@ def _components(edges: Tensor, labels: int) -> Tensor:
 
 
 def _rectangle(layer: Tensor, classes: Tensor) -> list[Tensor]:
-    """Edges that tie a layer's labels across all axes but the one that has most classes to offer, if they vary along several."""
+    """Edges that tie labels that vary along several axes, across all but the one that has most classes to offer."""
     own = compact(classes[layer])
     axes = axes_of(own)
     if len(axes) < 2:
@@ -360,7 +367,10 @@ def _numbered(trace: Trace, classes: Tensor, component: Tensor, reason: Tensor, 
 
 
 class _Shared:
-    """Layers of labels -> layers of classes. Equal ones are one tensor: the four vectors of a batch norm, most activations."""
+    """Layers of labels -> layers of classes.
+
+    Equal ones are one tensor: the four vectors of a batch norm, most activations.
+    """
 
     def __init__(self, classes: Tensor):
         self.classes = classes

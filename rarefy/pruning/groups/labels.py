@@ -1,9 +1,10 @@
 """Labels: what leaves together, before it is known what leaves.
 
-Every axis of every parameter gets one integer label a position. An activation carries **layers**: integer tensors of its rank, each with
-size 1 on the axes along which its labels do not vary. An element of an activation survives if its label survives in every layer; an
-axis no layer varies along always keeps its whole size. A convolution's output thus carries one layer of C labels, whatever its spatial
-size, and ViT's position embedding (1, 197, 768) two, of 197 and of 768 labels. Label 0 never leaves.
+Every axis of every parameter gets one integer label a position. An activation carries **layers**: integer tensors of
+its rank, each with size 1 on the axes along which its labels do not vary. An element of an activation survives if its
+label survives in every layer; an axis no layer varies along always keeps its whole size. A convolution's output thus
+carries one layer of C labels, whatever its spatial size, and ViT's position embedding (1, 197, 768) two, of 197 and of
+768 labels. Label 0 never leaves.
 
 ``Trace`` collects, while the graph runs on labels, what is tied to what (edges) and what is frozen, and by whom.
 """
@@ -27,7 +28,10 @@ Kept = list["Tensor | None"]  # for each axis of a tensor, the positions that su
 
 @dataclass(eq=False)
 class Value:
-    """What is known of an activation: its shape (for a batch of one) and its layers of labels, int64, (1 or size) an axis."""
+    """What is known of an activation.
+
+    shape: for a batch of one.  layers: of labels, int64, of size 1 or the axis's.
+    """
 
     shape: tuple[int, ...]
     layers: list[Tensor] = field(default_factory=list)
@@ -49,7 +53,8 @@ def values_in(carried: Carried) -> list[Value]:
 class Trace:
     """The state of one run on labels: what every node carries, the edges found, and what froze what.
 
-    whole_heads: a product of blocks (attention) ties the dims of each block, so that whole blocks leave, in place of the same dims of all.
+    whole_heads: a product of blocks (attention) ties the dims of each block, so that whole blocks leave, in place of
+        the same dims of all.
     """
 
     def __init__(self, graph: fx.GraphModule, found: dict[fx.Node, Yielded], whole_heads: bool = False):
@@ -83,7 +88,10 @@ class Trace:
         return tuple(self.found[node].shape)
 
     def note_layer(self, weight: fx.Node, axis: int) -> None:
-        """A layer makes its outputs along that axis of ``weight``: a parameter, or one behind a standardisation that keeps its shape."""
+        """A layer makes its outputs along that axis of ``weight``.
+
+        That is a parameter, or stands behind a standardisation of one that keeps its shape.
+        """
         source = weight
         while source.op == "call_function" and source.args and isinstance(source.args[0], fx.Node):
             source = source.args[0]
@@ -103,7 +111,8 @@ class Trace:
     def tie(self, one: Tensor, other: Tensor) -> None:
         """Labels at the same (broadcast) place leave together.
 
-        Where each varies along an axis of its own (a row meets a column), all meet all: each with the other's first says the same in n + n edges for n * n.
+        Where each varies along an axis of its own (a row meets a column), all meet all: each with the other's first
+        says the same in n + n edges for n * n.
         """
         if one is other:
             return
@@ -140,7 +149,7 @@ class Trace:
         return reduced
 
     def keep(self, layers: Iterable[Tensor], axes: Collection[int], why: str) -> list[Tensor]:
-        """Those of ``layers`` that vary along ``axes`` alone; a layer that varies along others too is tied across these, or frozen."""
+        """Those of ``layers`` that vary along ``axes``, tied across all others; those that do not are frozen."""
         result = []
         for layer in layers:
             varying = axes_of(layer)
@@ -172,8 +181,9 @@ class Trace:
     def meet(self, operands: Sequence[Value], rank: int) -> list[Tensor]:
         """The layers of the result of an elementwise operator, broadcasting as it does.
 
-        Labels at the same place are tied. An operand without labels along an axis keeps its size there, so the others do; an
-        operand of size 1 there is spread over whatever is kept, so it asks for nothing and a map (n, 1, h, w) ties no channels.
+        Labels at the same place are tied. An operand without labels along an axis keeps its size there, so the others
+        do; an operand of size 1 there is spread over whatever is kept, so it asks for nothing and a map (n, 1, h, w)
+        ties no channels.
         """
         sizes = [(1,) * (rank - value.rank) + value.shape for value in operands]
         members = [
@@ -204,7 +214,7 @@ class Trace:
 
 
 def compact(layer: Tensor) -> Tensor:
-    """The same labels, with size 1 on each axis along which they do not vary; not in the memory of many times as many."""
+    """The same labels, of size 1 on each axis along which they do not vary; not in the memory of many more."""
     for axis, (size, stride) in enumerate(zip(layer.shape, layer.stride(), strict=True)):
         if size > 1 and stride == 0:
             layer = layer.narrow(axis, 0, 1)

@@ -1,9 +1,9 @@
 """Which part of an operator's work stands for all: axes along which it treats every position alike, cut to a few.
 
-A linear layer maps each token by itself, so its rows may be cut to a few; a convolution is the same function on a smaller
-image. A row of ``AXES`` names, for one operator, runs of axes that are cut together: of which arguments, and of the
-result. An operator without a row is not cut. ``Probe`` says where a node of the large graph and the same one of the small
-graph are cut, so that both compute the same positions.
+A linear layer maps each token by itself, so its rows may be cut to a few; a convolution is the same function on a
+smaller image. A row of ``AXES`` names, for one operator, runs of axes that are cut together: of which arguments, and of
+the result. An operator without a row is not cut. ``Probe`` says where a node of the large graph and the same one of the
+small graph are cut, so that both compute the same positions.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ MOST = 1 << 16
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """Axes cut together: ``sources`` place among the node's arguments -> axis; ``result`` axis; ``least``: no shorter than that.
+    """Axes cut together.
 
+    sources: place among the node's arguments -> axis.  result: axis of what it yields.  least: no shorter than that.
     sized: the operator's second argument is a list of sizes, of which the one at ``result`` is cut too.
     groups: of a convolution; the axes are cut to a few whole groups, and lengths are counted in these.
     """
@@ -258,14 +259,15 @@ AXES: dict[str, Callable[[fx.Node, Sequence[Shape | None], Shape], list[Run]]] =
 }
 
 
-# ------------------------------------------------------------------------------------------------------------------ cuts
+# --------------------------------------------------------------------------------------------------------------- cuts
 
 
 @dataclass
 class Cuts:
     """Where the sources of a node and its result are cut, in the large graph and in the small one.
 
-    sizes: the large and the small one's axis -> size, among the arguments.  groups: how many are left of a convolution's, None for all.
+    sizes: the large and the small one's axis -> size, among the arguments.
+    groups: how many are left of a convolution's, None for all.
     """
 
     large: list[Cut]

@@ -1,10 +1,10 @@
 """Rules: which labels an operator ties, one row an operator (``RULES`` at the end of the file).
 
 * An operator that only moves values (view, permute, cat, chunk, slice, ...) runs *as it is* on each layer of labels.
-* One that computes ties what must leave together: the inputs of a convolution with axis 1 of its weight, two summands with
-  each other. Products are einsums (``contraction.py``).
-* One that takes a statistic (layer norm, a mean over channels) takes it over what is kept; it is noted in ``statistics``,
-  because for it masking is not removal.
+* One that computes ties what must leave together: the inputs of a convolution with axis 1 of its weight, two summands
+  with each other. Products are einsums (``contraction.py``).
+* One that takes a statistic (layer norm, a mean over channels) takes it over what is kept; it is noted in
+  ``statistics``, because for it masking is not removal.
 
 A rule takes the labels so far, the node and its arguments by name, and returns the ``Value`` (or list of them) the node
 yields, or ``Unknown``. Given up: a convolution loses the same channels in every group, never whole groups.
@@ -142,7 +142,7 @@ def _joined(trace: Trace, parts: list[Value], axis: int) -> list[Tensor]:
 
 
 def _scatter(trace: Trace, node: fx.Node, a: Arguments) -> Value:
-    """slice_scatter, select_scatter: ``src`` takes the place of a part of ``self`` along ``dim``, and leaves as that part would."""
+    """slice_scatter, select_scatter: ``src`` replaces a part of ``self`` along ``dim``, and leaves as that would."""
     base, part = a["self"], a["src"]
     axis = a["dim"] % base.rank
     if operator_name(node) == "select_scatter":
@@ -165,7 +165,7 @@ def _scatter(trace: Trace, node: fx.Node, a: Arguments) -> Value:
 
 
 def _pad(trace: Trace, node: fx.Node, a: Arguments) -> Value:
-    """Created elements get fresh labels; where the labels do not vary along a padded axis, the padding follows its neighbour."""
+    """Created elements get fresh labels; where none vary along a padded axis, the padding follows its neighbour."""
     source, pad = a["self"], a["pad"]
     constant = operator_name(node) == "constant_pad_nd" or a.get("mode", "") == "constant"
     amounts = {source.rank - 1 - index: (pad[2 * index], pad[2 * index + 1]) for index in range(len(pad) // 2)}
@@ -234,7 +234,10 @@ def _embedding(trace: Trace, node: fx.Node, a: Arguments) -> Value:
 
 
 def _convolution(trace: Trace, node: fx.Node, a: Arguments) -> Value:
-    """weight (out, in / groups, ...): the same positions in each group; depthwise: output o follows input o // multiplier."""
+    """weight (out, in / groups, ...): the same positions in each group.
+
+    Depthwise: output o follows input o // multiplier.
+    """
     source, weight, groups = a["input"], a["weight"], a["groups"]
     shape = trace.shape(node)
     axis = source.rank - weight.rank + 1
@@ -268,7 +271,7 @@ def _convolution(trace: Trace, node: fx.Node, a: Arguments) -> Value:
 
 
 def _pointwise_axes(a: Arguments, weight: Value, axis: int) -> list[int]:
-    """Spatial axes along which a convolution takes each place by itself: a kernel of 1, in steps of 1, with no padding."""
+    """Spatial axes along which a convolution takes each place by itself: a kernel of 1, steps of 1, no padding."""
     steps, padding = a["stride"], a["padding"]
     found = []
     for index, size in enumerate(weight.shape[2:]):
@@ -452,7 +455,8 @@ def _spatial_rank(node: fx.Node) -> int:
 def _reduces(trace: Trace, node: fx.Node, a: Arguments) -> Value | list[Value]:
     """Sums, means, norms, maxima: over a pruned axis they run over what is kept.
 
-    Of blocks, summed as they stand (branches), the same is kept in each, and so in the sum; of dims of heads the same dims, or whole heads.
+    Of blocks, summed as they stand (branches), the same is kept in each, and so in the sum; of dims of heads the same
+    dims, or whole heads.
     """
     source = a["self"]
     dim = a.get("dim")
@@ -534,7 +538,8 @@ RULES: dict[str, Rule] = {
             "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices avg_pool1d avg_pool2d avg_pool3d "
             "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d "
             "upsample_nearest1d upsample_nearest2d upsample_bilinear2d "
-            "upsample_linear1d upsample_bicubic2d upsample_trilinear3d upsample_nearest3d reflection_pad2d replication_pad2d "
+            "upsample_linear1d upsample_bicubic2d upsample_trilinear3d upsample_nearest3d "
+            "reflection_pad2d replication_pad2d "
             "_upsample_bicubic2d_aa _upsample_bilinear2d_aa "
             "_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d"
         ).split(),

@@ -2,8 +2,8 @@
 
 Cutting is one index-select on every parameter and buffer, and new sizes in the nodes that carry sizes: the table
 ``RESIZE``, one row an operator that has a size, a start, an index or a number of groups among its arguments. The new
-numbers are read off the labels that survive, so no row knows what a layer is. Whether the result is right is not believed
-but checked: ``equivalence.py``.
+numbers are read off the labels that survive, so no row knows what a layer is. Whether the result is right is not
+believed but checked: ``equivalence.py``.
 """
 
 from __future__ import annotations
@@ -68,7 +68,10 @@ def _cut_tensors(coupling: Coupling, alive: Tensor, small: fx.GraphModule) -> No
 
 
 def _copied(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
-    """A copy of the positions ``kept`` of some axes; along several, a few rows at a time, so that no larger tensor is made on the way."""
+    """A copy of the positions ``kept`` of some axes.
+
+    Along several, a few rows at a time, so that no larger tensor is made on the way.
+    """
     chosen = [(axis, index.to(tensor.device)) for axis, index in sorted(kept.items())]
     if not chosen:
         return tensor.clone()
@@ -117,7 +120,7 @@ class Slicer:
         return self.coupling.values[value] if isinstance(value, fx.Node) else value
 
     def sizes(self, old: fx.Node, new: fx.Node, asked: Iterable[int | fx.Node], offset: int = 0) -> list[int | fx.Node]:
-        """The sizes ``asked`` for the axes of ``old`` from ``offset`` on, where these are pruned replaced by what survives."""
+        """The sizes ``asked`` for the axes of ``old`` from ``offset`` on; of a pruned axis, what survives."""
         kept, shape = self.kept(old), self.shape(old)
         result: list[int | fx.Node] = []
         for axis, size in enumerate(asked, offset):
@@ -147,7 +150,7 @@ def source_of(node: fx.Node) -> fx.Node:
     return source
 
 
-# ---------------------------------------------------------------------------------------------------------------- resize
+# ------------------------------------------------------------------------------------------------------------- resize
 # A row takes the slicer, the node of the coupled graph and its copy, whose arguments it sets.
 
 Resize = Callable[[Slicer, fx.Node, fx.Node], None]

@@ -1,7 +1,7 @@
 """Survivors: the positions that stay along each axis of a tensor, and tensors cut to them, or spread out again.
 
-``Kept`` holds, for each axis, the positions that survive in the large tensor; a ``Cut`` is a part of some axes, taken of
-both tensors where a few positions stand for all.
+``Kept`` holds, for each axis, the positions that survive in the large tensor; a ``Cut`` is a part of some axes, taken
+of both tensors where a few positions stand for all.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from rarefy.pruning.groups.groups import Coupling
 from rarefy.pruning.groups.labels import Kept, values_in
 
 Cut = list[tuple[int, int, int]]  # axis, start, length
-# Numbers of a tensor that are copied or compared at a time: they stay in the cache, and torch leaves so few to one thread.
-# Threads that wait for each other at every piece cost seconds on a busy machine.
+# Numbers of a tensor that are copied or compared at a time: they stay in the cache, and torch leaves so few to one
+# thread. Threads that wait for each other at every piece cost seconds on a busy machine.
 PIECE = 1 << 15
 
 
@@ -30,7 +30,10 @@ class Survivors:
         self._parts: dict[fx.Node, list[Kept]] = {}
 
     def parts(self, node: fx.Node) -> list[Kept]:
-        """Of each tensor that it yields; none for a plain number. Raises InputError where what survives is no rectangle."""
+        """Of each tensor that it yields; none for a plain number.
+
+        Raises InputError where what survives is no rectangle.
+        """
         if node not in self._parts:
             values = values_in(self.coupling.values[node])
             self._parts[node] = [self.coupling.kept(value, self.alive) for value in values]
@@ -98,7 +101,10 @@ def zeroed(kept: Kept, tensor: Tensor) -> Tensor:
 
 
 def spread(kept: Kept, shape: Sequence[int], held: Tensor, cut: Cut) -> Tensor:
-    """What the small graph holds, cut, in float64, at its places in the large one (``shape``, before the cut), zeros between."""
+    """What the small graph holds, cut, in float64, at its places in the large one, with zeros between.
+
+    shape: in the large graph, before the cut.
+    """
     parts = [(axis, *survivors_in(kept[axis], start, length)) for axis, start, length in cut]
     tensor: Tensor = double(narrowed(held, parts))
     sizes = {axis: length for axis, _, length in cut}

@@ -1,4 +1,7 @@
-"""Magnitude: |w|, all layers in one ranking (arXiv 1902.09574 finds little that beats it once the network trains on)."""
+"""Magnitude: |w|, all layers in one ranking.
+
+Little beats it once the network trains on (arXiv 1902.09574).
+"""
 
 from __future__ import annotations
 

@@ -2,10 +2,11 @@
 
     score = |w| * ||x||,    ||x||^2 = sum of x^2 over all images and positions at which w multiplies x
 
-For a linear layer x is a feature; in a convolution a weight has its own input channel and offset, so stride, padding, dilation and groups
-decide which positions it meets. No rule for each kind of layer is needed: the operator is linear in w, so the sum of its outputs for the
-input x^2 has the derivative ||x||^2 with respect to w, and autograd knows every operator. Weights compete within an output, as in the paper.
-Given up: the later layers see the activations of the dense network, not of the one that is masked so far.
+For a linear layer x is a feature; in a convolution a weight has its own input channel and offset, so stride, padding,
+dilation and groups decide which positions it meets. No rule for each kind of layer is needed: the operator is linear in
+w, so the sum of its outputs for the input x^2 has the derivative ||x||^2 with respect to w, and autograd knows every
+operator. Weights compete within an output, as in the paper. Given up: the later layers see the activations of the dense
+network, not of the one that is masked so far.
 """
 
 from __future__ import annotations

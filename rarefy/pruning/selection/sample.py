@@ -2,9 +2,10 @@
 
     key = log(score) / temperature + g,   g from a Gumbel distribution
 
-The k largest keys are a draw of k without replacement with probabilities proportional to score^(1 / temperature) (the Gumbel top-k trick,
-arXiv 1903.06059): near 0 it is the best, at infinity it is uniform. A criterion's order of near equals is noise; several draws, each judged on
-data, look past it. What ``floor`` protects follows the same keys. The same seed draws the same.
+The k largest keys are a draw of k without replacement with probabilities proportional to score^(1 / temperature) (the
+Gumbel top-k trick, arXiv 1903.06059): near 0 it is the best, at infinity it is uniform. A criterion's order of near
+equals is noise; several draws, each judged on data, look past it. What ``floor`` protects follows the same keys. The
+same seed draws the same.
 """
 
 from __future__ import annotations
