@@ -158,10 +158,6 @@ def worse(model: nn.Module, reference: nn.Module, task: Task) -> float:
 
 
 BOTH = pytest.mark.parametrize("kind", [MultiLabel, Regression])
-PRUNING = pytest.mark.xfail(reason="the criteria ask the task, not task.data", strict=True)
-COMPRESSING = pytest.mark.xfail(
-    reason="compress asks the task, not task.data; gates and report know top-1 only", strict=True
-)
 
 
 # -------------------------------------------------------------------------------------------------------- what they do
@@ -198,7 +194,6 @@ def test_training_keeps_the_best_epoch_by_the_metric(kind: type[MultiLabel]) -> 
     assert rarefy.evaluate(net, task, progress=False).value == pytest.approx(best, rel=1e-4)
 
 
-@PRUNING
 @BOTH
 def test_a_pruned_student_learns_from_its_original(kind: type[MultiLabel]) -> None:
     task, net = fitted(kind)
@@ -214,7 +209,6 @@ def test_quantized_it_is_about_as_good(kind: type[MultiLabel]) -> None:
     assert abs(worse(rarefy.quantize(net, task, images=64, progress=False), net, task)) < 0.02
 
 
-@COMPRESSING
 @BOTH
 def test_compress_from_end_to_end(kind: type[MultiLabel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gates, report and resume: each step pays, the loss of pruning is won back, and a run that lost its end goes on."""
