@@ -173,7 +173,7 @@ class Fields:
                 continue
             kind, value = _typed(str(one.type)), one.default
             metavar = one.metadata.get("metavar") or _METAVARS.get(kind)
-            told = typer.Option(metavar=metavar, help=str(one.metadata["help"]))
+            told = typer.Option(metavar=metavar, min=one.metadata.get("least"), help=str(one.metadata["help"]))
             name = self.renamed.get(one.name, one.name)
             value = None if isinstance(value, tuple) and not value else _default(one)
             yield one.name, inspect.Parameter(name, _KEYWORD, default=value, annotation=Annotated[kind, told])

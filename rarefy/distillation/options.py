@@ -6,13 +6,15 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
-
-from torch import Tensor, fx, nn
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from rarefy.errors import InputError
 from rarefy.system.options import check, option
-from rarefy.tasks.task import Task
+
+if TYPE_CHECKING:  # the command line reads the options, and answers --help before torch could be imported
+    from torch import Tensor, fx, nn
+
+    from rarefy.tasks.task import Task
 
 DEFAULT_LR = {"sgd": 0.05, "adamw": 1e-3}
 AUTO_STEPS = 2000
@@ -73,10 +75,12 @@ class Training:
     """What ``distill`` and ``train`` take as keywords; each field says of itself what it is and what it may be."""
 
     # Length of the run, and what a step sees: batch_size pictures, over all processes. steps wins over epochs.
-    epochs: int = option(30, "Times through the training data.", _positive, "at least 1")
-    steps: int | None = option(None, "In place of epochs.", lambda n: n is None or n >= 1, "at least 1, or None")
-    batch_size: int = option(128, "Images at a time.", _positive, "at least 1")
-    accumulate: int = option(1, "A batch is done in so many parts.", _positive, _PARTS)
+    epochs: int = option(30, "Times through the training data.", _positive, "at least 1", least=1)
+    steps: int | None = option(
+        None, "In place of epochs.", lambda n: n is None or n >= 1, "at least 1, or None", least=1
+    )
+    batch_size: int = option(128, "Images at a time.", _positive, "at least 1", least=1)
+    accumulate: int = option(1, "A batch is done in so many parts.", _positive, _PARTS, least=1)
 
     # Optimizer: SGD with Nesterov momentum, or AdamW; a linear rise to the peak rate, then a cosine to zero.
     optimizer: str = _one_of("sgd or adamw", "NAME")
@@ -121,10 +125,15 @@ class Training:
     compile: str = _one_of("auto, no, default or reduce-overhead", "HOW")
 
     # Validation, in epochs. The figure of the best state is optimistic: it was chosen by it.
-    validate_every: int = option(1, "0: never.", _not_negative, "0 (never) or more", "EPOCHS")
+    validate_every: int = option(1, "0: never.", _not_negative, "0 (never) or more", "EPOCHS", 0)
     keep: str = _one_of("last or best", "WHICH", "The last or the best state.")
     patience: int = option(
-        0, "Stop after so many without a better state; 0: never.", _not_negative, "0 (never) or more epochs", "EPOCHS"
+        0,
+        "Stop after so many without a better state; 0: never.",
+        _not_negative,
+        "0 (never) or more epochs",
+        "EPOCHS",
+        0,
     )
 
     # What is not the same in all steps, and Δ of the two momenta (optimizer.py).
@@ -149,7 +158,7 @@ class Training:
     )
 
     # Of all that is drawn.
-    seed: int = option(0, "The same seed gives the same result.")
+    seed: int = option(0, "The same seed gives the same result.", least=0)
 
     def __post_init__(self) -> None:
         check(self, "training")

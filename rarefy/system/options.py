@@ -24,7 +24,12 @@ from rarefy.errors import InputError
 
 
 def option(
-    default: Any, help: str, holds: Callable[[Any], bool] | None = None, allowed: str = "", metavar: str = ""
+    default: Any,
+    help: str,
+    holds: Callable[[Any], bool] | None = None,
+    allowed: str = "",
+    metavar: str = "",
+    least: int | None = None,
 ) -> Any:
     """A field of a frozen dataclass.
 
@@ -32,8 +37,9 @@ def option(
     holds: is this value allowed? None: any is.
     allowed: what is allowed, in words, for the error.
     metavar: what the command line calls a value, such as ``SHARE``; empty: by the field's type.
+    least: of a whole number, which the command line says beside it, and refuses less by itself.
     """
-    metadata = {"help": help, "holds": holds, "allowed": allowed, "metavar": metavar}
+    metadata = {"help": help, "holds": holds, "allowed": allowed, "metavar": metavar, "least": least}
     return dataclasses.field(default=default, metadata=metadata)
 
 

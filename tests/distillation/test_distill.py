@@ -786,6 +786,7 @@ OUT_OF_BOUNDS = [
     ({"patience": -1}, "patience=-1 is not 0 (never) or more epochs"),
     ({"dot": -0.1}, "dot=-0.1 is not 0 (off) up to momentum, and below 1 - momentum"),
     ({"dot": 0.1}, "dot=0.1 is not 0 (off) up to momentum, and below 1 - momentum"),
+    ({"dot": 0.5, "momentum": 0.5}, "dot=0.5 is not 0 (off) up to momentum, and below 1 - momentum"),
     ({"dot": 0.06, "momentum": 0.05}, "dot=0.06 is not 0 (off) up to momentum, and below 1 - momentum"),
     ({"freeze": 1.1}, "freeze=1.1 is not a share of the steps, 0 to 1"),
     ({"loss_warmup": -0.1}, "loss_warmup=-0.1 is not a share of the steps, 0 to 1"),
