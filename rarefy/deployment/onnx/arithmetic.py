@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import fx
 
@@ -17,14 +19,11 @@ def _sides(w: Writer, g: Arguments, dtype: torch.dtype) -> list[str]:
     return [w.value(g[side], dtype) for side in ("self", "other")]
 
 
-def _binary(kind: str) -> Row:
-    def row(w: Writer, node: fx.Node, g: Arguments) -> str:
-        if not is_tensor(w.known[node]):  # sizes
-            return w.op(kind, [w.vector([size]) for size in g.values()])
-        one, two = _sides(w, g, w.dtype(node))
-        return w.op(kind, [one, w.scaled(two, g.get("alpha", 1), w.dtype(node))])
-
-    return row
+def _binary(w: Writer, node: fx.Node, g: Arguments, kind: str) -> str:
+    if not is_tensor(w.known[node]):  # sizes
+        return w.op(kind, [w.vector([size]) for size in g.values()])
+    one, two = _sides(w, g, w.dtype(node))
+    return w.op(kind, [one, w.scaled(two, g.get("alpha", 1), w.dtype(node))])
 
 
 def _reverse_subtract(w: Writer, node: fx.Node, g: Arguments) -> str:
@@ -43,25 +42,19 @@ def _divide(w: Writer, node: fx.Node, g: Arguments) -> str:
     return w.op("Floor", [name]) if mode == "floor" else w.cast(w.cast(name, torch.int64), dtype)
 
 
-def _compare(kind: str, negate: bool = False) -> Row:
-    def row(w: Writer, node: fx.Node, g: Arguments) -> str:
-        sides = [w.known[value] if isinstance(value, fx.Node) else value for value in (g["self"], g["other"])]
-        dtype = torch.result_type(
-            *(torch.empty(side.shape, dtype=side.dtype) if is_tensor(side) else side for side in sides)
-        )
-        name = w.op(kind, _sides(w, g, dtype))
-        return w.op("Not", [name]) if negate else name
-
-    return row
+def _compare(w: Writer, node: fx.Node, g: Arguments, kind: str, negate: bool = False) -> str:
+    sides = [w.known[value] if isinstance(value, fx.Node) else value for value in (g["self"], g["other"])]
+    dtype = torch.result_type(
+        *(torch.empty(side.shape, dtype=side.dtype) if is_tensor(side) else side for side in sides)
+    )
+    name = w.op(kind, _sides(w, g, dtype))
+    return w.op("Not", [name]) if negate else name
 
 
-def _logical(kind: str) -> Row:
-    def row(w: Writer, node: fx.Node, g: Arguments) -> str:
-        if w.dtype(node) != torch.bool:
-            raise Untranslated(f"{node.name}: {node.target} on integers")
-        return w.op(kind, [w.value(value, torch.bool) for value in g.values()])
-
-    return row
+def _logical(w: Writer, node: fx.Node, g: Arguments, kind: str) -> str:
+    if w.dtype(node) != torch.bool:
+        raise Untranslated(f"{node.name}: {node.target} on integers")
+    return w.op(kind, [w.value(value, torch.bool) for value in g.values()])
 
 
 def _clip(w: Writer, node: fx.Node, g: Arguments) -> str:
@@ -149,23 +142,23 @@ ROWS: dict[str, Row] = {
     "relu6": lambda w, node, g: _clip(w, node, {"self": g["self"], "min": 0.0, "max": 6.0}),
     "hardtanh clamp clamp.Tensor clamp_min clamp_max clip": _clip,
     "pow.Tensor_Scalar pow.Tensor_Tensor pow.Scalar": _power,
-    "add.Tensor add.Scalar operator.add": _binary("Add"),
-    "sub.Tensor sub.Scalar operator.sub": _binary("Sub"),
-    "mul.Tensor mul.Scalar operator.mul": _binary("Mul"),
-    "maximum max.other": _binary("Max"),
-    "minimum min.other": _binary("Min"),
+    "add.Tensor add.Scalar operator.add": partial(_binary, kind="Add"),
+    "sub.Tensor sub.Scalar operator.sub": partial(_binary, kind="Sub"),
+    "mul.Tensor mul.Scalar operator.mul": partial(_binary, kind="Mul"),
+    "maximum max.other": partial(_binary, kind="Max"),
+    "minimum min.other": partial(_binary, kind="Min"),
     "rsub.Scalar rsub.Tensor": _reverse_subtract,
-    "operator.floordiv": _binary("Div"),
+    "operator.floordiv": partial(_binary, kind="Div"),
     "div.Tensor div.Scalar div.Tensor_mode div.Scalar_mode": _divide,
-    "eq.Scalar eq.Tensor": _compare("Equal"),
-    "ne.Scalar ne.Tensor": _compare("Equal", negate=True),
-    "lt.Scalar lt.Tensor": _compare("Less"),
-    "gt.Scalar gt.Tensor": _compare("Greater"),
-    "le.Scalar le.Tensor": _compare("LessOrEqual"),
-    "ge.Scalar ge.Tensor": _compare("GreaterOrEqual"),
-    "logical_not bitwise_not": _logical("Not"),
-    "logical_and bitwise_and.Tensor __and__.Tensor": _logical("And"),
-    "logical_or bitwise_or.Tensor __or__.Tensor": _logical("Or"),
+    "eq.Scalar eq.Tensor": partial(_compare, kind="Equal"),
+    "ne.Scalar ne.Tensor": partial(_compare, kind="Equal", negate=True),
+    "lt.Scalar lt.Tensor": partial(_compare, kind="Less"),
+    "gt.Scalar gt.Tensor": partial(_compare, kind="Greater"),
+    "le.Scalar le.Tensor": partial(_compare, kind="LessOrEqual"),
+    "ge.Scalar ge.Tensor": partial(_compare, kind="GreaterOrEqual"),
+    "logical_not bitwise_not": partial(_logical, kind="Not"),
+    "logical_and bitwise_and.Tensor __and__.Tensor": partial(_logical, kind="And"),
+    "logical_or bitwise_or.Tensor __or__.Tensor": partial(_logical, kind="Or"),
     "addcmul": _addcmul,
     "lerp.Scalar lerp.Tensor": _lerp,
     "where.self where.ScalarOther where.ScalarSelf where.Scalar": _where,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -74,16 +75,13 @@ def _adaptive_max(w: Writer, node: fx.Node, g: Arguments) -> list[str]:
     return w.ops("MaxPool", [w.value(g["self"])], 2, kernel_shape=kernel, strides=kernel)
 
 
-def _resize(mode: str, **options: object) -> Row:
-    def row(w: Writer, node: fx.Node, g: Arguments) -> str:
-        source = g["input"] if "input" in g else g["self"]
-        factors = (_factor(side, size) for side, size in zip(w.plane(source), w.plane(node), strict=True))
-        aligned = "align_corners" if g.get("align_corners") else "half_pixel"
-        transformation = {"coordinate_transformation_mode": aligned, **options}
-        scales = w.constant([1.0, 1.0, *factors], torch.float32)
-        return w.op("Resize", [w.value(source), "", scales], mode=mode, **transformation)
-
-    return row
+def _resize(w: Writer, node: fx.Node, g: Arguments, mode: str, **options: object) -> str:
+    source = g["input"] if "input" in g else g["self"]
+    factors = (_factor(side, size) for side, size in zip(w.plane(source), w.plane(node), strict=True))
+    aligned = "align_corners" if g.get("align_corners") else "half_pixel"
+    transformation = {"coordinate_transformation_mode": aligned, **options}
+    scales = w.constant([1.0, 1.0, *factors], torch.float32)
+    return w.op("Resize", [w.value(source), "", scales], mode=mode, **transformation)
 
 
 def _factor(side: int, size: int) -> float:
@@ -124,17 +122,19 @@ def _from_patches(w: Writer, node: fx.Node, g: Arguments) -> str:
     return w.op("Col2Im", [w.value(g["self"]), *sizes], **options)
 
 
-_NEAREST = _resize("nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor")
+_NEAREST = partial(_resize, mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor")
 ROWS: dict[str, Row] = {
     "max_pool1d max_pool2d max_pool3d": _max_pool,
     "avg_pool1d avg_pool2d avg_pool3d": _average_pool,
     "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d": _adaptive_average,
     "adaptive_max_pool2d": _adaptive_max,
     "upsample_nearest2d.vec upsample_nearest2d upsample_nearest1d.vec": _NEAREST,
-    "upsample_bilinear2d.vec upsample_bilinear2d upsample_linear1d.vec": _resize("linear"),
-    "upsample_bicubic2d.vec upsample_bicubic2d": _resize("cubic", cubic_coeff_a=-0.75),
-    "_upsample_bilinear2d_aa.vec _upsample_bilinear2d_aa": _resize("linear", antialias=1),
-    "_upsample_bicubic2d_aa.vec _upsample_bicubic2d_aa": _resize("cubic", cubic_coeff_a=-0.5, antialias=1),
+    "upsample_bilinear2d.vec upsample_bilinear2d upsample_linear1d.vec": partial(_resize, mode="linear"),
+    "upsample_bicubic2d.vec upsample_bicubic2d": partial(_resize, mode="cubic", cubic_coeff_a=-0.75),
+    "_upsample_bilinear2d_aa.vec _upsample_bilinear2d_aa": partial(_resize, mode="linear", antialias=1),
+    "_upsample_bicubic2d_aa.vec _upsample_bicubic2d_aa": partial(
+        _resize, mode="cubic", cubic_coeff_a=-0.5, antialias=1
+    ),
     "grid_sampler grid_sampler_2d": _grid_sample,
     "im2col": _patches,
     "col2im": _from_patches,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 from torch import fx
 
@@ -15,34 +16,25 @@ def _axes(w: Writer, g: Arguments) -> list[int]:
     return sorted(dim % rank for dim in dims) if dims else list(range(rank))
 
 
-def _reduce(kind: str) -> Row:
-    def row(w: Writer, node: fx.Node, g: Arguments) -> str:
-        name, axes = w.value(g["self"], w.dtype(node)), _axes(w, g)
-        if kind == "ReduceMean" and w.rank(g["self"]) == 4 and axes == [2, 3] and g["keepdim"]:
-            return w.op("GlobalAveragePool", [name])
-        return w.op(kind, [name, w.constant(axes)], keepdims=int(g.get("keepdim", False)))
-
-    return row
+def _reduce(w: Writer, node: fx.Node, g: Arguments, kind: str) -> str:
+    name, axes = w.value(g["self"], w.dtype(node)), _axes(w, g)
+    if kind == "ReduceMean" and w.rank(g["self"]) == 4 and axes == [2, 3] and g["keepdim"]:
+        return w.op("GlobalAveragePool", [name])
+    return w.op(kind, [name, w.constant(axes)], keepdims=int(g.get("keepdim", False)))
 
 
-def _extreme(kind: str) -> Row:
-    def row(w: Writer, node: fx.Node, g: Arguments) -> list[str]:
-        name, keep = w.value(g["self"]), int(g["keepdim"])
-        return [
-            w.op(f"Reduce{kind}", [name, w.constant([g["dim"]])], keepdims=keep),
-            w.op(f"Arg{kind}", [name], axis=g["dim"], keepdims=keep),
-        ]
-
-    return row
+def _extreme(w: Writer, node: fx.Node, g: Arguments, kind: str) -> list[str]:
+    name, keep = w.value(g["self"]), int(g["keepdim"])
+    return [
+        w.op(f"Reduce{kind}", [name, w.constant([g["dim"]])], keepdims=keep),
+        w.op(f"Arg{kind}", [name], axis=g["dim"], keepdims=keep),
+    ]
 
 
-def _place_of(kind: str) -> Row:
-    def row(w: Writer, node: fx.Node, g: Arguments) -> str:
-        if g["dim"] is None:
-            raise Untranslated(f"{node.name}: {node.target} over everything")
-        return w.op(kind, [w.value(g["self"])], axis=g["dim"], keepdims=int(g["keepdim"]))
-
-    return row
+def _place_of(w: Writer, node: fx.Node, g: Arguments, kind: str) -> str:
+    if g["dim"] is None:
+        raise Untranslated(f"{node.name}: {node.target} over everything")
+    return w.op(kind, [w.value(g["self"])], axis=g["dim"], keepdims=int(g["keepdim"]))
 
 
 def _variance(w: Writer, node: fx.Node, g: Arguments) -> str:
@@ -69,16 +61,16 @@ def _top(w: Writer, node: fx.Node, g: Arguments) -> list[str]:
 
 
 ROWS: dict[str, Row] = {
-    "mean.dim mean": _reduce("ReduceMean"),
-    "sum.dim_IntList sum": _reduce("ReduceSum"),
-    "amax max": _reduce("ReduceMax"),
-    "amin min": _reduce("ReduceMin"),
-    "prod.dim_int": _reduce("ReduceProd"),
-    "logsumexp": _reduce("ReduceLogSumExp"),
-    "max.dim": _extreme("Max"),
-    "min.dim": _extreme("Min"),
-    "argmax": _place_of("ArgMax"),
-    "argmin": _place_of("ArgMin"),
+    "mean.dim mean": partial(_reduce, kind="ReduceMean"),
+    "sum.dim_IntList sum": partial(_reduce, kind="ReduceSum"),
+    "amax max": partial(_reduce, kind="ReduceMax"),
+    "amin min": partial(_reduce, kind="ReduceMin"),
+    "prod.dim_int": partial(_reduce, kind="ReduceProd"),
+    "logsumexp": partial(_reduce, kind="ReduceLogSumExp"),
+    "max.dim": partial(_extreme, kind="Max"),
+    "min.dim": partial(_extreme, kind="Min"),
+    "argmax": partial(_place_of, kind="ArgMax"),
+    "argmin": partial(_place_of, kind="ArgMin"),
     "var.correction var.dim": _variance,
     "std.correction std.dim": lambda w, node, g: w.op("Sqrt", [_variance(w, node, g)]),
     "linalg_vector_norm norm.ScalarOpt_dim": _vector_norm,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import fx
 
 from rarefy.deployment.onnx.writer import Arguments, Row, Untranslated, Writer, listed
@@ -107,17 +109,13 @@ def _channel_shuffle(w: Writer, node: fx.Node, g: Arguments) -> str:
     return w.reshaped(w.transposed(apart, [0, 2, 1, *range(3, 3 + len(plane))]), w.shape(node))
 
 
-def _filled(value: float | None) -> Row:
+def _filled(w: Writer, node: fx.Node, g: Arguments, value: float | None) -> str:
     """A tensor of one number; its sizes are the argument's, or those of the tensor it is to be like."""
-
-    def row(w: Writer, node: fx.Node, g: Arguments) -> str:
-        scalar = w.value(g.get("fill_value", g.get("value", value)), w.dtype(node))
-        if "size" in g:
-            return w.op("Expand", [scalar, w.vector(g["size"])])
-        sizes = [w.size_of(g["self"], axis) for axis in range(w.rank(node))]
-        return w.op("Expand", [scalar, w.op("Concat", sizes, axis=0)])
-
-    return row
+    scalar = w.value(g.get("fill_value", g.get("value", value)), w.dtype(node))
+    if "size" in g:
+        return w.op("Expand", [scalar, w.vector(g["size"])])
+    sizes = [w.size_of(g["self"], axis) for axis in range(w.rank(node))]
+    return w.op("Expand", [scalar, w.op("Concat", sizes, axis=0)])
 
 
 def _range(w: Writer, node: fx.Node, g: Arguments) -> str:
@@ -148,9 +146,9 @@ ROWS: dict[str, Row] = {
     ),
     "pixel_unshuffle": _pixel_unshuffle,
     "channel_shuffle": _channel_shuffle,
-    "zeros zeros_like new_zeros": _filled(0),
-    "ones ones_like new_ones": _filled(1),
-    "full full_like new_full fill.Scalar fill.Tensor": _filled(None),
+    "zeros zeros_like new_zeros": partial(_filled, value=0),
+    "ones ones_like new_ones": partial(_filled, value=1),
+    "full full_like new_full fill.Scalar fill.Tensor": partial(_filled, value=None),
     "arange arange.start arange.start_step": _range,
     "sym_size.int": _size,
 }
