@@ -131,6 +131,45 @@ def test_flatten_ties_a_channel_to_all_its_places() -> None:
     cut_half(found)
 
 
+def test_two_axes_flattened_into_one_keep_one_of_them() -> None:
+    def forward(s: nn.Module, x: Tensor) -> Tensor:
+        return s.head((s.rows(x).unsqueeze(2) * s.columns(x).unsqueeze(1)).flatten(1))
+
+    net = Net(forward, rows=nn.Linear(3, 6), columns=nn.Linear(3, 5), head=nn.Linear(30, 2))
+    found = coupled(net, torch.randn(2, 3))
+    assert found.frozen["columns.weight"].startswith("two independent axes merged into one")
+    own = classes(found, "rows.weight", 0)
+    assert len(set(own)) == 6 and 0 not in own and set(classes(found, "columns.weight", 0)) == {0}
+    assert classes(found, "head.weight", 1) == [label for label in own for _ in range(5)]
+    for seed in range(3):
+        cut_half(found, seed)
+
+
+def test_squeeze_of_all_axes_leaves_one_that_pruning_made_of_size_one() -> None:
+    net = Net(
+        lambda s, x: s.head(s.pool(s.a(x)).squeeze()), a=conv(3, 6), pool=nn.AdaptiveAvgPool2d(1), head=nn.Linear(6, 2)
+    )
+    found = coupled(net, IMAGE)
+    own = classes(found, "a.weight", 0)
+    assert own == classes(found, "head.weight", 1) and 0 not in own
+    alive = torch.ones(found.count, dtype=torch.bool)
+    alive[own[1:]] = False
+    small = cut(found, alive)
+    check(found, small, alive)
+    assert small.get_parameter("head.weight").shape == (2, 1) and small(torch.randn(5, 3, 8, 8)).shape == (5, 2)
+
+
+def test_what_cannot_be_cut_is_named_by_its_place() -> None:
+    """Positions that survive as no rectangle, which coupling never asks for."""
+    found = coupled(Net(lambda s, x: s.head(s.a(x).view(x.shape[0], -1)), a=conv(3, 4), head=nn.Linear(256, 2)), IMAGE)
+    view = next(node for node in found.graph.graph.nodes if "view" in str(node.target))
+    found.values[view].layers = [torch.tensor([[0, 1, 1, 0]]).repeat(1, 64), torch.tensor([[2, 1] * 128])]
+    alive = torch.ones(found.count, dtype=torch.bool)
+    alive[1] = False
+    with pytest.raises(InputError, match=r"view.*: an activation of shape \(1, 256\) would not stay a rectangle"):
+        cut(found, alive)
+
+
 def test_depthwise_with_multiplier() -> None:
     found = coupled(nn.Sequential(conv(3, 4), conv(4, 8, groups=4), conv(8, 2)), IMAGE)
     own = classes(found, "0.weight", 0)
@@ -153,8 +192,12 @@ def test_transposed_convolution(groups: int) -> None:
     found = coupled(nn.Sequential(conv(3, 6), nn.ConvTranspose2d(6, 6, 2, 2, groups=groups), conv(6, 2)), IMAGE)
     assert classes(found, "0.weight", 0) == classes(found, "1.weight", 0)
     assert classes(found, "1.bias", 0) == classes(found, "2.weight", 1)
+    own = classes(found, "1.weight", 0)
+    assert 0 not in own and len(set(own)) == (3 if groups == 2 else 6)  # the same positions of each group
+    if groups == 2:
+        assert own[:3] == own[3:] and len(set(classes(found, "2.weight", 1))) == 3
     if groups == 6:
-        assert classes(found, "1.weight", 0) == classes(found, "2.weight", 1)
+        assert own == classes(found, "2.weight", 1)
     cut_half(found)
 
 
@@ -764,6 +807,13 @@ def test_a_large_convolution_runs_in_parts(monkeypatch: pytest.MonkeyPatch, bias
     parts = equivalence._by_outputs(node, read)
     assert len(calls) == 3
     torch.testing.assert_close(parts, run(node, read), rtol=1e-5, atol=1e-5)
+
+
+def test_a_large_convolution_in_groups_runs_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rarefy.pruning.groups import equivalence
+
+    monkeypatch.setattr(equivalence, "LARGE", 8)
+    cut_half(coupled(nn.Sequential(conv(3, 8), conv(8, 12, groups=2), conv(12, 2)), IMAGE))
 
 
 class Normed(nn.Module):

@@ -7,6 +7,7 @@ import copy
 import importlib.util
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from rarefy.pruning.groups.slicing import cut
 from rarefy.pruning.options import Target
 from rarefy.pruning.prune import prune
 from rarefy.pruning.ranking import choose, rank
+from rarefy.pruning.records import unpacked
 
 
 class Block(nn.Module):
@@ -312,6 +314,40 @@ def test_caller_may_pass_a_module_in_training_and_frozen_parameters() -> None:
     assert not prune(graph.eval(), keep=0.5).training
 
 
+def test_one_module_in_training_is_enough_to_score_in_eval_mode() -> None:
+    torch.manual_seed(0)
+    graph = capture(CifarResNet(widths=(8, 16, 32)).eval(), torch.randn(2, 3, 16, 16))
+    expected = prune(graph, keep=0.5, criterion="activation", task=FakeTask())
+    before = copy.deepcopy(graph.state_dict())
+    graph.train()
+    graph.get_submodule("bn1").eval()
+    small = prune(graph, keep=0.5, criterion="activation", task=FakeTask())
+    assert all(torch.equal(value, before[name]) for name, value in graph.state_dict().items())
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in small.state_dict().items())
+
+
+def test_no_part_of_an_activation_vanishes() -> None:
+    """All channels of the first half are worth nothing; no weight has an axis of that half alone."""
+
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            one, other = self.stem(x).chunk(2, 1)
+            out: Tensor = self.head(torch.cat((F.relu(one), torch.sigmoid(other)), 1))
+            return out
+
+    net = Halves()
+    with torch.no_grad():
+        net.stem.weight[:4], net.head.weight[:, :4] = 0.0, 0.0
+    small = prune(net, inputs=torch.randn(2, 3, 12, 12), keep=0.3)
+    kept = unpacked(small.meta["history"][-1]["facts"]["kept"]["stem.weight"], 8)
+    assert bool((kept < 4).any()) and bool((kept >= 4).any()) and len(kept) == 2
+    assert small(torch.randn(3, 3, 12, 12)).shape == (3, 4, 8, 8)
+
+
 # ------------------------------------------------------------------------------------------------------------ targets
 
 
@@ -523,6 +559,31 @@ def test_self_check_fails_on_a_wrong_argument(
     node.update_arg(place, value)
     small.recompile()
     with pytest.raises(SelfCheckFailed, match=message):
+        check(coupling, small, alive)
+
+
+def test_self_check_sees_a_wrong_shape_of_a_statistic() -> None:
+    """Of a mean over pruned channels only the shape is compared; what follows would run all the same."""
+
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            out: Tensor = self.second(x * x.mean(1, keepdim=True))
+            return out
+
+    coupling, alive = planned(capture(Mean(), torch.randn(2, 3, 12, 12)))
+    small = cut(coupling, alive)
+    check(coupling, small, alive)
+    node = next(node for node in small.graph.nodes if "mean" in str(node.target))
+    node.update_arg(1, [0])
+    small.recompile()
+    with pytest.raises(
+        SelfCheckFailed, match=r"mean\): .* has shape \(1, 4, 10, 10\), the masked one keeps \(1, 1, 10, 10\)"
+    ):
         check(coupling, small, alive)
 
 
@@ -789,12 +850,41 @@ def test_fpgm_by_hand() -> None:
     assert torch.allclose(Fpgm().scores(graph, couple(graph), None, 0)[own], expected, rtol=1e-5)
 
 
+REDUCE = "reduce='no' is not mean, sum or max"
+
+
 @pytest.mark.parametrize(
-    "text", ["taylor:form=third", "activation:statistic=sum", "hessian:draws=0", "fpgm:reduce=no", "bn_scale:reduce=no"]
+    ("kind", "text", "words"),
+    [
+        ("criteria", "magnitude:p=0", "p=0.0 must be positive"),
+        ("criteria", "magnitude:p=nan", "p=nan must be positive"),
+        ("criteria", "magnitude:reduce=no", REDUCE),
+        ("criteria", "fpgm:reduce=no", REDUCE),
+        ("criteria", "bn_scale:reduce=no", REDUCE),
+        ("criteria", "activation:reduce=no", REDUCE),
+        ("criteria", "activation:statistic=sum", "statistic='sum' is not mean or variance"),
+        ("criteria", "activation:batches=0", "batches=0 and batch_size=64 must be at least 1"),
+        ("criteria", "activation:batch_size=0", "batches=8 and batch_size=0 must be at least 1"),
+        ("criteria", "taylor:reduce=no", REDUCE),
+        ("criteria", "taylor:form=third", "form='third' is not weight or fisher"),
+        ("criteria", "taylor:batches=0", "batches=0 and batch_size=64 must be at least 1"),
+        ("criteria", "taylor:batch_size=0", "batches=10 and batch_size=0 must be at least 1"),
+        ("criteria", "hessian:reduce=no", REDUCE),
+        ("criteria", "hessian:batches=0", "batches=0, batch_size=8 and draws=2 must be at least 1"),
+        ("criteria", "hessian:batch_size=0", "batches=50, batch_size=0 and draws=2 must be at least 1"),
+        ("criteria", "hessian:draws=0", "batches=50, batch_size=8 and draws=0 must be at least 1"),
+        ("selection", "sample:temperature=0", "temperature=0.0 must be positive"),
+        ("selection", "sample:temperature=inf", "temperature=inf must be positive"),
+        ("saliency", "wanda:images=0", "images=0 and batch_size=32 must be at least 1"),
+        ("saliency", "wanda:batch_size=0", "images=128 and batch_size=0 must be at least 1"),
+    ],
 )
-def test_criteria_refuse_options(text: str) -> None:
-    with pytest.raises(InputError, match=text.partition("=")[0].partition(":")[2]):
-        plugins.resolve("criteria", text)
+def test_choices_refuse_options_out_of_bounds_and_take_the_bounds(kind: str, text: str, words: str) -> None:
+    with pytest.raises(InputError, match=re.escape(words)):
+        plugins.resolve(kind, text)
+    name, _, value = text.partition("=")
+    if value == "0" and "=0 " in words:  # a count: 1 is enough
+        plugins.resolve(kind, f"{name}=1")
 
 
 def test_magnitude_beats_chance_on_real_weights(real_data: Path) -> None:
