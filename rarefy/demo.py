@@ -1,7 +1,7 @@
-"""The demo: a small network learns scikit-learn's 1,797 handwritten digits, and is compressed, measured, signed and explained.
+"""The demo: a small network learns scikit-learn's 1,797 handwritten digits, is compressed, measured and signed.
 
-Everything it needs comes with the packages, so it runs without a network. ``rarefy.demo:model`` is the network as a source for
-the command line::
+Everything it needs comes with the packages, so it runs without a network. ``rarefy.demo:model`` is the network as a
+source for the command line::
 
     rarefy demo -o demo-out
     rarefy evaluate demo-out/small --reference demo-out/original --data sklearn:digits
@@ -14,16 +14,20 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from rarefy.reports.facts import Facts
+
 DATA = "sklearn:digits"
-TRAINING: Mapping[str, Any] = {"epochs": 8, "batch_size": 64, "lr": 0.1}
-BUDGET: Mapping[str, Any] = {"max_drop": 0.005, "speedup": 1.5}
+Options = Mapping[str, Any]  # keywords of a verb
+TRAINING: Options = {"epochs": 8, "batch_size": 64, "lr": 0.1}
+BUDGET: Options = {"max_drop": 0.005, "speedup": 1.5}
 SMALLER = 8  # times, on disk
-STEPS: tuple[Mapping[str, Any], ...] = (
+STEPS: tuple[Options, ...] = (
     {"do": "prune", "macs": 0.35, "round_to": 8},
     {"do": "distill", "epochs": 8, "batch_size": 64, "lr": 0.05},
     {"do": "quantize"},
@@ -59,8 +63,11 @@ def _block(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
 
 
-def demonstrate(folder: str | os.PathLike[str], seed: int = 0) -> dict[str, Any]:
-    """Train, compress, save, sign. Leaves in ``folder``: ``original/``, ``small/`` and a pair of keys. Returns the report's facts."""
+def demonstrate(folder: str | os.PathLike[str], seed: int = 0) -> Facts:
+    """Train, compress, save, sign; returns the report's facts.
+
+    folder: where ``original/``, ``small/`` and a pair of keys are left.
+    """
     from rarefy.artifact import folder as folder_
     from rarefy.artifact import signing
     from rarefy.compression import budget, compress
@@ -73,7 +80,7 @@ def demonstrate(folder: str | os.PathLike[str], seed: int = 0) -> dict[str, Any]
     place.mkdir(parents=True, exist_ok=True)
     task = Classification(train=DATA, val=DATA, augment="crop=1")
     torch.manual_seed(seed)
-    untrained = capture.capture(model(), torch.zeros(2, *task.input_shape))
+    untrained = capture.capture(model(), torch.zeros(2, *task.data.input_shape))
     original = distill.train(untrained, task, **TRAINING, seed=seed, checkpoint=place / "train.work")
     folder_.save(original, place / "original", manifest={"model": "rarefy.demo:model", "task": task.describe()})
     result = compress.compress(

@@ -20,8 +20,10 @@ class Found(TypedDict):
     """What its manifest says of a candidate, under "found".
 
     step, options: the verb, and what was asked of it. facts: numbers, words and seconds from the verb's own record.
-    curve: of a training, an entry an epoch. seconds: that the step took. evaluation: of the exported file, against the original.
-    latency_ms, speedup: of one run in which it took turns with the original and with the model that the step started from.
+    curve: of a training, an entry an epoch. seconds: that the step took. evaluation: of the exported file, against the
+        original.
+    latency_ms, speedup: of one run in which it took turns with the original and with the model that the step started
+        from.
     """
 
     step: str

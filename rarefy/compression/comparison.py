@@ -1,4 +1,4 @@
-"""The last word of a run: original and result side by side, their exported files on the same images and in the same rounds."""
+"""Original and result side by side: the exported files, on the same images and in the same rounds."""
 
 from __future__ import annotations
 

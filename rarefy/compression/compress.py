@@ -1,23 +1,25 @@
 """compress(): prune, distil and quantise under one budget, with a gate after each step.
 
-**Steps** are those of the recipe, else the usual ones: ``prune`` (to the MACs that the wanted speed-up leaves, once quantization has
-given its share), ``distill`` (the original teaches), ``quantize``. Each starts from the last model that was kept.
+**Steps** are those of the recipe, else the usual ones: ``prune`` (to the MACs that the wanted speed-up leaves, once
+quantization has given its share), ``distill`` (the original teaches), ``quantize``. Each starts from the last model
+that was kept.
 
-**Gates.** After each step the model is exported, and the exported file is judged: the task's metric on the validation images, paired
-with the original's, and latency in one interleaved run with the original and the model the step started from. A step that does not pay
-is undone; ``gates`` says when, and which model is the result. The result is always saved; what is missed is said.
+**Gates.** After each step the model is exported, and the exported file is judged: the task's metric on the validation
+images, paired with the original's, and latency in one interleaved run with the original and the model the step started
+from. A step that does not pay is undone; ``gates`` says when, and which model is the result. The result is always
+saved; what is missed is said.
 
-**Resuming.** In the working folder (``run``) each finished step is a saved model with its measurements, put in place by one rename;
-training keeps its own checkpoint beside them. A run that was killed anywhere goes on from there, and decides by what was measured
-before the kill. Another model, data, budget or recipe is refused, once a step was done. ``graph.json``, ``weights.safetensors`` and
-``model.onnx`` hold no time of any clock: a resumed run, and a second run with the same seed on the same machine, ends with the same
-bytes, as long as the gates decide alike (a step that is 10 % slower or faster lies at a threshold; the report gives each verdict with
-its numbers). ``manifest.json`` and the report hold measurements, and differ.
+**Resuming.** In the working folder (``run``) each finished step is a saved model with its measurements, put in place by
+one rename; training keeps its own checkpoint beside them. A run that was killed anywhere goes on from there, and
+decides by what was measured before the kill. Another model, data, budget or recipe is refused, once a step was done.
+``graph.json``, ``weights.safetensors`` and ``model.onnx`` hold no time of any clock: a resumed run, and a second run
+with the same seed on the same machine, ends with the same bytes, as long as the gates decide alike (a step that is 10 %
+slower or faster lies at a threshold; the report gives each verdict with its numbers). ``manifest.json`` and the report
+hold measurements, and differ.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -76,8 +78,7 @@ class Result:
         return all(goal["met"] for goal in self.report["goals"])
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """The folder of ``artifact.save``, with ``model.onnx`` (or what the runtime calls its files), ``report.html`` and
-        ``report.json``."""
+        """The folder of ``artifact.save``, with the exported file, ``report.html`` and ``report.json``."""
         files: dict[str, bytes | Path] = {
             self.model.name: self.model,
             "report.html": report_module.html(self.report).encode(),
@@ -108,15 +109,16 @@ def compress(
     task: data with a val split, a loss and a metric.
     budget: what must be reached.
     inputs: an example batch to capture the model; None: zeros of the task's shape.
-    steps: ``[{"do": "prune", "macs": 0.5}, {"do": "distill", "epochs": 3}, {"do": "quantize"}]``, options as the verbs take
-        them; None: the usual.
+    steps: ``[{"do": "prune", "macs": 0.5}, {"do": "distill", "epochs": 3}, {"do": "quantize"}]``, options as the verbs
+        take them; None: the usual.
     runtime: where it will run, ``"onnxruntime:threads=4"``; one thread unless said.
     workdir: where a killed run goes on; None: it starts anew.
     device: for training.
     title, recipe: what the report calls it, and the recipe that it shows.
     corruptions: for robustness, () for none; None: six.
 
-    A missed goal is no error: see ``Result.met``. Raises InputError for what can't be done, or for a workdir of another run.
+    A missed goal is no error: see ``Result.met``. Raises InputError for what can't be done, or for the workdir of
+    another run.
     """
     if not isinstance(budget, Budget):
         raise InputError(f"compress: budget={budget!r} is no Budget; pass rarefy.Budget(max_drop=0.005, speedup=2)")
@@ -125,8 +127,6 @@ def compress(
     example = inputs if inputs is not None else torch.zeros(2, *task.data.input_shape)
     original = without_clocks(as_graph(model, example)).eval()
     listed = steps if steps is not None else usual_steps(budget, measure.weight_bytes(original), task)
-    channels = task.data.input_shape[0]
-    usual_corruptions = [name for name in CORRUPTIONS if fits(name, channels)][:CORRUPTION_KINDS]
     run = Run(
         task=task,
         budget=budget,
@@ -134,7 +134,7 @@ def compress(
         runtime=latency.with_threads(runtime),
         seed=seed,
         device=None if device is None else str(device),
-        corruptions=tuple(corruptions if corruptions is not None else usual_corruptions),
+        corruptions=tuple(corruptions if corruptions is not None else _usual_corruptions(task)),
         optional=steps is None,
         progress=progress,
     )
@@ -144,12 +144,18 @@ def compress(
     if workdir is not None:
         return _compressed(Folder(Path(workdir), run), original, title, recipe)
     path = Path(tempfile.mkdtemp(prefix="rarefy-"))
-    with contextlib.ExitStack() as failed:
-        failed.callback(shutil.rmtree, path, ignore_errors=True)
+    try:
         result = _compressed(Folder(path, run), original, title, recipe)
-        failed.pop_all()
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
     weakref.finalize(result, shutil.rmtree, path, ignore_errors=True)
     return result
+
+
+def _usual_corruptions(task: Task) -> list[str]:
+    channels = task.data.input_shape[0]
+    return [name for name in CORRUPTIONS if fits(name, channels)][:CORRUPTION_KINDS]
 
 
 def _compressed(folder: Folder, graph: fx.GraphModule, title: str, recipe: str) -> Result:
@@ -188,7 +194,7 @@ def _compressed(folder: Folder, graph: fx.GraphModule, title: str, recipe: str) 
 
 
 def _walked(folder: Folder, original: Candidate) -> tuple[dict[int, Candidate], gates.Walk]:
-    """All steps done, each from where the gates lead: the original and what the steps made, by index, and the verdicts."""
+    """All steps done, each from where the gates lead: original and steps' models by index, and the verdicts."""
     run, metric = folder.run, folder.run.task.metric()
     candidates, results = {0: original}, list[gates.Measurement | str]()
     walk = gates.walk(original.measurement, run.steps, results, run.budget, metric)

@@ -22,40 +22,19 @@ EXTRAS = {
 CORE = ("torch", "numpy", "safetensors", "scipy", "accelerate", "pillow", "pydantic")
 
 
-class Processor(TypedDict):
-    """flags: which of the instructions that matter here it has; None: the system does not say."""
-
-    name: str
-    cores: int | None
-    usable_cores: int
-    flags: dict[str, bool] | None
-
-
-class Torch(TypedDict):
-    """threads: of one operator. vector: the widest instructions that its kernels use."""
-
-    version: str
-    threads: int
-    vector: str
-
-
-class Gpu(TypedDict):
-    """compute_capability: "9.0"."""
-
-    name: str
-    compute_capability: str
-    memory_bytes: int
-
-
 class Environment(TypedDict):
-    """runtimes, packages: version by name; None: not installed. advice: what is missing, and how to get it, in sentences."""
+    """cpu: name, cores, usable_cores, flags (None: the system does not say). torch: version, threads, vector.
+
+    gpus: name, compute_capability, memory_bytes of each. runtimes, packages: version by name; None: not installed.
+    advice: what is missing, and how to get it, in sentences.
+    """
 
     python: str
     system: str
-    cpu: Processor
+    cpu: dict[str, object]
     memory_bytes: int | None
-    torch: Torch
-    gpus: list[Gpu]
+    torch: dict[str, object]
+    gpus: list[dict[str, object]]
     runtimes: dict[str, str | None]
     packages: dict[str, str | None]
     advice: list[str]
@@ -71,11 +50,13 @@ def examine() -> Environment:
     return Environment(
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
-        cpu=Processor(name=cpu.name(), cores=os.cpu_count(), usable_cores=cpu.usable_cores(), flags=flags),
+        cpu={"name": cpu.name(), "cores": os.cpu_count(), "usable_cores": cpu.usable_cores(), "flags": flags},
         memory_bytes=cpu.memory_bytes(),
-        torch=Torch(
-            version=torch.__version__, threads=torch.get_num_threads(), vector=torch.backends.cpu.get_cpu_capability()
-        ),
+        torch={
+            "version": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "vector": torch.backends.cpu.get_cpu_capability(),
+        },
         gpus=gpus,
         runtimes={name: _version(plugins.choice_class("runtimes", name).package) for name in runtimes},
         packages=packages,
@@ -113,14 +94,16 @@ def _advice(flags: Mapping[str, bool] | None, packages: Mapping[str, str | None]
     return sentences
 
 
-def _gpus() -> list[Gpu]:
+def _gpus() -> list[dict[str, object]]:
     import torch
 
-    found: list[Gpu] = []
+    found: list[dict[str, object]] = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(index)
         capability = f"{properties.major}.{properties.minor}"
-        found.append(Gpu(name=properties.name, compute_capability=capability, memory_bytes=properties.total_memory))
+        found.append(
+            {"name": properties.name, "compute_capability": capability, "memory_bytes": properties.total_memory}
+        )
     return found
 
 

@@ -1,4 +1,4 @@
-"""The facts that a run's report shows (``rarefy.reports.facts``): what was asked, what came of each step, what the result is."""
+"""The facts of a run, which its report shows: what was asked, what came of each step, what the result is."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def of(
     """All that the report shows of a run that is done.
 
     title, recipe: what the report calls it, and the recipe's text.
-    candidates: the original, 0, and what the steps made, by index. outcomes: of the steps. result: the candidate chosen.
+    candidates: the original, 0, and what the steps made, by index. outcomes: of the steps. result: the candidate
+        chosen.
     compared: it and the original, measured side by side. fingerprints: of the data, a split.
     """
     original, metric = candidates[0], run.task.metric()

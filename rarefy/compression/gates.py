@@ -1,14 +1,17 @@
-"""Gates: does a step pay, where do the steps lead, which model is the result. Functions of measurements alone; nothing here runs a model.
+"""Gates: does a step pay, where do the steps lead, which model is the result. Functions of measurements alone.
 
-**Pays** (``pays``). A distillation has to bring the metric up. Any other step, and a distillation that puts another network in place
-(``student=``), must not be clearly slower, and has to be smaller by 1 % or clearly faster. *Clearly* is by 10 %, in three of four rounds:
-the quartile of the ratios that speaks against it counts, so a difference inside the noise never decides, and two runs decide alike.
+**Pays** (``pays``). A distillation has to bring the metric up. Any other step, and a distillation that puts another
+network in place (``student=``), must not be clearly slower, and has to be smaller by 1 % or clearly faster. *Clearly*
+is by 10 %, in three of four rounds: the quartile of the ratios that speaks against it counts, so a difference inside
+the noise never decides, and two runs decide alike.
 
-**Walk** (``walk``). Each step starts from the last model that was kept. A step whose successor is a distillation is judged on the drop
-together with it, since that is what repairs it; if the drop is then above the budget's, both are undone.
+**Walk** (``walk``). Each step starts from the last model that was kept. A step whose successor is a distillation is
+judged on the drop together with it, since that is what repairs it; if the drop is then above the budget's, both are
+undone.
 
-**Choice** (``chosen``). The last model that was kept, unless it clearly misses a goal of speed or size that another one meets, an undone
-one perhaps: then the smallest of those. All are within ``max_drop``: accuracy is never traded for speed that was asked in vain.
+**Choice** (``chosen``). The last model that was kept, unless it clearly misses a goal of speed or size that another one
+meets, an undone one perhaps: then the smallest of those. All are within ``max_drop``: accuracy is never traded for
+speed that was asked in vain.
 """
 
 from __future__ import annotations
@@ -65,7 +68,8 @@ class Outcome:
 class Walk:
     """Where the steps lead.
 
-    outcomes: of the steps so far. current: what the next step starts from. accepted: the last model that was kept, its drop judged.
+    outcomes: of the steps so far. current: what the next step starts from. accepted: the last model that was kept, its
+        drop judged.
     """
 
     outcomes: tuple[Outcome, ...]

@@ -30,10 +30,11 @@
 
 Without a ``[[step]]`` the usual recipe is taken. Paths are relative to the working directory, as on the command line.
 
-What keys a step may have is not written down a second time: it is read from the verb's own signature and the dataclasses of its options,
-and checked by pydantic with ``extra="forbid"``, so that a misspelt key is an error that names the key and what there is. Arguments that
-are objects of the run (the model, the teacher, the device, ...) are the runner's, not the recipe's (``rarefy.compression.steps``). Text that names a choice
-(``"taylor:batches=20"``) is resolved when the recipe is read: what can't work is told before anything is trained.
+What keys a step may have is not written down a second time: it is read from the verb's own signature and the
+dataclasses of its options, and checked by pydantic with ``extra="forbid"``, so that a misspelt key is an error that
+names the key and what there is. Arguments that are objects of the run (the model, the teacher, the device, ...) are the
+runner's, not the recipe's (``rarefy.compression.steps``). Text that names a choice (``"taylor:batches=20"``) is
+resolved when the recipe is read: what can't work is told before anything is trained.
 """
 
 from __future__ import annotations
@@ -58,6 +59,11 @@ from rarefy.compression.budget import Budget
 from rarefy.errors import InputError
 from rarefy.models import source
 from rarefy.system.options import options_of
+from rarefy.tasks.task import Task
+
+Table = Mapping[str, Any]  # of TOML: values by name
+Options = dict[str, Any]  # checked
+Hint = Any  # an annotation
 
 # Objects, which no text says, beside what the runner hands to a verb.
 OBJECTS = frozenset({"inputs", "batches", "validate", "checkpoint_seconds"})
@@ -79,7 +85,7 @@ CHOICES = {
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What to do, checked. ``data``, ``budget`` and each step are options by name, as the task, ``Budget`` and the verb take them.
+    """What to do, checked: options by name, as the task, ``Budget`` and the verbs take them.
 
     steps: ``{"do": "prune", "macs": 0.5, ...}`` in order; empty: the usual recipe.
     """
@@ -90,9 +96,9 @@ class Recipe:
     input: tuple[int, ...] | None = None
     core: str | None = None
     task: str = "classification"
-    data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    budget: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    steps: Sequence[Mapping[str, Any]] = ()
+    data: Table = dataclasses.field(default_factory=dict)
+    budget: Table = dataclasses.field(default_factory=dict)
+    steps: Sequence[Table] = ()
     runtime: str = "onnxruntime"
     output: str | None = None
     seed: int = 0
@@ -115,7 +121,7 @@ def read(path: str | Path) -> Recipe:
     return check(content, where=str(file))
 
 
-def check(content: Mapping[str, Any], where: str = "recipe") -> Recipe:
+def check(content: Table, where: str = "recipe") -> Recipe:
     """A recipe from the tables of a TOML file. Raises InputError."""
     top = _validated(_Top, content, where)
     data = data_options(top.pop("data"), f"{where}: [data]", top["task"])
@@ -129,8 +135,8 @@ def check(content: Mapping[str, Any], where: str = "recipe") -> Recipe:
     return Recipe(**top, data=data, budget=budget, steps=listed)
 
 
-def step(content: Mapping[str, Any] | str, where: str = "step") -> dict[str, Any]:
-    """One step, checked: ``{"do": "prune", "macs": 0.5}``, or as text, ``"prune macs=0.5 criterion=taylor:batches=20"``."""
+def step(content: Table | str, where: str = "step") -> Options:
+    """One step, checked: ``{"do": "prune", "macs": 0.5}``, or as text, ``"prune macs=0.5 criterion=magnitude"``."""
     if isinstance(content, str):
         content = _step_of_text(content, where)
     from rarefy.compression.steps import VERBS
@@ -138,9 +144,8 @@ def step(content: Mapping[str, Any] | str, where: str = "step") -> dict[str, Any
     verb = content.get("do")
     if verb not in VERBS:
         raise InputError(f"{where}: do = {verb!r} is no step; have {', '.join(VERBS)}")
-    options = _validated(
-        _verb_options(verb), {key: value for key, value in content.items() if key != "do"}, f"{where} ({verb})"
-    )
+    asked = {key: value for key, value in content.items() if key != "do"}
+    options = _validated(_verb_options(verb), asked, f"{where} ({verb})")
     for name, value in options.items():
         choice(f"{verb} {name}" if f"{verb} {name}" in CHOICES else name, value, f"{where} ({verb}): {name}")
     targets = [name for name in ("keep", "macs", "params", "speedup") if name in options]
@@ -151,7 +156,7 @@ def step(content: Mapping[str, Any] | str, where: str = "step") -> dict[str, Any
     return {"do": verb, **options}
 
 
-def choice(option: str, value: Any, where: str) -> None:
+def choice(option: str, value: object, where: str) -> None:
     """Is the text a choice of the kind that the option takes? Raises InputError."""
     kind = CHOICES.get(option)
     if kind is None or not isinstance(value, str):
@@ -188,14 +193,15 @@ def write(recipe: Recipe) -> str:
     return "\n".join(lines) + "\n"
 
 
-def data_options(content: Mapping[str, Any], where: str = "data", task: str = "classification") -> dict[str, Any]:
+def data_options(content: Table, where: str = "data", task: str = "classification") -> Options:
     """The options of a task, checked. Raises InputError."""
     return _validated(_task_options(task), content, where)
 
 
-def make_task(data: Mapping[str, Any], task: str = "classification") -> Any:
+def make_task(data: Table, task: str = "classification") -> Task:
     """The task of that name, with its data."""
-    return plugins.task_class(task)(**data)
+    made: Task = plugins.task_class(task)(**data)
+    return made
 
 
 def share(text: str | float, where: str) -> float:
@@ -227,7 +233,7 @@ def size(text: str | float, where: str) -> int:
     return value
 
 
-def _in_numbers(budget: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _in_numbers(budget: Table, where: str) -> Options:
     parsers = {"max_drop": share, "size": size}
     return {
         key: parsers[key](value, f"{where} {key}") if key in parsers and value is not None else value
@@ -244,9 +250,9 @@ class _Top(BaseModel):
     input: str | list[int] | None = None
     core: str | None = None
     task: str = "classification"
-    data: dict[str, Any] = {}
-    budget: dict[str, Any] = {}
-    step: list[dict[str, Any]] = []
+    data: Options = {}
+    budget: Options = {}
+    step: list[Options] = []
     runtime: str = "onnxruntime"
     output: str | None = None
     seed: NonNegativeInt = 0
@@ -270,11 +276,11 @@ def _options(
     given: AbstractSet[str] = frozenset(),
     replaced: AbstractSet[str] = frozenset(),
 ) -> type[BaseModel]:
-    """A pydantic model of what ``function`` takes as text, numbers and lists of them, but for what it is given otherwise.
+    """A pydantic model of what ``function`` takes as text, numbers and lists of them.
 
-    replaced: what may be left out, whatever the function says.
+    given: what is no key. replaced: what may be left out, whatever the function says.
     """
-    fields: dict[str, Any] = {}
+    fields: Options = {}
     for option, (annotation, default) in options_of(function).items():
         if option in given:
             continue
@@ -284,18 +290,20 @@ def _options(
     return create_model(name, __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=True), **fields)
 
 
-def _plain(hint: Any) -> Any:
+def _plain(hint: Hint) -> Hint:
     """What of an annotation can stand in a TOML file."""
     if hint in (int, float, bool, str, type(None), dict):
         return hint
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    origin: object = typing.get_origin(hint)
+    arguments = typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         kept = [plain for plain in map(_plain, arguments) if plain is not None]
         return typing.Union[tuple(kept)] if kept else str  # noqa: UP007 (made from a list)
     if origin is Literal:
         return hint
     if origin is tuple:
-        return tuple[tuple(_plain(argument) if argument is not Ellipsis else ... for argument in arguments)]  # type: ignore[misc]
+        items = tuple(argument if argument is Ellipsis else _plain(argument) for argument in arguments)
+        return tuple[items]  # type: ignore[valid-type]
     if origin in (list, Sequence, Iterable):
         return tuple[_plain(arguments[0]), ...]  # type: ignore[misc]
     if origin in (dict, Mapping):
@@ -303,16 +311,16 @@ def _plain(hint: Any) -> Any:
     return str  # the text that names an object
 
 
-def _is_list(hint: Any) -> bool:
-    return typing.get_origin(hint) is tuple or any(typing.get_origin(part) is tuple for part in typing.get_args(hint))
+def _is_list(hint: Hint) -> bool:
+    return tuple in (typing.get_origin(part) for part in (hint, *typing.get_args(hint)))
 
 
-def _split(value: Any) -> Any:
+def _split(value: object) -> object:
     """``ignore=fc,layer1.*`` on the command line, ``ignore = ["fc", "layer1.*"]`` in TOML."""
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
-def _step_of_text(text: str, where: str) -> dict[str, Any]:
+def _step_of_text(text: str, where: str) -> Options:
     try:
         words = shlex.split(text)
     except ValueError as error:
@@ -320,7 +328,7 @@ def _step_of_text(text: str, where: str) -> dict[str, Any]:
     if not words:
         raise InputError(f"{where}: is empty; write 'prune macs=0.5'")
     verb, *options = words
-    content: dict[str, Any] = {"do": verb}
+    content: Options = {"do": verb}
     for option in options:
         key, equals, value = option.partition("=")
         if not equals:
@@ -329,7 +337,7 @@ def _step_of_text(text: str, where: str) -> dict[str, Any]:
     return content
 
 
-def _validated(model: type[BaseModel], content: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _validated(model: type[BaseModel], content: Table, where: str) -> Options:
     try:
         checked = model.model_validate(content)
     except ValidationError as error:
@@ -353,11 +361,11 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     return f"{key} = {first['input']!r}: {wanted}; mend that value"
 
 
-def _wanted(item: Any) -> str:
+def _wanted(item: Table) -> str:
     return str(item["msg"][0].lower() + item["msg"][1:]).removeprefix("input ").replace("input should be", "should be")
 
 
-def _toml(value: Any) -> str:
+def _toml(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (int, float)):
@@ -366,15 +374,12 @@ def _toml(value: Any) -> str:
         return "[" + ", ".join(map(_toml, value)) + "]"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_toml(str(key))} = {_toml(item)}" for key, item in value.items()) + "}"
-    return (
-        '"'
-        + "".join(
-            _ESCAPES.get(character)
-            or (character if character >= " " and character != "\x7f" else f"\\u{ord(character):04x}")
-            for character in str(value)
-        )
-        + '"'
-    )
+    return f'"{"".join(map(_escaped, str(value)))}"'
+
+
+def _escaped(character: str) -> str:
+    plain = character >= " " and character != "\x7f"
+    return _ESCAPES.get(character) or (character if plain else f"\\u{ord(character):04x}")
 
 
 _ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\t": "\\t", "\r": "\\r"}

@@ -9,7 +9,8 @@
     3-quantize.failed.json      why a step could not be done: it is not tried again
     final.json          the report's facts, once all is done
 
-Each is put in place by one rename, so a kill at any moment leaves whole steps; the next run reads them, and goes on behind the last.
+Each is put in place by one rename, so a kill at any moment leaves whole steps; the next run reads them, and goes on
+behind the last.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ class Folder:
     run: Run
 
     def claim(self, original: fx.GraphModule) -> None:
-        """Make it this run's. Raises InputError where it is in use for something else, or for another run that did a step."""
+        """Make it this run's. Raises InputError where something else lies there, or another run that did a step."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             present = {path.name for path in self.path.iterdir()}
@@ -147,7 +148,7 @@ class Folder:
         return place.with_name(place.name + suffix)
 
     def stored(self, index: int) -> Candidate | str | None:
-        """What an earlier run made of step ``index``: a candidate, or why there is none; None: it has not been tried."""
+        """What an earlier run made of step ``index``: a candidate, or why there is none; None: it was not tried."""
         failure = self.beside(index, ".failed.json")
         if failure.exists():
             return str(read_json(failure)["why"])
@@ -160,7 +161,7 @@ class Folder:
         return Candidate.read(self.place(0), 0)
 
     def attempt(self, index: int, parent: Candidate, original: Candidate) -> Candidate | str:
-        """The candidate that step ``index`` makes of ``parent``, or why there is none. Done before: read, not done again."""
+        """The candidate that step ``index`` makes of ``parent``, or why there is none; read, if it was tried before."""
         stored = self.stored(index)
         if stored is not None:
             return stored
@@ -200,7 +201,7 @@ class Folder:
         seconds: float,
         others: Sequence[Candidate] = (),
     ) -> None:
-        """Export, judge, measure, and put it all in place at once. others: the original, and what the step started from."""
+        """Export, judge, measure, put it all in place at once. others: the original, and what the step started from."""
         run, runtime = self.run, self.run.runtime
         with tempfile.TemporaryDirectory(prefix="rarefy-") as temporary:
             file = Path(temporary) / run.model_file

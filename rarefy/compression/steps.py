@@ -1,4 +1,4 @@
-"""The steps of a recipe: each verb with what the run hands to it, and the options that are left for the recipe to say."""
+"""The steps of a recipe: each verb with what the run hands to it, and the options that are left to the recipe."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ VERBS = {
 
 
 def check_steps(steps: Sequence[Step]) -> None:
-    """Are these steps, with options that they have? Told before the first hour of work, not after it. Raises InputError."""
+    """Told before the first hour of work, not after it: raises InputError for what is no step or no option of one."""
     if not steps:
         raise InputError("compress: no step is left; give at least one, such as {'do': 'quantize'}")
     for number, step in enumerate(steps, 1):

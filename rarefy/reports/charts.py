@@ -1,11 +1,11 @@
-"""Figures of a report: bars as shares of a width, curves and the frontier as coordinates. The template draws them as boxes and SVG."""
+"""Figures of a report: bars as shares of a width, curves and the frontier as coordinates. The template draws them."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple
 
 from rarefy.reports.facts import Curve, Point, Side
 from rarefy.reports.units import Form, Metric, Number, count, ms, percent, short, size
@@ -13,75 +13,10 @@ from rarefy.reports.units import Form, Metric, Number, count, ms, percent, short
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 460.0, 240.0, 58.0, 14.0, 12.0, 42.0
 _LETTER, _LINE = 6.3, 12.0  # a letter's width and a line's height, about
 
-Tick = tuple[float, str]  # place, and what stands there
+Drawn = dict[str, object]  # what the template draws, by the names that it uses
 
 
-class Frame(TypedDict):
-    """The axes of a figure, in its coordinates."""
-
-    width: float
-    height: float
-    left: float
-    right: float
-    top: float
-    bottom: float
-    ticks_x: list[Tick]
-    ticks_y: list[Tick]
-
-
-class Line(TypedDict):
-    """path: points of a polyline. dot: of a line of one point. colour: its number. last: value of the last point."""
-
-    name: str
-    path: str
-    dot: tuple[float, float] | None
-    colour: int
-    last: str
-
-
-class Chart(Frame):
-    title: str
-    x: str
-    y: str
-    lines: list[Line]
-
-
-class Place(TypedDict):
-    x: float
-    y: float
-
-
-class Mark(TypedDict):
-    """A candidate. low, high: where its interval ends. beaten: another is both faster and better. text: for the mouse."""
-
-    name: str
-    x: float
-    y: float
-    low: float
-    high: float
-    chosen: bool
-    beaten: bool
-    label: Place
-    text: str
-
-
-class Frontier(Frame):
-    x: str
-    y: str
-    marks: list[Mark]
-
-
-class Bar(TypedDict):
-    """before, after: the numbers. left, right: their bars, in percent of the longer one."""
-
-    label: str
-    before: str
-    after: str
-    left: float
-    right: float
-
-
-def bars(before: Side, after: Side) -> list[Bar]:
+def bars(before: Side, after: Side) -> list[Drawn]:
     """Pairs of bars, the longer one full."""
     rows: tuple[tuple[str, Number, Number, Form], ...] = (
         ("latency", before["latency_ms"].get("median"), after["latency_ms"].get("median"), ms),
@@ -90,15 +25,15 @@ def bars(before: Side, after: Side) -> list[Bar]:
         ("parameters", before.get("parameters"), after.get("parameters"), count),
         ("peak memory", before.get("peak_memory_bytes"), after.get("peak_memory_bytes"), size),
     )
-    found = []
+    found: list[Drawn] = []
     for label, left, right, form in rows:
         if left is not None and right is not None and (top := max(left, right)) > 0:
-            widths = percent(left / top), percent(right / top)
-            found.append(Bar(label=label, before=form(left), after=form(right), left=widths[0], right=widths[1]))
+            widths = {"left": percent(left / top), "right": percent(right / top)}
+            found.append({"label": label, "before": form(left), "after": form(right), **widths})
     return found
 
 
-def chart(curve: Curve) -> Chart | None:
+def chart(curve: Curve) -> Drawn | None:
     """Lines over a grid; None where there is no point."""
     series = []
     for item in curve["series"]:
@@ -114,12 +49,13 @@ def chart(curve: Curve) -> Chart | None:
         places = [(axes.x(x), axes.y(y)) for x, y in points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         dot = places[0] if len(places) == 1 else None
-        lines.append(Line(name=name, path=path, dot=dot, colour=index % 5, last=short(points[-1][1])))
-    return Chart(title=curve["title"], x=curve["x"], y=curve["y"], lines=lines, **_frame(axes))
+        lines.append({"name": name, "path": path, "dot": dot, "colour": index % 5, "last": short(points[-1][1])})
+    return {"title": curve["title"], "x": curve["x"], "y": curve["y"], "lines": lines, **_frame(axes)}
 
 
-def frontier(candidates: Sequence[Point], metric: Metric) -> Frontier | None:
-    """The metric over latency (or over size where no latency is told), with intervals; None for fewer than two points."""
+def frontier(candidates: Sequence[Point], metric: Metric) -> Drawn | None:
+    """The metric over latency (or over size where no latency is told), with intervals; None for fewer than two
+    points."""
     timed = any("latency_ms" in item for item in candidates)
     points = []
     for item in candidates:
@@ -137,19 +73,19 @@ def frontier(candidates: Sequence[Point], metric: Metric) -> Frontier | None:
     sign = -1 if metric.lower else 1
     for item, x, y, low, high in sorted(points, key=lambda point: not point[0]["chosen"]):
         name, left, top = item["name"], axes.x(x), axes.y(y)
-        mark = Mark(
-            name=name,
-            x=round(left, 1),
-            y=round(top, 1),
-            low=round(axes.y(low), 1),
-            high=round(axes.y(high), 1),
-            chosen=item["chosen"],
-            beaten=any(other[1] <= x and sign * other[2] >= sign * y and other[1:3] != (x, y) for other in points),
-            label=_label(name, left, top, taken),
-            text=f"{name}: {metric.value(item['value'])}, {short(x)} {'ms' if timed else 'MB'}",
-        )
+        mark = {
+            "name": name,
+            "x": round(left, 1),
+            "y": round(top, 1),
+            "low": round(axes.y(low), 1),
+            "high": round(axes.y(high), 1),
+            "chosen": item["chosen"],
+            "beaten": any(other[1] <= x and sign * other[2] >= sign * y and other[1:3] != (x, y) for other in points),
+            "label": _label(name, left, top, taken),
+            "text": f"{name}: {metric.value(item['value'])}, {short(x)} {'ms' if timed else 'MB'}",
+        }
         marks.append(mark)
-    return Frontier(marks=marks, x="latency, ms" if timed else "size, MB", y=metric.axis, **_frame(axes))
+    return {"marks": marks, "x": "latency, ms" if timed else "size, MB", "y": metric.axis, **_frame(axes)}
 
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
@@ -160,8 +96,9 @@ def _around(x: float, y: float, width: float) -> Box:
     return x, y - _LINE, x + width, y
 
 
-def _label(name: str, x: float, y: float, taken: list[Box]) -> Place:
-    """Where a point's name stands: beside it, above or below, the nearest place that is inside the figure and free. It is
+def _label(name: str, x: float, y: float, taken: list[Box]) -> Drawn:
+    """Where a point's name stands: beside it, above or below, the nearest place that is inside the figure and free. It
+    is
     then taken."""
     width = _LETTER * len(name)
     places = [
@@ -180,7 +117,7 @@ def _label(name: str, x: float, y: float, taken: list[Box]) -> Place:
 
     chosen = next(filter(free, places), places[0])
     taken.append(_around(*chosen, width))
-    return Place(x=round(chosen[0], 1), y=round(chosen[1], 1))
+    return {"x": round(chosen[0], 1), "y": round(chosen[1], 1)}
 
 
 class _Axes(NamedTuple):
@@ -205,17 +142,17 @@ def _axes(xs: Sequence[float], ys: Sequence[float]) -> _Axes:
     )
 
 
-def _frame(axes: _Axes) -> Frame:
-    return Frame(
-        width=_WIDTH,
-        height=_HEIGHT,
-        left=_LEFT,
-        right=_WIDTH - _RIGHT,
-        top=_TOP,
-        bottom=_HEIGHT - _BOTTOM,
-        ticks_x=[(round(axes.x(value), 1), short(value)) for value in axes.ticks_x],
-        ticks_y=[(round(axes.y(value), 1), short(value)) for value in axes.ticks_y],
-    )
+def _frame(axes: _Axes) -> Drawn:
+    return {
+        "width": _WIDTH,
+        "height": _HEIGHT,
+        "left": _LEFT,
+        "right": _WIDTH - _RIGHT,
+        "top": _TOP,
+        "bottom": _HEIGHT - _BOTTOM,
+        "ticks_x": [(round(axes.x(value), 1), short(value)) for value in axes.ticks_x],
+        "ticks_y": [(round(axes.y(value), 1), short(value)) for value in axes.ticks_y],
+    }
 
 
 def _ticks(low: float, high: float, wanted: int = 5) -> list[float]:

@@ -1,4 +1,4 @@
-"""Before and after: the rows of the table, each a kind that says what it shows of a side, and what of the change between two."""
+"""The table of before and after: of each row, what it shows of a side, and of the change between the two."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ TOLERATED = 0.005  # loss of a share that is not called worse
 
 
 class Row(TypedDict):
-    """A row of the comparison. term: in the glossary. good: is the change one; None: neither. tile: is it also shown large?"""
+    """A row of the comparison. term: in the glossary. good: is the change one; None: neither. tile: is it also shown
+    large?"""
 
     label: str
     term: str
@@ -33,7 +34,8 @@ class Change(NamedTuple):
 
 
 class _Kind(NamedTuple):
-    """A kind of row. label, term: of the row and in the glossary. text: of a side. change: between two. of_original: shown of it too?"""
+    """A kind of row. label, term: of the row and in the glossary. text: of a side. change: between two. of_original:
+    shown of it too?"""
 
     label: str
     term: str
@@ -108,7 +110,8 @@ def _latency(side: Side) -> str:
 
 
 def _speed(before: Side, after: Side) -> Change:
-    """The median of the ratios within rounds, which goals are judged by too; the ratio of two medians where it is missing."""
+    """The median of the ratios within rounds, which goals are judged by too; the ratio of two medians where it is
+    missing."""
     ratio = after["speedup"].get("original", {}).get("median")
     if ratio is not None:
         return _gain(ratio, 1.0, "faster", "slower")

@@ -1,8 +1,8 @@
 """What a report is made of: one JSON-able dictionary, typed here, and checked at the door.
 
-Whoever makes a report leaves out what there is not to say. ``checked`` refuses what has another form, and completes the rest: in what it
-returns texts, lists and tables are always there, perhaps empty, and a number is there or its key is not. A number that is None, NaN or
-infinite counts as not told. Reports that an earlier rarefy wrote stay readable.
+Whoever makes a report leaves out what there is not to say. ``checked`` refuses what has another form, and completes the
+rest: in what it returns texts, lists and tables are always there, perhaps empty, and a number is there or its key is
+not. A number that is None, NaN or infinite counts as not told. Reports that an earlier rarefy wrote stay readable.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, cast
 
 from rarefy.errors import FormatError
+from rarefy.system.strict_json import Json
 
+Hint = Any  # an annotation
 Interval = tuple[float, float]
 Table = Mapping[str, object]
 
@@ -173,7 +175,8 @@ class LayerDifference(TypedDict, total=False):
 
 
 class Parity(TypedDict, total=False):
-    """Of the exported file with the model in PyTorch. also: of the same file on other runtimes. Other keys are shown as they are."""
+    """Of the exported file with the model in PyTorch. also: of the same file on other runtimes. Other keys are shown as
+    they are."""
 
     agreement: float
     samples: int
@@ -189,8 +192,10 @@ class Facts(TypedDict, total=False):
     """All that a report shows.
 
     title: what was compressed. warnings: what makes the comparison worthless, such as an original without its weights.
-    before, after: the original and the result. robustness: {"before", "after": {corruption: {severity: value}}}, taken from the
-    evaluations where missing. provenance: {"environment": {}, "hashes": {}, "commands": [], "seed", "recipe", "created", ...}.
+    before, after: the original and the result. robustness: {"before", "after": {corruption: {severity: value}}}, taken
+        from the
+    evaluations where missing. provenance: {"environment": {}, "hashes": {}, "commands": [], "seed", "recipe",
+    "created", ...}.
     """
 
     title: str
@@ -205,13 +210,13 @@ class Facts(TypedDict, total=False):
     curves: list[Curve]
     parity: Parity | None
     robustness: Mapping[str, Mapping[str, Mapping[str, float | None]]]
-    provenance: Mapping[str, Any]
+    provenance: Mapping[str, Json]
 
 
 # ----------------------------------------------------------------------------------------------------------- the door
 
 
-def checked(facts: Mapping[str, Any]) -> Facts:
+def checked(facts: Mapping[str, Json]) -> Facts:
     """The facts, complete. Raises FormatError, which names the place that has another form."""
     raw = clean(facts)
     _expect(isinstance(raw, Mapping), raw, "facts", "table")
@@ -221,17 +226,19 @@ def checked(facts: Mapping[str, Any]) -> Facts:
     return cast(Facts, _table(Facts, {**raw, **sides}, ""))
 
 
-def _side(raw: Any, where: str) -> dict[str, Any]:
+def _side(raw: Json, where: str) -> dict[str, Json]:
     _expect(raw is None or isinstance(raw, Mapping), raw, where, "table")
     side = dict(raw or {})
     if is_number(side.get("latency_ms")):
         side["latency_ms"] = {"median": side["latency_ms"]}
-    if "speedup" in side and "original" not in (side["speedup"] or {}):
-        side["speedup"] = {"original": side["speedup"]}
+    ratios = side.get("speedup")
+    _expect(ratios is None or isinstance(ratios, Mapping), ratios, f"{where}.speedup", "table")
+    if ratios and "original" not in ratios:
+        side["speedup"] = {"original": ratios}
     return side
 
 
-def _table(kind: Any, raw: Any, where: str) -> dict[str, Any]:
+def _table(kind: Hint, raw: Json, where: str) -> dict[str, Json]:
     """Each key that ``kind``, a TypedDict, has; others as they are."""
     _expect(raw is None or isinstance(raw, Mapping), raw, where, "table")
     given, hints = raw or {}, _hints(kind)
@@ -244,11 +251,11 @@ def _table(kind: Any, raw: Any, where: str) -> dict[str, Any]:
 
 
 @functools.cache
-def _hints(kind: Any) -> dict[str, Any]:
+def _hints(kind: Hint) -> dict[str, Json]:
     return typing.get_type_hints(kind)
 
 
-def _value(hint: Any, value: Any, where: str) -> Any:
+def _value(hint: Hint, value: Json, where: str) -> Json:
     """value in the form that the annotation asks for; None: there is none."""
     if _is_optional(hint):
         inner = next(part for part in typing.get_args(hint) if part is not types.NoneType)
@@ -261,7 +268,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return "" if value is None else str(value)
     if typing.is_typeddict(hint):
         return _table(hint, value, where)
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    origin: object = typing.get_origin(hint)
+    parts = typing.get_args(hint)
     if origin is list:
         _expect(value is None or isinstance(value, list), value, where, "list")
         return [_value(parts[0], item, f"{where}[{index}]") for index, item in enumerate(value or [])]
@@ -273,7 +281,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
-def _is_optional(hint: Any) -> bool:
+def _is_optional(hint: Hint) -> bool:
     return types.NoneType in typing.get_args(hint)
 
 
@@ -292,7 +300,7 @@ def number(table: Mapping[str, object], key: str) -> float | None:
     return value if is_number(value) else None
 
 
-def clean(value: Any) -> Any:
+def clean(value: Json) -> Json:
     """As JSON has it: text keys, lists, and None for a number that is not finite."""
     if isinstance(value, Mapping):
         return {str(key): clean(item) for key, item in value.items()}
@@ -303,7 +311,7 @@ def clean(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
-# ------------------------------------------------------------------------------------------------ from a graph's history
+# ----------------------------------------------------------------------------------------------- of a graph's history
 
 ROUNDING = ("bits", "activation_bits", "error", "sqnr_db")
 
@@ -316,7 +324,7 @@ class Epoch(TypedDict, total=False):
     val: float | None
 
 
-def told_by(history: Sequence[Mapping[str, Any]], label: str = "top-1", unit: str = "%") -> Facts:
+def told_by(history: Sequence[Mapping[str, Json]], label: str = "top-1", unit: str = "%") -> Facts:
     """The facts ``steps``, ``layers`` and ``curves`` as a graph's ``meta["history"]`` tells them.
 
     label, unit: of the metric that its trainings looked at.
@@ -345,7 +353,7 @@ def told_by(history: Sequence[Mapping[str, Any]], label: str = "top-1", unit: st
     return Facts(steps=steps, layers=list(layers.values()), curves=charts)
 
 
-def rounding(layer: Mapping[str, Any], *keys: str) -> Layer:
+def rounding(layer: Mapping[str, Json], *keys: str) -> Layer:
     """What a quantization's record says of a layer."""
     return cast(Layer, {key: layer[key] for key in keys or ROUNDING if layer.get(key) is not None})
 
@@ -355,7 +363,8 @@ def curves(
 ) -> list[Curve]:
     """A chart of the loss, and one of the metric if it was looked at.
 
-    label, unit: of the metric. validation: how the second chart's title ends. lines: names of the loss and of the metric.
+    label, unit: of the metric. validation: how the second chart's title ends. lines: names of the loss and of the
+        metric.
     """
     scale = 100.0 if unit == "%" else 1.0
     charts = (

@@ -1,4 +1,4 @@
-"""Words that a report uses, explained to who has not read the log: shown where the mouse rests, and at the page's end."""
+"""Words that a report uses, explained: shown where the mouse rests, and at the page's end."""
 
 OF_CLASSES = ("accuracy", "drop", "agreement", "calibration error", "worst class")  # words for classifiers alone
 GLOSSARY = {

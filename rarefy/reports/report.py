@@ -1,8 +1,8 @@
 """report(): what was done to a model and what came of it, as one HTML file, as JSON, and as text.
 
-The HTML file is self-contained: no network, no script (a Content-Security-Policy in it forbids both), figures as inline SVG and plain
-boxes, light and dark, printable. Everything is escaped: names of models and layers come from files. It leaves out what it is not told; it
-computes ratios and sentences from the facts, and never a fact.
+The HTML file is self-contained: no network, no script (a Content-Security-Policy in it forbids both), figures as inline
+SVG and plain boxes, light and dark, printable. Everything is escaped: names of models and layers come from files. It
+leaves out what it is not told; it computes ratios and sentences from the facts, and never a fact.
 
 The facts are one JSON-able dictionary (``rarefy.reports.facts``); every key is optional.
 """

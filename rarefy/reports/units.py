@@ -138,7 +138,8 @@ class Metric:
 
 
 def metric_of(facts: Facts) -> Metric:
-    """The metric that both sides were judged by. Facts without a label are of an earlier rarefy, which knew shares alone."""
+    """The metric that both sides were judged by. Facts without a label are of an earlier rarefy, which knew shares
+    alone."""
     sides = (facts["after"]["evaluation"], facts["before"]["evaluation"])
     evaluation = next((one for one in sides if one["metric"]), None)
     if evaluation is None:

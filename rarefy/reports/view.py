@@ -1,4 +1,4 @@
-"""What the page shows, as text and coordinates, computed from the facts: ratios, sentences, rows. Nothing in it is markup."""
+"""What the page shows, as text and coordinates: ratios, sentences and rows from the facts. Nothing in it is markup."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypedDict
 
-from rarefy.reports.charts import Bar, Chart, Frontier, bars, chart, frontier
+from rarefy.reports.charts import Drawn, bars, chart, frontier
 from rarefy.reports.comparison import Row, comparison_rows
 from rarefy.reports.facts import Facts, Goal, Layer, Parity, Step, checked, is_number, number
 from rarefy.reports.glossary import GLOSSARY, OF_CLASSES
@@ -29,6 +29,9 @@ from rarefy.reports.units import (
 
 LOADING = 0.2  # share of a training from which on loading data is worth a thought
 WEAK = 20.0  # decibels of a layer's signal to noise below which its bar is red
+
+
+Lines = list[tuple[str, str]]  # name and value
 
 
 class VerdictView(TypedDict):
@@ -56,67 +59,7 @@ class StepView(TypedDict):
     after: str
     seconds: str
     loading: str
-    facts: list[tuple[str, str]]
-
-
-class LayerView(TypedDict):
-    """width: of the layer's bar. share: of it that was kept. clean: signal to noise as a bar, red if weak."""
-
-    name: str
-    kept: str
-    width: float
-    share: float
-    bits: str
-    activations: str
-    error: str
-    clean: float
-    weak: bool
-    output: str
-    why: str
-    macs: str
-    bytes: str
-
-
-class LayersView(TypedDict):
-    """columns: which are there. worst: the noisiest outputs."""
-
-    rows: list[LayerView]
-    columns: dict[str, bool]
-    worst: list[tuple[str, str]]
-
-
-class Corruption(TypedDict):
-    """means, widths: before and after. cells: both, a severity."""
-
-    name: str
-    means: list[str]
-    widths: list[float]
-    change: str
-    cells: list[tuple[str, str]]
-
-
-class RobustnessView(TypedDict):
-    what: str
-    rows: list[Corruption]
-    severities: list[str]
-    overall: list[str]
-    change: str
-
-
-Lines = list[tuple[str, str]]  # name and value
-
-
-class ParityView(TypedDict):
-    rows: Lines
-    layers: Lines
-    passed: bool | None
-
-
-class ProvenanceView(TypedDict):
-    single: Lines
-    tables: list[tuple[str, Lines]]
-    commands: list[str]
-    recipe: str
+    facts: Lines
 
 
 class View(TypedDict):
@@ -129,14 +72,14 @@ class View(TypedDict):
     tiles: list[Row]
     comparison: list[Row]
     names: tuple[str, str]
-    bars: list[Bar]
-    frontier: Frontier | None
-    layers: LayersView | None
+    bars: list[Drawn]
+    frontier: Drawn | None
+    layers: Drawn | None
     steps: list[StepView]
-    curves: list[Chart]
-    robustness: RobustnessView | None
-    parity: ParityView | None
-    provenance: ProvenanceView
+    curves: list[Drawn]
+    robustness: Drawn | None
+    parity: Drawn | None
+    provenance: Drawn
     glossary: Mapping[str, str]
 
 
@@ -144,7 +87,7 @@ def view(told: Mapping[str, object]) -> View:
     """What the template lays out. told: the facts. Raises FormatError for what is none."""
     facts = checked(told)
     before, after, metric = facts["before"], facts["after"], metric_of(facts)
-    goals = [_goal(goal) for goal in facts["goals"]]
+    goals = [_goal(goal, metric) for goal in facts["goals"]]
     comparison = comparison_rows(before, after, metric)
     return View(
         title=facts["title"] or "A compressed model",
@@ -208,10 +151,10 @@ _FORMS: Mapping[str, Callable[[float], str]] = {
 }
 
 
-def _goal(goal: Goal) -> GoalView:
+def _goal(goal: Goal, metric: Metric) -> GoalView:
     label, unit, bound = _GOALS.get(goal["name"], (goal["name"] or "goal", "", ""))
-    if goal["name"] == "max_drop" and goal["unit"] not in ("", "share"):
-        label = "drop"
+    if goal["name"] == "max_drop" and not metric.of_classes:
+        label = f"drop of the {metric.name}"
     unit = goal["unit"] or unit
     return GoalView(
         label=label,
@@ -273,26 +216,25 @@ def _single(table: Mapping[str, object], *but: str) -> Lines:
 # ------------------------------------------------------------------------------------------------ layers, robustness
 
 
-def _layers(layers: Sequence[Layer]) -> LayersView | None:
+def _layers(layers: Sequence[Layer]) -> Drawn | None:
     if not layers:
         return None
     widest = max(layer.get("channels_before", 0) for layer in layers) or 1
     rows = [_layer(layer, widest) for layer in layers]
-    told: list[Mapping[str, object]] = [{**row} for row in rows]
     columns = ("kept", "bits", "activations", "error", "output", "why", "macs", "bytes")
     noisy = sorted((layer for layer in layers if "sqnr_db" in layer), key=lambda layer: layer["sqnr_db"])[:5]
-    return LayersView(
+    return Drawn(
         rows=rows,
-        columns={key: any(row[key] for row in told) for key in columns},
+        columns={key: any(row[key] for row in rows) for key in columns},
         worst=[(layer["name"], decibels(layer["sqnr_db"])) for layer in noisy],
     )
 
 
-def _layer(layer: Layer, widest: float) -> LayerView:
+def _layer(layer: Layer, widest: float) -> Drawn:
     was, now, error = layer.get("channels_before"), layer.get("channels_after"), layer.get("error")
     noise = -10 * math.log10(error) if error is not None and error > 0 else None
     both = was is not None and now is not None
-    return LayerView(
+    return Drawn(
         name=layer["name"],
         kept=f"{thousands(now)} of {thousands(was)}" if both else "",
         # The area stands for channels: square root, so that narrow layers stay visible.
@@ -310,7 +252,7 @@ def _layer(layer: Layer, widest: float) -> LayerView:
     )
 
 
-def _robustness(facts: Facts, metric: Metric) -> RobustnessView | None:
+def _robustness(facts: Facts, metric: Metric) -> Drawn | None:
     given = facts["robustness"]
     tables = [
         given.get(name) or evaluation["robustness"]
@@ -325,7 +267,7 @@ def _robustness(facts: Facts, metric: Metric) -> RobustnessView | None:
         left, right = (table.get(name, {}) for table in tables)
         means = [mean(left.values()), mean(right.values())]
         rows.append(
-            Corruption(
+            Drawn(
                 name=name.replace("_", " "),
                 means=[metric.value(one) for one in means],
                 widths=_widths(means, metric),
@@ -334,7 +276,7 @@ def _robustness(facts: Facts, metric: Metric) -> RobustnessView | None:
             )
         )
     overall = [mean(mean(row.values()) for row in table.values()) for table in tables]
-    return RobustnessView(
+    return Drawn(
         what="Accuracy" if metric.of_classes else metric.label,
         rows=rows,
         severities=severities,
@@ -352,7 +294,7 @@ def _widths(means: Sequence[Number], metric: Metric) -> list[float]:
 # --------------------------------------------------------------------------------------------- parity and provenance
 
 
-def _parity(parity: Parity | None, metric: Metric) -> ParityView | None:
+def _parity(parity: Parity | None, metric: Metric) -> Drawn | None:
     if not parity:
         return None
     answer = "same top-1" if metric.of_classes else "same answer"
@@ -370,13 +312,13 @@ def _parity(parity: Parity | None, metric: Metric) -> ParityView | None:
         rows.append((f"the same file on {name}", f"{share(one.get('agreement'))} {answer}, {differs}"))
     rows += [(key.replace("_", " "), value) for key, value in _single(parity, *Parity.__annotations__)]
     layers = [(one["name"], plain(one["difference"])) for one in parity["layers"] if "difference" in one]
-    return ParityView(rows=rows, layers=layers, passed=parity["passed"])
+    return Drawn(rows=rows, layers=layers, passed=parity["passed"])
 
 
-def _provenance(provenance: Mapping[str, object]) -> ProvenanceView:
+def _provenance(provenance: Mapping[str, object]) -> Drawn:
     lists = {key: value for key, value in provenance.items() if isinstance(value, list) and value}
     commands = lists.pop("commands", [])
-    return ProvenanceView(
+    return Drawn(
         single=_single(provenance, "recipe") + [(key, ", ".join(map(plain, value))) for key, value in lists.items()],
         tables=[(key, _flat(value)) for key, value in provenance.items() if isinstance(value, Mapping) and value],
         commands=[str(command) for command in commands],

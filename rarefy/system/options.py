@@ -61,7 +61,8 @@ class Option(NamedTuple):
 
 
 def options_of(function: Callable[..., object]) -> dict[str, Option]:
-    """The keywords of a verb, or of a class's constructor; among them the fields of a dataclass that it takes one by one."""
+    """The keywords of a verb, or of a class's constructor; among them the fields of a dataclass that it takes one by
+    one."""
     hints = typing.get_type_hints(function)
     parameters = inspect.signature(function).parameters.values()
     loose = any(one.kind is one.VAR_KEYWORD for one in parameters)

@@ -1,4 +1,5 @@
-"""compress(): the budget, the gates, the choice, what is saved and what is refused. Digits, a tiny net, the real runtime."""
+"""compress(): the budget, the gates, the choice, what is saved and what is refused. Digits, a tiny net, the real
+runtime."""
 
 from __future__ import annotations
 

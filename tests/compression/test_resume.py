@@ -1,8 +1,9 @@
-"""compress() killed in each step goes on, and ends with the bytes of an undisturbed run; so does a second run with the same seed.
+"""compress() killed in each step goes on, and ends with the bytes of an undisturbed run; so does a second run with the
+same seed.
 
-Compared are the files that hold the model: graph.json, weights.safetensors and model.onnx. The manifest and the report hold what clocks said.
-The network is so wide that each step clearly pays: at a gate's threshold the clock of a loaded machine would decide.
-"""
+Compared are the files that hold the model: graph.json, weights.safetensors and model.onnx. The manifest and the report
+hold what clocks said. The network is so wide that each step clearly pays: at a gate's threshold the clock of a loaded
+machine would decide. """
 
 from __future__ import annotations
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
 import math
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rarefy.errors import InputError
+from rarefy.errors import FormatError, InputError
 from rarefy.reports import charts, report, units, view
 from rarefy.reports import facts as facts_
 
@@ -276,6 +278,61 @@ def test_report_writes_both_files_and_replaces_them_whole(tmp_path: Path, monkey
         report.report({"title": "other"}, path)
     monkeypatch.undo()
     assert path.read_text(encoding="utf-8") == first
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where something stands in the facts."""
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        yield (*path, key)
+        if isinstance(item, (dict, list)):
+            yield from places(item, (*path, key))
+
+
+@pytest.mark.parametrize("odd", [3, "odd", [1], {"odd": 1}, None, True])
+def test_what_has_another_form_is_shown_or_refused_by_its_place(odd: Any) -> None:
+    refused = set()
+    for path in places(facts()):
+        told = facts()
+        place = functools.reduce(lambda value, key: value[key], path[:-1], told)
+        place[path[-1]] = odd
+        try:
+            report.summary(told)
+        except FormatError as error:
+            refused.add(str(error).split(":")[0])
+    if odd == 3:
+        assert {"before", "goals", "goals[0]", "after.evaluation.drop", "layers", "curves[0].series"} <= refused
+        assert "before.name" not in refused and "title" not in refused
+    with pytest.raises(FormatError, match=r"goals\[1\]: 'no goal' is no table"):
+        report.html({"goals": [{}, "no goal"]})
+
+
+def test_the_metric_is_called_what_the_facts_call_it() -> None:
+    """A mean absolute error in years: lower is better, no share, and nothing of classes."""
+    told = facts()
+    for name, value in (("before", 2.5), ("after", 2.0)):
+        told[name]["evaluation"] = {
+            "metric": "mae", "label": "mean absolute error", "unit": "years", "better": "lower", "value": value,
+            "interval": [value - 0.25, value + 0.25], "samples": 99, "robustness": {"fog": {"1": 2 * value}},
+        }  # fmt: skip
+    told["after"]["evaluation"]["drop"] = {"value": -0.5, "interval": [-0.75, -0.25]}
+    told["goals"][0] |= {"unit": "years", "asked": 0.5, "reached": -0.5, "met": True}
+    for point, value in zip(told["frontier"], (2.5, 4.0, 2.0), strict=True):
+        point |= {"value": value, "interval": [value - 0.25, value + 0.25]}
+    page = report.html(told)
+    text = Page(page).text
+    for said in ("mean absolute error", "2.5 years (2.25 to 2.75, 99 images)", "−0.5 years", "−0.75 to −0.25", "at most 0.5 years", "same answer",
+                 "mean absolute error on images made worse", "4 years", "drop of the mean absolute error"):  # fmt: skip
+        assert said in text, said
+    assert "top-1" not in page and "points" not in text.split("Words used here")[0]
+    row = view.view(told)["comparison"][0]
+    assert (row["label"], row["good"]) == ("mean absolute error", True)
+    marks = {mark["name"]: mark for mark in view.view(told)["frontier"]["marks"]}
+    assert marks["pruned"]["beaten"] and not marks["quantized"]["beaten"] and marks["original"]["beaten"]
+    told["after"]["evaluation"].pop("drop")
+    assert view.view(told)["comparison"][0]["change"] == "−0.5 years"
+    told["before"], told["after"] = told["after"], told["before"]
+    row = view.view(told)["comparison"][0]
+    assert (row["change"], row["good"]) == ("+0.5 years", False)
 
 
 def test_report_is_an_html_file(tmp_path: Path) -> None:
