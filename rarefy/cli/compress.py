@@ -24,7 +24,13 @@ from rarefy.cli.options import (
     grouped,
 )
 from rarefy.cli.outputs import claim_folder, readable, show_report
+from rarefy.compression.budget import Budget
 from rarefy.errors import InputError
+
+GOALS = {
+    one.name: typer.Option(metavar=one.metadata["metavar"], help=one.metadata["help"], rich_help_panel=_BUDGET)
+    for one in dataclasses.fields(Budget)
+}  # of the budget; its shares and sizes are text here ("0.5%", "2MB")
 
 
 @app.command()
@@ -33,18 +39,9 @@ def compress(
     model: ModelOptions,
     data: DataOptions,
     output: Output,
-    max_drop: Annotated[
-        str | None,
-        typer.Option(metavar="SHARE", help="Accuracy that may be lost: 0.5% or 0.005.", rich_help_panel=_BUDGET),
-    ] = None,
-    speedup: Annotated[
-        float | None,
-        typer.Option(metavar="RATIO", help="How many times faster on the runtime.", rich_help_panel=_BUDGET),
-    ] = None,
-    size: Annotated[
-        str | None,
-        typer.Option(metavar="BYTES", help="Largest size of the weights on disk: 500kB, 2MB.", rich_help_panel=_BUDGET),
-    ] = None,
+    max_drop: Annotated[str | None, GOALS["max_drop"]] = None,
+    speedup: Annotated[float | None, GOALS["speedup"]] = None,
+    size: Annotated[str | None, GOALS["size"]] = None,
     step: Annotated[
         list[str] | None,
         typer.Option(
@@ -97,7 +94,6 @@ def run_recipe(
 
 
 def _compress(asked: Any, key: str | None, as_json: bool) -> None:
-    from rarefy.compression import budget as budget_module
     from rarefy.compression import compress as compress_module
     from rarefy.compression import recipe
     from rarefy.models import load
@@ -113,7 +109,7 @@ def _compress(asked: Any, key: str | None, as_json: bool) -> None:
     graph = load.graph_of(source, agreed_shape(asked.input, task), asked.core)
     if (outputs := output_count(graph)) is not None:
         task.check(outputs)
-    budget = budget_module.Budget(**asked.budget)
+    budget = Budget(**asked.budget)
     result = compress_module.compress(
         graph,
         task,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rarefy.reports.facts import Goal
 from rarefy.system.options import check, option
-from rarefy.tasks.task import Task
+
+if TYPE_CHECKING:  # the command line reads the fields, without torch
+    from rarefy.tasks.task import Task
 
 Step = Mapping[str, object]  # {"do": verb, option: value, ...}
 QUANTIZED_GAIN = 1.5  # what the usual recipe expects of int8: kernels differ, so less than the 2 to 4 that is common
@@ -26,21 +29,24 @@ class Budget:
 
     max_drop: float | None = option(
         None,
-        "what may be lost of the metric, 0.5% or 0.005",
+        "Accuracy that may be lost: 0.5% or 0.005.",
         lambda drop: drop is None or 0 <= drop < 1,
         "a share from 0 up to 1; half a point is 0.005",
+        metavar="SHARE",
     )
     speedup: float | None = option(
         None,
-        "how many times faster on the runtime",
+        "How many times faster on the runtime.",
         lambda ratio: ratio is None or 1 <= ratio < 1000,
         "a ratio from 1 up to 1000; twice as fast is 2",
+        metavar="RATIO",
     )
     size: int | None = option(
         None,
-        "largest size of the weights on disk: 500kB, 2MB",
+        "Largest size of the weights on disk: 500kB, 2MB.",
         lambda size: size is None or size >= 1,
         "a number of bytes; 500 kB are 500_000",
+        metavar="BYTES",
     )
 
     def __post_init__(self) -> None:
