@@ -3,7 +3,8 @@ same seed.
 
 Compared are the files that hold the model: graph.json, weights.safetensors and model.onnx. The manifest and the report
 hold what clocks said. The network is so wide that each step clearly pays: at a gate's threshold the clock of a loaded
-machine would decide. """
+machine would decide.
+"""
 
 from __future__ import annotations
 
