@@ -22,7 +22,8 @@ def demo(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Train a small network on scikit-learn's digits, compress it, and save, sign and explain the result: two minutes, no download."""
+    """Train a small network on scikit-learn's digits, compress it, and save, sign and explain the result: two minutes,
+    no download."""
     from rarefy.demo import demonstrate
 
     small = claim_folder(os.path.join(output, "small"))

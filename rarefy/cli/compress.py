@@ -46,7 +46,8 @@ def compress(
         list[str] | None,
         typer.Option(
             metavar="TEXT",
-            help="A step of your own recipe, in order: 'prune macs=0.5', 'mask sparsity=2:4', 'distill epochs=3', 'quantize'. May be given more than once.",
+            help="A step of your own recipe, in order: 'prune macs=0.5', 'mask sparsity=2:4', 'distill epochs=3', "
+            "'quantize'. May be given more than once.",
         ),
     ] = None,
     runtime: Runtime = "onnxruntime",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -55,15 +56,7 @@ def export(
     if certify is None:
         parity = export_.export(graph, target, runtime=runtime, compare=compare)
     else:
-        export_.export(graph, target, runtime=runtime, compare=False)
-        inputs = None if task is None else next(iter(task.data.inputs("val", 64, 64, seed=0)))
-        facts = certify_.certify(graph, target, runtime=runtime, also=also or (), inputs=inputs, task=task, limit=limit)
-        certify.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        parity = {
-            "certificate": str(certify),
-            **facts["runtimes"][plugins.describe(plugins.resolve("runtimes", runtime))],
-        }
-        parity |= {key: facts[key] for key in ("first_diverging_layer", "passed")}
+        parity = _certified(graph, target, certify, runtime, also or (), task, limit)
     written = {"file": str(target), "size_bytes": target.stat().st_size, "parity": parity}
     if as_json:
         show_json(written)
@@ -78,8 +71,26 @@ def export(
         layer = parity.get("first_diverging_layer")
         raise SelfCheckFailed(
             f"{target}: gives the model's answer on {parity['agreement']:.1%} of {parity['samples']} inputs, and "
-            f"{'no layer differs by itself' if layer is None else f'{layer} is the first layer that differs'}; the file is written, do not deploy it"
+            f"{'no layer differs by itself' if layer is None else f'{layer} is the first layer that differs'}; "
+            "the file is written, do not deploy it"
         )
+
+
+def _certified(
+    graph: Any, target: Path, certificate: Path, runtime: str, also: Sequence[str], task: Any, limit: int | None
+) -> dict[str, Any]:
+    """The file and its certificate, written; what is shown of it."""
+    from rarefy import plugins
+    from rarefy.deployment import export as export_
+    from rarefy.evaluation import certify as certify_
+
+    export_.export(graph, target, runtime=runtime, compare=False)
+    inputs = None if task is None else next(iter(task.data.inputs("val", 64, 64, seed=0)))
+    facts = certify_.certify(graph, target, runtime=runtime, also=also, inputs=inputs, task=task, limit=limit)
+    certificate.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    own = facts["runtimes"][plugins.describe(plugins.resolve("runtimes", runtime))]
+    last = {key: facts[key] for key in ("first_diverging_layer", "passed")}
+    return {"certificate": str(certificate), **own, **last}
 
 
 @app.command()

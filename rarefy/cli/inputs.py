@@ -28,7 +28,8 @@ def shape_of(model: ModelOptions) -> tuple[int, ...] | None:
 def completed(
     options: Mapping[str, Any], source: Any, task: str, shape: tuple[int, ...] | None = None
 ) -> dict[str, Any]:
-    """The task's options, with what ``--input``, or else the model's maker, says of the input where the user says nothing.
+    """The task's options, with what ``--input``, or else the model's maker, says of the input where the user says
+    nothing.
 
     Its size only goes to image files (arrays have one of their own), or where the graph was captured for it.
     """
@@ -79,7 +80,8 @@ def agreed_shape(shape: tuple[int, ...] | None, task: Any) -> tuple[int, ...] | 
     if shape is not None and shape != given:
         asked, have = (",".join(map(str, one)) for one in (shape, given))
         raise InputError(
-            f"--input {asked}: the data gives images of {have}; leave --input out, or change the data (--image-size, --channels)"
+            f"--input {asked}: the data gives images of {have}; leave --input out, or change the data (--image-size, "
+            "--channels)"
         )
     return given
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,6 +26,9 @@ from rarefy.cli.options import (
 from rarefy.cli.outputs import claim_file, show_comparison, unreadable_rows
 from rarefy.cli.terminal import say, show_json
 from rarefy.errors import FormatError, GoalMissed, InputError
+
+if TYPE_CHECKING:
+    from rarefy.evaluation.evaluation import Evaluation
 
 
 @app.command()
@@ -55,6 +58,7 @@ def evaluate(
     """Accuracy with its interval, worst class, calibration, agreement with the reference, paired drop, robustness."""
     from rarefy.compression import recipe
     from rarefy.evaluation.evaluate import evaluate as verb
+    from rarefy.tasks.metric import shown_change
 
     if max_drop is not None and reference is None:
         raise InputError("--max-drop compares with the original; name it with --reference")
@@ -70,7 +74,7 @@ def evaluate(
             subject,
             task,
             reference=other,
-            split=split,
+            split="train" if split == "train" else "val",
             batch_size=batch_size,
             limit=limit,
             corruptions=names,
@@ -81,19 +85,24 @@ def evaluate(
     if as_json:
         show_json({**found.to_json(), **({"unreadable": left_out} if left_out else {})})
     else:
-        facts: dict[str, Any] = {"after": {"name": source.text, "evaluation": found.to_json()}}
-        if found.reference is not None:
-            facts["before"] = {"name": str(reference), "evaluation": found.reference.to_json()}
-        show_comparison(facts)
-        for what, which in unreadable_rows(task):
-            say(f"{what}: {which}")
-        for warning in found.warnings:
-            say(f"warning: {source.text}: {warning}")
+        _show_evaluation(found, source.text, str(reference), unreadable_rows(task))
     if most is not None and found.drop is not None and found.drop["value"] > most:
+        lost, allowed = shown_change(found.drop["value"], found.unit), 100 * most if found.unit == "%" else most
         raise GoalMissed(
-            f"{source.text}: loses {100 * found.drop['value']:.2f} points against {reference}, more than {100 * most:g}; "
+            f"{source.text}: loses {lost} against {reference}, more than {allowed:g}; "
             "compress less, or train longer (`rarefy distill`)"
         )
+
+
+def _show_evaluation(found: Evaluation, name: str, reference: str, left_out: list[tuple[str, str]]) -> None:
+    facts: dict[str, Any] = {"after": {"name": name, "evaluation": found.to_json()}}
+    if found.reference is not None:
+        facts["before"] = {"name": reference, "evaluation": found.reference.to_json()}
+    show_comparison(facts)
+    for what, which in left_out:
+        say(f"{what}: {which}")
+    for warning in found.warnings:
+        say(f"warning: {name}: {warning}")
 
 
 @app.command()

@@ -22,7 +22,9 @@ from rarefy.cli.options import app
 from rarefy.cli.terminal import guarded, say
 
 # as the help lists them; others come behind
-ORDER = "compress run prune mask distill quantize evaluate measure export report sign verify keygen demo list doctor".split()
+ORDER = (
+    "compress run prune mask distill quantize evaluate measure export report sign verify keygen demo list doctor"
+).split()
 
 
 def _place(name: str) -> int:
@@ -32,7 +34,7 @@ def _place(name: str) -> int:
 for _file in pkgutil.iter_modules([os.path.dirname(__file__)]):
     if _file.name != "main":
         importlib.import_module(f"rarefy.cli.{_file.name}")
-app.registered_commands.sort(key=lambda one: _place(one.name or getattr(one.callback, "__name__", "")))
+app.registered_commands.sort(key=lambda one: _place(str(one.name or getattr(one.callback, "__name__", ""))))
 
 
 def _version(asked: bool) -> None:

@@ -69,7 +69,8 @@ class DataOptions:
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="Training and validation data of one source: imagefolder:PATH, tar:PATH, parquet:PATH, torchvision:NAME?root=PATH, sklearn:digits, package.module:function.",
+            help="Training and validation data of one source: imagefolder:PATH, tar:PATH, parquet:PATH, "
+            "torchvision:NAME?root=PATH, sklearn:digits, package.module:function.",
             rich_help_panel=_DATA,
         ),
     ] = None
@@ -109,7 +110,8 @@ class DataOptions:
         bool | None,
         typer.Option(
             "--strict/--skip-unreadable",
-            help="Stop at an image that can't be read, or leave it out; default: stop, but in shards and Parquet files.",
+            help="Stop at an image that can't be read, or leave it out; default: stop, but in shards and Parquet "
+            "files.",
             rich_help_panel=_DATA,
         ),
     ] = None
@@ -194,7 +196,8 @@ def _typed(written: str) -> Any:
 
 
 def grouped(function: Callable[..., None]) -> Callable[..., None]:
-    """Typer sees each field of a parameter that is a dataclass of options, or has ``Fields``, as an option of its own."""
+    """Typer sees each field of a parameter that is a dataclass of options, or has ``Fields``, as an option of its
+    own."""
     hints = typing.get_type_hints(function, include_extras=True)
     groups: dict[str, type] = {}
     given_fields: dict[str, dict[str, str]] = {}  # parameter -> field -> option
@@ -221,7 +224,7 @@ def grouped(function: Callable[..., None]) -> Callable[..., None]:
             name: group(**{one.name: given.pop(one.name) for one in dataclasses.fields(group)})
             for name, group in groups.items()
         }
-        context = given.pop("context") if given_fields else None
+        context: Any = given.pop("context", None)
         for name, options in given_fields.items():
             values = {key: given.pop(option) for key, option in options.items()}
             packed[name] = {key: value for key, value in values.items() if _was_given(context, options[key])}

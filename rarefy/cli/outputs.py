@@ -106,26 +106,28 @@ def show_report(facts: Mapping[str, Any], folder: str, as_json: bool) -> None:
     """The result, and exit 1 for a missed goal."""
     from rarefy.reports import view
 
+    shown = view.view(facts)
+    verdict = shown["verdict"]
+    sentence, advice = (verdict["sentence"], verdict["advice"]) if verdict is not None else ("", [])
     if as_json:
         show_json(facts)
     else:
         show_comparison(facts)
-        say(view.view(facts)["verdict"]["sentence"])
-        for warning in view.view(facts)["warnings"]:
+        say(sentence)
+        for warning in shown["warnings"]:
             say(f"warning: {warning}")
         say(f"report: {Path(folder) / 'report.html'}")
-    shown = view.view(facts)
     if any(not goal["met"] for goal in shown["goals"]):
-        advice = shown["verdict"]["advice"]
-        raise GoalMissed(
-            f"{shown['verdict']['sentence']} The best model found is in {folder}{'; try: ' + '; '.join(advice) if advice else ''}"
-        )
+        more = f"; try: {'; '.join(advice)}" if advice else ""
+        raise GoalMissed(f"{sentence} The best model found is in {folder}{more}")
     parity = facts.get("parity") or {}
     if parity.get("passed") is False:
         layer = parity.get("first_diverging_layer")
         raise SelfCheckFailed(
-            f"{folder}: the runtime's file gives the same answer as the model on {parity['agreement']:.1%} of {parity['samples']} images only"
-            f"{f', and {layer} is the first layer that differs' if layer else ''}; do not deploy it; name the layer in ignore= and run again"
+            f"{folder}: the runtime's file gives the same answer as the model on {parity['agreement']:.1%} of "
+            f"{parity['samples']} images only"
+            f"{f', and {layer} is the first layer that differs' if layer else ''}; do not deploy it; name the layer "
+            "in ignore= and run again"
         )
 
 

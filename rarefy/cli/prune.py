@@ -31,7 +31,8 @@ def prune(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Remove whole channels. Data is only needed to repair, by criteria that look at it, and by schedules that train: these go on after a kill."""
+    """Remove whole channels. Data is only needed to repair, by criteria that look at it, and by schedules that train:
+    these go on after a kill."""
     for target in given.keys() & {"macs", "params"}:
         given[target] = share_or_count(given[target])
     asked = Options(**{**given, "repair": False})  # what is no choice is told before a model is loaded
@@ -59,7 +60,10 @@ def mask(
     given: Annotated[dict[str, Any], Fields(MaskOptions, without=("task",))],
     as_json: Json = False,
 ) -> None:
-    """Make single weights zero, and keep them so in training: smaller on disk, no faster on ONNX Runtime. wanda needs data."""
+    """Make single weights zero, and keep them so in training: smaller on disk, no faster on ONNX Runtime.
+
+    wanda needs data.
+    """
     MaskOptions(**given)  # what is no choice is told before a model is loaded
     folder = claim_folder(output)
     source, graph, task = prepared(model, data, needed=False)
@@ -83,7 +87,8 @@ def _show_coupling(graph: Any, ignore: tuple[str, ...], heads: str, as_json: boo
             }
         )
         return
-    show_table("leave together", ("group", "channels", "tensors[axis]"), [(number, width, ", ".join(members)) for number, (width, members) in enumerate(groups, 1)], (0, 1))  # fmt: skip
+    rows = [(number, width, ", ".join(members)) for number, (width, members) in enumerate(groups, 1)]
+    show_table("leave together", ("group", "channels", "tensors[axis]"), rows, (0, 1))
     show_table("outputs that stay", ("layer", "because"), list(coupling.frozen.items()))
     if coupling.unknown:
         show_table(

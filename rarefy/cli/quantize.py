@@ -67,9 +67,16 @@ def _show_noise(graph: Any, as_json: bool) -> None:
         return "" if value is None else f"{value:.1f}"
 
     rows = [
-        (row["name"], row["grid"] or "", row["activation_grid"] or "float", "" if row["range"] is None else f"{row['range'][0]:.4g} to {row['range'][1]:.4g}",
-         decibels(-10 * math.log10(row["error"]) if row["error"] else None), decibels(row["sqnr_db"]))
+        (
+            row["name"],
+            row["grid"] or "",
+            row["activation_grid"] or "float",
+            "" if row["range"] is None else f"{row['range'][0]:.4g} to {row['range'][1]:.4g}",
+            decibels(-10 * math.log10(row["error"]) if row["error"] else None),
+            decibels(row["sqnr_db"]),
+        )
         for row in found["layers"]
-    ]  # fmt: skip
+    ]
     show_table("in integers", ("layer", "weights", "reads", "range", "weights, dB", "output, dB"), rows, (4, 5))
-    show_table("in float", ("operator", "because", "output, dB"), [(row["name"], row["why"] or "", decibels(row["sqnr_db"])) for row in found["float"]], (2,))  # fmt: skip
+    left = [(row["name"], row["why"] or "", decibels(row["sqnr_db"])) for row in found["float"]]
+    show_table("in float", ("operator", "because", "output, dB"), left, (2,))

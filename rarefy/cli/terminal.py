@@ -59,7 +59,8 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> tuple[str, i
         return str(error), error.exit_code
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         return (
-            "interrupted; nothing that existed was changed, and a run with a working folder goes on where it was when started again",
+            "interrupted; nothing that existed was changed, and a run with a working folder goes on where it was when "
+            "started again",
             2,
         )
     if isinstance(error, TyperException):
@@ -74,7 +75,8 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> tuple[str, i
     chain = list(_causes(error))
     if any(_is_full(cause) for cause in chain):
         return (
-            "the disk is full, or a file may not grow further; what was there before is unchanged: make room, or choose another --output",
+            "the disk is full, or a file may not grow further; what was there before is unchanged: make room, or "
+            "choose another --output",
             2,
         )
     if isinstance(error, OSError) and error.filename is not None:
@@ -86,7 +88,8 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> tuple[str, i
     place = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{Path(place.filename).name}:{place.lineno}"
     return (
-        f"{type(error).__name__} at {where}: {error}; this is a bug of rarefy's: --debug shows the traceback, please report it",
+        f"{type(error).__name__} at {where}: {error}; this is a bug of rarefy's: --debug shows the traceback, please "
+        "report it",
         BUG,
     )
 
@@ -103,7 +106,8 @@ def _given(arguments: Sequence[str], names: Sequence[str]) -> str | None:
 
 
 def one_line(text: str) -> str:
-    """Without line breaks and without control characters: names come from files, and a terminal obeys what it is sent."""
+    """Without line breaks and without control characters: names come from files, and a terminal obeys what it is
+    sent."""
     return "".join(character if character.isprintable() else "?" for character in " ".join(str(text).split()))
 
 
