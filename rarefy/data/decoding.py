@@ -14,6 +14,7 @@ import io
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,11 +50,12 @@ class _Decoded(NamedTuple):
     refused: str | None = None
 
 
+@dataclass(frozen=True)
 class _Keys:
     """What a step's workers are asked for, made when its turn comes: a million tuples would be 200 MB."""
 
-    def __init__(self, chunks: Sequence[Tensor], seeds: tuple[int, int] | None):
-        self.chunks, self.seeds = chunks, seeds
+    chunks: Sequence[Tensor]
+    seeds: tuple[int, int] | None
 
     def __len__(self) -> int:
         return len(self.chunks)
@@ -63,19 +65,15 @@ class _Keys:
             yield [(index, self.seeds) for index in chunk.tolist()]
 
 
+@dataclass(frozen=True)
 class Decoder:
-    """Items of a source as tensors of one shape, for a DataLoader's workers."""
+    """Items of a source as tensors of one shape (C, H, W), for a DataLoader's workers."""
 
-    def __init__(
-        self,
-        source: Items,
-        shape: tuple[int, int, int],
-        crop: float,
-        resample: Image.Resampling,
-        augmentation: Augmentation,
-    ):
-        self.source, self.shape, self.crop = source, shape, crop
-        self.resample, self.augmentation = resample, augmentation
+    source: Items
+    shape: tuple[int, int, int]
+    crop: float
+    resample: Image.Resampling
+    augmentation: Augmentation
 
     def __len__(self) -> int:
         return len(self.source)
@@ -249,7 +247,8 @@ def _uninterrupted(loader: DataLoader[Batch], where: str) -> Iterator[Batch]:
             return
         except RuntimeError as error:
             raise DataError(
-                f"{where}: a worker stopped ({first_line(error)}); pass fewer workers, or workers=0 to decode in this process"
+                f"{where}: a worker stopped ({first_line(error)}); "
+                "pass fewer workers, or workers=0 to decode in this process"
             ) from error
         yield batch
 
@@ -272,10 +271,10 @@ def all_broken(source: Items) -> dict[int, str]:
     if isinstance(source.items, list):
         with warnings.catch_warnings(), ThreadPoolExecutor(4) as pool:
             _quiet_pictures()
-            found = list(pool.map(lambda index: decoder[index, None].broken, seen))
+            texts = list(pool.map(lambda index: decoder[index, None].broken, seen))
     else:
-        found = [decoder[index, None].broken for index in seen]
-    return {index: text for index, text in enumerate(found) if text is not None}
+        texts = [decoder[index, None].broken for index in seen]
+    return {index: text for index, text in enumerate(texts) if text is not None}
 
 
 def generator(*seeds: int) -> torch.Generator:

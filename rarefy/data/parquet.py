@@ -69,11 +69,12 @@ class Parquet:
         self.blocks = torch.arange(len(counts)).repeat_interleave(sizes)
         self._row = torch.arange(len(self.blocks)) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
         self.labels: Tensor | None = None
-        found = torch.from_numpy(np.concatenate(labels)) if labels else torch.zeros(0, dtype=torch.int64)
-        if bool((found >= 0).any()):  # else none has one
-            for place in (found < 0).nonzero().flatten().tolist():
+        label_of = torch.from_numpy(np.concatenate(labels)) if labels else torch.zeros(0, dtype=torch.int64)
+        labelled = label_of >= 0
+        if bool(labelled.any()):  # else none has one
+            for place in (~labelled).nonzero().flatten().tolist():
                 self.left_out.add(self.name(place), "has no class index")
-            self.blocks, self._row, self.labels = (one[found >= 0] for one in (self.blocks, self._row, found))
+            self.blocks, self._row, self.labels = (one[labelled] for one in (self.blocks, self._row, label_of))
         self.window = max(1, int(CACHE * len(self.blocks) / max(1, stored)))
 
     def __len__(self) -> int:

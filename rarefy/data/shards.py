@@ -44,7 +44,7 @@ MOST_NAMED = 100  # of what is left out, by name
 MOST_OPEN = 64  # shards open at a time
 BLOCK = 512
 IMAGES = {"jpg", "jpeg", "png", "ppm", "bmp", "pgm", "tif", "tiff", "webp"}
-_SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
+SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
 
 
 @dataclass
@@ -70,26 +70,23 @@ class Shards:
 
     def __init__(self, where: str, files: Sequence[str]):
         self.where, self.files, self.left_out = where, list(files), LeftOut()
-        shard, offset, size, label = array("q"), array("q"), array("q"), array("q")
+        numbers = array("q")  # a list of tuples would be ten times as large
         for index, file in enumerate(self.files):
             for sample in _samples(file, self.left_out):
-                shard.append(index)
-                offset.append(sample.offset)
-                size.append(sample.size)
-                label.append(sample.label)
-        found = [torch.from_numpy(np.array(one, dtype=np.int64)) for one in (shard, offset, size, label)]
+                numbers.extend((index, *sample))
+        table = torch.from_numpy(np.array(numbers, dtype=np.int64).reshape(-1, 4).T.copy())
+        labelled = table[3] >= 0
         self.labels: Tensor | None = None
         self.names: tuple[str, ...] | None = None
-        if bool((found[3] >= 0).any()):  # else none has one
-            bare = (found[3] < 0).nonzero().flatten()
+        if bool(labelled.any()):  # else none has one
+            bare = (~labelled).nonzero().flatten()
             for place in bare[: MOST_NAMED + 1].tolist():
-                self.left_out.add(
-                    _name_at(self.files[int(found[0][place])], int(found[1][place])), "has no label in a .cls beside it"
-                )
+                shard, offset = table[:2, place].tolist()
+                self.left_out.add(_name_at(self.files[shard], offset), "has no label in a .cls beside it")
             self.left_out.count += max(0, len(bare) - MOST_NAMED - 1)
-            found = [one[found[3] >= 0] for one in found]
-            self.labels = found[3]
-        self.blocks, self._offset, self._size = found[:3]
+            table = table[:, labelled]
+            self.labels = table[3]
+        self.blocks, self._offset, self._size = (row.clone() for row in table[:3])
         self._open: dict[tuple[int, int], int] = {}
 
     def __len__(self) -> int:
@@ -145,19 +142,23 @@ def files_of(text: str, rest: str, split: str, suffix: str) -> tuple[list[str], 
     path = Path(rest).expanduser()
     divided = False
     if path.is_dir():
-        found = sorted(str(one) for one in path.rglob(f"*{suffix}") if not one.name.startswith("."))
-        words = [word for of_split in _SPLITS.values() for word in of_split]
-        named = {word: [one for one in found if re.match(rf"{word}(?![a-zA-Z])", Path(one).name)] for word in words}
-        of = {one: next((named[word] for word in words if named[word]), []) for one, words in _SPLITS.items()}
-        if of["train"] and of["val"]:
-            found, divided = of[split], True
+        files = sorted(str(one) for one in path.rglob(f"*{suffix}") if not one.name.startswith("."))
+        of_split = {one: _named(files, words) for one, words in SPLITS.items()}
+        if of_split["train"] and of_split["val"]:
+            files, divided = of_split[split], True
     else:
-        found = [one for part in _braces(str(path)) for one in (sorted(glob.glob(part)) or [part])]
-    missing = next((one for one in found if not os.path.isfile(one)), None)
-    if missing is not None or not found:
+        files = [one for part in _braces(str(path)) for one in (sorted(glob.glob(part)) or [part])]
+    missing = next((one for one in files if not os.path.isfile(one)), None)
+    if missing is not None or not files:
         what = f"{missing}: no such file" if missing else f"no *{suffix} in that folder"
         raise DataError(f"{text}: {what}; give a folder, a-{{000..099}}{suffix}, or a-*{suffix}")
-    return found, divided
+    return files, divided
+
+
+def _named(files: Sequence[str], words: Sequence[str]) -> list[str]:
+    """The files whose names begin with the first of these words that any begins with."""
+    by_word = ([one for one in files if re.match(rf"{word}(?![a-zA-Z])", Path(one).name)] for word in words)
+    return next(filter(None, by_word), [])
 
 
 def digest_of(files: Sequence[str]) -> str:
@@ -195,12 +196,7 @@ def _samples(file: str, left_out: LeftOut) -> Iterator[_Sample]:
         with open(file, "rb", buffering=2**20) as opened:
             length = os.fstat(opened.fileno()).st_size
             start = opened.read(BLOCK)
-            if (
-                start[:2] == b"\x1f\x8b"
-                or start[:3] == b"BZh"
-                or start[:6] == b"\xfd7zXZ\x00"
-                or start[:4] == b"\x28\xb5\x2f\xfd"
-            ):
+            if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")):
                 raise DataError(
                     f"{file}: is compressed, so no place in it can be read alone; "
                     "unpack it to a plain .tar (images are compressed already)"
@@ -297,8 +293,8 @@ def _parsed(header: bytes) -> _Member:
 
 def _pax_path(text: bytes) -> str:
     """``"27 path=a/long/name.jpg\\n"``."""
-    found = re.search(rb"(?:^|\n)[0-9]{1,8} path=([^\n\0]*)\n", text)
-    return found[1].decode("utf-8", "surrogateescape") if found else ""
+    path = re.search(rb"(?:^|\n)[0-9]{1,8} path=([^\n\0]*)\n", text)
+    return path[1].decode("utf-8", "surrogateescape") if path else ""
 
 
 def _key(name: str) -> tuple[str, str]:
@@ -328,13 +324,13 @@ def _name_at(file: str, offset: int) -> str:
 
 def _braces(text: str) -> list[str]:
     """``a-{000..002}.tar`` -> three names."""
-    found = re.search(r"\{(\d+)\.\.(\d+)\}", text)
-    if found is None:
+    span = re.search(r"\{(\d+)\.\.(\d+)\}", text)
+    if span is None:
         return [text]
-    first, last = int(found[1]), int(found[2])
-    width = len(found[1]) if found[1].startswith("0") else 0
+    first, last = int(span[1]), int(span[2])
+    width = len(span[1]) if span[1].startswith("0") else 0
     return [
         one
         for number in range(first, min(last, first + 10**6) + 1)
-        for one in _braces(f"{text[: found.start()]}{number:0{width}d}{text[found.end() :]}")
+        for one in _braces(f"{text[: span.start()]}{number:0{width}d}{text[span.end() :]}")
     ]

@@ -143,14 +143,14 @@ def _runner(model: Model, task: Task, device: torch.device | str | None) -> Iter
     if not isinstance(model, nn.Module):
         yield _Runner(model, task, torch.device(device or "cpu"))
         return
-    own = device_of(model)
-    home = own if device is None else torch.device(device)
-    if home.type != own.type or (home.index is not None and home.index != own.index):
+    present = device_of(model)
+    home = present if device is None else torch.device(device)
+    if home.type != present.type or (home.index is not None and home.index != present.index):
         yield _Runner(copy.deepcopy(model).to(home).eval(), task, home)
         return
     was_training = [(module, module.training) for module in model.modules()]
     try:
-        yield _Runner(model.eval(), task, own)
+        yield _Runner(model.eval(), task, present)
     finally:
         for module, training in was_training:
             module.training = training

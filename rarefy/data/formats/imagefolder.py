@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from rarefy.data.items import Items, Source, Split
+from rarefy.data.shards import SPLITS
 from rarefy.errors import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-_SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
 
 
 def read(text: str, rest: str, split: Split) -> tuple[Source, bool]:
@@ -27,11 +27,9 @@ def read(text: str, rest: str, split: Split) -> tuple[Source, bool]:
         )
     divided = False
     folders = _folders(root)
-    if {folder.name for folder in folders} & set(_SPLIT_FOLDERS["train"]) and {folder.name for folder in folders} & set(
-        _SPLIT_FOLDERS["val"]
-    ):
-        by_name = {folder.name: folder for folder in folders}
-        root = next(by_name[name] for name in _SPLIT_FOLDERS[split] if name in by_name)
+    by_name = {folder.name: folder for folder in folders}
+    if all(any(name in by_name for name in names) for names in SPLITS.values()):
+        root = next(by_name[name] for name in SPLITS[split] if name in by_name)
         folders, divided = _folders(root), True
     if not folders:
         files = images_below(root)
@@ -41,8 +39,8 @@ def read(text: str, rest: str, split: Split) -> tuple[Source, bool]:
                 "give the folder that holds one folder a class"
             )
         return Items(text, files, torch.arange(len(files)), None), divided
-    found = [(file, label) for label, folder in enumerate(folders) for file in images_below(folder)]
-    labels = torch.tensor([label for _, label in found], dtype=torch.int64)
+    pairs = [(file, label) for label, folder in enumerate(folders) for file in images_below(folder)]
+    labels = torch.tensor([label for _, label in pairs], dtype=torch.int64)
     counts = torch.bincount(labels, minlength=len(folders))
     if int(counts.min()) == 0:
         empty = [folder.name for folder, count in zip(folders, counts.tolist(), strict=True) if count == 0]
@@ -51,7 +49,7 @@ def read(text: str, rest: str, split: Split) -> tuple[Source, bool]:
             f"({len(empty)} of {len(folders)} are empty); fill or delete it"
         )
     names = tuple(folder.name for folder in folders)
-    return Items(text, [file for file, _ in found], torch.arange(len(found)), labels, names), divided
+    return Items(text, [file for file, _ in pairs], torch.arange(len(pairs)), labels, names), divided
 
 
 def _folders(root: Path) -> list[Path]:
