@@ -1,10 +1,10 @@
 """What a saved graph may call. ``save`` writes nothing else, and ``load`` runs nothing else.
 
-A call is three things, each checked before a graph is built from it: its name stands in the tables below; its arguments
+A call is three things, each checked before a graph is built from it: its name stands in aten.txt or the table below; its arguments
 are those of the operator's own schema, in number and in type; and a literal size among them stays below
 ``MOST_ELEMENTS``.
 
-* aten operators by name, every overload that changes none of its arguments. Left out on purpose: those that read a file
+* aten operators by name (aten.txt), every overload that changes none of its arguments. Left out on purpose: those that read a file
   (``from_file``), yield memory that was never written (``empty``), change storage (``set``, ``resize``), trust their
   input (sparse, nested and quantized tensors' raw constructors), or belong to one backend.
 * rarefy's own operators: ``rarefy.kernels.OPERATORS``.
@@ -20,6 +20,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
 
 import torch
 from torch import fx
@@ -33,85 +34,7 @@ MOST_ELEMENTS = 2**31
 # Positions a literal padding, stride, dilation or kernel may span.
 WIDEST = 2**16
 
-_ATEN_TEXT = """
-abs absolute acos acosh add addbmm addcdiv addcmul addmm addmv addr angle arccos arccosh arcsin arcsinh arctan arctan2
-arctanh asin asinh atan atan2 atanh bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift
-bitwise_xor ceil clamp clamp_max clamp_min clip copysign cos cosh deg2rad digamma div divide erf erfc erfinv exp exp2
-expm1 fix float_power floor floor_divide fmax fmin fmod frac gcd heaviside hypot i0 igamma igammac lcm ldexp lerp
-lgamma log log10 log1p log2 logaddexp logaddexp2 logit maximum minimum mul multiply mvlgamma nan_to_num neg negative
-nextafter polygamma positive pow rad2deg reciprocal remainder round rsqrt rsub sgn sigmoid sign signbit sin sinc sinh
-sqrt square sub subtract tan tanh true_divide trunc xlogy special_entr special_erf special_erfc special_erfcx
-special_erfinv special_exp2 special_expit special_expm1 special_gammainc special_gammaincc special_gammaln special_i0
-special_i0e special_i1 special_i1e special_log1p special_log_ndtr special_logit special_ndtr special_ndtri
-special_round special_sinc special_xlog1py special_xlogy
-
-all allclose any eq equal ge greater greater_equal gt isclose isfinite isin isinf isnan isneginf isposinf isreal le
-less less_equal logical_and logical_not logical_or logical_xor lt ne not_equal where
-
-celu elu gelu glu hardshrink hardsigmoid hardswish hardtanh leaky_relu log_sigmoid log_softmax mish prelu relu relu6
-rrelu selu silu softmax softplus softshrink special_log_softmax special_softmax threshold _log_softmax _prelu_kernel
-_safe_softmax _softmax
-
-alpha_dropout batch_norm dropout feature_alpha_dropout feature_dropout group_norm instance_norm layer_norm
-native_batch_norm native_dropout native_group_norm native_layer_norm rms_norm _batch_norm_no_update
-_native_batch_norm_legit_no_training _weight_norm
-
-adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d
-avg_pool1d avg_pool2d avg_pool3d bilinear col2im conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d
-conv_transpose3d convolution embedding embedding_bag im2col linear max_pool1d max_pool1d_with_indices max_pool2d
-max_pool2d_with_indices max_pool3d max_pool3d_with_indices max_unpool2d max_unpool3d scaled_dot_product_attention
-_adaptive_avg_pool2d _adaptive_avg_pool3d _convolution
-
-gru gru_cell lstm lstm_cell rnn_relu rnn_relu_cell rnn_tanh rnn_tanh_cell
-
-affine_grid_generator grid_sampler grid_sampler_2d grid_sampler_3d upsample_bicubic2d upsample_bilinear2d
-upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_trilinear3d _upsample_bicubic2d_aa
-_upsample_bilinear2d_aa _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
-
-baddbmm bmm cdist chain_matmul cosine_similarity cross cov corrcoef det dist dot einsum ger inner inverse kron
-linalg_cholesky linalg_cross linalg_det linalg_diagonal linalg_eigh linalg_eigvalsh linalg_inv linalg_lstsq linalg_lu
-linalg_matmul linalg_matrix_exp linalg_matrix_norm linalg_matrix_power linalg_multi_dot linalg_norm linalg_pinv
-linalg_qr linalg_slogdet linalg_solve linalg_solve_triangular linalg_svd linalg_svdvals linalg_vander linalg_vecdot
-linalg_vector_norm logdet matmul matrix_exp matrix_power mm mv outer pairwise_distance pdist renorm tensordot trace
-vdot
-
-amax amin aminmax argmax argmin bincount count_nonzero cummax cummin cumprod cumsum diff frobenius_norm histc kthvalue
-logcumsumexp logsumexp max mean median min mode nanmean nanmedian nanquantile nansum norm nuclear_norm prod quantile
-special_logsumexp std std_mean sum sum_to_size trapezoid trapz unique_consecutive unique_dim var var_mean
-
-binary_cross_entropy binary_cross_entropy_with_logits cross_entropy_loss huber_loss kl_div l1_loss mse_loss nll_loss
-nll_loss2d nll_loss_nd smooth_l1_loss
-
-adjoint alias as_strided atleast_1d atleast_2d atleast_3d block_diag broadcast_tensors broadcast_to cat channel_shuffle
-chunk clone column_stack concat concatenate constant_pad_nd contiguous copy detach diag diag_embed diagflat diagonal
-diagonal_scatter dsplit dstack expand expand_as expand_copy flatten flip fliplr flipud hsplit hstack lift_fresh_copy mH
-mT matrix_H meshgrid moveaxis movedim narrow native_channel_shuffle numpy_T pad pad_sequence permute permute_copy
-pixel_shuffle pixel_unshuffle ravel reflection_pad1d reflection_pad2d reflection_pad3d repeat repeat_interleave
-replication_pad1d replication_pad2d replication_pad3d reshape reshape_as roll rot90 row_stack select select_copy
-select_scatter slice slice_copy slice_scatter split split_copy split_with_sizes split_with_sizes_copy squeeze
-squeeze_copy stack swapaxes swapdims t t_copy tensor_split tile transpose transpose_copy tril triu unbind unbind_copy
-unflatten unfold unfold_copy unsafe_chunk unsafe_split unsafe_split_with_sizes unsqueeze unsqueeze_copy view view_as
-view_copy vsplit vstack _reshape_copy _stack _unsafe_view
-
-argsort argwhere bucketize gather index index_add index_copy index_fill index_put index_reduce index_select masked_fill
-masked_scatter masked_select msort nonzero nonzero_numpy one_hot put scatter scatter_add scatter_reduce searchsorted
-sort take take_along_dim topk
-
-complex conj conj_physical fft_fft fft_fft2 fft_fftfreq fft_fftn fft_fftshift fft_hfft fft_ifft fft_ifft2 fft_ifftn
-fft_ifftshift fft_ihfft fft_irfft fft_irfft2 fft_irfftn fft_rfft fft_rfft2 fft_rfftfreq fft_rfftn imag istft polar real
-resolve_conj resolve_neg stft view_as_complex view_as_real
-
-arange eye fill full full_like linspace logspace new_full new_ones new_zeros ones ones_like scalar_tensor tril_indices
-triu_indices zero zeros zeros_like bartlett_window blackman_window hamming_window hann_window kaiser_window
-
-bernoulli multinomial normal_functional rand rand_like randint randint_like randn randn_like randperm
-
-fake_quantize_per_channel_affine fake_quantize_per_tensor_affine
-
-is_complex is_floating_point is_nonzero is_same_size is_signed item numel sym_numel sym_size sym_stride to type_as
-_local_scalar_dense _shape_as_tensor _to_copy
-"""
-ATEN = frozenset(_ATEN_TEXT.split())
+ATEN = frozenset(resources.files("rarefy.artifact").joinpath("aten.txt").read_text(encoding="utf-8").split())
 
 Target = Callable[..., Value]
 

@@ -12,10 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
-from rarefy.graph.interpreter import steps
+from rarefy.graph.interpreter import steps, values
 from rarefy.graph.nodes import Value, attribute, example_inputs
 
 aten = torch.ops.aten
@@ -32,9 +31,9 @@ def shapes(graph: fx.GraphModule, batch: int = 2) -> dict[fx.Node, Value]:
 
 def output_shapes(graph: fx.GraphModule) -> list[tuple[int, ...]]:
     """Shape of each output, without the batch."""
-    values = shapes(graph)
+    found = shapes(graph)
     (output,) = graph.graph.find_nodes(op="output")
-    return [tuple(values[node].shape[1:]) for node in pytree.tree_leaves(output.args[0]) if isinstance(node, fx.Node)]
+    return [tuple(found[node].shape[1:]) for node in pytree.tree_leaves(output.args[0]) if isinstance(node, fx.Node)]
 
 
 def _meta_shapes(graph: fx.GraphModule, batch: int) -> dict[fx.Node, Value]:
@@ -60,7 +59,7 @@ def _shape(node: fx.Node, live: Mapping[fx.Node, Value]) -> Value:
     if value is not None:
         return value
     args, kwargs = fx.node.map_aggregate((args, kwargs), _nowhere)
-    if "device" in kwargs or node.target in _CREATORS:
+    if _creates(node.target):
         kwargs = {**kwargs, "device": _META}
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
@@ -81,18 +80,11 @@ def _keeps_shape(node: fx.Node, args: Sequence[Value]) -> bool:
 
 
 _LIKE_FIRST = {
-    aten.batch_norm.default,
-    aten.relu.default,
-    aten.relu6.default,
-    aten.hardswish.default,
-    aten.hardsigmoid.default,
-    aten.hardtanh.default,
-    aten.silu.default,
-    aten.sigmoid.default,
-    aten.gelu.default,
-    aten.dropout.default,
-    aten.layer_norm.default,
-    aten.group_norm.default,
+    getattr(aten, name).default
+    for name in (
+        *("batch_norm", "relu", "relu6", "hardswish", "hardsigmoid", "hardtanh", "silu", "sigmoid", "gelu", "dropout"),
+        *("layer_norm", "group_norm"),
+    )
 }
 _LIKE_BOTH = {aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor}
 
@@ -161,19 +153,12 @@ _SHAPES: dict[object, Callable[..., Tensor | None]] = {
     **dict.fromkeys(_LIKE_BOTH, _spread),
 }
 _META = torch.device("meta")
-_CREATORS = {
-    aten.arange.default,
-    aten.arange.start,
-    aten.arange.start_step,
-    aten.zeros.default,
-    aten.ones.default,
-    aten.full.default,
-    aten.empty.memory_format,
-    aten.linspace.default,
-    aten.eye.default,
-    aten.eye.m,
-    aten.scalar_tensor.default,
-}
+
+
+def _creates(target: object) -> bool:
+    """Is a device among the operator's keywords?"""
+    schema = target._schema if isinstance(target, torch._ops.OpOverload) else None
+    return schema is not None and any(one.name == "device" and one.kwarg_only for one in schema.arguments)
 
 
 def _nowhere(value: Value) -> Value:
@@ -181,15 +166,5 @@ def _nowhere(value: Value) -> Value:
 
 
 def _fake_shapes(graph: fx.GraphModule, batch: int) -> dict[fx.Node, Value]:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode:
-        fakes = [mode.from_tensor(example) for example in example_inputs(graph, batch)]
-    found: dict[fx.Node, Value] = {}
-
-    class Recorder(FakeTensorProp):
-        def run_node(self, node: fx.Node) -> Value:
-            found[node] = fx.Interpreter.run_node(self, node)
-            return found[node]
-
-    Recorder(graph, mode).propagate_dont_convert_inputs(*fakes)
-    return found
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        return dict(values(graph, [mode.from_tensor(example) for example in example_inputs(graph, batch)]))

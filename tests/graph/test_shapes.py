@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rarefy.graph.shapes import _SHAPES
+from rarefy.graph.capture import capture
+from rarefy.graph.interpreter import values
+from rarefy.graph.shapes import _SHAPES, _fake_shapes, _meta_shapes, output_shapes
 
 aten = torch.ops.aten
 t = torch.randn
@@ -53,3 +55,33 @@ def test_as_the_operator_says(operator: Any, arguments: tuple[Any, ...]) -> None
 def test_what_is_not_plain_is_left_to_the_operator(operator: Any, arguments: tuple[Any, ...]) -> None:
     assert isinstance(operator(*arguments), Tensor)
     assert _SHAPES[operator](*arguments) is None
+
+
+class Creates(nn.Module):
+    """Tensors made of nothing, on a device and of a type that the trace names; sizes, lists and numbers as values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.norm(self.conv(x)).relu()
+        y = y + torch.arange(y.shape[-1]).to(torch.float32) * torch.ones(1, 1, 1, 1) + torch.zeros_like(y)
+        first, second = y.chunk(2, 1)
+        return (first * second).flatten(1), torch.full((2,), 3.0).expand(x.shape[0], 2).long()
+
+
+def test_every_value_has_the_shape_and_type_that_it_has_when_the_graph_runs() -> None:
+    graph = capture(Creates(), t(2, 3, 8, 8))
+    exact = dict(values(graph, [t(5, 3, 8, 8)]))
+    for found in (_meta_shapes(graph, 5), _fake_shapes(graph, 5)):
+        assert found.keys() == exact.keys()
+        for node, value in exact.items():
+            parts, wanted = ([one] if not isinstance(one, (list, tuple)) else one for one in (found[node], value))
+            for one, other in zip(parts, wanted, strict=True):
+                told = (one.shape, one.dtype) if isinstance(one, Tensor) else int(one)
+                assert told == ((other.shape, other.dtype) if isinstance(other, Tensor) else other), node
+    assert all(
+        not isinstance(value, Tensor) or value.device.type == "meta" for value in _meta_shapes(graph, 5).values()
+    )
+    assert output_shapes(graph) == [(2 * 6 * 6,), (2,)]
