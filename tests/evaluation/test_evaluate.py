@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rarefy.errors import DataError, InputError
@@ -19,8 +17,6 @@ from rarefy.evaluation.corruptions import CORRUPTIONS
 from rarefy.evaluation.evaluate import evaluate
 from rarefy.evaluation.evaluation import Evaluation
 from rarefy.tasks.classification import Classification
-from rarefy.tasks.intervals import paired_drop, wilson
-from rarefy.tasks.metrics.accuracy import calibration_error
 
 CLASSES = 7
 
@@ -75,61 +71,6 @@ def test_numbers_equal_their_definitions() -> None:
         found.reference.worst_class,
     )
     assert alone.calibration_error == pytest.approx(found.reference.calibration_error, abs=1e-9)
-
-
-def test_calibration_error_is_the_sum_over_bins() -> None:
-    confidence = torch.rand(500, generator=torch.Generator().manual_seed(0))
-    right = torch.rand(500, generator=torch.Generator().manual_seed(1)) < confidence**2
-    expected = 0.0
-    for k in range(15):
-        inside = (confidence > k / 15) & (confidence <= (k + 1) / 15)
-        if inside.any():
-            expected += float(
-                inside.double().mean() * (right[inside].double().mean() - confidence[inside].double().mean()).abs()
-            )
-    assert calibration_error(confidence, right) == pytest.approx(expected, abs=1e-6)
-    assert calibration_error(torch.ones(10), torch.ones(10, dtype=torch.bool)) == 0
-    assert calibration_error(torch.ones(10), torch.zeros(10, dtype=torch.bool)) == 1
-
-
-@given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_wilson_solves_its_equation(case: tuple[int, int]) -> None:
-    successes, samples = case
-    share, (low, high) = successes / samples, wilson(successes, samples)
-    assert 0 <= low <= share <= high <= 1
-    for bound in (low, high):  # each end is the p at which the observation is z standard deviations away
-        if 0 < bound < 1:
-            assert abs(share - bound) == pytest.approx(
-                1.959963984540054 * math.sqrt(bound * (1 - bound) / samples), abs=1e-9
-            )
-
-
-def test_wilson_known_values() -> None:
-    # Newcombe, Stat. Med. 17 (1998) 857, table I: 81/263 and 0/20
-    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
-
-
-@given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(0, n))))
-def test_paired_interval_holds_the_estimate_and_mirrors(case: tuple[int, int, int]) -> None:
-    samples, lost, gained = case
-    if lost + gained > samples:
-        lost, gained = lost // 2, gained // 2
-    value, (low, high) = paired_drop(lost, gained, samples)
-    assert -1 <= low <= value <= high <= 1 and low < high
-    mirrored = paired_drop(gained, lost, samples)
-    assert mirrored[0] == -value and mirrored[1] == pytest.approx((-high, -low))
-
-
-def test_paired_interval_covers_the_truth_about_as_often_as_it_says() -> None:
-    draw = np.random.default_rng(0)
-    for p_lost, p_gained in ((0.03, 0.02), (0.10, 0.04), (0.01, 0.01)):
-        counts = draw.multinomial(300, [p_lost, p_gained, 1 - p_lost - p_gained], 2000)
-        intervals = [paired_drop(int(lost), int(gained), 300)[1] for lost, gained, _ in counts]
-        covered = np.mean([low <= p_lost - p_gained <= high for low, high in intervals])
-        assert covered > 0.93  # 0.95 less four standard deviations of 2000 draws
-    low, high = paired_drop(0, 0, 1000)[1]
-    assert low < 0 < high < 3.7 / 1000 + 1e-9  # no narrower than needed by the rule of three would say, and finite
 
 
 def test_a_model_against_itself_agrees_and_drops_nothing() -> None:

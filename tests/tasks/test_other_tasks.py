@@ -211,7 +211,7 @@ def test_quantized_it_is_about_as_good(kind: type[MultiLabel]) -> None:
 
 @BOTH
 def test_compress_from_end_to_end(kind: type[MultiLabel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gates, report and resume: each step pays, the loss of pruning is won back, and a run that lost its end goes on."""
+    """Gates, report, resume: each step pays, what pruning lost is won back, a run that lost its end goes on."""
     monkeypatch.setattr(latency, "_seconds", lambda model, given, runs: 0.002)  # no clock: each step pays by its size
     monkeypatch.setattr(measure, "peak_memory", lambda *_, **__: None)  # four processes less
     task, net = fitted(kind)
