@@ -258,9 +258,12 @@ def _dequantize(graph: fx.GraphModule, node: fx.Node, codes: str, scale: str, ze
 
 
 def _layer(graph: fx.GraphModule, node: fx.Node) -> fx.Node:
-    """oneDNN's layer: x, its grid, the packed weight, its scales and zeros, the bias in numbers, sizes, the grid of the
-    result, nothing after it."""
-    call = graph.graph.call_function
+    """oneDNN's layer.
+
+    It takes x, its grid, the packed weight, its scales and zeros, the bias in numbers, sizes, the grid of the result, and
+    that nothing comes after it.
+    """
+    add = graph.graph.call_function
     g = arguments(node)
     convolves = "stride" in g
     sizes = [g[name] for name in ("stride", "padding", "dilation", "groups")] if convolves else []
@@ -270,16 +273,16 @@ def _layer(graph: fx.GraphModule, node: fx.Node) -> fx.Node:
     zeros = _constant(graph, node, torch.zeros(steps.shape, dtype=torch.int32), "zeros")
     onednn = torch.ops.onednn
     if convolves:
-        packed = call(onednn.qconv_prepack.default, (g["weight"], g["weight_scale"], *grid, *sizes, None))
+        packed = add(onednn.qconv_prepack.default, (g["weight"], g["weight_scale"], *grid, *sizes, None))
         target = onednn.qconv_pointwise.default
     else:
-        packed = call(onednn.qlinear_prepack.default, (g["weight"], None))
+        packed = add(onednn.qlinear_prepack.default, (g["weight"], None))
         target = onednn.qlinear_pointwise.default
     rounds = rarefy.kernels.makes_codes(node)
     out = (*_grid(graph, g["scale"], g["zero_point"]), g["dtype"]) if rounds else (1.0, 0, torch.float32)
-    layer = call(target, (g["x"], *grid, packed, g["weight_scale"], zeros, bias, *sizes, *out, "none", [], ""))
+    layer = add(target, (g["x"], *grid, packed, g["weight_scale"], zeros, bias, *sizes, *out, "none", [], ""))
     if rounds and (g["qmin"], g["qmax"]) != (torch.iinfo(g["dtype"]).min, torch.iinfo(g["dtype"]).max):
-        layer = call(aten.clamp.default, (layer, g["qmin"], g["qmax"]))
+        layer = add(aten.clamp.default, (layer, g["qmin"], g["qmax"]))
     return layer
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rarefy import capture
 from rarefy.deployment.onnx import file as file_module
-from rarefy.deployment.onnx.model import ROWS, onnx_model
+from rarefy.deployment.onnx.model import FAMILIES, ROWS, onnx_model, operators
 from rarefy.deployment.onnx.writer import Untranslated
 from rarefy.errors import InputError
 from rarefy.graph.fold import fold_constants
@@ -163,6 +163,11 @@ def test_an_operator_is_the_same_in_onnx(name: str, shape: tuple[int, ...], case
     found, exact = ran(Of(case, shape), shape)
     assert found[0].shape == exact[0].shape and found[0].dtype == exact[0].dtype
     assert torch.allclose(found[0], exact[0], rtol=1e-4, atol=2e-5)
+
+
+def test_an_operator_has_one_row() -> None:
+    named = [one for family in FAMILIES for names in family.ROWS for one in operators(names)]
+    assert len(named) == len(set(named)) == len(ROWS)
 
 
 @pytest.mark.parametrize(
