@@ -7,7 +7,7 @@
 
 which is what an integer kernel computes. The factor of the codes is taken once, in float32 and in this order, as ONNX
 Runtime's QLinearConv and QGemm take it: sums scaled by s_x s_w and then divided by s come out as the next code a few
-times in a million (tests/test_integer.py).
+times in a million (tests/kernels/test_int_linear.py).
 
 Sums are taken by a float convolution of whole numbers. Below 2^24 that is exact in float32, and as the factors are at
 most 8 bits wide it stays exact where a GPU multiplies in TF32 or bf16 and adds in float32; a convolution of the scaled

@@ -339,8 +339,9 @@ def test_golden_bytes(tmp_path):
 
 
 def test_the_same_graph_gives_the_same_bytes_in_another_process(tmp_path, monkeypatch):
-    hostile = str(ROOT / "tests" / "hostile")
-    program = f"import sys; sys.path.insert(0, {hostile!r}); import bad_folders; bad_folders.good_folder({str(tmp_path / 'there')!r})"
+    hostile = str(ROOT / "tests" / "artifact" / "hostile")
+    there = str(tmp_path / "there")
+    program = f"import sys; sys.path.insert(0, {hostile!r}); import bad_folders; bad_folders.good_folder({there!r})"
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr
