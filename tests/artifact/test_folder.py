@@ -84,7 +84,7 @@ def assert_same(one, other):
         assert value.dtype == second[name].dtype and torch.equal(value, second[name]), name
 
 
-# -------------------------------------------------------------------------------------------------------------- round trip
+# ----------------------------------------------------------------------------------------------------------- round trip
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -228,7 +228,7 @@ def test_meta_comes_back(tmp_path):
     assert loaded.meta["core"] == "backbone" and loaded.meta["inputs"] == graph.meta["inputs"]
 
 
-# ------------------------------------------------------------------------------------------------ without pickle, without class
+# ---------------------------------------------------------------------------------------- without pickle, without class
 
 
 def test_no_file_is_a_pickle_and_none_is_read(tmp_path, monkeypatch):
@@ -269,7 +269,7 @@ print(graph(torch.linspace(-1, 1, 75).reshape(3, 1, 5, 5)).tolist())
     assert json.loads(done.stdout) == graph(torch.linspace(-1, 1, 75).reshape(3, 1, 5, 5)).tolist()
 
 
-# --------------------------------------------------------------------------------------------------------------- bytes on disk
+# -------------------------------------------------------------------------------------------------------- bytes on disk
 
 
 @pytest.mark.parametrize("entropy", [True, False])
@@ -323,7 +323,8 @@ def test_golden_bytes(tmp_path):
         '{"name":"weight","op":"get_attr","target":"weight"},\n'
         '{"args":[{"node":"x"},{"node":"weight"}],"name":"linear_default","op":"call_function","stack":"fc",'
         '"target":"aten.linear.default"},\n'
-        '{"args":[{"node":"linear_default"},{"float":"-inf"}],"kwargs":{"max":6.0},"name":"clamp_default","op":"call_function",'
+        '{"args":[{"node":"linear_default"},{"float":"-inf"}],"kwargs":{"max":6.0},"name":"clamp_default",'
+        '"op":"call_function",'
         '"target":"aten.clamp.default"},\n'
         '{"args":[{"node":"clamp_default"}],"kwargs":{"device":{"device":"cpu"},"dtype":{"dtype":"float64"}},'
         '"name":"_to_copy_default","op":"call_function","target":"aten._to_copy.default"},\n'
@@ -431,7 +432,7 @@ def test_a_quantised_graph(tmp_path):
     assert torch.equal(graph(x), loaded(x)) and loaded.code == graph.code
 
 
-# ------------------------------------------------------------------------------------------------------------------- manifest
+# ------------------------------------------------------------------------------------------------------------- manifest
 
 
 def test_the_manifest_lists_every_file_and_what_it_was_given(tmp_path):
@@ -499,7 +500,7 @@ def test_a_folder_that_is_none(tmp_path):
     assert not folder_.is_artifact(tmp_path)
 
 
-# -------------------------------------------------------------------------------------------------------------- what can't be
+# -------------------------------------------------------------------------------------------------------- what can't be
 
 
 def test_a_module_is_not_a_graph(tmp_path):
@@ -524,7 +525,7 @@ def test_what_load_would_refuse_is_not_saved(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# -------------------------------------------------------------------------------------------------------------------- atomic
+# --------------------------------------------------------------------------------------------------------------- atomic
 
 
 def contents(folder):

@@ -219,7 +219,7 @@ def test_the_library_accepts_ours(signed, keys):
     config.verify(signed, signed / "model.sig")
 
 
-# ------------------------------------------------------------------------------------------------------------------- keys
+# ----------------------------------------------------------------------------------------------------------------- keys
 
 
 def test_a_key_is_on_the_disk_before_it_is_told(tmp_path, monkeypatch):
@@ -290,7 +290,7 @@ def test_a_private_key_is_not_published(signed, keys):
         signing.sign(signed, inside)
 
 
-# --------------------------------------------------------------------------------------------------- certificates, sigstore
+# ----------------------------------------------------------------------------------------------- certificates, sigstore
 
 
 def _certificate(name, key, issuer, issuer_key, ca):
@@ -344,7 +344,7 @@ def test_certificates(signed, tmp_path):
 
 
 def test_sigstore_gets_what_it_is_given(signed, keys, monkeypatch):
-    """Sigstore itself needs a network and a person: the library is asked with our arguments, and signs with a key instead."""
+    """Sigstore needs a network and a person: the library is asked with our arguments, and signs with a key instead."""
     import model_signing
 
     asked = []

@@ -27,7 +27,7 @@ LAYERS = [
 
 @pytest.mark.parametrize(("layer", "shape"), LAYERS)
 def test_the_mean_of_what_a_layer_reads_gives_that_of_its_sums(layer: nn.Module, shape: tuple[int, ...]) -> None:
-    """Odd sizes, strides, dilation, groups, padding, several batches of different sizes; float32 of at most 400 products."""
+    """Odd sizes, strides, dilation, groups, padding, batches of different sizes; float32 of at most 400 products."""
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(count, *shape, generator=generator) for count in (3, 2)]
     graph = capture(nn.Sequential(layer).eval(), batches[0])

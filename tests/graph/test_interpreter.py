@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 
 class Small(nn.Module):
-    """A list of values (chunk), a value read twice in one node (p * p), one read late (h), and outputs in a dictionary."""
+    """A list of values (chunk), a value read twice in one node (p * p), one read late (h), a dictionary of outputs."""
 
     def __init__(self) -> None:
         super().__init__()

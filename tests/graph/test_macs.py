@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rarefy.graph.capture import capture
 from rarefy.graph.macs import count_macs, count_parameters, einsum_letters
@@ -34,7 +35,7 @@ class Do(nn.Module):
         # "..." is a batch axis on the left only, and two axes of it
         (Do(lambda x: torch.einsum("...ij,jk->...ik", x, torch.ones(5, 7))), (2, 3, 4, 5), 2 * 3 * 4 * 5 * 7),
         (Do(lambda x: torch.einsum("bi,bi->b", x, x)), (4,), 4),
-        (Do(lambda x: nn.functional.scaled_dot_product_attention(x, x[..., :3, :], x[..., :3, :2])), (2, 6, 4), 2 * 6 * 3 * (4 + 2)),
+        (Do(lambda x: F.scaled_dot_product_attention(x, x[..., :3, :], x[..., :3, :2])), (2, 6, 4), 2 * 6 * 3 * (4 + 2)),
         (Do(lambda x: torch.relu(x + 1).mean(1)), (4, 4), 0),
     ],
 )  # fmt: skip

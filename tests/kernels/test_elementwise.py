@@ -1,4 +1,5 @@
-"""Sums, products and averages of codes against ONNX Runtime's kernels, sums and products on every pair of codes: equal to the last code."""
+"""Sums, products and averages of codes against ONNX Runtime's kernels, sums and products on every pair of codes: equal
+to the last code."""
 
 from __future__ import annotations
 

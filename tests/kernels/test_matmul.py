@@ -1,4 +1,5 @@
-"""Products of two activations in integers: queries and keys are rounded, whatever form attention has; probabilities and what is not asked for stay float."""
+"""Products of two activations in integers: queries and keys are rounded, whatever form attention has; probabilities and
+what is not asked for stay float."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Folders that break one promise of docs/format.md each, and are whole otherwise: the hashes in manifest.json are made to fit.
+"""Folders that break one promise of docs/format.md each, and are whole otherwise: manifest.json has their hashes.
 
-``KINDS`` maps the promise that is broken to (a function that breaks it in a good folder, words of the refusal); the words
-stand in refusals.txt, one line a promise. A folder by hand, to look at or to try on another reader:
+``KINDS`` maps the promise that is broken to (a function that breaks it in a good folder, words of the refusal); the
+words stand in refusals.txt, one line a promise. A folder by hand, to look at or to try on another reader:
 
     python tests/artifact/hostile/bad_folders.py a_node_reads_only_nodes_before_it bad/
 """
@@ -148,7 +148,7 @@ def with_bytes(header: dict[str, Any], data: bytes, name: str, content: bytes) -
     return header, b"".join(parts)
 
 
-# ------------------------------------------------------------------------------------------------------------- the folder
+# ----------------------------------------------------------------------------------------------------------- the folder
 
 
 @breaks
@@ -223,7 +223,7 @@ def manifest_fits_flipped_bits(folder: Path) -> None:
     (folder / "weights.safetensors").write_bytes(data)
 
 
-# ------------------------------------------------------------------------------------------------------- graph.json as text
+# --------------------------------------------------------------------------------------------------- graph.json as text
 
 _text = {
     "the_graph_is_not_empty": lambda data: b"",
@@ -254,7 +254,7 @@ for _name, _change in _text.items():
     in_text(_change)
 
 
-# ------------------------------------------------------------------------------------------------------- what graph.json says
+# ------------------------------------------------------------------------------------------------- what graph.json says
 
 _conv = "aten.conv2d.default"
 _input = {"node": "x"}
@@ -450,7 +450,7 @@ for _name, _change in _graph.items():
     in_graph(_change)
 
 
-# --------------------------------------------------------------------------------------------------------------- the weights
+# ---------------------------------------------------------------------------------------------------------- the weights
 
 
 @breaks
