@@ -130,12 +130,9 @@ def describe(choice: Any) -> str:
     """The text ``resolve`` takes back; only options that differ from their default are written."""
     if isinstance(choice, str):
         return choice
-    cls = type(choice)
-    if cls.__module__ in OTHERS.values():
+    if type(choice).__module__ in OTHERS.values():
         return str(choice.text)
-    name = f"{cls.__module__}:{cls.__name__}"
-    if cls.__module__.startswith("rarefy."):
-        name = ALIASES.get(cls.__module__, cls.__module__.rpartition(".")[2])
+    name = name_of(choice)
     if not dataclasses.is_dataclass(choice):
         return name
     options = [
@@ -144,6 +141,14 @@ def describe(choice: Any) -> str:
         if getattr(choice, field.name) != field.default
     ]
     return f"{name}:{','.join(options)}" if options else name
+
+
+def name_of(choice: object) -> str:
+    """The text of a choice without its options."""
+    cls = type(choice)
+    if cls.__module__.startswith("rarefy."):
+        return ALIASES.get(cls.__module__, cls.__module__.rpartition(".")[2])
+    return f"{cls.__module__}:{cls.__name__}"
 
 
 def _imported(module: str, name: str) -> Any:

@@ -129,7 +129,7 @@ def timed(
             **one["ms"],
             "batch": len(example),
             "threads": runtime.threads,
-            "runtime": plugins.describe(runtime).partition(":")[0],
+            "runtime": plugins.name_of(runtime),
             "repeats": one["repeats"],
         }
         measured[name] = {"latency_ms": run_time, "speedup": one["speedup"]}

@@ -186,7 +186,7 @@ class Bench:
     ) -> None:
         self.space, self.build = space, build
         self.runtime = latency.with_threads(where.runtime, where.threads)
-        self.name = plugins.describe(self.runtime).partition(":")[0]
+        self.name = plugins.name_of(self.runtime)
         self.settings = {"runtime": self.name, "threads": self.runtime.threads, "batch": where.batch}
         self.original = build(space.kept(space.whole))
         self.example = example_inputs(self.original, batch=where.batch, seed=seed)[0]
