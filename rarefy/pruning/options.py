@@ -75,6 +75,16 @@ def _are_globs(value: object) -> bool:
     return isinstance(value, str) or (isinstance(value, Sequence) and all(isinstance(glob, str) for glob in value))
 
 
+# What follows the default in an option that both verbs have.
+_SEED = ("The same seed gives the same result.", lambda n: _is_whole(n, 0), "must be a whole number from 0", "N")
+_IGNORE = (
+    "Layers to leave alone; may be given more than once.",
+    _are_globs,
+    "must be a list of globs, such as ['head.*']",
+    "GLOB",
+)
+
+
 def _globs(ignore: Sequence[str]) -> tuple[str, ...]:
     """Of one glob or several."""
     return (ignore,) if isinstance(ignore, str) else tuple(ignore)
@@ -125,13 +135,7 @@ class Options:
         "must lie between 0 and 1",
         "SHARE",
     )
-    ignore: Sequence[str] = option(
-        (),
-        "Layers to leave alone; may be given more than once.",
-        _are_globs,
-        "must be a list of globs, such as ['head.*']",
-        "GLOB",
-    )
+    ignore: Sequence[str] = option((), *_IGNORE)
     heads: str = option("dims", "Of attention: dims, the same of each head leave; whole: heads leave.", metavar="NAME")
     select: Selection | str = option(
         "best", "How scores decide: best, or sample:temperature=1; see `rarefy list selection`.", metavar="CHOICE"
@@ -142,9 +146,7 @@ class Options:
     check: bool = option(True, "Compare with the masked original.")
     repair: bool = option(False, "Mend it on 512 training images, without training.")
     task: Task | None = option(None, "For criteria that need data, and schedules that train.")
-    seed: int = option(
-        0, "The same seed gives the same result.", lambda n: _is_whole(n, 0), "must be a whole number from 0", "N"
-    )
+    seed: int = option(0, *_SEED)
     device: str | torch.device | None = option(
         None, "cpu, cuda, cuda:1; default: a GPU if there is one.", metavar="NAME"
     )
@@ -231,17 +233,9 @@ class MaskOptions:
     scope: str | None = option(
         None, "Where a share is taken: global, layer or output; default: the criterion's.", metavar="NAME"
     )
-    ignore: Sequence[str] = option(
-        (),
-        "Layers to leave alone; may be given more than once.",
-        _are_globs,
-        "must be a list of globs, such as ['head.*']",
-        "GLOB",
-    )
+    ignore: Sequence[str] = option((), *_IGNORE)
     task: Task | None = option(None, "For criteria that look at data.")
-    seed: int = option(
-        0, "The same seed gives the same result.", lambda n: _is_whole(n, 0), "must be a whole number from 0", "N"
-    )
+    seed: int = option(0, *_SEED)
 
     def __post_init__(self) -> None:
         pattern = self.pattern

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from rarefy.graph.nodes import Value
 
 
 def packed(mask: Tensor) -> str:
@@ -22,7 +23,7 @@ def unpacked(text: str, size: int) -> Tensor:
     )
 
 
-def followed(records: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
+def followed(records: Iterable[Mapping[str, Value]]) -> dict[str, Tensor]:
     """Weight name -> the positions of the first network's output channels that are left after all prunings, int64, from
     their facts in order."""
     found: dict[str, Tensor] = {}

@@ -25,6 +25,9 @@ from rarefy.tasks.task import Task
 class Activation:
     """Mean |activation| of a channel, or its variance, on batches of the training split.
 
+    For images without labels; ``statistic=variance`` was the better one. Not what the layer itself makes, but what the
+    next one reads of it.
+
     statistic: mean or variance.  batches: how many.  batch_size: images in each.
     reduce: mean, sum or max over the layers that read the channel.
     """

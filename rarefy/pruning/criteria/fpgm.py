@@ -24,6 +24,9 @@ from rarefy.tasks.task import Task
 class Fpgm:
     """Sum of a filter's distances to all filters of its layer.
 
+    Without data, as good as magnitude under ranking "global", and worse under all others. Not a size: small filters
+    that are unlike all others stay.
+
     reduce: mean, sum or max over the layers that make the channel.
     """
 

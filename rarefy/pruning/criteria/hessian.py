@@ -32,6 +32,9 @@ from rarefy.tasks.task import Task
 class Hessian:
     """Fisher information times the square of a channel's weights, or of the whole group at once.
 
+    ``group=true`` with ranking "loss" was the best of all where there is data, and needs no labels. Not to be mixed up
+    with the diagonal form, which needs labels and was below magnitude.
+
     group: with the interactions inside a group.  batches: how many.  batch_size: images in each.
     draws: random sums of outputs a batch (group).  reduce: mean, sum or max over the coupled weights (diagonal).
     """

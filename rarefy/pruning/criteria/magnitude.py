@@ -21,6 +21,9 @@ from rarefy.tasks.task import Task
 class Magnitude:
     """The p-norm (p-th power) of a channel's weights.
 
+    The default: needs no data, and is near the best under ranking "global"; ranking "loss" is not for it. Not the
+    magnitude of ``mask``, which is of single weights.
+
     p: 1 or 2, or any positive number.  reduce: mean, sum or max over the coupled weights.
     """
 

@@ -13,7 +13,10 @@ from rarefy.tasks.task import Task
 
 @dataclass(frozen=True)
 class Random:
-    """Scores drawn uniformly from [0, 1); the same for the same seed."""
+    """Scores drawn uniformly from [0, 1); the same for the same seed.
+
+    For comparisons only.
+    """
 
     def scores(self, graph: fx.GraphModule, coupling: Coupling, task: Task | None, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)

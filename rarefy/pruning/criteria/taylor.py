@@ -37,6 +37,9 @@ Batches = Iterable[tuple[Tensor, Targets]]
 class Taylor:
     """|sum of weight times gradient| of a channel, over batches of the training split.
 
+    For data with labels, where few batches must do; ``form=fisher`` with ranking "loss" was its better form. Not the
+    change of the loss itself, but its first order.
+
     batches: how many.  batch_size: images in each.  reduce: mean, sum or max over the coupled weights (form weight).
     form: weight, or fisher: squared, for each image and over the group at once.
     """

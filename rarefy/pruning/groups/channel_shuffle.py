@@ -15,12 +15,12 @@ given up: the chain's own form in the result (an index reads memory as a transpo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, fx
 
+from rarefy.graph.nodes import Value as Yielded
 from rarefy.graph.nodes import device_of, finish, operator_name, set_attribute, share_copy
 from rarefy.graph.shapes import shapes
 
@@ -30,15 +30,17 @@ _ORDERS = {"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis"
 _SHAPES = {"view", "_unsafe_view", "reshape", "flatten", "unflatten", "contiguous", "clone"}
 
 
-def indexed(graph: fx.GraphModule, found: dict[fx.Node, Any]) -> fx.GraphModule:
+def indexed(graph: fx.GraphModule, found: Mapping[fx.Node, Yielded]) -> fx.GraphModule:
     """A copy (sharing tensors) in which every shuffle along one axis is an ``index_select``; with none, the graph.
 
     found: its ``shapes``, at any batch.
     """
-    chains = [chain for chain in _chains(graph) if found[chain[-1]].shape == found[chain[0].args[0]].shape]
+    chains = [chain for chain in _chains(graph) if found[chain[-1]].shape == found[chain[0].all_input_nodes[0]].shape]
     at_two = shapes(graph, 2) if chains else {}
     shuffles = {
-        chain[-1].name: (chain[0].args[0], *order) for chain in chains if (order := _order(chain, at_two)) is not None
+        chain[-1].name: (chain[0].all_input_nodes[0], *order)
+        for chain in chains
+        if (order := _order(chain, at_two)) is not None
     }
     if not shuffles:
         return graph
@@ -55,33 +57,33 @@ def indexed(graph: fx.GraphModule, found: dict[fx.Node, Any]) -> fx.GraphModule:
     return finish(copied)
 
 
-def _chains(graph: fx.GraphModule) -> Iterator[list[Any]]:
+def _chains(graph: fx.GraphModule) -> Iterator[list[fx.Node]]:
     """Views with a change of order among them, each read by the next alone."""
     for last in graph.graph.nodes:
         if operator_name(last) == "channel_shuffle":
             yield [last]
-        chain: list[Any] = [last]
+        chain = [last]
         while operator_name(chain[0]) in _ORDERS | _SHAPES:
             if operator_name(last) in _SHAPES and any(operator_name(node) in _ORDERS for node in chain):
                 yield list(chain)
-            before = chain[0].args[0]
+            before = chain[0].all_input_nodes[0]
             if len(before.users) > 1:
                 break
             chain.insert(0, before)
 
 
-def _order(chain: list[Any], found: dict[fx.Node, Any]) -> tuple[int, Tensor] | None:
+def _order(chain: list[fx.Node], found: Mapping[fx.Node, Yielded]) -> tuple[int, Tensor] | None:
     """(axis, permutation) if the chain does nothing but that along one axis behind the batch."""
-    source = chain[0].args[0]
+    source = chain[0].all_input_nodes[0]
     shape = tuple(found[source].shape)
     if tuple(found[chain[-1]].shape) != shape or math.prod(shape) >= 2**31:
         return None
     numbers = torch.arange(math.prod(shape), dtype=torch.int32).reshape(shape)
-    moved: Any = numbers
+    moved = numbers
     for node in chain:
         args, kwargs = fx.map_arg((node.args[1:], node.kwargs), found.__getitem__)
-        target: Any = aten.reshape.default if operator_name(node) in ("view", "_unsafe_view") else node.target
-        moved = target(moved, *args, **kwargs)
+        operator: Yielded = aten.reshape.default if operator_name(node) in ("view", "_unsafe_view") else node.target
+        moved = operator(moved, *args, **kwargs)
     for axis in range(1, len(shape)):
         line = tuple(slice(None) if other == axis else 0 for other in range(len(shape)))
         order = (moved[line].long() - int(numbers[line][0])) // math.prod(shape[axis + 1 :])

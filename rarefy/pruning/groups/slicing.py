@@ -145,9 +145,7 @@ class Slicer:
 
 def source_of(node: fx.Node) -> fx.Node:
     """The first argument."""
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    return source
+    return node.all_input_nodes[0]
 
 
 # ------------------------------------------------------------------------------------------------------------- resize

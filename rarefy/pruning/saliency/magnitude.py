@@ -16,7 +16,10 @@ from rarefy.tasks.task import Task
 
 @dataclass(frozen=True)
 class Magnitude:
-    """|w|: needs no data; all layers compete."""
+    """|w|: needs no data; all layers compete.
+
+    The default: where the network trains on, little is better. Not the magnitude of ``prune``, which is of channels.
+    """
 
     scope: ClassVar[str] = "global"
 

@@ -29,6 +29,9 @@ from rarefy.tasks.task import Task
 class Wanda:
     """|weight| times the norm of its inputs on training images; weights of one output compete.
 
+    For masks without training behind them, of linear layers above all; of a convolutional network no better than
+    magnitude.
+
     images: how many are looked at, without labels.  batch_size: at once.
     """
 

@@ -9,7 +9,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Best:
-    """The highest scores are kept."""
+    """The highest scores are kept.
+
+    The default; the same scores always keep the same.
+    """
 
     def keys(self, scores: np.ndarray, seed: int) -> np.ndarray:
         return scores

@@ -19,7 +19,12 @@ from rarefy.errors import InputError
 
 @dataclass(frozen=True)
 class Sample:
-    """Drawn without replacement with probabilities proportional to score^(1 / temperature)."""
+    """Drawn without replacement with probabilities proportional to score^(1 / temperature).
+
+    For several prunings that are judged on data, of which the best is taken; one draw alone proves nothing.
+
+    temperature: near 0 as ``best``, at infinity by chance.
+    """
 
     temperature: float = 1.0
 
