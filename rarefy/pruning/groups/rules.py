@@ -31,6 +31,7 @@ from rarefy.pruning.groups.labels import (
     blank,
     compact,
     replaced,
+    values_in,
 )
 
 aten = torch.ops.aten
@@ -61,22 +62,16 @@ def _moves(trace: Trace, node: fx.Node, a: Arguments) -> Carried:
     operator: Carried = aten.reshape.default if operator_name(node) in ("view", "_unsafe_view") else node.target
     if operator is aten.reshape.default:
         rest = {"shape": rest.get("size", rest.get("shape"))}
-    result = trace.found[node]
-    whole = blank(result)
+    whole = blank(trace.found[node])
     sliced = a["dim"] % source.rank if operator_name(node) in ("slice", "narrow") else None
     for layer in source.layers:
-        if (
-            sliced is not None and layer.shape[sliced] == 1
-        ):  # also where nothing is left: an empty part keeps its other axes
+        # Also where nothing is left: an empty part keeps its other axes.
+        if sliced is not None and layer.shape[sliced] == 1:
             whole.layers.append(layer)
             continue
-        full = layer.expand(source.shape)
-        moved = operator(full, **rest)
-        if isinstance(whole, list):
-            for value, part in zip(whole, moved, strict=True):
-                value.layers.append(compact(part))
-        else:
-            whole.layers.append(compact(moved))
+        moved = operator(layer.expand(source.shape), **rest)
+        for value, part in zip(values_in(whole), moved if isinstance(whole, list) else [moved], strict=True):
+            value.layers.append(compact(part))
     return whole
 
 
@@ -114,13 +109,9 @@ def _constant(trace: Trace, node: fx.Node, a: Arguments) -> Value:
 
 def _cat(trace: Trace, node: fx.Node, a: Arguments) -> Value:
     shape = trace.shape(node)
-    parts: list[Value] = a["tensors"]
-    if operator_name(node) == "stack":
-        axis = a["dim"] % len(shape)
-        parts = [Value(_inserted(part.shape, axis), [layer.unsqueeze(axis) for layer in part.layers]) for part in parts]
-    parts = [part for part in parts if part.rank == len(shape)]
     axis = a["dim"] % len(shape)
-    return Value(shape, _joined(trace, parts, axis))
+    parts: list[Value] = [_unsqueezed(part, axis) if operator_name(node) == "stack" else part for part in a["tensors"]]
+    return Value(shape, _joined(trace, [part for part in parts if part.rank == len(shape)], axis))
 
 
 def _joined(trace: Trace, parts: list[Value], axis: int) -> list[Tensor]:
@@ -131,12 +122,10 @@ def _joined(trace: Trace, parts: list[Value], axis: int) -> list[Tensor]:
         for part in parts
     ]
     layers = trace.meet(across, rank)
-    found = [trace.channel(part, axis)[0] for part in parts]
-    if any(own is not None for own in found):
-        pieces = [
-            torch.zeros(part.shape[axis], dtype=torch.int64) if own is None else own
-            for part, own in zip(parts, found, strict=True)
-        ]
+    labels = [trace.channel(part, axis)[0] for part in parts]
+    if any(piece is not None for piece in labels):
+        fixed = [torch.zeros(part.shape[axis], dtype=torch.int64) for part in parts]
+        pieces = [zeros if piece is None else piece for piece, zeros in zip(labels, fixed, strict=True)]
         layers.append(along(torch.cat(pieces), axis, rank))
     return layers
 
@@ -146,7 +135,7 @@ def _scatter(trace: Trace, node: fx.Node, a: Arguments) -> Value:
     base, part = a["self"], a["src"]
     axis = a["dim"] % base.rank
     if operator_name(node) == "select_scatter":
-        part = Value(_inserted(part.shape, axis), [layer.unsqueeze(axis) for layer in part.layers])
+        part = _unsqueezed(part, axis)
         places = range(a["index"] % base.shape[axis], a["index"] % base.shape[axis] + 1)
     else:
         places = range(*slice(a["start"], a["end"], a["step"]).indices(base.shape[axis]))
@@ -197,29 +186,22 @@ def _index(trace: Trace, node: fx.Node, a: Arguments) -> Value | type[Unknown]:
     asked = argument(node, "index" if single else "indices")
     indices: list[Carried] = [None] * (a["dim"] % source.rank) + [asked] if single else list(asked)
     axes = [axis for axis, index in enumerate(indices) if index is not None]
-    constants = {axis: _constant_index(trace, indices[axis]) for axis in axes}
     if any(trace.found[indices[axis]].dtype == torch.bool for axis in axes):
         return Unknown
-    looked_up = {
-        axis: constants[axis]
-        if constants[axis] is not None
-        else torch.zeros(tuple(trace.found[indices[axis]].shape), dtype=torch.int64)
-        for axis in axes
-    }
+    constant = all(indices[axis].op == "get_attr" for axis in axes)
+    places: list[Tensor | slice] = [slice(None)] * len(indices)
+    for axis in axes:
+        shape = tuple(trace.found[indices[axis]].shape)
+        places[axis] = (
+            attribute(trace.graph, indices[axis]).cpu() if constant else torch.zeros(shape, dtype=torch.int64)
+        )
     moved = []
     for layer in source.layers:
-        if any(layer.shape[axis] > 1 for axis in axes) and (len(axes) > 1 or constants[axes[0]] is None):
+        if any(layer.shape[axis] > 1 for axis in axes) and (len(axes) > 1 or not constant):
             trace.freeze(layer, "looked up by an index that is not one constant")
-            continue
-        full = layer.expand(source.shape)
-        moved.append(
-            compact(full[tuple(looked_up[axis] if axis in looked_up else slice(None) for axis in range(len(indices)))])
-        )
+        else:
+            moved.append(compact(layer.expand(source.shape)[tuple(places)]))
     return Value(trace.shape(node), moved)
-
-
-def _constant_index(trace: Trace, node: fx.Node) -> Tensor | None:
-    return attribute(trace.graph, node).cpu() if node.op == "get_attr" else None
 
 
 def _embedding(trace: Trace, node: fx.Node, a: Arguments) -> Value:
@@ -239,15 +221,12 @@ def _convolution(trace: Trace, node: fx.Node, a: Arguments) -> Value:
     Depthwise: output o follows input o // multiplier.
     """
     source, weight, groups = a["input"], a["weight"], a["groups"]
-    shape = trace.shape(node)
     axis = source.rank - weight.rank + 1
     labels, rest = trace.channel(source, axis)
     rest = trace.keep(rest, [*range(axis), *_pointwise_axes(a, weight, axis)], "a spatial axis of a convolution")
     out, _ = trace.channel(weight, 0)
     inner, kernel = trace.channel(weight, 1)
-    for layer in kernel:
-        if layer.shape[0] == 1:
-            trace.freeze(layer, "the kernel of a convolution")
+    _freeze_kernel(trace, kernel)
     trace.note_layer(argument(node, "weight"), 0)
     outputs, inputs = weight.shape[0], source.shape[axis]
     if groups > 1 and inputs == groups:
@@ -263,11 +242,7 @@ def _convolution(trace: Trace, node: fx.Node, a: Arguments) -> Value:
             trace.freeze(out, "one output a group")
     else:
         _tie_or_freeze(trace, inner, labels, "follows an input that is fixed")
-    layers = list(rest)
-    _affine(trace, out, a["bias"])
-    if out is not None:
-        layers.append(along(out, axis, len(shape)))
-    return Value(shape, layers)
+    return _convolved(trace, node, a, out, rest)
 
 
 def _pointwise_axes(a: Arguments, weight: Value, axis: int) -> list[int]:
@@ -286,32 +261,37 @@ def _pointwise_axes(a: Arguments, weight: Value, axis: int) -> list[int]:
 def _transposed_convolution(trace: Trace, node: fx.Node, a: Arguments) -> Value:
     """weight (in, out / groups, ...)."""
     source, weight, groups = a["input"], a["weight"], a["groups"]
-    shape = trace.shape(node)
     axis = source.rank - weight.rank + 1
     labels, rest = trace.channel(source, axis)
     rest = trace.keep(rest, range(axis), "a spatial axis of a convolution")
     inner, _ = trace.channel(weight, 0)
     out, kernel = trace.channel(weight, 1)
-    for layer in kernel:
-        if layer.shape[0] == 1:
-            trace.freeze(layer, "the kernel of a convolution")
+    _freeze_kernel(trace, kernel)
     trace.note_layer(argument(node, "weight"), 1)
     _tie_or_freeze(trace, inner, labels, "follows an input that is fixed")
     if groups > 1 and inner is not None:
-        blocks = inner.reshape(groups, -1)
-        if groups == source.shape[axis] and weight.shape[1] == 1:
-            out = inner
-        elif groups == source.shape[axis]:
+        depthwise = groups == source.shape[axis]
+        if depthwise and weight.shape[1] > 1:
             trace.freeze(inner, "the groups of a transposed convolution")
-            out = None if out is None else out.repeat(groups)
-        else:
+        elif not depthwise:
+            blocks = inner.reshape(groups, -1)
             trace.tie(blocks, blocks[:1])
-            out = None if out is None else out.repeat(groups)
-    layers = list(rest)
+        out = inner if depthwise and weight.shape[1] == 1 else None if out is None else out.repeat(groups)
+    return _convolved(trace, node, a, out, rest)
+
+
+def _freeze_kernel(trace: Trace, layers: list[Tensor]) -> None:
+    for layer in layers:
+        if layer.shape[0] == 1:
+            trace.freeze(layer, "the kernel of a convolution")
+
+
+def _convolved(trace: Trace, node: fx.Node, a: Arguments, out: Tensor | None, rest: list[Tensor]) -> Value:
+    """What a convolution yields. out: (channels,) labels, None if they are fixed.  rest: layers along other axes."""
+    shape = trace.shape(node)
     _affine(trace, out, a["bias"])
-    if out is not None:
-        layers.append(along(out, axis, len(shape)))
-    return Value(shape, layers)
+    channels = [] if out is None else [along(out, a["input"].rank - a["weight"].rank + 1, len(shape))]
+    return Value(shape, [*rest, *channels])
 
 
 def _tie_or_freeze(trace: Trace, one: Tensor | None, other: Tensor | None, why: str) -> None:
@@ -490,8 +470,9 @@ def _mixes(trace: Trace, node: fx.Node, a: Arguments) -> Value:
     return Value(source.shape, trace.keep(source.layers, others, f"{operator_name(node)} runs over it"))
 
 
-def _inserted(shape: Sequence[int], axis: int) -> tuple[int, ...]:
-    return (*shape[:axis], 1, *shape[axis:])
+def _unsqueezed(part: Value, axis: int) -> Value:
+    shape = (*part.shape[:axis], 1, *part.shape[axis:])
+    return Value(shape, [layer.unsqueeze(axis) for layer in part.layers])
 
 
 RULES: dict[str, Rule] = {
