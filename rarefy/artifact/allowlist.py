@@ -1,12 +1,12 @@
 """What a saved graph may call. ``save`` writes nothing else, and ``load`` runs nothing else.
 
-A call is three things, each checked before a graph is built from it: its name stands in aten.txt or the table below; its arguments
-are those of the operator's own schema, in number and in type; and a literal size among them stays below
+A call is three things, each checked before a graph is built from it: its name stands in aten.txt or the table below;
+its arguments are those of the operator's own schema, in number and in type; and a literal size among them stays below
 ``MOST_ELEMENTS``.
 
-* aten operators by name (aten.txt), every overload that changes none of its arguments. Left out on purpose: those that read a file
-  (``from_file``), yield memory that was never written (``empty``), change storage (``set``, ``resize``), trust their
-  input (sparse, nested and quantized tensors' raw constructors), or belong to one backend.
+* aten operators by name (aten.txt), every overload that changes none of its arguments. Left out on purpose: those that
+  read a file (``from_file``), yield memory that was never written (``empty``), change storage (``set``, ``resize``),
+  trust their input (sparse, nested and quantized tensors' raw constructors), or belong to one backend.
 * rarefy's own operators: ``rarefy.kernels.OPERATORS``.
 * arithmetic on sizes, from ``operator``, ``math`` and ``torch``.
 
@@ -120,7 +120,8 @@ def check_call(
     if target in _NAME_OF:
         return _check_function(_NAME_OF[target], args, kwargs, yields)
     assert isinstance(target, torch._ops.OpOverload)
-    arguments = target._schema.arguments
+    schema = target._schema
+    arguments = schema.arguments
     positional = [argument for argument in arguments if not argument.kwarg_only]
     if len(args) > len(positional):
         raise FormatError(f"{target} takes {len(positional)} arguments, not {len(args)}")
@@ -130,7 +131,7 @@ def check_call(
     if twice or unknown:
         raise FormatError(f"{target} takes no argument {min(twice | unknown)[:80]!r}{' twice' if twice else ''}")
     given.update(kwargs)
-    name = target._schema.name.removeprefix("aten::")
+    name = schema.name.removeprefix("aten::")
     for argument in arguments:
         if argument.name not in given:
             if not argument.has_default_value():
@@ -142,7 +143,7 @@ def check_call(
         _check_sizes(target, name, argument.name, value, kind)
     if name == "arange":
         _check_arange(target, given)
-    return _yielded([str(result.type) for result in target._schema.returns])
+    return _yielded([str(result.type) for result in schema.returns])
 
 
 def _fits(value: object, kind: str, yields: Mapping[fx.Node, str]) -> bool:

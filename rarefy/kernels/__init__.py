@@ -53,12 +53,14 @@ def qparams(node: fx.Node) -> QParams:
 
 def value_of(scale: fx.Node | str) -> str:
     """The value that a scale rounds: ``conv2d_3`` for ``quantization.conv2d_3.scale``, or the node that reads it."""
-    return str(scale.target if isinstance(scale, fx.Node) else scale).split(".")[1]
+    name = str(scale.target if isinstance(scale, fx.Node) else scale)
+    return name.removeprefix("quantization.").partition(".")[0]
 
 
 def _grid_of(operator: torch._ops.OpOverload) -> dict[str, int]:
     """Name -> place of the arguments that say on which grid codes are made; empty for operators that make none."""
-    names = [argument.name for argument in operator._schema.arguments]
+    schema = operator._schema
+    names = [argument.name for argument in schema.arguments]
     return {name: names.index(name) for name in GRID[:4]} if set(GRID) <= set(names) else {}
 
 

@@ -15,7 +15,7 @@ from rarefy.quantization.quantize import quantize
 
 
 class Pools(nn.Module):
-    """Layers whose sums are rounded, one padded, averages over windows and the plane, a sum, a last layer in numbers."""
+    """Layers whose sums are rounded, one padded, averages over windows and the plane, a sum, numbers at last."""
 
     def __init__(self) -> None:
         super().__init__()
