@@ -1,14 +1,19 @@
 """What pruning costs ResNet-56 on CIFAR-10 (real weights, 93.39 %), and what repair without training gives back.
 
-    python bench/pruning_accuracy.py [--check]              A: 30 % of the MACs removed: original, pruned, repaired, on all 10,000 test images
-    python bench/pruning_accuracy.py --criteria [--resume] [--for SECONDS] [--device cuda]   B: every criterion with every ranking at 2x fewer MACs, after the same short training
+    python bench/pruning_accuracy.py [--check]                                              A
+    python bench/pruning_accuracy.py --criteria [--resume] [--for SECONDS] [--device cuda]   B
 
-``--check`` exits 1 where repair gives back less than two thirds of what pruning lost; 2 where there is no data. Without it, missing data is a skip.
+A: 30 % of the MACs removed: original, pruned, repaired, on all 10,000 test images. B: every criterion with every ranking
+at 2x fewer MACs, after the same short training.
 
-B trains each pruned network on the same images, in an order by seed, from labels alone; a seed is also that of the images a criterion looks at. Top-1 is on a
-stratified prefix of the test images. Torch-Pruning, where it is installed (``make bench-setup``), prunes with each of its own criteria and rankings, then
-the same graph, training and test. It cannot follow the zero-padded shortcut of this network, so it is told to
-leave the residual stream whole; ``--same-layers`` holds rarefy to that too. Short training on few images tells criteria apart, and is not what a network
+``--check`` exits 1 where repair gives back less than two thirds of what pruning lost; 2 where there is no data. Without
+it, missing data is a skip.
+
+B trains each pruned network on the same images, in an order by seed, from labels alone; a seed is also that of the
+images a criterion looks at. Top-1 is on a stratified prefix of the test images. Torch-Pruning, where it is installed
+(``make bench-setup``), prunes with each of its own criteria and rankings, then the same graph, training and test. It
+cannot follow the zero-padded shortcut of this network, so it is told to leave the residual stream whole;
+``--same-layers`` holds rarefy to that too. Short training on few images tells criteria apart, and is not what a network
 can reach: for that see resnet56_cifar10.py.
 """
 
@@ -43,7 +48,11 @@ from rarefy.tasks.classification import Classification
 DATA = "bench.real_data:cifar10"
 EXAMPLE = torch.zeros(2, 3, 32, 32)
 LEAST_RECOVERED = 2 / 3
-FORMS = {"taylor": ["taylor", "taylor:form=fisher"], "hessian": ["hessian", "hessian:group=true"], "activation": ["activation", "activation:statistic=variance"]}  # fmt: skip
+FORMS = {
+    "taylor": ["taylor", "taylor:form=fisher"],
+    "hessian": ["hessian", "hessian:group=true"],
+    "activation": ["activation", "activation:statistic=variance"],
+}
 PEER = "Torch-Pruning"
 STREAM = ["conv1", "layer?.*.conv2"]  # the layers that write the residual stream
 
@@ -58,7 +67,7 @@ def task_of(train_images: int, test_images: int) -> Classification:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- A: repair
+# ---------------------------------------------------------------------------------------------------------- A: repair
 
 
 def repaired(given: argparse.Namespace) -> dict[str, Any]:
@@ -79,11 +88,15 @@ def repaired(given: argparse.Namespace) -> dict[str, Any]:
         name: (one["value"] - found["pruned"]["value"]) / lost if lost > 0 else 1.0 for name, one in found.items()
     }
     rows = [
-        (name, *(f"{100 * number:.2f}" for number in (one["value"], *one["interval"])), f"{count_macs(networks[name]) / count_macs(original):.1%}",
+        (name, *(f"{100 * number:.2f}" for number in (one["value"], *one["interval"])),
+         f"{count_macs(networks[name]) / count_macs(original):.1%}",
          f"{shares[name]:.1%}" if name not in ("original", "pruned") else "")
         for name, one in found.items()
     ]  # fmt: skip
-    title = f"ResNet-56, CIFAR-10, {given.criterion}, {given.ranking}: {given.images} images without labels, {seconds:.0f} s; {found['original']['samples']} test images"
+    title = (
+        f"ResNet-56, CIFAR-10, {given.criterion}, {given.ranking}: {given.images} images without labels, "
+        f"{seconds:.0f} s; {found['original']['samples']} test images"
+    )
     show_table(title, ["", "top-1, %", "95 % from", "to", "MACs", "of the loss given back"], rows)
     return {
         "found": found,
@@ -95,11 +108,14 @@ def repaired(given: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-# ----------------------------------------------------------------------------------------------------------- B: criteria
+# -------------------------------------------------------------------------------------------------------- B: criteria
 
 
 def compared(given: argparse.Namespace) -> dict[str, Any]:
-    """Top-1 over seeds for each criterion and ranking, before and after training. A cell is one criterion, ranking and seed."""
+    """Top-1 over seeds for each criterion and ranking, before and after training.
+
+    A cell is one criterion, ranking and seed.
+    """
     task = task_of(given.train_images, given.test_images)
     original = capture(real_data.resnet56(), EXAMPLE).to(given.device or "cpu")
     before = evaluate(original, task, batch_size=500, progress=False).to_json()["value"]
@@ -111,7 +127,8 @@ def compared(given: argparse.Namespace) -> dict[str, Any]:
     for text in texts:
         for ranking in given.rankings:
             jobs[text, ranking] = lambda seed, text=text, ranking=ranking: prune(
-                original, macs=given.macs, criterion=text, ranking=ranking, task=task, seed=seed, ignore=ignore, check=False, repair=given.repair,
+                original, macs=given.macs, criterion=text, ranking=ranking, task=task, seed=seed, ignore=ignore,
+                check=False, repair=given.repair,
             )  # fmt: skip
     why = ""
     library: Any = None
@@ -166,7 +183,8 @@ def compared(given: argparse.Namespace) -> dict[str, Any]:
         for name in dict.fromkeys(name for name, _ in cells)
     ]
     title = (
-        f"ResNet-56, CIFAR-10, {1 / given.macs:.2g}x fewer MACs; top-1 in % after {given.epochs} epochs of {given.train_images} images "
+        f"ResNet-56, CIFAR-10, {1 / given.macs:.2g}x fewer MACs; top-1 in % after {given.epochs} epochs of "
+        f"{given.train_images} images "
         f"(as pruned), {len(given.seeds)} seeds, {given.test_images} test images; the original has {100 * before:.2f}"
     )
     show_table(title, ["criterion", *given.rankings], rows)
@@ -197,7 +215,8 @@ def criteria_of_peer(library: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
 def cut_by_peer(
     library: Any, importance: Any, ranking: str, macs: float, task: Classification, seed: int
 ) -> fx.GraphModule:
-    """The network as Torch-Pruning cuts it: the least ratio whose MACs, counted by rarefy's own counter, are within the target."""
+    """The network as Torch-Pruning cuts it: the least ratio whose MACs, counted by rarefy's own counter, are within the
+    target."""
     model: Any = real_data.resnet56()
     inputs, targets = next(task.batches("train", 640, shuffle_seed=seed))
     task.loss(model(inputs), targets).backward()  # Taylor's gradients
@@ -212,7 +231,8 @@ def cut_by_peer(
             *(block.conv2 for stage in (copied.layer1, copied.layer2, copied.layer3) for block in stage),
         ]
         pruner = library.pruner.BasePruner(
-            copied, EXAMPLE[:1], importance=importance, global_pruning=ranking != "local", isomorphic=ranking == "isomorphic",
+            copied, EXAMPLE[:1], importance=importance,
+            global_pruning=ranking != "local", isomorphic=ranking == "isomorphic",
             pruning_ratio=ratio, max_pruning_ratio=0.9, ignored_layers=[copied.linear, *stream],
         )  # fmt: skip
         pruner.step()
@@ -236,7 +256,7 @@ def cut_by_peer(
     return graph
 
 
-# -------------------------------------------------------------------------------------------------------------- the rest
+# ----------------------------------------------------------------------------------------------------------- the rest
 
 
 def told(text: str) -> None:
@@ -299,7 +319,8 @@ def main() -> int:
         given.out.write_text(line + "\n")
     if given.check and found["given_back"] < LEAST_RECOVERED:
         told(
-            f"falls short: repair gives back {found['given_back']:.1%} of what pruning lost, below {LEAST_RECOVERED:.1%}"
+            f"falls short: repair gives back {found['given_back']:.1%} of what pruning lost, below "
+            f"{LEAST_RECOVERED:.1%}"
         )
         return 1
     return 0

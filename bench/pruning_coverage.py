@@ -1,14 +1,18 @@
-"""Structural pruning, model by model: every image model of torchvision, and one small variant of every architecture module of timm.
+"""Structural pruning, model by model: every image model of torchvision, and one small variant of every architecture
+module of timm.
 
-    python bench/pruning_coverage.py --library torchvision|timm [--only GLOB] [--check] [--jobs N] [--resume] [--for SECONDS]
+    python bench/pruning_coverage.py --library torchvision|timm [--only GLOB] [--check] [--jobs N] [--resume]
+        [--for SECONDS]
 
-Random weights (nothing left at its neutral value: norms, layer scales and running statistics are made alive), half of the channels of every family
-removed (keep=0.5, ranking local), the result compared with its masked twin in float64, run forwards at another batch size and backwards in training
-mode, saved, loaded, and compared bit for bit. A model passes if all of that works and its parameters shrink by a quarter at least; one with layers
-that are frozen by something else than the output of the network must shrink too, and these are listed with the operator. Detectors and video models
-go through the part that is tensors: backbone and head. Of timm the variant with the fewest parameters is taken, counted on the meta device.
-``--check`` exits 1 if a torchvision model fails, or more than 2 % of timm's. Each model has a process of its own, with a limit of time and memory; what it
-found is kept below out/, so that a run may be cut off (``--resume``). "prune s" is from the captured graph to the checked smaller one.
+Random weights (nothing left at its neutral value: norms, layer scales and running statistics are made alive), half of
+the channels of every family removed (keep=0.5, ranking local), the result compared with its masked twin in float64, run
+forwards at another batch size and backwards in training mode, saved, loaded, and compared bit for bit. A model passes
+if all of that works and its parameters shrink by a quarter at least; one with layers that are frozen by something else
+than the output of the network must shrink too, and these are listed with the operator. Detectors and video models go
+through the part that is tensors: backbone and head. Of timm the variant with the fewest parameters is taken, counted on
+the meta device. ``--check`` exits 1 if a torchvision model fails, or more than 2 % of timm's. Each model has a process
+of its own, with a limit of time and memory; what it found is kept below out/, so that a run may be cut off
+(``--resume``). "prune s" is from the captured graph to the checked smaller one.
 """
 
 from __future__ import annotations

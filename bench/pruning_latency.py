@@ -1,12 +1,15 @@
-"""``prune(speedup=2)``: is the network really twice as fast on ONNX Runtime, and does it keep more than a MACs target of the same speed?
+"""``prune(speedup=2)``: is the network really twice as fast on ONNX Runtime, and does it keep more than a MACs target
+of the same speed?
 
     python bench/pruning_latency.py [--only resnet50] [--speedup 2] [--threads 1] [--check]
 
-ResNet-50, MobileNetV3-Large (torchvision) and ViT-Tiny (timm), random weights of seed 0: no time depends on them. Float, batch 1, 224x224. After the pruning, both
-files are exported again and timed again, taking turns (the figure that counts is this one, not the one the pruning went by). The MACs target is bisected
-until its network is as fast within 3 %. Channels are counted as outputs of convolutions and linear layers.
+ResNet-50, MobileNetV3-Large (torchvision) and ViT-Tiny (timm), random weights of seed 0: no time depends on them.
+Float, batch 1, 224x224. After the pruning, both files are exported again and timed again, taking turns (the figure that
+counts is this one, not the one the pruning went by). The MACs target is bisected until its network is as fast within 3
+%. Channels are counted as outputs of convolutions and linear layers.
 
-``--check`` exits 1 where the measured speed-up is not within 0.95 and 1.15 times what was asked, or a MACs target of that speed keeps as many channels.
+``--check`` exits 1 where the measured speed-up is not within 0.95 and 1.15 times what was asked, or a MACs target of
+that speed keeps as many channels.
 """
 
 from __future__ import annotations
@@ -138,8 +141,10 @@ def main() -> int:
             print(f"{name}: skipped, {error.name} is not installed", file=sys.stderr)
     rows = [
         (
-            row["model"], f"{row['asked']:g}x", f"{row['measured']:.2f}x ({row['quartiles'][0]:.2f} to {row['quartiles'][1]:.2f})", f"{row['kept']:.1%}",
-            f"{row['macs']:.1%}", f"{row['by_macs']['measured']:.2f}x", f"{row['by_macs']['kept']:.1%}", f"{row['by_macs']['target']:.1%}",
+            row["model"], f"{row['asked']:g}x",
+            f"{row['measured']:.2f}x ({row['quartiles'][0]:.2f} to {row['quartiles'][1]:.2f})", f"{row['kept']:.1%}",
+            f"{row['macs']:.1%}", f"{row['by_macs']['measured']:.2f}x", f"{row['by_macs']['kept']:.1%}",
+            f"{row['by_macs']['target']:.1%}",
             f"{row['seconds']:.0f} s",
         )
         for row in found

@@ -1,16 +1,22 @@
-"""How long coupling and pruning take, and how much memory, beside Torch-Pruning's time for the same model in the same run.
+"""How long coupling and pruning take, and how much memory, beside Torch-Pruning's time for the same model in the same
+run.
 
-    python bench/pruning_speed.py [MODEL ...] [--all] [--check] [--threads 2] [--jobs N] [--resume] [--for SECONDS] [--peer-seconds SECONDS]
+    python bench/pruning_speed.py [MODEL ...] [--all] [--check] [--threads 2] [--jobs N] [--resume] [--for SECONDS]
+    [--peer-seconds SECONDS]
 
-Half of the channels of every family leave, by magnitude. "couple+prune" is from a captured graph to the smaller one: labels, scores, choice, cut. Left
-out of it and told beside it: the capture (``torch.export``) and the self-check, which Torch-Pruning has not. Torch-Pruning's time is that of building its dependency graph (a forward and a backward pass) and of one pruning step, at its defaults. The best of
-three runs each, for models under 3 s; the network that a run made is gone before the next.
+Half of the channels of every family leave, by magnitude. "couple+prune" is from a captured graph to the smaller one:
+labels, scores, choice, cut. Left out of it and told beside it: the capture (``torch.export``) and the self-check, which
+Torch-Pruning has not. Torch-Pruning's time is that of building its dependency graph (a forward and a backward pass) and
+of one pruning step, at its defaults. The best of three runs each, for models under 3 s; the network that a run made is
+gone before the next.
 
-Each model is captured in one process, saved, and loaded and pruned in another, so that export is left out of the memory too: "GB before" are torch, this
-library and the weights, "GB" and "GB with check" the most held while pruning. "GB captured" is what the first process held once the user's model was gone: who
-prunes in the same process has as much more as that is above "GB before". ``--jobs`` models at a time, each on ``--threads`` cores of its own if there are so many,
-the largest first; a row is kept below out/. ``--peer-seconds``: Torch-Pruning gets no more (0: left out). ``--check``: ResNet-50 in 1.5 s, ViT-B/16, Swin-T and DenseNet-201 in 5 s, any other
-in 15 s, each in 15 s and 4 GB with the check, and a median ratio of at most 1.5.
+Each model is captured in one process, saved, and loaded and pruned in another, so that export is left out of the memory
+too: "GB before" are torch, this library and the weights, "GB" and "GB with check" the most held while pruning. "GB
+captured" is what the first process held once the user's model was gone: who prunes in the same process has as much more
+as that is above "GB before". ``--jobs`` models at a time, each on ``--threads`` cores of its own if there are so many,
+the largest first; a row is kept below out/. ``--peer-seconds``: Torch-Pruning gets no more (0: left out). ``--check``:
+ResNet-50 in 1.5 s, ViT-B/16, Swin-T and DenseNet-201 in 5 s, any other in 15 s, each in 15 s and 4 GB with the check,
+and a median ratio of at most 1.5.
 """
 
 from __future__ import annotations
@@ -153,7 +159,8 @@ def alone(seconds: float, cores: Sequence[int], job: Callable[..., dict[str, Any
     process.start()
     sender.close()
     try:
-        return receiver.recv() if receiver.poll(seconds) else {"error": f"not done in {seconds:.0f} s"}  # type: ignore[no-any-return]
+        told: dict[str, Any] = {"error": f"not done in {seconds:.0f} s"}
+        return receiver.recv() if receiver.poll(seconds) else told  # type: ignore[no-any-return]
     except EOFError:
         return {"error": "its process died"}
     finally:
@@ -278,7 +285,8 @@ def main() -> int:
     slow = sum(one["with_check_s"] > LIMIT for one in done)
     large = sum(one["with_check_gigabytes"] > GIGABYTES for one in done)
     print(
-        f"{len(found)} models: {len(done)} pruned; with the check {slow} above {LIMIT:.0f} s, {large} above {GIGABYTES:.0f} GB"
+        f"{len(found)} models: {len(done)} pruned; with the check {slow} above {LIMIT:.0f} s, {large} above "
+        f"{GIGABYTES:.0f} GB"
     )
     if cells.left:
         print(f"{cells.left} of {len(names)} not run yet: --resume goes on")
