@@ -12,7 +12,6 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -138,61 +137,43 @@ class Store:
         self.saved = time.monotonic()
 
 
-@dataclass
 class State:
-    """All that changes in a training: tensors, which are written where they lie, and the NUMBERS."""
+    """All that changes in a training: tensors, which are written where they lie, and the NUMBERS.
 
-    # what learns, and what teaches it to
-    graph: fx.GraphModule
-    adapters: nn.Module
-    learned: dict[str, nn.Parameter]  # of both, by their names in the objective
-    optimizer: torch.optim.Optimizer
-    dot: Dot | None
-    average: Average | None
-    penalty: Penalty | None
-    loss_sum: Tensor  # of the epoch so far
+    graph: the student as it is returned, whose tensors are those of the objective's.
+    learned: what the optimizer changes, of graph and adapters, by its name in the objective.
+    """
 
-    # where it stands
-    step: int = 0
-    accumulate: int = 1
-    halved: list[dict[str, int]] = field(default_factory=list)
-    curve: list[Point] = field(default_factory=list)  # a point an epoch
-    best_value: float | None = None
-    best_epoch: int | None = None
-    best: dict[str, Tensor] = field(default_factory=dict)  # where it is what will be kept
-    seconds: float = 0.0
-    waited: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.parameters = {name: one for name, one in self.graph.named_parameters() if one.requires_grad}
-        sparse = [name for name in self.graph.meta.get("sparse", []) if name in self.parameters]
-        self.masks = {name: self.parameters[name].detach() != 0 for name in sparse}
-        self.good = {name: value.detach().clone() for name, value in tensors_of(self.result).items()}
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         graph: fx.GraphModule,
         objective: Objective,
         training: Training,
         penalty: Penalty | None,
         device: torch.device,
-    ) -> State:
-        """Before the first step. graph: the student as it is returned, whose tensors are those of the objective's."""
-        learned = {name: one for name, one in objective.named_parameters() if one.requires_grad}
+    ):
+        # what learns, and what teaches it to
+        self.graph, self.adapters, self.penalty = graph, objective.adapters, penalty
+        self.learned = learned = {name: one for name, one in objective.named_parameters() if one.requires_grad}
         if not learned:
             raise InputError("the student has no parameter that requires a gradient; call requires_grad_() on it first")
-        return cls(
-            graph=graph,
-            adapters=objective.adapters,
-            learned=learned,
-            optimizer=optimizer_of(learned.values(), training, device),
-            dot=Dot(learned, training.momentum, training.dot, training.weight_decay) if training.dot else None,
-            average=Average(graph, training.ema) if training.ema else None,
-            penalty=penalty,
-            loss_sum=torch.zeros((), device=device),
-            accumulate=training.accumulate,
-        )
+        self.optimizer = optimizer_of(learned.values(), training, device)
+        self.dot = Dot(learned, training.momentum, training.dot, training.weight_decay) if training.dot else None
+        self.average = Average(graph, training.ema) if training.ema else None
+        self.parameters = {name: one for name, one in graph.named_parameters() if one.requires_grad}
+        sparse = [name for name in graph.meta.get("sparse", []) if name in self.parameters]
+        self.masks = {name: self.parameters[name].detach() != 0 for name in sparse}
+        self.loss_sum = torch.zeros((), device=device)  # of the epoch so far
+        self.good = {name: value.detach().clone() for name, value in tensors_of(self.result).items()}
+
+        # where it stands
+        self.step, self.accumulate = 0, training.accumulate
+        self.halved: list[dict[str, int]] = []
+        self.curve: list[Point] = []  # a point an epoch
+        self.best_value: float | None = None
+        self.best_epoch: int | None = None
+        self.best: dict[str, Tensor] = {}  # where that is what will be kept
+        self.seconds, self.waited = 0.0, 0.0
 
     @property
     def result(self) -> fx.GraphModule:
@@ -214,16 +195,16 @@ class State:
         """Has the val split seen no better state for so many epochs?"""
         return bool(patience and self.best_epoch is not None and self.curve[-1]["epoch"] - self.best_epoch >= patience)
 
-    def forget(self, own: bool) -> None:
+    def forget(self, summed: bool) -> None:
         """The gradients of the step before.
 
-        own: sums of several parts need memory of their own, for a CUDA graph writes each part's gradients to the same
+        summed: sums of several parts need memory of their own, for a CUDA graph writes each part's gradients to the same
             place.
         """
-        self.optimizer.zero_grad(set_to_none=not own)
+        self.optimizer.zero_grad(set_to_none=not summed)
         if self.dot is not None:
             self.dot.forget()
-        if own:
+        if summed:
             for parameter in self.learned.values():
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)

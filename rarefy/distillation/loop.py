@@ -152,7 +152,7 @@ class Loop:
         self.objective = _placed(job, bf16, self.batches.layout)
         mode = compiler_mode(training, self.device, self.total, world)
         self.learner = Compiled(wrapped(self.objective, self.accelerator), mode, training.compile == "auto")
-        self.state = State.of(job.student, self.objective, training, job.extras.penalty, self.device)
+        self.state = State(job.student, self.objective, training, job.extras.penalty, self.device)
         self.validation = Validation(job.task, job.extras.validate, self.batches, bf16, self.accelerator)
         self.memory = None
         if job.extras.cache is not None:
@@ -193,9 +193,7 @@ class Loop:
         return _facts(self, (state.step - resumed) * batch_size / spent if spent > 0 else None)
 
     def read(self) -> Iterator[tuple[Tensor, Tensor | None, Answer | None]]:
-        """Batches from the current step to the last, this process's share of each; and answers, where those are
-        kept.
-        """
+        """Batches from the current step to the last, this process's share of each, with the teachers' kept answers."""
         state, memory = self.state, self.memory
         share = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
         while state.step < self.total and not state.stopped(self.training.patience):
@@ -233,7 +231,7 @@ class Loop:
     def gradients(self, inputs: Tensor, targets: Tensor | None, taught: Answer | None) -> Tensor | None:
         """Gradients of the batch's mean loss, and that loss; None if the device's memory did not suffice."""
         graphs = self.learner.mode == "reduce-overhead"
-        self.state.forget(own=graphs and self.state.accumulate > 1)
+        self.state.forget(summed=graphs and self.state.accumulate > 1)
         total = None
         try:
             parts = self.parts(inputs, targets, taught)

@@ -139,11 +139,11 @@ def to_codes(graph: fx.GraphModule, trained: fx.GraphModule) -> fx.GraphModule:
                 _recode(
                     graph, given["q"], learned, attribute(graph, given["scale"]), given["axis"], given["group"] or 0
                 )
-        for node in to_numbers(before).graph.nodes:  # codes that are read on another grid than they were made on
+        for node in to_numbers(before).graph.nodes:  # codes that are read on another grid than they were origin on
             if is_decoded(node) and argument(node, "q").op != "get_attr":
-                scale, made = argument(node, "scale"), _scale_of(argument(node, "q"))
-                if made.target != scale.target:
-                    attribute(graph, scale).copy_(attribute(graph, made) * _ratio(before, scale, made))
+                scale, origin = argument(node, "scale"), _scale_of(argument(node, "q"))
+                if origin.target != scale.target:
+                    attribute(graph, scale).copy_(attribute(graph, origin) * _ratio(before, scale, origin))
     graph.meta = {**copy.deepcopy(trained.meta), **{key: graph.meta[key] for key in ("bits",) if key in graph.meta}}
     return graph.eval()
 
@@ -161,12 +161,12 @@ def _activation(graph: fx.GraphModule, node: fx.Node, x: Tensor) -> fx.Node:
 
 
 def _decoded(graph: fx.GraphModule, node: fx.Node, number: fx.Node) -> fx.Node:
-    """What reads the codes of ``number``: itself, or, on another grid than they were made on, a fixed multiple."""
-    scale, made = argument(node, "scale"), _scale_of(argument(node, "q"))
-    if made.target == scale.target:
+    """What reads the codes of ``number``: itself, or, on another grid than they were origin on, a fixed multiple."""
+    scale, origin = argument(node, "scale"), _scale_of(argument(node, "q"))
+    if origin.target == scale.target:
         return number
     with graph.graph.inserting_before(node):
-        return graph.graph.call_function(aten.mul.Tensor, (number, _ratio(graph, scale, made)))
+        return graph.graph.call_function(aten.mul.Tensor, (number, _ratio(graph, scale, origin)))
 
 
 def _moved(graph: fx.GraphModule, node: fx.Node, numbers: Mapping[fx.Node, fx.Node]) -> fx.Node:
@@ -213,7 +213,7 @@ def _learn(graph: fx.GraphModule, name: str, value: Tensor) -> None:
 
 
 def _scale_of(node: fx.Node) -> fx.Node:
-    """The scale that codes were made with, through what moves them."""
+    """The scale that codes were origin with, through what moves them."""
     while node.target is not OPERATORS.quantize.default:
         node = node.all_input_nodes[0]
     scale: fx.Node = argument(node, "scale")

@@ -74,8 +74,8 @@ class Answers:
 
     def file(self, part: str) -> Path:
         """part: what beside the identity a file is of, such as an epoch."""
-        said = json.dumps([self.identity, part], sort_keys=True)
-        return self.folder / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.safetensors"
+        name = json.dumps([self.identity, part], sort_keys=True)
+        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"
 
     def write(self, part: str, rows: int, batches: Iterable[Answer]) -> None:
         """batches: answers to the pictures, in order; ``rows`` of them in all."""
@@ -131,30 +131,30 @@ class Answers:
         file = self.file(part)
         if self.opened is None or self.opened[0] != file:
             self.opened = file, self._open(file, part)
-        found = self.opened[1]
-        places = {one.device: sent(rows, one.device) for one in found}
-        values = [sent(one[places[one.device]], self.device) for one in found]
+        whole = self.opened[1]
+        places = {one.device: sent(rows, one.device) for one in whole}
+        values = [sent(one[places[one.device]], self.device) for one in whole]
         return cast(Answer, pytree.tree_unflatten(values, self.shape))
 
     def _open(self, file: Path, part: str) -> list[Tensor]:
         """Mapped into memory, not read; on a GPU with room, copied there."""
         try:
             with safetensors.safe_open(file, framework="pt") as opened:
-                told = json.loads((opened.metadata() or {})["rarefy"])
-                if told != {"identity": self.identity, "part": part}:
+                metadata = json.loads((opened.metadata() or {})["rarefy"])
+                if metadata != {"identity": self.identity, "part": part}:
                     raise ValueError("it is of another teacher or other data")
-                found = [opened.get_tensor(str(index)) for index in range(len(self.like))]
-            for one, like in zip(found, self.like):
+                tensors = [opened.get_tensor(str(index)) for index in range(len(self.like))]
+            for one, like in zip(tensors, self.like):
                 if one.shape[1:] != like.shape[1:] or one.dtype != like.dtype:
                     raise ValueError(f"it holds {tuple(one.shape)}, a row is {tuple(like.shape[1:])}")
         except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise FormatError(
                 f"{file}: are no answers of these teachers ({type(error).__name__}: {error}); delete it"
             ) from error
-        size = sum(one.nbytes for one in found)
+        size = sum(one.nbytes for one in tensors)
         if self.device.type == "cuda" and size < _MOST_OF_A_GPU * torch.cuda.mem_get_info(self.device)[1]:
-            return [one.to(self.device) for one in found]
-        return found
+            return [one.to(self.device) for one in tensors]
+        return tensors
 
 
 class Memory:

@@ -213,3 +213,10 @@ def test_a_checkpoint_and_labels_alone_do(teacher, task, tmp_path) -> None:
     with pytest.raises(TrainingDiverged) as caught:
         train(small, task, **{**options, "lr": 1e12, "checkpoint": None, "steps": 60})
     assert is_quantised(caught.value.graph)
+
+
+def test_a_copy_of_a_quantised_teacher_is_trained_in_codes_too(teacher, task) -> None:
+    small = quantize(teacher, task, images=64, weights="int3", progress=False)
+    options = {"steps": 2, "batch_size": 64, "device": "cpu", "progress": False, "validate_every": 0}
+    taught = distill("copy", small, task, **options)
+    assert is_quantised(taught) and [one["step"] for one in taught.meta["history"]][-2:] == ["student", "distill"]

@@ -85,20 +85,20 @@ class Iterative:
         last = history.last(small, "prune")
         assert last is not None
         others = {key: option for key, option in last["options"].items() if key != kind}
-        told = {**_overall(prunings), "asked": dict(asked), "reached": reached, "rounds": rounds}
-        return joined(graph, small, plugins.describe(self), trainings, told, {**asked, **others})
+        facts = {**_overall(prunings), "asked": dict(asked), "reached": reached, "rounds": rounds}
+        return joined(graph, small, plugins.describe(self), trainings, facts, {**asked, **others})
 
 
 def _overall(prunings: Sequence[Facts]) -> Facts:
     """What several prunings in a row did, as one would tell it."""
     first, final = prunings[0], prunings[-1]
     widths = {name: before for name, (before, _) in first["channels"].items()}
-    kept = {
+    left = {
         name: torch.zeros(widths[name], dtype=torch.bool).index_fill(0, places, True)
         for name, places in followed(prunings).items()
     }
     return {
         **{name: [first[name][0], final[name][1]] for name in ("macs", "params")},
         "channels": {name: [widths[name], after] for name, (_, after) in final["channels"].items()},
-        "kept": {name: packed(mask) for name, mask in kept.items()},
+        "kept": {name: packed(mask) for name, mask in left.items()},
     }

@@ -128,16 +128,16 @@ class Joint:
 class Fade:
     """The penalty, as the training loop takes it: what is to go shrinks in equal steps to nothing.
 
-    kept: name of a weight -> which of its outputs stay, as the record of ``prune`` tells it. steps: how many it takes.
+    left: name of a weight -> which of its outputs stay, as the record of ``prune`` tells it. steps: how many it takes.
     """
 
-    def __init__(self, coupling: Coupling, kept: Mapping[str, str], steps: int):
+    def __init__(self, coupling: Coupling, left: Mapping[str, str], steps: int):
         self.steps, self.done = steps, 0
         gone = torch.zeros(coupling.count, dtype=torch.bool)
         for row in coupling.rows:
-            if row.produces and row.names[0] in kept:
+            if row.produces and row.names[0] in left:
                 leaves = torch.ones(len(row.classes), dtype=torch.bool)
-                leaves[unpacked(kept[row.names[0]], len(leaves))] = False
+                leaves[unpacked(left[row.names[0]], len(leaves))] = False
                 gone[row.classes[leaves]] = True
         gone[0] = False
         self.places: dict[str, list[tuple[int, Tensor]]] = {}

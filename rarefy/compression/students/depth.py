@@ -64,30 +64,29 @@ class Depth:
 
     def make(self, teacher: fx.GraphModule, task: Task | None, seed: int) -> fx.GraphModule:
         """Raises InputError where the network has no block that could leave, or not enough of them for ``macs``."""
-        found = blocks(teacher)
-        if not found:
+        every = blocks(teacher)
+        if not every:
             raise InputError(
                 "student=depth: no stretch of the network ends in the shape it starts with, so no block can leave; "
                 "choose width"
             )
         if self.choose == "even":
-            order = _evenly(len(found))
+            order = _evenly(len(every))
         else:
-            order = (
-                torch.tensor(influence(teacher, found, _images(task, self.images, seed))).argsort(stable=True).tolist()
-            )
-        gone = self._enough(teacher, found, order)
-        small = without(teacher, [found[index] for index in sorted(gone)])
+            moved = influence(teacher, every, _images(task, self.images, seed))
+            order = torch.tensor(moved).argsort(stable=True).tolist()
+        leaving = self._enough(teacher, every, order)
+        small = without(teacher, [every[index] for index in sorted(leaving)])
         small = anew(small, seed) if self.fresh else small
         small.meta["student"] = {
-            "blocks": [len(found), len(found) - len(gone)],
-            "removed": [found[index].name for index in sorted(gone)],
+            "blocks": [len(every), len(every) - len(leaving)],
+            "removed": [every[index].name for index in sorted(leaving)],
         }
         return small
 
-    def _enough(self, teacher: fx.GraphModule, found: Sequence[Block], order: Sequence[int]) -> list[int]:
+    def _enough(self, teacher: fx.GraphModule, every: Sequence[Block], order: Sequence[int]) -> list[int]:
         if self.macs is None:
-            return list(order[: len(found) - max(1, round(self.keep * len(found)))])
+            return list(order[: len(every) - max(1, round(self.keep * len(every)))])
         whole = count_macs(teacher)
         gone: list[int] = []
         left = whole
@@ -95,10 +94,10 @@ class Depth:
             if left <= self.macs * whole:
                 break
             gone.append(index)
-            left -= found[index].macs
+            left -= every[index].macs
         if left > self.macs * whole:
             raise InputError(
-                f"student=depth: macs={self.macs} is out of reach, without all {len(found)} blocks that can leave "
+                f"student=depth: macs={self.macs} is out of reach, without all {len(every)} blocks that can leave "
                 f"{left / whole:.3f} remain; raise macs, or choose width"
             )
         return gone
@@ -132,7 +131,7 @@ def blocks(graph: fx.GraphModule) -> list[Block]:
             runs[-1].append(unit)
         else:
             runs.append([unit])
-    found = []
+    repeated = []
     for run in runs:
         period = next(
             size for size in range(1, len(run) + 1) if all(a.weights == b.weights for a, b in zip(run, run[size:]))
@@ -141,8 +140,8 @@ def blocks(graph: fx.GraphModule) -> list[Block]:
         for place in range(first, len(run), period):
             part = run[place : place + period]
             stacks = [stack for unit in part for stack in unit.stacks]
-            found.append(Block(part[0].start, part[-1].end, _common(stacks), sum(unit.macs for unit in part)))
-    return found
+            repeated.append(Block(part[0].start, part[-1].end, _common(stacks), sum(unit.macs for unit in part)))
+    return repeated
 
 
 def without(graph: fx.GraphModule, leaving: Sequence[Block]) -> fx.GraphModule:
@@ -162,16 +161,16 @@ def without(graph: fx.GraphModule, leaving: Sequence[Block]) -> fx.GraphModule:
 
 
 @torch.no_grad()
-def influence(graph: fx.GraphModule, found: Sequence[Block], images: Sequence[Tensor]) -> list[float]:
+def influence(graph: fx.GraphModule, every: Sequence[Block], images: Sequence[Tensor]) -> list[float]:
     """1 - cos(input, output) of each block, mean over the images."""
-    taps = list({tap.node: tap for block in found for tap in (block.start, block.end)}.values())
+    taps = list({tap.node: tap for block in every for tap in (block.start, block.end)}.values())
     place = {tap.node: index for index, tap in enumerate(taps)}
     seen = tapped(graph, taps).eval()
-    total, count = torch.zeros(len(found), dtype=torch.float64), 0
+    total, count = torch.zeros(len(every), dtype=torch.float64), 0
     for batch in images:
         _, values = seen(batch.to(device_of(graph)))
         pairs = (
-            (values[place[block.start.node]].flatten(1), values[place[block.end.node]].flatten(1)) for block in found
+            (values[place[block.start.node]].flatten(1), values[place[block.end.node]].flatten(1)) for block in every
         )
         total += torch.stack(
             [nn.functional.cosine_similarity(a.float(), b.float()).double().sum() for a, b in pairs]

@@ -75,16 +75,16 @@ class _Review(nn.Module):
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         fused: Tensor | None = None
-        found: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
         for name in reversed(list(self.inward)):
-            own = self.inward[name](features[name])
+            value = self.inward[name](features[name])
             if fused is not None:
-                fused = F.interpolate(fused, own.shape[-2:], mode="nearest")
-                a, b = self.attention[name](torch.cat([own, fused], 1)).sigmoid().split(1, 1)
-                own = own * a + fused * b
-            fused = own
-            found[name] = self.outward[name](own)
-        return {name: found[name] for name in features}
+                fused = F.interpolate(fused, value.shape[-2:], mode="nearest")
+                a, b = self.attention[name](torch.cat([value, fused], 1)).sigmoid().split(1, 1)
+                value = value * a + fused * b
+            fused = value
+            outputs[name] = self.outward[name](value)
+        return {name: outputs[name] for name in features}
 
 
 def _unit(inputs: int, outputs: int, kernel: int) -> nn.Module:

@@ -60,11 +60,11 @@ def _relations(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.flatten(1)
     x = x - x.mean(0)
     gram = x @ x.mT
-    own = gram.diagonal()
-    squares = own[:, None] + own[None] - 2 * gram
-    apart = squares > NEAR * own.mean()  # a sample and itself, or its double, have no direction
+    norms = gram.diagonal()
+    squares = norms[:, None] + norms[None] - 2 * gram
+    apart = squares > NEAR * norms.mean()  # a sample and itself, or its double, have no direction
     distances = torch.where(apart, squares, 1).sqrt() * apart
     inverse = torch.where(apart, squares, 1).rsqrt() * apart
-    inner = gram - gram[:, :, None] - gram[:, None, :] + own[:, None, None]  # (xᵢ - xⱼ)·(xₖ - xⱼ)
+    inner = gram - gram[:, :, None] - gram[:, None, :] + norms[:, None, None]  # (xᵢ - xⱼ)·(xₖ - xⱼ)
     mean = distances.sum() / max(len(x) * (len(x) - 1), 1)
     return distances / mean.clamp(min=EPS), inner * inverse[:, :, None] * inverse[:, None, :]
