@@ -3,8 +3,8 @@
     python bench/pruning_accuracy.py [--check]                                              A
     python bench/pruning_accuracy.py --criteria [--resume] [--for SECONDS] [--device cuda]   B
 
-A: 30 % of the MACs removed: original, pruned, repaired, on all 10,000 test images. B: every criterion with every ranking
-at 2x fewer MACs, after the same short training.
+A: 30 % of the MACs removed: original, pruned, repaired, on all 10,000 test images. B: every criterion with every
+ranking at 2x fewer MACs, after the same short training.
 
 ``--check`` exits 1 where repair gives back less than two thirds of what pruning lost; 2 where there is no data. Without
 it, missing data is a skip.

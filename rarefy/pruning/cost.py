@@ -120,7 +120,7 @@ def costs_of(coupling: Coupling) -> Costs:
 def _macs(coupling: Coupling, axes: _Axes) -> Polynomial:
     terms = []
     for node in coupling.graph.graph.nodes:
-        for product in products(node, coupling.found) if operator_name(node) in MACS else ():
+        for product in products(node, coupling.shapes) if operator_name(node) in MACS else ():
             coefficient, factors = 1.0, []
             for source, axis in product:
                 number = _number(coupling, axes, source, axis)

@@ -224,7 +224,7 @@ class Comparison:
 
     def _floating(self, source: fx.Node) -> bool:
         """Of either graph: does it yield a tensor of floats? (What only the small one has are indices, sizes.)"""
-        found = self.coupling.found[source] if source in self.coupling.found else self.live[source]
+        found = self.coupling.shapes[source] if source in self.coupling.shapes else self.live[source]
         return isinstance(found, Tensor) and found.is_floating_point()
 
     def _is_same(self, node: fx.Node, new: fx.Node) -> bool:
@@ -328,7 +328,8 @@ def _called(
                 torch.promote_types(one, dtype) if isinstance(one, torch.dtype) and one.is_floating_point else one
             ),
         )
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+    operator: Yielded = node.target
+    return operator(*args, **kwargs)
 
 
 def _by_outputs(step: fx.Node, read: Sequence[Tensor]) -> Tensor:

@@ -102,7 +102,7 @@ class Coupling:
     graph: the graph that was coupled.
     values: node -> Value (or a list of them, or a plain number), its layers of classes in place of labels; class 0
         never leaves.
-    found: ``shapes`` at batch 1.
+    shapes: what each node yields at batch 1.
     count: number of classes, the frozen one included.
     rows: one an axis of a parameter or buffer.
     statistics: nodes for which masking is not removal.
@@ -112,7 +112,7 @@ class Coupling:
 
     graph: fx.GraphModule
     values: dict[fx.Node, Carried]
-    found: dict[fx.Node, Yielded]
+    shapes: dict[fx.Node, Yielded]
     count: int
     rows: list[Row]
     statistics: set[fx.Node]
@@ -213,7 +213,7 @@ def _run(trace: Trace, node: fx.Node) -> None:
     """One node on labels."""
     trace.node = node
     if node.op == "placeholder":
-        trace.values[node] = blank(trace.found.get(node))
+        trace.values[node] = blank(trace.shapes.get(node))
     elif node.op == "get_attr":
         trace.values[node] = trace.parameter(str(node.target))
     elif node.op == "output":
@@ -223,7 +223,7 @@ def _run(trace: Trace, node: fx.Node) -> None:
 
 
 def _call(trace: Trace, node: fx.Node) -> Carried:
-    result = trace.found.get(node)
+    result = trace.shapes.get(node)
     if not (is_tensor(result) or (isinstance(result, (list, tuple)) and any(map(is_tensor, result)))):
         return result
     given = _carried(node, trace.values)
@@ -349,7 +349,7 @@ def _numbered(trace: Trace, classes: Tensor, component: Tensor, reason: Tensor, 
     number = torch.zeros(int(classes.max()) + 1, dtype=torch.int64)
     number[used] = torch.arange(len(used))
     classes = number[classes]
-    shared = _Shared(classes)
+    shared = _SharedLayers(classes)
     rows, frozen = [], {}
     for key, (names, value) in trace.tensors.items():
         produced = trace.outputs.get(key)
@@ -363,10 +363,10 @@ def _numbered(trace: Trace, classes: Tensor, component: Tensor, reason: Tensor, 
     every = {id(value): value for carried in trace.values.values() for value in values_in(carried)}
     for value, layers in [(value, [shared(layer) for layer in value.layers]) for value in every.values()]:
         value.layers = layers
-    return Coupling(trace.graph, trace.values, trace.found, len(used), rows, trace.statistics, frozen, trace.unknown)
+    return Coupling(trace.graph, trace.values, trace.shapes, len(used), rows, trace.statistics, frozen, trace.unknown)
 
 
-class _Shared:
+class _SharedLayers:
     """Layers of labels -> layers of classes.
 
     Equal ones are one tensor: the four vectors of a batch norm, most activations.
@@ -374,21 +374,20 @@ class _Shared:
 
     def __init__(self, classes: Tensor):
         self.classes = classes
-        self.known: dict[
-            int, tuple[Tensor, Tensor]
-        ] = {}  # id of a layer -> the layer, so that it keeps its id, and what is made of it
-        self.made: dict[object, Tensor] = {}
+        # id of a layer of labels -> that layer, so that it keeps its id, and the layer of classes.
+        self.pairs: dict[int, tuple[Tensor, Tensor]] = {}
+        self.layers: dict[object, Tensor] = {}  # content -> layer of classes
 
     def __call__(self, layer: Tensor) -> Tensor:
-        if id(layer) not in self.known:
-            self.known[id(layer)] = (layer, self._made(layer))
-        return self.known[id(layer)][1]
+        if id(layer) not in self.pairs:
+            self.pairs[id(layer)] = (layer, self._of(layer))
+        return self.pairs[id(layer)][1]
 
-    def _made(self, layer: Tensor) -> Tensor:
+    def _of(self, layer: Tensor) -> Tensor:
         once = layer
         for axis, (size, stride) in enumerate(zip(layer.shape, layer.stride(), strict=True)):
             once = once.narrow(axis, 0, 1) if size > 1 and stride == 0 else once
-        found = self.classes[once]
-        content = found.numpy().tobytes()
-        flat = self.made.setdefault(content, found.flatten())
-        return self.made.setdefault((content, once.shape, layer.shape), flat.reshape(once.shape).expand(layer.shape))
+        classes = self.classes[once]
+        content = classes.numpy().tobytes()
+        flat = self.layers.setdefault(content, classes.flatten())
+        return self.layers.setdefault((content, once.shape, layer.shape), flat.reshape(once.shape).expand(layer.shape))

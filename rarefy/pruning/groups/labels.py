@@ -57,8 +57,8 @@ class Trace:
         the same dims of all.
     """
 
-    def __init__(self, graph: fx.GraphModule, found: dict[fx.Node, Yielded], whole_heads: bool = False):
-        self.graph, self.found, self.whole_heads = graph, found, whole_heads
+    def __init__(self, graph: fx.GraphModule, shapes: dict[fx.Node, Yielded], whole_heads: bool = False):
+        self.graph, self.shapes, self.whole_heads = graph, shapes, whole_heads
         self.values: dict[fx.Node, Carried] = {}
         self.count = 1  # label 0 is frozen
         self.edges: list[tuple[Tensor, Tensor]] = []
@@ -85,7 +85,7 @@ class Trace:
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         """Of the one tensor that a node yields."""
-        return tuple(self.found[node].shape)
+        return tuple(self.shapes[node].shape)
 
     def note_layer(self, weight: fx.Node, axis: int) -> None:
         """A layer makes its outputs along that axis of ``weight``.
@@ -95,7 +95,7 @@ class Trace:
         source = weight
         while source.op == "call_function" and source.args and isinstance(source.args[0], fx.Node):
             source = source.args[0]
-        if source.op == "get_attr" and self.found[source].shape == self.found[weight].shape:
+        if source.op == "get_attr" and self.shapes[source].shape == self.shapes[weight].shape:
             self.outputs[id(attribute(self.graph, source))] = axis
 
     def fresh(self, size: int) -> Tensor:

@@ -62,7 +62,7 @@ def _moves(trace: Trace, node: fx.Node, a: Arguments) -> Carried:
     operator: Carried = aten.reshape.default if operator_name(node) in ("view", "_unsafe_view") else node.target
     if operator is aten.reshape.default:
         rest = {"shape": rest.get("size", rest.get("shape"))}
-    whole = blank(trace.found[node])
+    whole = blank(trace.shapes[node])
     sliced = a["dim"] % source.rank if operator_name(node) in ("slice", "narrow") else None
     for layer in source.layers:
         # Also where nothing is left: an empty part keeps its other axes.
@@ -186,12 +186,12 @@ def _index(trace: Trace, node: fx.Node, a: Arguments) -> Value | type[Unknown]:
     asked = argument(node, "index" if single else "indices")
     indices: list[Carried] = [None] * (a["dim"] % source.rank) + [asked] if single else list(asked)
     axes = [axis for axis, index in enumerate(indices) if index is not None]
-    if any(trace.found[indices[axis]].dtype == torch.bool for axis in axes):
+    if any(trace.shapes[indices[axis]].dtype == torch.bool for axis in axes):
         return Unknown
     constant = all(indices[axis].op == "get_attr" for axis in axes)
     places: list[Tensor | slice] = [slice(None)] * len(indices)
     for axis in axes:
-        shape = tuple(trace.found[indices[axis]].shape)
+        shape = tuple(trace.shapes[indices[axis]].shape)
         places[axis] = (
             attribute(trace.graph, indices[axis]).cpu() if constant else torch.zeros(shape, dtype=torch.int64)
         )
@@ -321,9 +321,8 @@ def _batch_norm(trace: Trace, node: fx.Node, a: Arguments) -> Value:
     _affine(trace, labels, *(value for name, value in a.items() if name != "input"))
     if operator_name(node) == "instance_norm":
         return Value(source.shape, trace.keep(source.layers, (0, 1), "an axis that instance norm averages over"))
-    if a["training"] is True and any(
-        layer.shape[1] == 1 for layer in source.layers
-    ):  # weight standardisation: its own statistics
+    # Weight standardisation: its own statistics.
+    if a["training"] is True and any(layer.shape[1] == 1 for layer in source.layers):
         trace.statistics.add(node)
     return Value(source.shape, list(source.layers))
 
@@ -421,7 +420,7 @@ def _sample(trace: Trace, node: fx.Node, a: Arguments) -> Value:
 
 def _results(trace: Trace, node: fx.Node, layers: list[Tensor]) -> Value | list[Value]:
     """The same layers for each tensor that the node yields."""
-    result = trace.found[node]
+    result = trace.shapes[node]
     if isinstance(result, (list, tuple)):
         return [Value(tuple(item.shape), list(layers)) for item in result]
     return Value(tuple(result.shape), layers)
