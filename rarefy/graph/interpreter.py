@@ -55,10 +55,12 @@ def steps(
                 raise TypeError(f"the graph's input {node.name!r} is not given")
             live[node] = attribute(graph, node) if node.op == "get_attr" else compute(node, live)
         yield node, live[node]
-        left.subtract(node.all_input_nodes)
-        for ready in (*node.all_input_nodes, node):
-            if not left[ready] and ready not in keep:
-                live.pop(ready, None)
+        for source in node.all_input_nodes:
+            left[source] -= 1
+            if not left[source] and source not in keep:
+                live.pop(source, None)
+        if node not in left and node not in keep:
+            live.pop(node, None)
 
 
 def needed(nodes: Sequence[fx.Node], ends: Iterable[fx.Node], known: Collection[fx.Node] = ()) -> list[fx.Node]:
