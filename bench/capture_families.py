@@ -1,10 +1,13 @@
-"""Captured models against their originals: outputs (eval) and gradients (train, without dropout), for the classifier families of torchvision.
+"""Captured models against their originals: outputs (eval) and gradients (train, without dropout), for the classifier
+families of torchvision.
 
     python bench/capture_families.py [FAMILY ...] [--check]
 
-One small model a family, random weights, batch of 3. A difference is the largest absolute one, relative to the largest absolute value of what it is compared with.
-``--check`` exits 1 where an output or a running statistic differs at all, a gradient by more than 1e-6, or a family can't be captured. Gradients are
-allowed a rounding error because autograd adds up the paths into a shared tensor in an order that depends on the graph.
+One small model a family, random weights, batch of 3. A difference is the largest absolute one, relative to the largest
+absolute value of what it is compared with.
+``--check`` exits 1 where an output or a running statistic differs at all, a gradient by more than 1e-6, or a family
+can't be captured. Gradients are allowed a rounding error because autograd adds up the paths into a shared tensor in an
+order that depends on the graph.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Results of a bench kept one file a cell, below ``out/BENCH/``, so that a long bench can be cut off, go on, and be run in parts.
+"""Results of a bench kept one file a cell, below ``out/BENCH/``, so that a long bench can be cut off, go on, and be run
+in parts.
 
-A cell belongs to its options: one that was made with others counts as not made. ``--resume`` takes the cells that are there, ``--for SECONDS`` begins
-no new one after that time and leaves the rest to the next call.
+A cell belongs to its options: one that was made with others counts as not made. ``--resume`` takes the cells that are
+there, ``--for SECONDS`` begins no new one after that time and leaves the rest to the next call.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class Cells:
 
 
 def in_processes(attempt: Callable[[Any], dict[str, Any]], cells: Sequence[Any], jobs: int) -> Iterator[dict[str, Any]]:
-    """What ``attempt`` says of each of ``cells`` (named tuples), as they come: so many at once, each in a process; one at once: in this one."""
+    """What ``attempt`` says of each of ``cells`` (named tuples), as they come: so many at once, each in a process; one
+    at once: in this one."""
     if jobs == 1:
         yield from map(attempt, cells)
         return

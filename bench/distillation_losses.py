@@ -1,13 +1,17 @@
-"""Which distillation loss helps how much: ResNet-56 (real weights, 93.39 %) teaches ResNet-20 from scratch on CIFAR-10, one schedule for all.
+"""Which distillation loss helps how much: ResNet-56 (real weights, 93.39 %) teaches ResNet-20 from scratch on CIFAR-10,
+one schedule for all.
 
     python bench/distillation_losses.py --device cuda [--jobs 4] [--check]      the table, on a GPU
-    python bench/distillation_losses.py --epochs 1 --train-images 5000 --test-images 1000 --seeds 0 --losses none kl    a trial on a CPU
+    python bench/distillation_losses.py --epochs 1 --train-images 5000 --test-images 1000 --seeds 0 --losses none kl
+    a trial on a CPU
 
-A cell is a loss and a seed; the seed is that of the initial weights, of the order and of the augmentation, so cells of one seed are paired. ``none`` learns from labels
-alone; every other cell adds its loss to the same cross-entropy. The last state counts, on all 10,000 test images, which nothing in training looks at.
+A cell is a loss and a seed; the seed is that of the initial weights, of the order and of the augmentation, so cells of
+one seed are paired. ``none`` learns from labels alone; every other cell adds its loss to the same cross-entropy. The
+last state counts, on all 10,000 test images, which nothing in training looks at.
 
-Finished cells lie in ``--work`` and are not run again; one that was killed goes on where it was. ``--jobs`` cells run at a time, each in a process of its own: one
-compiles while another computes. ``--check`` exits 1 where the best loss gains less than 0.7 points, or fewer than two seeds were asked for; 2 where there is no data.
+Finished cells lie in ``--work`` and are not run again; one that was killed goes on where it was. ``--jobs`` cells run
+at a time, each in a process of its own: one compiles while another computes. ``--check`` exits 1 where the best loss
+    gains less than 0.7 points, or fewer than two seeds were asked for; 2 where there is no data.
 """
 
 from __future__ import annotations
@@ -40,7 +44,8 @@ from rarefy.tasks.classification import Classification
 
 EXAMPLE = torch.zeros(2, 3, 32, 32)
 LEAST_GAIN = 0.7  # points
-# Weights of the losses on features bring them to the size of the cross-entropy; those on logits have their papers' inside.
+# Weights of the losses on features bring them to the size of the cross-entropy; those on logits have their papers'
+# inside.
 LOSSES = (
     "none", "kl", "lskd", "dkd", "dist", "mlkd", "skd", "mse:on=logits", "50*mse", "10*wkd", "10*at", "rkd", "reviewkd", "lskd + 50*mse"
 )  # fmt: skip
@@ -199,7 +204,10 @@ def shown(rows: list[dict[str, Any]], setting: Setting) -> None:
          "" if row["gain"] is None else f"{row['gain']:+.2f}", f"{row['images_per_second']:,.0f}")
         for row in rows
     ]  # fmt: skip
-    title = f"ResNet-{setting.teacher} teaches ResNet-{setting.student}, CIFAR-10, {setting.epochs} epochs of {setting.train_images:,} images, {setting.test_images:,} test images"
+    title = (
+        f"ResNet-{setting.teacher} teaches ResNet-{setting.student}, CIFAR-10, {setting.epochs} epochs of "
+        f"{setting.train_images:,} images, {setting.test_images:,} test images"
+    )
     show_table(title, ["loss", "top-1, %", "by seed", "over none, points", "images/s"], table)
 
 
@@ -256,7 +264,8 @@ def main() -> int:
             f" ({one['remark']})" if one["remark"] else ""
         )
         told(
-            f"{len(found)}/{len(cells)} after {time.perf_counter() - began:.0f} s: {one['loss']}, seed {one['seed']}: {said}"
+            f"{len(found)}/{len(cells)} after {time.perf_counter() - began:.0f} s: {one['loss']}, seed {one['seed']}: "
+            f"{said}"
         )
     rows = summary(found)
     shown(rows, setting)

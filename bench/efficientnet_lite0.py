@@ -1,19 +1,22 @@
-"""EfficientNet-Lite0 on ImageNet, real weights: ``rarefy.quantize`` alone, against the float model and against ONNX Runtime's own static quantiser.
+"""EfficientNet-Lite0 on ImageNet, real weights: ``rarefy.quantize`` alone, against the float model and against ONNX
+Runtime's own static quantiser.
 
     python bench/efficientnet_lite0.py [--check]
 
-Calibration: 128 unlabelled images for both quantisers, the same ones. ONNX Runtime's: ``quant_pre_process``, then ``quantize_static`` with QDQ, uint8 activations
-by min-max, int8 weights, one scale a channel. Accuracy is that of the files in ONNX Runtime on the 650 labelled images, drops paired. All three files
-take turns in one timed run for each batch size and number of threads.
+Calibration: 128 unlabelled images for both quantisers, the same ones. ONNX Runtime's: ``quant_pre_process``, then
+``quantize_static`` with QDQ, uint8 activations by min-max, int8 weights, one scale a channel. Accuracy is that of the
+files in ONNX Runtime on the 650 labelled images, drops paired. All three files take turns in one timed run for each
+batch size and number of threads.
 
 ``--check`` exits 1 where a goal is missed (2 where there is no data):
 
 * at most 0.5 points lost against the float file, on the same images;
 * simulation in PyTorch and ONNX file give the same top-1 on at least 99.5 % of them;
-* at least as fast as ONNX Runtime's own file: the ratio of times, ours over theirs, within each round of the timing; the interval of the median of
-  these (95 %) must not lie above 1, nor be wider than 0.2.
+* at least as fast as ONNX Runtime's own file: the ratio of times, ours over theirs, within each round of the timing;
+  the interval of the median of these (95 %) must not lie above 1, nor be wider than 0.2.
 
-Normalisation: the weights were trained on (pixel - 127) / 128; the original's accuracy with ImageNet's mean and std, often used with them, is printed too.
+Normalisation: the weights were trained on (pixel - 127) / 128; the original's accuracy with ImageNet's mean and std,
+    often used with them, is printed too.
 """
 
 from __future__ import annotations
@@ -124,7 +127,8 @@ def peak_mb() -> float | None:
 
 
 def interval(ratio: dict[str, float], rounds: int) -> list[float]:
-    """95 % interval of a median from its quartiles: median -+ 1.57 (high - low) / sqrt(n) (McGill, Tukey and Larsen 1978)."""
+    """95 % interval of a median from its quartiles: median -+ 1.57 (high - low) / sqrt(n) (McGill, Tukey and Larsen
+    1978)."""
     half = 1.57 * (ratio["high"] - ratio["low"]) / math.sqrt(rounds)
     return [ratio["median"] - half, ratio["median"] + half]
 
@@ -225,18 +229,21 @@ def shortfalls(found: dict[str, Any]) -> list[str]:
         short.append(f"{100 * lost:.2f} points lost; at most {100 * MOST_LOST:g}")
     if not found["agreement_of_simulation_and_file"] >= LEAST_AGREEMENT:
         short.append(
-            f"simulation and file agree on {found['agreement_of_simulation_and_file']:.2%}; at least {LEAST_AGREEMENT:.1%}"
+            f"simulation and file agree on {found['agreement_of_simulation_and_file']:.2%}; at least "
+            f"{LEAST_AGREEMENT:.1%}"
         )
     for row in found["latency"]:
         ratio = row[f"against_{THEIRS}"]
         low, high = ratio["interval"]
         if high - low > WIDEST:
             short.append(
-                f"batch {row['batch']}, threads {row['threads']}: {low:.3f} to {high:.3f} of ONNX Runtime's time is no answer; the machine is busy"
+                f"batch {row['batch']}, threads {row['threads']}: {low:.3f} to {high:.3f} of ONNX Runtime's time is "
+                "no answer; the machine is busy"
             )
         elif low > 1:
             short.append(
-                f"batch {row['batch']}, threads {row['threads']}: {ratio['median']:.3f} of ONNX Runtime's time ({low:.3f} to {high:.3f}); at most 1"
+                f"batch {row['batch']}, threads {row['threads']}: {ratio['median']:.3f} of ONNX Runtime's time "
+                f"({low:.3f} to {high:.3f}); at most 1"
             )
     return short  # fmt: skip
 
@@ -248,7 +255,10 @@ def shown(found: dict[str, Any]) -> None:
 
     def points(drop: dict[str, Any]) -> str:
         low, high = drop["interval"]
-        return f"{100 * drop['value']:.2f} ({100 * low:.2f} to {100 * high:.2f}; {drop['lost']} lost, {drop['gained']} gained)"
+        return (
+            f"{100 * drop['value']:.2f} ({100 * low:.2f} to {100 * high:.2f}; {drop['lost']} lost, "
+            f"{drop['gained']} gained)"
+        )
 
     top1 = found["top1"]
     rows: list[list[str]] = [

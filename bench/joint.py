@@ -1,4 +1,5 @@
-"""Joint against sequential at equal steps: ResNet-20 and ResNet-56 on CIFAR-10, 2x and 4x fewer MACs, 8-bit and 4-bit weights (activations in 8 bits).
+"""Joint against sequential at equal steps: ResNet-20 and ResNet-56 on CIFAR-10, 2x and 4x fewer MACs, 8-bit and 4-bit
+weights (activations in 8 bits).
 
     python bench/joint.py                                     a short one on a CPU, ResNet-20: minutes
     python bench/joint.py --device cuda --models resnet20 resnet56 --work out/joint
@@ -8,9 +9,10 @@
     sequential   prune; distil the float student for half of the steps; quantise; train its codes for the other half
     ptq          prune; distil for all of the steps; quantise without training
 
-All see the same number of steps of the same batches, taught by the original with the same loss; steps in codes take longer than
-those in float, and the table says how long all of it took. Top-1 is that of the quantised graph on all test images, at which nothing in training looks. A cell that was finished
-(``--work``) is not run again, and one that was killed goes on.
+All see the same number of steps of the same batches, taught by the original with the same loss; steps in codes take
+longer than those in float, and the table says how long all of it took. Top-1 is that of the quantised graph on all test
+images, at which nothing in training looks. A cell that was finished (``--work``) is not run again, and one that was
+killed goes on.
 
 ``--check`` exits 1 where joint is more than a point below sequential on average.
 """
@@ -145,7 +147,8 @@ def main() -> int:
                     for seed in given.seeds:
                         one = cell(way, original, task, share, weights, seed, given)
                         print(
-                            f"{given.model} {share:g} {weights} {way} seed {seed}: {one['top1']:.2%}, {one['seconds']:.0f} s",
+                            f"{given.model} {share:g} {weights} {way} seed {seed}: {one['top1']:.2%}, "
+                            f"{one['seconds']:.0f} s",
                             file=sys.stderr,
                             flush=True,
                         )
@@ -160,7 +163,8 @@ def main() -> int:
             for weights in given.weights:
                 found = {way: of(model=model, macs=share, weights=weights, way=way) for way in given.ways}
                 mean = {way: 100 * statistics.mean(one["top1"] for one in found[way]) for way in given.ways}
-                rows.append((model, f"{share:g}", weights, *(f"{mean[way]:.2f} ({statistics.mean(one['seconds'] for one in found[way]):.0f} s)" for way in given.ways)))  # fmt: skip
+                rows.append((model, f"{share:g}", weights, *(f"{mean[way]:.2f} "
+                                                             f"({statistics.mean(one['seconds'] for one in found[way]):.0f} s)" for way in given.ways)))  # fmt: skip
                 if {"joint", "sequential"} <= mean.keys():
                     gaps.append(mean["joint"] - mean["sequential"])
     show_table(

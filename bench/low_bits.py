@@ -1,17 +1,24 @@
-"""Few bits on real weights: ResNet-20 and ResNet-56 on CIFAR-10, EfficientNet-Lite0 on ImageNet images, by rounding rule and by training.
+"""Few bits on real weights: ResNet-20 and ResNet-56 on CIFAR-10, EfficientNet-Lite0 on ImageNet images, by rounding
+rule and by training.
 
-    python bench/low_bits.py [--check] [--model resnet20] [--setting W4A4] [--method nearest] [--device cuda] [--jobs 12] [--trial]
+    python bench/low_bits.py [--check] [--model resnet20] [--setting W4A4] [--method nearest] [--device cuda] [--jobs
+    12] [--trial]
 
-Settings: W4A8, W4A4, W3 and W2 (activations of 8 bits). The first layer, the last one and what they read have 8 bits, as in the papers' tables; ``mixed`` chooses
-widths for an average of 4 weight bits over all layers, beside ``uniform``, all at 4, both by each rule of ``--rounding``. ``qat`` trains the codes that the rule ``--start``
-came to, with the float model as teacher (labels unused); of EfficientNet-Lite0 on its 256 calibration images, so on a GPU alone. A ``--method`` may have options (``brecq:drop=0``).
+Settings: W4A8, W4A4, W3 and W2 (activations of 8 bits). The first layer, the last one and what they read have 8 bits,
+as in the papers' tables; ``mixed`` chooses widths for an average of 4 weight bits over all layers, beside ``uniform``,
+all at 4, both by each rule of ``--rounding``. ``qat`` trains the codes that the rule ``--start`` came to, with the
+float model as teacher (labels unused); of EfficientNet-Lite0 on its 256 calibration images, so on a GPU alone. A
+``--method`` may have options (``brecq:drop=0``).
 
-Each cell is a file in ``--work`` and skipped when it is there, and training goes on from its checkpoint: a run that was cut goes on. ``--jobs``: so many cells at a time, each in a
-process of its own, the shortest first; on a GPU NVIDIA's MPS lets them share it. One that fails takes no other with it. ``--trial``: few images and steps, to see that every cell runs.
+Each cell is a file in ``--work`` and skipped when it is there, and training goes on from its checkpoint: a run that was
+cut goes on. ``--jobs``: so many cells at a time, each in a process of its own, the shortest first; on a GPU NVIDIA's
+MPS lets them share it. One that fails takes no other with it. ``--trial``: few images and steps, to see that every cell
+runs.
 
-Top-1 with its interval, the drop paired, agreement with the float model, and the SQNR of the answers (dB). ``--check`` exits 1 unless W4A8 by
-some rule without training is within 1.0 point of float, W4A4 by training within 1.5 points on CIFAR-10, each learned rule has a higher SQNR than nearest, and mixed
-beats uniform by each rounding, its widths chosen in 3 minutes.
+Top-1 with its interval, the drop paired, agreement with the float model, and the SQNR of the answers (dB). ``--check``
+exits 1 unless W4A8 by some rule without training is within 1.0 point of float, W4A4 by training within 1.5 points on
+CIFAR-10, each learned rule has a higher SQNR than nearest, and mixed beats uniform by each rounding, its widths chosen
+in 3 minutes.
 """
 
 from __future__ import annotations
@@ -196,7 +203,8 @@ def attempted(cell: Cell, given: argparse.Namespace) -> dict[str, Any]:
 
 
 def made(missing: list[Cell], given: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Rows as they come; what the goals ask of training first, then the shortest, so that a run that is cut leaves few cells unmade."""
+    """Rows as they come; what the goals ask of training first, then the shortest, so that a run that is cut leaves few
+    cells unmade."""
     missing = sorted(missing, key=lambda cell: (cell[1:] != ("W4A4", QAT) or cell.model == "lite0", cell.length))
     return in_processes(partial(attempted, given=given), missing, given.jobs)
 
@@ -225,7 +233,8 @@ def shortfalls(wanted: list[Cell], by: dict[Cell, dict[str, Any]]) -> list[str]:
         trained = by.get(Cell(model, "W4A4", QAT))
         if model != "lite0" and trained and trained["drop"]["value"] > LEAST_W4A4:
             short.append(
-                f"{model}: W4A4 by training loses {100 * trained['drop']['value']:.2f} points, at most {100 * LEAST_W4A4:g}"
+                f"{model}: W4A4 by training loses {100 * trained['drop']['value']:.2f} points, at most "
+                f"{100 * LEAST_W4A4:g}"
             )
     for cell, row in by.items():
         nearest = by.get(cell._replace(method="nearest"))

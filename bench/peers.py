@@ -1,6 +1,8 @@
-"""Other libraries, in an environment of their own (``make bench-setup`` makes .venv-peers), since they ask for packages that rarefy has no use for.
+"""Other libraries, in an environment of their own (``make bench-setup`` makes .venv-peers), since they ask for packages
+that rarefy has no use for.
 
-Quantisers are run by its Python; Torch-Pruning, which asks for torch alone and cuts in the same run, is imported from there.
+Quantisers are run by its Python; Torch-Pruning, which asks for torch alone and cuts in the same run, is imported from
+there.
 
     .venv-peers/bin/python bench/peers.py nncf FLOAT.onnx IMAGES.npy OUT.xml [--transformer]
     .venv-peers/bin/python bench/peers.py torchao MODEL IMAGES.npy BATCH THREADS SECONDS
@@ -28,7 +30,8 @@ def python() -> str | None:
 
 
 def torch_pruning() -> Any:
-    """The module: this environment's, or the peers' one, of which nothing else is looked at. Raises ImportError where there is none."""
+    """The module: this environment's, or the peers' one, of which nothing else is looked at. Raises ImportError where
+    there is none."""
     name = "torch_pruning"
     interpreter = python()
     places = (
@@ -69,7 +72,8 @@ def nncf(source: str, images: str, target: str, *flags: str) -> dict[str, Any]:
 
 
 def torchao(model: str, images: str, batch: str, threads: str, seconds: str) -> dict[str, Any]:
-    """torchao's PT2E int8 for x86 through Inductor: median milliseconds of one run, taking turns with the float model, compiled too."""
+    """torchao's PT2E int8 for x86 through Inductor: median milliseconds of one run, taking turns with the float model,
+    compiled too."""
     import statistics
 
     import numpy

@@ -1,13 +1,15 @@
-"""Default int8 on EfficientNet-Lite0, -Lite1 and -Lite2, real weights: ``rarefy.quantize`` as it comes, against float, ONNX Runtime's static quantiser and NNCF.
+"""Default int8 on EfficientNet-Lite0, -Lite1 and -Lite2, real weights: ``rarefy.quantize`` as it comes, against float,
+ONNX Runtime's static quantiser and NNCF.
 
     python bench/quantization_accuracy.py [--only 0 1 2] [--check]
 
-128 unlabelled calibration images, the same ones for all; 650 other, labelled ones for accuracy. Each network and quantiser runs in a process of its own, so that
-its CPU seconds and its peak memory are its own; ours counts the whole process, Python and libraries included. Accuracy, agreement and signal-to-noise
-are those of the files in ONNX Runtime (NNCF's too, which quantises the same float file). NNCF runs in .venv-peers (``make bench-setup``).
+128 unlabelled calibration images, the same ones for all; 650 other, labelled ones for accuracy. Each network and
+quantiser runs in a process of its own, so that its CPU seconds and its peak memory are its own; ours counts the whole
+process, Python and libraries included. Accuracy, agreement and signal-to-noise are those of the files in ONNX Runtime
+(NNCF's too, which quantises the same float file). NNCF runs in .venv-peers (``make bench-setup``).
 
-``--check`` exits 1 where a goal is missed (2 where there is no data): over the networks, at most 0.3 points mean drop; for each, at least 99 % agreement with float,
-22 dB of the logits (24 is the aim), at most 30 CPU seconds and 1,500 MB.
+``--check`` exits 1 where a goal is missed (2 where there is no data): over the networks, at most 0.3 points mean drop;
+for each, at least 99 % agreement with float, 22 dB of the logits (24 is the aim), at most 30 CPU seconds and 1,500 MB.
 """
 
 from __future__ import annotations
@@ -151,7 +153,9 @@ def shown(rows: list[dict[str, Any]]) -> None:
             top1, drop = one["top1"], one["top1"]["drop"]
             low, high = drop["interval"]
             table.append(
-                [row["network"], how, f"{100 * top1['value']:.2f} ({top1['samples']})", f"{100 * drop['value']:.2f} ({100 * low:.2f} to {100 * high:.2f})",
+                [row["network"], how, f"{100 * top1['value']:.2f} ({top1['samples']})", f"{100 * drop['value']:.2f} "
+                                                                                        f"({100 * low:.2f} to "
+                                                                                        f"{100 * high:.2f})",
                  f"{top1['agreement']:.2%}", f"{one['sqnr_db']:.2f}", f"{one['cpu_s']:.1f}", f"{one['peak_mb'] or 0:.0f}"]
             )  # fmt: skip
     columns = ["", "quantiser", "top-1, % (images)", "drop, points", "same as float", "dB", "CPU s", "peak MB"]

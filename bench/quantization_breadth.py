@@ -1,16 +1,22 @@
-"""int8 and ONNX, model by model: every torchvision classifier, one small variant of every timm module, and the models that have real weights here.
+"""int8 and ONNX, model by model: every torchvision classifier, one small variant of every timm module, and the models
+that have real weights here.
 
-    python bench/quantization_breadth.py --library torchvision|timm|real [--only GLOB] [--part I/N] [--int8] [--float] [--pruned] [--jobs N] [--resume] [--check]
+    python bench/quantization_breadth.py --library torchvision|timm|real [--only GLOB] [--part I/N] [--int8] [--float]
+    [--pruned] [--jobs N] [--resume] [--check]
 
-Each is captured, quantised (defaults; calibrated on a few natural images of $RAREFY_DATA at the model's size, on noise where there are none), exported, opened
-in ONNX Runtime and compared with its simulation: the same most likely class, the largest difference of the answers (absolute, and in units of the
-answers' standard deviation), signal-to-noise of the simulation against the float model and of the file against the simulation in dB, and layer by layer, both
-starting from the file's own codes, by how many codes a value differs. ``--float`` exports the model as it is; ``--pruned`` prunes half of the channels first.
+Each is captured, quantised (defaults; calibrated on a few natural images of $RAREFY_DATA at the model's size, on noise
+where there are none), exported, opened
+in ONNX Runtime and compared with its simulation: the same most likely class, the largest difference of the answers
+(absolute, and in units of the answers' standard deviation), signal-to-noise of the simulation against the float model
+and of the file against the simulation in dB, and layer by layer, both starting from the file's own codes, by how many
+codes a value differs. ``--float`` exports the model as it is; ``--pruned`` prunes half of the channels first.
 
-``torchvision`` and ``timm`` have random weights, of which nothing is left neutral (bench/zoo.py); they fail by an error, or by a layer that differs by more
-than one code. ``real`` are EfficientNet-Lite0 to 2 and the CIFAR ResNets on 256 natural images; simulation and file must agree on 99.9 % of them, and the
-margin between the two most likely classes, in units of their difference, is told where they don't. Each model has a process of its own, of one thread and
-with a limit of time and memory; what is known of it is kept in ``out/``, and ``--resume`` goes on from there (bench/cells.py).
+``torchvision`` and ``timm`` have random weights, of which nothing is left neutral (bench/zoo.py); they fail by an
+error, or by a layer that differs by more than one code. ``real`` are EfficientNet-Lite0 to 2 and the CIFAR ResNets on
+256 natural images; simulation and file must agree on 99.9 % of them, and the margin between the two most likely
+classes, in units of their difference, is told where they don't. Each model has a process of its own, of one thread and
+with a limit of time and memory; what is known of it is kept in ``out/``, and ``--resume`` goes on from there
+(bench/cells.py).
 ``--check`` exits 1 if a model with real weights falls short, or more than 5 % of the others.
 """
 

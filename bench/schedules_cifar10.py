@@ -1,13 +1,16 @@
-"""ResNet-20 on CIFAR-10, from real weights (91.73 %): what masks cost without training, and what schedules give for the same training.
+"""ResNet-20 on CIFAR-10, from real weights (91.73 %): what masks cost without training, and what schedules give for the
+same training.
 
     python bench/schedules_cifar10.py [--images 5120] [--epochs 6] [--test 2000] [--check]
 
-Masks: top-1 and size of ``weights.safetensors``, dense, at 50 %, 2:4 and 4:8, by magnitude and by Wanda (arXiv 2306.11695), nothing trained afterwards; and 2:4 trained
-for one epoch. Schedules: pruned to half of the MACs, and as many epochs of distillation from the original in all, whether before, between or behind the prunings. Few
+Masks: top-1 and size of ``weights.safetensors``, dense, at 50 %, 2:4 and 4:8, by magnitude and by Wanda (arXiv
+2306.11695), nothing trained afterwards; and 2:4 trained for one epoch. Schedules: pruned to half of the MACs, and as
+many epochs of distillation from the original in all, whether before, between or behind the prunings. Few
 images and epochs: the order of the schedules is that of a short budget. Drops are paired, on the same test images.
 
-``--check`` exits 1 where a mask has another number of zeros than asked, is not smaller on disk by what its zeros save, or loses a zero in training; or where a schedule
-misses its target. It exits 2 where there is no data. Without ``--check``, missing data is a skip.
+``--check`` exits 1 where a mask has another number of zeros than asked, is not smaller on disk by what its zeros save,
+or loses a zero in training; or where a schedule misses its target. It exits 2 where there is no data. Without
+``--check``, missing data is a skip.
 """
 
 from __future__ import annotations

@@ -1,13 +1,17 @@
-"""A million tiny images in tar shards: is memory flat over an epoch, how fast are they read, and are the broken ones counted?
+"""A million tiny images in tar shards: is memory flat over an epoch, how fast are they read, and are the broken ones
+counted?
 
-    python bench/shards.py [--check]                       1,000,000 images in 100 shards (2 GB, written to --folder and kept)
-    python bench/shards.py --images 20000 --shards 4       a small one
-    python bench/shards.py --compare-decoders              processes against threads, decoding the JPEG files of $RAREFY_DATA
+    python bench/shards.py [--check]                       1,000,000 images in 100 shards (2 GB, written to --folder and
+    kept) python bench/shards.py --images 20000 --shards 4       a small one
+    python bench/shards.py --compare-decoders              processes against threads, decoding the JPEG files of
+    $RAREFY_DATA
 
-Of each 10,000 images one has bytes that are no image, and one a label that is none. Memory is what this process and its workers hold of their own (proportional set size without
-files), read every twenty batches; the highest in the first tenth of the epoch stands against the highest in all of it. Resuming is timed at the epoch's middle.
+Of each 10,000 images one has bytes that are no image, and one a label that is none. Memory is what this process and its
+workers hold of their own (proportional set size without files), read every twenty batches; the highest in the first
+tenth of the epoch stands against the highest in all of it. Resuming is timed at the epoch's middle.
 
-``--check`` exits 1 where memory grows by more than 5 %, where a broken member is not counted and named, where ``strict`` is no error, or where resuming gives other bytes.
+``--check`` exits 1 where memory grows by more than 5 %, where a broken member is not counted and named, where
+``strict`` is no error, or where resuming gives other bytes.
 """
 
 from __future__ import annotations
@@ -83,7 +87,8 @@ def member(name: str, content: bytes) -> np.ndarray:
 
 
 def memory() -> int:
-    """Bytes of this process and its children, shared pages divided among them; without files' pages, as libraries are shared with whatever else runs on the machine."""
+    """Bytes of this process and its children, shared pages divided among them; without files' pages, as libraries are
+    shared with whatever else runs on the machine."""
     processes = ["self", *Path("/proc/self/task").joinpath(str(_main_thread()), "children").read_text().split()]
     total = 0
     for one in processes:

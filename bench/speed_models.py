@@ -1,5 +1,7 @@
-"""The networks whose speed is measured, with random weights: speed does not hang on them, as long as biases are not zero, which a trained network's are not: OpenVINO takes
-an addition of zeros out, and so a network as timm makes it is faster than it will be. Needs torch, torchvision and timm, nothing of rarefy."""
+"""The networks whose speed is measured, with random weights: speed does not hang on them, as long as biases are not
+zero, which a trained network's are not: OpenVINO takes
+an addition of zeros out, and so a network as timm makes it is faster than it will be. Needs torch, torchvision and
+timm, nothing of rarefy."""
 
 from __future__ import annotations
 

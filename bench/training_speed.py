@@ -1,14 +1,19 @@
-"""What the training loop costs beside the passes it makes: images a second against a bare PyTorch loop, and with the teacher's answers cached.
+"""What the training loop costs beside the passes it makes: images a second against a bare PyTorch loop, and with the
+teacher's answers cached.
 
     python bench/training_speed.py [--check]                    ResNet-56 teaches ResNet-20, CIFAR-10, on a CPU
-    python bench/training_speed.py --device cuda [--check]      on a GPU: the loop compiled as it is by itself, the bare loop with the same compiler
+    python bench/training_speed.py --device cuda [--check]      on a GPU: the loop compiled as it is by itself, the bare
+    loop with the same compiler
 
-The bare loop has the same networks, pictures, augmentation, loss, precision, memory layout and optimizer, and nothing else: no checks, records, schedule, seeds or progress; its
-teacher is folded as ours is, so that only the loop differs. The three take turns in one run, ``--repeats`` times, each timed over ``--steps`` steps after one that
-warms up; what counts is the median of the ratios within a turn. The cache is filled before it is timed, and augmentation is off for it, as it must be to help from the second
-epoch on; it is compared with the same run without it. On a GPU, whose runs are short, checks and a lost turn weigh most: --steps 300 or more.
+The bare loop has the same networks, pictures, augmentation, loss, precision, memory layout and optimizer, and nothing
+else: no checks, records, schedule, seeds or progress; its teacher is folded as ours is, so that only the loop differs.
+The three take turns in one run, ``--repeats`` times, each timed over ``--steps`` steps after one that warms up; what
+counts is the median of the ratios within a turn. The cache is filled before it is timed, and augmentation is off for
+it, as it must be to help from the second epoch on; it is compared with the same run without it. On a GPU, whose runs
+are short, checks and a lost turn weigh most: --steps 300 or more.
 
-``--check`` exits 1 where the loop is below 95 % of the bare one, or the cache below 1.3 times; 2 where there is no data.
+``--check`` exits 1 where the loop is below 95 % of the bare one, or the cache below 1.3 times; 2 where there is no
+data.
 """
 
 from __future__ import annotations
@@ -100,7 +105,8 @@ def ours(
     given: argparse.Namespace,
     cache: Path | None = None,
 ) -> tuple[float, float]:
-    """(images a second, the loader's share) of the loop, from the task's own clock: the time between the batch after the warm-up and the end."""
+    """(images a second, the loader's share) of the loop, from the task's own clock: the time between the batch after
+    the warm-up and the end."""
     timed = Timed(task, given.warm, torch.device(given.device))
     result = distill(
         student, teacher, timed, loss="kl", steps=given.warm + given.steps, batch_size=given.batch_size, lr=LR, momentum=MOMENTUM, weight_decay=DECAY, device=given.device,
@@ -221,7 +227,8 @@ def main() -> int:
         ),
     ]
     show_table(
-        f"ResNet-{given.teacher} teaches ResNet-{given.student}, batch {given.batch_size}, {given.device}, {given.repeats} turns of {given.steps} steps",
+        f"ResNet-{given.teacher} teaches ResNet-{given.student}, batch {given.batch_size}, {given.device}, "
+        f"{given.repeats} turns of {given.steps} steps",
         ["", "images/s", "", "loading"], rows,
     )  # fmt: skip
     told = {name: value for name, value in vars(given).items() if name != "check"}

@@ -1,8 +1,9 @@
-"""Models by the name of their library, with inputs they take, each looked at in a process of its own: what the benches of breadth share.
+"""Models by the name of their library, with inputs they take, each looked at in a process of its own: what the benches
+of breadth share.
 
-Of torchvision every image model; of timm one small variant of every architecture module, the one with the fewest parameters, counted on the meta
-device. Weights are random, and nothing is left at its neutral value (``alive``). A process has a limit of time and memory, and what is killed, or takes
-too long, is a failure like any other.
+Of torchvision every image model; of timm one small variant of every architecture module, the one with the fewest
+parameters, counted on the meta device. Weights are random, and nothing is left at its neutral value (``alive``). A
+process has a limit of time and memory, and what is killed, or takes too long, is a failure like any other.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ def timm_model(module: str) -> Made:
 
 
 def smallest(module: str) -> str:
-    """The variant with the fewest parameters, of a version that is not known here yet remembered in ``out/``: counting them all takes minutes."""
+    """The variant with the fewest parameters, of a version that is not known here yet remembered in ``out/``: counting
+    them all takes minutes."""
     import timm
 
     here, name = Path(__file__).resolve().parent, f"smallest_timm_{timm.__version__}.json"
@@ -111,7 +113,8 @@ def images(side: int, channels: int = 3) -> tuple[Tensor, ...]:
 
 
 def alive(model: nn.Module) -> nn.Module:
-    """Nothing neutral: a constant vector (a norm's weight, a layer scale, a bias of zeros) or running statistic gets noise of its own."""
+    """Nothing neutral: a constant vector (a norm's weight, a layer scale, a bias of zeros) or running statistic gets
+    noise of its own."""
     statistics = [buffer for name, buffer in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
     with torch.no_grad():
         for tensor in [*model.parameters(), *statistics]:

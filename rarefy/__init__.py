@@ -1,9 +1,10 @@
 """rarefy makes a trained PyTorch model smaller and faster without making it worse, and proves it.
 
-The public names stand below, one a line. They are imported when first used, so that ``import rarefy`` and ``rarefy --help``
-answer at once. Tasks are in ``rarefy.tasks``; what comes in several kinds lies in a folder each: ``rarefy.pruning.criteria``,
-``rarefy.distillation.losses``, ``rarefy.quantization.rounding``, ``rarefy.quantization.calibration``, ``rarefy.runtimes``, ``rarefy.compression.schedules``, ``rarefy.pruning.selection``,
-``rarefy.pruning.saliency``, ``rarefy.compression.students``.
+The public names stand below, one a line. They are imported when first used, so that ``import rarefy`` and ``rarefy
+--help`` answer at once. Tasks are in ``rarefy.tasks``; what comes in several kinds lies in a folder each:
+``rarefy.pruning.criteria``, ``rarefy.distillation.losses``, ``rarefy.quantization.rounding``,
+``rarefy.quantization.calibration``, ``rarefy.runtimes``, ``rarefy.compression.schedules``,
+``rarefy.pruning.selection``, ``rarefy.pruning.saliency``, ``rarefy.compression.students``.
 """
 
 import importlib

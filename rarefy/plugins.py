@@ -1,9 +1,9 @@
 """Choices as objects, and as text: ``"taylor:batches=50"`` is ``Taylor(batches=50)``.
 
 A choice is a frozen dataclass whose fields are its options. Those that come with rarefy live one a file in a folder
-(``criteria/ losses/ rounding/ calibration/ runtimes/``), and the file name is the registry: ``criteria/taylor.py`` holds the
-dataclass ``Taylor``, so adding a file adds a choice. A user's own needs no file of ours: pass the object, or name it by its
-import path, ``"mylab.scores:MyScore"`` or ``"mylab.scores:MyScore:power=2"``.
+(``criteria/ losses/ rounding/ calibration/ runtimes/``), and the file name is the registry: ``criteria/taylor.py``
+holds the dataclass ``Taylor``, so adding a file adds a choice. A user's own needs no file of ours: pass the object, or
+name it by its import path, ``"mylab.scores:MyScore"`` or ``"mylab.scores:MyScore:power=2"``.
 
     >>> resolve("criteria", "magnitude:p=1")
     Magnitude(p=1, ...)
@@ -37,7 +37,8 @@ KINDS = {
 TASKS = "rarefy.tasks"
 # file -> the name of its choice in texts, records and saved recipes, where it is another
 ALIASES = {"rarefy.quantization.rounding.gptq_narrow": "narrow"}
-# kind -> the module whose ``of(text)`` takes words that name none of its choices; its objects are described by their ``text``
+# kind -> the module whose ``of(text)`` takes words that name none of its choices; its objects are described by their
+# ``text``
 OTHERS = {"students": "rarefy.compression.students._other"}
 
 

@@ -37,7 +37,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _seeds_and_globals() -> Iterator[None]:
-    """Each test starts from the same seeds and leaves torch's global settings as it found them; one that leaves gradients off has found a bug."""
+    """Each test starts from the same seeds and leaves torch's global settings as it found them; one that leaves
+    gradients off has found a bug."""
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 (the libraries under test use it)
     torch.manual_seed(0)
@@ -57,7 +58,8 @@ def _seeds_and_globals() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of real images and weights: $RAREFY_DATA, else shared/data beside the checkout. Skips where there is none."""
+    """The folder of real images and weights: $RAREFY_DATA, else shared/data beside the checkout. Skips where there is
+    none."""
     named = os.environ.get("RAREFY_DATA")
     folder = Path(named) if named else Path(__file__).resolve().parents[2] / "shared" / "data"
     if not folder.is_dir():

@@ -1,6 +1,8 @@
-"""The house holds: floors, budgets, and doors where a choice is added as one file. CONTRIBUTING.md says the same in words.
+"""The house holds: floors, budgets, and doors where a choice is added as one file. CONTRIBUTING.md says the same in
+words.
 
-Imports are also held by import-linter (``lint-imports``, in ``make lint``); here are those inside functions too, and the sizes.
+Imports are also held by import-linter (``lint-imports``, in ``make lint``); here are those inside functions too, and
+the sizes.
 """
 
 from __future__ import annotations
@@ -126,7 +128,8 @@ def test_every_choice_folder_is_a_kind() -> None:
 
 
 def test_torch_fx_is_run_in_one_place() -> None:
-    """The interpreter of ``graph/`` is the only one: nobody derives from torch's, or binds arguments to a schema by hand."""
+    """The interpreter of ``graph/`` is the only one: nobody derives from torch's, or binds arguments to a schema by
+    hand."""
     found = []
     for module, path in modules().items():
         if room(module) == "graph":

@@ -1,4 +1,5 @@
-"""CONTRIBUTING's table "I want to add a ...": each row tried. A copy of the package gets one file a row, and a program uses them all."""
+"""CONTRIBUTING's table "I want to add a ...": each row tried. A copy of the package gets one file a row, and a program
+uses them all."""
 
 from __future__ import annotations
 

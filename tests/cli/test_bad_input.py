@@ -1,7 +1,7 @@
 """Wrong input, through the command line: exit 2, one line that names the way out, and nothing that existed is lost.
 
-A row of ``CASES`` is a kind of wrong input: the words that its line must hold, and the command line, in which ``{here}`` is a
-folder that the fixture ``place`` fills.
+A row of ``CASES`` is a kind of wrong input: the words that its line must hold, and the command line, in which
+``{here}`` is a folder that the fixture ``place`` fills.
 """
 
 from __future__ import annotations
@@ -127,17 +127,23 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "missing argument": (("MODEL", "--help"), "measure"),
     "missing output": (("--output", "--help"), f"prune {MODEL} --keep 0.5"),
     "option of the wrong type": (("--epochs", "many", "--help"), f"distill {MODEL} {ON} --epochs many {OUT}"),
-    "batch size 0": (("--batch-size", "'0' should be greater than or equal to 1"), f"evaluate {MODEL} {ON} --batch-size 0"),
-    "negative epochs": (("--epochs", "'-3' should be greater than or equal to 1"), f"distill {MODEL} {ON} --epochs -3 {OUT}"),
+    "batch size 0": (("--batch-size", "'0' should be greater than or equal to 1"), f"evaluate {MODEL} {ON} "
+                                                                                   "--batch-size 0"),
+    "negative epochs": (("--epochs", "'-3' should be greater than or equal to 1"), f"distill {MODEL} {ON} --epochs -3 "
+                                                                                   f"{OUT}"),
     "unknown kind of choice": (("criteria, losses",), "list colours"),
     # models
     "no such model": (("no such model", "timm:NAME"), f"prune nothing --keep 0.5 {OUT}"),
     "no such timm model": (("nearest are resnet18",), f"prune timm:resnet1888 --keep 0.5 {OUT}"),
     "no such torchvision model": (("nearest are resnet18",), f"prune torchvision:rsnet18 --keep 0.5 {OUT}"),
     "module that does not exist": (("no module 'nolab'",), f"prune nolab.nets:Net --keep 0.5 {OUT}"),
-    "function that returns no model": (("returned a str", "torch.nn.Module"), f"prune {HERE}:no_model --keep 0.5 {OUT}"),
-    "model that can't be captured": (("can't be captured", "test_bad_input.py:", "core="), f"prune {HERE}:Branching --input 1,8,8 --keep 0.5 {OUT}"),
-    "core that does not exist": (("core='neck'", "have conv, head"), f"prune {MODEL} --input 1,8,8 --core neck --keep 0.5 {OUT}"),
+    "function that returns no model": (("returned a str", "torch.nn.Module"), f"prune {HERE}:no_model --keep 0.5 "
+                                                                              f"{OUT}"),
+    "model that can't be captured": (("can't be captured", "test_bad_input.py:", "core="), f"prune {HERE}:Branching "
+                                                                                           "--input 1,8,8 --keep 0.5 "
+                                                                                           f"{OUT}"),
+    "core that does not exist": (("core='neck'", "have conv, head"), f"prune {MODEL} --input 1,8,8 --core neck --keep "
+                                                                     f"0.5 {OUT}"),
     "model with nothing to prune": (("nothing can be pruned",), f"prune {HERE}:Nothing --input 1,8,8 --keep 0.5 {OUT}"),
     "input shape that is none": (("--input 'wide'", "3,224,224"), f"prune {MODEL} --input wide --keep 0.5 {OUT}"),
     "input shape of the wrong channels": (("3x8x8", "--input"), f"prune {MODEL} --input 3,8,8 --keep 0.5 {OUT}"),
@@ -147,27 +153,40 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "saved folder with a changed byte": (("weights.safetensors",), "measure {here}/changed"),
     "saved folder with a file missing": (("weights.safetensors",), "measure {here}/missing"),
     "saved folder with a broken graph": (("graph.json",), "measure {here}/broken"),
-    "saved folder with other classes": (("outputs of 10, not 3", "leave out --classes"), "measure {here}/saved --classes 3"),
-    "saved folder with other weights": (("leave out --weights",), "measure {here}/saved --weights {here}/other.safetensors"),
+    "saved folder with other classes": (("outputs of 10, not 3", "leave out --classes"), "measure {here}/saved "
+                                                                                         "--classes 3"),
+    "saved folder with other weights": (("leave out --weights",), "measure {here}/saved --weights "
+                                                                  "{here}/other.safetensors"),
     "saved folder with another input": (("1x8x8", "1x9x9"), f"prune {{here}}/saved --input 1,9,9 --keep 0.5 {OUT}"),
     "input that the data contradicts": (("--input 1,9,9", "images of 1,8,8"), f"evaluate {MODEL} {ON} --input 1,9,9"),
     # weights
-    "weights that do not exist": (("no such file", "--weights"), f"prune {MODEL} --weights {{here}}/none.pt --keep 0.5 {OUT}"),
-    "weights of another model": (("head.weight is 7x8 there and 10x8", "--classes"), f"prune {MODEL} --weights {{here}}/other.safetensors --keep 0.5 {OUT}"),
-    "weights with a tensor missing": (("conv.bias is missing there",), f"prune {MODEL} --weights {{here}}/partial.safetensors --keep 0.5 {OUT}"),
-    "weights that hold code": (("run code of the file", "safetensors"), f"prune {MODEL} --weights {{here}}/evil.pt --keep 0.5 {OUT}"),
-    "weights that hold NaN": (("conv.weight holds 2 values that are NaN",), f"prune {MODEL} --weights {{here}}/nan.safetensors --keep 0.5 {OUT}"),
-    "weights that are cut off": (("is no safetensors file",), f"prune {MODEL} --weights {{here}}/cut.safetensors --keep 0.5 {OUT}"),
+    "weights that do not exist": (("no such file", "--weights"), f"prune {MODEL} --weights {{here}}/none.pt --keep "
+                                                                 f"0.5 {OUT}"),
+    "weights of another model": (("head.weight is 7x8 there and 10x8", "--classes"), f"prune {MODEL} --weights "
+                                                                                     f"{{here}}/other.safetensors "
+                                                                                     f"--keep 0.5 {OUT}"),
+    "weights with a tensor missing": (("conv.bias is missing there",), f"prune {MODEL} --weights "
+                                                                       f"{{here}}/partial.safetensors --keep 0.5 "
+                                                                       f"{OUT}"),
+    "weights that hold code": (("run code of the file", "safetensors"), f"prune {MODEL} --weights {{here}}/evil.pt "
+                                                                        f"--keep 0.5 {OUT}"),
+    "weights that hold NaN": (("conv.weight holds 2 values that are NaN",), f"prune {MODEL} --weights "
+                                                                            f"{{here}}/nan.safetensors --keep 0.5 "
+                                                                            f"{OUT}"),
+    "weights that are cut off": (("is no safetensors file",), f"prune {MODEL} --weights {{here}}/cut.safetensors "
+                                                              f"--keep 0.5 {OUT}"),
     # data
     "no data": (("--data SOURCE",), f"evaluate {MODEL}"),
     "no data to compress on": (("--data SOURCE",), f"compress {MODEL} --speedup 2 {OUT}"),
     "data twice": (("--data names both splits",), f"evaluate {MODEL} {ON} --val {DATA}"),
-    "data that does not exist": (("{here}/nowhere",), f"evaluate {MODEL} --input 1,8,8 --data imagefolder:{{here}}/nowhere"),
+    "data that does not exist": (("{here}/nowhere",), f"evaluate {MODEL} --input 1,8,8 --data "
+                                                      f"imagefolder:{{here}}/nowhere"),
     "data of an unknown kind": (("imagefolder:PATH",), f"evaluate {MODEL} --data tfrecord:x"),
     "data function that fails": (("the share is not mounted",), f"evaluate {MODEL} --data {HERE}:data_broken"),
     "empty validation set": (("{here}/empty",), f"evaluate {MODEL} --val imagefolder:{{here}}/empty"),
     "no images at all": (("images",), f"evaluate {MODEL} --data {HERE}:images_none"),
-    "corrupt image": (("b.png", "--skip-unreadable"), f"evaluate {MODEL} --val imagefolder:{{here}}/corrupt --image-size 8 --channels 1"),
+    "corrupt image": (("b.png", "--skip-unreadable"), f"evaluate {MODEL} --val imagefolder:{{here}}/corrupt "
+                                                      "--image-size 8 --channels 1"),
     "labels out of range": (("label 12", "13 outputs"), f"evaluate {MODEL} --data {HERE}:labels_too_large"),
     "negative labels": (("-1",), f"evaluate {MODEL} --data {HERE}:labels_negative"),
     "fewer labels than images": (("39", "40"), f"evaluate {MODEL} --data {HERE}:labels_too_few"),
@@ -181,16 +200,20 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "unknown augmentation": (("spin",), f"distill {MODEL} {ON} --augment spin {OUT}"),
     "unknown corruption": (("rain", "fog"), f"evaluate {MODEL} {ON} --corruptions rain"),
     "unknown split": (("--split 'test'", "train or val"), f"evaluate {MODEL} {ON} --split test"),
-    "batch larger than the data": (("batch_size=5000", "smaller"), f"distill {MODEL} {ON} --batch-size 5000 --epochs 1 {OUT}"),
+    "batch larger than the data": (("batch_size=5000", "smaller"), f"distill {MODEL} {ON} --batch-size 5000 --epochs "
+                                                                   f"1 {OUT}"),
     # choices and targets
-    "unknown criterion": (("magnitud", "have", "taylor"), f"prune {MODEL} --input 1,8,8 --keep 0.5 --criterion magnitud {OUT}"),
-    "unknown option of a criterion": (("size=3", "have", "batches"), f"prune {MODEL} --input 1,8,8 --keep 0.5 --criterion taylor:size=3 {OUT}"),
+    "unknown criterion": (("magnitud", "have", "taylor"), f"prune {MODEL} --input 1,8,8 --keep 0.5 --criterion "
+                                                          f"magnitud {OUT}"),
+    "unknown option of a criterion": (("size=3", "have", "batches"), f"prune {MODEL} --input 1,8,8 --keep 0.5 "
+                                                                     f"--criterion taylor:size=3 {OUT}"),
     "criterion that needs data": (("data",), f"prune {MODEL} --input 1,8,8 --keep 0.5 --criterion taylor {OUT}"),
     "unknown loss": (("kll", "have"), f"distill {MODEL} {ON} --teacher {MODEL} --loss kll {OUT}"),
     "weight of a loss that is none": (("loss",), f"distill {MODEL} {ON} --teacher {MODEL} --loss x*kl {OUT}"),
     "unknown optimizer": (("adam", "sgd"), f"distill {MODEL} {ON} --optimizer adam {OUT}"),
     "learning rate of zero": (("lr",), f"distill {MODEL} {ON} --lr 0 {OUT}"),
-    "teacher of other classes": (("7", "10"), f"distill {MODEL} {ON} --teacher {MODEL}?num_classes=7 --epochs 1 --batch-size 8 {OUT}"),
+    "teacher of other classes": (("7", "10"), f"distill {MODEL} {ON} --teacher {MODEL}?num_classes=7 --epochs 1 "
+                                              f"--batch-size 8 {OUT}"),
     "teacher of negative weight": (("-2", "above 0"), f"distill {MODEL} {ON} --teacher=-2*{MODEL} --epochs 1 {OUT}"),
     "unknown rounding": (("neerest", "have"), f"quantize {MODEL} {ON} --rounding neerest {OUT}"),
     "unknown calibration": (("maxmin", "have"), f"quantize {MODEL} {ON} --calibration maxmin {OUT}"),
@@ -209,13 +232,17 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "negative drop": (("max_drop", "0.5%"), f"compress {MODEL} {ON} --max-drop=-1% {OUT}"),
     "negative speedup": (("speedup",), f"compress {MODEL} {ON} --speedup=-2 {OUT}"),
     "size of nothing": (("size", "2MB"), f"compress {MODEL} {ON} --size 0 {OUT}"),
-    "contradicting steps": (("keep, macs",), f"compress {MODEL} {ON} --step 'prune keep=0.5 macs=0.5' --speedup 2 {OUT}"),
+    "contradicting steps": (("keep, macs",), f"compress {MODEL} {ON} --step 'prune keep=0.5 macs=0.5' --speedup 2 "
+                                             f"{OUT}"),
     "unknown step": (("prun", "prune, mask, distill, quantize"), f"compress {MODEL} {ON} --step prun {OUT}"),
     "empty step": (("--step ''", "prune macs=0.5"), f"compress {MODEL} {ON} --step '' {OUT}"),
     "unknown option of a step": (("mac", "did you mean 'macs'"), f"compress {MODEL} {ON} --step 'prune mac=0.5' {OUT}"),
     "model that returns two tensors": (("--core",), f"compress {HERE}:Two {ON} --speedup 2 {OUT}"),
-    "training what is no classifier": (("returns a tuple", "(N, classes)", "core="), f"distill {HERE}:Two {ON} --batch-size 8 --epochs 1 {OUT}"),
-    "criterion on what is no classifier": (("returns a tuple", "(N, classes)"), f"prune {HERE}:Two {ON} --keep 0.5 --criterion taylor {OUT}"),
+    "training what is no classifier": (("returns a tuple", "(N, classes)", "core="), f"distill {HERE}:Two {ON} "
+                                                                                     "--batch-size 8 --epochs 1 "
+                                                                                     f"{OUT}"),
+    "criterion on what is no classifier": (("returns a tuple", "(N, classes)"), f"prune {HERE}:Two {ON} --keep 0.5 "
+                                                                                f"--criterion taylor {OUT}"),
     "max drop without a reference": (("--reference",), f"evaluate {MODEL} {ON} --max-drop 1%"),
     # recipes
     "recipe that does not exist": (("no such recipe",), "run {here}/none.toml"),
@@ -224,16 +251,24 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "recipe with a wrong type": (("seed = 'one'",), "run {here}/type.toml"),
     "recipe without an output": (("names no output", "-o"), "run {here}/noout.toml"),
     # where it goes
-    "output that is not ours": (("notes: exists and was not saved by rarefy", "--output"), f"prune {MODEL} --input 1,8,8 --keep 0.5 -o {{here}}/notes"),
+    "output that is not ours": (("notes: exists and was not saved by rarefy", "--output"), f"prune {MODEL} --input "
+                                                                                           "1,8,8 --keep 0.5 -o "
+                                                                                           f"{{here}}/notes"),
     "output that is a file": (("is a file",), f"prune {MODEL} --input 1,8,8 --keep 0.5 -o {{here}}/notes/mine.txt"),
-    "output below a file": (("can't be written", "--output"), f"prune {MODEL} --input 1,8,8 --keep 0.5 -o {{here}}/notes/mine.txt/out"),
-    "output where nobody may write": (("can't be written", "--output"), f"prune {MODEL} --input 1,8,8 --keep 0.5 -o /proc/rarefy/out"),
+    "output below a file": (("can't be written", "--output"), f"prune {MODEL} --input 1,8,8 --keep 0.5 -o "
+                                                              f"{{here}}/notes/mine.txt/out"),
+    "output where nobody may write": (("can't be written", "--output"), f"prune {MODEL} --input 1,8,8 --keep 0.5 -o "
+                                                                        "/proc/rarefy/out"),
     "export to a folder": (("is a folder",), f"export {MODEL} --input 1,8,8 -o {{here}}/folder.onnx"),
     "export to another kind of file": ((".onnx",), f"export {MODEL} --input 1,8,8 -o {{here}}/model.exe"),
-    "certificate where nobody may write": (("can't be written", "--certify"), "export {here}/saved --certify /proc/rarefy/c.json -o {here}/m.onnx"),
-    "certificate of a runtime of other files": (("inductor", ".zip", ".onnx"), "export {here}/saved --certify {here}/c.json --also inductor -o {here}/m.onnx"),
+    "certificate where nobody may write": (("can't be written", "--certify"), "export {here}/saved --certify "
+                                                                              "/proc/rarefy/c.json -o {here}/m.onnx"),
+    "certificate of a runtime of other files": (("inductor", ".zip", ".onnx"), "export {here}/saved --certify "
+                                                                               "{here}/c.json --also inductor -o "
+                                                                               "{here}/m.onnx"),
     "limit without a certificate": (("--limit", "--certify"), "export {here}/saved --limit 3 -o {here}/m.onnx"),
-    "report into a sealed folder": (("sealed", "--output"), "report {here}/saved/manifest.json -o {here}/saved/report.html"),
+    "report into a sealed folder": (("sealed", "--output"), "report {here}/saved/manifest.json -o "
+                                                            "{here}/saved/report.html"),
     "report of a folder without one": (("no such file", "--data"), "report {here}/saved -o {here}/r.html"),
     "report that is no report": (("is no report", "--data"), "report {here}/odd.json -o {here}/r.html"),
     "report of other JSON": (("is no report",), "report {here}/saved/graph.json -o {here}/r.html"),
@@ -243,7 +278,8 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "sign with what is no key": (("mine.txt",), "sign {here}/saved --key {here}/notes/mine.txt"),
     "verify with what is no key": (("mine.txt",), "verify {here}/saved --key {here}/notes/mine.txt"),
     "keys over other keys": (("never overwritten", "another name"), "keygen {here}/my.key"),
-    "key for compress that does not exist": (("none.key", "keygen"), f"compress {MODEL} {ON} --speedup 2 --key {{here}}/none.key {OUT}"),
+    "key for compress that does not exist": (("none.key", "keygen"), f"compress {MODEL} {ON} --speedup 2 --key "
+                                                                     f"{{here}}/none.key {OUT}"),
 }  # fmt: skip
 
 
@@ -406,7 +442,10 @@ def test_interrupt_is_one_line_and_keeps_what_was_there(place: Path) -> None:
     ],
 )
 def test_a_missing_extra_prints_the_pip_line(place: Path, hidden: str, arguments: tuple[str, ...], line: str) -> None:
-    hide = f"import sys; sys.modules[{hidden!r}] = None; from rarefy.cli.main import run; sys.exit(run({list(arguments)!r}))"
+    hide = (
+        f"import sys; sys.modules[{hidden!r}] = None; from rarefy.cli.main import run; "
+        f"sys.exit(run({list(arguments)!r}))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", hide],
         env=ENVIRONMENT,

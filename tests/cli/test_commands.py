@@ -436,7 +436,8 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
         (OSError(errno.EFBIG, "File too large", "/x"), 2, "rarefy: the disk is full"),
         (
             RuntimeError(
-                "[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/0: file write failed"
+                "[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/0: file "
+                "write failed"
             ),
             2,
             "rarefy: the disk is full",

@@ -1,4 +1,5 @@
-"""Schedules and selection: how much goes when, what the penalty pulls at, and that a killed run ends with the same bits."""
+"""Schedules and selection: how much goes when, what the penalty pulls at, and that a killed run ends with the same
+bits."""
 
 from __future__ import annotations
 

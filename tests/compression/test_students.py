@@ -1,4 +1,5 @@
-"""Students: every kind makes a network that trains, saves and answers in the teacher's shapes; depth takes out blocks, and what they say of themselves holds."""
+"""Students: every kind makes a network that trains, saves and answers in the teacher's shapes; depth takes out blocks,
+and what they say of themselves holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Each operator of the table, written as ONNX and run in ONNX Runtime at another batch size, against the graph in PyTorch."""
+"""Each operator of the table, written as ONNX and run in ONNX Runtime at another batch size, against the graph in
+PyTorch."""
 
 from __future__ import annotations
 
@@ -221,7 +222,8 @@ def test_an_operator_without_a_row_goes_through_torchs_exporter(tmp_path) -> Non
 
 
 def test_torchs_optimiser_is_not_believed(tmp_path) -> None:
-    """Two clips of one value with bounds of their own: it writes a file in which the second reads what nothing makes."""
+    """Two clips of one value with bounds of their own: it writes a file in which the second reads what nothing
+    makes."""
     pytest.importorskip("onnxscript")
 
     class Clips(nn.Module):
@@ -244,7 +246,8 @@ def test_torchs_optimiser_is_not_believed(tmp_path) -> None:
 
 
 def test_the_file_is_the_model_written_piece_by_piece(tmp_path, monkeypatch) -> None:
-    """Sizes of one to four bytes in protobuf's format, and the graph as it was, which shares its tensors with the folded one."""
+    """Sizes of one to four bytes in protobuf's format, and the graph as it was, which shares its tensors with the
+    folded one."""
     graph = capture(
         nn.Sequential(nn.Linear(12, 1), nn.Linear(1, 600), nn.Linear(600, 1000)).requires_grad_(True),
         torch.randn(2, *TOKENS),

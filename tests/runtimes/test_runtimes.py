@@ -1,4 +1,5 @@
-"""Every runtime: what is exported runs, answers like the graph, is compared layer by layer, and tells the time of its kernels."""
+"""Every runtime: what is exported runs, answers like the graph, is compared layer by layer, and tells the time of its
+kernels."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ RUNTIMES = plugins.available("runtimes")
 
 
 class Gated(nn.Module):
-    """Hardswish, a squeeze-and-excite gate, a residual, a depthwise layer, a flattened stream of tokens with GELU and attention."""
+    """Hardswish, a squeeze-and-excite gate, a residual, a depthwise layer, a flattened stream of tokens with GELU and
+    attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,7 +133,8 @@ def test_measured_by_name(runtime: Any, graph: fx.GraphModule) -> None:
 
 
 def test_openvino_keeps_integers_together(graph: fx.GraphModule, batches: list[Tensor], tmp_path: Path) -> None:
-    """Activations melt into the layers before them, and all nine layers but the head's sums yield codes or are integer."""
+    """Activations melt into the layers before them, and all nine layers but the head's sums yield codes or are
+    integer."""
     pytest.importorskip("openvino")
     runtime = plugins.resolve("runtimes", "openvino:threads=1")
     small = quantize(graph, batches=batches, runtime=runtime, progress=False)
@@ -204,7 +207,8 @@ def test_certificate_names_runtimes_file_and_first_layer(
 
 
 class Uneven(nn.Module):
-    """Depthwise layers of 24 channels: one gated as in MobileNetV3, one whose channels are parted and put beside others."""
+    """Depthwise layers of 24 channels: one gated as in MobileNetV3, one whose channels are parted and put beside
+    others."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -325,7 +329,8 @@ def test_a_value_that_a_runtime_gives_in_another_shape_is_left_out(tmp_path: Pat
 def test_inductor_multiplies_codes_and_reads_a_saved_folder(
     graph: fx.GraphModule, batches: list[Tensor], tmp_path: Path
 ) -> None:
-    """Layers become oneDNN's integer ones, the weights packed; a folder is as good as the file; no GPU, no other member and no packed file are taken."""
+    """Layers become oneDNN's integer ones, the weights packed; a folder is as good as the file; no GPU, no other member
+    and no packed file are taken."""
     runtime = plugins.resolve("runtimes", "inductor:threads=1")
     small = quantize(graph, batches=batches, runtime=runtime, progress=False)
     session = runtime.open(folder.save(small, tmp_path / "small"))

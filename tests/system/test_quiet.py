@@ -1,4 +1,5 @@
-"""quiet(): other packages' loggers say nothing while they work for us, and what they said before afterwards, whatever happens."""
+"""quiet(): other packages' loggers say nothing while they work for us, and what they said before afterwards, whatever
+happens."""
 
 from __future__ import annotations
 
