@@ -32,6 +32,8 @@ aten = torch.ops.aten
 OPERATORS = torch.ops.rarefy
 KEPT = 3  # shapes a session stays compiled for
 
+Foreign = Any  # an object of OpenVINO's
+
 
 @dataclasses.dataclass(frozen=True)
 class OpenVINO:
@@ -105,14 +107,14 @@ class OpenVINO:
             for node, us in zip(nodes, times, strict=True)
         ]
 
-    def integer_islands(self, path: str | os.PathLike[str], inputs: Tensor) -> dict[str, Any]:
+    def integer_islands(self, path: str | os.PathLike[str], inputs: Tensor) -> dict[str, dict[str, int]]:
         """What OpenVINO made of the file: integer primitives by type, the float ones, and conversions between them."""
         compiled = Session(path, self.threads, self.precision).request(inputs).get_compiled_model()
         integer, other = collections.Counter[str](), collections.Counter[str]()
         for node in _executed(compiled):
             about = node.get_rt_info()
-            precision = about["runtimePrecision"].astype(str)
-            (integer if precision in ("u8", "i8") else other)[about["layerType"].astype(str)] += 1
+            precision, kind = (about[key].astype(str) for key in ("runtimePrecision", "layerType"))
+            (integer if precision in ("u8", "i8") else other)[kind] += 1
         return {"integer": dict(integer), "float": dict(other)}
 
 
@@ -153,10 +155,10 @@ class Session:
         try:
             self.model = self.core.read_model(os.fspath(path))
         except Exception as error:
-            raise FormatError(f"{path}: OpenVINO can't open it ({_told(error)})") from error
+            raise FormatError(f"{path}: OpenVINO can't open it ({_reason(error)})") from error
         self.path = path
         self.name = self.model.input(0).get_any_name()
-        self.requests: collections.OrderedDict[tuple[int, ...], Any] = collections.OrderedDict()
+        self.requests: collections.OrderedDict[tuple[int, ...], Foreign] = collections.OrderedDict()
 
     def __call__(self, inputs: Tensor) -> Tensor:
         return self.outputs(inputs)[0]
@@ -167,7 +169,7 @@ class Session:
         answers = request.infer([inputs.detach().cpu().contiguous().numpy()], share_inputs=True)
         return [torch.from_numpy(value) for value in answers.values()]
 
-    def request(self, inputs: Tensor) -> Any:
+    def request(self, inputs: Tensor) -> Foreign:
         """Compiled for the shape of ``inputs``."""
         shape = tuple(inputs.shape)
         if shape not in self.requests:
@@ -177,7 +179,7 @@ class Session:
                 self.requests[shape] = self.core.compile_model(model, "CPU", self.options).create_infer_request()
             except Exception as error:
                 raise FormatError(
-                    f"{self.path}: OpenVINO can't run it on inputs of {list(shape)} ({_told(error)})"
+                    f"{self.path}: OpenVINO can't run it on inputs of {list(shape)} ({_reason(error)})"
                 ) from error
             if len(self.requests) > KEPT:
                 self.requests.popitem(last=False)
@@ -186,7 +188,7 @@ class Session:
 
 
 @cache
-def _core() -> Any:
+def _core() -> Foreign:
     """One for the whole process.
 
     Each puts a stack for signal handlers in place, and at its end puts back the one that was there before: of two freed
@@ -196,7 +198,7 @@ def _core() -> Any:
     return needs("openvino", "openvino").Core()
 
 
-def _executed(compiled: Any) -> list[Any]:
+def _executed(compiled: Foreign) -> list[Foreign]:
     """Nodes of the compiled model in the order they run, those that do no work left out."""
     return [
         node
@@ -205,6 +207,6 @@ def _executed(compiled: Any) -> list[Any]:
     ]
 
 
-def _told(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and "Exception from" not in line]
     return (lines or [type(error).__name__])[0][:200]
