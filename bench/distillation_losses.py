@@ -47,8 +47,21 @@ LEAST_GAIN = 0.7  # points
 # Weights of the losses on features bring them to the size of the cross-entropy; those on logits have their papers'
 # inside.
 LOSSES = (
-    "none", "kl", "lskd", "dkd", "dist", "mlkd", "skd", "mse:on=logits", "50*mse", "10*wkd", "10*at", "rkd", "reviewkd", "lskd + 50*mse"
-)  # fmt: skip
+    "none",
+    "kl",
+    "lskd",
+    "dkd",
+    "dist",
+    "mlkd",
+    "skd",
+    "mse:on=logits",
+    "50*mse",
+    "10*wkd",
+    "10*at",
+    "rkd",
+    "reviewkd",
+    "lskd + 50*mse",
+)
 
 
 class Cell(NamedTuple):
@@ -77,8 +90,8 @@ class Setting(NamedTuple):
     def folder(self, cell: Cell) -> Path:
         told = json.dumps([cell, self[:-3]], sort_keys=True)
         return (
-            Path(self.work)
-            / f"{cell.loss.split(':')[0].replace('*', 'x').replace(' ', '')}-{cell.seed}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+            Path(self.work) / f"{cell.loss.split(':')[0].replace('*', 'x').replace(' ', '')}-{cell.seed}-"
+            f"{hashlib.sha256(told.encode()).hexdigest()[:8]}"
         )
 
 
@@ -95,10 +108,19 @@ def run(cell: Cell, setting: Setting) -> dict[str, Any]:
     torch.manual_seed(cell.seed)
     student = capture(real_data.CifarResNet(setting.student).eval(), EXAMPLE)
     common: dict[str, Any] = {
-        "epochs": setting.epochs, "batch_size": setting.batch_size, "lr": setting.lr, "weight_decay": setting.weight_decay, "mixup": setting.mixup,
+        "epochs": setting.epochs,
+        "batch_size": setting.batch_size,
+        "lr": setting.lr,
+        "weight_decay": setting.weight_decay,
+        "mixup": setting.mixup,
         "loss_warmup": setting.loss_warmup if cell.loss != "none" else 0.0,
-        "precision": setting.precision, "validate_every": 0, "seed": cell.seed, "device": setting.device, "checkpoint": folder, "progress": False,
-    }  # fmt: skip
+        "precision": setting.precision,
+        "validate_every": 0,
+        "seed": cell.seed,
+        "device": setting.device,
+        "checkpoint": folder,
+        "progress": False,
+    }
     learn = functools.partial(train, student, task) if cell.loss == "none" else functools.partial(
         distill, student, teacher_of(setting.teacher), task, loss=cell.loss
     )  # fmt: skip
@@ -190,11 +212,18 @@ def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for loss, seeds in by_loss.items():
         gains = [100 * (one["value"] - plain[seed]["value"]) for seed, one in seeds.items() if seed in plain]
-        rows.append({
-            "loss": loss, "top1": {seed: one["value"] for seed, one in sorted(seeds.items())}, "mean": statistics.mean(one["value"] for one in seeds.values()),
-            "gain": statistics.mean(gains) if gains else None, "gains": gains, "images_per_second": statistics.median(one["images_per_second"] for one in seeds.values()),
-            "training_seconds": sum(one["training_seconds"] for one in seeds.values()), "remarks": sorted({one["remark"] for one in seeds.values() if one["remark"]}),
-        })  # fmt: skip
+        rows.append(
+            {
+                "loss": loss,
+                "top1": {seed: one["value"] for seed, one in sorted(seeds.items())},
+                "mean": statistics.mean(one["value"] for one in seeds.values()),
+                "gain": statistics.mean(gains) if gains else None,
+                "gains": gains,
+                "images_per_second": statistics.median(one["images_per_second"] for one in seeds.values()),
+                "training_seconds": sum(one["training_seconds"] for one in seeds.values()),
+                "remarks": sorted({one["remark"] for one in seeds.values() if one["remark"]}),
+            }
+        )
     return sorted(rows, key=lambda row: -row["mean"])
 
 

@@ -59,7 +59,10 @@ def made(
     pruning: dict[str, Any] = {"macs": share, "round_to": 1, "task": task, "seed": seed}
     if way in ("joint", "fading"):
         shrink = 0.2 if way == "fading" else 0.0
-        schedule = f"joint:shrink={shrink},steps={given.steps},batch_size={given.batch_size},lr={given.lr},code_lr={given.code_lr},weights={weights},images={IMAGES}"
+        schedule = (
+            f"joint:shrink={shrink},steps={given.steps},batch_size={given.batch_size},lr={given.lr},"
+            f"code_lr={given.code_lr},weights={weights},images={IMAGES}"
+        )
         return prune(
             original, schedule=schedule, **pruning, **{key: common[key] for key in ("device", "checkpoint", "progress")}
         )
@@ -93,8 +96,18 @@ def cell(
     given: argparse.Namespace,
 ) -> dict[str, Any]:
     """One figure of the table, from the folder if it lies there."""
-    about = {"model": given.model, "macs": share, "weights": weights, "way": way, "seed": seed, "steps": given.steps, "batch_size": given.batch_size,
-             "lr": given.lr, "code_lr": given.code_lr, "limit": given.limit}  # fmt: skip
+    about = {
+        "model": given.model,
+        "macs": share,
+        "weights": weights,
+        "way": way,
+        "seed": seed,
+        "steps": given.steps,
+        "batch_size": given.batch_size,
+        "lr": given.lr,
+        "code_lr": given.code_lr,
+        "limit": given.limit,
+    }
     file = given.work / f"{given.model}-{share:g}-{weights}-{way}-{seed}.json" if given.work else None
     if file is not None and file.exists() and (known := json.loads(file.read_text()))["about"] == about:
         return dict(known)
@@ -102,8 +115,14 @@ def cell(
     small = made(way, original, task, share, weights, seed, given)
     seconds = time.perf_counter() - began
     found = evaluate(small, task, batch_size=500, limit=given.limit, device=given.device).to_json()
-    result = {"about": about, "top1": found["value"], "interval": found["interval"], "samples": found["samples"], "seconds": seconds,
-              "reached": count_macs(small) / count_macs(original)}  # fmt: skip
+    result = {
+        "about": about,
+        "top1": found["value"],
+        "interval": found["interval"],
+        "samples": found["samples"],
+        "seconds": seconds,
+        "reached": count_macs(small) / count_macs(original),
+    }
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(".part")
@@ -163,8 +182,17 @@ def main() -> int:
             for weights in given.weights:
                 found = {way: of(model=model, macs=share, weights=weights, way=way) for way in given.ways}
                 mean = {way: 100 * statistics.mean(one["top1"] for one in found[way]) for way in given.ways}
-                rows.append((model, f"{share:g}", weights, *(f"{mean[way]:.2f} "
-                                                             f"({statistics.mean(one['seconds'] for one in found[way]):.0f} s)" for way in given.ways)))  # fmt: skip
+                rows.append(
+                    (
+                        model,
+                        f"{share:g}",
+                        weights,
+                        *(
+                            f"{mean[way]:.2f} ({statistics.mean(one['seconds'] for one in found[way]):.0f} s)"
+                            for way in given.ways
+                        ),
+                    )
+                )
                 if {"joint", "sequential"} <= mean.keys():
                     gaps.append(mean["joint"] - mean["sequential"])
     show_table(

@@ -152,9 +152,25 @@ def measured(cell: Cell, given: argparse.Namespace) -> dict[str, Any]:
             else (given.steps, given.batch_size)
         )
         small = distill(
-            small, graph, task, loss="kl", hard_weight=0.0, weight_decay=0.0, steps=steps, batch_size=at_once, lr=given.lr, clip=given.clip, device=given.device,
-            precision=given.precision, compile=given.compile, validate_every=0, seed=given.seed, checkpoint=given.work / f"{cell.file}_{steps}x{at_once}", checkpoint_seconds=20, progress=False,
-        )  # fmt: skip
+            small,
+            graph,
+            task,
+            loss="kl",
+            hard_weight=0.0,
+            weight_decay=0.0,
+            steps=steps,
+            batch_size=at_once,
+            lr=given.lr,
+            clip=given.clip,
+            device=given.device,
+            precision=given.precision,
+            compile=given.compile,
+            validate_every=0,
+            seed=given.seed,
+            checkpoint=given.work / f"{cell.file}_{steps}x{at_once}",
+            checkpoint_seconds=20,
+            progress=False,
+        )
         seconds = small.meta["history"][-1]["facts"]["timing"]["seconds"]
     found = evaluate(
         small, task, reference=graph, batch_size=50 if of_files else 200, limit=given.limit, device=given.device
@@ -252,12 +268,20 @@ def shortfalls(wanted: list[Cell], by: dict[Cell, dict[str, Any]]) -> list[str]:
 def shown(rows: list[dict[str, Any]]) -> None:
     table = [
         [
-            row["model"], row["setting"], row["method"], f"{100 * row['reference']['value']:.2f}", f"{100 * row['value']:.2f} of {row['samples']}",
-            "{:.2f} ({:.2f} to {:.2f})".format(*(100 * value for value in (row["drop"]["value"], *row["drop"]["interval"]))),
-            f"{100 * row['agreement']:.2f}", f"{row['sqnr_db']:.2f}", f"{row['seconds']:.0f}" + (f", {row['choosing_s']:.0f} choosing" if row.get("choosing_s", 0) >= 1 else ""),
+            row["model"],
+            row["setting"],
+            row["method"],
+            f"{100 * row['reference']['value']:.2f}",
+            f"{100 * row['value']:.2f} of {row['samples']}",
+            "{:.2f} ({:.2f} to {:.2f})".format(
+                *(100 * value for value in (row["drop"]["value"], *row["drop"]["interval"]))
+            ),
+            f"{100 * row['agreement']:.2f}",
+            f"{row['sqnr_db']:.2f}",
+            f"{row['seconds']:.0f}" + (f", {row['choosing_s']:.0f} choosing" if row.get("choosing_s", 0) >= 1 else ""),
         ]
         for row in rows
-    ]  # fmt: skip
+    ]
     show_table(
         "Few bits",
         ["model", "setting", "method", "float", "top-1, %", "drop, points (95 %)", "as float, %", "dB", "s"],

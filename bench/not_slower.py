@@ -71,10 +71,12 @@ told(begun)
 """
 _COMPRESS = """
 import sys
-steps = [{"do": "prune", "macs": 0.35, "round_to": 8}, {"do": "distill", "epochs": 1, "batch_size": 64, "lr": 0.05}, {"do": "quantize"}]
+distil = {"do": "distill", "epochs": 1, "batch_size": 64, "lr": 0.05}
+steps = [{"do": "prune", "macs": 0.35, "round_to": 8}, distil, {"do": "quantize"}]
 graph = rarefy.capture(demo_model(), torch.zeros(2, 1, 8, 8))
 begun = time.process_time()
-rarefy.compress(graph, digits(), budget=rarefy.Budget(max_drop=0.9), steps=steps, workdir=sys.argv[1], device="cpu", progress=False)
+budget = rarefy.Budget(max_drop=0.9)
+rarefy.compress(graph, digits(), budget=budget, steps=steps, workdir=sys.argv[1], device="cpu", progress=False)
 told(begun)
 """
 _TRAIN = """

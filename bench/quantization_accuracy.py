@@ -56,9 +56,14 @@ print(json.dumps({"cpu_s": spent, "peak_mb": peak, "version": nncf.__version__})
 def task_of(number: int) -> Classification:
     size = real_data.LITE_SIZES[number]
     return Classification(
-        train=real_data.imagenet_calib(), val=real_data.imagenet_val(), size=size, class_count=1000, mean=real_data.LITE_MEAN, std=real_data.LITE_STD,
+        train=real_data.imagenet_calib(),
+        val=real_data.imagenet_val(),
+        size=size,
+        class_count=1000,
+        mean=real_data.LITE_MEAN,
+        std=real_data.LITE_STD,
         crop=min(1.0, size / 227),
-    )  # fmt: skip
+    )
 
 
 def quantized(number: int, how: str, folder: Path, seed: int) -> dict[str, Any]:
@@ -153,11 +158,17 @@ def shown(rows: list[dict[str, Any]]) -> None:
             top1, drop = one["top1"], one["top1"]["drop"]
             low, high = drop["interval"]
             table.append(
-                [row["network"], how, f"{100 * top1['value']:.2f} ({top1['samples']})", f"{100 * drop['value']:.2f} "
-                                                                                        f"({100 * low:.2f} to "
-                                                                                        f"{100 * high:.2f})",
-                 f"{top1['agreement']:.2%}", f"{one['sqnr_db']:.2f}", f"{one['cpu_s']:.1f}", f"{one['peak_mb'] or 0:.0f}"]
-            )  # fmt: skip
+                [
+                    row["network"],
+                    how,
+                    f"{100 * top1['value']:.2f} ({top1['samples']})",
+                    f"{100 * drop['value']:.2f} ({100 * low:.2f} to {100 * high:.2f})",
+                    f"{top1['agreement']:.2%}",
+                    f"{one['sqnr_db']:.2f}",
+                    f"{one['cpu_s']:.1f}",
+                    f"{one['peak_mb'] or 0:.0f}",
+                ]
+            )
     columns = ["", "quantiser", "top-1, % (images)", "drop, points", "same as float", "dB", "CPU s", "peak MB"]
     show_table("Default int8, files in ONNX Runtime", columns, table)
 

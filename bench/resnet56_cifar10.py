@@ -83,18 +83,42 @@ def trained(original: fx.GraphModule, task: Classification, given: argparse.Name
     start = load(given.prune_from / f"seed{seed}") if given.prune_from else original
     share = given.macs * count_macs(original) / count_macs(start)
     small = prune(
-        start, macs=share, criterion=given.criterion, ranking=given.ranking, round_to=given.round_to, ignore=given.ignore, task=task, seed=seed
-    )  # fmt: skip
+        start,
+        macs=share,
+        criterion=given.criterion,
+        ranking=given.ranking,
+        round_to=given.round_to,
+        ignore=given.ignore,
+        task=task,
+        seed=seed,
+    )
     told(
         f"pruned to {count_macs(small) / count_macs(original):.1%} of the MACs, "
         f"{count_parameters(small) / count_parameters(original):.1%} of the parameters"
     )
     checkpoint = given.work / f"seed{seed}" if given.work else None
     return distill(
-        small, [original, *others] if others else original, task, loss=given.loss, hard_weight=given.hard_weight, device=given.device, checkpoint=checkpoint, steps=given.steps, lr=given.lr, optimizer="sgd",
-        batch_size=given.batch_size, weight_decay=given.weight_decay, ema=given.ema, mixup=given.mixup, cutmix=given.cutmix, precision=given.precision, compile=given.compile,
-        validate_every=given.validate_every, keep="last", seed=seed,
-    )  # fmt: skip
+        small,
+        [original, *others] if others else original,
+        task,
+        loss=given.loss,
+        hard_weight=given.hard_weight,
+        device=given.device,
+        checkpoint=checkpoint,
+        steps=given.steps,
+        lr=given.lr,
+        optimizer="sgd",
+        batch_size=given.batch_size,
+        weight_decay=given.weight_decay,
+        ema=given.ema,
+        mixup=given.mixup,
+        cutmix=given.cutmix,
+        precision=given.precision,
+        compile=given.compile,
+        validate_every=given.validate_every,
+        keep="last",
+        seed=seed,
+    )
 
 
 def judged(
@@ -176,11 +200,18 @@ def shown(runs: list[dict[str, Any]], original: dict[str, Any]) -> None:
         ("  before quantization", "", *(accuracy(run["student"]) for run in runs)),
         ("drop, points (95 %)", "", *(paired(run["int8"]["drop"]) for run in runs)),
         ("same answer as the original", "", *(f"{run['int8']['agreement']:.2%}" for run in runs)),
-        ("MACs", f"{first['macs'] * first['fewer_macs']:.4g}", *(f"{run['macs']:.4g}, {run['fewer_macs']:.2f}x fewer" for run in runs)),
-        ("weights", size_text(first["size_bytes"]["float"]), *(f"{size_text(run['size_bytes']['int8'])}, "
-                                                               f"{run['smaller']:.2f}x smaller" for run in runs)),
+        (
+            "MACs",
+            f"{first['macs'] * first['fewer_macs']:.4g}",
+            *(f"{run['macs']:.4g}, {run['fewer_macs']:.2f}x fewer" for run in runs),
+        ),
+        (
+            "weights",
+            size_text(first["size_bytes"]["float"]),
+            *(f"{size_text(run['size_bytes']['int8'])}, {run['smaller']:.2f}x smaller" for run in runs),
+        ),
         ("ONNX file", size_text(first["onnx_bytes"]["float"]), *(size_text(run["onnx_bytes"]["int8"]) for run in runs)),
-    ]  # fmt: skip
+    ]
     for threads in map(str, THREADS):
         columns = [run["latency"][threads] for run in runs]
         rows.append(

@@ -446,7 +446,9 @@ def cases() -> dict[str, Case]:
         "prune iterative": _pruned(schedule="iterative:rounds=2,epochs=1"),
         "prune group_sparse": _pruned(schedule="group_sparse:epochs=1"),
         "prune joint": _pruned(schedule="joint:steps=12,batch_size=64,images=32"),
-        "prune joint int4 shrink": _pruned(Plain, schedule="joint:steps=20,batch_size=64,images=32,shrink=0.2,weights=int4"),
+        "prune joint int4 shrink": _pruned(
+            Plain, schedule="joint:steps=20,batch_size=64,images=32,shrink=0.2,weights=int4"
+        ),
         "prune resnet18": _vision("resnet18", "prune", macs=0.5),
         "prune mobilenet_v2": _vision("mobilenet_v2", "prune", macs=0.5, ranking="isomorphic", round_to=8),
         # mask
@@ -455,7 +457,9 @@ def cases() -> dict[str, Case]:
         "mask wanda": _masked(sparsity=0.5, criterion="wanda:images=32"),
         # train
         "train sgd": _learned(),
-        "train adamw ema mixup": _learned(optimizer="adamw", ema=0.9, mixup=0.2, cutmix=0.5, clip=1.0, label_smoothing=0.1, accumulate=2),
+        "train adamw ema mixup": _learned(
+            optimizer="adamw", ema=0.9, mixup=0.2, cutmix=0.5, clip=1.0, label_smoothing=0.1, accumulate=2
+        ),
         "train bf16 best": _learned(precision="bf16", validate_every=1, keep="best", steps=40),
         "train resumed": Case(_resumed),
         "train sparse": Case(lambda _: train(rarefy.mask(net(), sparsity="2:4"), task(), **SHORT, steps=4)),
@@ -467,9 +471,16 @@ def cases() -> dict[str, Case]:
         "distill two teachers cache": Case(_two_teachers),
         "distill attention": _taught("lskd + mse", Attentive, optimizer="adamw"),
         **{
-            f"distill student {student}": Case(lambda _, student=student, kind=kind: rarefy.distill(student, net(kind), task(), **{**SHORT, "steps": 2}))
+            f"distill student {student}": Case(
+                lambda _, student=student, kind=kind: rarefy.distill(
+                    student, net(kind), task(), **{**SHORT, "steps": 2}
+                )
+            )
             for student, kind in (
-                ("copy:fresh=true", Mixed), ("depth:keep=0.67,images=32", Attentive), ("pruned:keep=0.5", Mixed), ("width:keep=0.5", Mixed)
+                ("copy:fresh=true", Mixed),
+                ("depth:keep=0.67,images=32", Attentive),
+                ("pruned:keep=0.5", Mixed),
+                ("width:keep=0.5", Mixed),
             )
         },
         "distill int8": _in_codes({}),
@@ -478,8 +489,13 @@ def cases() -> dict[str, Case]:
         "quantize": _quantized(),
         "quantize attention": _quantized(Attentive),
         "quantize smooth": _quantized(Attentive, smooth=0.5),
-        "quantize plain options": _quantized(equalize=False, correct_bias=False, weight_calibration="percentile:percent=99.9", ignore=("head",)),
-        **{f"quantize {rule}": _quantized(calibration=rule) for rule in ("minmax", "entropy", "moving_average", "percentile")},
+        "quantize plain options": _quantized(
+            equalize=False, correct_bias=False, weight_calibration="percentile:percent=99.9", ignore=("head",)
+        ),
+        **{
+            f"quantize {rule}": _quantized(calibration=rule)
+            for rule in ("minmax", "entropy", "moving_average", "percentile")
+        },
         **{
             f"quantize int4 {rule}": _quantized(weights="int4", rounding=rule)
             for rule in ("nearest", "gptq", "gptaq", "adaround:steps=10", "brecq:steps=6", "descent", "stochastic")
@@ -491,7 +507,9 @@ def cases() -> dict[str, Case]:
         "quantize mixed:size": _quantized(weights="mixed:size=20000,choices=2/4/8"),
         "quantize weights alone": _quantized(weights="int4:group=32", activations="float"),
         # ONNX has none
-        "quantize weights alone mxfp4": Case(lambda _: rarefy.quantize(net(Attentive), weights="mxfp4", activations="float"), ()),
+        "quantize weights alone mxfp4": Case(
+            lambda _: rarefy.quantize(net(Attentive), weights="mxfp4", activations="float"), ()
+        ),
         "quantize pruned": Case(lambda _: rarefy.quantize(rarefy.prune(net(), macs=0.5), task(), images=32, **QUIET)),
         "quantize for openvino": _quantized(runtime="openvino"),
         "quantize attention for openvino": _quantized(Attentive, runtime="openvino"),
@@ -508,7 +526,7 @@ def cases() -> dict[str, Case]:
         "parity onnxruntime": _parity("onnxruntime"),
         "parity openvino": _parity("openvino"),
         "public names": Case(_public),
-    }  # fmt: skip
+    }
     return found
 
 
@@ -674,7 +692,8 @@ def digits():
     def block(inputs, outputs):
         return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
     torch.manual_seed(0)
-    return nn.Sequential(block(1, 16), block(16, 16), nn.MaxPool2d(2), block(16, 32), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+    return nn.Sequential(block(1, 16), block(16, 16), nn.MaxPool2d(2), block(16, 32), *head)
 
 def none():
     return "a model"
@@ -698,49 +717,76 @@ VERBS = (
 ON, OUT, NET = "--data sklearn:digits", "-o out", "nets:digits --input 1,8,8"
 # "~": kinds in place of values; "!": a byte of that file is changed. Each starts from what those before left.
 LINES = (
-    "--version", "--help", *(f"{verb} --help" for verb in VERBS), "list", "list rounding", "list --json", "~doctor "
-                                                                                                          "--json",
-    f"prune {NET} --explain --json", f"prune {NET} --macs 0.5 -o pruned --json", f"prune {NET} --keep 0.5 --criterion "
-                                                                                 f"taylor:batches=2 {ON} -o taylor",
-    f"mask {NET} --sparsity 2:4 -o masked", f"distill nets:digits {ON} --augment crop=1 --steps 20 --batch-size 64 "
-                                            "--device cpu -o original",
+    "--version",
+    "--help",
+    *(f"{verb} --help" for verb in VERBS),
+    "list",
+    "list rounding",
+    "list --json",
+    "~doctor --json",
+    f"prune {NET} --explain --json",
+    f"prune {NET} --macs 0.5 -o pruned --json",
+    f"prune {NET} --keep 0.5 --criterion taylor:batches=2 {ON} -o taylor",
+    f"mask {NET} --sparsity 2:4 -o masked",
+    f"distill nets:digits {ON} --augment crop=1 --steps 20 --batch-size 64 --device cpu -o original",
     f"distill pruned --teacher original {ON} --steps 3 --batch-size 64 --loss kl --device cpu -o taught --json",
-    f"quantize original {ON} --images 32 -o int8 --json", f"quantize original {ON} --images 32 --explain",
-    f"evaluate int8 --reference original {ON} --device cpu", "evaluate int8 --reference original --runtime "
-                                                             f"onnxruntime --limit 64 {ON} --json",
-    f"evaluate pruned --reference original --max-drop 0.1% {ON}", "export int8 -o int8.onnx", "~export int8 "
-                                                                                              f"--certify c.json {ON} "
-                                                                                              "--limit 64 -o c.onnx "
-                                                                                              "--json",
+    f"quantize original {ON} --images 32 -o int8 --json",
+    f"quantize original {ON} --images 32 --explain",
+    f"evaluate int8 --reference original {ON} --device cpu",
+    f"evaluate int8 --reference original --runtime onnxruntime --limit 64 {ON} --json",
+    f"evaluate pruned --reference original --max-drop 0.1% {ON}",
+    "export int8 -o int8.onnx",
+    f"~export int8 --certify c.json {ON} --limit 64 -o c.onnx --json",
     "~measure int8 --reference original --repeats 3 --json",
     f"~compress original {ON} --step 'prune macs=0.5' --step 'distill steps=20 batch_size=64' --max-drop 90% --device "
     "cpu -o small --json",
-    "~run recipe.toml --json", "~report small -o small.html --json", "keygen my.key", "sign small --key my.key", "verify small --key my.key.pub",
-    "!small/weights.safetensors", "verify small --key my.key.pub", "measure small",
+    "~run recipe.toml --json",
+    "~report small -o small.html --json",
+    "keygen my.key",
+    "sign small --key my.key",
+    "verify small --key my.key.pub",
+    "!small/weights.safetensors",
+    "verify small --key my.key.pub",
+    "measure small",
     "~prune rarefy.demo:model --input 1,8,8 --keep 0.5 -o demo --json",
     # bad input
-    "frobnicate", f"prune {NET} --frob 3 {OUT}", "measure", f"prune {NET} --keep 0.5", f"distill nets:digits {ON} "
-                                                                                       f"--epochs many {OUT}", "list colours",
-    f"prune nothing --keep 0.5 {OUT}", f"prune timm:resnet1888 --keep 0.5 {OUT}", "prune nolab.nets:Net --keep 0.5 "
-                                                                                  f"{OUT}", "prune nets:none --keep "
-                                                                                            f"0.5 {OUT}",
-    f"prune nets:digits --input 3,8,8 --keep 0.5 {OUT}", f"prune nets:digits --keep 0.5 {OUT}", f"prune {NET} {OUT}", f"prune {NET} --keep 0.5 --macs 0.5 {OUT}",
-    f"prune {NET} --keep 1.5 {OUT}", f"prune {NET} --keep 0.5 --criterion magnitud {OUT}", f"prune {NET} --keep 0.5 "
-                                                                                           "--criterion "
-                                                                                           f"taylor:size=3 {OUT}",
-    f"prune {NET} --keep 0.5 --criterion taylor {OUT}", f"prune {NET} --keep 0.5 --ranking best {OUT}", f"prune {NET} "
-                                                                                                        "--keep 0.5 "
-                                                                                                        "--weights "
-                                                                                                        "none.pt "
-                                                                                                        f"{OUT}",
-    "evaluate nets:digits", "evaluate nets:digits --data tfrecord:x", f"evaluate nets:digits {ON} --corruptions rain", f"evaluate nets:digits {ON} --std 0",
-    f"distill nets:digits {ON} --teacher nets:digits --loss kll {OUT}", f"distill nets:digits {ON} --optimizer adam "
-                                                                        f"{OUT}", f"distill nets:digits {ON} "
-                                                                                  f"--batch-size 5000 --epochs 1 {OUT}",
-    f"quantize nets:digits {ON} --rounding neerest {OUT}", f"quantize nets:digits {ON} --weight-grid int99 {OUT}", f"quantize int8 {ON} {OUT}",
-    f"compress nets:digits {ON} --max-drop little {OUT}", f"compress nets:digits {ON} --step 'prune mac=0.5' {OUT}", "run none.toml", f"prune {NET} --keep 0.5 -o notes",
-    "export original -o model.exe", "verify original --key nets.py",
-)  # fmt: skip
+    "frobnicate",
+    f"prune {NET} --frob 3 {OUT}",
+    "measure",
+    f"prune {NET} --keep 0.5",
+    f"distill nets:digits {ON} --epochs many {OUT}",
+    "list colours",
+    f"prune nothing --keep 0.5 {OUT}",
+    f"prune timm:resnet1888 --keep 0.5 {OUT}",
+    f"prune nolab.nets:Net --keep 0.5 {OUT}",
+    f"prune nets:none --keep 0.5 {OUT}",
+    f"prune nets:digits --input 3,8,8 --keep 0.5 {OUT}",
+    f"prune nets:digits --keep 0.5 {OUT}",
+    f"prune {NET} {OUT}",
+    f"prune {NET} --keep 0.5 --macs 0.5 {OUT}",
+    f"prune {NET} --keep 1.5 {OUT}",
+    f"prune {NET} --keep 0.5 --criterion magnitud {OUT}",
+    f"prune {NET} --keep 0.5 --criterion taylor:size=3 {OUT}",
+    f"prune {NET} --keep 0.5 --criterion taylor {OUT}",
+    f"prune {NET} --keep 0.5 --ranking best {OUT}",
+    f"prune {NET} --keep 0.5 --weights none.pt {OUT}",
+    "evaluate nets:digits",
+    "evaluate nets:digits --data tfrecord:x",
+    f"evaluate nets:digits {ON} --corruptions rain",
+    f"evaluate nets:digits {ON} --std 0",
+    f"distill nets:digits {ON} --teacher nets:digits --loss kll {OUT}",
+    f"distill nets:digits {ON} --optimizer adam {OUT}",
+    f"distill nets:digits {ON} --batch-size 5000 --epochs 1 {OUT}",
+    f"quantize nets:digits {ON} --rounding neerest {OUT}",
+    f"quantize nets:digits {ON} --weight-grid int99 {OUT}",
+    f"quantize int8 {ON} {OUT}",
+    f"compress nets:digits {ON} --max-drop little {OUT}",
+    f"compress nets:digits {ON} --step 'prune mac=0.5' {OUT}",
+    "run none.toml",
+    f"prune {NET} --keep 0.5 -o notes",
+    "export original -o model.exe",
+    "verify original --key nets.py",
+)
 
 
 def _environment() -> dict[str, str]:
@@ -787,8 +833,14 @@ def commands(folder: Path, only: Sequence[str], tell: Callable[[str, str, float]
         begun = time.perf_counter()
         try:
             done = subprocess.run(
-                [sys.executable, "-m", "rarefy", *shlex.split(line.lstrip("~"))], capture_output=True, text=True, check=False, cwd=place, env=_environment(), timeout=300
-            )  # fmt: skip
+                [sys.executable, "-m", "rarefy", *shlex.split(line.lstrip("~"))],
+                capture_output=True,
+                text=True,
+                check=False,
+                cwd=place,
+                env=_environment(),
+                timeout=300,
+            )
             found[name] = {
                 "exit": done.returncode,
                 "stdout": _said(done.stdout, line, place),

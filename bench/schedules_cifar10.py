@@ -147,8 +147,18 @@ def main() -> int:
     show_table(
         f"schedules, {MACS:g} of the MACs, {given.epochs} epochs of {given.images} images in all",
         ("schedule", "top-1 once pruned", "top-1 in the end", "points lost (95 %)", "MACs", "seconds"),
-        [(one["name"], f"{one['before']:.2%}", f"{one['top1']:.2%}", _points(one), f"{one['macs']:.3f}", f"{one['seconds']:.0f}") for one in pruned],
-    )  # fmt: skip
+        [
+            (
+                one["name"],
+                f"{one['before']:.2%}",
+                f"{one['top1']:.2%}",
+                _points(one),
+                f"{one['macs']:.3f}",
+                f"{one['seconds']:.0f}",
+            )
+            for one in pruned
+        ],
+    )
     short += missed
     print(json.dumps({"masks": masked, "schedules": pruned, "short": short}))
     for line in short:

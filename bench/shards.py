@@ -57,8 +57,10 @@ def write(folder: Path, images: int, shards: int) -> None:
         stream = io.BytesIO()
         Image.fromarray(draw.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)).save(stream, "PNG")
         pictures.append(stream.getvalue())
-    blocks = [np.stack([member("00000000.png", one) for one in (*pictures, b"no image" * 20)]),
-              np.stack([member("00000000.cls", one) for one in (*(b"%d" % kind for kind in range(CLASSES)), b"cat")])]  # fmt: skip
+    blocks = [
+        np.stack([member("00000000.png", one) for one in (*pictures, b"no image" * 20)]),
+        np.stack([member("00000000.cls", one) for one in (*(b"%d" % kind for kind in range(CLASSES)), b"cat")]),
+    ]
     bounds = np.linspace(0, images, shards + 1).astype(int)
     for shard, (first, last) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist())):
         index = np.arange(first, last)
@@ -234,8 +236,22 @@ def main() -> int:
         ("first batch at the epoch's middle, s", f"{pieces[0]['first_batch_s']:.2f}"),
     ]
     show_table("tar shards", ("what", "found"), rows)
-    print(json.dumps({"bench": "shards", "options": {name: str(value) for name, value in vars(given).items()}, "index_s": indexed, "left_out": counted,
-                      "named": named, "strict": strict, "growth": growth, "epoch": whole, "resume": pieces[0], "torch": torch.__version__}))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "bench": "shards",
+                "options": {name: str(value) for name, value in vars(given).items()},
+                "index_s": indexed,
+                "left_out": counted,
+                "named": named,
+                "strict": strict,
+                "growth": growth,
+                "epoch": whole,
+                "resume": pieces[0],
+                "torch": torch.__version__,
+            }
+        )
+    )
     for one in short:
         print(f"falls short: {one}", file=sys.stderr)
     return 1 if given.check and short else 0

@@ -109,9 +109,21 @@ def ours(
     the warm-up and the end."""
     timed = Timed(task, given.warm, torch.device(given.device))
     result = distill(
-        student, teacher, timed, loss="kl", steps=given.warm + given.steps, batch_size=given.batch_size, lr=LR, momentum=MOMENTUM, weight_decay=DECAY, device=given.device,
-        compile="reduce-overhead" if given.compile else "no", validate_every=0, cache=cache, progress=False,
-    )  # fmt: skip
+        student,
+        teacher,
+        timed,
+        loss="kl",
+        steps=given.warm + given.steps,
+        batch_size=given.batch_size,
+        lr=LR,
+        momentum=MOMENTUM,
+        weight_decay=DECAY,
+        device=given.device,
+        compile="reduce-overhead" if given.compile else "no",
+        validate_every=0,
+        cache=cache,
+        progress=False,
+    )
     _wait(torch.device(given.device))
     seconds = time.perf_counter() - timed.begun
     return given.steps * given.batch_size / seconds, result.meta["history"][-1]["facts"]["timing"]["data_share"]

@@ -300,8 +300,12 @@ def test_a_second_quantization_is_for_where_the_first_is_undone(tmp_path: Path) 
 
 def test_a_resumed_training_takes_the_time_of_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {
-        "budget": Budget(), "steps": [{"do": "distill", "epochs": 2}], "workdir": tmp_path / "work", "corruptions": (), "progress": False
-    }  # fmt: skip
+        "budget": Budget(),
+        "steps": [{"do": "distill", "epochs": 2}],
+        "workdir": tmp_path / "work",
+        "corruptions": (),
+        "progress": False,
+    }
     put = Folder._put
 
     def killed(folder: Folder, index: int, *given: Any) -> None:
@@ -376,9 +380,15 @@ def test_an_original_that_knows_nothing_is_told() -> None:
     )
 
 
-@pytest.mark.parametrize(("budget", "kept", "said"), [
-    (Budget(size=10), 0.6, "ask for a larger size"), (Budget(size=500), 0.6, "params=0.27"), (Budget(speedup=900), 0.6, "ask for less"), (Budget(speedup=4), 0.6, "macs=0.27")
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("budget", "kept", "said"),
+    [
+        (Budget(size=10), 0.6, "ask for a larger size"),
+        (Budget(size=500), 0.6, "params=0.27"),
+        (Budget(speedup=900), 0.6, "ask for less"),
+        (Budget(speedup=4), 0.6, "macs=0.27"),
+    ],
+)
 def test_advice_can_be_followed(budget: Budget, kept: float, said: str) -> None:
     (goal,) = goals(budget, drop=0.0, speedup=2.0, size=1000, macs=kept, parameters=kept)
     assert not goal["met"] and said in goal["advice"]

@@ -41,7 +41,8 @@ steps = [
     {"do": "distill", "epochs": 3, "batch_size": 64, "lr": 0.02, "hard_weight": 1.0},
     {"do": "quantize", "images": 32},
 ]
-result = compress(net, task, budget=Budget(size=10**6), steps=steps, workdir=workdir, seed=3, corruptions=["brightness"])
+given = dict(steps=steps, workdir=workdir, seed=3, corruptions=["brightness"])
+result = compress(net, task, budget=Budget(size=10**6), **given)
 result.save(output)
 assert all(step["kept"] for step in result.report["steps"]), result.report["steps"]
 """

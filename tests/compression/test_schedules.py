@@ -230,9 +230,17 @@ def test_the_pull_is_the_formula() -> None:
         one.grad = torch.zeros_like(one)
     penalty.add(parameters)
     groups = {  # the axes that leave together: the residual stream, and what lies inside the block
-        "stream": [("stem.weight", 0), ("norm.weight", 0), ("norm.bias", 0), ("one.weight", 1), ("two.weight", 0), ("two.bias", 0), ("out.weight", 1)],
+        "stream": [
+            ("stem.weight", 0),
+            ("norm.weight", 0),
+            ("norm.bias", 0),
+            ("one.weight", 1),
+            ("two.weight", 0),
+            ("two.bias", 0),
+            ("out.weight", 1),
+        ],
         "inside": [("one.weight", 0), ("one.bias", 0), ("two.weight", 1)],
-    }  # fmt: skip
+    }
     wanted = {name: torch.zeros_like(one, dtype=torch.float64) for name, one in parameters.items()}
     for members in groups.values():
         count = parameters[members[0][0]].shape[members[0][1]]

@@ -112,8 +112,16 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-EVERY = [*plugins.available("students"), "copy:fresh=True", "depth:macs=0.6,choose=even", "depth:fresh=True", "width:macs=0.4,fresh=True",
-         "pruned:macs=0.5,criterion=bn_scale", "tests.compression.test_students:Residual", "tests.compression.test_students:Mine:width=6"]  # fmt: skip
+EVERY = [
+    *plugins.available("students"),
+    "copy:fresh=True",
+    "depth:macs=0.6,choose=even",
+    "depth:fresh=True",
+    "width:macs=0.4,fresh=True",
+    "pruned:macs=0.5,criterion=bn_scale",
+    "tests.compression.test_students:Residual",
+    "tests.compression.test_students:Mine:width=6",
+]
 
 
 @pytest.mark.parametrize("word", EVERY)
@@ -136,7 +144,9 @@ def test_every_student_trains_saves_and_leaves_the_teacher_alone(
     assert [one["step"] for one in taught.meta["history"]] == ["student", "distill"] and not same(
         state(taught), state(student)
     )
-    assert {name: value.shape for name, value in taught.state_dict().items()} == {name: value.shape for name, value in student.state_dict().items()}  # fmt: skip
+    assert {name: value.shape for name, value in taught.state_dict().items()} == {
+        name: value.shape for name, value in student.state_dict().items()
+    }
     loaded = folder.load(folder.save(taught, tmp_path / "student"))
     inputs = example_inputs(teacher, 3)
     assert torch.equal(loaded(*inputs), taught(*inputs)) and loaded(*inputs).shape == (3, 10)
@@ -243,7 +253,14 @@ def test_width_leaves_the_same_share_everywhere(digits: Classification) -> None:
 
 
 def test_fresh_weights_are_those_of_an_untrained_network() -> None:
-    model = nn.Sequential(nn.Conv2d(1, 64, 3), nn.BatchNorm2d(64), nn.Conv2d(64, 64, 3, groups=4), nn.Flatten(), nn.LayerNorm(1024), nn.Linear(1024, 50))  # fmt: skip
+    model = nn.Sequential(
+        nn.Conv2d(1, 64, 3),
+        nn.BatchNorm2d(64),
+        nn.Conv2d(64, 64, 3, groups=4),
+        nn.Flatten(),
+        nn.LayerNorm(1024),
+        nn.Linear(1024, 50),
+    )
     teacher = graph_of(model)
     nn.init.normal_(teacher.get_parameter("4.weight"))
     made = student_of("copy:fresh=True", teacher, seed=3)
@@ -256,7 +273,16 @@ def test_fresh_weights_are_those_of_an_untrained_network() -> None:
         )  # five standard errors
         assert abs(float(numbers.mean())) < 5 * expected / math.sqrt(numbers.numel())
         assert not torch.equal(numbers, was[name])
-    for name, constant in (("1.weight", 1), ("1.bias", 0), ("1.running_mean", 0), ("1.running_var", 1), ("4.weight", 1), ("4.bias", 0), ("0.bias", 0), ("5.bias", 0)):  # fmt: skip
+    for name, constant in (
+        ("1.weight", 1),
+        ("1.bias", 0),
+        ("1.running_mean", 0),
+        ("1.running_var", 1),
+        ("4.weight", 1),
+        ("4.bias", 0),
+        ("0.bias", 0),
+        ("5.bias", 0),
+    ):
         assert bool((found[name] == constant).all()), name
     assert not same(found, state(student_of("copy:fresh=True", teacher, seed=4)))
     assert same(state(student_of("copy", teacher)), was)

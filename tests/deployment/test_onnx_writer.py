@@ -130,16 +130,28 @@ ON_TOKENS: dict[str, Callable[[Tensor, Of], Tensor]] = {
     "attention": attention,
     "with_token": with_token,
     "table": table,
-    "products": lambda x, m: x @ m.w + torch.einsum("bij,jk->bik", x, m.w) + torch.baddbmm(x, x @ x.transpose(1, 2), x, beta=0.5, alpha=2),
+    "products": lambda x, m: (
+        x @ m.w + torch.einsum("bij,jk->bik", x, m.w) + torch.baddbmm(x, x @ x.transpose(1, 2), x, beta=0.5, alpha=2)
+    ),
     "layer_norm": lambda x, m: F.layer_norm(x, (12,)) + F.rms_norm(x, (12,), m.w[0]) + F.layer_norm(x, (10, 12)),
     "softmax": lambda x, m: x.softmax(-1) + x.log_softmax(1),
-    "heads": lambda x, m: x.unflatten(2, (3, 4)).flatten(2) + torch.stack([x, 2 * x], 1).squeeze().select(1, 1) + x.unsqueeze(1)[:, 0],
-    "gathered": lambda x, m: x[:, [3, 0, -1]] + x.index_select(1, torch.tensor([1, 2, 2])) + x.gather(1, x[:, :3].abs().long().clamp(max=9)),
+    "heads": lambda x, m: (
+        x.unflatten(2, (3, 4)).flatten(2) + torch.stack([x, 2 * x], 1).squeeze().select(1, 1) + x.unsqueeze(1)[:, 0]
+    ),
+    "gathered": lambda x, m: (
+        x[:, [3, 0, -1]] + x.index_select(1, torch.tensor([1, 2, 2])) + x.gather(1, x[:, :3].abs().long().clamp(max=9))
+    ),
     "one_hot": lambda x, m: F.one_hot(x.abs().long().clamp(max=6), 12).to(x).sum(2) @ m.w,
     "triangles": lambda x, m: x.tril(-1) + x.triu(1) + torch.full_like(x, 2.0) + torch.zeros_like(x) + torch.arange(12),
     "average": lambda x, m: F.avg_pool1d(x, 2) + F.conv1d(x, m.w[:10, :10, None]).unflatten(2, (6, 2))[..., 0],
-    "powers": lambda x, m: x.abs().pow(1.5) + x**2 + torch.lerp(x, 2 * x, 0.3) + torch.addcmul(x, x, x, value=0.1) + torch.rsub(x, 1, alpha=2),
-}  # fmt: skip
+    "powers": lambda x, m: (
+        x.abs().pow(1.5)
+        + x**2
+        + torch.lerp(x, 2 * x, 0.3)
+        + torch.addcmul(x, x, x, value=0.1)
+        + torch.rsub(x, 1, alpha=2)
+    ),
+}
 CASES = [(name, PLANE, case) for name, case in ON_PLANES.items()] + [
     (name, TOKENS, case) for name, case in ON_TOKENS.items()
 ]
@@ -200,9 +212,9 @@ def test_several_outputs_and_one_that_is_the_input() -> None:
 
     graph = capture(Several(), torch.randn(2, *TOKENS))
     file = onnx_model(onnx, fold_constants(graph))
-    assert [[dim.dim_param or dim.dim_value for dim in one.type.tensor_type.shape.dim] for one in file.graph.output] == [
-        ["batch", 10, 3], ["batch", 3], ["batch", 10, 12],
-    ]  # fmt: skip
+    assert [
+        [dim.dim_param or dim.dim_value for dim in one.type.tensor_type.shape.dim] for one in file.graph.output
+    ] == [["batch", 10, 3], ["batch", 3], ["batch", 10, 12]]
 
 
 def test_an_operator_without_a_row_goes_through_torchs_exporter(tmp_path) -> None:

@@ -184,8 +184,16 @@ def state() -> dict[str, Tensor]:
     return {name: value.clone() for name, value in Small().state_dict().items()}
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": s}, lambda s: {f"module.{k}": v for k, v in s.items()},
-                                  lambda s: {"state_dict": {f"_orig_mod.module.{k}": v for k, v in s.items()}}])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: s,
+        lambda s: {"state_dict": s, "epoch": 3},
+        lambda s: {"model": s},
+        lambda s: {f"module.{k}": v for k, v in s.items()},
+        lambda s: {"state_dict": {f"_orig_mod.module.{k}": v for k, v in s.items()}},
+    ],
+)
 def test_checkpoints(tmp_path: Path, state: dict[str, Tensor], wrap: Any) -> None:
     torch.save(wrap(state), tmp_path / "w.pt")
     source = load.load(f"{HERE}:small", weights=tmp_path / "w.pt")
@@ -339,23 +347,51 @@ def with_expression(content: bytes, expression: str) -> bytes:
 
 
 ATTACKS: dict[str, Callable[[Path], tuple[Callable[[str, bytes], bytes], dict[str, bytes]]]] = {
-    "sample inputs": lambda mark: (lambda name, content: pickled(mark) if name.startswith("data/sample_inputs") else content, {}),
+    "sample inputs": lambda mark: (
+        lambda name, content: pickled(mark) if name.startswith("data/sample_inputs") else content,
+        {},
+    ),
     "old weights": lambda mark: (lambda name, content: content, {"data/weights/model.pt": pickled(mark)}),
     "pickled weight": lambda mark: (
-        lambda name, content: content.replace(b'"use_pickle": false', b'"use_pickle": true', 1) if name.endswith("weights_config.json")
-        else pickled(mark) if name == "data/weights/weight_0" else content, {},
+        lambda name, content: (
+            content.replace(b'"use_pickle": false', b'"use_pickle": true', 1)
+            if name.endswith("weights_config.json")
+            else pickled(mark)
+            if name == "data/weights/weight_0"
+            else content
+        ),
+        {},
     ),
     "custom object": lambda mark: (
-        lambda name, content: json.dumps({"config": {"o": {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": False, "tensor_meta": None}}}).encode()
-        if name.endswith("constants_config.json") else content, {"data/constants/opaque_obj_0": pickle.dumps(Marker(mark))},
+        lambda name, content: (
+            json.dumps(
+                {
+                    "config": {
+                        "o": {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": False, "tensor_meta": None}
+                    }
+                }
+            ).encode()
+            if name.endswith("constants_config.json")
+            else content
+        ),
+        {"data/constants/opaque_obj_0": pickle.dumps(Marker(mark))},
     ),
-    "operator": lambda mark: (lambda name, content: with_target(content, "torch.os.mkdir") if name.startswith("models/") else content, {}),
+    "operator": lambda mark: (
+        lambda name, content: with_target(content, "torch.os.mkdir") if name.startswith("models/") else content,
+        {},
+    ),
     "expression": lambda mark: (
-        lambda name, content: with_expression(content, f"__import__('os').mkdir('{mark}')") if name.startswith("models/") else content, {},
+        lambda name, content: (
+            with_expression(content, f"__import__('os').mkdir('{mark}')") if name.startswith("models/") else content
+        ),
+        {},
     ),
-    "attribute in expression": lambda mark: (lambda name, content: with_expression(content, "Symbol.mro()") if name.startswith("models/") else content, {}),
+    "attribute in expression": lambda mark: (
+        lambda name, content: with_expression(content, "Symbol.mro()") if name.startswith("models/") else content,
+        {},
+    ),
     "compiled code": lambda mark: (lambda name, content: content, {"data/aotinductor/model/x.so": b"\x7fELF"}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("attack", ATTACKS)

@@ -203,11 +203,33 @@ def test_page_is_self_contained_and_well_formed() -> None:
 def test_page_says_all_it_was_told() -> None:
     text = Page(report.html(facts())).text
     for said in (
-        "1 of 2 goals missed", "train for longer", "93.00 % (92.00 to 94.00, 1,234 images)", "−0.61 points", "−1.02 to −0.20", "3.5× faster", "8× smaller", "2× fewer",
-        "2.5× fewer", "4.2 ms (4 to 4.4, batch 1, 2 threads, onnxruntime)", "97.00 %", "(cat, 100 images)", "2.10 %", "it was slower than float", "1 min 20 s",
-        "9 of 16", "30.0 dB", "loss of training", "last 1.5", "99.90 % of 500 inputs", "first layer that differs none", "rarefy compress x", "cpu.name fast", "abc",
-        "jpeg compression", "Words used here",
-    ):  # fmt: skip
+        "1 of 2 goals missed",
+        "train for longer",
+        "93.00 % (92.00 to 94.00, 1,234 images)",
+        "−0.61 points",
+        "−1.02 to −0.20",
+        "3.5× faster",
+        "8× smaller",
+        "2× fewer",
+        "2.5× fewer",
+        "4.2 ms (4 to 4.4, batch 1, 2 threads, onnxruntime)",
+        "97.00 %",
+        "(cat, 100 images)",
+        "2.10 %",
+        "it was slower than float",
+        "1 min 20 s",
+        "9 of 16",
+        "30.0 dB",
+        "loss of training",
+        "last 1.5",
+        "99.90 % of 500 inputs",
+        "first layer that differs none",
+        "rarefy compress x",
+        "cpu.name fast",
+        "abc",
+        "jpeg compression",
+        "Words used here",
+    ):
         assert said in text, said
 
 
@@ -320,8 +342,17 @@ def test_the_metric_is_called_what_the_facts_call_it() -> None:
         point |= {"value": value, "interval": [value - 0.25, value + 0.25]}
     page = report.html(told)
     text = Page(page).text
-    for said in ("mean absolute error", "2.5 years (2.25 to 2.75, 99 images)", "−0.5 years", "−0.75 to −0.25", "at most 0.5 years", "same answer",
-                 "mean absolute error on images made worse", "4 years", "drop of the mean absolute error"):  # fmt: skip
+    for said in (
+        "mean absolute error",
+        "2.5 years (2.25 to 2.75, 99 images)",
+        "−0.5 years",
+        "−0.75 to −0.25",
+        "at most 0.5 years",
+        "same answer",
+        "mean absolute error on images made worse",
+        "4 years",
+        "drop of the mean absolute error",
+    ):
         assert said in text, said
     assert "top-1" not in page and "points" not in text.split("Words used here")[0]
     row = view.view(told)["comparison"][0]
@@ -510,11 +541,22 @@ def test_thinning_keeps_ends_and_mean(values: list[float], most: int) -> None:
 @pytest.mark.parametrize(
     ("function", "value", "text"),
     [
-        (units.size, 0, "0 B"), (units.size, 999, "999 B"), (units.size, 214_000, "214 kB"), (units.size, 3_500_000, "3.5 MB"),
-        (units.count, 126_550_000, "127 M"), (units.count, 12, "12"), (units.seconds, 3.21, "3.21 s"), (units.seconds, 1520, "25 min 20 s"),
-        (units.seconds, 7300, "2 h 1 min"), (units.short, 1234567.0, "1.23e+06"), (units.short, 4.0, "4"), (units.short, 0.123456, "0.123"),
-        (units.signed, -0.612, "−0.61"), (units.signed, 0.4, "+0.40"), (units.signed, 0.001, "0.00"),
+        (units.size, 0, "0 B"),
+        (units.size, 999, "999 B"),
+        (units.size, 214_000, "214 kB"),
+        (units.size, 3_500_000, "3.5 MB"),
+        (units.count, 126_550_000, "127 M"),
+        (units.count, 12, "12"),
+        (units.seconds, 3.21, "3.21 s"),
+        (units.seconds, 1520, "25 min 20 s"),
+        (units.seconds, 7300, "2 h 1 min"),
+        (units.short, 1234567.0, "1.23e+06"),
+        (units.short, 4.0, "4"),
+        (units.short, 0.123456, "0.123"),
+        (units.signed, -0.612, "−0.61"),
+        (units.signed, 0.4, "+0.40"),
+        (units.signed, 0.001, "0.00"),
     ],
-)  # fmt: skip
+)
 def test_numbers_as_text(function: Any, value: float, text: str) -> None:
     assert function(value) == text
