@@ -228,7 +228,9 @@ def _measured_again(
         assert evaluation is not None
         facts[name] = {**facts.get(name, {}), **measured[name], "evaluation": evaluation.to_json()}
     facts |= {
-        key: value for key, value in facts_module.told_by(graph.meta.get("history", [])).items() if key not in facts
+        key: value
+        for key, value in facts_module.told_by(graph.meta.get("history", []), found.label, found.unit).items()
+        if key not in facts
     }
     for claim in ("verdict", "warnings"):
         facts.pop(claim, None)

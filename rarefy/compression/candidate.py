@@ -16,7 +16,7 @@ from rarefy.deployment.latency import Quartiles, RunTime
 from rarefy.reports.facts import Epoch, Evaluation
 
 
-class Found(TypedDict):
+class Record(TypedDict):
     """What its manifest says of a candidate, under "found".
 
     step, options: the verb, and what was asked of it. facts: numbers, words and seconds from the verb's own record.
@@ -42,23 +42,23 @@ class Candidate:
     """folder: as ``artifact.save`` wrote it, with the exported file. measurement: what the gates look at."""
 
     folder: Path
-    found: Found
+    record: Record
     measurement: Measurement
 
     @classmethod
     def read(cls, folder: Path, index: int) -> Self:
         """The candidate that step ``index`` left in ``folder``. Raises FormatError."""
-        found = cast(Found, folder_.read_manifest(folder)["found"])
-        drop = found["evaluation"]["drop"]
+        record = cast(Record, folder_.read_manifest(folder)["found"])
+        drop = record["evaluation"]["drop"]
         measurement = Measurement(
             index=index,
-            name=found["name"],
-            value=found["evaluation"]["value"],
+            name=record["name"],
+            value=record["evaluation"]["value"],
             drop=drop["value"] if drop else 0.0,
             size=(folder / folder_.WEIGHTS).stat().st_size,
-            speedup={name: Ratio(**spread) for name, spread in found["speedup"].items()},
+            speedup={name: Ratio(**spread) for name, spread in record["speedup"].items()},
         )
-        return cls(folder, found, measurement)
+        return cls(folder, record, measurement)
 
     @property
     def index(self) -> int:

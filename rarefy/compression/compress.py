@@ -141,8 +141,13 @@ def compress(
     check_steps(run.steps)
     if is_quantised(original) and any(step["do"] in FLOAT_ONLY for step in run.steps):
         raise InputError(f"compress: the model {QUANTISED}; give its float original, or steps that only distil")
-    if workdir is not None:
-        return _compressed(Folder(Path(workdir), run), original, title, recipe)
+    if workdir is None:
+        return _in_a_folder_of_its_own(run, original, title, recipe)
+    return _compressed(Folder(Path(workdir), run), original, title, recipe)
+
+
+def _in_a_folder_of_its_own(run: Run, original: fx.GraphModule, title: str, recipe: str) -> Result:
+    """The folder goes with the result."""
     path = Path(tempfile.mkdtemp(prefix="rarefy-"))
     try:
         result = _compressed(Folder(path, run), original, title, recipe)

@@ -79,19 +79,19 @@ def _step(outcome: Outcome, candidates: Mapping[int, Candidate]) -> reported.Ste
     )
     if outcome.result is None:
         return step
-    found = candidates[outcome.result.index].found
+    record = candidates[outcome.result.index].record
     return {
         **step,
-        "facts": {key: value for key, value in found["facts"].items() if value is not None},
-        "seconds": found["seconds"],
+        "facts": {key: value for key, value in record["facts"].items() if value is not None},
+        "seconds": record["seconds"],
         "value": outcome.result.value,
-        "latency_ms": found["latency_ms"]["median"],
+        "latency_ms": record["latency_ms"]["median"],
         "size_bytes": outcome.result.size,
     }
 
 
 def _curves(candidate: Candidate, metric: Metric) -> list[reported.Curve]:
-    epochs = candidate.found.get("curve") or []
+    epochs = candidate.record.get("curve") or []
     return reported.curves(candidate.name, epochs, metric.label, metric.unit, "validation", ("loss", "val"))
 
 
@@ -99,8 +99,8 @@ def _point(candidate: Candidate, chosen: bool) -> reported.Point:
     return reported.Point(
         name=candidate.name,
         value=candidate.measurement.value,
-        interval=candidate.found["evaluation"]["interval"],
-        latency_ms=candidate.found["latency_ms"]["median"],
+        interval=candidate.record["evaluation"]["interval"],
+        latency_ms=candidate.record["latency_ms"]["median"],
         size_bytes=candidate.measurement.size,
         chosen=chosen,
     )

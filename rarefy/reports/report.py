@@ -11,18 +11,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 from rarefy.errors import InputError
-from rarefy.reports.facts import clean
+from rarefy.reports.facts import Table, clean
 from rarefy.reports.view import view
 from rarefy.system.files import replacing
 
-Told = Mapping[str, object]  # facts, as whoever makes a report tells them
 
-
-def report(facts: Told, path: str | os.PathLike[str]) -> Path:
+def report(facts: Table, path: str | os.PathLike[str]) -> Path:
     """Write the HTML file at ``path`` and the same facts as JSON beside it (``report.html``, ``report.json``).
 
     facts: as in ``rarefy.reports.facts``. path: a file there is replaced.
@@ -40,12 +37,12 @@ def report(facts: Told, path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def as_json(facts: Told) -> str:
+def as_json(facts: Table) -> str:
     """The facts as JSON text, keys in the order given; NaN and infinity become null."""
     return json.dumps(clean(facts), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def html(facts: Told) -> str:
+def html(facts: Table) -> str:
     """The facts as one HTML page. Raises FormatError."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -59,7 +56,7 @@ def html(facts: Told) -> str:
     return environment.get_template("report.html").render(view(facts)) + "\n"
 
 
-def summary(facts: Told) -> str:
+def summary(facts: Table) -> str:
     """The facts in a few lines of text: the verdict, the comparison, what was undone. Raises FormatError."""
     shown = view(facts)
     lines = [shown["verdict"]["sentence"]] if shown["verdict"] else []

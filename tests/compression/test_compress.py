@@ -229,10 +229,25 @@ def test_a_goal_in_another_unit_says_it() -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, compress_.Result]:
+    """Its candidates are loaded once each, and the steps leave them as they are."""
     work = tmp_path_factory.mktemp("compress") / "work"
-    return work, compress(
-        trained(), digits(), budget=BUDGET, steps=QUICK, workdir=work, corruptions=["fog"], progress=False
-    )
+    loaded: dict[Path, fx.GraphModule] = {}
+    load = folder_.load
+
+    def loaded_once(folder: Path) -> fx.GraphModule:
+        assert folder not in loaded
+        loaded[folder] = load(folder)
+        return loaded[folder]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(folder_, "load", loaded_once)
+        result = compress(
+            trained(), digits(), budget=BUDGET, steps=QUICK, workdir=work, corruptions=["fog"], progress=False
+        )
+    assert {folder.name for folder in loaded} == {"0-original", "1-prune", "2-distill"}
+    for folder, graph in loaded.items():
+        assert folder_.content_of(graph).hash == folder_.content_hash(folder), folder
+    return work, result
 
 
 def test_the_report_tells_what_was_done(whole: tuple[Path, compress_.Result]) -> None:
