@@ -88,7 +88,8 @@ def _channels_of(first: fx.Node, known: dict[fx.Node, Value]) -> Channels | None
         if value in seen:
             continue
         seen.add(value)
-        if not isinstance(known[value], Tensor) or known[value].dim() != 4 or known[value].shape[1] != count:
+        image = known.get(value)  # of the graph's output there is none
+        if not isinstance(image, Tensor) or image.dim() != 4 or image.shape[1] != count:
             return None
         if value.target is aten.conv2d.default:
             groups = argument(value, "groups") if _is_integer_convolution(value) else 0

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rarefy.tasks.metric import Better, Difference, Metric, shown_change
+from rarefy.tasks.metric import Better, Difference, Metric, bare, shown_change
 
 Robustness = Mapping[str, Mapping[int, float]]  # {corruption: {severity: the metric's value}}
 
@@ -107,7 +107,7 @@ def evaluation_of(
 
 
 def _drop_text(drop: Mapping[str, Any], agreement: float | None, unit: str) -> str:
-    low, high = (shown_change(bound, unit).removesuffix(" points") for bound in drop["interval"])
+    low, high = (shown_change(bound, bare(unit)).removesuffix(" points") for bound in drop["interval"])
     counts = [f"{drop[name]} {name}" for name in ("lost", "gained") if name in drop]
     around = "; ".join([f"{low} to {high}", *([", ".join(counts)] if counts else [])])
     text = f"drop {shown_change(drop['value'], unit)} ({around})"

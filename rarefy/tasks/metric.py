@@ -95,7 +95,7 @@ class Metric(Protocol):
 
     def text(self) -> str:
         """All of it in a line."""
-        low, high = (shown(bound, self.unit) for bound in self.interval())
+        low, high = (shown(bound, bare(self.unit)) for bound in self.interval())
         return f"{self.label} {shown(self.value(), self.unit)} ({low} to {high}, {self.samples} images)"
 
 
@@ -107,6 +107,11 @@ def worth(value: float, better: Better) -> float:
 def shown(value: float, unit: str) -> str:
     """A metric's value as people read it: ``91.73%`` of a share, ``1.234 years`` of anything else."""
     return f"{value:.2%}" if unit == "%" else f"{value:.4g} {unit}".rstrip()
+
+
+def bare(unit: str) -> str:
+    """The unit of numbers beside one that has said it: of shares their "%", else none."""
+    return unit if unit == "%" else ""
 
 
 def shown_change(change: float, unit: str) -> str:

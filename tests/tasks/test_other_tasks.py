@@ -180,7 +180,8 @@ def test_evaluate_speaks_in_the_words_of_the_metric(kind: type[MultiLabel]) -> N
     )
     assert found.reference.robustness["contrast"][5] != found.reference.value
     text, told = str(found), json.loads(json.dumps(found.to_json(), allow_nan=False))
-    assert text.startswith(f"{metric.label} ") and "top-1" not in text and "agreement" not in text
+    assert text.startswith(f"{metric.label} ") and text.count(metric.unit) == (3 if metric.unit == "%" else 2)
+    assert "top-1" not in text and "agreement" not in text
     assert told["metric"] == metric.name and "top5" not in told
 
 
