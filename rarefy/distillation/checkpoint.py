@@ -198,8 +198,8 @@ class State:
     def forget(self, summed: bool) -> None:
         """The gradients of the step before.
 
-        summed: sums of several parts need memory of their own, for a CUDA graph writes each part's gradients to the same
-            place.
+        summed: the sum of several parts needs memory of its own, for a CUDA graph writes each part's gradients to the
+            same place.
         """
         self.optimizer.zero_grad(set_to_none=not summed)
         if self.dot is not None:

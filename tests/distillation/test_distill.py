@@ -59,7 +59,9 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Digits:
-    """An in-memory task as the loop wants it. stop: raise at that (epoch, step); spoil: NaN from that (epoch, step) on."""
+    """An in-memory task as the loop wants it. stop: raise at that (epoch, step); spoil: NaN from that (epoch, step)
+    on.
+    """
 
     images: int = 160
     stop: tuple[int, int] | None = None
@@ -81,9 +83,17 @@ class Digits:
         return self.images if split == "train" else 300
 
     def batches(
-        self, split: str, batch_size: int, *, shuffle_seed: int | None = None, augment: bool = False, epoch: int = 0, start: int = 0, device: Any = "cpu",
+        self,
+        split: str,
+        batch_size: int,
+        *,
+        shuffle_seed: int | None = None,
+        augment: bool = False,
+        epoch: int = 0,
+        start: int = 0,
+        device: Any = "cpu",
         labelled: bool = True,
-    ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         assert self.labels or not labelled or split == "val", "no labels, and they were asked for"
         x, y = digits()
         x, y = (x[: self.images], y[: self.images]) if split == "train" else (x[-300:], y[-300:])
@@ -438,8 +448,8 @@ def test_compiled_is_the_same_training() -> None:
 def test_cuda_graphs_are_the_same_training(accumulate: int) -> None:
     """A graph writes each part's gradients to the same memory; their sum needs its own.
 
-    Without TF32 (whose 2^-11 in each product depends on the algorithm chosen) both compute in fp32, eps 1.2e-7: twelve steps of sums of at most 1e3
-    terms in another order stay below 1e-4.
+    Without TF32 (whose 2^-11 in each product depends on the algorithm chosen) both compute in fp32, eps 1.2e-7: twelve
+    steps of sums of at most 1e3 terms in another order stay below 1e-4.
     """
     options = {
         **QUICK,
@@ -536,8 +546,17 @@ def test_teacher_sees_the_student_s_picture(monkeypatch: pytest.MonkeyPatch) -> 
 # -- checkpoints
 
 RESUMED = {
-    "loss": "lskd + 2*mse", "epochs": 3, "batch_size": 40, "lr": 0.05, "ema": 0.9, "mixup": 0.4, "keep": "best", "clip": 5.0, "seed": 3, "progress": False
-}  # fmt: skip
+    "loss": "lskd + 2*mse",
+    "epochs": 3,
+    "batch_size": 40,
+    "lr": 0.05,
+    "ema": 0.9,
+    "mixup": 0.4,
+    "keep": "best",
+    "clip": 5.0,
+    "seed": 3,
+    "progress": False,
+}
 
 
 @functools.cache
@@ -590,13 +609,16 @@ def test_saving_by_time_does_not_save_each_step(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_run_ends_with_the_same_bits(tmp_path: Path, kills: int) -> None:
-    """SIGKILL at random moments of a training that saves at every step, one life after another; then the rest, undisturbed."""
+    """SIGKILL at random moments of a training that saves at every step, one life after another; then the rest,
+    undisturbed.
+    """
     script = (
         "import sys; sys.path[:0] = sys.argv[1:3]\n"
         "import torch, time; torch.set_num_threads(1)\n"
         "from test_distill import *\n"
         "task = Digits(watch=lambda *_: (print('step', flush=True), time.sleep(0.02)))\n"
-        "distill(student(dropout=0.2), teacher(), task, optimizer='sgd', checkpoint=sys.argv[3], checkpoint_seconds=0, **RESUMED)\n"
+        "places = dict(checkpoint=sys.argv[3], checkpoint_seconds=0)\n"
+        "distill(student(dropout=0.2), teacher(), task, optimizer='sgd', **places, **RESUMED)\n"
     )
     folder = tmp_path / "state"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -1,4 +1,5 @@
-"""Several processes train as one does, and where one of them ends, the run does: with one line, and from its checkpoint.
+"""Several processes train as one does, and where one of them ends, the run does: with one line, and from its
+checkpoint.
 
 Batch norm included, whose statistics are those of the whole batch. Gloo on a CPU.
 """
@@ -30,14 +31,16 @@ from rarefy.cli.terminal import guarded
 
 def net(width):
     torch.manual_seed(width)
-    return nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.GELU(), nn.Flatten(2), nn.LayerNorm(64), nn.Flatten(), nn.Linear(64 * width, 10))
+    first = (nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.GELU(), nn.Flatten(2), nn.LayerNorm(64))
+    return nn.Sequential(*first, nn.Flatten(), nn.Linear(64 * width, 10))
 
 def program(arguments):
     output, state, pause = arguments
     def watch(*_):
         time.sleep(float(pause))
     result = distill(
-        net(4), net(6), Digits(watch=watch), loss="lskd + 2*at", steps=20, batch_size=40, lr=0.05, ema=0.9, mixup=0.3, clip=5.0, seed=3, validate_every=5,
+        net(4), net(6), Digits(watch=watch), loss="lskd + 2*at", steps=20, batch_size=40, lr=0.05, ema=0.9,
+        mixup=0.3, clip=5.0, seed=3, validate_every=5,
         checkpoint=state or None, checkpoint_seconds=0, device="cpu", progress=False,
     )
     if os.environ.get("RANK", "0") == "0":
@@ -115,7 +118,9 @@ def workers(parent: int) -> list[int]:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc to find the workers")
 def test_two_processes_are_one_with_the_whole_batch_and_survive_a_kill(tmp_path: Path) -> None:
-    """20 steps. The two add the gradients of halves of a batch: float32 sums in another order, 1e-7 a step, which the steps between carry on to below 1e-5."""
+    """20 steps. The two add the gradients of halves of a batch: float32 sums in another order, 1e-7 a step, which
+    the steps between carry on to below 1e-5.
+    """
     one = weights(tmp_path, "one", 1)
     two = weights(tmp_path, "two", 2)
     assert one.keys() == two.keys()
@@ -142,7 +147,9 @@ def test_two_processes_are_one_with_the_whole_batch_and_survive_a_kill(tmp_path:
 
 
 def test_a_program_ends_cleanly_though_the_group_is_at_work(tmp_path: Path) -> None:
-    """Without an end to the group first, two of three such programs abort: "terminate called without an active exception"."""
+    """Without an end to the group first, two of three such programs abort: "terminate called without an active
+    exception".
+    """
     process = start(tmp_path, "unused", 2, program=EXITS)
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors

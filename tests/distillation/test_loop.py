@@ -1,4 +1,6 @@
-"""What the training loop offers beside the plain run: other teachers, no labels, a cache, two momenta, an early end, presets."""
+"""What the training loop offers beside the plain run: other teachers, no labels, a cache, two momenta, an early end,
+presets.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,16 @@ def test_pictures_without_labels_are_enough() -> None:
     with torch.no_grad():
         wanted = teacher()(x[-300:]).argmax(1)
         taught = distill(
-            student(6), teacher(), Digits(images=1400, labels=False), hard_weight=0, mixup=0.2, epochs=8, batch_size=25, lr=0.1, progress=False
-        )  # fmt: skip
+            student(6),
+            teacher(),
+            Digits(images=1400, labels=False),
+            hard_weight=0,
+            mixup=0.2,
+            epochs=8,
+            batch_size=25,
+            lr=0.1,
+            progress=False,
+        )
         assert float((taught(x[-300:]).argmax(1) == wanted).float().mean()) > 0.6  # chance is 0.1
     assert facts(taught)["curve"][-1]["val"] == pytest.approx(top1(taught), abs=1e-6)
 
@@ -103,7 +113,9 @@ def test_labels_that_are_not_needed_change_nothing_where_the_loss_reads_none() -
 
 
 def test_several_teachers_are_the_mean_of_their_losses() -> None:
-    """Twice the same teacher is that teacher, whatever the weights; two teachers are what a loss written by hand makes of them."""
+    """Twice the same teacher is that teacher, whatever the weights; two teachers are what a loss written by hand
+    makes of them.
+    """
     twice = distill(student(), [(3, teacher()), (1, teacher())], Digits(), loss="kl", **QUICK)
     alone = distill(student(), teacher(), Digits(), loss="kl", **QUICK)
     for name, one in tensors(alone).items():
@@ -287,7 +299,8 @@ def test_out_of_memory_on_a_cpu_halves_too_and_is_told(monkeypatch: pytest.Monke
     def small(self: Any, inputs: Tensor, *rest: Any) -> Tensor:
         if len(inputs) > 20:
             raise RuntimeError(
-                "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+                "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: "
+                "you tried to allocate 9 bytes."
             )
         return forward(self, inputs, *rest)
 

@@ -1,4 +1,6 @@
-"""Quantization-aware training: the trainable form answers as the codes do, comes back to the same codes untrained, and learns."""
+"""Quantization-aware training: the trainable form answers as the codes do, comes back to the same codes untrained,
+and learns.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from rarefy.tasks.classification import Classification
 
 
 class Net(nn.Module):
-    """A gate read on two grids, an addition, a concatenation, codes that are padded and pooled, a layer that narrow files widen."""
+    """A gate read on two grids, an addition, a concatenation, codes that are padded and pooled, a layer that narrow
+    files widen.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +119,9 @@ def test_batch_norm_put_back_changes_nothing_and_folds_into_the_same_codes(
 
 
 def test_codes_of_live_batch_norm_are_those_it_was_trained_with(teacher, task) -> None:
-    """Of batch norm's factor the size alone counts, as a turned sign would turn the codes', and the grid of few bits is no mirror image of itself."""
+    """Of batch norm's factor the size alone counts, as a turned sign would turn the codes', and the grid of few bits
+    is no mirror image of itself.
+    """
     small = quantize(teacher, task, images=64, weights="int4", activations="uint8", progress=False)
     x = next(iter(task.batches("val", 256)))[0]
     learns = put_back(to_trainable(small), small.meta["history"][-1]["facts"]["batch_norm"], [x]).eval()
