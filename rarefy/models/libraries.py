@@ -1,4 +1,4 @@
-"""Models of libraries: ``timm:NAME`` and ``torchvision:NAME``, with ``?option=value&...`` for the library's own maker."""
+"""Models of libraries: ``timm:NAME`` and ``torchvision:NAME``, with ``?option=value&...`` for the library's maker."""
 
 from __future__ import annotations
 

@@ -260,8 +260,8 @@ def _dequantize(graph: fx.GraphModule, node: fx.Node, codes: str, scale: str, ze
 def _layer(graph: fx.GraphModule, node: fx.Node) -> fx.Node:
     """oneDNN's layer.
 
-    It takes x, its grid, the packed weight, its scales and zeros, the bias in numbers, sizes, the grid of the result, and
-    that nothing comes after it.
+    It takes x, its grid, the packed weight, its scales and zeros, the bias in numbers, sizes, the grid of the result,
+    and that nothing comes after it.
     """
     add = graph.graph.call_function
     g = arguments(node)
