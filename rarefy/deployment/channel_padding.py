@@ -29,8 +29,10 @@ _APART = {
 
 
 def pad_channels(graph: fx.GraphModule) -> fx.GraphModule:
-    """A copy, which shares its tensors, that answers as ``graph`` does: with zero filters where an integer convolution
-    is narrower than the tile, or a depthwise one no multiple of it."""
+    """A copy, which shares its tensors and answers as ``graph`` does, with channels for whole tiles.
+
+    Zero filters are added where an integer convolution is narrower than the tile, or a depthwise one no multiple of it.
+    """
     padded = share_copy(graph).eval()
     known = shapes(padded)
     readers = collections.Counter(
@@ -79,8 +81,10 @@ class Channels:
 
 
 def _channels_of(first: fx.Node, known: dict[fx.Node, Value]) -> Channels | None:
-    """What the channels of ``first``, an integer convolution, go through; None where something else makes, reads or
-    moves them."""
+    """What the channels of ``first``, an integer convolution, go through.
+
+    None where something else makes, reads or moves them.
+    """
     count = known[first].shape[1]
     stream, seen, waiting = Channels(), set[fx.Node](), [first]
     while waiting:

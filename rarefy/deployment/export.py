@@ -24,15 +24,14 @@ def export(
     inputs: Tensor | Sequence[Tensor] | None = None,
     compare: bool = True,
 ) -> dict[str, Any]:
-    """Write ``model`` for ``runtime`` to ``path``, and say how its answers differ from the model's
-    (``rarefy.deployment.runtime.Parity``).
+    """Write ``model`` for ``runtime`` to ``path``, and say how its answers differ from the model's.
 
     path: a file there is replaced, and stays as it was if anything fails.
     runtime: a choice of ``rarefy.runtimes``, as an object or as text.
     inputs: an example batch: needed where ``model`` is not captured yet, and what is compared on (else random numbers).
     compare: False returns an empty dictionary.
 
-    Raises InputError for a layer the runtime can't run.
+    Returns a ``rarefy.deployment.runtime.Parity``. Raises InputError for a layer the runtime can't run.
     """
     chosen: Runtime = plugins.resolve("runtimes", runtime)
     graph = as_graph(model, inputs).eval()

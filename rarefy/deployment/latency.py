@@ -88,8 +88,10 @@ def is_faster(ratio: Quartiles) -> bool:
 
 
 def undisturbed(totals: Floats, disturbed: float, least: int) -> NDArray[np.bool_]:
-    """(rounds,) times -> (rounds,) bool: it took at most ``disturbed`` times as long as the fastest, or is one of the
-    ``least`` fastest."""
+    """(rounds,) times -> (rounds,) bool: which of them count.
+
+    Those that took at most ``disturbed`` times as long as the fastest, and the ``least`` fastest in any case.
+    """
     return totals <= max(disturbed * totals.min(), np.sort(totals)[:least][-1])
 
 

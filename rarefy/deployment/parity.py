@@ -1,5 +1,4 @@
-"""Parity: do the graph in PyTorch and the file in its runtime give the same answers, and which layer is the first to
-differ?
+"""Parity: do the graph in PyTorch and the file in its runtime give the same answers? Which layer is the first to differ?
 
 Each value that the model rounds is read out of the runtime and compared in codes. The simulation goes on from the
 runtime's codes after each of them, so that a difference is that of one layer, and not of all before it.
@@ -142,8 +141,7 @@ class Tally:
 def _follow(
     graph: fx.GraphModule, inputs: Tensor, theirs: Mapping[fx.Node, Tensor], tally: Mapping[str, Tally]
 ) -> None:
-    """Run the graph, but go on from the runtime's codes after each rounded value, so that a difference is one layer's
-    own."""
+    """Run the graph, but go on from the runtime's codes after each rounded value: a difference is one layer's own."""
 
     def compared(node: fx.Node, live: Mapping[fx.Node, Value]) -> Value:
         ours = call(node, live)

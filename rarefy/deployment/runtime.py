@@ -1,5 +1,4 @@
-"""What a runtime is to the rest of rarefy: a table of what it can do, a file that it is given, and a session that runs
-the file.
+"""What a runtime is to the rest of rarefy: a table of what it can do, a file that it is given, a session that runs it.
 
 A runtime is a frozen dataclass, one a file in ``rarefy/runtimes/``; its fields are its options. What one can't do is
 said by its ``Capabilities`` and asked before it is tried: nobody calls ``kernel_times`` of a runtime that has none.
@@ -73,8 +72,10 @@ class Capabilities:
 
     @property
     def whole(self) -> Operators:
-        """Operators that are not to be written in simpler ones: those it knows by themselves, and attention, unless a
-        product of it can be integer."""
+        """Operators that are not to be written in simpler ones.
+
+        Those it knows by themselves, and attention, unless a product of it can be integer.
+        """
         return self.posts if self.products else self.posts | {aten.scaled_dot_product_attention.default}
 
 
@@ -191,12 +192,17 @@ class Runtime(Protocol):
         """
 
     def kernel_times(self, path: str | os.PathLike[str], inputs: Tensor, seconds: float = 1.5) -> list[Kernel]:
-        """The kernels of one run in order, each with its median over the quiet runs of ``seconds``; called only where
-        ``capabilities.has_kernel_times``."""
+        """The kernels of one run in order, each with its median over the quiet runs of ``seconds``.
+
+        Called only where ``capabilities.has_kernel_times``.
+        """
 
 
 def exact_weight_bits(vnni: bool | None) -> int:
-    """Bits of a weight that keep an int8 product on a CPU exact: 8, or 7 where sums of two products saturate at 16 bits
-    (255 2^6 2 < 2^15). vnni: of the processor it is for; None: this one."""
+    """Bits of a weight that keep an int8 product on a CPU exact.
+
+    8, or 7 where sums of two products saturate at 16 bits (255 2^6 2 < 2^15). vnni: of the processor it is for; None:
+    this one.
+    """
     exact = exact_int8() if vnni is None else vnni
     return 7 if exact is False else 8

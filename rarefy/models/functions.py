@@ -1,5 +1,7 @@
-"""Models of the user's own code: ``package.module:name``, a function that returns a module, a module class, or a
-module."""
+"""Models of the user's own code: ``package.module:name``.
+
+The name is that of a function that returns a module, of a module class, or of a module.
+"""
 
 from __future__ import annotations
 

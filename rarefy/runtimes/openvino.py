@@ -1,5 +1,4 @@
-"""OpenVINO on the CPU: the same ONNX file, its QuantizeLinear/DequantizeLinear pairs becoming oneDNN's integer
-primitives.
+"""OpenVINO on the CPU: the same ONNX file, its Q/DQ pairs becoming oneDNN's integer primitives.
 
 A model is compiled for the shape it is first called with (a batch left open costs speed), and once more for each other
 shape, the last few of which are kept. ``precision`` is the type of what is not integer: ``bf16`` halves the time of a

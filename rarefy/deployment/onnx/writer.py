@@ -90,8 +90,11 @@ class Writer:
         return self.stored(name, codes)
 
     def initializer(self, name: str, into: Message) -> None:
-        """As ONNX has it. into: an empty tensor of the model, which copies one that is put there (as ``make_graph`` and
-        ``make_model`` do, once each)."""
+        """As ONNX has it.
+
+        into: an empty tensor of the model, which copies one that is put there (as ``make_graph`` and ``make_model`` do,
+            once each).
+        """
         tensor = self.initializers[name]
         kind, value = self.type_of(tensor.dtype), tensor
         if name in self.in_4_bits:
