@@ -1,4 +1,4 @@
-"""Parity: do the graph in PyTorch and the file in its runtime give the same answers? Which layer is the first to differ?
+"""Parity: do the graph in PyTorch and the file in its runtime give the same answers, and where do they first differ?
 
 Each value that the model rounds is read out of the runtime and compared in codes. The simulation goes on from the
 runtime's codes after each of them, so that a difference is that of one layer, and not of all before it.

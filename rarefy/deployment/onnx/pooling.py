@@ -38,7 +38,7 @@ def _average_pool(w: Writer, node: fx.Node, g: Arguments) -> str:
 
 
 def _adaptive_average(w: Writer, node: fx.Node, g: Arguments) -> str:
-    """A mean over the plane, windows of one size, or, where they differ, a product with their weights along each axis."""
+    """A mean over the plane, windows of one size, or, where they differ, a product with their weights for each axis."""
     wanted = list(w.known[node].shape)[2:]
     sides = w.plane(g["self"])
     name = w.value(g["self"])
