@@ -35,12 +35,13 @@ from rarefy.graph.interpreter import steps
 from rarefy.graph.nodes import Value as Yielded
 from rarefy.graph.nodes import argument, attribute, example_inputs, operator_name
 from rarefy.pruning.groups.groups import Coupling
-from rarefy.pruning.groups.labels import Value, values_in
+from rarefy.pruning.groups.labels import Kept, Value, values_in
 from rarefy.pruning.groups.probes import Cuts, Probe, sources_of
 from rarefy.pruning.groups.rules import only_moves
 from rarefy.pruning.groups.survivors import (
     Cut,
     Survivors,
+    cut_shape,
     double,
     is_selected,
     narrowed,
@@ -161,24 +162,20 @@ class Comparison:
         """Both operators on 0, 1, 2, ... in place of the floats they read."""
         self._same_sources(node, new)
         cuts, sources = self.probe.cuts(node, new), sources_of(node)
-        place = {source.name: index for index, source in reversed(list(enumerate(sources))) if self._floating(source)}
-        shapes = {name: list(self.coupling.values[sources[index]].shape) for name, index in place.items()}
-        for name, index in place.items():
-            for axis, _, length in cuts.large[index]:
-                shapes[name][axis] = length
+        shapes: dict[str, list[int]] = {}
+        kept: dict[str, Kept] = {}
+        for source, cut in zip(sources, cuts.large, strict=True):
+            if self._floating(source) and source.name not in shapes:
+                shapes[source.name] = cut_shape(self.coupling.values[source].shape, cut)
+                kept[source.name] = within(self.survivors.kept(source), cut)
         # Floats, as an operator may fill in others, such as -inf.
         dtype = torch.float32 if sum(map(math.prod, shapes.values())) < 2**24 else torch.float64
+        device, end = _listed(self.live[new])[0].device, 0
         large: dict[str, Tensor] = {}
-        small: dict[str, Tensor] = {}
-        count, device = 0, _listed(self.live[new])[0].device
-        for source in sources:
-            if source.name in shapes and source.name not in large:
-                shape, index = shapes[source.name], place[source.name]
-                numbers = torch.arange(count, count + math.prod(shape), dtype=dtype, device=device)
-                large[source.name] = numbers.reshape(shape)
-                kept = within(self.survivors.kept(source), cuts.large[index])
-                small[source.name] = selected(kept, large[source.name])
-                count += math.prod(shape)
+        for name, shape in shapes.items():
+            start, end = end, end + math.prod(shape)
+            large[name] = torch.arange(start, end, dtype=dtype, device=device).reshape(shape)
+        small = {name: selected(kept[name], numbers) for name, numbers in large.items()}
         read = [large[source.name] if source.name in large else self._large(source, []) for source in sources]
         others = [small[source.name] if source.name in small else self.live[source] for source in sources_of(new)]
         one, other = _called(node, read, sizes=cuts.sizes[0]), _called(new, others, sizes=cuts.sizes[1])

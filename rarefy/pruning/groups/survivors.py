@@ -55,6 +55,12 @@ def narrowed(value: Yielded, cut: Cut) -> Yielded:
     return value
 
 
+def cut_shape(shape: Sequence[int], cut: Cut) -> list[int]:
+    """The shape of such a part."""
+    sizes = {axis: length for axis, _, length in cut}
+    return [sizes.get(axis, size) for axis, size in enumerate(shape)]
+
+
 def within(kept: Kept, cut: Cut) -> Kept:
     """The survivors that lie in a cut, from its start."""
     inside = list(kept)
@@ -107,11 +113,10 @@ def spread(kept: Kept, shape: Sequence[int], held: Tensor, cut: Cut) -> Tensor:
     """
     parts = [(axis, *survivors_in(kept[axis], start, length)) for axis, start, length in cut]
     tensor: Tensor = double(narrowed(held, parts))
-    sizes = {axis: length for axis, _, length in cut}
+    sizes = cut_shape(shape, cut)
     for axis, index in enumerate(within(kept, cut)):
         if index is not None:
-            size = sizes.get(axis, shape[axis])
-            full = tensor.new_zeros((*tensor.shape[:axis], size, *tensor.shape[axis + 1 :]))
+            full = tensor.new_zeros((*tensor.shape[:axis], sizes[axis], *tensor.shape[axis + 1 :]))
             tensor = full.index_copy(axis, index.to(tensor.device), tensor)
     return tensor
 
