@@ -1,9 +1,7 @@
-"""compress(): the budget, the gates, the choice, what is saved and what is refused. Digits, a tiny net, the real
-runtime."""
+"""compress(): what is done, saved, read again and refused. Digits, a tiny net, the real runtime."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -15,12 +13,10 @@ from torch import fx
 
 from rarefy import demo
 from rarefy.artifact import folder as folder_
-from rarefy.compression import budget as budget_
 from rarefy.compression import compress as compress_
-from rarefy.compression import gates, steps
-from rarefy.compression.budget import Budget, goals
+from rarefy.compression import steps
+from rarefy.compression.budget import Budget
 from rarefy.compression.compress import compress
-from rarefy.compression.gates import Measurement, Outcome, Ratio
 from rarefy.compression.run import Folder
 from rarefy.distillation import distill
 from rarefy.errors import InputError
@@ -28,8 +24,7 @@ from rarefy.graph.capture import capture
 from rarefy.quantization.quantize import quantize
 from rarefy.tasks.classification import Classification
 from rarefy.tasks.intervals import wilson
-from rarefy.tasks.metric import Metric
-from rarefy.tasks.metrics.accuracy import Accuracy, doubts
+from rarefy.tasks.metrics.accuracy import doubts
 
 QUICK = [{"do": "prune", "macs": 0.6, "round_to": 8}, {"do": "distill", "epochs": 2, "batch_size": 64}]
 BUDGET = Budget(max_drop=0.2, size=10**6)
@@ -49,37 +44,6 @@ def trained() -> fx.GraphModule:
     return distill.train(untrained(), digits(), epochs=2, batch_size=64, lr=0.1, progress=False)
 
 
-# ------------------------------------------------------------------ budget and recipe
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"max_drop": -0.1},
-        {"max_drop": 1.0},
-        {"speedup": 0.5},
-        {"speedup": float("nan")},
-        {"size": 0},
-        {"max_drop": float("nan")},
-    ],
-)
-def test_a_budget_that_contradicts_itself(wrong: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=next(iter(wrong))):
-        Budget(**wrong)
-
-
-def test_the_usual_recipe_follows_the_budget() -> None:
-    task = digits()
-    plain = budget_.usual_steps(Budget(), 10**6, task)
-    assert [step["do"] for step in plain] == ["prune", "distill", "quantize"] and plain[0]["macs"] == 0.5
-    fast, faster = (budget_.usual_steps(Budget(speedup=ratio), 10**6, task)[0]["macs"] for ratio in (2.0, 4.0))
-    assert fast == pytest.approx(2 * faster, abs=0.002)
-    assert [step["do"] for step in budget_.usual_steps(Budget(speedup=1.1), 10**6, task)] == ["quantize"]
-    assert budget_.usual_steps(Budget(size=10**5), 10**6, task)[0]["params"] == pytest.approx(
-        0.36
-    )  # int8 alone is a quarter
-
-
 @pytest.mark.parametrize(
     ("steps", "said"),
     [
@@ -94,137 +58,6 @@ def test_wrong_steps_are_told_before_anything_is_done(steps: list[dict[str, Any]
     with pytest.raises(InputError, match=said):
         compress(untrained(), digits(), budget=Budget(), steps=steps, workdir=tmp_path / "work", progress=False)
     assert not (tmp_path / "work").exists()
-
-
-# ------------------------------------------------------------------ gates and choice, on measurements made up
-
-
-def measured(
-    index: int, name: str, *, drop: float = 0.0, speed: float = 1.0, size: int = 1000, spread: float = 0.02
-) -> Measurement:
-    """As fast against the original as against what it was made of."""
-    ratio = Ratio(speed, (1 - spread) * speed, (1 + spread) * speed)
-    return Measurement(index, name, 0.9 - drop, drop, size, dict.fromkeys(("original", "p", "p + d", "q"), ratio))
-
-
-def walked(
-    budget: Budget, verbs: list[str], *results: Measurement | str, metric: Metric | None = None
-) -> tuple[tuple[Outcome, ...], Measurement, Measurement]:
-    """What the gates say of each step, the last model kept, and the result."""
-    steps = [{"do": verb} for verb in verbs]
-    original = measured(0, "original")
-    walk = gates.walk(original, steps, results, budget, metric or Accuracy())
-    candidates = [original, *(one for one in results if isinstance(one, Measurement))]
-    return walk.outcomes, walk.accepted, gates.chosen(candidates, walk.accepted, budget)
-
-
-def test_pruning_is_judged_with_its_distillation() -> None:
-    pruned = measured(1, "p", drop=0.6, speed=1.5, size=500)
-    taught = measured(2, "p + d", drop=0.004, speed=1.5, size=500)
-    outcomes, last, chosen = walked(Budget(max_drop=0.005), ["prune", "distill"], pruned, taught)
-    assert [one.kept for one in outcomes] == [True, True] and last is chosen is taught
-
-
-def test_until_its_distillation_is_done_a_pruning_waits_for_the_verdict_on_the_drop() -> None:
-    pruned, original = measured(1, "p", drop=0.6, speed=1.5, size=500), measured(0, "original")
-    steps = [{"do": "prune"}, {"do": "distill"}]
-    walk = gates.walk(original, steps, [pruned], Budget(max_drop=0.005), Accuracy())
-    assert walk.current is pruned and walk.accepted is original and walk.outcomes[0].kept
-
-
-def test_both_are_undone_if_the_drop_remains() -> None:
-    pruned = measured(1, "p", drop=0.6, speed=1.5, size=500)
-    taught = measured(2, "p + d", drop=0.02, speed=1.5, size=500)
-    integer = measured(3, "q", drop=0.001, speed=2.0, size=250)
-    outcomes, last, chosen = walked(Budget(max_drop=0.005), ["prune", "distill", "quantize"], pruned, taught, integer)
-    assert [one.kept for one in outcomes] == [False, False, True] and last is chosen is integer
-    assert "2.00 points" in outcomes[0].why and "0.50 points" in outcomes[1].why
-
-
-def test_a_slower_step_is_undone_and_noise_is_not_slower() -> None:
-    outcomes, last, _ = walked(Budget(), ["quantize"], measured(1, "q", speed=0.8, size=250))
-    assert not outcomes[0].kept and "slower" in outcomes[0].why and last.index == 0
-    outcomes, _, _ = walked(Budget(), ["quantize"], measured(1, "q", speed=0.8, size=250, spread=0.6))
-    assert outcomes[0].kept
-
-
-def test_neither_smaller_nor_faster_is_undone() -> None:
-    outcomes, _, _ = walked(Budget(), ["prune"], measured(1, "p", speed=1.05, size=999))
-    assert not outcomes[0].kept and "neither" in outcomes[0].why
-
-
-def test_a_distillation_that_teaches_nothing_is_undone() -> None:
-    outcomes, last, _ = walked(Budget(), ["distill"], measured(1, "d", drop=0.01))
-    assert not outcomes[0].kept and last.index == 0
-    assert outcomes[0].why == "top-1 90.00% before, 89.00% after"
-    outcomes, _, _ = walked(Budget(), ["distill"], measured(1, "d"))
-    assert not outcomes[0].kept, "the same is not better"
-
-
-class Error(Accuracy):
-    """Of two the lower is better."""
-
-    label, unit, better = "error", "years", "lower"
-
-
-def test_what_is_better_is_for_the_metric_to_say() -> None:
-    lower, higher = measured(1, "d", drop=-0.25), measured(1, "d", drop=0.25)
-    for metric, kept, undone in ((Accuracy(), lower, higher), (Error(), higher, lower)):
-        assert walked(Budget(), ["distill"], kept, metric=metric)[0][0].kept
-        assert not walked(Budget(), ["distill"], undone, metric=metric)[0][0].kept
-    outcomes, _, _ = walked(Budget(max_drop=0.125), ["prune"], measured(1, "p", drop=0.25, size=9), metric=Error())
-    assert outcomes[0].why == "p loses 0.25 years, more than 0.125 years"
-    outcomes, _, _ = walked(Budget(), ["distill"], measured(1, "d", drop=0.25), metric=Error())
-    assert outcomes[0].why == "error 0.9 years before, 0.65 years after"
-
-
-def test_a_step_that_fails_is_said_and_left_out() -> None:
-    outcomes, last, _ = walked(Budget(), ["prune", "quantize"], "nothing can be pruned", measured(2, "q", size=250))
-    assert outcomes[0].why == "nothing can be pruned" and not outcomes[0].kept and last.index == 2
-
-
-def test_an_undone_model_that_meets_the_goals_is_the_result() -> None:
-    """Only size is asked for: the slower int8 model has it."""
-    slow = measured(1, "q", speed=0.8, size=250)
-    outcomes, last, chosen = walked(Budget(size=300), ["quantize"], slow)
-    assert not outcomes[0].kept and last.index == 0 and chosen is slow
-
-
-def test_accuracy_is_not_traded_for_speed_asked_in_vain() -> None:
-    wild = measured(1, "p", drop=0.3, speed=9.0, size=100)
-    _, _, chosen = walked(Budget(max_drop=0.01, speedup=5.0), ["prune"], wild)
-    assert chosen.index == 0
-
-
-def test_goals_that_are_met_exactly_are_met() -> None:
-    exact = measured(1, "p", drop=0.0, speed=2.0, size=500)
-    budget = Budget(max_drop=0.0, speedup=2.0, size=500)
-    outcomes, last, chosen = walked(budget, ["prune"], exact)
-    assert outcomes[0].kept and last is chosen is exact and gates.shortfall(exact, budget) == 0
-    told = goals(budget, drop=0.0, speedup=2.0, size=500, macs=0.5, parameters=0.5)
-    assert [goal["name"] for goal in told if goal["met"]] == ["max_drop", "speedup", "size"]
-    told = goals(budget, drop=1e-9, speedup=2 - 1e-9, size=501, macs=0.5, parameters=0.5)
-    assert not any(goal["met"] for goal in told)
-    slow = dataclasses.replace(exact, index=2, speedup={"original": Ratio(0.8, 0.78, 0.82)})
-    assert gates.chosen([slow, exact], slow, budget) is exact, "a goal met exactly counts as met"
-
-
-def test_of_those_that_meet_the_goals_the_smallest_is_chosen_and_of_equals_the_last() -> None:
-    budget, last = Budget(size=300), measured(0, "original")
-    made = [measured(1, "p", size=300), measured(2, "q", size=200), measured(3, "r", size=200)]
-    assert gates.chosen([last, *made], last, budget) is made[2]
-    nearly = measured(0, "original", size=329)
-    assert gates.chosen([nearly, *made], nearly, budget) is nearly, "a goal missed by less than 10 % is no reason"
-
-
-def test_a_goal_in_another_unit_says_it() -> None:
-    reached = {"drop": 0.3, "speedup": 1.0, "size": 1, "macs": 1.0, "parameters": 1.0}
-    (goal,) = goals(Budget(max_drop=0.5), **reached, unit="years")
-    assert goal["unit"] == "years" and goal["met"]
-    assert "unit" not in goals(Budget(max_drop=0.5), **reached)[0]
-
-
-# ------------------------------------------------------------------ the whole
 
 
 @pytest.fixture(scope="module")
@@ -393,20 +226,6 @@ def test_an_original_that_knows_nothing_is_told() -> None:
         warning.startswith("the original: no better than chance")
         for warning in compress(untrained(), digits(), **options).report["warnings"]
     )
-
-
-@pytest.mark.parametrize(
-    ("budget", "kept", "said"),
-    [
-        (Budget(size=10), 0.6, "ask for a larger size"),
-        (Budget(size=500), 0.6, "params=0.27"),
-        (Budget(speedup=900), 0.6, "ask for less"),
-        (Budget(speedup=4), 0.6, "macs=0.27"),
-    ],
-)
-def test_advice_can_be_followed(budget: Budget, kept: float, said: str) -> None:
-    (goal,) = goals(budget, drop=0.0, speedup=2.0, size=1000, macs=kept, parameters=kept)
-    assert not goal["met"] and said in goal["advice"]
 
 
 def test_a_budget_that_is_none() -> None:

@@ -1,0 +1,58 @@
+"""Budget: what contradicts itself, the usual recipe, the goals that were reached and what to try for the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rarefy.compression.budget import Budget, goals, usual_steps
+from rarefy.errors import InputError
+from rarefy.tasks.classification import Classification
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_drop": -0.1},
+        {"max_drop": 1.0},
+        {"speedup": 0.5},
+        {"speedup": float("nan")},
+        {"size": 0},
+        {"max_drop": float("nan")},
+    ],
+)
+def test_a_budget_that_contradicts_itself(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        Budget(**wrong)
+
+
+def test_the_usual_recipe_follows_the_budget() -> None:
+    task = Classification(train="sklearn:digits", val="sklearn:digits", augment="none")
+    plain = usual_steps(Budget(), 10**6, task)
+    assert [step["do"] for step in plain] == ["prune", "distill", "quantize"] and plain[0]["macs"] == 0.5
+    fast, faster = (usual_steps(Budget(speedup=ratio), 10**6, task)[0]["macs"] for ratio in (2.0, 4.0))
+    assert fast == pytest.approx(2 * faster, abs=0.002)
+    assert [step["do"] for step in usual_steps(Budget(speedup=1.1), 10**6, task)] == ["quantize"]
+    assert usual_steps(Budget(size=10**5), 10**6, task)[0]["params"] == pytest.approx(0.36)  # int8 alone is a quarter
+
+
+@pytest.mark.parametrize(
+    ("budget", "kept", "said"),
+    [
+        (Budget(size=10), 0.6, "ask for a larger size"),
+        (Budget(size=500), 0.6, "params=0.27"),
+        (Budget(speedup=900), 0.6, "ask for less"),
+        (Budget(speedup=4), 0.6, "macs=0.27"),
+    ],
+)
+def test_advice_can_be_followed(budget: Budget, kept: float, said: str) -> None:
+    (goal,) = goals(budget, drop=0.0, speedup=2.0, size=1000, macs=kept, parameters=kept)
+    assert not goal["met"] and said in goal["advice"]
+
+
+def test_a_goal_in_another_unit_says_it() -> None:
+    reached = {"drop": 0.3, "speedup": 1.0, "size": 1, "macs": 1.0, "parameters": 1.0}
+    (goal,) = goals(Budget(max_drop=0.5), **reached, unit="years")
+    assert goal["unit"] == "years" and goal["met"]
+    assert "unit" not in goals(Budget(max_drop=0.5), **reached)[0]
