@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from rarefy import plugins
-from rarefy.errors import InputError
 from rarefy.graph.capture import capture
 from rarefy.graph.fold import fold
 from rarefy.graph.layers import layer_name, weighted
@@ -205,9 +203,3 @@ def test_a_block_is_never_worse_than_nearest_on_its_images() -> None:
     assert (wild(torch.cat(images(0))) - wanted).square().mean() <= 1.1 * (
         nearest(torch.cat(images(0))) - wanted
     ).square().mean()
-
-
-@pytest.mark.parametrize("text", ["brecq:steps=0", "brecq:drop=1", "brecq:lr=0", "brecq:batch=0"])
-def test_options_out_of_range_are_refused(text: str) -> None:
-    with pytest.raises(InputError, match="brecq"):
-        plugins.resolve("rounding", text)

@@ -79,6 +79,27 @@ def test_each_operator_in_float_has_its_reason(graph: torch.fx.GraphModule, batc
     assert [row["name"] for row in found["layers"]] == ["stem"]
 
 
+def test_a_convolution_whose_weight_hangs_on_the_input_stays_float(batches: list[torch.Tensor]) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.weight, self.head = (
+                nn.Conv2d(3, 8, 3),
+                nn.Parameter(torch.randn(8, 8, 3, 3)),
+                nn.Linear(8, 5),
+            )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stem(x).relu()
+            return self.head(nn.functional.conv2d(x, self.weight * x.mean()).mean((2, 3)))
+
+    torch.manual_seed(0)
+    found = explain(quantize(capture(Masked().eval(), batches[0]), batches=batches, progress=False))
+    why = {row["name"]: row["why"] for row in found["float"]}
+    assert [row["name"] for row in found["layers"]] == ["stem", "head"]
+    assert [reason for name, reason in why.items() if "conv2d" in name] == ["its weight is computed, not stored"]
+
+
 def test_a_layer_is_in_one_of_the_two_tables(graph: torch.fx.GraphModule, batches: list[torch.Tensor]) -> None:
     for options in ({}, {"ignore": ["*"]}, {"ignore": ["stem"]}):
         try:

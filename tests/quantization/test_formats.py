@@ -40,6 +40,29 @@ def test_text_and_back(text: str) -> None:
     assert parse(str(grid), symmetric=not text.startswith("u"), axis=0) == grid
 
 
+@pytest.mark.parametrize(
+    ("text", "ends"),
+    [
+        ("int8", (-127, 127)), ("int8:symmetric=no", (-128, 127)), ("int7", (-64, 63)), ("int6", (-32, 31)),
+        ("int5", (-16, 15)), ("int4", (-8, 7)), ("int3", (-4, 3)), ("int2", (-2, 1)), ("uint8", (0, 255)),
+        ("uint4", (0, 15)), ("uint2", (0, 3)), ("fp8:e4m3", (-448, 448)), ("fp8:e5m2", (-57344, 57344)),
+        ("mxfp4", (-6, 6)), ("nvfp4", (-6, 6)),
+    ],
+)  # fmt: skip
+def test_lowest_and_highest_code(text: str, ends: tuple[float, float]) -> None:
+    grid = parse(text, symmetric=not text.startswith("u"))
+    assert (grid.qmin, grid.qmax) == ends
+    assert grid.snap(torch.tensor([-1e9, 1e9])).tolist() == list(ends)
+
+
+def test_layers_take_a_format_as_it_is() -> None:
+    grid = Grid(4, axis=0)
+    given = formats.assign({"fc": grid, "head": "float", "*.conv": "int2"}, symmetric=True, axis=0)
+    assert given.of(["fc"]) is grid and given.of(["head"]) is None and given.of(["a.conv"]) == Grid(2, axis=0)
+    assert given.of(["other"]) == Grid(8, axis=0) and str(given) == "int8;fc=int4;head=float;*.conv=int2"
+    assert formats.assign(Fp8(), symmetric=True).of(["fc"]) == Fp8()
+
+
 def test_options_in_any_order_and_wrong_ones() -> None:
     assert parse("INT4: symmetric=no, group=16", symmetric=True, axis=0) == Grid(4, True, False, 0, 16)
     assert parse("fp8", symmetric=True, axis=0) == Fp8("e4m3", 0)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import dataclasses
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,8 +30,10 @@ from rarefy.pruning.prune import prune
 from rarefy.quantization import formats
 from rarefy.quantization.formats import Grid
 from rarefy.quantization.observers import BINS, Histogram, observe
+from rarefy.quantization.options import Options
 from rarefy.quantization.quantize import quantize
 from rarefy.quantization.rounding_pass import OfWeights
+from rarefy.tasks import Classification
 
 
 class Block(nn.Module):
@@ -415,6 +420,77 @@ def test_wrong_requests_are_refused(block: nn.Module, batches: list[torch.Tensor
     with pytest.raises(InputError):
         Grid(1)
     assert str(formats.parse("uint4", symmetric=False)) == "uint4"
+
+
+def test_averages_are_computed_on_codes(batches: list[torch.Tensor]) -> None:
+    """Between integer layers neither pooling is left to float."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(16, 16, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
+    )  # fmt: skip
+    small = quantize(capture(model.eval(), batches[0]), batches=batches, progress=False)
+    targets = [str(node.target) for node in small.graph.nodes if node.op == "call_function"]
+    assert [target for target in targets if "pool" in target or "mean" in target] == [
+        "rarefy.avg_pool2d.default", "rarefy.mean.default"
+    ]  # fmt: skip
+
+
+def test_options_are_the_keywords_with_their_defaults() -> None:
+    """The command line and the record read them; a seed is 0, and not None."""
+    keywords = {
+        name: one.default
+        for name, one in inspect.signature(quantize).parameters.items()
+        if name not in ("model", "task", "inputs", "batches")
+    }
+    options = {field.name: field.default for field in dataclasses.fields(Options)}
+    assert list(options.items()) == list(keywords.items())
+    assert options == {
+        "images": 128, "batch_size": 16, "weights": "int8", "activations": "uint8", "calibration": "mse",
+        "weight_calibration": None, "rounding": "narrow", "runtime": "onnxruntime", "ignore": (), "equalize": True,
+        "correct_bias": True, "smooth": None, "gate": None, "seed": 0, "progress": True,
+    }  # fmt: skip
+    assert options["seed"] is not False and all(field.metadata["help"] for field in dataclasses.fields(Options))
+
+
+@pytest.mark.parametrize(("images", "batch_size", "total"), [(32, 8, 4), (30, 8, 4), (None, None, None)])
+def test_the_bar_knows_how_many_batches_calibrate(
+    batches: list[torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    images: int | None,
+    batch_size: int | None,
+    total: int | None,
+) -> None:
+    """Of a task's images; of the caller's batches nobody knows."""
+    seen: list[tuple[int | None, int, str]] = []
+
+    def track(items: Iterable[Any], total: int | None, label: str, shown: bool) -> Iterator[Any]:
+        found = list(items)
+        seen.append((total, len(found), label))
+        return iter(found)
+
+    monkeypatch.setattr("rarefy.quantization.quantize.track", track)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    pictures = (torch.rand(40, 3, 8, 8), torch.arange(40) % 2)
+    graph = capture(model.eval(), pictures[0][:2])
+    if images is None:
+        quantize(graph, batches=[pictures[0][:20], pictures[0][20:]], progress=False)
+        assert seen[0] == (None, 2, "calibrate")
+    else:
+        task = Classification(train=pictures, val=pictures)
+        quantize(graph, task, images=images, batch_size=batch_size, progress=False)
+        assert seen[0] == (total, total, "calibrate")
+
+
+def test_batches_that_are_read_once_are_all_read(batches: list[torch.Tensor]) -> None:
+    """Smoothing, mixed widths and equalising look at the first images, and calibration begins with them again."""
+    graph = capture(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(2), nn.LayerNorm(900), nn.Linear(900, 4)).eval(), batches[0]
+    )
+    options = {"smooth": 0.5, "weights": "mixed:bits=6", "progress": False}
+    listed, once = (quantize(graph, batches=given, **options) for given in (batches, iter(batches)))
+    assert listed.meta["history"][-1]["facts"]["images_of_rounding"] == 32
+    assert all(torch.equal(value, once.state_dict()[name]) for name, value in listed.state_dict().items())
 
 
 def test_ignored_layers_stay_float(block: nn.Module, batches: list[torch.Tensor]) -> None:

@@ -18,6 +18,7 @@ from rarefy.graph.capture import capture
 from rarefy.quantization.formats import Grid
 from rarefy.quantization.quantize import quantize
 from rarefy.quantization.rounding._quadratic import Moments, Quadratic, inverse_factor
+from rarefy.quantization.rounding.descent import SHRINKS
 from rarefy.quantization.rounding.gptq import rounded
 from rarefy.quantization.rounding_pass import Layer, OfLayers, Sample
 
@@ -187,6 +188,22 @@ def test_descent_does_not_fit_what_few_images_have_by_chance() -> None:
     assert wins >= 5
 
 
+def test_descent_shrinks_as_far_as_the_images_that_judge_want() -> None:
+    """Of thousands of images little is chance, of 80 much is; neither ends at the first that is tried."""
+    for count, chosen in ((4000, {0.0, 0.05}), (80, {0.4, 0.6})):
+        layer = _drawn(0, count)
+        ours = plugins.resolve("rounding", "descent:share=1").layer_codes(layer, torch.Generator())
+        same = [
+            shrink
+            for shrink in SHRINKS
+            if torch.equal(
+                ours,
+                plugins.resolve("rounding", f"descent:share=1,shrink={shrink}").layer_codes(layer, torch.Generator()),
+            )
+        ]
+        assert same and set(same) <= chosen, (count, same)
+
+
 def _drawn(seed: int, count: int) -> Layer:
     """The same layer and the same kind of inputs for a seed, ``count`` images of one place."""
     generator = torch.Generator().manual_seed(seed)
@@ -249,8 +266,50 @@ def test_a_network_answers_better_than_with_nearest_and_the_same_each_time(name:
 
 
 @pytest.mark.parametrize(
-    "text", ["gptq:block=0", "gptaq:share=2", "adaround:steps=0", "descent:sweeps=0", "descent:shrink=2"]
+    ("text", "words"),
+    [
+        ("gptq:block=0", "gptq: block=0 must be at least 1"),
+        ("gptaq:block=0", "gptaq: block=0 must be at least 1"),
+        ("gptaq:share=2", "share=2.0 from 0 to 1"),
+        ("gptaq:share=-0.1", "share=-0.1 from 0 to 1"),
+        ("adaround:steps=0", "adaround: steps=0, .* give positive numbers"),
+        ("adaround:lr=0", "adaround: .*lr=0.0, .* give positive numbers"),
+        ("adaround:strength=-1", "adaround: .*strength=-1.0: give positive numbers"),
+        ("descent:sweeps=0", "descent: sweeps=0 must be at least 1"),
+        ("descent:shrink=2", "descent: shrink=2.0 must be from 0 to 1"),
+        ("descent:share=-1", "descent: share=-1.0 must be from 0 to 1"),
+        ("narrow:inputs=0", "narrow: inputs=0 must be at least 1"),
+        ("brecq:steps=0", "brecq: steps=0, .* give positive numbers"),
+        ("brecq:batch=0", "brecq: .*batch=0, .* give positive numbers"),
+        ("brecq:lr=0", "brecq: .* lr=0.0, .* give positive numbers"),
+        ("brecq:scale_lr=-1", "brecq: .*scale_lr=-1.0, .* give positive numbers"),
+        ("brecq:strength=-1", "brecq: .*strength=-1.0: give positive numbers"),
+        ("brecq:drop=1", "drop=1.0: a probability below 1"),
+        ("brecq:drop=-0.5", "drop=-0.5: a probability below 1"),
+    ],
 )
-def test_options_out_of_range_are_refused(text: str) -> None:
-    with pytest.raises(InputError, match=text.partition(":")[0]):
+def test_options_out_of_range_are_refused(text: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
         plugins.resolve("rounding", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "defaults"),
+    [
+        ("gptq", {"block": 128, "order": True}),
+        ("gptaq", {"share": 0.25, "block": 128, "order": True}),
+        ("adaround", {"steps": 1000, "lr": 0.01, "strength": 1.0}),
+        ("descent", {"sweeps": 3, "shrink": None, "share": None}),
+        ("narrow", {"inputs": 32}),
+        ("brecq", {"steps": 1000, "batch": 32, "lr": 0.01, "scale_lr": 0.001, "drop": 0.5, "strength": 4.0}),
+        ("nearest", {}),
+        ("stochastic", {}),
+    ],
+)
+def test_defaults(text: str, defaults: dict[str, object]) -> None:
+    assert dataclasses.asdict(plugins.resolve("rounding", text)) == defaults
+
+
+def test_every_rule_has_its_defaults_told() -> None:
+    told = {mark.args[1][at][0] for mark in test_defaults.pytestmark for at in range(len(mark.args[1]))}  # type: ignore[attr-defined]
+    assert told == set(plugins.available("rounding"))
