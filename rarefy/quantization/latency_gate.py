@@ -106,44 +106,44 @@ def judge(
     graph: float, folded, with the biases that layers in codes need. ranges: of all values, by name.
     ignore: globs that stay float in any case. grid: of activations.
     """
-    chosen = latency.with_threads(runtime)
+    threaded = latency.with_threads(runtime)
     example = example_inputs(graph, batch=1)[0]
     tried = candidates(graph, placement)
     everything = _everything(placement)
     with tempfile.TemporaryDirectory(prefix="rarefy-") as folder:
 
-        def opened(model: fx.GraphModule, on: Runtime = chosen) -> Session:
+        def opened(model: fx.GraphModule, on: Runtime = threaded) -> Session:
             return on.open(on.export(model, Path(folder) / f"{len(os.listdir(folder))}{on.suffix}"))
 
         def without(layers: Sequence[str]) -> Session:
-            return opened(rounded(graph, ranges, [*ignore, *layers], chosen, grid))
+            return opened(rounded(graph, ranges, [*ignore, *layers], threaded, grid))
 
-        floats = {f"float on {plugins.describe(form)}": opened(graph, form) for form in chosen.floats}
+        floats = {f"float on {plugins.describe(form)}": opened(graph, form) for form in threaded.floats}
         whole = {INTEGER: without(())}
         parts = {f"{one.name} in float": without(one.layers) for one in track(tried, len(tried), "gate", progress)}
-        found = latency.latency({**whole, **parts, **floats}, example, warmup=3)
-        slow = [one for one, name in zip(tried, parts, strict=True) if _faster(found, name, INTEGER)]
+        times = latency.latency({**whole, **parts, **floats}, example, warmup=3)
+        slow = [one for one, name in zip(tried, parts, strict=True) if _faster(times, name, INTEGER)]
         undone = sorted({layer for one in slow for layer in one.layers})
-        medians = {name: one["ms"]["median"] for name, one in found.items()}
+        medians = {name: one["ms"]["median"] for name, one in times.items()}
         if undone and undone != everything:
             whole[MIXED] = without(undone)
-            found = latency.latency({**whole, **floats}, example, warmup=3)
-            medians |= {name: one["ms"]["median"] for name, one in found.items()}
-    best = MIXED if MIXED in whole and _faster(found, MIXED, INTEGER) else INTEGER
-    faster = [name for name in floats if _faster(found, name, best)]
+            times = latency.latency({**whole, **floats}, example, warmup=3)
+            medians |= {name: one["ms"]["median"] for name, one in times.items()}
+    best = MIXED if MIXED in whole and _faster(times, MIXED, INTEGER) else INTEGER
+    faster = [name for name in floats if _faster(times, name, best)]
     if faster:
         best, undone = min(faster, key=medians.__getitem__), everything
     elif best == INTEGER:
         undone = []
     verdict = Verdict(
-        undone=undone, why=_why(best, slow), batch=1, threads=chosen.threads, runtime=plugins.describe(chosen)
+        undone=undone, why=_why(best, slow), batch=1, threads=threaded.threads, runtime=plugins.describe(threaded)
     )
     return verdict, [Timed(what=name, latency_ms=ms) for name, ms in medians.items()]
 
 
-def _faster(found: Mapping[str, latency.Latency], one: str, other: str) -> bool:
+def _faster(times: Mapping[str, latency.Latency], one: str, other: str) -> bool:
     """Clearly, in one run in which both took turns."""
-    return latency.is_faster(found[one]["speedup"][other])
+    return latency.is_faster(times[one]["speedup"][other])
 
 
 def _why(best: str, slow: Sequence[Candidate]) -> str:

@@ -186,29 +186,29 @@ def _quantized(
     if options.smooth is not None:
         few = zip(*(one.split(TOGETHER) for one in images.first(SMOOTHED)), strict=True)
         smoothed = smoothquant.smooth(graph, few, options.smooth)
-    found = formats_of(graph, images, grid, choices)
-    equalized, doubled = _equalize(graph, images, found) if options.equalize else (0, 0)
-    observed = calibrated(graph, images, found.placement, choices)
+    plan = formats_of(graph, images, grid, choices)
+    equalized, doubled = _equalize(graph, images, plan) if options.equalize else (0, 0)
+    observed = calibrated(graph, images, plan.placement, choices)
     release()
     float_graph = share_copy(graph)
-    found, ranges = placed(graph, observed, found, grid, choices)
-    layers, learned = rounded(graph, float_graph, observed, found, choices)
+    plan, ranges = placed(graph, observed, plan, grid, choices)
+    layers, learned = rounded(graph, float_graph, observed, plan, choices)
     release()
     noise = explain.noise(float_graph, graph, observed.batches)
-    told = zip(found.placement.layers, layers, strict=True)
-    undone = found.verdict["undone"] if found.verdict else ()
+    told = zip(plan.placement.layers, layers, strict=True)
+    undone = plan.verdict["undone"] if plan.verdict else ()
     facts = {
         "layers": [{**fact, "sqnr_db": noise[node.name]} for node, fact in told],
         "images_of_rounding": sum(len(batch[0]) for batch in observed.batches) if choices.walks else 0,
         **{"equalized": equalized, "doubled": doubled, "batch_norm": norms},
         **({} if smoothed is None else {"smoothed": smoothed}),
-        **({} if found.allocation is None else {"allocation": found.allocation}),
-        **explain.floats(float_graph, found.placement, found.unassigned, undone, noise),
+        **({} if plan.allocation is None else {"allocation": plan.allocation}),
+        **explain.floats(float_graph, plan.placement, plan.unassigned, undone, noise),
         "ranges": {node.name: [end * learned.get(node.name, 1.0) for end in ends] for node, ends in ranges.items()},
-        **({} if found.verdict is None else {"gate": found.verdict}),
-        **({"timing": found.timing} if found.timing else {}),
+        **({} if plan.verdict is None else {"gate": plan.verdict}),
+        **({"timing": plan.timing} if plan.timing else {}),
     }
-    return recorded(graph, found.weights, facts, choices)
+    return recorded(graph, plan.weights, facts, choices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,38 +307,38 @@ def calibrated(graph: fx.GraphModule, images: Images, placement: Placement, choi
 
 
 def placed(
-    graph: fx.GraphModule, observed: Observed, found: Formats, grid: formats.Grid, choices: Choices
+    graph: fx.GraphModule, observed: Observed, plan: Formats, grid: formats.Grid, choices: Choices
 ) -> tuple[Formats, qdq.Ranges]:
     """Grids put into the graph, but where they don't pay; and the range of each. grid: of activations in general."""
     rule, options, runtime = choices.calibration, choices.options, choices.runtime
-    ranges = qdq.ranges(found.placement, observed.histograms, rule, found.values)
+    ranges = qdq.ranges(plan.placement, observed.histograms, rule, plan.values)
     if options.gate is not None:
         by_name = {value.name: span for value, span in ranges.items()}
         verdict, timed = latency_gate.judge(
-            graph, found.placement, by_name, found.left_out, runtime, grid, options.progress
+            graph, plan.placement, by_name, plan.left_out, runtime, grid, options.progress
         )
-        placement = place(graph, runtime.capabilities, [*found.left_out, *verdict["undone"]])
+        placement = place(graph, runtime.capabilities, [*plan.left_out, *verdict["undone"]])
         values = qdq.value_grids(placement, choices.activations)
         ranges = qdq.ranges(placement, observed.histograms, rule, values)
-        timing = {**found.timing, "gate": timed}
-        found = dataclasses.replace(found, placement=placement, values=values, verdict=verdict, timing=timing)
-    qdq.insert(graph, found.placement, ranges, found.values)
-    return found, ranges
+        timing = {**plan.timing, "gate": timed}
+        plan = dataclasses.replace(plan, placement=placement, values=values, verdict=verdict, timing=timing)
+    qdq.insert(graph, plan.placement, ranges, plan.values)
+    return plan, ranges
 
 
 def rounded(
-    graph: fx.GraphModule, float_graph: fx.GraphModule, observed: Observed, found: Formats, choices: Choices
+    graph: fx.GraphModule, float_graph: fx.GraphModule, observed: Observed, plan: Formats, choices: Choices
 ) -> tuple[list[dict[str, object]], dict[str, float]]:
     """Codes in place of weights and biases; facts of each layer, and value -> what its scale was multiplied by."""
-    options, layers = choices.options, found.placement.layers
+    options, layers = choices.options, plan.placement.layers
     generator = torch.Generator().manual_seed(options.seed)
     run = RoundingPass(graph, float_graph, observed, choices.rounding, options.correct_bias, generator)
-    read = {value.name: grid for value, grid in found.values.items()}
+    read = {value.name: grid for value, grid in plan.values.items()}
     facts: list[dict[str, object]] = []
     bits: dict[str, int] = {}
     blocks = run.blocks(layers)
     for index, block in enumerate(track(blocks, len(blocks), "round", options.progress and choices.walks)):
-        grids = [found.layers[node] for node in block]
+        grids = [plan.layers[node] for node in block]
         rules = [choices.weight_rule(grid) for grid in grids]
         after = blocks[index + 1][0] if index + 1 < len(blocks) else None
         for node, grid, fact in zip(block, grids, run.round(block, grids, rules, after), strict=True):
@@ -354,11 +354,11 @@ def rounded(
     return facts, run.learned
 
 
-def _equalize(graph: fx.GraphModule, images: Images, found: Formats) -> tuple[int, int]:
+def _equalize(graph: fx.GraphModule, images: Images, plan: Formats) -> tuple[int, int]:
     """How many streams were equalised, and how many dead channels carry another."""
     few = list(images.pieces([images.first(EQUALIZED)]))
-    doubled = split_channels.double(graph, few, found.values, found.layers)
-    return equalization.equalize(graph, few, found.values, found.layers), doubled
+    doubled = split_channels.double(graph, few, plan.values, plan.layers)
+    return equalization.equalize(graph, few, plan.values, plan.layers), doubled
 
 
 def recorded(

@@ -1,4 +1,4 @@
-"""Block reconstruction: which layers are rounded together, the stretch of a graph as a function, and what it is worth."""
+"""Block reconstruction: which layers are rounded together, the stretch of a graph as a function, what it is worth."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_a_size_that_hangs_on_the_batch_is_that_of_the_images_at_hand() -> None:
     for block, _, exact in spy.seen:
         few = torch.arange(5)
         part = block.run(
-            block.part(block.float_inputs, few, block.images) if None not in block.float_inputs else block.part(block.inputs, few, block.images),
+            block.part(block.inputs if None in block.float_inputs else block.float_inputs, few, block.images),
             block.weights, block.biases, block.scales, lambda rounded, exact: exact,
         )  # fmt: skip
         assert len(part) == 5

@@ -1,4 +1,5 @@
-"""Equalising channels of streams: the network stays what it is, noise falls where channels are unlike, and what can't be scaled is left alone."""
+"""Equalising channels of streams: the network stays what it is, noise falls where channels are unlike, and what can't
+be scaled is left alone."""
 
 from __future__ import annotations
 
@@ -21,7 +22,10 @@ from rarefy.quantization.transforms.equalize import equalize, streams
 
 
 class Bottlenecks(nn.Module):
-    """Two linear bottlenecks, one added to the other; ReLU6 within, as in MobileNetV2. Channels of what is added differ by ``unlike`` to either side."""
+    """Two linear bottlenecks, one added to the other; ReLU6 within, as in MobileNetV2.
+
+    Channels of what is added differ by ``unlike`` to either side.
+    """
 
     def __init__(self, unlike: float = 1.0):
         super().__init__()
@@ -114,7 +118,8 @@ def test_streams_reach_across_additions() -> None:
 
 
 def test_unlike_channels_get_one_range_and_int8_loses_less() -> None:
-    """Of channels from 1/8 to 8 one scale leaves the smallest 64 times too rough; equalised, the network is nearly as good as it is with like channels."""
+    """Of channels from 1/8 to 8 one scale leaves the smallest 64 times too rough; equalised, the network is nearly as
+    good as it is with like channels."""
     torch.manual_seed(0)
     like = Bottlenecks().eval()
     torch.manual_seed(0)

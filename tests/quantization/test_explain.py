@@ -1,4 +1,5 @@
-"""explain(): the noise told is that of the answers, more bits make less of it, and every operator in float has its reason."""
+"""explain(): the noise told is that of the answers, more bits make less of it, and every operator in float has its
+reason."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from rarefy.reports import facts, report, view
 
 
 class Net(nn.Module):
-    """A form without an integer kernel (an addition of a number), an operator that no runtime knows, and one whose source is in float."""
+    """A form without an integer kernel (an addition of a number), an operator that no runtime knows, and one whose
+    source is in float."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,5 @@
-"""Number formats: text and back, bounds from the maths, torch's own 8-bit floats, the tables of the MX specification, and files that give back every code."""
+"""Number formats: text and back, bounds from the maths, torch's own 8-bit floats, the tables of the MX specification,
+and files that give back every code."""
 
 from __future__ import annotations
 

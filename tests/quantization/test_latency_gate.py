@@ -1,4 +1,5 @@
-"""The latency gate: stretches are found, what is slow as integers goes back to float and is named, and weights keep to the bits a processor adds exactly."""
+"""The latency gate: stretches are found, what is slow as integers goes back to float and is named, and weights keep to
+the bits a processor adds exactly."""
 
 from __future__ import annotations
 
@@ -83,13 +84,17 @@ def clock(price: dict[str, float]) -> Any:
     return clocked
 
 
+LINEAR = {"first.0", "second.0", "first.1", "second.1"}
+
+
 @pytest.mark.parametrize(
     ("price", "undone", "why"),
     [
-        ({"first.0 and 3 more in float": 8.0, "without": 8.0, "float on": 20.0}, {"first.0", "second.0", "first.1", "second.1"}, "faster in float: first.0 and 3 more"),
+        ({"first.0 and 3 more in float": 8.0, "without": 8.0, "float on": 20.0}, LINEAR,
+         "faster in float: first.0 and 3 more"),
         ({"float on": 20.0}, set(), "every stretch pays"),
         ({"in float": 9.99, "float on": 20.0}, set(), "every stretch pays"),
-        ({"float on": 5.0}, {"stem", "depthwise", "pointwise", "first.0", "second.0", "first.1", "second.1", "head"}, "float on onnxruntime"),
+        ({"float on": 5.0}, {"stem", "depthwise", "pointwise", *LINEAR, "head"}, "float on onnxruntime"),
     ],
 )  # fmt: skip
 def test_what_does_not_pay_goes_back(

@@ -1,4 +1,5 @@
-"""Mixed precision: the program is exact, the errors rank layers, and the widths beat one width for all at the same size."""
+"""Mixed precision: the program is exact, the errors rank layers, and the widths beat one width for all at the same
+size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""quantize(): bounds from the maths on grids, rules and rounding; and a network whose integers are what ONNX Runtime computes."""
+"""quantize(): bounds from the maths on grids, rules and rounding; and a network whose integers are what ONNX Runtime
+computes."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ from rarefy.tasks import Classification
 
 
 class Block(nn.Module):
-    """Every integer kernel once: residual add, concat, squeeze-excite, hardswish, pooling, ReLU6, a grouped convolution."""
+    """Every integer kernel once: residual add, concat, squeeze-excite, hardswish, pooling, ReLU6, a grouped
+    convolution."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +82,7 @@ def batches() -> list[torch.Tensor]:
 
 
 def noise_db(wanted: torch.Tensor, got: torch.Tensor) -> float:
-    """Signal to noise, of what differs from image to image (the answers of an untrained network are mostly a constant)."""
+    """Signal to noise, of what differs from image to image (answers of an untrained network are mostly a constant)."""
     wanted, got = (answer.detach() - answer.detach().mean(0) for answer in (wanted, got))
     return float(10 * torch.log10(wanted.square().sum() / (wanted - got).square().sum()))
 
@@ -337,7 +339,8 @@ def test_onnxruntime_computes_what_is_simulated(block: nn.Module, batches: list[
 def test_zero_padding_stays_in_integers_and_narrow_layers_are_written_wide(
     batches: list[torch.Tensor], tmp_path
 ) -> None:
-    """The option-A shortcut pads channels; a static stride-2 pad melts into its convolution; 8 channels are written as 16."""
+    """The option-A shortcut pads channels; a static stride-2 pad melts into its convolution; 8 channels are written as
+    16."""
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
 
@@ -559,7 +562,8 @@ def test_a_prefix_gives_each_place_its_values_whatever_it_may_keep(
 def test_max_pooling_padded_by_infinity_resized_and_softmaxed_codes_are_the_runtimes(
     batches: list[torch.Tensor], tmp_path
 ) -> None:
-    """-inf around a plane that is only pooled is the lowest code; a resize between integer kernels keeps its sizes; softmax on a grid of one over a whole number."""
+    """-inf around a plane that is only pooled is the lowest code; a resize between integer kernels keeps its sizes;
+    softmax on a grid of one over a whole number."""
     pytest.importorskip("onnxruntime")
 
     class Odd(nn.Module):

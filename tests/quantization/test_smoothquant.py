@@ -1,4 +1,5 @@
-"""SmoothQuant: exact in float, the ranges it promises, less noise where a norm has outlier channels, and hands off what it can't serve."""
+"""SmoothQuant: exact in float, the ranges it promises, less noise where a norm has outlier channels, and hands off what
+it can't serve."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ aten = torch.ops.aten
 
 
 class Encoder(nn.Module):
-    """Three layers behind the first norm, one behind the second, which has no bias; the third norm is an answer's, too."""
+    """Three layers behind the first norm, one behind the second, which has no bias; the third is an answer's, too."""
 
     def __init__(self) -> None:
         super().__init__()

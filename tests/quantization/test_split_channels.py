@@ -1,4 +1,5 @@
-"""Dead channels that carry noisy ones: float answers stay, rounding costs a fraction, and what is not dead for certain is left alone."""
+"""Dead channels that carry noisy ones: float answers stay, rounding costs a fraction, and what is not dead for certain
+is left alone."""
 
 from __future__ import annotations
 
@@ -22,7 +23,10 @@ LOUD = 5
 
 
 class Separable(nn.Module):
-    """A stem, a depthwise layer and a 1 x 1 one. Channel ``LOUD`` is an edge detector on an offset, weighed 20 times as much as the others; ``DEAD`` say nothing."""
+    """A stem, a depthwise layer and a 1 x 1 one.
+
+    Channel ``LOUD`` is an edge detector on an offset, weighed 20 times as much as the others; ``DEAD`` say nothing.
+    """
 
     def __init__(self, padding: int | None = 1, dead: bool = True):
         super().__init__()
@@ -116,7 +120,8 @@ def test_int8_is_nearer_to_float() -> None:
 
 
 def test_only_what_is_dead_for_certain_is_taken() -> None:
-    """Weights that could reach half a step, on images brighter than these, are no dead channel, though none was seen alive."""
+    """Weights that could reach half a step, on images brighter than these, are no dead channel, though none was seen
+    alive."""
     torch.manual_seed(0)
     model = Separable(dead=False)
     with torch.no_grad():

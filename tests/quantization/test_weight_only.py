@@ -1,4 +1,5 @@
-"""Weights as codes, activations in float: near the float answers, saved without gaps, loaded back exactly, written for ONNX Runtime."""
+"""Weights as codes, activations in float: near the float answers, saved without gaps, loaded back exactly, written for
+ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -29,9 +30,12 @@ def graph():
     return capture(Net().eval(), torch.randn(2, 3, 9, 9))
 
 
-# relative error of the weights that the format's step allows: a uniform grid of b bits over +-4 sigma leaves (4 / 2^(b-1))^2 / 12
-MOST = {"int8": 1e-4, "int4": 0.03, "int4:group=8": 0.02, "uint4:group=8": 0.02, "int3": 0.12, "int2": 0.5, "uint3": 0.12,
-        "fp8:e4m3": 2e-3, "fp8:e5m2": 6e-3, "mxfp4": 0.03, "nvfp4": 0.02}  # fmt: skip
+# relative error of the weights that the format's step allows: a uniform grid of b bits over +-4 sigma leaves
+# (4 / 2^(b-1))^2 / 12
+MOST = {
+    "int8": 1e-4, "int4": 0.03, "int4:group=8": 0.02, "uint4:group=8": 0.02, "int3": 0.12, "int2": 0.5, "uint3": 0.12,
+    "fp8:e4m3": 2e-3, "fp8:e5m2": 6e-3, "mxfp4": 0.03, "nvfp4": 0.02,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("weights", MOST)
@@ -88,7 +92,7 @@ def test_linear_layers_are_multiplied_by_codes_of_4_bits(weights: str, tmp_path)
 
 @pytest.mark.parametrize("weights", ["int4:group=20", "uint4:group=20", "int8:group=16"])
 def test_groups_without_a_kernel_compute_the_same(weights: str, tmp_path) -> None:
-    """Groups of 20 do not divide 72 inputs, and no runtime has a block of 20: numbers decoded, opset as for any file."""
+    """Groups of 20 do not divide 72 inputs, and no runtime has a block of 20: numbers decoded, opset as of any file."""
     torch.manual_seed(0)
     x = torch.randn(4, 5, 72)
     small = quantize(capture(Linears().eval(), x), weights=weights, activations="float", progress=False)
