@@ -27,7 +27,8 @@ FLOORS = (
     ("pruning", "quantization", "distillation", "evaluation", "runtimes"),
     ("compression",),
     ("demo",),
-    ("cli", "__main__"),
+    ("cli",),
+    ("__main__",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # Folders in which a file is a choice: nobody imports it but the registry, and files of the same folder.
@@ -49,7 +50,12 @@ TRUNK_PACKAGES = {f"rarefy.{name}" for name in ("system", "graph", "kernels", "a
 # Files that are mostly a table of rules, a row an operator.
 TABLES = {"rarefy/pruning/groups/rules.py"}
 # What is over a budget or goes against a rule, and why: at most eight.
-EXCEPTIONS: dict[str, str] = {}
+EXCEPTIONS = {
+    "rarefy/kernels/__init__.py": "qparams() is the accessor of scales and zero points, a floor below nodes.argument",
+    "rarefy/artifact/allowlist.py": "compares what a file calls with the schema itself, so that no argument slips through",
+    "rarefy.quantization: ": "one idea a file; what is over the budget are docstrings, wrapped at 120 columns",
+    "the trunk": "6,000 was set at 140 columns, where it had 5,640; those lines are 6,137 at 120, and docstrings grew",
+}
 
 
 def modules() -> dict[str, Path]:
@@ -202,8 +208,9 @@ def test_the_types_say_what_they_hold() -> None:
 
 def test_the_exceptions_are_few_and_say_why() -> None:
     assert len(EXCEPTIONS) <= 8 and all(len(reason) > 20 for reason in EXCEPTIONS.values())
-    everything = {name.split(":")[0] for name, _, _ in sizes()} | {str(path) for path in CHOICES}
-    assert all(known.split(":")[0] in everything or known.startswith("rarefy.") for known in EXCEPTIONS)
+    everything = {name.split(":")[0] for name, _, _ in sizes()}
+    packages = {".".join(path.parent.relative_to(ROOT).parts) for path in modules().values()}
+    assert all(known.split(":")[0] in everything | packages | {"the trunk"} for known in EXCEPTIONS)
 
 
 @pytest.mark.parametrize("name", sorted(FLOOR.keys() - {"errors", "plugins", "demo", "__main__"}))
