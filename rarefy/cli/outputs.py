@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rarefy.cli.terminal import say, show_json, show_table, size_text
 from rarefy.errors import GoalMissed, InputError, SelfCheckFailed
@@ -145,9 +145,9 @@ def show_comparison(facts: Mapping[str, Any]) -> None:
     ]
     show_table("", columns, rows)
     if shown["robustness"]:
+        drawn = cast(list[dict[str, Any]], shown["robustness"]["rows"])
         worse = [
-            (row["name"], *row["means"], row["change"]) if both else (row["name"], row["means"][1])
-            for row in shown["robustness"]["rows"]
+            (row["name"], *row["means"], row["change"]) if both else (row["name"], row["means"][1]) for row in drawn
         ]
         show_table("robustness, mean of the strengths", ("corruption", *columns[1:]), worse)
     for step in shown["steps"]:

@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Mapping
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from rarefy import plugins
 from rarefy.system import cpu
@@ -31,10 +31,10 @@ class Environment(TypedDict):
 
     python: str
     system: str
-    cpu: dict[str, object]
+    cpu: dict[str, Any]
     memory_bytes: int | None
     torch: dict[str, object]
-    gpus: list[dict[str, object]]
+    gpus: list[dict[str, Any]]
     runtimes: dict[str, str | None]
     packages: dict[str, str | None]
     advice: list[str]

@@ -93,8 +93,15 @@ class Classification:
     def metric(self) -> Accuracy:
         return Accuracy(self.class_names, self.class_count, self.check)
 
-    def check(self, outputs: int) -> None:
-        """Do the labels fit a model with that many outputs? Raises DataError if a label has no output."""
+    def check(self, outputs: int | None) -> None:
+        """Do the labels fit a model with that many outputs? Raises DataError if a label has no output.
+
+        outputs: None of a model that answers otherwise than with one tensor (batch, N).
+        """
+        if outputs is None:
+            raise DataError(
+                "the model does not return one tensor (batch, classes); name the part that does with core= (--core)"
+            )
         highest = self._highest_label
         if highest >= outputs:
             raise DataError(

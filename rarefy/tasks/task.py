@@ -118,8 +118,8 @@ class Task(Protocol):
         """A new metric, that has seen nothing."""
         ...
 
-    def check(self, outputs: int) -> None:
-        """Does a model with outputs (N, ``outputs``) fit? Raises DataError if it can't."""
+    def check(self, outputs: int | None) -> None:
+        """Does a model with outputs (N, ``outputs``) fit? None: with others. Raises DataError if it can't."""
 
     def describe(self) -> dict[str, object]:
         """What a manifest says of the task: JSON-able, ``{"task": name, ...}`` and what the data says."""
