@@ -51,7 +51,8 @@ class Net(nn.Module):
         x = self.pool(self.first(self.stem(images)))
         x = self.second(x)
         x = self.pool(x + self.third(x))
-        return self.head(self.fourth(x).mean((2, 3)))
+        logits: Tensor = self.head(self.fourth(x).mean((2, 3)))
+        return logits
 
 
 def model(classes: int = 10, width: int = 64) -> Net:

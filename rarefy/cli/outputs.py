@@ -68,7 +68,7 @@ def save_result(graph: Any, folder: str, source: Any, task: Any, as_json: bool) 
         "options": step["options"],
         "facts": step["facts"],
         "parameters": measure.count_parameters(graph),
-        "macs": measure.count_macs(graph),
+        "macs": count_macs(graph),
         "weight_bytes": measure.weight_bytes(graph),
     }
     if as_json:

@@ -193,7 +193,8 @@ def _through_dct(planes: Tensor, table: tuple[tuple[int, ...], ...], quality: in
     blocks = padded.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)
     kept = (basis @ blocks @ basis.T / steps).round() * steps
     blocks = basis.T @ kept @ basis
-    return blocks.transpose(3, 4).flatten(4, 5).flatten(2, 3)[..., :height, :width]
+    images: Tensor = blocks.transpose(3, 4).flatten(4, 5).flatten(2, 3)[..., :height, :width]
+    return images
 
 
 CORRUPTIONS: dict[str, Corruption] = {

@@ -81,11 +81,11 @@ class Grid:
         if not self.signed:
             return 0
         dropped = 1 if self.symmetric and self.bits == 8 else 0  # of few codes each counts
-        return dropped - 2 ** (self.bits - 1)
+        return dropped - int(2 ** (self.bits - 1))
 
     @property
     def qmax(self) -> int:
-        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+        return int(2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1)
 
     @property
     def levels(self) -> int:

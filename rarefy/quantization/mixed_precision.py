@@ -253,7 +253,8 @@ def _rounded(layer: fx.Node, live: Mapping[fx.Node, Value], grid: formats.Grid, 
     output: Tensor = call(layer, {**live, source: grid.snap(weight / scale) * scale})
     moved = output - live[layer]
     axis = channel_axis(layer, moved)
-    return output - moved.mean([dim for dim in range(moved.dim()) if dim != axis], keepdim=True)
+    mean: Tensor = moved.mean([dim for dim in range(moved.dim()) if dim != axis], keepdim=True)
+    return output - mean
 
 
 def _answers(output: object) -> Tensor:

@@ -112,7 +112,8 @@ class Task(Protocol):
 
     def soft(self, targets: Targets) -> Tensor:
         """Targets as numbers (N, ...) float32, so that those of two images can be blended (mixup)."""
-        return targets.float()
+        numbers: Tensor = targets.float()
+        return numbers
 
     def metric(self) -> Metric:
         """A new metric, that has seen nothing."""

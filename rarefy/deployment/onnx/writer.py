@@ -147,7 +147,8 @@ class Writer:
 
     def same_shape(self, one: fx.Node, other: fx.Node) -> bool:
         """For both batch sizes."""
-        return self.known[one].shape == self.known[other].shape and self.moved[one].shape == self.moved[other].shape
+        known, moved = self.known, self.moved
+        return bool(known[one].shape == known[other].shape and moved[one].shape == moved[other].shape)
 
     def rank(self, node: fx.Node) -> int:
         """Number of axes."""

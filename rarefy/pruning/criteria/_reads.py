@@ -66,7 +66,8 @@ def reads(coupling: Coupling) -> list[Read]:
 
 def _classes_of(coupling: Coupling, node: fx.Node) -> Tensor:
     layers = [layer.reshape(-1) for value in values_in(coupling.values[node]) for layer in value.layers]
-    return torch.cat([torch.zeros(1, dtype=torch.int64), *layers]).unique()
+    classes: Tensor = torch.cat([torch.zeros(1, dtype=torch.int64), *layers]).unique()
+    return classes
 
 
 def run_seen(

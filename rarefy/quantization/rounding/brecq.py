@@ -90,7 +90,8 @@ class Brecq:
                 exact = block.part(block.float_inputs, chosen, block.images)
                 inputs = [x if y is None or not isinstance(x, Tensor) else mix(x, y) for x, y in zip(inputs, exact)]
             (wanted,) = block.part([block.outputs], chosen, block.images)
-            return (_answer(block, inputs, state, mix if dropped else None) - wanted).square().mean() / size
+            error: Tensor = (_answer(block, inputs, state, mix if dropped else None) - wanted).square().mean() / size
+            return error
 
         def moved(codes: Sequence[Tensor]) -> Rounded:
             biases = (

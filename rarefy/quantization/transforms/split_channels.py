@@ -130,7 +130,8 @@ def _dead(graph: fx.GraphModule, maker: fx.Node, largest: Tensor, most: float) -
     """
     offset = attribute(graph, argument(maker, "bias")).detach().double()
     reach = (weight_of(graph, maker).double().abs().flatten(2).sum(2) * largest).sum(1) + offset
-    return (reach < most).nonzero().flatten()
+    dead: Tensor = (reach < most).nonzero().flatten()
+    return dead
 
 
 def _noise(graph: fx.GraphModule, place: Place) -> Tensor:
