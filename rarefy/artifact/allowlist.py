@@ -102,7 +102,7 @@ def function_named(name: str) -> Target:
         raise FormatError(
             f"calls {name}, which torch {torch.__version__} does not have; load with the torch that manifest.json names"
         )
-    overload = getattr(packet, match[3])
+    overload: torch._ops.OpOverload = getattr(packet, match[3])
     if overload._schema.is_mutable:
         raise FormatError(f"calls {name}, which changes its argument")
     return overload

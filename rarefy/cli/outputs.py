@@ -58,6 +58,7 @@ def readable(text: str, option: str) -> str:
 def save_result(graph: Any, folder: str, source: Any, task: Any, as_json: bool) -> None:
     from rarefy.artifact import folder as folder_module
     from rarefy.evaluation import measure
+    from rarefy.graph.macs import count_macs
 
     manifest = {"model": source.text, "weights": source.weights, "task": task.describe() if task is not None else None}
     folder_module.save(graph, folder, manifest=manifest)

@@ -139,7 +139,7 @@ def _image_column(file: str, schema: Any, asked: str | None) -> str:
     import pyarrow.types as kinds
 
     def holds(kind: Any) -> bool:
-        return (
+        return bool(
             kinds.is_binary(kind)
             or kinds.is_large_binary(kind)
             or (kinds.is_struct(kind) and kind.get_field_index("bytes") >= 0)

@@ -92,7 +92,8 @@ def undisturbed(totals: Floats, disturbed: float, least: int) -> NDArray[np.bool
 
     Those that took at most ``disturbed`` times as long as the fastest, and the ``least`` fastest in any case.
     """
-    return totals <= max(disturbed * totals.min(), np.sort(totals)[:least][-1])
+    longest = max(disturbed * float(totals.min()), float(np.sort(totals)[:least][-1]))
+    return np.less_equal(totals, longest)
 
 
 def repeated(run: Callable[[], T], seconds: float) -> list[T]:
@@ -183,9 +184,10 @@ def with_threads(runtime: Runtime | str, threads: int | None = None) -> Runtime:
     chosen = plugins.resolve("runtimes", runtime)
     if threads is not None and threads < 1:
         raise InputError(f"threads={threads}: give at least 1")
-    if not chosen.capabilities.has_threads:
-        return chosen
-    return dataclasses.replace(chosen, threads=threads or chosen.threads or 1)
+    if chosen.capabilities.has_threads:
+        chosen = dataclasses.replace(chosen, threads=threads or chosen.threads or 1)
+    counted: Runtime = chosen
+    return counted
 
 
 def _runs_of_a_sample(model: Call, given: Sequence[Tensor], warmup: int) -> int:

@@ -67,7 +67,8 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         try:
-            return load_file(file)
+            tensors: dict[str, Tensor] = load_file(file)
+            return tensors
         except SafetensorError as error:
             raise FormatError(f"{file}: is no safetensors file ({error}); download or write it again") from error
     try:

@@ -95,4 +95,5 @@ def shares_before(order: np.ndarray, group: np.ndarray) -> np.ndarray:
     """Minus the share of its group that stands before each class in ``order``: a key that compares between groups."""
     rank = np.empty(len(order))
     rank[order] = places(group[order])
-    return -(rank + 0.5) / np.bincount(group)[group]
+    share: np.ndarray = (rank + 0.5) / np.bincount(group)[group]
+    return -share

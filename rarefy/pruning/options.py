@@ -76,7 +76,7 @@ def _are_globs(value: object) -> bool:
 
 
 # What follows the default in an option that both verbs have.
-_SEED = ("The same seed gives the same result.", lambda n: _is_whole(n, 0), "must be a whole number from 0", "N")
+_SEED = ("The same seed gives the same result.", lambda n: _is_whole(n, 0), "must be a whole number from 0", "N", 0)
 _IGNORE = (
     "Layers to leave alone; may be given more than once.",
     _are_globs,
@@ -108,8 +108,8 @@ class Options:
     runtime: Runtime | str = option(
         "onnxruntime", "Where the model will run; see `rarefy list runtimes`.", metavar="NAME"
     )
-    threads: int | None = option(None, "Of the runtime, for --speedup; default 1.", metavar="N")
-    batch: int = option(1, "Samples a run, for --speedup.", metavar="N")
+    threads: int | None = option(None, "Of the runtime, for --speedup; default 1.", metavar="N", least=1)
+    batch: int = option(1, "Samples a run, for --speedup.", metavar="N", least=1)
     criterion: Criterion | str = option(
         "magnitude", "What a channel is worth; see `rarefy list criteria`.", metavar="CHOICE"
     )
@@ -127,6 +127,7 @@ class Options:
         lambda n: _is_whole(n, 1),
         "must be a whole number from 1",
         "N",
+        1,
     )
     floor: float = option(
         0.1,

@@ -343,7 +343,7 @@ def _peak(graph: fx.GraphModule) -> int:
     *nodes, output = graph.graph.nodes
     live = {node: sizes[node] for node in nodes if node.op == "placeholder"}
     running = steps(graph, nodes, live, lambda node, _: sizes[node], output.all_input_nodes)
-    return max(
+    peak: int = max(
         sum(
             item.numel() * item.element_size()
             for node, value in live.items()
@@ -352,6 +352,7 @@ def _peak(graph: fx.GraphModule) -> int:
         )
         for _ in running
     )
+    return peak
 
 
 def _batches(

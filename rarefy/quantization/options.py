@@ -23,8 +23,8 @@ GATES = (None, "latency")
 class Options:
     """What ``quantize`` is asked for, beside a model and its images: its keyword arguments, which its record tells."""
 
-    images: int = option(128, "Images to calibrate on; they need no labels.", lambda n: n >= 1, "at least 1", "N")
-    batch_size: int = option(16, "Images at a time.", lambda n: n >= 1, "at least 1", "N")
+    images: int = option(128, "Images to calibrate on; they need no labels.", lambda n: n >= 1, "at least 1", "N", 1)
+    batch_size: int = option(16, "Images at a time.", lambda n: n >= 1, "at least 1", "N", 1)
     weights: str | Format | Mapping[str, str] | Mixed = option(
         "int8",
         "int8, int4, int4:group=32, mixed:bits=4, ...; by layer: 'int4;stem.*=int8;head=float', "
@@ -67,5 +67,5 @@ class Options:
         "latency, or none",
         "latency",
     )
-    seed: int = option(0, "The same seed gives the same result.", lambda n: n >= 0, "at least 0", "N")
+    seed: int = option(0, "The same seed gives the same result.", lambda n: n >= 0, "at least 0", "N", 0)
     progress: bool = option(True, "Show how far it is.")

@@ -139,7 +139,8 @@ class Writer:
 
     def dtype(self, node: fx.Node) -> torch.dtype:
         """Of what the node yields."""
-        return self.known[node].dtype
+        dtype: torch.dtype = self.known[node].dtype
+        return dtype
 
     def shape(self, node: fx.Node) -> list[int | None]:
         """None where a size moves with the batch."""

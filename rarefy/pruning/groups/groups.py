@@ -92,7 +92,8 @@ class ClassScores:
         self.members[present] += 1
 
     def reduced(self) -> Tensor:
-        return self.total / self.members.clamp_min(1) if self.reduce == "mean" else self.total
+        mean: Tensor = self.total / self.members.clamp_min(1)
+        return mean if self.reduce == "mean" else self.total
 
 
 @dataclass(frozen=True, eq=False)

@@ -74,5 +74,5 @@ def _squares(node: fx.Node, live: Mapping[fx.Node, Value]) -> Tensor:
     given = dict(live)
     given[inputs] = live[inputs].square()
     given[weight] = torch.zeros_like(live[weight]).requires_grad_()
-    (squares,) = torch.autograd.grad(call(node, given).sum(), given[weight])
+    squares: Tensor = torch.autograd.grad(call(node, given).sum(), given[weight])[0]
     return squares

@@ -136,6 +136,7 @@ def inverse_factor(gram: Tensor) -> Tensor:
     for damping in (_DAMPING, 10 * _DAMPING, 1.0, 100.0):
         lower, failed = torch.linalg.cholesky_ex(gram + damping * level * eye)
         if not bool(failed.any()):
+            upper: Tensor
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not bool(failed.any()):
                 return upper
