@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from networks import ConvNormLinear
 from safetensors import safe_open
 from torch import nn
 
@@ -34,20 +35,9 @@ FAMILIES = {
 }
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(1, 2, 3)
-        self.norm = nn.BatchNorm2d(2)
-        self.linear = nn.Linear(2, 3)
-
-    def forward(self, x):
-        return self.linear(self.norm(self.conv(x)).relu().mean((2, 3)))
-
-
 def small(seed=0):
     torch.manual_seed(seed)
-    return capture(Net(), torch.zeros(2, 1, 5, 5))
+    return capture(ConvNormLinear(), torch.zeros(2, 1, 5, 5))
 
 
 def with_codes(bits, dtype=torch.int8):
@@ -294,8 +284,8 @@ def test_a_graph_that_can_not_be_saved_has_no_content():
     graph.meta["note"] = object()
     with pytest.raises(InputError, match="graph.meta.note: a value of type object is not JSON"):
         folder_.content_of(graph)
-    with pytest.raises(InputError, match="^a Net is not a graph; capture\\(\\) it first$"):
-        folder_.content_of(Net())
+    with pytest.raises(InputError, match="^a ConvNormLinear is not a graph; capture\\(\\) it first$"):
+        folder_.content_of(ConvNormLinear())
 
 
 def test_golden_bytes(tmp_path):
@@ -505,7 +495,7 @@ def test_a_folder_that_is_none(tmp_path):
 
 def test_a_module_is_not_a_graph(tmp_path):
     with pytest.raises(InputError, match=r"Net is not a graph; capture\(\) it first"):
-        folder_.save(Net(), tmp_path / "model")
+        folder_.save(ConvNormLinear(), tmp_path / "model")
 
 
 def test_what_load_would_refuse_is_not_saved(tmp_path):

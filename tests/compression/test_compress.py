@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from digits import digits
 from torch import fx
 
 from rarefy import demo
@@ -28,10 +29,6 @@ from rarefy.tasks.metrics.accuracy import doubts
 
 QUICK = [{"do": "prune", "macs": 0.6, "round_to": 8}, {"do": "distill", "epochs": 2, "batch_size": 64}]
 BUDGET = Budget(max_drop=0.2, size=10**6)
-
-
-def digits() -> Classification:
-    return Classification(train="sklearn:digits", val="sklearn:digits", augment="none")
 
 
 def untrained(width: int = 16) -> fx.GraphModule:

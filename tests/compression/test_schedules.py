@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from digits import digits
+from networks import PooledResidual
 from test_students import Residual as Blocks
 from torch import Tensor, fx, nn
 
@@ -43,28 +45,11 @@ ITERATIVE = f"iterative:rounds=3,{OPTIONS}"
 GROUP_SPARSE = "group_sparse:epochs=2,batch_size=96,lr=0.05,reg=0.01"
 
 
-class Residual(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.norm = nn.Conv2d(1, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
-        self.one, self.two = nn.Conv2d(12, 16, 3, stride=2, padding=1), nn.Conv2d(16, 12, 1)
-        self.skip = nn.AvgPool2d(2)
-        self.out = nn.Linear(12, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(self.stem(x)).relu()
-        return self.out((self.skip(y) + self.two(self.one(y).relu())).relu().mean((2, 3)))
-
-
 @functools.cache
-def digits() -> Classification:
-    return Classification(train="sklearn:digits", val="sklearn:digits", augment="none")
-
-
 @functools.cache
 def net() -> fx.GraphModule:
     torch.manual_seed(2)
-    graph = capture(Residual(), torch.zeros(2, 1, 8, 8))
+    graph = capture(PooledResidual(), torch.zeros(2, 1, 8, 8))
     return train(graph, digits(), epochs=6, batch_size=64, lr=0.1, validate_every=0, progress=False)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from networks import DenselyConnected, Encoders
 from torch import Tensor, fx, nn
 
 from rarefy import plugins
@@ -57,38 +58,6 @@ class Residual(nn.Module):
         return self.head(self.two(self.down(self.one(self.stem(x)))).mean((2, 3)))
 
 
-class Transformer(nn.Module):
-    """Tokens through three pre-norm (or post-norm) blocks."""
-
-    def __init__(self, post: bool = False):
-        super().__init__()
-        self.embed = nn.Conv2d(1, 16, 2, 2)
-        self.layers = nn.Sequential(
-            *(
-                nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=not post)
-                for _ in range(3)
-            )
-        )
-        self.head = nn.Linear(16, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.layers(self.embed(x).flatten(2).transpose(1, 2)).mean(1))
-
-
-class Dense(nn.Module):
-    """Every layer adds channels: no block can leave."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Conv2d(1 + 4 * index, 4, 3, padding=1) for index in range(3))
-        self.head = nn.Linear(13, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = torch.cat((x, layer(x).relu()), 1)
-        return self.head(x.mean((2, 3)))
-
-
 def graph_of(model: nn.Module) -> fx.GraphModule:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):  # as after some training
@@ -100,10 +69,6 @@ def graph_of(model: nn.Module) -> fx.GraphModule:
 
 
 @pytest.fixture(scope="module")
-def digits() -> Classification:
-    return Classification(train="sklearn:digits", val="sklearn:digits", augment="crop=1")
-
-
 def state(graph: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in graph.state_dict().items()}
 
@@ -170,8 +135,8 @@ class Mine:
 @pytest.mark.parametrize(("model", "names"), [
     (Residual(), ["one.0", "one.1", "one.2", "two.0", "two.1", "two.2"]),
     (Residual(gated=True), ["one.0", "one.1", "one.2", "two.0", "two.1", "two.2"]),  # the gate is no block of its own
-    (Transformer(), ["layers.0", "layers.1", "layers.2"]),  # attention and MLP leave together
-    (Transformer(post=True), ["layers.0", "layers.1", "layers.2"]),
+    (Encoders(), ["layers.0", "layers.1", "layers.2"]),  # attention and MLP leave together
+    (Encoders(post=True), ["layers.0", "layers.1", "layers.2"]),
 ])  # fmt: skip
 def test_blocks_are_the_authors_own(model: nn.Module, names: list[str]) -> None:
     graph = graph_of(model)
@@ -232,7 +197,7 @@ def test_evenly_chosen_blocks_are_spread(count: int) -> None:
 
 def test_depth_says_where_it_can_do_nothing(digits: Classification) -> None:
     with pytest.raises(InputError, match="no block can leave; choose width"):
-        student_of("depth", graph_of(Dense()), task=digits)
+        student_of("depth", graph_of(DenselyConnected()), task=digits)
     with pytest.raises(InputError, match="pass task=, or choose=even"):
         student_of("depth", graph_of(Residual()))
     for wrong in ("depth:keep=0", "depth:keep=1.5", "depth:choose=odd", "depth:images=0", "depth:depth=3"):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import OfParameters
 from torch import Tensor, nn
 
 from rarefy import capture
@@ -23,37 +24,24 @@ runtime = pytest.importorskip("onnxruntime")
 PLANE, TOKENS = (6, 9, 7), (10, 12)  # (channels, height, width), (positions, width)
 
 
-class Of(nn.Module):
-    """A function of the input and of a few parameters (a: vectors of the channels; w: a matrix)."""
-
-    def __init__(self, function: Callable[..., Tensor], shape: tuple[int, ...]):
-        super().__init__()
-        self.function = function
-        self.a, self.b = nn.Parameter(torch.randn(shape[0])), nn.Parameter(torch.rand(shape[0]))
-        self.w = nn.Parameter(torch.randn(shape[-1], shape[-1]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x, self)
-
-
-def pooled(x: Tensor, m: Of) -> Tensor:
+def pooled(x: Tensor, m: OfParameters) -> Tensor:
     return F.adaptive_avg_pool2d(x, (4, 3)) + F.adaptive_avg_pool2d(x, (1, 1))
 
 
-def scattered(x: Tensor, m: Of) -> Tensor:
+def scattered(x: Tensor, m: OfParameters) -> Tensor:
     x = x.clone()
     x[:, 2:4] = x[:, :2] * 2
     x[:, -1] = 0.0
     return x
 
 
-def table(x: Tensor, m: Of) -> Tensor:
+def table(x: Tensor, m: OfParameters) -> Tensor:
     """A table of relative positions, gathered by two indices, from parameters alone."""
     rows, columns = torch.meshgrid(torch.arange(3), torch.arange(4), indexing="ij")
     return x[:, :3, :4] + m.w[rows, columns]
 
 
-def attention(x: Tensor, m: Of) -> Tensor:
+def attention(x: Tensor, m: OfParameters) -> Tensor:
     queries, keys, values = F.linear(x, m.w).reshape(x.shape[0], 10, 3, 2, 2).permute(2, 0, 3, 1, 4).unbind(0)
     mask = torch.ones(10, 10, dtype=torch.bool).tril(2)
     together = F.scaled_dot_product_attention(queries, keys, values, mask) + F.scaled_dot_product_attention(
@@ -62,19 +50,19 @@ def attention(x: Tensor, m: Of) -> Tensor:
     return together.transpose(1, 2).flatten(2)
 
 
-def with_token(x: Tensor, m: Of) -> Tensor:
+def with_token(x: Tensor, m: OfParameters) -> Tensor:
     token = m.w[:1, :].expand(x.shape[0], 1, -1)
     return torch.cat([token, x], 1)[:, 0] + x.new_zeros(x.shape[0], 1)
 
 
-def windows(x: Tensor, m: Of) -> Tensor:
+def windows(x: Tensor, m: OfParameters) -> Tensor:
     x = torch.roll(F.pad(x, (0, 1, 0, 1))[:, :, :8, :8], (-1, 2), (2, 3))
     batch, channels = x.shape[:2]
     x = x.view(batch, channels, 2, 4, 2, 4).permute(0, 2, 4, 3, 5, 1).reshape(-1, 16, channels)
     return x.softmax(1).view(batch, 2, 2, 16 * channels)
 
 
-ON_PLANES: dict[str, Callable[[Tensor, Of], Tensor]] = {
+ON_PLANES: dict[str, Callable[[Tensor, OfParameters], Tensor]] = {
     "arithmetic": lambda x, m: torch.add(x, x.exp(), alpha=0.5) / (1 - x.abs()) - 2 * x.square().sqrt(),
     "comparison": lambda x, m: torch.where(x > 0, x, -1.0) + (x <= 0.5).float() + x.masked_fill(x == 0, 3.0),
     "clips": lambda x, m: F.relu6(4 * x) + F.hardtanh(x) + x.clamp(min=-0.5) + x.clamp_min(0.1) + x.clamp(max=0.7),
@@ -126,7 +114,7 @@ ON_PLANES: dict[str, Callable[[Tensor, Of], Tensor]] = {
     "ordered": lambda x, m: x.topk(3, 1)[0] + x.cumsum(1)[:, :3] + x.argmax(1, keepdim=True),
     "sampled": lambda x, m: F.grid_sample(x, x[:, :2].permute(0, 2, 3, 1).tanh(), align_corners=False),
 }
-ON_TOKENS: dict[str, Callable[[Tensor, Of], Tensor]] = {
+ON_TOKENS: dict[str, Callable[[Tensor, OfParameters], Tensor]] = {
     "attention": attention,
     "with_token": with_token,
     "table": table,
@@ -173,7 +161,7 @@ def ran(model: nn.Module, shape: tuple[int, ...]) -> tuple[list[Tensor], list[Te
 
 @pytest.mark.parametrize(("name", "shape", "case"), CASES, ids=[f"{case[0]}-{len(case[1])}d" for case in CASES])
 def test_an_operator_is_the_same_in_onnx(name: str, shape: tuple[int, ...], case: Callable[..., Tensor]) -> None:
-    found, exact = ran(Of(case, shape), shape)
+    found, exact = ran(OfParameters(case, shape), shape)
     assert found[0].shape == exact[0].shape and found[0].dtype == exact[0].dtype
     assert torch.allclose(found[0], exact[0], rtol=1e-4, atol=2e-5)
 
@@ -220,7 +208,7 @@ def test_several_outputs_and_one_that_is_the_input() -> None:
 def test_an_operator_without_a_row_goes_through_torchs_exporter(tmp_path) -> None:
     pytest.importorskip("onnxscript")
     assert torch.ops.aten.atan.default not in ROWS
-    graph = capture(Of(lambda x, m: torch.atan(x), TOKENS), torch.randn(2, *TOKENS))
+    graph = capture(OfParameters(lambda x, m: torch.atan(x), TOKENS), torch.randn(2, *TOKENS))
     with pytest.raises(Untranslated, match="atan"):
         onnx_model(onnx, graph)
     x = torch.randn(5, *TOKENS)

@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+from networks import TokenStages, TwoStages
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -405,73 +406,23 @@ def test_defaults_are_those_of_the_papers() -> None:
 # -- where features are found
 
 
-class Residual(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.one, self.norm, self.two = (
-            nn.Conv2d(channels, channels, 3, padding=1),
-            nn.BatchNorm2d(channels),
-            nn.Conv2d(channels, channels, 3, padding=1),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x + self.two(self.norm(self.one(x)).relu())).relu()
-
-
-class Net(nn.Module):
-    """Normalises its input, then two stages of residual blocks."""
-
-    def __init__(self, width: int, blocks: int):
-        super().__init__()
-        self.register_buffer("mean", torch.full((1, 3, 1, 1), 0.5))
-        self.stem = nn.Conv2d(3, width, 3, padding=1)
-        self.first = nn.Sequential(*(Residual(width) for _ in range(blocks)))
-        self.down = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
-        self.side = nn.Conv2d(width, 2 * width, 1, stride=2)
-        self.second = nn.Sequential(*(Residual(2 * width) for _ in range(blocks)))
-        self.drop, self.head = nn.Dropout(0.5), nn.Linear(2 * width, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(self.stem(x - self.mean))
-        x = self.second(self.down(x.relu()) + self.side(x))
-        return self.head(self.drop(x.mean((2, 3))))
-
-
-class Tokens(nn.Module):
-    """A tiny transformer: one resolution."""
-
-    def __init__(self, depth: int):
-        super().__init__()
-        self.embed = nn.Conv2d(3, 8, 4, stride=4)
-        self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True) for _ in range(depth)
-        )
-        self.head = nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x).flatten(2).transpose(1, 2)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x[:, 0])
-
-
 def test_stages_end_where_no_path_goes_around() -> None:
-    graph = capture(Net(4, 2), torch.zeros(2, 3, 12, 12))
-    pairs = matched(graph, capture(Net(6, 3), torch.zeros(2, 3, 12, 12)), "stages")
+    graph = capture(TwoStages(4, 2), torch.zeros(2, 3, 12, 12))
+    pairs = matched(graph, capture(TwoStages(6, 3), torch.zeros(2, 3, 12, 12)), "stages")
     assert [(a.shape, b.shape) for a, b in pairs] == [((4, 12, 12), (6, 12, 12)), ((8, 6, 6), (12, 6, 6))]
     assert [a.node.meta["stack"] for a, _ in pairs] == ["first.1", "second.1"]
     assert all("sub" not in str(tap.node.target) for tap in cuts(graph))  # the input's normalisation is no feature
 
 
 def test_embedding_is_what_the_classifier_reads_before_dropout() -> None:
-    graph = capture(Net(4, 1), torch.zeros(2, 3, 12, 12))
+    graph = capture(TwoStages(4, 1), torch.zeros(2, 3, 12, 12))
     ((ours, _),) = matched(graph, graph, "embedding")
     assert ours.shape == (8,)
     assert "dropout" not in str(ours.node.target)
 
 
 def test_networks_of_one_resolution_are_matched_by_depth() -> None:
-    few, many = (capture(Tokens(depth), torch.zeros(2, 3, 16, 16)) for depth in (4, 8))
+    few, many = (capture(TokenStages(depth), torch.zeros(2, 3, 16, 16)) for depth in (4, 8))
     pairs = matched(few, many, "stages")
     assert [a.shape for a, _ in pairs] == [(8, 16)] * 4
     order = {node: index for index, node in enumerate(few.graph.nodes)}
@@ -480,7 +431,7 @@ def test_networks_of_one_resolution_are_matched_by_depth() -> None:
 
 
 def test_names_of_nodes_and_modules() -> None:
-    graph = capture(Net(4, 2), torch.zeros(2, 3, 12, 12))
+    graph = capture(TwoStages(4, 2), torch.zeros(2, 3, 12, 12))
     ((ours, theirs),) = matched(graph, graph, "first=first.1")
     assert ours.node is theirs.node
     ((by_node, _),) = matched(graph, graph, ours.node.name)
@@ -490,13 +441,16 @@ def test_names_of_nodes_and_modules() -> None:
 
 
 def test_no_common_resolution_says_so() -> None:
-    small, large = capture(Net(4, 1), torch.zeros(2, 3, 12, 12)), capture(Net(4, 1), torch.zeros(2, 3, 20, 20))
+    small, large = (
+        capture(TwoStages(4, 1), torch.zeros(2, 3, 12, 12)),
+        capture(TwoStages(4, 1), torch.zeros(2, 3, 20, 20)),
+    )
     with pytest.raises(InputError, match=r"12x12/6x6 and 20x20/10x10"):
         matched(small, large, "stages")
 
 
 def test_taps_share_the_tensors_and_change_no_bit() -> None:
-    graph = capture(Net(4, 2), torch.zeros(2, 3, 12, 12)).train()
+    graph = capture(TwoStages(4, 2), torch.zeros(2, 3, 12, 12)).train()
     graph.drop = nn.Module()
     taps = [a for a, _ in matched(graph.eval(), graph, "stages")]
     with_taps = tapped(graph, taps)
@@ -514,7 +468,7 @@ def test_taps_share_the_tensors_and_change_no_bit() -> None:
 
 
 def test_features_are_channels_first() -> None:
-    graph = capture(Tokens(2), torch.zeros(2, 3, 16, 16))
+    graph = capture(TokenStages(2), torch.zeros(2, 3, 16, 16))
     taps = [a for a, _ in matched(graph, graph, "stages")]
     _, values = tapped(graph, taps)(torch.randn(3, 3, 16, 16))
     assert [tuple(one.shape) for one in values] == [(3, 8, 16)] * 4

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from networks import GateOnTwoGrids
 from torch import nn
 
 from rarefy import distill, plugins
@@ -20,26 +21,6 @@ from rarefy.quantization.quantize import quantize
 from rarefy.tasks.classification import Classification
 
 
-class Net(nn.Module):
-    """A gate read on two grids, an addition, a concatenation, codes that are padded and pooled, a layer that narrow
-    files widen.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.Hardswish())
-        self.left = nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
-        self.right = nn.Conv2d(16, 16, 3, padding=1, groups=4)
-        self.head = nn.Linear(96, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.stem(x)
-        y = self.left(x)
-        z = (self.right(y) + nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4))).relu()
-        z = torch.cat([z, nn.functional.max_pool2d(x, 2)], 1)
-        return self.head(nn.functional.avg_pool2d(z, 2).flatten(1))
-
-
 @pytest.fixture(scope="module")
 def task() -> Classification:
     return Classification(train="sklearn:digits", val="sklearn:digits")
@@ -49,7 +30,7 @@ def task() -> Classification:
 def teacher(task: Classification):
     torch.manual_seed(0)
     return train(
-        capture(Net(), torch.zeros(2, 1, 8, 8)),
+        capture(GateOnTwoGrids(), torch.zeros(2, 1, 8, 8)),
         task,
         steps=200,
         batch_size=64,

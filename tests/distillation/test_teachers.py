@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from networks import DepthwiseWithToken
 from torch import nn
 
 from rarefy.distillation.teachers import frozen
@@ -10,24 +11,9 @@ from rarefy.graph.capture import capture
 from rarefy.graph.features import cuts, tapped
 
 
-class Small(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm, self.depthwise = (
-            nn.Conv2d(3, 8, 3, bias=False),
-            nn.BatchNorm2d(8),
-            nn.Conv2d(8, 8, 3, groups=8),
-        )
-        self.token, self.mix, self.head = nn.Parameter(torch.randn(8, 4, 4)), nn.LayerNorm(8), nn.Linear(8, 5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.depthwise(self.norm(self.conv(x)).relu()) + self.token
-        return self.head(self.mix(x.mean((2, 3))))
-
-
 def made() -> nn.Module:
     torch.manual_seed(0)
-    model = Small()
+    model = DepthwiseWithToken()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_()

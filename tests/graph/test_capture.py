@@ -6,20 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from networks import BehindLayer
 from torch import Tensor, nn
 
 from rarefy.errors import CaptureError
 from rarefy.graph.capture import capture
 from rarefy.graph.nodes import operator_name
-
-
-class Do(nn.Module):
-    def __init__(self, step: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.step, self.layer = step, nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.step(self.layer(x))
 
 
 def changed_and_read(x: Tensor) -> Tensor:
@@ -42,7 +34,7 @@ def copied_into(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("step", [changed_and_read, written_to_a_slice_of_a_slice, copied_into, torch.relu_])
 def test_a_change_in_place_is_a_value_of_its_own(step: Callable[[Tensor], Tensor]) -> None:
-    model = Do(step)
+    model = BehindLayer(step)
     graph = capture(model, torch.randn(2, 4))
     x = torch.randn(5, 4)
     assert torch.equal(graph(x), model(x))
@@ -57,7 +49,7 @@ def test_a_change_through_a_view_that_can_not_be_written_back_names_the_layer() 
         return y
 
     with pytest.raises(CaptureError, match="mul_.* changes a tensor through aten.view.default, and it is read later"):
-        capture(Do(step), torch.randn(2, 4))
+        capture(BehindLayer(step), torch.randn(2, 4))
 
 
 @pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from networks import WithParts
+from torch import Tensor, fx
 from torch.nn import functional as F
 
 import rarefy.kernels  # noqa: F401  registers torch.ops.rarefy
@@ -18,25 +19,9 @@ from rarefy.graph.nodes import operator_name
 aten = torch.ops.aten
 
 
-class Do(nn.Module):
-    """A step with a parameter, a buffer and three layers at hand."""
-
-    def __init__(self, step: Callable[[Do, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.step, self.table = step, nn.Parameter(torch.randn(6, 4, 3, 3))
-        self.register_buffer("mask", torch.randn(6) > 0)
-        self.conv, self.norm, self.other = nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.BatchNorm2d(6, affine=False)
-        for norm in (self.norm, self.other):
-            norm.running_mean.normal_()
-            norm.running_var.uniform_(0.5, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.step(self, x)
-
-
-def graph_of(step: Callable[[Do, Tensor], Tensor]) -> tuple[fx.GraphModule, Tensor]:
+def graph_of(step: Callable[[WithParts, Tensor], Tensor]) -> tuple[fx.GraphModule, Tensor]:
     torch.manual_seed(0)
-    return capture(Do(step).eval(), torch.randn(2, 4, 6, 6)), torch.randn(3, 4, 6, 6)
+    return capture(WithParts(step).eval(), torch.randn(2, 4, 6, 6)), torch.randn(3, 4, 6, 6)
 
 
 def operators(graph: fx.GraphModule) -> list[str]:
@@ -44,7 +29,7 @@ def operators(graph: fx.GraphModule) -> list[str]:
 
 
 def test_what_follows_from_parameters_is_stored_once_and_the_rest_is_shared() -> None:
-    def step(model: Do, x: Tensor) -> Tensor:
+    def step(model: WithParts, x: Tensor) -> Tensor:
         weight = model.table - model.table.mean((1, 2, 3), keepdim=True)  # two readers, both constant
         return F.conv2d(x, weight / weight.std()) + F.conv2d(x, weight)
 
@@ -85,7 +70,7 @@ def test_what_is_drawn_or_comes_of_codes_is_not_stored() -> None:
         (lambda model, x: F.dropout(model.conv(x).detach(), 0.5, model.training), ["conv2d"]),
     ],
 )  # fmt: skip
-def test_batch_norm_goes_into_the_layer_before_it(step: Callable[[Do, Tensor], Tensor], left: list[str]) -> None:
+def test_batch_norm_goes_into_the_layer_before_it(step: Callable[[WithParts, Tensor], Tensor], left: list[str]) -> None:
     graph, x = graph_of(step)
     state = {name: value.clone() for name, value in graph.state_dict().items()}
     folded = fold(graph)
@@ -128,7 +113,9 @@ def test_layers_that_batch_norm_alone_reads_are_named() -> None:
         (lambda model, x: F.scaled_dot_product_attention(x, x, x, is_causal=True), ["scaled_dot_product_attention"]),
     ],
 )  # fmt: skip
-def test_one_form_for_what_can_be_written_in_several(step: Callable[[Do, Tensor], Tensor], left: list[str]) -> None:
+def test_one_form_for_what_can_be_written_in_several(
+    step: Callable[[WithParts, Tensor], Tensor], left: list[str]
+) -> None:
     graph, x = graph_of(step)
     simple = simplify(graph)
     assert operators(simple) == left

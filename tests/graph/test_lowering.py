@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import fx, nn
+from networks import Pools
+from torch import fx
 
 from rarefy.artifact.folder import content_hash, save
 from rarefy.distillation.qat import to_trainable
@@ -12,19 +13,6 @@ from rarefy.graph.capture import capture
 from rarefy.graph.lowering import to_integers, to_numbers
 from rarefy.graph.nodes import operator_name
 from rarefy.quantization.quantize import quantize
-
-
-class Pools(nn.Module):
-    """Layers whose sums are rounded, one padded, averages over windows and the plane, a sum, numbers at last."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = nn.functional.avg_pool2d(self.a(x).relu(), 2)
-        y = nn.functional.pad(self.b(x).relu(), (2, 0, 2, 0))
-        return self.c((x + y).mean((2, 3)))
 
 
 @pytest.fixture(scope="module")

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from networks import Stepwise
+from torch import nn
 from torch.nn import functional as F
 
 from rarefy.graph.capture import capture
 from rarefy.graph.macs import count_macs, count_parameters, einsum_letters
-
-
-class Do(nn.Module):
-    def __init__(self, step: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.step = step
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.step(x)
 
 
 @pytest.mark.parametrize(
@@ -30,13 +21,13 @@ class Do(nn.Module):
         (nn.ConvTranspose2d(6, 8, 3, stride=2, groups=2), (6, 4, 5), 6 * 4 * 5 * (4 * 3 * 3)),
         (nn.Conv1d(4, 6, 3), (4, 10), 6 * 8 * (4 * 3)),
         (nn.Linear(5, 3), (7, 5), 7 * 3 * 5),
-        (Do(lambda x: x @ x.mT), (4, 5), 4 * 4 * 5),
-        (Do(lambda x: torch.einsum("bij,jk->bik", x, torch.ones(5, 7))), (4, 5), 4 * 5 * 7),
+        (Stepwise(lambda x: x @ x.mT), (4, 5), 4 * 4 * 5),
+        (Stepwise(lambda x: torch.einsum("bij,jk->bik", x, torch.ones(5, 7))), (4, 5), 4 * 5 * 7),
         # "..." is a batch axis on the left only, and two axes of it
-        (Do(lambda x: torch.einsum("...ij,jk->...ik", x, torch.ones(5, 7))), (2, 3, 4, 5), 2 * 3 * 4 * 5 * 7),
-        (Do(lambda x: torch.einsum("bi,bi->b", x, x)), (4,), 4),
-        (Do(lambda x: F.scaled_dot_product_attention(x, x[..., :3, :], x[..., :3, :2])), (2, 6, 4), 2 * 6 * 3 * 6),
-        (Do(lambda x: torch.relu(x + 1).mean(1)), (4, 4), 0),
+        (Stepwise(lambda x: torch.einsum("...ij,jk->...ik", x, torch.ones(5, 7))), (2, 3, 4, 5), 2 * 3 * 4 * 5 * 7),
+        (Stepwise(lambda x: torch.einsum("bi,bi->b", x, x)), (4,), 4),
+        (Stepwise(lambda x: F.scaled_dot_product_attention(x, x[..., :3, :], x[..., :3, :2])), (2, 6, 4), 2 * 6 * 3 * 6),
+        (Stepwise(lambda x: torch.relu(x + 1).mean(1)), (4, 4), 0),
     ],
 )  # fmt: skip
 def test_the_macs_of_one_sample(model: nn.Module, shape: tuple[int, ...], macs: int) -> None:

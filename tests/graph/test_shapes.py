@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from networks import Creates
+from torch import Tensor
 
 from rarefy.graph.capture import capture
 from rarefy.graph.interpreter import values
@@ -55,20 +56,6 @@ def test_as_the_operator_says(operator: Any, arguments: tuple[Any, ...]) -> None
 def test_what_is_not_plain_is_left_to_the_operator(operator: Any, arguments: tuple[Any, ...]) -> None:
     assert isinstance(operator(*arguments), Tensor)
     assert _SHAPES[operator](*arguments) is None
-
-
-class Creates(nn.Module):
-    """Tensors made of nothing, on a device and of a type that the trace names; sizes, lists and numbers as values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = self.norm(self.conv(x)).relu()
-        y = y + torch.arange(y.shape[-1]).to(torch.float32) * torch.ones(1, 1, 1, 1) + torch.zeros_like(y)
-        first, second = y.chunk(2, 1)
-        return (first * second).flatten(1), torch.full((2,), 3.0).expand(x.shape[0], 2).long()
 
 
 def test_every_value_has_the_shape_and_type_that_it_has_when_the_graph_runs() -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from networks import ChunkedAttention, UnboundAttention
+from torch import Tensor, fx
 
 from rarefy import plugins
 from rarefy.artifact import folder
@@ -26,42 +27,12 @@ aten = torch.ops.aten
 PRODUCT = torch.ops.rarefy.matmul.default
 
 
-class Unbound(nn.Module):
-    """Queries, keys and values as timm cuts them; one operator of attention, with a mask that is added."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
-        self.register_buffer("mask", torch.linspace(-1, 0, 6 * 6).view(1, 1, 6, 6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind(0)
-        answer: Tensor = self.out(
-            nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.mask).transpose(1, 2).flatten(2)
-        )
-        return answer
-
-
-class Chunked(nn.Module):
-    """The three are parts of one tensor, and the products are written out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (part.unflatten(2, (2, 8)).transpose(1, 2) for part in self.qkv(x).chunk(3, 2))
-        attention = ((q @ k.transpose(-2, -1)) * 8**-0.5).softmax(-1)
-        answer: Tensor = self.out((attention @ v).transpose(1, 2).flatten(2))
-        return answer
-
-
 @pytest.fixture(scope="module")
 def batches() -> list[Tensor]:
     return list(torch.randn(64, 6, 16, generator=torch.Generator().manual_seed(0)).split(16))
 
 
-@pytest.fixture(scope="module", params=[Unbound, Chunked])
+@pytest.fixture(scope="module", params=[UnboundAttention, ChunkedAttention])
 def graph(request: pytest.FixtureRequest, batches: list[Tensor]) -> fx.GraphModule:
     torch.manual_seed(0)
     return capture(request.param().eval(), batches[0])

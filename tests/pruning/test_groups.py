@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import FusedAttention, GroupedQueries, Multihead, Sorted, VitTokens, WeightNormed, Wired
 from torch import Tensor, nn
 
 from rarefy.errors import InputError
@@ -14,19 +15,6 @@ from rarefy.graph.nodes import attribute, set_attribute
 from rarefy.pruning.groups.equivalence import check
 from rarefy.pruning.groups.groups import Coupling, couple
 from rarefy.pruning.groups.slicing import cut
-
-
-class Net(nn.Module):
-    """A network from its layers and a function of (self, x)."""
-
-    def __init__(self, forward, **layers):  # type: ignore[no-untyped-def]
-        super().__init__()
-        self.function = forward
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.function(self, *inputs)
 
 
 def coupled(net: nn.Module, *inputs: Tensor, heads: str = "dims") -> Coupling:
@@ -98,7 +86,7 @@ def test_residual_add_ties_both_branches() -> None:
         x = s.stem(x)
         return s.head(F.relu(s.b(F.relu(s.a(x)))) + x)
 
-    found = coupled(Net(forward, stem=conv(3, 6), a=conv(6, 5), b=conv(5, 6), head=conv(6, 2)), IMAGE)
+    found = coupled(Wired(forward, stem=conv(3, 6), a=conv(6, 5), b=conv(5, 6), head=conv(6, 2)), IMAGE)
     stream = classes(found, "stem.weight", 0)
     assert stream == classes(found, "b.weight", 0) == classes(found, "head.weight", 1) == classes(found, "a.weight", 1)
     assert not set(classes(found, "a.weight", 0)) & set(classes(found, "stem.weight", 0))
@@ -110,7 +98,7 @@ def test_squeeze_excite() -> None:
         x = s.stem(x)
         return s.head(x * torch.sigmoid(s.up(F.relu(s.down(x.mean((2, 3), keepdim=True))))))
 
-    found = coupled(Net(forward, stem=conv(3, 8), down=conv(8, 4, 1), up=conv(4, 8, 1), head=conv(8, 2)), IMAGE)
+    found = coupled(Wired(forward, stem=conv(3, 8), down=conv(8, 4, 1), up=conv(4, 8, 1), head=conv(8, 2)), IMAGE)
     assert classes(found, "stem.weight", 0) == classes(found, "up.weight", 0) == classes(found, "down.weight", 1)
     assert len(set(classes(found, "down.weight", 0))) == 4
     cut_half(found)
@@ -118,7 +106,8 @@ def test_squeeze_excite() -> None:
 
 def test_cat_keeps_parts_apart() -> None:
     found = coupled(
-        Net(lambda s, x: s.head(torch.cat((s.a(x), s.b(x), x), 1)), a=conv(3, 4), b=conv(3, 5), head=conv(12, 2)), IMAGE
+        Wired(lambda s, x: s.head(torch.cat((s.a(x), s.b(x), x), 1)), a=conv(3, 4), b=conv(3, 5), head=conv(12, 2)),
+        IMAGE,
     )
     assert classes(found, "head.weight", 1) == classes(found, "a.weight", 0) + classes(found, "b.weight", 0) + [0, 0, 0]
     cut_half(found)
@@ -135,7 +124,7 @@ def test_two_axes_flattened_into_one_keep_one_of_them() -> None:
     def forward(s: nn.Module, x: Tensor) -> Tensor:
         return s.head((s.rows(x).unsqueeze(2) * s.columns(x).unsqueeze(1)).flatten(1))
 
-    net = Net(forward, rows=nn.Linear(3, 6), columns=nn.Linear(3, 5), head=nn.Linear(30, 2))
+    net = Wired(forward, rows=nn.Linear(3, 6), columns=nn.Linear(3, 5), head=nn.Linear(30, 2))
     found = coupled(net, torch.randn(2, 3))
     assert found.frozen["columns.weight"].startswith("two independent axes merged into one")
     own = classes(found, "rows.weight", 0)
@@ -146,7 +135,7 @@ def test_two_axes_flattened_into_one_keep_one_of_them() -> None:
 
 
 def test_squeeze_of_all_axes_leaves_one_that_pruning_made_of_size_one() -> None:
-    net = Net(
+    net = Wired(
         lambda s, x: s.head(s.pool(s.a(x)).squeeze()), a=conv(3, 6), pool=nn.AdaptiveAvgPool2d(1), head=nn.Linear(6, 2)
     )
     found = coupled(net, IMAGE)
@@ -161,7 +150,9 @@ def test_squeeze_of_all_axes_leaves_one_that_pruning_made_of_size_one() -> None:
 
 def test_what_cannot_be_cut_is_named_by_its_place() -> None:
     """Positions that survive as no rectangle, which coupling never asks for."""
-    found = coupled(Net(lambda s, x: s.head(s.a(x).view(x.shape[0], -1)), a=conv(3, 4), head=nn.Linear(256, 2)), IMAGE)
+    found = coupled(
+        Wired(lambda s, x: s.head(s.a(x).view(x.shape[0], -1)), a=conv(3, 4), head=nn.Linear(256, 2)), IMAGE
+    )
     view = next(node for node in found.graph.graph.nodes if "view" in str(node.target))
     found.values[view].layers = [torch.tensor([[0, 1, 1, 0]]).repeat(1, 64), torch.tensor([[2, 1] * 128])]
     alive = torch.ones(found.count, dtype=torch.bool)
@@ -203,7 +194,8 @@ def test_transposed_convolution(groups: int) -> None:
 
 def test_map_of_one_channel_ties_no_channels() -> None:
     found = coupled(
-        Net(lambda s, x: s.head(s.a(x) * torch.sigmoid(s.map(x))), a=conv(3, 6), map=conv(3, 1), head=conv(6, 2)), IMAGE
+        Wired(lambda s, x: s.head(s.a(x) * torch.sigmoid(s.map(x))), a=conv(3, 6), map=conv(3, 1), head=conv(6, 2)),
+        IMAGE,
     )
     assert len(set(classes(found, "a.weight", 0))) == 6
     cut_half(found)
@@ -214,7 +206,7 @@ def test_padded_shortcut_prunes_in_its_residual_stream() -> None:
         x = s.stem(x)
         return s.head(s.wide(x) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2)))
 
-    found = coupled(Net(forward, stem=conv(3, 4), wide=conv(4, 8, stride=2), head=conv(8, 2)), IMAGE)
+    found = coupled(Wired(forward, stem=conv(3, 4), wide=conv(4, 8, stride=2), head=conv(8, 2)), IMAGE)
     wide = classes(found, "wide.weight", 0)
     assert wide[2:6] == classes(found, "stem.weight", 0) and len(set(wide)) == 8
     for seed in range(4):
@@ -229,7 +221,7 @@ def shuffled(x: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("shuffle", [lambda x: shuffled(x, 2)[1], nn.ChannelShuffle(2)], ids=["views", "operator"])
 def test_channel_shuffle_ties_nothing(shuffle) -> None:  # type: ignore[no-untyped-def]
-    found = coupled(Net(lambda s, x: s.head(shuffle(s.stem(x))), stem=conv(3, 8), head=conv(8, 2)), IMAGE)
+    found = coupled(Wired(lambda s, x: s.head(shuffle(s.stem(x))), stem=conv(3, 8), head=conv(8, 2)), IMAGE)
     own = classes(found, "stem.weight", 0)
     assert len(set(own)) == 8
     assert classes(found, "head.weight", 1) == [own[place] for place in (0, 4, 1, 5, 2, 6, 3, 7)]
@@ -242,7 +234,7 @@ def test_blocks_that_are_looked_at_keep_equal_counts() -> None:
         rows, x = shuffled(s.stem(x), 2)
         return s.head(x) + rows.mean((2, 3, 4)).sum(1)[:, None, None, None]
 
-    found = coupled(Net(forward, stem=conv(3, 8), head=conv(8, 2)), IMAGE)
+    found = coupled(Wired(forward, stem=conv(3, 8), head=conv(8, 2)), IMAGE)
     own = classes(found, "stem.weight", 0)
     assert own[:4] == own[4:] and len(set(own)) == 4
     assert classes(found, "head.weight", 1) == [label for label in own[:4] for _ in range(2)]
@@ -257,7 +249,7 @@ def test_views_that_mix_the_batch_are_no_shuffle() -> None:
         n, c, h, w = x.shape
         return s.head(x.reshape(n * 2, c // 2, h * w).transpose(0, 1).reshape(n, c, h, w))
 
-    graph = capture(Net(forward, stem=conv(3, 8), head=conv(8, 2)), IMAGE)
+    graph = capture(Wired(forward, stem=conv(3, 8), head=conv(8, 2)), IMAGE)
     assert couple(graph).graph is graph
 
 
@@ -267,7 +259,7 @@ def test_chunk_and_split_become_unequal() -> None:
         c, d = s.second(a).split([2, 4], 1)
         return s.head(torch.cat((b, c.mean((2, 3), keepdim=True) * s.third(d)), 1))
 
-    net = Net(forward, stem=conv(3, 8), second=conv(4, 6), third=conv(4, 2), head=conv(6, 2))
+    net = Wired(forward, stem=conv(3, 8), second=conv(4, 6), third=conv(4, 2), head=conv(6, 2))
     found = coupled(net, IMAGE)
     assert len(set(classes(found, "stem.weight", 0))) == 8
     for seed in range(4):
@@ -313,7 +305,7 @@ def test_convolution_through_unfold() -> None:
         columns = F.unfold(s.stem(x), 3, padding=1)
         return (s.weight @ columns).unflatten(-1, (8, 8))
 
-    found = coupled(Net(forward, stem=conv(3, 5), weight=nn.Parameter(torch.randn(2, 45))), IMAGE)
+    found = coupled(Wired(forward, stem=conv(3, 5), weight=nn.Parameter(torch.randn(2, 45))), IMAGE)
     assert classes(found, "weight", 1) == [label for label in classes(found, "stem.weight", 0) for _ in range(9)]
     cut_half(found)
 
@@ -324,7 +316,7 @@ def test_fold_keeps_whole_channels() -> None:
     def forward(s: nn.Module, x: Tensor) -> Tensor:
         return s.last(F.fold(s.gate(F.unfold(s.stem(x), 3, padding=1)), (8, 8), 3, padding=1))
 
-    found = coupled(Net(forward, stem=conv(3, 5), gate=nn.Conv1d(45, 36, 1), last=conv(4, 2)), IMAGE)
+    found = coupled(Wired(forward, stem=conv(3, 5), gate=nn.Conv1d(45, 36, 1), last=conv(4, 2)), IMAGE)
     assert classes(found, "gate.weight", 0) == [label for label in classes(found, "last.weight", 1) for _ in range(9)]
     assert len(set(classes(found, "gate.weight", 0))) == 4 and 0 not in classes(found, "gate.weight", 0)
     assert not found.unknown
@@ -344,7 +336,7 @@ def test_spatial_axis_of_a_pointwise_convolution(options: dict[str, int], places
 
     mix = nn.Conv1d(3, 1, **{"kernel_size": 1, **options})
     found = coupled(
-        Net(forward, one=conv(3, 6), two=conv(3, 6), three=conv(3, 6), mix=mix, last=nn.Linear(places, 2)), IMAGE
+        Wired(forward, one=conv(3, 6), two=conv(3, 6), three=conv(3, 6), mix=mix, last=nn.Linear(places, 2)), IMAGE
     )
     own = classes(found, "one.weight", 0)
     if options:
@@ -368,7 +360,7 @@ def test_linear_attention(heads: str) -> None:
         )
         return s.last((q @ (k.softmax(2).transpose(-1, -2) @ v)).transpose(1, 2).flatten(2).mean(1))
 
-    found = coupled(Net(forward, stem=conv(3, 6), qkv=nn.Linear(6, 36), last=nn.Linear(12, 2)), IMAGE, heads=heads)
+    found = coupled(Wired(forward, stem=conv(3, 6), qkv=nn.Linear(6, 36), last=nn.Linear(12, 2)), IMAGE, heads=heads)
     own = classes(found, "qkv.weight", 0)
     q, k, v = own[:12], own[12:24], own[24:]
     assert 0 not in own and q == k and v == classes(found, "last.weight", 1)
@@ -388,7 +380,7 @@ def test_sampling_and_smooth_resizing_keep_channels() -> None:
         return s.last(F.grid_sample(x, grid, align_corners=False))
 
     found = coupled(
-        Net(
+        Wired(
             forward, stem=conv(3, 6), table=nn.Parameter(torch.randn(1, 6, 5, 5)), where=conv(6, 2), last=conv(6, 2)
         ).eval(),
         IMAGE,
@@ -403,7 +395,7 @@ def test_sampling_and_smooth_resizing_keep_channels() -> None:
 def test_an_empty_slice_keeps_its_other_axes() -> None:
     """Rotary embedding leaves the first ``k`` tokens alone, and k may be 0."""
     found = coupled(
-        Net(
+        Wired(
             lambda s, x: s.head(torch.cat(((y := s.stem(x))[:, :, :0], y[:, :, 0:].sin()), 2)),
             stem=conv(3, 6),
             head=conv(6, 2),
@@ -423,7 +415,7 @@ def test_regions_without_autocast_or_gradients_are_inlined() -> None:
             gate = torch.sigmoid(y)
         return s.head(y * gate)
 
-    net = Net(forward, stem=conv(3, 6), inner=conv(6, 5), head=conv(5, 2))
+    net = Wired(forward, stem=conv(3, 6), inner=conv(6, 5), head=conv(5, 2))
     found = coupled(net, IMAGE)
     assert torch.equal(found.graph(IMAGE), net(IMAGE))
     for one in (net, found.graph):
@@ -434,67 +426,13 @@ def test_regions_without_autocast_or_gradients_are_inlined() -> None:
     cut_half(found)
 
 
-class Attention(nn.Module):
-    """timm's way: fused qkv, heads by reshape."""
-
-    def __init__(self, dim: int, heads: int, fused: bool = True):
-        super().__init__()
-        self.heads, self.fused, self.scale = heads, fused, (dim // heads) ** -0.5
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, tokens, dim = x.shape
-        q, k, v = self.qkv(x).reshape(n, tokens, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-        plain = ((q * self.scale) @ k.transpose(-2, -1)).softmax(-1) @ v
-        x = F.scaled_dot_product_attention(q, k, v) if self.fused else plain
-        return self.proj(x.transpose(1, 2).reshape(n, tokens, dim))
-
-
-class Tokens(nn.Module):
-    """Patches, class token, position embedding, one block with layer norms, layer scale, head on the class token."""
-
-    def __init__(self, attention: nn.Module, dim: int = 12):
-        super().__init__()
-        self.patches, self.attention = nn.Conv2d(3, dim, 4, 4), attention
-        self.cls, self.position = nn.Parameter(torch.randn(1, 1, dim)), nn.Parameter(torch.randn(1, 5, dim))
-        self.norm1, self.norm2, self.gamma = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.Parameter(torch.randn(dim))
-        self.up, self.down, self.head = nn.Linear(dim, 20), nn.Linear(20, dim), nn.Linear(dim, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.patches(x).flatten(2).transpose(1, 2)
-        x = torch.cat((self.cls.expand(x.shape[0], -1, -1), x), 1) + self.position
-        x = x + self.gamma * self.attention(self.norm1(x))
-        return self.head((x + self.down(F.gelu(self.up(self.norm2(x)))))[:, 0])
-
-
-class Multihead(nn.Module):
-    def __init__(self, dim: int, heads: int):
-        super().__init__()
-        self.inner = nn.MultiheadAttention(dim, heads, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x, x, x, need_weights=False)[0]
-
-
-class Grouped(nn.Module):
-    """Grouped-query attention: 4 query heads share 2 of keys and values."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.q, self.k, self.v, self.proj = nn.Linear(dim, 16), nn.Linear(dim, 8), nn.Linear(dim, 8), nn.Linear(16, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, tokens, _ = x.shape
-        q, k, v = (layer(x).view(n, tokens, -1, 4).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        x = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-        return self.proj(x.transpose(1, 2).flatten(2))
-
-
 @pytest.mark.parametrize(
-    "attention", [Attention(12, 3), Attention(12, 3, fused=False), Multihead(12, 3)], ids=["sdpa", "plain", "multihead"]
+    "attention",
+    [FusedAttention(12, 3), FusedAttention(12, 3, fused=False), Multihead(12, 3)],
+    ids=["sdpa", "plain", "multihead"],
 )
 def test_transformer_stream_and_heads(attention: nn.Module) -> None:
-    found = coupled(Tokens(attention), IMAGE)
+    found = coupled(VitTokens(attention), IMAGE)
     stream = classes(found, "patches.weight", 0)
     assert len(set(stream)) == 12 and 0 not in stream
     assert all(classes(found, name, 0) == stream for name in ("norm1.weight", "norm2.bias", "gamma", "down.weight"))
@@ -510,10 +448,12 @@ def test_transformer_stream_and_heads(attention: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    "attention", [Attention(12, 3), Attention(12, 3, fused=False), Multihead(12, 3)], ids=["sdpa", "plain", "multihead"]
+    "attention",
+    [FusedAttention(12, 3), FusedAttention(12, 3, fused=False), Multihead(12, 3)],
+    ids=["sdpa", "plain", "multihead"],
 )
 def test_whole_heads(attention: nn.Module) -> None:
-    found = coupled(Tokens(attention), IMAGE, heads="whole")
+    found = coupled(VitTokens(attention), IMAGE, heads="whole")
     stream = classes(found, "patches.weight", 0)
     assert len(set(stream)) == 12 and 0 not in stream
     name = "attention.inner.in_proj_weight" if isinstance(attention, Multihead) else "attention.qkv.weight"
@@ -526,14 +466,14 @@ def test_whole_heads(attention: nn.Module) -> None:
 
 def test_whole_heads_of_grouped_queries() -> None:
     """A head of keys and values leaves with the two of queries that read it."""
-    found = coupled(Tokens(Grouped(12)), IMAGE, heads="whole")
+    found = coupled(VitTokens(GroupedQueries(12)), IMAGE, heads="whole")
     q, k, v = (classes(found, f"attention.{name}.weight", 0) for name in "qkv")
     assert k == v and q == [k[0]] * 8 + [k[4]] * 8 and len(set(k)) == 2 and 0 not in k
     cut_half(found)
 
 
 def test_grouped_query_attention() -> None:
-    found = coupled(Tokens(Grouped(12)), IMAGE)
+    found = coupled(VitTokens(GroupedQueries(12)), IMAGE)
     q, k, v = (classes(found, f"attention.{name}.weight", 0) for name in "qkv")
     assert (
         q == k[:4] * 4
@@ -552,7 +492,7 @@ def test_einsum_and_bare_matrices() -> None:
         return x.mean((2, 3)) @ s.out
 
     found = coupled(
-        Net(forward, stem=conv(3, 6), mix=nn.Parameter(torch.randn(5, 6)), out=nn.Parameter(torch.randn(5, 2))), IMAGE
+        Wired(forward, stem=conv(3, 6), mix=nn.Parameter(torch.randn(5, 6)), out=nn.Parameter(torch.randn(5, 2))), IMAGE
     )
     assert classes(found, "stem.weight", 0) == classes(found, "mix", 1)
     assert classes(found, "mix", 0) == classes(found, "out", 0) and len(set(classes(found, "mix", 0))) == 5
@@ -560,7 +500,7 @@ def test_einsum_and_bare_matrices() -> None:
 
 
 def test_tied_weights_stay_one() -> None:
-    net = Net(
+    net = Wired(
         lambda s, x: s.head(s.b(F.relu(s.a(s.stem(x))))), stem=conv(3, 6), a=conv(6, 6), b=conv(6, 6), head=conv(6, 2)
     )
     graph = capture(net, IMAGE)
@@ -569,11 +509,6 @@ def test_tied_weights_stay_one() -> None:
     assert classes(found, "a.weight", 0) == classes(found, "b.weight", 1) == classes(found, "stem.weight", 0)
     small, _ = cut_half(found)
     assert small.get_parameter("a.weight") is small.get_parameter("b.weight")
-
-
-class Sorted(nn.Module):
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight.sort(-1)[0]
 
 
 def sorted_weight(layer: nn.Module) -> nn.Module:
@@ -608,7 +543,7 @@ def test_unknown_operator_freezes_what_it_touches() -> None:
     def forward(s: nn.Module, x: Tensor) -> Tensor:
         return s.head(torch.sort(s.a(x), 1)[0] + s.b(s.c(x)))
 
-    found = coupled(Net(forward, a=conv(3, 4), b=conv(6, 4), c=conv(3, 6), head=conv(4, 2)), IMAGE)
+    found = coupled(Wired(forward, a=conv(3, 4), b=conv(6, 4), c=conv(3, 6), head=conv(4, 2)), IMAGE)
     assert any("sort" in name for name in found.unknown)
     assert set(classes(found, "a.weight", 0)) == set(classes(found, "b.weight", 0)) == {0}
     assert "unknown operator (sort" in found.frozen["a.weight"]
@@ -618,7 +553,7 @@ def test_unknown_operator_freezes_what_it_touches() -> None:
 
 
 def test_softmax_over_channels_freezes() -> None:
-    found = coupled(Net(lambda s, x: s.head(s.a(x).softmax(1)), a=conv(3, 4), head=conv(4, 2)), IMAGE)
+    found = coupled(Wired(lambda s, x: s.head(s.a(x).softmax(1)), a=conv(3, 4), head=conv(4, 2)), IMAGE)
     assert set(classes(found, "a.weight", 0)) == {0} and "softmax runs over it" in found.frozen["a.weight"]
     assert found.count == 1
 
@@ -628,7 +563,7 @@ def test_mean_over_channels_runs_over_what_is_kept() -> None:
         x = s.a(x)
         return s.head(x * torch.sigmoid(s.map(torch.cat((x.mean(1, keepdim=True), x.amax(1, keepdim=True)), 1))))
 
-    found = coupled(Net(forward, a=conv(3, 6), map=conv(2, 1), head=conv(6, 2)), IMAGE)
+    found = coupled(Wired(forward, a=conv(3, 6), map=conv(2, 1), head=conv(6, 2)), IMAGE)
     assert len(found.statistics) == 2
     cut_half(found)
 
@@ -663,7 +598,7 @@ def test_softmax_over_branches_ties_them() -> None:
         select = s.select(x.sum(1).mean((2, 3))).unflatten(1, (2, 6)).softmax(1)
         return s.head((x * select[..., None, None]).sum(1))
 
-    found = coupled(Net(forward, a=conv(3, 6), b=conv(3, 6), select=nn.Linear(6, 12), head=conv(6, 2)), IMAGE)
+    found = coupled(Wired(forward, a=conv(3, 6), b=conv(3, 6), select=nn.Linear(6, 12), head=conv(6, 2)), IMAGE)
     own = classes(found, "a.weight", 0)
     assert len(set(own)) == 6 and classes(found, "b.weight", 0) == own and classes(found, "select.weight", 0) == own * 2
     cut_half(found)
@@ -679,7 +614,7 @@ def test_split_attention_loses_the_same_channels_of_each_branch() -> None:
         return s.head((x * select.reshape(-1, 2, 6, 1, 1)).sum(1))
 
     found = coupled(
-        Net(forward, stem=conv(3, 6), wide=conv(6, 12, groups=2), select=nn.Linear(6, 12), head=conv(6, 2)), IMAGE
+        Wired(forward, stem=conv(3, 6), wide=conv(6, 12, groups=2), select=nn.Linear(6, 12), head=conv(6, 2)), IMAGE
     )
     own = classes(found, "wide.weight", 0)
     assert own[:6] == own[6:] and len(set(own)) == 6 and 0 not in own
@@ -692,7 +627,7 @@ def test_constants_and_creators() -> None:
         x = s.a(x)
         return s.head(torch.cat((x, x.new_zeros(x.shape[0], 2, 8, 8)), 1) + s.b(torch.zeros_like(x)))
 
-    found = coupled(Net(forward, a=conv(3, 4), b=conv(4, 6), head=conv(6, 2)), IMAGE)
+    found = coupled(Wired(forward, a=conv(3, 4), b=conv(4, 6), head=conv(6, 2)), IMAGE)
     assert classes(found, "b.weight", 0)[:4] == classes(found, "a.weight", 0) and 0 not in classes(found, "b.weight", 0)
     for seed in range(3):
         cut_half(found, seed)
@@ -715,7 +650,7 @@ def test_coordinates_in_a_buffer_are_an_input() -> None:
 
 
 def test_several_inputs_and_outputs() -> None:
-    net = Net(
+    net = Wired(
         lambda s, x, y: {"sum": s.head(z := s.a(x) + s.b(y)), "inner": [s.other(z), s.free(s.c(x))]},
         a=conv(3, 6),
         b=conv(2, 6),
@@ -777,7 +712,7 @@ def test_a_row_that_meets_a_column_is_tied_in_few_edges() -> None:
 def test_equal_layers_of_classes_are_one_tensor() -> None:
     """Of the largest networks labels took tens of MB: the vectors of a batch norm, and the activations between, have
     the same classes."""
-    net = Net(
+    net = Wired(
         lambda self, x: self.b(self.norm(self.a(x)).relu()),
         a=nn.Conv2d(3, 8, 3),
         norm=nn.BatchNorm2d(8),
@@ -816,26 +751,10 @@ def test_a_large_convolution_in_groups_runs_whole(monkeypatch: pytest.MonkeyPatc
     cut_half(coupled(nn.Sequential(conv(3, 8), conv(8, 12, groups=2), conv(12, 2)), IMAGE))
 
 
-class Normed(nn.Module):
-    """Layers under weight norm, one of them run twice; directions and length of the last by hand, the length read once
-    more."""
-
-    def __init__(self, norm) -> None:  # type: ignore[no-untyped-def]
-        super().__init__()
-        self.first, self.twice = norm(nn.Conv2d(3, 8, 3)), norm(nn.Conv2d(8, 8, 3))
-        self.last = norm(nn.ConvTranspose2d(8, 6, 3), dim=1)
-        self.head = nn.Linear(6, 5, bias=False)
-        self.v, self.g = nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.rand(5, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        side = F.linear(x.mean((2, 3)), torch._weight_norm(self.v, self.g)) * self.g[:, 0]
-        return self.head(self.last(self.twice(self.twice(self.first(x)).relu()).relu()).mean((2, 3))) + side
-
-
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.parametrize("norm", [torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.weight_norm])
 def test_layers_under_weight_norm_are_pruned_as_any_other(norm) -> None:  # type: ignore[no-untyped-def]
-    net = Normed(norm).eval()
+    net = WeightNormed(norm).eval()
     graph = capture(net, torch.randn(2, 3, 10, 10))
     x = torch.randn(3, 3, 10, 10)
     assert torch.equal(graph(x), net(x))
@@ -847,7 +766,7 @@ def test_layers_under_weight_norm_are_pruned_as_any_other(norm) -> None:  # type
 
 
 def test_a_weight_norm_written_by_hand() -> None:
-    net = Net(
+    net = Wired(
         lambda self, x: F.linear(F.linear(x, torch._weight_norm(self.v, self.g)), torch._weight_norm(self.v, self.g))
     )
     net.v, net.g = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.rand(6, 1))

@@ -11,7 +11,8 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from networks import ThreeConvolutions
+from torch import fx, nn
 
 from rarefy.deployment import latency
 from rarefy.deployment.runtime import Capabilities, Kernel
@@ -116,17 +117,6 @@ def test_cache_gives_back_what_was_kept_and_nothing_else(tmp_path: Path) -> None
     assert cached(tmp_path / "none.json") is None
 
 
-class Small(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(*(layer for _ in range(3) for layer in (nn.LazyConv2d(64, 3, padding=1), nn.ReLU())))
-        self.head = nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.head(self.body(x).mean((2, 3)))
-        return out
-
-
 @pytest.mark.slow
 def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
@@ -135,7 +125,7 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # On a machine that others use, no timing can be promised: what is tested is that the parts fit.
     monkeypatch.setattr(latency, "SPREAD", 1e3)
     monkeypatch.setattr(latency_search, "LEAST", 0.5)
-    model, example = Small().eval(), torch.randn(2, 3, 32, 32)
+    model, example = ThreeConvolutions().eval(), torch.randn(2, 3, 32, 32)
     model(example)
     graph = capture(model, example)
     small = prune(graph, speedup=2.0, threads=1)
@@ -182,7 +172,7 @@ class Mute:
 
 def test_refuses_a_runtime_that_tells_no_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAREFY_CACHE", str(tmp_path))
-    model = Small().eval()
+    model = ThreeConvolutions().eval()
     model(torch.randn(2, 3, 32, 32))
     with pytest.raises(InputError, match=r"test_latency_search:Mute: can't tell the time of each of its kernels"):
         prune(model, inputs=torch.randn(2, 3, 32, 32), speedup=2.0, runtime=Mute())  # type: ignore[arg-type]

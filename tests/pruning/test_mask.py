@@ -14,7 +14,9 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from digits import digits
 from hypothesis import strategies as st
+from networks import EveryConvolution
 from torch import Tensor, fx, nn
 
 from rarefy.artifact import folder as folder_
@@ -34,34 +36,13 @@ from rarefy.tasks.classification import Classification
 QUICK = {"epochs": 2, "batch_size": 96, "lr": 0.05, "progress": False, "validate_every": 0}
 
 
-class Net(nn.Module):
-    """A strided, a grouped, a depthwise, a dilated and a transposed convolution, and a linear layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(1, 12, 3, stride=2, padding=1)
-        self.norm = nn.BatchNorm2d(12)
-        self.grouped = nn.Conv2d(12, 18, 3, padding=1, groups=3, bias=False)
-        self.depthwise = nn.Conv2d(18, 18, 3, padding=2, dilation=2, groups=18)
-        self.up = nn.ConvTranspose2d(18, 7, 2, stride=2)
-        self.out = nn.Linear(7, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.grouped(self.norm(self.first(x)).relu()).relu()
-        return self.out(self.up(self.depthwise(y)).relu().mean((2, 3)))
-
-
 @functools.cache
 def net() -> fx.GraphModule:
     torch.manual_seed(5)
-    return capture(Net(), torch.zeros(2, 1, 8, 8))
+    return capture(EveryConvolution(), torch.zeros(2, 1, 8, 8))
 
 
 @functools.cache
-def digits() -> Classification:
-    return Classification(train="sklearn:digits", val="sklearn:digits", augment="none")
-
-
 class Stopped(Exception):
     pass
 
@@ -210,7 +191,7 @@ def test_wanda_weighs_by_what_each_weight_multiplies() -> None:
     found = {name: nodes for name, (_, nodes) in weights_of(net()).items()}
     scores = Wanda(images=20, batch_size=7).scores(net(), found, digits(), 0)
     seen: dict[str, Tensor] = {}
-    module = Net().eval()
+    module = EveryConvolution().eval()
     module.load_state_dict(net().state_dict())
     for name, one in module.named_children():
         one.register_forward_hook(lambda _, args, out, name=name: seen.update({name: args[0].detach()}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from networks import EveryShape
 from torch import Tensor, fx, nn
 
 from rarefy.graph.capture import capture
@@ -13,28 +13,9 @@ from rarefy.graph.nodes import attribute, example_inputs, operator_name
 from rarefy.pruning.groups.probes import alike, lengths, sources_of
 
 
-class Everything(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear, self.norm, self.batch_norm = nn.Linear(12, 12), nn.LayerNorm(12), nn.BatchNorm2d(12)
-        self.grouped = nn.Conv2d(12, 12, 1, groups=3)
-        self.pointwise, self.bias = nn.Conv2d(3, 12, 1), nn.Parameter(torch.randn(12, 1, 1))
-        self.matrix = nn.Parameter(torch.randn(12, 5))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = F.gelu(self.batch_norm(self.grouped(self.pointwise(x))) + self.bias)
-        x = x * F.adaptive_avg_pool2d(x, 1)
-        tokens = self.norm(self.linear(x.flatten(2).transpose(1, 2)))
-        heads = tokens.view(tokens.shape[0], 30, 3, 4).permute(0, 2, 1, 3)
-        heads = F.scaled_dot_product_attention(heads, heads, heads)
-        one, two = torch.cat((heads, heads * 2), 3).softmax(-1).split([3, 5], 3)
-        x = torch.einsum("nhtd,nhte->nhde", one, two) @ two.transpose(2, 3)
-        return (x[:, :, 1:, 2:9], tokens @ self.matrix)
-
-
 def test_a_part_of_the_axes_gives_that_part_of_the_result() -> None:
     torch.manual_seed(0)
-    graph = capture(Everything().eval(), torch.randn(2, 3, 5, 6))
+    graph = capture(EveryShape().eval(), torch.randn(2, 3, 5, 6))
     values: dict[fx.Node, Any] = {}
     inputs = iter(example_inputs(graph, 2))
     seen: set[str] = set()

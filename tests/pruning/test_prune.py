@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from networks import CifarBlock, Turned, WithoutAuxiliary
 from safetensors.torch import load_file
 from torch import Tensor, fx, nn
 from torchvision.models.convnext import CNBlockConfig
@@ -39,22 +40,6 @@ from rarefy.pruning.ranking import choose, rank
 from rarefy.pruning.records import unpacked
 
 
-class Block(nn.Module):
-    """He's block for CIFAR, with the padded shortcut (option A)."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.stride, self.extra = stride, outputs - inputs
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.stride > 1:
-            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.extra // 2, self.extra // 2))
-        return F.relu(out + x)
-
-
 class CifarResNet(nn.Module):
     def __init__(self, blocks: int = 1, widths: tuple[int, ...] = (16, 32, 64)):
         super().__init__()
@@ -63,7 +48,10 @@ class CifarResNet(nn.Module):
         for index, width in enumerate(widths):
             stages.append(
                 nn.Sequential(
-                    *(Block(inputs if i == 0 else width, width, 2 if i == 0 and index else 1) for i in range(blocks))
+                    *(
+                        CifarBlock(inputs if i == 0 else width, width, 2 if i == 0 and index else 1)
+                        for i in range(blocks)
+                    )
                 )
             )
             inputs = width
@@ -130,17 +118,6 @@ def torchvision_model(name: str, **options):  # type: ignore[no-untyped-def]
     return lambda: torchvision.models.get_model(name, weights=None, **options)
 
 
-class Main(nn.Module):
-    """GoogLeNet and Inception without their auxiliary heads."""
-
-    def __init__(self, name: str):
-        super().__init__()
-        self.model = torchvision.models.get_model(name, weights=None, aux_logits=False, init_weights=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)
-
-
 slow = pytest.mark.slow
 
 # name: how to make it, input size, and at most how many of its parameters are left at keep=0.5
@@ -152,7 +129,7 @@ FAMILIES = [
     pytest.param(torchvision_model("squeezenet1_1"), 64, 0.4, id="squeezenet1_1"),
     pytest.param(torchvision_model("shufflenet_v2_x0_5"), 32, 0.55, id="shufflenet_v2_x0_5"),
     pytest.param(torchvision_model("mnasnet0_5"), 32, 0.5, id="mnasnet0_5", marks=slow),
-    pytest.param(lambda: Main("googlenet"), 64, 0.4, id="googlenet"),
+    pytest.param(lambda: WithoutAuxiliary("googlenet"), 64, 0.4, id="googlenet"),
     pytest.param(densenet, 32, 0.4, id="densenet"),
     pytest.param(convnext, 32, 0.4, id="convnext"),
     pytest.param(vit, 32, 0.4, id="vit"),
@@ -161,7 +138,7 @@ FAMILIES = [
     pytest.param(torchvision_model("efficientnet_b0"), 32, 0.45, id="efficientnet_b0", marks=slow),
     pytest.param(torchvision_model("regnet_y_400mf"), 32, 0.4, id="regnet_y_400mf", marks=slow),
     pytest.param(torchvision_model("resnext50_32x4d"), 32, 0.4, id="resnext50_32x4d", marks=slow),
-    pytest.param(lambda: Main("inception_v3"), 96, 0.4, id="inception_v3", marks=slow),
+    pytest.param(lambda: WithoutAuxiliary("inception_v3"), 96, 0.4, id="inception_v3", marks=slow),
     pytest.param(torchvision_model("vgg11_bn"), 32, 0.4, id="vgg11_bn", marks=slow),
     pytest.param(torchvision_model("alexnet"), 64, 0.4, id="alexnet", marks=slow),
     pytest.param(torchvision_model("mobilenet_v2"), 32, 0.45, id="mobilenet_v2", marks=slow),
@@ -585,17 +562,6 @@ def test_self_check_sees_a_wrong_shape_of_a_statistic() -> None:
         SelfCheckFailed, match=r"mean\): .* has shape \(1, 4, 10, 10\), the masked one keeps \(1, 1, 10, 10\)"
     ):
         check(coupling, small, alive)
-
-
-class Turned(nn.Module):
-    """Two convolutions with the image turned between them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, (1, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.two(self.one(x).transpose(2, 3))
 
 
 def test_self_check_sees_a_wrong_view() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from networks import RepairedStream
 from torch import Tensor, fx, nn
 
 from rarefy.artifact.folder import load, save
@@ -24,24 +25,6 @@ from rarefy.pruning.records import packed, unpacked
 from rarefy.pruning.repair import RIDGES, _pairs, kept_channels, repair
 
 aten = torch.ops.aten
-
-
-class Net(nn.Module):
-    """A residual stream, a grouped and a depthwise convolution, biases with and without batch norm."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.bn0 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-        self.conv1, self.bn1 = nn.Conv2d(16, 24, 3, 2, 1, bias=False), nn.BatchNorm2d(24)
-        self.depth, self.bn2 = nn.Conv2d(24, 24, 3, 1, 1, groups=24, bias=False), nn.BatchNorm2d(24)
-        self.conv2, self.bn3 = nn.Conv2d(24, 24, 1), nn.BatchNorm2d(24)
-        self.grouped = nn.Conv2d(24, 32, 3, 1, "same", dilation=2, groups=4)
-        self.head = nn.Linear(32, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(F.relu(self.bn0(self.stem(x))))))
-        x = x + self.bn3(self.conv2(F.relu(self.bn2(self.depth(x)))))
-        return self.head(F.relu(self.grouped(x)).mean((2, 3)))
 
 
 def images(count: int, seed: int = 0) -> list[Tensor]:
@@ -68,7 +51,7 @@ def settled(model: nn.Module, batches: list[Tensor]) -> nn.Module:
 @pytest.fixture(scope="module")
 def net() -> fx.GraphModule:
     torch.manual_seed(0)
-    model = settled(Net(), images(100, seed=9))
+    model = settled(RepairedStream(), images(100, seed=9))
     return capture(model, torch.zeros(2, 3, 13, 13))
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from networks import PreNorm, TwoUnits
 from torch import nn
 
 from rarefy.graph.capture import capture
@@ -16,36 +17,6 @@ from rarefy.quantization.quantize import quantize
 from rarefy.quantization.rounding_pass import Rounded
 
 BRECQ = "brecq:steps=100,lr=0.03"
-
-
-class Unit(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.first, self.second = nn.Conv2d(channels, channels, 3, 1, 1), nn.Conv2d(channels, channels, 3, 1, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (x + self.second(self.first(x).relu())).relu()
-
-
-class Residual(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.one, self.two, self.head = nn.Conv2d(3, 12, 3, 1, 1), Unit(12), Unit(12), nn.Linear(12, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.two(self.one(self.stem(x).relu())).mean((2, 3)))
-
-
-class PreNorm(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.patch, self.norm = nn.Conv2d(3, 16, 4, 4), nn.LayerNorm(16)
-        self.wide, self.narrow, self.head = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.patch(x).flatten(2).transpose(1, 2)
-        x = x + self.narrow(nn.functional.gelu(self.wide(self.norm(x))))
-        return self.head(x.mean(1))
 
 
 def plain() -> nn.Module:
@@ -76,7 +47,7 @@ def graph_of(model: nn.Module) -> Any:
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
-        (Residual, [["stem"], ["one.first", "one.second"], ["two.first", "two.second"], ["head"]]),
+        (TwoUnits, [["stem"], ["one.first", "one.second"], ["two.first", "two.second"], ["head"]]),
         (PreNorm, [["patch"], ["wide", "narrow"], ["head"]]),
         (plain, [["0"], ["2"], ["6"]]),
     ],
@@ -101,7 +72,7 @@ class Spy:
         return Rounded(codes, block.steps, block.biases, block.scales)
 
 
-@pytest.mark.parametrize("make", [Residual, plain])
+@pytest.mark.parametrize("make", [TwoUnits, plain])
 def test_a_stretch_unrounded_is_the_float_block_and_rounded_what_the_network_computes(make: Any) -> None:
     torch.manual_seed(0)
     graph, spy = graph_of(make()), Spy()
@@ -117,7 +88,7 @@ def test_a_stretch_unrounded_is_the_float_block_and_rounded_what_the_network_com
         assert rounded.shape == read.shape and float(((rounded - read).abs() > 1e-6).float().mean()) < 0.01
 
 
-@pytest.mark.parametrize("make", [Residual, PreNorm, plain])
+@pytest.mark.parametrize("make", [TwoUnits, PreNorm, plain])
 @pytest.mark.parametrize(("weights", "activations"), [("int3", "uint8"), ("int4", "uint4")])
 def test_answers_come_nearer_on_images_it_has_not_seen_and_the_same_for_a_seed(
     make: Any, weights: str, activations: str
@@ -146,7 +117,7 @@ def test_answers_come_nearer_on_images_it_has_not_seen_and_the_same_for_a_seed(
         assert any(not torch.equal(value, other[name]) for name, value in first.items())
 
 
-class Viewing(Residual):
+class Viewing(TwoUnits):
     """The number of images is written into a view inside the last block."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -168,7 +139,7 @@ def test_a_size_that_hangs_on_the_batch_is_that_of_the_images_at_hand() -> None:
         assert len(part) == 5
 
 
-class PaddedPooling(Residual):
+class PaddedPooling(TwoUnits):
     """The stem's codes are padded with the lowest and pooled, and no gradient passes that."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -189,7 +160,7 @@ def test_a_block_ends_before_codes_that_are_moved_as_such() -> None:
 
 def test_a_block_is_never_worse_than_nearest_on_its_images() -> None:
     torch.manual_seed(0)
-    graph = graph_of(Residual())
+    graph = graph_of(TwoUnits())
     wild = quantize(
         graph,
         batches=images(0),

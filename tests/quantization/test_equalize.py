@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import Bottlenecks, OneStream
 from torch import Tensor, fx, nn
 
 from rarefy import capture, quantize
@@ -19,52 +20,6 @@ from rarefy.graph.layers import layer_name, weighted
 from rarefy.graph.nodes import attribute
 from rarefy.quantization.formats import Grid
 from rarefy.quantization.transforms.equalize import equalize, streams
-
-
-class Bottlenecks(nn.Module):
-    """Two linear bottlenecks, one added to the other; ReLU6 within, as in MobileNetV2.
-
-    Channels of what is added differ by ``unlike`` to either side.
-    """
-
-    def __init__(self, unlike: float = 1.0):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 16, 3, stride=2)
-        self.expand = nn.ModuleList([nn.Conv2d(16, 32, 1), nn.Conv2d(16, 32, 1)])
-        self.deep = nn.ModuleList(
-            [nn.Conv2d(32, 32, 3, padding=1, groups=32), nn.Conv2d(32, 32, 3, padding=1, groups=32)]
-        )
-        self.project = nn.ModuleList([nn.Conv2d(32, 16, 1), nn.Conv2d(32, 16, 1)])
-        self.head = nn.Conv2d(16, 24, 1)
-        self.fc = nn.Linear(24, 10)
-        scale = torch.logspace(-math.log10(unlike), math.log10(unlike), 16)
-        with torch.no_grad():
-            for maker in (self.stem, *self.project):
-                maker.weight.mul_(3 * scale.view(-1, 1, 1, 1))
-                maker.bias.mul_(3 * scale)
-            for reader in (*self.expand, self.head):
-                reader.weight.div_(scale.view(1, -1, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for expand, deep, project in zip(self.expand, self.deep, self.project, strict=True):
-            x = x + project(F.relu6(deep(F.relu6(expand(x)))))
-        return self.fc(F.relu6(self.head(x)).mean((2, 3)))
-
-
-class Residual(nn.Module):
-    """Of ReLUs, with a padding, pooling to one number and a linear layer behind it: all of that is one stream."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two, self.deep = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, groups=8)
-        self.fc = nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.max_pool2d(F.relu(self.one(x)), 2)
-        x = F.relu(x + self.two(x))
-        x = x + self.deep(F.pad(x, (1, 1, 1, 1)))
-        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
 def folded(model: nn.Module, x: Tensor) -> fx.GraphModule:
@@ -91,7 +46,7 @@ def noise_db(exact: Tensor, other: Tensor) -> float:
     return float(10 * torch.log10(exact.var(0).sum() / (exact - other).square().mean(0).sum()))
 
 
-@pytest.mark.parametrize("make", [Residual, lambda: Bottlenecks(5.0)])
+@pytest.mark.parametrize("make", [OneStream, lambda: Bottlenecks(5.0)])
 def test_answers_stay(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     graph = folded(make(), images(2))
@@ -111,7 +66,7 @@ def test_streams_reach_across_additions() -> None:
         for stream in streams(graph)
     ]
     assert found == [({"stem", "project.0", "project.1"}, {"expand.0", "expand.1", "head"})]
-    graph = folded(Residual(), images(2))
+    graph = folded(OneStream(), images(2))
     (stream,) = streams(graph)
     assert {layer_name(node) for node in stream.makers} == {"one", "two", "deep"}
     assert {layer_name(node) for node in stream.readers} == {"two", "deep", "fc"}

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from networks import WithoutKernels
 from torch import nn
 
 import rarefy
@@ -17,26 +18,10 @@ from rarefy.quantization.quantize import quantize
 from rarefy.reports import facts, report, view
 
 
-class Net(nn.Module):
-    """A form without an integer kernel (an addition of a number), an operator that no runtime knows, and one whose
-    source is in float."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.inner, self.head = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1), nn.Linear(8, 5)
-        self.odd = nn.Conv1d(8, 8, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.stem(x).relu()
-        x = self.inner(x) + x
-        y = torch.erf(x) * (x + 0.5)
-        return self.head(self.odd(y.flatten(2)).mean(2))
-
-
 @pytest.fixture(scope="module")
 def graph() -> torch.fx.GraphModule:
     torch.manual_seed(0)
-    return capture(Net().eval(), torch.randn(2, 3, 16, 16))
+    return capture(WithoutKernels().eval(), torch.randn(2, 3, 16, 16))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from networks import AlikeStretches
+from torch import Tensor
 
 from rarefy import plugins
 from rarefy.compression import environment
@@ -21,29 +22,6 @@ from rarefy.quantization.quantize import quantize
 from rarefy.system import cpu
 
 
-class Net(nn.Module):
-    """Two alike stretches of linear layers between layer norms, after a convolutional one of three kinds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.depthwise, self.pointwise = (
-            nn.Conv2d(3, 16, 3),
-            nn.Conv2d(16, 16, 3, groups=16),
-            nn.Conv2d(16, 24, 1),
-        )
-        self.norms = nn.ModuleList(nn.LayerNorm(24) for _ in range(2))
-        self.first = nn.ModuleList(nn.Linear(24, 48) for _ in range(2))
-        self.second = nn.ModuleList(nn.Linear(48, 24) for _ in range(2))
-        self.head = nn.Linear(24, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.pointwise(self.depthwise(self.stem(x).relu()).relu()).flatten(2).transpose(1, 2)
-        for norm, first, second in zip(self.norms, self.first, self.second, strict=True):
-            x = x + second(first(norm(x)).relu())
-        answer: Tensor = self.head(torch.sin(x.mean(1)))
-        return answer
-
-
 @pytest.fixture(scope="module")
 def batches() -> list[Tensor]:
     return [torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
@@ -52,7 +30,7 @@ def batches() -> list[Tensor]:
 @pytest.fixture(scope="module")
 def graph(batches: list[Tensor]) -> Any:
     torch.manual_seed(0)
-    return capture(Net().eval(), batches[0])
+    return capture(AlikeStretches().eval(), batches[0])
 
 
 def test_candidates_are_stretches_and_kinds_of_layers(graph: Any) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from networks import IdleLayer
 
 from rarefy.errors import InputError
 from rarefy.graph.capture import capture
@@ -56,7 +56,7 @@ def test_text_and_wrong_requests() -> None:
 def test_a_budget_out_of_reach_is_told_in_its_own_unit(asked: str) -> None:
     torch.manual_seed(0)
     batches = [torch.randn(8, 3, 12, 12)]
-    model = capture(Uneven().eval(), batches[0])
+    model = capture(IdleLayer().eval(), batches[0])
     name, _, value = asked.partition("=")
     with pytest.raises(
         InputError, match=f"mixed: {name}={value} is out of reach: the cheapest choices take {name}="
@@ -66,27 +66,10 @@ def test_a_budget_out_of_reach_is_told_in_its_own_unit(asked: str) -> None:
     quantize(model, batches=batches, weights=f"mixed:{name}={least * 1.0001}", progress=False)
 
 
-class Uneven(nn.Module):
-    """A layer that hardly matters, and one whose error is all that shows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.idle, self.last = (
-            nn.Conv2d(3, 16, 3, padding=1),
-            nn.Conv2d(16, 16, 3, padding=1),
-            nn.Linear(16, 10),
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.first(x).relu()
-        x = x + 0.001 * self.idle(x)
-        return self.last(x.mean((2, 3)))
-
-
 @pytest.mark.parametrize(("budget", "idle"), [("bits=4", 2), ("size=1500", 3), ("bitops=0.5", 3)])
 def test_mixed_beats_uniform_at_the_same_cost(budget: str, idle: int) -> None:
     torch.manual_seed(0)
-    model = Uneven().eval()
+    model = IdleLayer().eval()
     batches = [torch.randn(16, 3, 12, 12) * torch.rand(16, 1, 1, 1) * 4 for _ in range(3)]
     graph = capture(model, batches[0])
     x = torch.cat(batches)
@@ -108,7 +91,7 @@ def test_mixed_beats_uniform_at_the_same_cost(budget: str, idle: int) -> None:
 def test_float_is_a_choice_and_values_have_grids_of_their_own() -> None:
     torch.manual_seed(0)
     batches = [torch.randn(16, 3, 12, 12)]
-    graph = capture(Uneven().eval(), batches[0])
+    graph = capture(IdleLayer().eval(), batches[0])
     small = quantize(graph, batches=batches, weights="mixed:bits=12,choices=2/float", progress=False)
     facts = small.meta["history"][-1]["facts"]
     assert "first" in facts["float"] and facts["allocation"]["bits"]["first"] == 32
@@ -118,7 +101,7 @@ def test_float_is_a_choice_and_values_have_grids_of_their_own() -> None:
 
 
 def test_latency_of_kernels_goes_to_layers_by_what_they_read_and_make_and_else_by_order() -> None:
-    graph = fold(capture(Uneven().eval(), torch.zeros(2, 3, 8, 8)))
+    graph = fold(capture(IdleLayer().eval(), torch.zeros(2, 3, 8, 8)))
     layers = [node for node in graph.graph.nodes if weighted(node)]
     sizes = [(192, 1024), (1024, 1024), (16, 10)]
     image, wide, pooled = [1, 3, 8, 8], [1, 16, 8, 8], [1, 16]
@@ -142,7 +125,7 @@ def test_latency_of_kernels_goes_to_layers_by_what_they_read_and_make_and_else_b
 
 def test_a_latency_is_measured_and_one_out_of_reach_is_refused() -> None:
     torch.manual_seed(0)
-    graph, batches = capture(Uneven().eval(), torch.zeros(2, 3, 32, 32)), [torch.randn(8, 3, 32, 32)]
+    graph, batches = capture(IdleLayer().eval(), torch.zeros(2, 3, 32, 32)), [torch.randn(8, 3, 32, 32)]
     try:
         small = quantize(graph, batches=batches, weights="mixed:latency=100,choices=4/8", progress=False)
     except InputError as busy:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import EveryKernel, ImageAndNumbers, PaddedReads
 from torch import nn
 
 from rarefy import plugins
@@ -37,35 +38,10 @@ from rarefy.quantization.rounding_pass import OfWeights
 from rarefy.tasks import Classification
 
 
-class Block(nn.Module):
-    """Every integer kernel once: residual add, concat, squeeze-excite, hardswish, pooling, ReLU6, a grouped
-    convolution."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.Hardswish())
-        self.depthwise = nn.Sequential(
-            nn.Conv2d(16, 16, 3, 1, 1, groups=16, bias=False), nn.BatchNorm2d(16), nn.ReLU6()
-        )
-        self.squeeze, self.excite = nn.Conv2d(16, 8, 1), nn.Conv2d(8, 16, 1)
-        self.project = nn.Sequential(nn.Conv2d(16, 16, 1, bias=False), nn.BatchNorm2d(16))
-        self.alone = nn.BatchNorm2d(32)
-        self.head = nn.Linear(32, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.stem(x)
-        y = self.depthwise(x)
-        gate = nn.functional.hardsigmoid(self.excite(self.squeeze(y.mean((2, 3), keepdim=True)).relu()))
-        y = x + self.project(y * gate)
-        y = torch.cat([y, nn.functional.max_pool2d(x, 3, 1, 1)], 1)
-        y = self.alone(y).relu()
-        return self.head(nn.functional.adaptive_avg_pool2d(y, 1).flatten(1))
-
-
 @pytest.fixture(scope="module")
 def block() -> nn.Module:
     torch.manual_seed(0)
-    model = Block()
+    model = EveryKernel()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -209,17 +185,6 @@ def test_folding_and_simplifying_change_no_answer(block: nn.Module, batches: lis
     assert torch.allclose(graph(batches[1]), folded(batches[1]), atol=2e-5)
 
 
-class Padded(nn.Module):
-    """Zeros around what convolutions read: as many on either side, and not."""
-
-    def __init__(self, around: Sequence[int], padding: int, value: float = 0.0) -> None:
-        super().__init__()
-        self.conv, self.around, self.value = nn.Conv2d(3, 4, 3, padding=padding, stride=2), list(around), value
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(nn.functional.pad(x, self.around, value=self.value))
-
-
 @pytest.mark.parametrize(
     ("around", "padding", "value", "melts"),
     [
@@ -234,7 +199,7 @@ def test_zeros_around_what_a_convolution_reads_are_its_padding(
     around: Sequence[int], padding: int, value: float, melts: list[int] | None
 ) -> None:
     x = torch.randn(2, 3, 9, 11)
-    graph = fold(capture(Padded(around, padding, value).eval(), x))
+    graph = fold(capture(PaddedReads(around, padding, value).eval(), x))
     simple = simplify(graph)
     targets = [node.target for node in simple.graph.nodes if node.op == "call_function"]
     assert (torch.ops.aten.pad.default not in targets) == (melts is not None)
@@ -344,7 +309,7 @@ def test_zero_padding_stays_in_integers_and_narrow_layers_are_written_wide(
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
 
-    class Padded(nn.Module):
+    class PaddedReads(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.a, self.b, self.c = (
@@ -361,7 +326,7 @@ def test_zero_padding_stays_in_integers_and_narrow_layers_are_written_wide(
             return self.head(x.mean((2, 3)))
 
     torch.manual_seed(0)
-    graph = capture(Padded().eval(), batches[0])
+    graph = capture(PaddedReads().eval(), batches[0])
     small = quantize(graph, batches=batches, progress=False)
     assert noise_db(graph(batches[0]), small(batches[0])) > 20
     runtime = plugins.resolve("runtimes", "onnxruntime:threads=1")
@@ -667,22 +632,11 @@ def test_quantizes_on_the_gpu_and_leaves_nothing_on_the_host(
     assert torch.isfinite(small(there[0])).all()
 
 
-class Both(nn.Module):
-    """An image, and numbers that go with it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.image, self.numbers, self.head = nn.Conv2d(3, 16, 3), nn.Linear(7, 16), nn.Linear(16, 5)
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return self.head((self.image(x).mean((2, 3)) + self.numbers(y)).relu())
-
-
 @pytest.mark.parametrize("rounding", ["nearest", "gptq"])
 def test_a_model_of_two_inputs(rounding: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     given = torch.randn(32, 3, 8, 8), torch.randn(32, 7)
-    graph = capture(Both().eval(), given)
+    graph = capture(ImageAndNumbers().eval(), given)
     small = quantize(graph, batches=[given], rounding=rounding, progress=False)
     wanted = graph(*given)
     assert (small(*given) - wanted).square().mean() < 1e-3 * wanted.var()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from networks import UnfoldedForms
 
 from rarefy import plugins
 from rarefy.errors import InputError
@@ -234,25 +234,10 @@ def test_narrow_is_gptq_up_to_so_many_inputs_and_nearest_above() -> None:
     )
 
 
-class Net(nn.Module):
-    """Convolution with stride, padding and dilation, grouped, depthwise, linear: each in its unfolded form."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, 1, 2, 2, groups=16), nn.ReLU(),
-            nn.Conv2d(16, 32, 3, padding="same", groups=4), nn.ReLU(),
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
-        )  # fmt: skip
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layers(x)
-
-
 @pytest.mark.parametrize("name", OF_LAYERS)
 def test_a_network_answers_better_than_with_nearest_and_the_same_each_time(name: str) -> None:
     torch.manual_seed(0)
-    graph = capture(Net().eval(), torch.randn(2, 3, 16, 16))
+    graph = capture(UnfoldedForms().eval(), torch.randn(2, 3, 16, 16))
     batches = [torch.randn(16, 3, 16, 16) for _ in range(6)]
     wanted = graph(torch.cat(batches)).detach()
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from networks import LoudNorms
+from torch import Tensor, fx
 
 from rarefy.errors import InputError
 from rarefy.graph.capture import capture
@@ -18,27 +19,6 @@ from rarefy.quantization.transforms.smoothquant import smooth
 aten = torch.ops.aten
 
 
-class Encoder(nn.Module):
-    """Three layers behind the first norm, one behind the second, which has no bias; the third is an answer's, too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.last = nn.LayerNorm(32), nn.RMSNorm(32, eps=1e-6), nn.LayerNorm(32)
-        self.q, self.k, self.v = nn.Linear(32, 32), nn.Linear(32, 32, bias=False), nn.Linear(32, 32)
-        self.wide, self.narrow, self.head = nn.Linear(32, 64), nn.Linear(64, 32), nn.Linear(32, 10)
-        with torch.no_grad():
-            for norm in (self.first, self.second):
-                norm.weight[torch.tensor([3, 17])] *= 60
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.first(x)
-        x = x + nn.functional.scaled_dot_product_attention(self.q(y) / 30, self.k(y) / 30, self.v(y))
-        x = x + self.narrow(nn.functional.gelu(self.wide(self.second(x))))
-        y = self.last(x)
-        answer: Tensor = self.head(y) + y[:, :, :10]
-        return answer.mean(1)
-
-
 @pytest.fixture(scope="module")
 def batches() -> list[Tensor]:
     return list(torch.randn(64, 7, 32, generator=torch.Generator().manual_seed(0)).split(16))
@@ -47,7 +27,7 @@ def batches() -> list[Tensor]:
 @pytest.fixture(scope="module")
 def graph(batches: list[Tensor]) -> fx.GraphModule:
     torch.manual_seed(0)
-    return capture(Encoder().eval(), batches[0])
+    return capture(LoudNorms().eval(), batches[0])
 
 
 def norms(graph: fx.GraphModule) -> list[fx.Node]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from networks import Linears, TanhNet
 
 from rarefy import plugins
 from rarefy.artifact.folder import load, save
@@ -14,20 +14,10 @@ from rarefy.graph.capture import capture
 from rarefy.quantization.quantize import quantize
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.bn, self.b = nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.Conv2d(32, 32, 3, groups=32, bias=False)
-        self.c, self.head = nn.Conv2d(32, 24, 1), nn.Linear(24, 10, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.tanh(self.c(self.b(self.bn(self.a(x)).relu()))).mean((2, 3)))
-
-
 @pytest.fixture(scope="module")
 def graph():
     torch.manual_seed(0)
-    return capture(Net().eval(), torch.randn(2, 3, 9, 9))
+    return capture(TanhNet().eval(), torch.randn(2, 3, 9, 9))
 
 
 # relative error of the weights that the format's step allows: a uniform grid of b bits over +-4 sigma leaves
@@ -60,15 +50,6 @@ def test_the_file_computes_it(weights: str, graph, tmp_path) -> None:
     x = torch.randn(4, 3, 9, 9)
     file = runtime.export(small, tmp_path / "small.onnx")
     assert torch.allclose(runtime.open(file)(x), small(x), atol=1e-5)
-
-
-class Linears(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.c = nn.Linear(72, 64), nn.Linear(64, 48, bias=False), nn.Linear(48, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.c(self.b(self.a(x).relu()).mean(1))
 
 
 @pytest.mark.parametrize("weights", ["int4", "uint4", "int2", "int4:group=16", "uint4:group=32", "uint3:group=32"])

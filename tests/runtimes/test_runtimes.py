@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from networks import GatedWithTokens, PaddedNorm, TwoAnswers, UnevenDepthwise
 from torch import Tensor, fx, nn
 
 from rarefy import plugins
@@ -30,33 +31,6 @@ from rarefy.system import cpu
 RUNTIMES = plugins.available("runtimes")
 
 
-class Gated(nn.Module):
-    """Hardswish, a squeeze-and-excite gate, a residual, a depthwise layer, a flattened stream of tokens with GELU and
-    attention."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 16, 3, stride=2, padding=1)
-        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
-        self.squeeze, self.excite = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1)
-        self.project = nn.Conv2d(16, 16, 1)
-        self.norm = nn.LayerNorm(16)
-        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
-        self.wide, self.narrow, self.head = nn.Linear(16, 64), nn.Linear(64, 16), nn.Linear(16, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = nn.functional.hardswish(self.stem(x))
-        y = nn.functional.relu(self.depthwise(x))
-        gate = self.excite(nn.functional.relu(self.squeeze(y.mean((2, 3), keepdim=True))))
-        x = x + self.project(y * nn.functional.hardsigmoid(gate))
-        x = x.flatten(2).transpose(1, 2)
-        q, k, v = self.qkv(self.norm(x)).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind(0)
-        x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        x = x + self.narrow(nn.functional.gelu(self.wide(x)))
-        answer: Tensor = self.head(x.mean(1))
-        return answer
-
-
 @pytest.fixture(scope="module")
 def batches() -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
@@ -66,7 +40,7 @@ def batches() -> list[Tensor]:
 @pytest.fixture(scope="module")
 def graph(batches: list[Tensor]) -> fx.GraphModule:
     torch.manual_seed(0)
-    return capture(Gated().eval(), batches[0])
+    return capture(GatedWithTokens().eval(), batches[0])
 
 
 @pytest.fixture(params=RUNTIMES)
@@ -206,32 +180,11 @@ def test_certificate_names_runtimes_file_and_first_layer(
     assert all(one["first_diverging_layer"].startswith("depthwise") for one in broken["runtimes"].values())
 
 
-class Uneven(nn.Module):
-    """Depthwise layers of 24 channels: one gated as in MobileNetV3, one whose channels are parted and put beside
-    others."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.first, self.second = (
-            nn.Conv2d(3, 24, 1),
-            nn.Conv2d(24, 24, 3, padding=1, groups=24),
-            nn.Conv2d(8, 24, 1),
-        )
-        self.squeeze, self.excite, self.project = nn.Conv2d(24, 20, 1), nn.Conv2d(20, 24, 1), nn.Conv2d(24, 8, 1)
-        self.last, self.head = nn.Conv2d(24, 24, 5, padding=2, groups=24), nn.Conv2d(32, 10, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = nn.functional.hardswish(self.first(nn.functional.hardswish(self.stem(x))))
-        x = self.project(x * nn.functional.hardsigmoid(self.excite(self.squeeze(x.mean((2, 3), keepdim=True)).relu())))
-        left, right = self.last(self.second(x).relu()).chunk(2, 1)
-        return self.head(torch.cat([x, right, left], 1)).mean((2, 3))
-
-
 def test_depthwise_layers_are_written_as_wide_as_the_kernels_tiles(batches: list[Tensor], tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
-    graph = capture(Uneven().eval(), batches[0])
+    graph = capture(UnevenDepthwise().eval(), batches[0])
     small = quantize(graph, batches=batches, progress=False)
     runtime = plugins.resolve("runtimes", "onnxruntime:threads=1")
     path = runtime.export(small, tmp_path / "model.onnx")
@@ -244,22 +197,10 @@ def test_depthwise_layers_are_written_as_wide_as_the_kernels_tiles(batches: list
     assert torch.allclose(runtime.open(path)(batches[1]), small(batches[1]), atol=1e-6)
 
 
-class Heads(nn.Module):
-    """Two answers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.first, self.second = nn.Conv2d(3, 16, 3), nn.Linear(16, 5), nn.Linear(16, 4)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.body(x).relu().mean((2, 3))
-        return self.first(x), self.second(x)
-
-
 def test_all_outputs_are_compared(runtime: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     inputs = torch.randn(8, 3, 8, 8)
-    small = quantize(capture(Heads().eval(), inputs), batches=[inputs], runtime=runtime, progress=False)
+    small = quantize(capture(TwoAnswers().eval(), inputs), batches=[inputs], runtime=runtime, progress=False)
     path = runtime.export(small, tmp_path / f"model{runtime.suffix}")
     found = runtime.compare(small, path, inputs)
     assert found["passed"] and found["largest_difference"] < 0.1
@@ -299,24 +240,12 @@ def test_maps_are_compared_by_their_differences(tmp_path: Path) -> None:
     assert not broken["passed"] and broken["agreement"] == 0
 
 
-class Windows(nn.Module):
-    """A norm, padded behind: OpenVINO pads the codes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.one, self.head = nn.LayerNorm(16), nn.Linear(16, 16), nn.Linear(16, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = nn.functional.pad(self.norm(x.permute(0, 2, 3, 1)), (0, 0, 0, 3, 0, 3))
-        return self.head(self.one(x).relu().mean((1, 2)))
-
-
 def test_a_value_that_a_runtime_gives_in_another_shape_is_left_out(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("openvino")
     torch.manual_seed(0)
     inputs = torch.randn(8, 16, 5, 5)
-    small = quantize(capture(Windows().eval(), inputs), batches=[inputs], progress=False)
+    small = quantize(capture(PaddedNorm().eval(), inputs), batches=[inputs], progress=False)
     path = plugins.resolve("runtimes", "onnxruntime").export(small, tmp_path / "model.onnx")
     found = certify(small, path, also=["openvino"], inputs=inputs)
     own, other = found["runtimes"].values()
