@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 from rarefy.tasks import Classification
 
 
+@functools.cache
 def digits(augment: str = "none") -> Classification:
     return Classification(train="sklearn:digits", val="sklearn:digits", augment=augment)

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rarefy.reports.facts import Goal
 from rarefy.system.options import check, option
 
-if TYPE_CHECKING:  # the command line reads the fields, without torch
+if TYPE_CHECKING:  # the command line reads the fields, without torch and numpy
+    from rarefy.reports.facts import Goal
     from rarefy.tasks.task import Task
 
 Step = Mapping[str, object]  # {"do": verb, option: value, ...}
@@ -82,6 +82,8 @@ def goals(
     drop: of the metric, in its ``unit``, "%" for shares. speedup: against the original. size: bytes.
     macs, parameters: what is left of the original's, a share.
     """
+    from rarefy.reports.facts import Goal
+
     found: list[Goal] = []
     if budget.max_drop is not None:
         advice = "distil for more epochs, or prune less"

@@ -494,7 +494,7 @@ def test_a_folder_that_is_none(tmp_path):
 
 
 def test_a_module_is_not_a_graph(tmp_path):
-    with pytest.raises(InputError, match=r"Net is not a graph; capture\(\) it first"):
+    with pytest.raises(InputError, match=r"ConvNormLinear is not a graph; capture\(\) it first"):
         folder_.save(ConvNormLinear(), tmp_path / "model")
 
 

@@ -46,7 +46,6 @@ GROUP_SPARSE = "group_sparse:epochs=2,batch_size=96,lr=0.05,reg=0.01"
 
 
 @functools.cache
-@functools.cache
 def net() -> fx.GraphModule:
     torch.manual_seed(2)
     graph = capture(PooledResidual(), torch.zeros(2, 1, 8, 8))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from digits import digits as sklearn_digits
 from networks import DenselyConnected, Encoders
 from torch import Tensor, fx, nn
 
@@ -68,7 +69,11 @@ def graph_of(model: nn.Module) -> fx.GraphModule:
     return capture(model.eval(), torch.zeros(2, 1, 8, 8))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", name="digits")
+def cropped_digits() -> Classification:
+    return sklearn_digits("crop=1")
+
+
 def state(graph: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in graph.state_dict().items()}
 

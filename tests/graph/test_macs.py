@@ -26,7 +26,11 @@ from rarefy.graph.macs import count_macs, count_parameters, einsum_letters
         # "..." is a batch axis on the left only, and two axes of it
         (Stepwise(lambda x: torch.einsum("...ij,jk->...ik", x, torch.ones(5, 7))), (2, 3, 4, 5), 2 * 3 * 4 * 5 * 7),
         (Stepwise(lambda x: torch.einsum("bi,bi->b", x, x)), (4,), 4),
-        (Stepwise(lambda x: F.scaled_dot_product_attention(x, x[..., :3, :], x[..., :3, :2])), (2, 6, 4), 2 * 6 * 3 * 6),
+        (
+            Stepwise(lambda x: F.scaled_dot_product_attention(x, x[..., :3, :], x[..., :3, :2])),
+            (2, 6, 4),
+            2 * 6 * 3 * 6,
+        ),
         (Stepwise(lambda x: torch.relu(x + 1).mean(1)), (4, 4), 0),
     ],
 )  # fmt: skip

@@ -42,7 +42,6 @@ def net() -> fx.GraphModule:
     return capture(EveryConvolution(), torch.zeros(2, 1, 8, 8))
 
 
-@functools.cache
 class Stopped(Exception):
     pass
 

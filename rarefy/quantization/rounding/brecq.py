@@ -85,13 +85,9 @@ class Brecq:
 
         def error(state: Rounded, dropped: bool) -> Tensor:
             chosen = torch.randint(block.images, (min(self.batch, block.images),), generator=generator)
-            inputs = block.part(block.inputs, chosen, block.images)
-            if dropped:
-                exact = block.part(block.float_inputs, chosen, block.images)
-                inputs = [x if y is None or not isinstance(x, Tensor) else mix(x, y) for x, y in zip(inputs, exact)]
-            (wanted,) = block.part([block.outputs], chosen, block.images)
-            error: Tensor = (_answer(block, inputs, state, mix if dropped else None) - wanted).square().mean() / size
-            return error
+            drop = mix if dropped else None
+            inputs, wanted = _batch(block, chosen, drop)
+            return torch.mean((_answer(block, inputs, state, drop) - wanted).square()).div(size)
 
         def moved(codes: Sequence[Tensor]) -> Rounded:
             biases = (
@@ -144,6 +140,15 @@ def _step(loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:
 
 def _moved(scales: Sequence[Tensor], logs: Sequence[Tensor]) -> list[Tensor]:
     return [scale * log.exp().clamp(1 / _RANGE, _RANGE) for scale, log in zip(scales, logs)]
+
+
+def _batch(block: Block, chosen: Tensor, mix: Mix | None) -> tuple[list[Value], Tensor]:
+    """What the block reads of some images, mixed with what it reads in float, and what the float block makes of them."""
+    inputs = block.part(block.inputs, chosen, block.images)
+    if mix is not None:
+        exact = block.part(block.float_inputs, chosen, block.images)
+        inputs = [x if y is None or not isinstance(x, Tensor) else mix(x, y) for x, y in zip(inputs, exact)]
+    return inputs, block.part([block.outputs], chosen, block.images)[0]
 
 
 def _answer(block: Block, inputs: Sequence[Value], state: Rounded, mix: Mix | None) -> Tensor:
