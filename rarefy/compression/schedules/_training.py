@@ -9,7 +9,6 @@ from typing import TypedDict
 import torch
 from torch import fx
 
-from rarefy.distillation.distill import distill, train
 from rarefy.distillation.options import Penalty, Training
 from rarefy.errors import InputError
 from rarefy.graph import history
@@ -58,6 +57,8 @@ def trained(
 
     Raises InputError without training data.
     """
+    from rarefy.distillation.distill import distill, train  # once asked for: the list of schedules needs no loop
+
     task = task_of(name, setting)
     size = min(batch_size, task.data.length("train"))
     training = Training(seed=setting.seed, validate_every=0, batch_size=size, **options)

@@ -30,14 +30,12 @@ from torch import Tensor, fx, nn
 
 from rarefy import plugins
 from rarefy.compression.schedules._training import Options, check_training, facts_of, joined, task_of, trained
-from rarefy.distillation.qat import CLIP, FREEZE
 from rarefy.errors import InputError
 from rarefy.graph.nodes import share_copy
 from rarefy.kernels import is_quantised
 from rarefy.pruning.groups.groups import Coupling, couple
 from rarefy.pruning.records import unpacked
 from rarefy.pruning.schedule import Asked, Once, Setting
-from rarefy.quantization.quantize import quantize
 
 
 @dataclass(frozen=True)
@@ -83,6 +81,9 @@ class Joint:
 
     def run(self, graph: fx.GraphModule, once: Once, asked: Asked, setting: Setting) -> fx.GraphModule:
         """Raises InputError without training data, for a graph that is quantised, or for what ``prune`` refuses."""
+        from rarefy.distillation.qat import CLIP, FREEZE  # once asked for: the list of schedules needs none of it
+        from rarefy.quantization.quantize import quantize
+
         if is_quantised(graph):
             raise InputError("schedule 'joint' quantises by itself; pass the float network")
         task = task_of("joint", setting)

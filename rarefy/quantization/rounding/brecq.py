@@ -143,7 +143,7 @@ def _moved(scales: Sequence[Tensor], logs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _batch(block: Block, chosen: Tensor, mix: Mix | None) -> tuple[list[Value], Tensor]:
-    """What the block reads of some images, mixed with what it reads in float, and what the float block makes of them."""
+    """What the block reads of some images, mixed with what it reads in float; what the float block makes of them."""
     inputs = block.part(block.inputs, chosen, block.images)
     if mix is not None:
         exact = block.part(block.float_inputs, chosen, block.images)
