@@ -26,10 +26,10 @@ demo: $(READY)
 
 # On JOBS processes; what needs a GPU or takes long is left to test-gpu and test-all.
 test: $(READY)
-	$(PYTEST) -n $(JOBS) --dist loadfile -m "not slow and not gpu"
+	$(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 test-all: $(READY)
-	$(PYTEST) -n $(JOBS) --dist loadfile
+	$(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(READY)
 	$(PYTEST) -m gpu

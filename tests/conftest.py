@@ -26,7 +26,13 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
 
 
+# Files that take minutes begin first (``make test`` gives each process whole files in this order), so that none of them
+# is begun when the other process has nothing left to do.
+LONG = ("test_resume.py", "test_docs.py", "test_doors.py", "test_folder.py", "test_compress.py", "test_bad_input.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
