@@ -1,7 +1,8 @@
 """rarefy makes a trained PyTorch model smaller and faster without making it worse, and proves it.
 
 The public names stand below, one a line. They are imported when first used, so that ``import rarefy`` and ``rarefy
---help`` answer at once. Tasks are in ``rarefy.tasks``; what comes in several kinds lies in a folder each:
+--help`` answer at once. ``rarefy.sources`` has models by text and weights by file (``load``, ``graph_of``,
+``load_weights``); tasks are in ``rarefy.tasks``; what comes in several kinds lies in a folder each:
 ``rarefy.pruning.criteria``, ``rarefy.distillation.losses``, ``rarefy.quantization.rounding``,
 ``rarefy.quantization.calibration``, ``rarefy.runtimes``, ``rarefy.compression.schedules``,
 ``rarefy.pruning.selection``, ``rarefy.pruning.saliency``, ``rarefy.compression.students``.
@@ -33,6 +34,8 @@ _HOMES = {
     "report": "rarefy.reports.report",
     "RarefyError": "rarefy.errors",
 }
+# name -> module that it is
+_MODULES = {"sources": "rarefy.models.load"}
 
 __all__ = [
     "Budget",
@@ -52,6 +55,7 @@ __all__ = [
     "report",
     "save",
     "sign",
+    "sources",
     "train",
     "verify",
 ]
@@ -68,6 +72,7 @@ if TYPE_CHECKING:
     from rarefy.evaluation.evaluate import evaluate
     from rarefy.evaluation.measure import measure
     from rarefy.graph.capture import capture
+    from rarefy.models import load as sources
     from rarefy.pruning.mask import mask
     from rarefy.pruning.prune import prune
     from rarefy.quantization.quantize import quantize
@@ -75,6 +80,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
     if name not in _HOMES:
         raise AttributeError(f"module 'rarefy' has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rarefy.cli.inputs import agreed_shape, check_data, completed, device_of, output_count
+from rarefy.cli.inputs import agreed_shape, check_data, completed, device_of, loaded, output_count
 from rarefy.cli.options import (
     _BUDGET,
     DataOptions,
@@ -104,7 +104,7 @@ def _compress(asked: Any, key: str | None, as_json: bool) -> None:
     check_data(asked.data)
     output = claim_folder(asked.output)
     signer = readable(key, "--key") if key else None
-    source = load.load(asked.model, weights=asked.weights, classes=asked.classes)
+    source = loaded(asked.model, asked.weights, asked.classes)
     asked = dataclasses.replace(asked, data=completed(asked.data, source, asked.task, asked.input))
     task = recipe.make_task(asked.data, asked.task)
     graph = load.graph_of(source, agreed_shape(asked.input, task), asked.core)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rarefy.cli.inputs import device_of, prepared, weight_of
+from rarefy.cli.inputs import device_of, loaded, prepared, weight_of
 from rarefy.cli.options import DataOptions, Device, Fields, Json, ModelOptions, Output, app, grouped
 from rarefy.cli.outputs import claim_folder, save_result
 from rarefy.distillation.options import Training, training_of
@@ -111,6 +111,6 @@ def _guides(teachers: Sequence[str], weights: Sequence[str], classes: int | None
     for text, file in zip(teachers, files, strict=True):
         number, star, name = text.partition("*")
         share = weight_of(number, f"--teacher {text}") if star else 1.0
-        guide = load.load(name if star else text, weights=file, classes=classes)
+        guide = loaded(name if star else text, file, classes)
         found.append((share, load.graph_of(guide, task.data.input_shape)))
     return found

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rarefy.cli.options import DataOptions, ModelOptions
+from rarefy.cli.terminal import note
 from rarefy.errors import InputError
 
 
@@ -23,6 +24,16 @@ def shape_of(model: ModelOptions) -> tuple[int, ...] | None:
     from rarefy.models.source import parse_shape
 
     return parse_shape(model.input) if model.input is not None else None
+
+
+def loaded(text: str, weights: str | None = None, classes: int | None = None) -> Any:
+    """The source that the text names; what was taken of a file of weights that holds more is told."""
+    from rarefy.models import load
+
+    source = load.load(text, weights=weights, classes=classes)
+    if source.taken is not None:
+        note(f"{source.weights}: {source.taken}")
+    return source
 
 
 def completed(
@@ -58,7 +69,7 @@ def prepared(model: ModelOptions, data: DataOptions, needed: bool = True) -> tup
     if needed:
         check_data(options)
     shape = shape_of(model)
-    source = load.load(model.model, weights=model.weights, classes=model.classes)
+    source = loaded(model.model, model.weights, model.classes)
     task = None
     if options:
         content = recipe.data_options(completed(options, source, data.task, shape), task=data.task)
@@ -117,7 +128,7 @@ def reference_graph(reference: str | None, weights: str | None, classes: int | N
         if weights is not None:
             raise InputError("--reference-weights belongs to --reference; name the model too")
         return None
-    return load.graph_of(load.load(reference, weights=weights, classes=classes), task.data.input_shape)
+    return load.graph_of(loaded(reference, weights, classes), task.data.input_shape)
 
 
 @contextlib.contextmanager

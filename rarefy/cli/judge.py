@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rarefy.cli.inputs import device_of, prepared, reference_graph, session, shape_of
+from rarefy.cli.inputs import device_of, loaded, prepared, reference_graph, session, shape_of
 from rarefy.cli.options import (
     Batch,
     DataOptions,
@@ -122,12 +122,12 @@ def measure(
     from rarefy.models import load
 
     plugins.resolve("runtimes", runtime)
-    source = load.load(model.model, weights=model.weights, classes=model.classes)
+    source = loaded(model.model, model.weights, model.classes)
     graph = load.graph_of(source, shape_of(model), model.core)
     shape = tuple(graph.meta["inputs"][0]["shape"])
     models = {source.text: graph}
     if reference is not None:
-        other = load.load(reference, weights=reference_weights, classes=model.classes)
+        other = loaded(reference, reference_weights, model.classes)
         models = {str(reference): load.graph_of(other, shape), **models}
     found = measure_.measure(models, runtime=runtime, batch=batch_size, repeats=repeats)
     if as_json:

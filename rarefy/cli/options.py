@@ -38,7 +38,9 @@ class ModelOptions:
     weights: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE", help="Weights: .safetensors, or a checkpoint of a state_dict.", rich_help_panel=_MODEL
+            metavar="FILE",
+            help="Weights: .safetensors, or a checkpoint; FILE?prefix=NAME for one of several models in it.",
+            rich_help_panel=_MODEL,
         ),
     ] = None
     classes: Annotated[

@@ -168,6 +168,11 @@ def say(text: str) -> None:
     _console().print(text, soft_wrap=True)
 
 
+def note(text: str) -> None:
+    """What was decided for the user, in a line beside the results."""
+    sys.stderr.write(f"rarefy: {one_line(text)}\n")
+
+
 def show_json(value: Any) -> None:
     print(json.dumps(_plain(value), indent=2, ensure_ascii=False))
 

@@ -57,8 +57,8 @@ def load(
     if source is None:
         raise InputError(f"{request.text!r}: no such model; give {FORMS}")
     if weights is not None:
-        load_weights(source.model, weights)
-        source = dataclasses.replace(source, weights=str(weights))
+        taken = load_weights(source.model, weights)
+        source = dataclasses.replace(source, weights=str(weights), taken=taken)
     check_finite(source)
     source.model.eval()
     return source

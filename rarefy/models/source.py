@@ -29,7 +29,8 @@ class Source:
     224)``, or None where nobody says. preprocessing: ``mean``, ``std`` (a float a channel), ``size`` (pixels), ``crop``
     (share of the resized image that is
         used), ..., as far as the maker states them; they are ``Classification``'s options of the same names.
-    weights: what was loaded into it, or None: as the source made it.
+    weights: what was loaded into it, or None: as the source made it. taken: which part of that file, in a line, where
+        it holds more.
     """
 
     text: str
@@ -37,6 +38,7 @@ class Source:
     shape: tuple[int, ...] | None = None
     preprocessing: Mapping[str, object] = field(default_factory=dict)
     weights: str | None = None
+    taken: str | None = None
 
     def example(self, shape: tuple[int, ...] | None = None, batch: int = 2) -> Tensor:
         """An input of that shape (else the source's own): standard normal numbers, the same every time."""

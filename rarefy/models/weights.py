@@ -1,100 +1,67 @@
-"""Weights from a file: safetensors, or a checkpoint that ``torch.load(weights_only=True)`` can read.
+"""Weights from a file into a model: which of the file's tensors are the model's.
 
-A checkpoint is a state_dict, or one under ``state_dict`` or ``model``; the prefixes of DataParallel and torch.compile
-are taken off. Every tensor must find its place.
+Training code saves more than ``model.state_dict()``, each under names of its own: Lightning writes ``model.`` before
+them, DistributedDataParallel ``module.``, a distiller ``module.student.``; they lie under ``state_dict``, ``net``,
+``ema``, beside an optimiser's state. What fits is found by the names alone: the prefix under which *every* tensor of
+the model is there, in its shape, and nothing else is. If there is one, it is taken; what was taken is told.
+
+If there are several, equal ones are one, and of an averaged copy (EMA, SWA) and a plain one the averaged is taken, as
+timm and Lightning evaluate; of any others none is, and the message names them. ``FILE?prefix=student.`` takes the one
+named.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import os
-import warnings
-import zipfile
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from rarefy.errors import FormatError, InputError, first_line
+from rarefy.errors import InputError
+from rarefy.models.checkpoint import entries
 from rarefy.models.source import Source, by
 
-# What torch.load raises for a file that is no checkpoint.
-_BROKEN = (
-    RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, zipfile.BadZipFile,
-)  # fmt: skip
+# What wrappers put into the middle of names.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_AVERAGED = re.compile(r"(?:^|[._])(?:ema|swa|averaged|shadow)(?:[._]|$)|ema_model|model_ema")
+_COUNTERS = re.compile(r"(?:^|\.)(?:n_averaged|total_ops|total_params)$")  # of averaging, and of profilers
 
 
-def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> str | None:
     """Put the tensors of ``path`` into ``model``, every one at its place.
 
+    path: a file; ``FILE?prefix=student.`` where several parts of it fit.
+    Returns what was taken, in a line, of a file that holds more than the model's tensors under their own names; else
+    None.
     Raises InputError where a tensor is missing, unexpected or of another shape (the first of each kind is named, and
-    how many there are); FormatError for a file that is broken or that holds objects.
+    how many there are), or where several parts fit; FormatError for a file that is broken or would run code.
     """
-    given, wanted = _strip(read_weights(path)), model.state_dict()
-    missing = [name for name in wanted if name not in given and not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in given if name not in wanted]
-    shapes = [name for name in wanted if name in given and given[name].shape != wanted[name].shape]
-    wrong = []
-    if shapes:
-        there, here = given[shapes[0]].shape, wanted[shapes[0]].shape
-        hint = "; pass --classes" if there[1:] == here[1:] else ""
-        wrong.append(f"{shapes[0]} is {by(there)} there and {by(here)} in the model{_more(shapes)}{hint}")
-    if missing:
-        wrong.append(f"{missing[0]} is missing there{_more(missing)}")
-    if unexpected:
-        wrong.append(f"{unexpected[0]} is not in the model{_more(unexpected)}")
-    if wrong:
-        raise InputError(
-            f"{path}: does not fit the model: {'; '.join(wrong)}; give the weights of this very architecture"
-        )
-    model.load_state_dict(given, strict=False)
-
-
-def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The named tensors of a safetensors file or of a checkpoint, without running anything the file says."""
-    file = Path(path)
-    if not file.exists():
-        raise InputError(
-            f"{file}: no such file; --weights takes a .safetensors file or a checkpoint of model.state_dict()"
-        )
-    if file.is_dir():
-        raise InputError(
-            f"{file}: is a folder; --weights takes a file (a folder saved by rarefy is given as the model itself)"
-        )
-    if file.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            tensors: dict[str, Tensor] = load_file(file)
-            return tensors
-        except SafetensorError as error:
-            raise FormatError(f"{file}: is no safetensors file ({error}); download or write it again") from error
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it warns of what it then refuses
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        raise FormatError(
-            f"{file}: holds more than tensors, and loading it would run code of the file; "
-            "save the weights alone: safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
-        ) from error
-    except _BROKEN as error:
-        raise FormatError(
-            f"{file}: is no checkpoint torch can read ({first_line(error)}); "
-            "give .safetensors or torch.save(model.state_dict())"
-        ) from error
-    content = content if isinstance(content, dict) else {}
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(content.get(key), dict):
-            content = content[key]
-    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise FormatError(
-            f"{file}: no named tensors in it; save model.state_dict() (alone, or under the key 'state_dict' or 'model')"
-        )
-    return tensors
+    file, asked = _file_and_prefix(path)
+    wanted, given = model.state_dict(), _given(file)
+    fits, outer = _fits(given, wanted, asked), ""
+    own = _common_prefix(wanted)
+    if own and not any(not fit.wrong for fit in fits):  # the model is wrapped, and the file is not
+        inner = _fits(given, {name.removeprefix(own): value for name, value in wanted.items()}, asked)
+        if any(not fit.wrong for fit in inner):
+            fits, outer = inner, own
+    whole = _distinct([fit for fit in fits if not fit.wrong], given)
+    if not whole:
+        raise InputError(f"{path}: does not fit the model: {_why(fits, given, wanted, asked)}")
+    taken, plain = _chosen(whole, file)
+    model.load_state_dict({outer + name: given[there].value for name, there in taken.names.items()}, strict=False)
+    told = _told(taken, plain, given, outer)
+    if told is not None:
+        logging.getLogger("rarefy").log(logging.INFO if plain is None else logging.WARNING, "%s: %s", path, told)
+    return told
 
 
 def check_finite(source: Source) -> None:
@@ -109,12 +76,161 @@ def check_finite(source: Source) -> None:
                 )
 
 
-def _strip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
-        if tensors and all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
-    return tensors
+class _Stored(NamedTuple):
+    """A tensor of the file, and the dictionary there that it lies in."""
+
+    value: Tensor
+    entry: str
 
 
-def _more(names: list[str]) -> str:
+@dataclass(frozen=True)
+class _Fit:
+    """How a part of a file fits a model.
+
+    prefix: what stands before the model's names there, the entry included. names: the model's name -> the file's.
+    beside: others of the same dictionaries. wrong: why it does not fit, a sentence each; none where it does.
+    """
+
+    prefix: str
+    names: Mapping[str, str]
+    beside: Sequence[str]
+    wrong: Sequence[str]
+
+
+def _file_and_prefix(path: str | os.PathLike[str]) -> tuple[Path, str | None]:
+    file, question, query = os.fspath(path).rpartition("?")
+    if not question or os.path.exists(path):
+        return Path(path), None
+    key, _, prefix = query.partition("=")
+    if key != "prefix":
+        raise InputError(f"{path}: {query!r} is no option of a file of weights; write {file}?prefix=NAME")
+    return Path(file), f"{prefix.rstrip('.')}." if prefix else ""
+
+
+def _given(file: Path) -> dict[str, _Stored]:
+    """Every tensor by its name, that of its dictionary before it, and without what wrappers put in between."""
+    found: dict[str, _Stored] = {}
+    for entry, tensors in entries(file).items():
+        for name, value in tensors.items():
+            found.setdefault(_WRAPPERS.sub("", f"{entry}.{name}" if entry else name), _Stored(value, entry))
+    return found
+
+
+def _fits(given: Mapping[str, _Stored], wanted: Mapping[str, Tensor], asked: str | None) -> list[_Fit]:
+    """The prefixes under which the model's tensors are found: where most are, first."""
+    found = Counter(name[:cut] for name in given for cut in _cuts(name) if name[cut:] in wanted)
+    if asked is not None:
+        return [_fit(asked, given, wanted)] if asked in found else []
+    most = max(found.values(), default=0)
+    return [_fit(prefix, given, wanted) for prefix, count in found.most_common() if 2 * count > most]
+
+
+def _cuts(name: str) -> list[int]:
+    return [0, *(place.end() for place in re.finditer(r"\.", name))]
+
+
+def _fit(prefix: str, given: Mapping[str, _Stored], wanted: Mapping[str, Tensor]) -> _Fit:
+    names = {name: prefix + name for name in wanted if prefix + name in given}
+    tied = {(_place(wanted[name])) for name in names}
+    missing = [
+        name
+        for name, value in wanted.items()
+        if name not in names and not name.endswith("num_batches_tracked") and _place(value) not in tied
+    ]
+    homes = {given[there].entry for there in names.values()}
+    taken = set(names.values())
+    others = [name for name, one in given.items() if one.entry in homes and name not in taken]
+    unexpected = [name for name in others if name.startswith(prefix) and not _COUNTERS.search(name)]
+    shapes = [
+        name
+        for name, there in names.items()
+        if not is_lazy(wanted[name]) and given[there].value.shape != wanted[name].shape
+    ]
+    wrong = []
+    if shapes:
+        there, here = given[names[shapes[0]]].value.shape, wanted[shapes[0]].shape
+        hint = f"; pass --classes {there[0]}" if there and there[1:] == here[1:] else ""
+        wrong.append(f"{shapes[0]} is {by(there)} there and {by(here)} in the model{_more(shapes)}{hint}")
+    if missing:
+        wrong.append(f"{missing[0]} is missing there{_more(missing)}")
+    if unexpected:
+        wrong.append(f"{unexpected[0].removeprefix(prefix)} is not in the model{_more(unexpected)}")
+    return _Fit(prefix, names, others, wrong)
+
+
+def _place(value: Tensor) -> object:
+    """The same of two tensors that share their memory, as tied weights do: a file may hold one of them alone."""
+    pointer = 0 if is_lazy(value) or value.device.type == "meta" else value.data_ptr()
+    return (pointer, value.shape, value.stride()) if pointer else id(value)
+
+
+def _common_prefix(wanted: Mapping[str, Tensor]) -> str:
+    """``net.`` of a model all of whose names begin so, up to the last point."""
+    first, last = min(wanted, default=""), max(wanted, default="")
+    shared = next((place for place, pair in enumerate(zip(first, last)) if pair[0] != pair[1]), 0)
+    return first[: first.rfind(".", 0, shared) + 1]
+
+
+def _distinct(fits: Sequence[_Fit], given: Mapping[str, _Stored]) -> list[_Fit]:
+    """Of parts that hold the same numbers, the first."""
+    found: list[_Fit] = []
+    for fit in fits:
+        if not any(
+            fit.names.keys() == other.names.keys()
+            and all(torch.equal(given[fit.names[name]].value, given[other.names[name]].value) for name in fit.names)
+            for other in found
+        ):
+            found.append(fit)
+    return found
+
+
+def _chosen(fits: Sequence[_Fit], file: Path) -> tuple[_Fit, _Fit | None]:
+    """The part to take, and the plain one where that is an averaged copy."""
+    if len(fits) == 1:
+        return fits[0], None
+    averaged, plain = (
+        [fit for fit in fits if bool(_AVERAGED.search(fit.prefix)) is is_one] for is_one in (True, False)
+    )
+    if len(averaged) == len(plain) == 1:
+        return averaged[0], plain[0]
+    named = ", ".join(repr(fit.prefix) for fit in fits[:4])
+    more = " ..." if len(fits) > 4 else ""
+    raise InputError(
+        f"{file}: {len(fits)} parts of it fit the model: {named}{more}; "
+        f"name the one to take: '{file}?prefix={fits[0].prefix or fits[1].prefix}'"
+    )
+
+
+def _told(taken: _Fit, plain: _Fit | None, given: Mapping[str, _Stored], outer: str) -> str | None:
+    """Which entry and prefix, and what was left beside."""
+    if not taken.prefix and not outer and plain is None and not taken.beside:
+        return None
+    entry = next((given[there].entry for there in taken.names.values()), "")
+    entry = entry if taken.prefix.startswith(f"{entry}.") else ""
+    rest = taken.prefix.removeprefix(f"{entry}.")
+    words = [f"{len(taken.names)} tensors taken"]
+    words += [f"of the entry {entry!r}"] * bool(entry) + [f"without the prefix {rest!r}"] * bool(rest)
+    words += [f"into {outer!r}"] * bool(outer)
+    text = " ".join(words)
+    if plain is not None:
+        text += f", an averaged copy (the plain one: ?prefix={plain.prefix})"
+    if taken.beside:
+        text += f"; left there: {taken.beside[0]}{_more(taken.beside)}"
+    return text
+
+
+def _why(fits: Sequence[_Fit], given: Mapping[str, _Stored], wanted: Mapping[str, Tensor], asked: str | None) -> str:
+    """What is missing, unexpected and of another shape in the part that fits best."""
+    if not fits:
+        under = f" under {asked!r}" if asked else ""
+        return (
+            f"none of the model's names is there{under}: it holds {next(iter(given))}{_more(list(given))}, "
+            f"the model {next(iter(wanted), 'nothing')}; give the weights of this very architecture"
+        )
+    best = fits[0]
+    under = f"under {best.prefix!r} " if best.prefix else ""
+    return f"{under}{'; '.join(best.wrong)}; give the weights of this very architecture"
+
+
+def _more(names: Sequence[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rarefy.errors import CaptureError, FormatError, InputError, RarefyError
-from rarefy.models import load, weights
+from rarefy.models import checkpoint, load, weights
 from rarefy.models import source as source_
 
 
@@ -280,23 +280,23 @@ def test_pickled_code_in_weights_is_refused_and_not_run(tmp_path: Path, state: d
 def test_broken_weights(tmp_path: Path, name: str, content: bytes, said: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(FormatError, match=said):
-        weights.read_weights(tmp_path / name)
+        checkpoint.entries(tmp_path / name)
 
 
 def test_weights_without_tensors(tmp_path: Path) -> None:
     torch.save({"epoch": 3}, tmp_path / "w.pt")
     with pytest.raises(FormatError, match="no named tensors"):
-        weights.read_weights(tmp_path / "w.pt")
+        checkpoint.entries(tmp_path / "w.pt")
     torch.save(torch.zeros(3), tmp_path / "t.pt")
     with pytest.raises(FormatError, match="no named tensors"):
-        weights.read_weights(tmp_path / "t.pt")
+        checkpoint.entries(tmp_path / "t.pt")
 
 
 def test_weights_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
-        weights.read_weights(tmp_path / "w.pt")
+        checkpoint.entries(tmp_path / "w.pt")
     with pytest.raises(InputError, match="is a folder"):
-        weights.read_weights(tmp_path)
+        checkpoint.entries(tmp_path)
 
 
 # ------------------------------------------------------------------ .pt2
