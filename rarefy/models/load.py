@@ -7,6 +7,7 @@
                            directory too
 ``small/``                 a folder that rarefy saved
 ``model.pt2``              a file of ``torch.export.save``
+``onnx:model.onnx``        an ONNX file of floats; ``onnx:`` may be left out
 ========================== ============================================================================================
 
 A form is a function of the request, in a file of its own, and a place in ``SOURCES``. Nothing here unpickles objects.
@@ -25,12 +26,13 @@ from rarefy.graph.capture import capture
 from rarefy.graph.nodes import is_graph
 from rarefy.models.functions import function
 from rarefy.models.libraries import timm, torchvision
+from rarefy.models.onnx.file import onnx
 from rarefy.models.pt2 import exported
 from rarefy.models.saved import saved
 from rarefy.models.source import FORMS, Form, Request, Source, by, input_shape_of
 from rarefy.models.weights import check_finite, load_weights
 
-SOURCES: tuple[Form, ...] = (timm, torchvision, saved, exported, function)  # the first that knows the text
+SOURCES: tuple[Form, ...] = (timm, torchvision, saved, exported, onnx, function)  # the first that knows the text
 
 
 def load(

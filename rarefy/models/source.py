@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rarefy.errors import InputError, MissingDependency, first_line
 from rarefy.graph.nodes import is_graph
 
-FORMS = "timm:NAME, torchvision:NAME, package.module:function, a folder saved by rarefy, or a .pt2 file"
+FORMS = "timm:NAME, torchvision:NAME, package.module:function, a folder saved by rarefy, a .pt2 file, or an .onnx file"
 
 Option = bool | int | float | str | None
 T = TypeVar("T")

@@ -1,0 +1,1 @@
+"""An ONNX file as a model: read, checked, and run by one table of operators that ``capture`` can trace."""

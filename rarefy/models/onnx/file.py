@@ -1,0 +1,215 @@
+"""``onnx:model.onnx``: an ONNX file as a model.
+
+The file is data: it is parsed by the ``onnx`` package, its tensors are compared with the sizes that they state before
+they are read, weights in files beside it are read from its own folder only, and what has no row in the table of
+operators is refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from rarefy.errors import FormatError, InputError, first_line
+from rarefy.graph.nodes import Value
+from rarefy.models.onnx.arithmetic import TYPES
+from rarefy.models.onnx.batch import settle
+from rarefy.models.onnx.network import Network, assemble, fold, join_bias, needed, path_of
+from rarefy.models.onnx.step import Step
+from rarefy.models.onnx.table import REFUSED, ROWS
+from rarefy.models.source import FORMS, Request, Source
+from rarefy.system.dependencies import needs
+
+OLDEST, NEWEST = 7, 25  # opsets whose rules the rows keep
+LARGEST = 2**31 - 1  # bytes of one protobuf message
+DOMAINS = ("", "ai.onnx")
+
+
+def onnx(request: Request) -> Source | None:
+    """``onnx:model.onnx`` or ``model.onnx``; input names and sizes are the file's."""
+    path = request.rest if request.prefix == "onnx" else request.text
+    if request.prefix != "onnx" and not path.endswith(".onnx"):
+        return None
+    network, inputs = read(path)
+    if request.classes is not None:
+        raise InputError(f"{request.text}: an ONNX file has the outputs that it has; leave out --classes")
+    shape = inputs[0][1:]
+    known = all(isinstance(size, int) for size in shape)
+    return Source(request.text, network, tuple(int(size or 0) for size in shape) if known else None)
+
+
+def read(path: str | os.PathLike[str]) -> tuple[Network, list[list[int | None]]]:
+    """The file's network, and the sizes of its inputs (None: free)."""
+    library = needs("onnx")
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; give {FORMS}")
+    if file.stat().st_size > LARGEST:
+        raise FormatError(
+            f"{file}: has {file.stat().st_size / 1e9:.1f} GB, an ONNX file at most 2.1; store its weights beside it"
+        )
+    model = _parsed(library, file)
+    graph = model.graph
+    opsets = {one.domain: one.version for one in model.opset_import}
+    opset = opsets.get("", opsets.get("ai.onnx", 0))
+    if not OLDEST <= opset <= NEWEST:
+        raise FormatError(
+            f"{file}: is of opset {opset}, read are {OLDEST} to {NEWEST}; "
+            "convert it: onnx.version_converter.convert_version(model, 17)"
+        )
+    if model.functions:
+        model = library.inliner.inline_local_functions(model)
+        graph = model.graph
+    constants = {one.name: _array(library, one, file) for one in graph.initializer}
+    if graph.sparse_initializer:
+        raise FormatError(f"{file}: holds sparse weights; store them dense")
+    infos = [info for info in graph.input if info.name not in constants]
+    specs = [_spec(info, file) for info in infos]
+    network = Network([info.name for info in infos], [info.name for info in graph.output])
+    try:
+        steps, folded = _steps(library, graph, opset, constants, file)
+        known = {*folded, *network.input_names, *(name for step in steps for name in step.writes)}
+        for name in (*network.output_names, *(name for step in steps for name in step.reads if name)):
+            if name not in known:
+                raise FormatError(
+                    f"{file}: nothing makes {name!r}, which is read; the file is damaged: export it again"
+                )
+        steps = needed(join_bias(steps, folded, network.output_names), network.output_names)
+        network.constants = {name: folded[name] for name in network.output_names if name in folded}
+        assemble(network, steps, folded)
+        network.eval()
+        settle(network, specs)
+    except InputError as error:
+        raise type(error)(str(error) if str(error).startswith(str(file)) else f"{file}: {error}") from error
+    return network, [sizes for sizes, _ in specs]
+
+
+def _parsed(library: ModuleType, file: Path) -> Value:
+    try:
+        model = library.load_model_from_string(file.read_bytes())
+    except Exception as error:
+        raise FormatError(f"{file}: is no ONNX file ({first_line(error)}); export or copy it again") from error
+    if not model.opset_import or not model.graph.node or not model.graph.output:
+        raise FormatError(f"{file}: is no ONNX file with a graph in it; export or copy it again")
+    return model
+
+
+def _spec(info: Value, file: Path) -> tuple[list[int | None], int]:
+    """Sizes of an input (None: free), and its ONNX type."""
+    kind = info.type.tensor_type
+    if not info.type.HasField("tensor_type") or kind.elem_type not in TYPES:
+        raise FormatError(f"{file}: input {info.name!r} is no tensor of numbers; {_CUT}")
+    sizes = [one.dim_value if one.HasField("dim_value") and one.dim_value > 0 else None for one in kind.shape.dim]
+    if not sizes:
+        raise FormatError(f"{file}: input {info.name!r} has no batch axis; fix it: onnx.compose, or export without it")
+    return sizes, kind.elem_type
+
+
+_CUT = "cut the file behind it (onnx.utils.extract_model)"
+
+
+def _steps(
+    library: ModuleType, graph: Value, opset: int, constants: dict[str, np.ndarray], file: Path
+) -> tuple[list[Step], dict[str, np.ndarray]]:
+    """The nodes that read inputs, and the constants with those that the others make."""
+    steps: list[Step] = []
+    constants = dict(constants)
+    for index, node in enumerate(graph.node):
+        kind, label = node.op_type, f"{node.name or node.output[0]} ({node.op_type})"
+        attributes = {one.name: _attribute(library, one, label, file) for one in node.attribute}
+        if kind == "Constant" and node.domain in DOMAINS:
+            constants[node.output[0]] = _constant(attributes, label)
+            continue
+        row = ROWS.get(kind) if node.domain in DOMAINS else None
+        if row is None:
+            known = REFUSED.get(kind, ("has no row in the table of operators", _BEFORE))
+            where = f"{node.domain}.{kind}" if node.domain not in DOMAINS else kind
+            raise InputError(f"{node.name or node.output[0]}: operator {where} {known[0]}; {known[1]}")
+        step = Step(kind, label, attributes, opset, row)
+        step.path = path_of(node.name, kind, index)
+        step.reads, step.writes = [name or None for name in node.input], list(node.output)
+        if all(name is None or name in constants for name in step.reads):
+            constants.update(fold(step, [None if name is None else constants[name] for name in step.reads]))
+        else:
+            steps.append(step)
+    return steps, constants
+
+
+_BEFORE = "cut the file before that node (onnx.utils.extract_model), or start from the PyTorch model"
+
+
+def _constant(attributes: dict[str, Value], label: str) -> np.ndarray:
+    for name in ("value", "value_int", "value_ints", "value_float", "value_floats"):
+        if name in attributes:
+            value = attributes[name]
+            kind = np.float32 if "float" in name else np.int64
+            return value if isinstance(value, np.ndarray) else np.array(value, kind)
+    raise InputError(f"{label}: holds texts or a sparse tensor; {_BEFORE}")
+
+
+def _attribute(library: ModuleType, one: Value, label: str, file: Path) -> Value:
+    kinds = library.AttributeProto
+    if one.type == kinds.TENSOR:
+        return _array(library, one.t, file)
+    if one.type in (kinds.GRAPH, kinds.GRAPHS):
+        return None  # its operator is refused by name
+    if one.type not in (kinds.FLOAT, kinds.INT, kinds.STRING, kinds.FLOATS, kinds.INTS, kinds.STRINGS):
+        raise InputError(f"{label}: {one.name} is of a kind that is not read; {_BEFORE}")
+    value = library.helper.get_attribute_value(one)
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if one.type == kinds.STRINGS:
+        return [text.decode("utf-8", "replace") for text in value]
+    return list(value) if one.type in (kinds.FLOATS, kinds.INTS) else value
+
+
+def _array(library: ModuleType, tensor: Value, file: Path) -> np.ndarray:
+    """A tensor of the file, checked before it is read; half precision becomes single."""
+    name, sizes = tensor.name or "a constant", list(tensor.dims)
+    if tensor.data_type not in TYPES:
+        raise FormatError(
+            f"{file}: {name} is of ONNX's type {tensor.data_type}; rarefy reads plain numbers: export it as float32"
+        )
+    kind = library.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    if any(size < 0 for size in sizes):
+        raise FormatError(f"{file}: {name} has sizes {sizes}; export or copy the file again")
+    wanted = math.prod(sizes) * kind.itemsize
+    if tensor.data_location == library.TensorProto.EXTERNAL:
+        raw = _beside(tensor, file, name, wanted)
+        value = np.frombuffer(raw, kind.newbyteorder("<") if kind.kind != "V" else kind).reshape(sizes)
+    else:
+        if tensor.HasField("raw_data") and len(tensor.raw_data) != wanted:
+            raise FormatError(
+                f"{file}: {name} has {len(tensor.raw_data)} bytes where its sizes {sizes} need {wanted}; "
+                "export or copy it again"
+            )
+        try:
+            value = library.numpy_helper.to_array(tensor)
+        except Exception as error:
+            raise FormatError(f"{file}: {name} can't be read ({first_line(error)}); export or copy it again") from error
+    half = tensor.data_type in (library.TensorProto.FLOAT16, library.TensorProto.BFLOAT16)
+    return np.array(value, np.float32) if half else np.array(value)
+
+
+def _beside(tensor: Value, file: Path, name: str, wanted: int) -> bytes:
+    """The bytes of a tensor in a file beside: in the same folder or below, and as many as its sizes say."""
+    told = {one.key: one.value for one in tensor.external_data}
+    folder = file.resolve().parent
+    place = (folder / told.get("location", "")).resolve()
+    if folder not in place.parents or not place.is_file():
+        raise FormatError(
+            f"{file}: the weights of {name} lie in {told.get('location')!r}, no file in its folder; put it there"
+        )
+    try:
+        offset, length = int(told.get("offset", 0)), int(told.get("length", wanted))
+    except ValueError as error:
+        raise FormatError(f"{file}: {name} has a place that is no number; export it again") from error
+    if length != wanted or offset < 0 or offset + length > place.stat().st_size:
+        raise FormatError(f"{file}: {place.name} does not hold the {wanted} bytes of {name}; copy both files again")
+    with open(place, "rb") as content:
+        content.seek(offset)
+        return content.read(length)
