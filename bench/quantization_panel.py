@@ -1,5 +1,5 @@
-"""Default int8 on networks with real weights, of several families: ``rarefy.quantize`` as it comes, beside ONNX Runtime's
-static quantiser and NNCF, in the same run.
+"""Default int8 on networks with real weights, of several families: ``rarefy.quantize`` as it comes, beside ONNX
+Runtime's static quantiser and NNCF, in the same run.
 
     python bench/quantization_panel.py [--only NAME ...] [--ways ours ort nncf] [--images N] [--jobs N] [--check]
     python bench/quantization_panel.py --list
