@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from rarefy import plugins
@@ -328,13 +328,20 @@ def _channels_last(training: Training, graph: fx.GraphModule) -> bool:
 
 def _placed(job: Job, bf16: bool, layout: torch.memory_format) -> Objective:
     """The objective of the job on its device, student and teachers in the layout of the batches."""
-    job.student.to(job.device).to(memory_format=layout)
+    _lay_out(job.student.to(job.device), layout)
     objective = Objective(job.student, job.teachers, job.task, job.training, job.losses, bf16)
     if job.accelerator.num_processes > 1 and job.training.sync_norm == "yes":
         synchronised(objective.student)
     for one in (objective.teachers, objective.adapters):
-        one.to(job.device).to(memory_format=layout)
+        _lay_out(one.to(job.device), layout)
     return objective
+
+
+def _lay_out(module: nn.Module, layout: torch.memory_format) -> None:
+    """Weights and buffers of pictures so in memory; of volumes, and tables of other ranks, there is no such layout."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.dim() == 4:
+            tensor.data = tensor.data.contiguous(memory_format=layout)
 
 
 def _facts(loop: Loop, images_per_second: float | None) -> dict[str, object]:

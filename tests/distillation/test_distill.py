@@ -364,6 +364,25 @@ def test_precision_and_layout_change_little() -> None:
         torch.testing.assert_close(tensors(last)[name], one, rtol=1e-3, atol=1e-4)
 
 
+class Volumes(nn.Module):
+    """A picture seen as a volume, too: weights and buffers of rank 5 beside those of rank 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flat, self.deep, self.head = nn.Conv2d(1, 8, 3, padding=1), nn.Conv3d(1, 8, 3, padding=1), nn.Linear(8, 10)
+        self.register_buffer("table", torch.rand(1, 1, 8, 8, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        volume = self.deep(torch.relu(self.flat(x))[:, None] * self.table.permute(0, 1, 4, 2, 3))
+        return self.head(torch.relu(volume).mean((2, 3, 4)))
+
+
+def test_what_has_no_picture_layout_is_left_in_its_own() -> None:
+    graph = capture(Volumes(), torch.randn(2, 1, 8, 8))
+    trained = distill(graph, graph, Digits(), **QUICK)
+    assert not torch.equal(tensors(trained)["deep.weight"], tensors(graph)["deep.weight"])
+
+
 def test_best_state_is_kept_and_last_by_default() -> None:
     scores = iter([0.5, 0.9, 0.3])
     seen = []
