@@ -16,9 +16,10 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 import rarefy.kernels  # noqa: F401  registers torch.ops.rarefy
+from rarefy.deployment.interface import input_names
+from rarefy.deployment.interface import outputs as outputs_of
 from rarefy.deployment.onnx import arithmetic, indexing, layers, pooling, quantized, reductions, shapes
 from rarefy.deployment.onnx.writer import BATCHES, Message, Untranslated, Writer
 from rarefy.graph.nodes import arguments, attribute, is_tensor
@@ -54,20 +55,20 @@ def onnx_model(onnx: ModuleType, graph: fx.GraphModule, four_bits: bool = False)
     """
     writer = Writer(onnx, graph, four_bits)
     inputs: list[Message] = []
-    outputs: list[Message] = []
-    writer.taken |= {node.name for node in graph.graph.nodes}
+    placeholders = graph.graph.find_nodes(op="placeholder")
+    for node, name in zip(placeholders, input_names(graph), strict=True):
+        writer.names[node] = writer.fresh(name)
+        inputs.append(_info(writer, node, writer.names[node], ["batch", *writer.known[node].shape[1:]]))
+    returned = [(writer.fresh(name), node) for name, node in outputs_of(graph) if is_tensor(writer.known[node])]
+    called = {node: name for name, node in reversed(returned)}
     for node in graph.graph.nodes:
         writer.current = node.name
-        if node.op == "placeholder":
-            writer.names[node] = node.name
-            inputs.append(_info(writer, node, node.name, ["batch", *writer.known[node].shape[1:]]))
-        elif node.op == "get_attr":
+        if node.op == "get_attr":
             if isinstance(value := attribute(graph, node), Tensor):
                 writer.names[node] = writer.stored(str(node.target), value)
         elif node.op == "call_function":
-            _write(writer, node)
-        elif node.op == "output":
-            outputs += _outputs(writer, node, {info.name for info in inputs})
+            _write(writer, node, called.get(node))
+    outputs = [_output(writer, node, name) for name, node in returned]
     read, nodes = {info.name for info in outputs}, []
     for written in reversed(writer.nodes):  # what nothing reads is left out
         if read.intersection(written.output):
@@ -88,26 +89,20 @@ def _info(writer: Writer, node: fx.Node, name: str, shape: list[int | str]) -> M
     return writer.onnx.helper.make_tensor_value_info(name, writer.type_of(writer.dtype(node)), shape)
 
 
-def _outputs(writer: Writer, node: fx.Node, taken: set[str]) -> list[Message]:
-    """One for each tensor of the answer. taken: names of the inputs."""
-    infos: list[Message] = []
-    for leaf in pytree.tree_leaves(node.args[0]):
-        if not isinstance(leaf, fx.Node) or not is_tensor(writer.known[leaf]):
-            continue
-        name = writer.names[leaf]
-        if name in taken or leaf.op == "get_attr":
-            name = writer.op("Identity", [name])
-        taken.add(name)
-        sizes = zip(writer.known[leaf].shape, writer.moved[leaf].shape, strict=True)
-        shape = [
-            one if one == two else "batch" if (one, two) == BATCHES else f"{leaf.name}_{index}"
-            for index, (one, two) in enumerate(sizes)
-        ]
-        infos.append(_info(writer, leaf, name, shape))
-    return infos
+def _output(writer: Writer, node: fx.Node, name: str) -> Message:
+    """An answer by its name: what the node has become, or, where that has another name, a copy of it."""
+    if writer.names[node] != name:
+        writer.nodes.append(writer.onnx.helper.make_node("Identity", [writer.names[node]], [name], name=name))
+    sizes = zip(writer.known[node].shape, writer.moved[node].shape, strict=True)
+    shape = [
+        one if one == two else "batch" if (one, two) == BATCHES else f"{node.name}_{index}"
+        for index, (one, two) in enumerate(sizes)
+    ]
+    return _info(writer, node, name, shape)
 
 
-def _write(writer: Writer, node: fx.Node) -> None:
+def _write(writer: Writer, node: fx.Node, called: str | None) -> None:
+    """The node by its row. called: the name of the answer that it is."""
     known = writer.known[node]
     if isinstance(known, (int, float, bool)) and writer.moved[node] == known:
         return  # a number: its readers ask for it
@@ -122,10 +117,11 @@ def _write(writer: Writer, node: fx.Node) -> None:
         return
     added = writer.nodes[begun:]
     if any(result in written.output for written in added):  # named after the node, as its codes and weights are
+        own = called or writer.fresh(node.name)
         for written in added:
             for names in (written.input, written.output):
-                names[:] = [node.name if name == result else name for name in names]
-            if node.name in written.output:
-                written.name = node.name
-        result = node.name
+                names[:] = [own if name == result else name for name in names]
+            if own in written.output:
+                written.name = own
+        result = own
     writer.names[node] = result

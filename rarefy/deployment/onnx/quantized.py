@@ -36,11 +36,11 @@ def _dequantize_groups(w: Writer, g: Arguments) -> str:
     # of the last group, which may be shorter
     missing = groups * max(g["group"], 1) - codes.shape[1] if groups > 1 else 0
     cut = F.pad(codes, (*[0, 0] * (codes.dim() - 2), 0, missing)).reshape(out, groups, -1)
-    number = w.op("Cast", [w.stored(f"{g['q'].target}_grouped", cut)], to=1)
+    number = w.op("Cast", [w.stored(str(g["q"].target), cut, "grouped")], to=1)
     if zero.any():
         zeros = zero.float().reshape(*zero.shape[:2], 1)
-        number = w.op("Sub", [number, w.stored(f"{g['zero_point'].target}_grouped", zeros)])
-    number = w.op("Mul", [number, w.stored(f"{g['scale'].target}_grouped", scale.reshape(out, groups, 1))])
+        number = w.op("Sub", [number, w.stored(str(g["zero_point"].target), zeros, "grouped")])
+    number = w.op("Mul", [number, w.stored(str(g["scale"].target), scale.reshape(out, groups, 1), "grouped")])
     whole = w.op("Reshape", [number, w.constant([out, codes.shape[1] + missing, *codes.shape[2:]])])
     return w.sliced(whole, 1, 0, codes.shape[1]) if missing else whole
 
@@ -63,23 +63,23 @@ def weight_in_4_bits(w: Writer, weight: fx.Node) -> str | None:
     sizes = (outs, -(-ins // block))
     name = str(codes.target)
     inputs = [
-        w.stored_in_4_bits(f"{name}_in_4_bits", stored.t()),
-        w.stored(f"{name}_blocks", (scales if group else scales.reshape(-1, 1)).expand(sizes).t()),
+        w.stored_in_4_bits(name, stored.t(), "in_4_bits"),
+        w.stored(name, (scales if group else scales.reshape(-1, 1)).expand(sizes).t(), "blocks"),
     ]
     if zeros.any():
         zeros = zeros if group or not zeros.dim() else zeros.reshape(-1, 1)
-        inputs.append(w.stored_in_4_bits(f"{name}_zeros_in_4_bits", zeros.expand(sizes).t()))
+        inputs.append(w.stored_in_4_bits(name, zeros.expand(sizes).t(), "zeros_in_4_bits"))
     return w.op("DequantizeLinear", inputs, axis=0, block_size=block)
 
 
 def transposed_weight(w: Writer, weight: fx.Node) -> str:
     """A matrix transposed: where it is stored, in the store."""
     if weight.op == "get_attr":
-        return w.stored(f"{weight.target}_transposed", attribute(w.graph, weight).t())
+        return w.stored(str(weight.target), attribute(w.graph, weight).t(), "transposed")
     if is_decoded(weight) and argument(weight, "q").op == "get_attr" and argument(weight, "axis") in (0, None):
         codes, scale = argument(weight, "q"), argument(weight, "scale")
         if w.rank(scale) <= 1:
-            name = w.stored(f"{codes.target}_transposed", attribute(w.graph, codes).t())
+            name = w.stored(str(codes.target), attribute(w.graph, codes).t(), "transposed")
             axis = {"axis": 1} if w.rank(scale) else {}
             return w.op("DequantizeLinear", [name, *w.values(scale, argument(weight, "zero_point"))], **axis)
     return w.op("Transpose", [w.value(weight)], perm=[1, 0])

@@ -39,6 +39,7 @@ class Writer:
 
     known, moved: what a node yields for the first of the two batch sizes, and for the other.
     names, lists: the tensor, or the tensors, that a node has become.
+    taken: every name of the file, tensors' and nodes': each is asked of ``fresh``, so that none stands for two things.
     four_bits: codes of up to 4 bits may be stored two a byte.
     """
 
@@ -47,6 +48,7 @@ class Writer:
         self.known, self.moved = (shapes(graph, batch) for batch in BATCHES)
         self.nodes: list[Message] = []
         self.initializers: dict[str, Tensor] = {}
+        self.stores: dict[tuple[str, str], str] = {}
         self.in_4_bits: set[str] = set()
         self.names: dict[fx.Node, str] = {}
         self.lists: dict[fx.Node, list[str]] = {}
@@ -73,21 +75,27 @@ class Writer:
         self.taken.add(free)
         return free
 
-    def stored(self, name: str, value: Tensor) -> str:
-        """An initialiser of that name."""
-        if name not in self.initializers:
-            self.taken.add(name)
-            self.initializers[name] = value
-        return name
+    def stored(self, name: str, value: Tensor, form: str = "") -> str:
+        """The initialiser of what the graph calls ``name``; its own name is that, or the next that is free.
+
+        form: how it is written, where that is not as the graph has it ("transposed").
+        """
+        if (name, form) not in self.stores:
+            free = self.stores[name, form] = self.fresh(f"{name}_{form}" if form else name)
+            self.initializers[free] = value
+        return self.stores[name, form]
 
     def stored_anew(self, name: str, value: Tensor) -> str:
         """An initialiser of the current node, by a name of its own."""
-        return self.stored(self.fresh(f"{self.current}.{name}"), value)
+        free = self.fresh(f"{self.current}.{name}")
+        self.initializers[free] = value
+        return free
 
-    def stored_in_4_bits(self, name: str, codes: Tensor) -> str:
-        """An initialiser of codes of up to 4 bits, two a byte."""
-        self.in_4_bits.add(name)
-        return self.stored(name, codes)
+    def stored_in_4_bits(self, name: str, codes: Tensor, form: str) -> str:
+        """As ``stored``, of codes of up to 4 bits, two a byte."""
+        stored = self.stored(name, codes, form)
+        self.in_4_bits.add(stored)
+        return stored
 
     def initializer(self, name: str, into: Message) -> None:
         """As ONNX has it.
@@ -109,7 +117,8 @@ class Writer:
         tensor = torch.tensor(value, dtype=dtype)
         key = (dtype, tuple(tensor.shape), tuple(tensor.flatten().tolist()))
         if key not in self.constants:
-            self.constants[key] = self.stored(self.fresh(f"constant_{len(self.constants)}"), tensor)
+            self.constants[key] = self.fresh(f"constant_{len(self.constants)}")
+            self.initializers[self.constants[key]] = tensor
         return self.constants[key]
 
     def value(self, argument: Value, dtype: torch.dtype | None = None) -> str:
