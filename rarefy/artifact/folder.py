@@ -260,6 +260,7 @@ def _check_replaceable(target: Path) -> None:
             "model.zip",
             "report.html",
             "report.json",
+            "predict.py",
         }
     except FormatError as error:
         raise InputError(

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from rarefy.cli.inputs import prepared
-from rarefy.cli.options import Chain, DataOptions, Json, ModelOptions, Output, Runtime, app, grouped
+from rarefy.cli.options import Chain, DataOptions, Json, ModelOptions, Output, app, grouped
 from rarefy.cli.outputs import claim_file, claim_parent
 from rarefy.cli.terminal import say, show_json, show_table, size_text
 from rarefy.errors import InputError, SelfCheckFailed
@@ -23,7 +23,14 @@ def export(
     model: ModelOptions,
     data: DataOptions,
     output: Output,
-    runtime: Runtime = "onnxruntime",
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Where the model will run (`rarefy list runtimes`); default: by the file's name, .onnx for "
+            "onnxruntime, .xml for openvino, .zip for inductor.",
+        ),
+    ] = None,
     compare: Annotated[bool, typer.Option(help="Run the file, and compare it with the model.")] = True,
     certify: Annotated[
         Path | None,
@@ -41,22 +48,23 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write the file that the runtime runs, and check that it answers like the model."""
-    from rarefy import plugins
+    from rarefy.deployment import description
     from rarefy.deployment import export as export_
     from rarefy.evaluation import certify as certify_
 
     if certify is None and (also or limit is not None or data.options()):
         raise InputError("--also, --limit and data belong to the certificate; name its file with --certify")
-    certify_.readers_of(runtime, also or ())
-    suffix = plugins.resolve("runtimes", runtime).suffix
-    target = claim_file(output, (".onnx", ".xml") if suffix == ".onnx" else (suffix,))
+    chosen = export_.runtime_of(Path(output), runtime)
+    certify_.readers_of(chosen, also or ())
+    target = claim_file(output, export_.suffixes_of(chosen))
     if certify is not None:
         claim_parent(certify, "--certify")
-    _, graph, task = prepared(model, data, needed=False)
+    source, graph, task = prepared(model, data, needed=False)
+    description.remember_source(description.remember(graph, task), source.preprocessing)
     if certify is None:
-        parity = export_.export(graph, target, runtime=runtime, compare=compare)
+        parity = export_.export(graph, target, runtime=chosen, compare=compare)
     else:
-        parity = _certified(graph, target, certify, runtime, also or (), task, limit)
+        parity = _certified(graph, target, certify, chosen, also or (), task, limit)
     written = {"file": str(target), "size_bytes": target.stat().st_size, "parity": parity}
     if as_json:
         show_json(written)
@@ -68,16 +76,11 @@ def export(
         ]
         show_table("exported", ("what", "found"), rows)
     if parity.get("passed") is False:
-        layer = parity.get("first_diverging_layer")
-        raise SelfCheckFailed(
-            f"{target}: gives the model's answer on {parity['agreement']:.1%} of {parity['samples']} inputs, and "
-            f"{'no layer differs by itself' if layer is None else f'{layer} is the first layer that differs'}; "
-            "the file is written, do not deploy it"
-        )
+        raise SelfCheckFailed(f"{target}: {export_.doubt(parity, 'inputs')}")
 
 
 def _certified(
-    graph: Any, target: Path, certificate: Path, runtime: str, also: Sequence[str], task: Any, limit: int | None
+    graph: Any, target: Path, certificate: Path, runtime: Any, also: Sequence[str], task: Any, limit: int | None
 ) -> dict[str, Any]:
     """The file and its certificate, written; what is shown of it."""
     from rarefy import plugins

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from rarefy.cli.inputs import device_of, loaded, prepared, weight_of
-from rarefy.cli.options import DataOptions, Device, Fields, Json, ModelOptions, Output, app, grouped
-from rarefy.cli.outputs import claim_folder, save_result
+from rarefy.cli.options import DataOptions, Device, Fields, FileOptions, Json, ModelOptions, Output, app, grouped
+from rarefy.cli.outputs import claim_files, claim_folder, save_result
 from rarefy.distillation.options import Training, training_of
 from rarefy.errors import InputError
 
@@ -51,6 +51,7 @@ def distill(
     data: DataOptions,
     given: Annotated[dict[str, Any], Fields(Training)],
     output: Output,
+    files: FileOptions,
     teacher: Teachers = None,
     teacher_weights: TeacherWeights = None,
     student: Student = None,
@@ -82,7 +83,9 @@ def distill(
     if cache is not None and not teacher and student is None:
         raise InputError("--cache: keeps a teacher's answers, and there is none; pass --teacher, or leave it out")
     folder = claim_folder(output)
+    claim_files(files, "onnxruntime")
     source, graph, task = prepared(model, data)
+    before = graph
     common: dict[str, Any] = {
         "training": training,
         "device": device_of(device),
@@ -98,7 +101,7 @@ def distill(
         trained = verb(graph, guides, task, loss=loss, cache=cache, **common)
     if int(os.environ.get("RANK", "0")):  # under torchrun the first process saves for all
         return
-    save_result(trained, folder, source, task, as_json)
+    save_result(trained, folder, source, task, as_json, before=before, files=files)
     shutil.rmtree(f"{folder}.work", ignore_errors=True)
 
 

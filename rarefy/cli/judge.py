@@ -23,7 +23,7 @@ from rarefy.cli.options import (
     app,
     grouped,
 )
-from rarefy.cli.outputs import claim_file, show_comparison, unreadable_rows
+from rarefy.cli.outputs import claim_file, facts_of, show_comparison, unreadable_rows
 from rarefy.cli.terminal import say, show_json
 from rarefy.errors import FormatError, GoalMissed, InputError
 
@@ -213,25 +213,10 @@ def _measured_again(
     runtime: str,
     limit: int | None,
 ) -> dict[str, Any]:
-    from rarefy.evaluation import measure as measure_
-    from rarefy.evaluation.evaluate import evaluate as judge
-    from rarefy.reports import facts as facts_module
-
     facts: dict[str, Any] = _recorded(place) if (place / "report.json").exists() else {"title": str(place)}
     _, graph, task = prepared(ModelOptions(str(place)), data)
     other = reference_graph(reference, reference_weights, None, task)
-    found = judge(graph, task, reference=other, limit=limit)
-    models = {"after": graph} if other is None else {"before": other, "after": graph}
-    measured = measure_.measure(models, runtime=runtime)
-    for name in models:
-        evaluation = found if name == "after" else found.reference
-        assert evaluation is not None
-        facts[name] = {**facts.get(name, {}), **measured[name], "evaluation": evaluation.to_json()}
-    facts |= {
-        key: value
-        for key, value in facts_module.told_by(graph.meta.get("history", []), found.label, found.unit).items()
-        if key not in facts
-    }
+    facts = facts_of(facts, graph, other, task, runtime, limit)
     for claim in ("verdict", "warnings"):
         facts.pop(claim, None)
     facts["goals"] = []

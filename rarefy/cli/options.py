@@ -138,6 +138,24 @@ class DataOptions:
         )
 
 
+@dataclass
+class FileOptions:
+    """What a verb writes beside its folder."""
+
+    onnx: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Write the result as an ONNX file, too, and compare it with the model."),
+    ] = None
+    report: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write a report (.html), too: MODEL and the result measured in turns, and judged where there is "
+            "validation data.",
+        ),
+    ] = None
+
+
 Output = Annotated[str, typer.Option("-o", "--output", metavar="PATH", help="Where the result goes.")]
 OptionalOutput = Annotated[str | None, typer.Option("-o", "--output", metavar="PATH", help="Where the result goes.")]
 Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; default: a GPU if there is one.")]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from rarefy.cli.options import FileOptions
 from rarefy.cli.terminal import say, show_json, show_table, size_text
 from rarefy.errors import GoalMissed, InputError, SelfCheckFailed
 
@@ -29,13 +31,13 @@ def claim_folder(text: str) -> str:
     return str(path)
 
 
-def claim_file(text: str, suffixes: Sequence[str]) -> Path:
+def claim_file(text: str, suffixes: Sequence[str], option: str = "--output") -> Path:
     path = Path(text)
     if path.suffix.lower() not in suffixes:
         raise InputError(f"{text}: give a name that ends in {' or '.join(suffixes)}")
     if path.is_dir():
-        raise InputError(f"{text}: is a folder; --output names a file")
-    claim_parent(path)
+        raise InputError(f"{text}: is a folder; {option} names a file")
+    claim_parent(path, option)
     return path
 
 
@@ -55,11 +57,35 @@ def readable(text: str, option: str) -> str:
     return text
 
 
-def save_result(graph: Any, folder: str, source: Any, task: Any, as_json: bool) -> None:
+def claim_files(files: FileOptions, runtime: Any) -> None:
+    """Names that can be what they say: told before hours of work, not after."""
+    from rarefy.deployment.export import runtime_of
+
+    if files.onnx is not None:
+        runtime_of(claim_file(files.onnx, (".onnx",), "--onnx"), runtime)
+    if files.report is not None:
+        claim_file(files.report, (".html", ".htm"), "--report")
+
+
+def save_result(
+    graph: Any,
+    folder: str,
+    source: Any,
+    task: Any,
+    as_json: bool,
+    *,
+    before: Any,
+    files: FileOptions,
+    runtime: Any = "onnxruntime",
+) -> None:
+    """Save, write what else is asked for, and show it. before: the graph that the step began with."""
     from rarefy.artifact import folder as folder_module
+    from rarefy.deployment import description
+    from rarefy.deployment import export as export_
     from rarefy.evaluation import measure
     from rarefy.graph.macs import count_macs
 
+    description.remember_source(graph, source.preprocessing)
     manifest = {"model": source.text, "weights": source.weights, "task": task.describe() if task is not None else None}
     folder_module.save(graph, folder, manifest=manifest)
     step = graph.meta["history"][-1]
@@ -72,14 +98,59 @@ def save_result(graph: Any, folder: str, source: Any, task: Any, as_json: bool) 
         "macs": count_macs(graph),
         "weight_bytes": measure.weight_bytes(graph),
     }
+    parity: dict[str, Any] = {}
+    if files.onnx is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a parity that did not pass is raised below
+            parity = export_.export(graph, files.onnx, runtime=runtime)
+        found |= {"onnx": files.onnx, "parity": parity}
+    if files.report is not None:
+        _write_report(files.report, {"title": source.text}, graph, before, task, runtime)
+        found["report"] = files.report
     if as_json:
         show_json(found)
-        return
+    else:
+        _show_result(found, source.text, task)
+    if parity.get("passed") is False:
+        raise SelfCheckFailed(f"{files.onnx}: {export_.doubt(parity, 'inputs')}")
+
+
+def _write_report(path: str, facts: dict[str, Any], graph: Any, before: Any, task: Any, runtime: Any) -> None:
+    from rarefy.reports import report
+
+    judged = None if task is None or task.data.val is None else task
+    report.report(facts_of(facts, graph, before, judged, runtime), path)
+
+
+def facts_of(
+    facts: dict[str, Any], graph: Any, before: Any, task: Any, runtime: Any, limit: int | None = None
+) -> dict[str, Any]:
+    """``facts``, and what is measured here and now of a model, and of the one before it, where there is one.
+
+    task: that both are judged on; None: they are not.
+    """
+    from rarefy.evaluation import measure
+    from rarefy.evaluation.evaluate import evaluate
+    from rarefy.reports import facts as facts_module
+
+    models = {"after": graph} if before is None else {"before": before, "after": graph}
+    judged = None if task is None else evaluate(graph, task, reference=before, limit=limit)
+    costs = measure.measure(models, runtime=runtime)
+    for name in models:
+        evaluation = judged if judged is None or name == "after" else judged.reference
+        told = {} if evaluation is None else {"evaluation": evaluation.to_json()}
+        facts[name] = {**facts.get(name, {}), **costs[name], **told}
+    metric = ("top-1", "%") if judged is None else (judged.label, judged.unit)
+    told_by = facts_module.told_by(graph.meta.get("history", []), *metric)
+    return {**told_by, **facts}
+
+
+def _show_result(found: Mapping[str, Any], name: str, task: Any) -> None:
     from rarefy.reports import units
 
     facts = [
         (name.replace("_", " "), units.plain(value))
-        for name, value in step["facts"].items()
+        for name, value in found["facts"].items()
         if value is not None and not isinstance(value, (Mapping, list, tuple))
     ]
     rows = [
@@ -88,9 +159,10 @@ def save_result(graph: Any, folder: str, source: Any, task: Any, as_json: bool) 
         ("weights", size_text(found["weight_bytes"])),
         *facts,
         *unreadable_rows(task),
-        ("saved in", folder),
+        ("saved in", found["folder"]),
+        *((key, found[key]) for key in ("onnx", "report") if key in found),
     ]
-    show_table(f"{step['step']}: {source.text}", ("what", "found"), rows)
+    show_table(f"{found['step']}: {name}", ("what", "found"), rows)
 
 
 def unreadable_rows(task: Any) -> list[tuple[str, str]]:

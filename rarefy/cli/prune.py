@@ -9,8 +9,19 @@ import typer
 
 from rarefy import plugins
 from rarefy.cli.inputs import device_of, prepared, share_or_count
-from rarefy.cli.options import DataOptions, Device, Fields, Json, ModelOptions, OptionalOutput, Output, app, grouped
-from rarefy.cli.outputs import claim_folder, save_result
+from rarefy.cli.options import (
+    DataOptions,
+    Device,
+    Fields,
+    FileOptions,
+    Json,
+    ModelOptions,
+    OptionalOutput,
+    Output,
+    app,
+    grouped,
+)
+from rarefy.cli.outputs import claim_files, claim_folder, save_result
 from rarefy.cli.terminal import show_json, show_table
 from rarefy.errors import InputError
 from rarefy.pruning.options import MaskOptions, Options
@@ -24,6 +35,7 @@ def prune(
     model: ModelOptions,
     data: DataOptions,
     given: Annotated[dict[str, Any], ASKED],
+    files: FileOptions,
     output: OptionalOutput = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Only show what would leave together, and what can't leave and why.")
@@ -43,11 +55,12 @@ def prune(
     if output is None:
         raise InputError("no --output is given; pass -o PATH, or --explain to only look (rarefy prune --help)")
     folder = claim_folder(output)
+    claim_files(files, "onnxruntime")
     source, graph, task = prepared(model, data, needed=False)
     from rarefy.pruning.prune import prune as verb
 
     small = verb(graph, **given, task=task, device=device_of(device), checkpoint=f"{folder}.work")
-    save_result(small, folder, source, task, as_json)
+    save_result(small, folder, source, task, as_json, before=graph, files=files)
     shutil.rmtree(f"{folder}.work", ignore_errors=True)
 
 
@@ -58,6 +71,7 @@ def mask(
     data: DataOptions,
     output: Output,
     given: Annotated[dict[str, Any], Fields(MaskOptions, without=("task",))],
+    files: FileOptions,
     as_json: Json = False,
 ) -> None:
     """Make single weights zero, and keep them so in training: smaller on disk, no faster on ONNX Runtime.
@@ -66,11 +80,12 @@ def mask(
     """
     MaskOptions(**given)  # what is no choice is told before a model is loaded
     folder = claim_folder(output)
+    claim_files(files, "onnxruntime")
     source, graph, task = prepared(model, data, needed=False)
     from rarefy.pruning.mask import mask as verb
 
     sparse = verb(graph, **given, task=task)
-    save_result(sparse, folder, source, task, as_json)
+    save_result(sparse, folder, source, task, as_json, before=graph, files=files)
 
 
 def _show_coupling(graph: Any, ignore: tuple[str, ...], heads: str, as_json: bool) -> None:

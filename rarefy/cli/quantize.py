@@ -9,8 +9,8 @@ import typer
 
 from rarefy import plugins
 from rarefy.cli.inputs import prepared
-from rarefy.cli.options import DataOptions, Fields, Json, ModelOptions, OptionalOutput, app, grouped
-from rarefy.cli.outputs import claim_folder, save_result
+from rarefy.cli.options import DataOptions, Fields, FileOptions, Json, ModelOptions, OptionalOutput, app, grouped
+from rarefy.cli.outputs import claim_files, claim_folder, save_result
 from rarefy.cli.terminal import show_json, show_table
 from rarefy.errors import InputError
 from rarefy.quantization.options import Options
@@ -24,6 +24,7 @@ def quantize(
     model: ModelOptions,
     data: DataOptions,
     given: Annotated[dict[str, Any], ASKED],
+    files: FileOptions,
     output: OptionalOutput = None,
     explain: Annotated[
         bool,
@@ -45,6 +46,8 @@ def quantize(
     if output is None and not explain:
         raise InputError("no --output is given; pass -o PATH, or --explain to only look (rarefy quantize --help)")
     folder = claim_folder(output) if output is not None and not explain else None
+    if folder is not None:
+        claim_files(files, asked.runtime)
     images_needed = str(asked.activations).strip() != "float"  # weights alone need none
     source, graph, task = prepared(model, data, needed=images_needed)
     from rarefy.quantization.quantize import quantize as verb
@@ -52,7 +55,7 @@ def quantize(
     small = verb(graph, task, **given)
     if folder is None:
         return _show_noise(small, as_json)
-    save_result(small, folder, source, task, as_json)
+    save_result(small, folder, source, task, as_json, before=graph, files=files, runtime=asked.runtime)
 
 
 def _show_noise(graph: Any, as_json: bool) -> None:

@@ -42,7 +42,7 @@ from rarefy.compression.candidate import Candidate
 from rarefy.compression.comparison import compare
 from rarefy.compression.run import FINAL, RUN, Folder, Run, read_json, without_clocks, write_json
 from rarefy.compression.steps import FLOAT_ONLY, QUANTISED, check_steps
-from rarefy.deployment import latency
+from rarefy.deployment import description, latency
 from rarefy.deployment.runtime import Runtime
 from rarefy.errors import InputError
 from rarefy.evaluation import measure
@@ -79,12 +79,18 @@ class Result:
         return all(status(goal) != "missed" for goal in self.report["goals"])
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """The folder of ``artifact.save``, with the exported file, ``report.html`` and ``report.json``."""
+        """The folder of ``artifact.save``, with the exported file, ``report.html`` and ``report.json``.
+
+        And ``predict.py``, where the file takes pictures.
+        """
         files: dict[str, bytes | Path] = {
             self.model.name: self.model,
             "report.html": report_module.html(self.report).encode(),
             "report.json": report_module.as_json(self.report).encode(),
         }
+        program = description.program_for(self.graph, self.model.name)
+        if program is not None and self.model.suffix == ".onnx":
+            files[description.PROGRAM] = program.encode()
         return folder_.save(self.graph, folder, manifest=self.manifest, files=files)
 
 
@@ -126,7 +132,7 @@ def compress(
     if task.data.val is None:
         raise InputError("compress: the task has no validation data, without which no drop can be measured; pass val=")
     example = inputs if inputs is not None else torch.zeros(2, *task.data.input_shape)
-    original = without_clocks(as_graph(model, example)).eval()
+    original = description.remember(without_clocks(as_graph(model, example)).eval(), task)
     listed = steps if steps is not None else usual_steps(budget, measure.weight_bytes(original), task)
     run = Run(
         task=task,

@@ -2,46 +2,142 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
+import itertools
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import fx, nn
 
 from rarefy import plugins
-from rarefy.deployment.runtime import Runtime
-from rarefy.errors import InputError
+from rarefy.deployment import description
+from rarefy.deployment.runtime import Inputs, Runtime, several
+from rarefy.errors import FormatError, InputError
 from rarefy.graph.capture import as_graph
-from rarefy.graph.nodes import example_inputs
+from rarefy.graph.nodes import dtype_name, example_inputs
 from rarefy.system.files import replacing
+from rarefy.tasks.task import Task
 
 
 def export(
     model: nn.Module,
     path: str | os.PathLike[str],
     *,
-    runtime: Runtime | str = "onnxruntime",
-    inputs: Tensor | Sequence[Tensor] | None = None,
+    runtime: Runtime | str | None = None,
+    inputs: Inputs | None = None,
+    task: Task | None = None,
     compare: bool = True,
 ) -> dict[str, Any]:
     """Write ``model`` for ``runtime`` to ``path``, and say how its answers differ from the model's.
 
+    The file says what the model is for, and ``predict.py`` is written beside an ONNX file that takes pictures
+    (``rarefy/deployment/description.py``); another's file of that name stays.
+
     path: a file there is replaced, and stays as it was if anything fails.
-    runtime: a choice of ``rarefy.runtimes``, as an object or as text.
-    inputs: an example batch: needed where ``model`` is not captured yet, and what is compared on (else random numbers).
+    runtime: a choice of ``rarefy.runtimes``, as an object or as text; None: by the file's name, ``.onnx`` for
+        ``onnxruntime``, ``.xml`` for ``openvino`` (a ``.bin`` lies beside it), ``.zip`` for ``inductor``.
+    inputs: an example batch, of each input: needed where ``model`` is not captured yet and no task says what it takes,
+        and what is compared on (else random numbers).
+    task: what the model is for; None: what it was made for by the step that made it.
     compare: False returns an empty dictionary.
 
-    Returns a ``rarefy.deployment.runtime.Parity``. Raises InputError for a layer the runtime can't run.
+    Returns a ``rarefy.deployment.runtime.Parity``; warns where it did not pass. Raises InputError for a layer the
+    runtime can't run, and for a name that belongs to another runtime.
     """
-    chosen: Runtime = plugins.resolve("runtimes", runtime)
-    graph = as_graph(model, inputs).eval()
-    if compare and len(graph.meta["inputs"]) != 1:
+    target = Path(path)
+    chosen = runtime_of(target, runtime)
+    graph = description.remember(as_graph(description.graph_for(model, inputs, task)).eval(), task)
+    given = example_inputs(graph, batch=8) if inputs is None else several(inputs)
+    if len(given) != len(graph.meta["inputs"]):
         raise InputError(
-            f"export: a model of {len(graph.meta['inputs'])} inputs is written, but not compared; pass compare=False"
+            f"export: {len(given)} inputs are given, the model takes {len(graph.meta['inputs'])}; pass all"
         )
-    with replacing(path) as partial:
+    with _placed(target) as partial, _told(graph, target, partial, chosen):
         chosen.export(graph, partial)
-        if not compare:
-            return {}
-        given = (inputs,) if isinstance(inputs, Tensor) else inputs
-        return dict(chosen.compare(graph, partial, (given or example_inputs(graph, batch=8))[0]))
+        parity = dict(chosen.compare(graph, partial, given)) if compare else {}
+    description.write_program(graph, target)
+    if parity.get("passed") is False:
+        warnings.warn(f"{target}: {doubt(parity, 'inputs')}", stacklevel=2)
+    return parity
+
+
+def doubt(parity: dict[str, Any], samples: str) -> str:
+    """What to say of a parity that did not pass. samples: what was compared on, in a word."""
+    layer = parity.get("first_diverging_layer")
+    where = "no layer differs by itself" if layer is None else f"{layer} is the first layer that differs"
+    way_out = "" if layer is None else f", or quantise again with that layer left in float (ignore={layer!r})"
+    return (
+        f"gives the model's answer on {parity['agreement']:.1%} of {parity['samples']} {samples}, and {where}; "
+        f"the file is written, do not deploy it: choose another runtime{way_out}"
+    )
+
+
+def runtime_of(path: Path, runtime: Runtime | str | None = None) -> Runtime:
+    """The runtime that a file of that name is for.
+
+    runtime: what was asked for; None: the first whose files end so. Raises InputError where they contradict each other.
+    """
+    chosen: Runtime | None = None if runtime is None else plugins.resolve("runtimes", runtime)
+    suffix = path.suffix.lower()
+    if chosen is not None and suffix in suffixes_of(chosen):
+        return chosen
+    all_runtimes: list[Runtime] = [plugins.resolve("runtimes", name) for name in plugins.available("runtimes")]
+    other = next((one for one in all_runtimes if suffix in suffixes_of(one)), None)
+    if chosen is None:
+        return other or plugins.resolve("runtimes", "onnxruntime")
+    if other is not None:
+        raise InputError(
+            f"{path}: a {suffix} file is for {plugins.name_of(other)}, and {plugins.name_of(chosen)} is asked for; "
+            f"give a name that ends in {' or '.join(suffixes_of(chosen))}, or leave the runtime out"
+        )
+    return chosen
+
+
+def suffixes_of(runtime: Runtime) -> tuple[str, ...]:
+    """How names of the runtime's files may end, its own way first."""
+    return (runtime.suffix, *runtime.capabilities.suffixes)
+
+
+@contextlib.contextmanager
+def _placed(target: Path) -> Iterator[Path]:
+    """A name beside ``target`` to write to; what lies there at the end takes its place, with what was written beside it
+    (OpenVINO's weights)."""
+    with replacing(target) as partial:
+        beside = f"{glob.escape(str(partial.with_suffix('')))}.*"
+        try:
+            yield partial
+            for one in (Path(name) for name in glob.glob(beside)):
+                if one != partial:
+                    os.replace(one, target.with_suffix(one.suffix))
+        finally:
+            for name in glob.glob(beside):
+                if name != str(partial):
+                    os.remove(name)
+
+
+@contextlib.contextmanager
+def _told(graph: fx.GraphModule, target: Path, partial: Path, runtime: Runtime) -> Iterator[None]:
+    """Errors by the file's own name; of a model in half or double precision, with what helps."""
+    try:
+        yield
+    except InputError as error:
+        why = str(error).replace(str(partial), str(target))
+        other = next((name for name in _precisions(graph) if name != "float32"), None)
+        if other is not None:
+            raise InputError(
+                f"{target}: a model in {other} can't be written for {plugins.name_of(runtime)}, or run there; export "
+                f"model.float(), captured from float32 inputs ({why.partition('; ')[0]})"
+            ) from error
+        raise type(error)(why) from error if isinstance(error, FormatError) else error.__cause__
+
+
+def _precisions(graph: fx.GraphModule) -> list[str]:
+    """Types of the floats that the graph holds and takes."""
+    held = (one.dtype for one in itertools.chain(graph.parameters(), graph.buffers()) if one.is_floating_point())
+    taken = (getattr(torch, str(one["dtype"])) for one in graph.meta["inputs"])
+    return sorted({dtype_name(one) for one in (*held, *taken) if one.is_floating_point})

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rarefy import plugins
-from rarefy.deployment.runtime import Runtime
+from rarefy.deployment.runtime import Inputs, Runtime, several
 from rarefy.errors import InputError
 
 SAMPLE_SECONDS = 2e-3
@@ -114,7 +114,7 @@ def quiet_medians(us: Sequence[Sequence[float]]) -> list[float]:
 
 def timed(
     files: Mapping[str, str | os.PathLike[str]],
-    example: Tensor,
+    example: Inputs,
     *,
     runtime: Runtime,
     repeats: int | None = None,
@@ -122,7 +122,8 @@ def timed(
 ) -> dict[str, Timed]:
     """Latency of exported files that take turns.
 
-    files: by name. example: (batch, ...), what each run is given. runtime: with its threads set (``with_threads``).
+    files: by name. example: (batch, ...) each, what each run is given. runtime: with its threads set
+    (``with_threads``).
     repeats, warmup: as in ``latency``.
     """
     sessions = {name: runtime.open(Path(file)) for name, file in files.items()}
@@ -130,7 +131,7 @@ def timed(
     for name, one in latency(sessions, example, repeats=repeats, warmup=warmup).items():
         run_time: RunTime = {
             **one["ms"],
-            "batch": len(example),
+            "batch": len(several(example)[0]),
             "threads": runtime.threads,
             "runtime": plugins.name_of(runtime),
             "repeats": one["repeats"],
@@ -140,7 +141,7 @@ def timed(
 
 
 def latency(
-    models: Mapping[str, Call], inputs: Tensor | Sequence[Tensor], *, repeats: int | None = None, warmup: int = 20
+    models: Mapping[str, Call], inputs: Inputs, *, repeats: int | None = None, warmup: int = 20
 ) -> dict[str, Latency]:
     """Milliseconds of one call, of models that take turns.
 
@@ -155,7 +156,7 @@ def latency(
         raise InputError(
             f"latency of {len(models)} models with repeats={repeats}, warmup={warmup}: give at least 1, 1 and 0"
         )
-    given = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    given = several(inputs)
     calls = list(models.values())
     runs = [_runs_of_a_sample(call, given, warmup) for call in calls]
     if repeats is None:

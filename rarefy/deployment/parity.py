@@ -17,7 +17,8 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from rarefy.deployment.onnx.writer import Message
-from rarefy.deployment.runtime import Difference, Parity, Runtime
+from rarefy.deployment.runtime import Difference, Inputs, Parity, Runtime, Session, several
+from rarefy.errors import FormatError
 from rarefy.graph.interpreter import call, run
 from rarefy.graph.lowering import LAYERS, to_integers
 from rarefy.graph.nodes import Value, argument
@@ -32,13 +33,19 @@ Reading = tuple[list[Tensor], dict[str, Tensor]]
 
 
 def compare(
-    written: fx.GraphModule, path: str | os.PathLike[str], inputs: Tensor, reader: Runtime, batch: int = 32
+    written: fx.GraphModule,
+    path: str | os.PathLike[str],
+    inputs: Inputs,
+    reader: Runtime,
+    batch: int = 32,
+    tapped: Callable[[Sequence[str]], Session] | None = None,
 ) -> Parity:
     """Parity of a graph and the ONNX file that it was written to.
 
     written: with its layers as numbers (``to_numbers``).
-    inputs: (N, ...), of which ``batch`` are run at once.
+    inputs: (N, ...) each, of which ``batch`` are run at once.
     reader: the runtime that reads the file; one that says ``decoded`` is asked for the numbers that codes stand for.
+    tapped: opens what the file has become with the named tensors as further outputs; None: the file itself is opened.
     """
     onnx = needs("onnx")
     model = onnx.load(os.fspath(path))
@@ -47,15 +54,11 @@ def compare(
     codes = coded(graph)
     shared = [name for name in codes if name in tensors]
     grids = _grids_in(model, {tensors[name] for name in shared})
-    for name in shared:
-        model.graph.output.append(onnx.helper.make_empty_tensor_value_info(tensors[name]))
-    with tempfile.TemporaryDirectory() as folder:
-        tapped = Path(folder) / "tapped.onnx"
-        tapped.write_bytes(model.SerializeToString())
-        session = reader.open(tapped)
+    names = [tensors[name] for name in shared]
+    session = _tapped(model, names, path, reader) if tapped is None else tapped(names)
 
-    def read(part: Tensor) -> Reading:
-        outputs = session.outputs(part)
+    def read(*part: Tensor) -> Reading:
+        outputs = session.outputs(*part)
         count = len(outputs) - len(shared)
         values = dict(zip(shared, outputs[count:], strict=True))
         if reader.decoded:
@@ -65,6 +68,19 @@ def compare(
         return outputs[:count], values
 
     return against(graph, shared, read, inputs, batch)
+
+
+def _tapped(model: Message, names: Sequence[str], path: str | os.PathLike[str], reader: Runtime) -> Session:
+    """The model, opened with the named tensors as further outputs; ``path`` is what errors call it."""
+    for name in names:
+        model.graph.output.append(needs("onnx").helper.make_empty_tensor_value_info(name))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "tapped.onnx"
+        file.write_bytes(model.SerializeToString())
+        try:
+            return reader.open(file)
+        except FormatError as error:
+            raise FormatError(str(error).replace(str(file), os.fspath(path))) from error
 
 
 def coded(graph: fx.GraphModule) -> dict[str, fx.Node]:
@@ -77,21 +93,23 @@ def coded(graph: fx.GraphModule) -> dict[str, fx.Node]:
 
 
 def against(
-    graph: fx.GraphModule, shared: Sequence[str], read: Callable[[Tensor], Reading], inputs: Tensor, batch: int = 32
+    graph: fx.GraphModule, shared: Sequence[str], read: Callable[..., Reading], inputs: Inputs, batch: int = 32
 ) -> Parity:
     """Parity of a graph (its layers integer) and a runtime.
 
     shared: names of the rounded values that both have. read: the runtime's answers to a batch, and their codes.
-    inputs: (N, ...), of which ``batch`` are run at once.
+    inputs: (N, ...) each, of which ``batch`` are run at once.
     """
+    given = several(inputs)
+    samples = len(given[0])
     codes = coded(graph)
     tally = {name: Tally() for name in shared}
     same = 0
     largest = 0.0
-    for part in inputs.split(batch):
-        theirs, values = read(part)
+    for part in zip(*(one.split(batch) for one in given), strict=True):
+        theirs, values = read(*part)
         with torch.no_grad():
-            ours = [value for value in tree_leaves(graph(part)) if isinstance(value, Tensor)]
+            ours = [value for value in tree_leaves(graph(*part)) if isinstance(value, Tensor)]
             _follow(graph, part, {codes[name]: value for name, value in values.items()}, tally)
         pairs = list(zip(ours, theirs, strict=True))
         largest = max(largest, *(float((one - other).abs().max()) for one, other in pairs))
@@ -104,13 +122,13 @@ def against(
     first = next((layer["name"] for layer in layers if layer["difference"] > 1), None)
     unread = [name for name in shared if not tally[name].batches]
     parity: Parity = {
-        "agreement": same / len(inputs),
-        "samples": len(inputs),
+        "agreement": same / samples,
+        "samples": samples,
         "largest_difference": largest,
         "ulp": max((layer["difference"] for layer in layers), default=0),
         "first_diverging_layer": first,
         "layers": layers,
-        "passed": same / len(inputs) >= LEAST_AGREEMENT and first is None,
+        "passed": same / samples >= LEAST_AGREEMENT and first is None,
     }
     return {**parity, "unread": unread} if unread else parity
 
@@ -139,7 +157,7 @@ class Tally:
 
 
 def _follow(
-    graph: fx.GraphModule, inputs: Tensor, theirs: Mapping[fx.Node, Tensor], tally: Mapping[str, Tally]
+    graph: fx.GraphModule, inputs: Sequence[Tensor], theirs: Mapping[fx.Node, Tensor], tally: Mapping[str, Tally]
 ) -> None:
     """Run the graph, but go on from the runtime's codes after each rounded value: a difference is one layer's own."""
 
@@ -151,7 +169,7 @@ def _follow(
         tally[qparams(node).value].add(ours, codes)
         return torch.empty_like(ours).copy_(codes)  # laid out as the graph's own, which a view may hang on
 
-    run(graph, (inputs,), instead=compared)
+    run(graph, inputs, instead=compared)
 
 
 def _agree(ours: Tensor, theirs: Tensor, close: bool) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, NotRequired, Protocol, Self, TypedDict
 
@@ -20,9 +21,17 @@ from rarefy.system.cpu import exact_int8
 aten = torch.ops.aten
 
 Operators = frozenset[OpOverload]
+Inputs = Tensor | Sequence[Tensor]  # of a model: one tensor (N, ...), or several in the order of its inputs
 
 LAYERS: Operators = frozenset({aten.conv2d.default, aten.conv2d.padding, aten.linear.default})
-CARRIERS: Operators = frozenset(
+# Choose among what they read, so that codes stay codes on their grid; of several results the first.
+EXTREMES: Operators = frozenset(
+    {
+        aten.amax.default, aten.amin.default, aten.max.dim, aten.min.dim, aten.topk.default, aten.sort.default,
+        aten.adaptive_max_pool2d.default,
+    }
+)  # fmt: skip
+CARRIERS: Operators = EXTREMES | frozenset(
     {
         aten.max_pool2d.default, aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.permute.default,
         aten.transpose.int, aten.squeeze.dim, aten.unsqueeze.default, aten.contiguous.default, aten.clone.default,
@@ -57,6 +66,7 @@ class Capabilities:
     products: of two activations, whose sums stay float.
     has_kernel_times: ``kernel_times`` tells the time of each kernel of a run.
     has_threads: its field ``threads`` is the number of threads of one operator.
+    suffixes: how names of files may end that it writes when asked, beside its own ``suffix``.
     """
 
     layers: Operators = LAYERS
@@ -69,6 +79,7 @@ class Capabilities:
     products: Operators = frozenset()
     has_kernel_times: bool = False
     has_threads: bool = True
+    suffixes: tuple[str, ...] = ()
 
     @property
     def whole(self) -> Operators:
@@ -129,15 +140,14 @@ class Parity(TypedDict):
 
 
 class Session(Protocol):
-    """An opened file. threads: it runs with. name: of its input."""
+    """An opened file. threads: it runs with."""
 
     threads: int
-    name: str
 
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """The first output, on the CPU; inputs: (N, ...)."""
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """The first output, on the CPU; inputs: (N, ...) each, in the model's order."""
 
-    def outputs(self, inputs: Tensor) -> list[Tensor]:
+    def outputs(self, *inputs: Tensor) -> list[Tensor]:
         """All outputs of the file."""
 
 
@@ -182,20 +192,25 @@ class Runtime(Protocol):
         self,
         graph: fx.GraphModule,
         path: str | os.PathLike[str],
-        inputs: Tensor,
+        inputs: Inputs,
         batch: int = 32,
         on: Runtime | None = None,
     ) -> Parity:
         """Parity of ``graph`` and the file it was exported to.
 
-        inputs: (N, ...), ``batch`` of which are run at once. on: the runtime that reads the file; None: this one.
+        inputs: (N, ...) each, ``batch`` of which are run at once. on: the runtime that reads the file; None: this one.
         """
 
-    def kernel_times(self, path: str | os.PathLike[str], inputs: Tensor, seconds: float = 1.5) -> list[Kernel]:
+    def kernel_times(self, path: str | os.PathLike[str], inputs: Inputs, seconds: float = 1.5) -> list[Kernel]:
         """The kernels of one run in order, each with its median over the quiet runs of ``seconds``.
 
         Called only where ``capabilities.has_kernel_times``.
         """
+
+
+def several(inputs: Inputs) -> tuple[Tensor, ...]:
+    """As many as there are."""
+    return (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
 
 
 def exact_weight_bits(vnni: bool | None) -> int:

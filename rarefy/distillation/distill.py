@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from rarefy.deployment.description import remember
 from rarefy.distillation import loop, qat
 from rarefy.distillation.distributed import accelerator_of
 from rarefy.distillation.loop import Extras, Job
@@ -131,7 +132,7 @@ def _trained(
         )
     place = torch.device(accelerator.device if several or device is None else device)
     job = Job(verb, graph, teachers, losses, task, training, accelerator, place, extras)
-    return qat.trained(job) if is_quantised(graph) else loop.run(job)
+    return remember(qat.trained(job) if is_quantised(graph) else loop.run(job), task)
 
 
 def _check(verb: str, losses: Sequence[Term], taught: bool, training: Training) -> None:

@@ -22,10 +22,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 from rarefy import plugins
-from rarefy.deployment.runtime import Parity, Runtime
+from rarefy.deployment.runtime import Inputs, Parity, Runtime, several
 from rarefy.errors import InputError
 from rarefy.evaluation.evaluate import Model, evaluate
 from rarefy.evaluation.evaluation import Evaluation
@@ -41,27 +41,27 @@ def certify(
     *,
     runtime: Runtime | str = "onnxruntime",
     also: Sequence[Runtime | str] = (),
-    inputs: Tensor | None = None,
+    inputs: Inputs | None = None,
     task: Task | None = None,
     limit: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """The certificate of ``path``, which ``runtime`` exported ``graph`` to.
 
-    also: further runtimes that read the file. inputs: (N, ...) to compare on; None: random numbers.
+    also: further runtimes that read the file. inputs: (N, ...) each, to compare on; None: random numbers.
     task: adds the metric, on at most ``limit`` validation images.
     Raises InputError for a runtime of other files, FormatError for a file that a runtime can't read.
     """
     writer: Runtime = plugins.resolve("runtimes", runtime)
     readers = readers_of(writer, also)
-    given = example_inputs(graph, batch=8)[0] if inputs is None else inputs
+    given = several(example_inputs(graph, batch=8) if inputs is None else inputs)
     compared = {name: _compared(writer, graph, path, given, reader) for name, reader in readers.items()}
     diverging = (one["first_diverging_layer"] for one in compared.values())
     certificate = {
         "file": Path(path).name,
         "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
         "written_for": plugins.describe(writer),
-        "samples": len(given),
+        "samples": len(given[0]),
         "runtimes": compared,
         "first_diverging_layer": next((layer for layer in diverging if layer is not None), None),
         "passed": all(one["passed"] for one in compared.values()),
@@ -92,7 +92,7 @@ def readers_of(runtime: Runtime | str, also: Sequence[Runtime | str]) -> dict[st
 
 
 def _compared(
-    writer: Runtime, graph: fx.GraphModule, path: str | os.PathLike[str], inputs: Tensor, reader: Runtime
+    writer: Runtime, graph: fx.GraphModule, path: str | os.PathLike[str], inputs: Inputs, reader: Runtime
 ) -> Parity:
     parity: Parity = {**writer.compare(graph, path, inputs, on=reader)}
     with suppress(importlib.metadata.PackageNotFoundError):

@@ -30,12 +30,12 @@ from pathlib import Path
 from typing import TypedDict
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from rarefy import plugins
 from rarefy.artifact import folder as folder_
 from rarefy.deployment.latency import Quartiles, RunTime, timed, with_threads
-from rarefy.deployment.runtime import Runtime
+from rarefy.deployment.runtime import Inputs, Runtime, several
 from rarefy.errors import InputError
 from rarefy.graph import macs
 from rarefy.graph.macs import count_macs
@@ -93,7 +93,7 @@ def measure(
         for name, graph in models.items():
             chosen.export(graph, files[name])
         first = next(iter(models))
-        example = example_inputs(models[first], batch=batch, seed=seed)[0]
+        example = example_inputs(models[first], batch=batch, seed=seed)
         times = timed(files, example, runtime=chosen, repeats=repeats, warmup=warmup)
         return {
             name: {
@@ -116,11 +116,6 @@ def _check_models(models: Mapping[str, fx.GraphModule]) -> None:
             f"measure: the models take different inputs, {' and '.join(sorted(shapes))}; "
             "only models of one input can be compared"
         )
-    if len(json.loads(next(iter(shapes)))) != 1:
-        raise InputError(
-            "measure: the models take several inputs, and the runtimes here are handed one; "
-            "measure a part of one input (core=)"
-        )
 
 
 def costs(graph: fx.GraphModule) -> Costs:
@@ -141,13 +136,14 @@ def weight_bytes(graph: fx.GraphModule) -> int:
 
 
 def peak_memory(
-    file: str | os.PathLike[str], example: Tensor, *, runtime: Runtime | str = "onnxruntime", timeout: float = 600.0
+    file: str | os.PathLike[str], example: Inputs, *, runtime: Runtime | str = "onnxruntime", timeout: float = 600.0
 ) -> int | None:
     """Bytes that a fresh process takes to open ``file`` and run it on inputs like ``example``.
 
     None where the system does not tell. Raises InputError where that process fails.
     """
-    asked = [plugins.describe(runtime), os.fspath(file), json.dumps([list(example.shape), dtype_name(example.dtype)])]
+    shapes = [(list(one.shape), dtype_name(one.dtype)) for one in several(example)]
+    asked = [plugins.describe(runtime), os.fspath(file), json.dumps(shapes)]
     place = str(Path(__file__).resolve().parents[2])
     known = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (place, os.environ.get("PYTHONPATH"))))}
     program = "import sys; from rarefy.evaluation.measure import print_peak_memory; print_peak_memory(*sys.argv[1:])"
@@ -173,16 +169,17 @@ def peak_memory(
 
 def print_peak_memory(runtime: str, file: str, example: str) -> None:
     """The process of ``peak_memory``."""
-    shape, dtype = json.loads(example)
-    kind = getattr(torch, dtype)
+    given = []
+    for shape, dtype in json.loads(example):
+        kind = getattr(torch, dtype)
+        given.append(torch.rand(shape, dtype=kind) if kind.is_floating_point else torch.zeros(shape, dtype=kind))
     chosen: Runtime = plugins.resolve("runtimes", runtime)
-    given = torch.zeros(shape, dtype=kind) if not kind.is_floating_point else torch.rand(shape, dtype=kind)
     importlib.import_module(chosen.package)  # opening would load it, and the library is no cost of the model's
     gc.collect()
     before = peak_bytes(reset=True)
     session = chosen.open(Path(file))
     for _ in range(3):
-        session(given)
+        session(*given)
     after = peak_bytes()
     print(json.dumps(None if before is None or after is None else max(0, after - before)))
 

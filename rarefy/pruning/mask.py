@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rarefy import plugins
+from rarefy.deployment.description import graph_for, remember
 from rarefy.errors import InputError
 from rarefy.graph import history
 from rarefy.graph.capture import as_graph
@@ -63,7 +64,7 @@ def mask(
 ) -> fx.GraphModule:
     """A new graph with zeros among its weights; ``model`` is left as it is.
 
-    model: a graph, or a module with ``inputs`` (an example batch) to capture it.
+    model: a graph, or a module, captured from ``inputs`` (an example batch) or else from images as the task's.
     sparsity: share of the weights that become zero, 0.5; or "N:M", 2:4, of each M along the inputs N stay.
     criterion: what a weight is worth (``saliency/``), an object or text such as "wanda:images=64".
     scope: where a share is taken: "global", "layer" or "output"; None: as the criterion's authors do. N:M has none.
@@ -75,7 +76,7 @@ def mask(
     """
     options = MaskOptions(sparsity, criterion, scope, ignore, task, seed)
     rule: Saliency = plugins.resolve("saliency", criterion)
-    graph = as_graph(model, inputs)
+    graph = remember(as_graph(graph_for(model, inputs, task)), task)
     training = graph.training
     graph.eval()
     found = weights_of(graph, options.globs)

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from rarefy import plugins
+from rarefy.deployment.description import graph_for, remember
 from rarefy.deployment.runtime import Runtime
 from rarefy.errors import InputError
 from rarefy.graph import history
-from rarefy.graph.capture import as_graph
-from rarefy.graph.nodes import is_graph, share_copy
+from rarefy.graph.nodes import share_copy
 from rarefy.pruning.groups.equivalence import Difference
 from rarefy.pruning.groups.equivalence import check as self_check
 from rarefy.pruning.groups.groups import Coupling, couple
@@ -68,7 +68,7 @@ def prune(
 ) -> fx.GraphModule:
     """A new graph with fewer channels; ``model`` is left as it is.
 
-    model: a graph, or a module with ``inputs`` (an example batch) to capture it.
+    model: a graph, or a module, captured from ``inputs`` (an example batch) or else from images as the task's.
     keep, macs, params: what may remain of prunable channels, MACs, parameters: a fraction up to 1.0, or (int) a number.
     speedup: how many times as fast as the original the result runs on ``runtime``, measured. Exactly one of the four.
     criterion: what a channel is worth (``criteria/``), an object or text such as "taylor:batches=50".
@@ -94,7 +94,7 @@ def prune(
         device=device, checkpoint=checkpoint, progress=progress, repair=repair, runtime=runtime,
         threads=threads, batch=batch,
     )  # fmt: skip
-    return _scheduled(model if is_graph(model) else as_graph(model, inputs), options)
+    return remember(_scheduled(graph_for(model, inputs, task), options), task)
 
 
 def _scheduled(graph: fx.GraphModule, options: Options) -> fx.GraphModule:

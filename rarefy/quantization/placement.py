@@ -13,7 +13,7 @@ follow each other without a float operator between them:
   Probabilities (a softmax) times values stay float;
 * a *post* (hardswish, GELU) right after a layer is computed on the layer's own sums before these are rounded, where the
   runtime melts it into the kernel;
-* a *carrier* (reshape, max pooling, slice) moves codes as they are, on the grid of what it reads;
+* a *carrier* (reshape, max pooling, a maximum over axes, slice) moves codes as they are, on the grid of what it reads;
 * *padding* with zeros is a carrier too, done on the codes (zero is one of them); where only layers read it, it melts
   into their own padding. Padding with -inf before max pooling is the lowest code.
 
@@ -32,7 +32,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import fx
 
-from rarefy.deployment.runtime import Capabilities
+from rarefy.deployment.runtime import EXTREMES, Capabilities
 from rarefy.graph.layers import WEIGHTED, names, padding_of, weighted
 from rarefy.graph.nodes import argument, operator_name
 
@@ -101,7 +101,8 @@ class _Roles:
 
     def is_carrier(self, node: fx.Node) -> bool:
         if node.target is operator.getitem:
-            return self.is_carrier(_source(node))
+            source = _source(node)
+            return self.is_carrier(source) and not (source.target in EXTREMES and node.args[1])
         return node.op == "call_function" and (
             node.target in self.can.carriers or (node.target in self.can.paddings and padding_of(node) is not None)
         )

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rarefy import plugins
+from rarefy.deployment.description import graph_for, remember
 from rarefy.deployment.runtime import Runtime
 from rarefy.errors import InputError
 from rarefy.graph import history
@@ -133,7 +134,7 @@ def quantize(
     """The graph of ``model`` in integers, for inference on ``runtime``; ``model`` is left as it is.
 
     task: where calibration images come from (its training split; labels are not read); or batches: inputs (N, ...).
-    inputs: an example batch, where ``model`` is not captured yet.
+    inputs: an example batch, where ``model`` is not captured yet and no task says what it takes.
     images, batch_size: so many calibration images, so many at a time.
     weights, activations: number formats, ``"int8"``, ``"uint8"``, ``"int4"``; or a layer, by globs of names, of which
         the last that matches holds: ``"int4;stem.*=int8;head=float"``, ``{"*": "int4", "head": "float"}``; activations
@@ -158,7 +159,8 @@ def quantize(
         images, batch_size, weights, activations, calibration, weight_calibration, rounding, runtime, ignored, equalize,
         correct_bias, smooth, gate, seed, progress,
     )  # fmt: skip
-    return _quantized(model, task, inputs, batches, Choices.of(options))
+    choices = Choices.of(options)
+    return remember(_quantized(graph_for(model, inputs, task), task, inputs, batches, choices), task)
 
 
 def _quantized(

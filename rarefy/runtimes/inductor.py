@@ -42,7 +42,16 @@ import rarefy.kernels
 from rarefy.artifact import folder as folder_
 from rarefy.deployment import parity
 from rarefy.deployment.latency import quiet_medians, repeated
-from rarefy.deployment.runtime import ACTIVATIONS, Capabilities, Kernel, Parity, Runtime, exact_weight_bits
+from rarefy.deployment.runtime import (
+    ACTIVATIONS,
+    Capabilities,
+    Inputs,
+    Kernel,
+    Parity,
+    Runtime,
+    exact_weight_bits,
+    several,
+)
 from rarefy.errors import FormatError, InputError, first_line
 from rarefy.graph import macs
 from rarefy.graph.fold import fold
@@ -54,6 +63,7 @@ aten = torch.ops.aten
 OPERATORS = torch.ops.rarefy
 KEPT = 3  # shapes a session stays compiled for
 
+Shapes = tuple[tuple[int, ...], ...]
 Rule = Callable[[fx.GraphModule, fx.Node], fx.Node]
 _MEMBERS = (folder_.MANIFEST, folder_.GRAPH, folder_.WEIGHTS)
 
@@ -105,7 +115,7 @@ class Inductor:
         self,
         graph: fx.GraphModule,
         path: str | os.PathLike[str],
-        inputs: Tensor,
+        inputs: Inputs,
         batch: int = 32,
         on: Runtime | None = None,
     ) -> Parity:
@@ -116,25 +126,25 @@ class Inductor:
         shared = [name for name in parity.coded(integer) if name in stored]
         session = Session(path, reader.threads, reader.device, taps=shared)
 
-        def read(part: Tensor) -> parity.Reading:
-            outputs = session.outputs(part)
+        def read(*part: Tensor) -> parity.Reading:
+            outputs = session.outputs(*part)
             count = len(outputs) - len(shared)
             return outputs[:count], dict(zip(shared, outputs[count:], strict=True))
 
         return parity.against(integer, shared, read, inputs, batch)
 
-    def kernel_times(self, path: str | os.PathLike[str], inputs: Tensor, seconds: float = 1.5) -> list[Kernel]:
+    def kernel_times(self, path: str | os.PathLike[str], inputs: Inputs, seconds: float = 1.5) -> list[Kernel]:
         """What multiplies in one run, in order, each with its median over the quiet runs of ``seconds``."""
         session = Session(path, self.threads, self.device)
-        x = inputs.to(session.device)
+        given = [one.to(session.device) for one in several(inputs)]
         with torch.no_grad(), _threads(session.threads):
-            runs = repeated(lambda: _timed(session.graph, x), seconds)
+            runs = repeated(lambda: _timed(session.graph, given), seconds)
         times = quiet_medians([[kernel.us for kernel in kernels] for kernels in runs])
         return [kernel._replace(us=us) for kernel, us in zip(runs[-1], times, strict=True)]
 
 
 class Session:
-    """An opened file, compiled for each shape that it is called with; ``outputs`` takes a tensor (N, ...).
+    """An opened file, compiled for each shape that it is called with; ``outputs`` takes tensors (N, ...).
 
     taps: names of rounded values whose codes are outputs, too.
     """
@@ -145,22 +155,21 @@ class Session:
         self.path, self.device = path, torch.device(device)
         self.threads = threads or os.cpu_count() or 1
         self.graph = _compilable(_opened(path), taps, exact=device != "cpu").to(self.device)
-        self.name = next(node.name for node in self.graph.graph.nodes if node.op == "placeholder")
-        self.programs: collections.OrderedDict[tuple[int, ...], Callable[[Tensor], Value]] = collections.OrderedDict()
+        self.programs: collections.OrderedDict[Shapes, Callable[..., Value]] = collections.OrderedDict()
 
-    def __call__(self, inputs: Tensor) -> Tensor:
-        return self.outputs(inputs)[0]
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        return self.outputs(*inputs)[0]
 
-    def outputs(self, inputs: Tensor) -> list[Tensor]:
+    def outputs(self, *inputs: Tensor) -> list[Tensor]:
         """All outputs of the network."""
-        x = inputs.detach().to(self.device)
+        given = [one.detach().to(self.device) for one in inputs]
         with torch.no_grad(), _threads(self.threads):
-            answers = self._program(x)(x)
+            answers = self._program(given)(*given)
         return [value.cpu() for value in tree_leaves(answers)]
 
-    def _program(self, x: Tensor) -> Callable[[Tensor], Value]:
-        """Compiled for the shape of ``x``."""
-        shape = tuple(x.shape)
+    def _program(self, given: Sequence[Tensor]) -> Callable[..., Value]:
+        """Compiled for the shapes of ``given``."""
+        shape = tuple(tuple(one.shape) for one in given)
         if shape not in self.programs:
             program = torch.compile(share_copy(self.graph), dynamic=False, fullgraph=True)
             config = importlib.import_module("torch._inductor.config")
@@ -168,7 +177,7 @@ class Session:
             with warnings.catch_warnings(), config.patch(freezing=True):
                 warnings.simplefilter("ignore")
                 try:
-                    program(x)
+                    program(*given)
                 except Exception as error:
                     raise InputError(f"{self.path}: Inductor can't compile it ({_reason(error)})") from error
             self.programs[shape] = program
@@ -330,7 +339,7 @@ _FUNCTIONS: dict[object, Callable[..., Tensor]] = {
 }
 
 
-def _timed(graph: fx.GraphModule, x: Tensor) -> list[Kernel]:
+def _timed(graph: fx.GraphModule, given: Sequence[Tensor]) -> list[Kernel]:
     """One run: what multiplies, in order, with its time."""
     kernels: list[Kernel] = []
 
@@ -347,7 +356,7 @@ def _timed(graph: fx.GraphModule, x: Tensor) -> list[Kernel]:
         kernels.append(Kernel(node.name, name, [list(one.shape) for one in (*reads, value)], us))
         return value
 
-    run(graph, (x,), instead=timed)
+    run(graph, given, instead=timed)
     return kernels
 
 

@@ -32,8 +32,18 @@ from rarefy.deployment import parity
 from rarefy.deployment.channel_padding import pad_channels
 from rarefy.deployment.latency import quiet_medians, repeated
 from rarefy.deployment.onnx import file
-from rarefy.deployment.runtime import CARRIERS, JOINS, Capabilities, Kernel, Parity, Runtime, exact_weight_bits
-from rarefy.errors import FormatError, first_line
+from rarefy.deployment.runtime import (
+    CARRIERS,
+    JOINS,
+    Capabilities,
+    Inputs,
+    Kernel,
+    Parity,
+    Runtime,
+    exact_weight_bits,
+    several,
+)
+from rarefy.errors import FormatError, InputError, first_line
 from rarefy.graph.lowering import to_numbers
 from rarefy.system.dependencies import needs
 
@@ -86,11 +96,11 @@ class OnnxRuntime:
         """The file, ready to run."""
         return Session(path, self.threads)
 
-    def kernel_times(self, path: str | os.PathLike[str], inputs: Tensor, seconds: float = 1.5) -> list[Kernel]:
+    def kernel_times(self, path: str | os.PathLike[str], inputs: Inputs, seconds: float = 1.5) -> list[Kernel]:
         """The kernels of one run, in order, each with its median over the quiet runs of ``seconds``."""
         with tempfile.TemporaryDirectory() as folder:
             session = Session(path, self.threads, profile=Path(folder) / "profile")
-            runs = len(repeated(lambda: session(inputs), seconds))
+            runs = len(repeated(lambda: session(*several(inputs)), seconds))
             events = json.loads(Path(session.session.end_profiling()).read_bytes())
         suffix = "_kernel_time"
         kernels = [event for event in events if event.get("cat") == "Node" and event["name"].endswith(suffix)]
@@ -112,7 +122,7 @@ class OnnxRuntime:
         self,
         graph: fx.GraphModule,
         path: str | os.PathLike[str],
-        inputs: Tensor,
+        inputs: Inputs,
         batch: int = 32,
         on: Runtime | None = None,
     ) -> Parity:
@@ -143,7 +153,7 @@ class OnnxRuntime:
 
 
 class Session:
-    """An opened file; ``outputs`` takes a CPU tensor (N, ...)."""
+    """An opened file; ``outputs`` takes tensors (N, ...)."""
 
     def __init__(
         self, path: str | os.PathLike[str], threads: int = 0, optimized: Path | None = None, profile: Path | None = None
@@ -166,12 +176,21 @@ class Session:
         except Exception as error:
             raise FormatError(f"{path}: ONNX Runtime can't open it ({first_line(error)})") from error
         self.threads = threads or os.cpu_count() or 1
-        self.name = self.session.get_inputs()[0].name
+        self.path = path
+        self.names = [one.name for one in self.session.get_inputs()]
 
-    def __call__(self, inputs: Tensor) -> Tensor:
-        return self.outputs(inputs)[0]
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        return self.outputs(*inputs)[0]
 
-    def outputs(self, inputs: Tensor) -> list[Tensor]:
-        """All outputs of the file."""
-        given = {self.name: inputs.detach().cpu().contiguous().numpy()}
-        return [torch.from_numpy(value) for value in self.session.run(None, given)]
+    def outputs(self, *inputs: Tensor) -> list[Tensor]:
+        """All outputs of the file. Raises InputError for inputs that it can't be run on."""
+        given = [one.detach().cpu().contiguous().numpy() for one in inputs]
+        try:
+            answers = self.session.run(None, dict(zip(self.names, given, strict=True)))
+        except Exception as error:
+            shapes = " and ".join(str(list(one.shape)) for one in inputs)
+            raise InputError(
+                f"{self.path}: ONNX Runtime can't run it on inputs of {shapes} ({first_line(error)}); "
+                "give inputs of the shapes that it was captured with"
+            ) from error
+        return [torch.from_numpy(value) for value in answers]

@@ -8,9 +8,12 @@ float network on a processor that has it, so that "never slower" is judged again
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import operator
 import os
+import tempfile
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,10 +21,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rarefy.deployment import parity
+from rarefy.deployment import description, parity
 from rarefy.deployment.latency import quiet_medians, repeated
 from rarefy.deployment.onnx import file
-from rarefy.deployment.runtime import ACTIVATIONS, CARRIERS, Capabilities, Kernel, Parity, Runtime, exact_weight_bits
+from rarefy.deployment.runtime import (
+    ACTIVATIONS,
+    CARRIERS,
+    Capabilities,
+    Inputs,
+    Kernel,
+    Parity,
+    Runtime,
+    exact_weight_bits,
+    several,
+)
 from rarefy.errors import FormatError, InputError
 from rarefy.graph.lowering import is_decoded, to_numbers
 from rarefy.graph.nodes import argument, attribute, finish
@@ -50,7 +63,9 @@ class OpenVINO:
     suffix = ".onnx"
     decoded = True  # a code that is read out takes the layer apart that made it
     package = "openvino"
-    capabilities = Capabilities(posts=ACTIVATIONS, products=frozenset({aten.matmul.default}), has_kernel_times=True)
+    capabilities = Capabilities(
+        posts=ACTIVATIONS, products=frozenset({aten.matmul.default}), has_kernel_times=True, suffixes=(".xml",)
+    )
 
     def __post_init__(self) -> None:
         if self.precision not in ("f32", "bf16"):
@@ -67,8 +82,20 @@ class OpenVINO:
         return tuple(dataclasses.replace(self, precision=precision) for precision in ("f32", "bf16"))
 
     def export(self, graph: fx.GraphModule, path: str | os.PathLike[str]) -> Path:
-        """Write ``graph`` (in eval mode) as an ONNX file. Raises InputError for an operator ONNX has no form of."""
-        return file.write(_written(graph), path, zero_points=False)
+        """Write ``graph`` (in eval mode) as an ONNX file, or, where the name ends in .xml, as OpenVINO's own format.
+
+        Raises InputError for an operator ONNX has no form of.
+        """
+        if Path(path).suffix != ".xml":
+            return file.write(_written(graph), path, zero_points=False)
+        with _as_onnx(graph) as written:
+            model = _core().read_model(written)
+            for place, node in enumerate(model.get_ordered_ops()):
+                if node.get_friendly_name() == node.get_name():  # a number that counts the process's nodes
+                    node.set_friendly_name(f"{node.get_type_name()}.{place}")
+            model.set_rt_info(description.text_of(graph), description.KEY)
+            needs("openvino").save_model(model, path, compress_to_fp16=False)
+        return Path(path)
 
     def open(self, path: str | os.PathLike[str]) -> Session:
         """The file, ready to run."""
@@ -78,19 +105,28 @@ class OpenVINO:
         self,
         graph: fx.GraphModule,
         path: str | os.PathLike[str],
-        inputs: Tensor,
+        inputs: Inputs,
         batch: int = 32,
         on: Runtime | None = None,
     ) -> Parity:
         """Parity of ``graph`` and the file it was exported to, run by ``on`` (None: this runtime)."""
-        return parity.compare(_written(graph), path, inputs, on or self, batch)
+        if Path(path).suffix != ".xml":
+            return parity.compare(_written(graph), path, inputs, on or self, batch)
 
-    def kernel_times(self, path: str | os.PathLike[str], inputs: Tensor, seconds: float = 1.5) -> list[Kernel]:
+        def tapped(names: Sequence[str]) -> Session:
+            return Session(path, self.threads, self.precision, taps=names)
+
+        with _as_onnx(graph) as written:
+            return parity.compare(_written(graph), written, inputs, self, batch, tapped)
+
+    def kernel_times(self, path: str | os.PathLike[str], inputs: Inputs, seconds: float = 1.5) -> list[Kernel]:
         """The kernels of one run, in order, each with its median over the quiet runs of ``seconds``."""
-        request = Session(path, self.threads, self.precision, profile=True).request(inputs)
+        given = several(inputs)
+        request = Session(path, self.threads, self.precision, profile=True).request(*given)
+        arrays = [one.numpy() for one in given]
 
         def run() -> dict[str, float]:
-            request.infer([inputs.numpy()], share_inputs=True, share_outputs=True)
+            request.infer(arrays, share_inputs=True, share_outputs=True)
             return {info.node_name: info.real_time.total_seconds() * 1e6 for info in request.get_profiling_info()}
 
         runs = repeated(run, seconds)
@@ -117,6 +153,13 @@ class OpenVINO:
         return {"integer": dict(integer), "float": dict(other)}
 
 
+@contextlib.contextmanager
+def _as_onnx(graph: fx.GraphModule) -> Iterator[Path]:
+    """The ONNX file that OpenVINO's own format is made of."""
+    with tempfile.TemporaryDirectory(prefix="rarefy-") as folder:
+        yield file.write(_written(graph), Path(folder) / "model.onnx", zero_points=False)
+
+
 def _written(graph: fx.GraphModule) -> fx.GraphModule:
     """A copy with its layers as numbers, in which what is read on the grid it is already on is not rounded again."""
     graph = to_numbers(graph)
@@ -139,9 +182,19 @@ def _same_grid(graph: fx.GraphModule, one: fx.Node, other: fx.Node) -> bool:
 
 
 class Session:
-    """An opened file, compiled for each shape that it is called with; ``outputs`` takes a CPU tensor (N, ...)."""
+    """An opened file, compiled for each shape that it is called with; ``outputs`` takes tensors (N, ...).
 
-    def __init__(self, path: str | os.PathLike[str], threads: int = 0, precision: str = "f32", profile: bool = False):
+    taps: names of tensors that are outputs, too.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        threads: int = 0,
+        precision: str = "f32",
+        profile: bool = False,
+        taps: Sequence[str] = (),
+    ):
         self.core = _core()
         self.threads = threads or os.cpu_count() or 1
         self.options = {
@@ -155,35 +208,39 @@ class Session:
             self.model = self.core.read_model(os.fspath(path))
         except Exception as error:
             raise FormatError(f"{path}: OpenVINO can't open it ({_reason(error)})") from error
+        for name in taps:
+            self.model.add_outputs(name)
         self.path = path
-        self.name = self.model.input(0).get_any_name()
-        self.requests: collections.OrderedDict[tuple[int, ...], Foreign] = collections.OrderedDict()
+        self.requests: collections.OrderedDict[tuple[tuple[int, ...], ...], Foreign] = collections.OrderedDict()
 
-    def __call__(self, inputs: Tensor) -> Tensor:
-        return self.outputs(inputs)[0]
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        return self.outputs(*inputs)[0]
 
-    def outputs(self, inputs: Tensor) -> list[Tensor]:
+    def outputs(self, *inputs: Tensor) -> list[Tensor]:
         """All outputs of the file."""
-        request = self.request(inputs)
-        answers = request.infer([inputs.detach().cpu().contiguous().numpy()], share_inputs=True)
-        return [torch.from_numpy(value) for value in answers.values()]
+        request = self.request(*inputs)
+        request.infer(
+            [one.detach().cpu().contiguous().numpy() for one in inputs], share_inputs=True, share_outputs=True
+        )
+        return [torch.from_numpy(one.data.copy()) for one in request.output_tensors]
 
-    def request(self, inputs: Tensor) -> Foreign:
-        """Compiled for the shape of ``inputs``."""
-        shape = tuple(inputs.shape)
-        if shape not in self.requests:
+    def request(self, *inputs: Tensor) -> Foreign:
+        """Compiled for the shapes of ``inputs``."""
+        shapes = tuple(tuple(one.shape) for one in inputs)
+        if shapes not in self.requests:
             model = self.model.clone()
             try:
-                model.reshape({self.name: list(shape)})
-                self.requests[shape] = self.core.compile_model(model, "CPU", self.options).create_infer_request()
+                model.reshape({place: list(shape) for place, shape in enumerate(shapes)})
+                self.requests[shapes] = self.core.compile_model(model, "CPU", self.options).create_infer_request()
             except Exception as error:
+                told = " and ".join(str(list(shape)) for shape in shapes)
                 raise FormatError(
-                    f"{self.path}: OpenVINO can't run it on inputs of {list(shape)} ({_reason(error)})"
+                    f"{self.path}: OpenVINO can't run it on inputs of {told} ({_reason(error)})"
                 ) from error
             if len(self.requests) > KEPT:
                 self.requests.popitem(last=False)
-        self.requests.move_to_end(shape)
-        return self.requests[shape]
+        self.requests.move_to_end(shapes)
+        return self.requests[shapes]
 
 
 @cache

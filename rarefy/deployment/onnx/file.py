@@ -1,8 +1,9 @@
 """The ONNX file that runtimes read: the graph by a table (``model``), or, where it lacks a row, by torch's exporter.
 
-Opset 20 (21 where codes of 4 bits are stored), batch free, int8 codes as initialisers, no metadata, so that the same
-graph gives the same bytes. A mean over the plane is GlobalAveragePool (runtimes have no integer ReduceMean), and zeros
-that only convolutions read are their own padding.
+Opset 20 (21 where codes of 4 bits are stored), batch free, int8 codes as initialisers; its metadata says what the model
+is for (``rarefy.deployment.description``), and nothing of when and where: the same graph gives the same bytes. A
+mean over the plane is GlobalAveragePool (runtimes have no integer ReduceMean), and zeros that only convolutions read
+are their own padding.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from types import ModuleType
 import torch
 from torch import fx
 
+from rarefy.deployment import description
+from rarefy.deployment.interface import input_names, outputs
 from rarefy.deployment.onnx.model import OPSET, onnx_model
 from rarefy.deployment.onnx.writer import Message, Untranslated
 from rarefy.errors import InputError
@@ -58,6 +61,8 @@ def write(
     if not zero_points:
         _drop_zero_points(onnx, model.graph)
     _tidy(onnx, model)
+    told = model.metadata_props.add()
+    told.key, told.value = description.KEY, description.text_of(graph)
     return _stored(model, Path(path))
 
 
@@ -139,6 +144,8 @@ def _exported(graph: fx.GraphModule, optimize: bool) -> Message:
             examples,
             dynamo=True,
             dynamic_shapes=tuple({0: torch.export.Dim.DYNAMIC} for _ in examples),
+            input_names=input_names(graph),
+            output_names=[name for name, _ in outputs(graph)],
             opset_version=OPSET,
             optimize=optimize,
             verbose=False,
@@ -152,7 +159,7 @@ def _exported(graph: fx.GraphModule, optimize: bool) -> Message:
 
 
 def _tidy(onnx: ModuleType, model: Message) -> None:
-    """Global pooling by its name; no metadata; the batch axis named."""
+    """Global pooling by its name; no metadata of others; the batch axis named."""
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     constants |= {
