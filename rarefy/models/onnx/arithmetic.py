@@ -146,6 +146,8 @@ def step_dtype(value: float) -> torch.dtype:
 
 
 def _dropout(step: Step, x: Tensor, ratio: np.ndarray | None = None, training: np.ndarray | None = None) -> Tensor:
+    if training is not None and number(training):
+        raise step.refuse("dropout in training mode", "export the model in eval mode")
     share = step.get("ratio", 0.5) if ratio is None else float(number(ratio))
     return F.dropout(x, share, step.training)
 

@@ -150,8 +150,7 @@ def _local_response(step: Step, x: Tensor) -> Tensor:
 
 
 def _lp_normalization(step: Step, x: Tensor) -> Tensor:
-    length: Tensor = torch.linalg.vector_norm(x, step.get("p", 2), step.axis(x.dim(), -1), keepdim=True)
-    return x / length
+    return F.normalize(x, step.get("p", 2), step.axis(x.dim(), -1))
 
 
 def _mean_variance(step: Step, x: Tensor) -> Tensor:

@@ -128,13 +128,18 @@ def assemble(network: Network, steps: Sequence[Step], constants: Mapping[str, np
     names = _Names()
     places: list[tuple[str, Step]] = []
     tensors: dict[tuple[str, str], tuple[str, Value]] = {}
+    sized: set[str] = set()  # what is made of sizes and constants only
     for step in steps:
         home = step.path
+        names_read = {name for name in step.reads if isinstance(name, str)}
+        on_sizes = step.kind in HOST and names_read <= sized | set(constants)
+        if on_sizes or step.kind in ("Shape", "Size"):
+            sized.update(step.writes)
         for place, read in enumerate(step.reads):
             if not isinstance(read, str) or read not in constants:
                 continue
             value = constants[read]
-            if step.row.reads_array(place, value):
+            if on_sizes or step.row.reads_array(place, value):
                 step.reads[place] = value
                 continue
             role = step.row.stored[place] if place < len(step.row.stored) else ""

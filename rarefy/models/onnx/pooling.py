@@ -111,8 +111,8 @@ def _resize(
             f"Resize with mode={mode}, coordinate_transformation_mode={coordinates} over {whole} axes",
             "export it with mode nearest, or linear and half_pixel or align_corners",
         )
-    if smooth and aligned:
-        raise step.refuse("Resize with antialias and align_corners", "export it with half_pixel")
+    if smooth and (aligned or any(out < size for out, size in zip(target, x.shape[2:]))):
+        raise step.refuse("Resize with antialias to fewer pixels", "resize the pictures before the model")
     exact = factors is None or aligned or all(out == size * by for out, size, by in zip(target, x.shape[2:], factors))
     places = {"size": target} if exact else {"scale_factor": factors, "recompute_scale_factor": False}
     return F.interpolate(x, mode=kind, align_corners=aligned, antialias=smooth, **places)
@@ -120,10 +120,9 @@ def _resize(
 
 def _nearest(step: Step, x: Tensor, target: Sequence[Value], factors: list[float] | None, coordinates: str) -> Tensor:
     """By PyTorch's operator where it reads the same pixels, else pixel by pixel along each axis."""
-    repeats = coordinates in ("half_pixel", "pytorch_half_pixel") or (
-        coordinates == "asymmetric"
-        and step.get("nearest_mode", "round_prefer_floor" if step.opset > 10 else "floor") == "floor"
-    )
+    rounding = step.get("nearest_mode", "floor" if step.opset < 11 else "round_prefer_floor")
+    halves = coordinates in ("half_pixel", "pytorch_half_pixel") and rounding.startswith("round")
+    repeats = halves or (coordinates, rounding) == ("asymmetric", "floor")
     if repeats and factors and all(factor.is_integer() for factor in factors):  # every pixel so many times
         return F.interpolate(x, scale_factor=factors, mode="nearest")
     if not all(isinstance(size, int) for size in (*target, *x.shape[2:])):
@@ -145,13 +144,14 @@ def _nearest(step: Step, x: Tensor, target: Sequence[Value], factors: list[float
 
 def _pixels(step: Step, size: int, out: int, scale: float, coordinates: str) -> np.ndarray:
     """Which pixel each one of the result is."""
-    place = np.arange(out, dtype=np.float64)
+    place, scale = np.arange(out, dtype=np.float32), np.float32(scale)  # single, so that halves round as elsewhere
+    half = (place + np.float32(0.5)) / scale - np.float32(0.5)
     formulas = {
-        "half_pixel": (place + 0.5) / scale - 0.5,
-        "pytorch_half_pixel": (place + 0.5) / scale - 0.5 if out > 1 else place * 0,
+        "half_pixel": half,
+        "pytorch_half_pixel": half if out > 1 else place * 0,
         "asymmetric": place / scale,
         "align_corners": place * ((size - 1) / (out - 1)) if out > 1 else place * 0,
-        "half_pixel_symmetric": size / 2 * (1 - out / (scale * size)) + (place + 0.5) / scale - 0.5,
+        "half_pixel_symmetric": size / 2 * (1 - out / (scale * size)) + half,
     }
     mode = step.get("nearest_mode", "floor" if step.opset < 11 else "round_prefer_floor")
     rounding: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -182,6 +182,8 @@ def _depth_to_space(step: Step, x: Tensor) -> Tensor:
 
 def _space_to_depth(step: Step, x: Tensor) -> Tensor:
     block = step.get("blocksize", 1)
+    if step.get("mode", "DCR") == "CRD":
+        return F.pixel_unshuffle(x, block)
     batch, channels, height, width = x.shape
     parts = x.reshape(batch, channels, height // block, block, width // block, block).permute(0, 3, 5, 1, 2, 4)
     return parts.reshape(batch, channels * block**2, height // block, width // block)

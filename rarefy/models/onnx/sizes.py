@@ -157,6 +157,7 @@ HOST: dict[str, Host] = {
     "Less": _two(np.less),
     "Not": lambda step, x: np.logical_not(x),
     "Where": lambda step, condition, one, two: np.where(condition.astype(bool), one, two),
+    "Sqrt": _rounded(np.sqrt, math.sqrt),
     "Floor": _rounded(np.floor, math.floor),
     "Ceil": _rounded(np.ceil, math.ceil),
     "ReduceProd": _reduce(np.prod),
