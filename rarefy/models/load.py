@@ -86,13 +86,14 @@ def graph_of(source: Source, shape: tuple[int, ...] | None = None, core: str | N
     return capture(source.model, example, core=core)
 
 
-def _check_runs(source: Source, example: Tensor) -> None:
+def _check_runs(source: Source, example: Tensor | tuple[Tensor, ...]) -> None:
     """A wrong input shape is told as such, before the trace tells it as a failed capture."""
+    examples = (example,) if isinstance(example, Tensor) else example
     try:
         with torch.no_grad():
-            source.model(example)
+            source.model(*examples)
     except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:
-        shape = by(example.shape[1:])
+        shape = " and ".join(by(one.shape[1:]) for one in examples)
         raise CaptureError(
             f"{source.text}: does not take an input of {shape} ({first_line(error)}); "
             "pass the right --input CHANNELS,HEIGHT,WIDTH"

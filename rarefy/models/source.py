@@ -29,6 +29,7 @@ class Source:
     224)``, or None where nobody says. preprocessing: ``mean``, ``std`` (a float a channel), ``size`` (pixels), ``crop``
     (share of the resized image that is
         used), ..., as far as the maker states them; they are ``Classification``'s options of the same names.
+    inputs: shape without batch and type of each input, for a model of other inputs than one tensor of floats.
     weights: what was loaded into it, or None: as the source made it. taken: which part of that file, in a line, where
         it holds more.
     """
@@ -39,9 +40,23 @@ class Source:
     preprocessing: Mapping[str, object] = field(default_factory=dict)
     weights: str | None = None
     taken: str | None = None
+    inputs: Sequence[tuple[tuple[int, ...], torch.dtype]] = ()
 
-    def example(self, shape: tuple[int, ...] | None = None, batch: int = 2) -> Tensor:
-        """An input of that shape (else the source's own): standard normal numbers, the same every time."""
+    def example(self, shape: tuple[int, ...] | None = None, batch: int = 2) -> Tensor | tuple[Tensor, ...]:
+        """An input of that shape (else the source's own): standard normal numbers, the same every time.
+
+        Ones for integers. For a model of several inputs all of them, ``shape`` being the first's.
+        """
+        if self.inputs:
+            generator = torch.Generator().manual_seed(0)
+            shapes = [shape or self.inputs[0][0], *(own for own, _ in self.inputs[1:])]
+            made = [
+                torch.randn((batch, *sizes), generator=generator).to(dtype)
+                if dtype.is_floating_point
+                else torch.ones((batch, *sizes), dtype=dtype)
+                for sizes, (_, dtype) in zip(shapes, self.inputs)
+            ]
+            return made[0] if len(made) == 1 else tuple(made)
         chosen = shape or self.shape
         if chosen is None:
             raise InputError(

@@ -66,9 +66,10 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> str | None:
 
 def check_finite(source: Source) -> None:
     """Raises InputError for weights that are NaN or infinite."""
+    learned = dict(source.model.named_parameters(remove_duplicate=False))
     for name, value in source.model.state_dict().items():
         if value.is_floating_point() and not math.isfinite(value.sum(dtype=torch.float64).item()):
-            bad = int((~torch.isfinite(value)).sum())
+            bad = int((~torch.isfinite(value) if name in learned else torch.isnan(value)).sum())  # a mask may hold -inf
             if bad:
                 raise InputError(
                     f"{source.weights or source.text}: {name} holds {bad} values that are NaN or infinite; "

@@ -33,11 +33,14 @@ LARGEST = 2**33  # bytes of one tensor: a damaged or a hostile file
 def settle(network: Network, specs: Sequence[tuple[Sequence[int | None], int]]) -> None:
     """Free the batch of a network whose inputs have these sizes and ONNX types.
 
-    A file with other sizes that are free is left as it is.
+    Where other sizes are free too, this waits for the first inputs.
 
     Raises CaptureError where the batch can't be freed, InputError for a node that does not run.
     """
     if any(size is None for sizes, _ in specs for size in sizes[1:]):
+        network.settle = lambda given: settle(
+            network, [([own[0], *seen[1:]], kind) for (own, kind), seen in zip(specs, given, strict=True)]
+        )
         return
     batch = specs[0][0][0] or 1
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():

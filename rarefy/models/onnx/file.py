@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import torch
 
 from rarefy.errors import FormatError, InputError, first_line
 from rarefy.graph.nodes import Value
@@ -25,6 +26,7 @@ from rarefy.models.source import FORMS, Request, Source
 from rarefy.system.dependencies import needs
 
 OLDEST, NEWEST = 7, 25  # opsets whose rules the rows keep
+LENGTH = 16  # of a sequence that may have any, in an example
 LARGEST = 2**31 - 1  # bytes of one protobuf message
 DOMAINS = ("", "ai.onnx")
 
@@ -37,13 +39,15 @@ def onnx(request: Request) -> Source | None:
     network, inputs = read(path)
     if request.classes is not None:
         raise InputError(f"{request.text}: an ONNX file has the outputs that it has; leave out --classes")
-    shape = inputs[0][1:]
-    known = all(isinstance(size, int) for size in shape)
-    return Source(request.text, network, tuple(int(size or 0) for size in shape) if known else None)
+    if len(inputs) == 1 and inputs[0][1].is_floating_point:
+        free = any(size is None for size in inputs[0][0])
+        return Source(request.text, network, None if free else tuple(size or 0 for size in inputs[0][0]))
+    named = [(tuple(size or LENGTH for size in sizes), dtype) for sizes, dtype in inputs]
+    return Source(request.text, network, named[0][0], inputs=named)
 
 
-def read(path: str | os.PathLike[str]) -> tuple[Network, list[list[int | None]]]:
-    """The file's network, and the sizes of its inputs (None: free)."""
+def read(path: str | os.PathLike[str]) -> tuple[Network, list[tuple[list[int | None], torch.dtype]]]:
+    """The file's network, and of each input the sizes without batch (None: free) and the type."""
     library = needs("onnx")
     file = Path(path)
     if not file.is_file():
@@ -85,7 +89,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Network, list[list[int | None]]]
         settle(network, specs)
     except InputError as error:
         raise type(error)(str(error) if str(error).startswith(str(file)) else f"{file}: {error}") from error
-    return network, [sizes for sizes, _ in specs]
+    return network, [(sizes[1:], TYPES[kind]) for sizes, kind in specs]
 
 
 def _parsed(library: ModuleType, file: Path) -> Value:

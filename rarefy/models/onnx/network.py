@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rarefy.errors import InputError
 from rarefy.graph.nodes import Value, attribute, set_attribute
 from rarefy.models.onnx.sizes import HOST
 from rarefy.models.onnx.step import Step, as_tensor
@@ -36,8 +37,14 @@ class Network(nn.Module):
         self.input_names, self.output_names = list(inputs), list(outputs)
         self.order: list[str] = []  # names of the steps
         self.constants: dict[str, np.ndarray] = {}  # outputs that no input has a part in
+        self.settle: Callable[[Sequence[Sequence[int]]], None] | None = None  # once, when sizes are known
 
     def forward(self, *inputs: Tensor) -> Value:
+        if self.settle is not None:
+            if torch.compiler.is_exporting():
+                raise InputError("the file's sizes are free: call the model once on an example before it is captured")
+            settle, self.settle = self.settle, None
+            settle([list(value.shape) for value in inputs])
         live: dict[str, Value] = {**self.constants, **dict(zip(self.input_names, inputs, strict=True))}
         for name in self.order:
             step = self.step(name)

@@ -116,8 +116,9 @@ def _pad(step: Step, x: Tensor, around: Value = None, value: Value = None, axes:
     if mode == "constant":
         return F.pad(x, flat, value=float(fill)) if x.dtype.is_floating_point else F.pad(x, flat, value=int(fill))
     kind = {"reflect": "reflect", "edge": "replicate", "wrap": "circular"}.get(mode)
-    if kind is None or len(every) > x.dim() - 2:
+    if kind is None or len(every) >= x.dim() or (x.dim() > 3 and len(every) > x.dim() - 2):
         raise step.refuse(f"Pad with mode={mode} over batch or channels")
+    flat += [0, 0] * (x.dim() - 2 - len(every))
     return F.pad(x, flat, mode=kind)
 
 
