@@ -83,7 +83,10 @@ def graph_of(source: Source, shape: tuple[int, ...] | None = None, core: str | N
     example = source.example(shape)
     if core is None:
         _check_runs(source, example)
-    return capture(source.model, example, core=core)
+    graph = capture(source.model, example, core=core)
+    if source.names is not None and core is None:
+        graph.meta["names"] = {kind: list(names) for kind, names in source.names.items()}
+    return graph
 
 
 def _check_runs(source: Source, example: Tensor | tuple[Tensor, ...]) -> None:

@@ -30,6 +30,7 @@ class Source:
     (share of the resized image that is
         used), ..., as far as the maker states them; they are ``Classification``'s options of the same names.
     inputs: shape without batch and type of each input, for a model of other inputs than one tensor of floats.
+    names: of inputs and outputs, where the source says them.
     weights: what was loaded into it, or None: as the source made it. taken: which part of that file, in a line, where
         it holds more.
     """
@@ -41,6 +42,7 @@ class Source:
     weights: str | None = None
     taken: str | None = None
     inputs: Sequence[tuple[tuple[int, ...], torch.dtype]] = ()
+    names: Mapping[str, Sequence[str]] | None = None
 
     def example(self, shape: tuple[int, ...] | None = None, batch: int = 2) -> Tensor | tuple[Tensor, ...]:
         """An input of that shape (else the source's own): standard normal numbers, the same every time.

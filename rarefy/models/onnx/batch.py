@@ -42,7 +42,19 @@ def settle(network: Network, specs: Sequence[tuple[Sequence[int | None], int]]) 
             network, [([own[0], *seen[1:]], kind) for (own, kind), seen in zip(specs, given, strict=True)]
         )
         return
-    batch = specs[0][0][0] or 1
+    stated = specs[0][0][0]
+    if stated is not None:
+        _settle(network, specs, stated)
+        return
+    try:
+        _settle(network, specs, 2)
+    except InputError:  # it says that the batch is free, and its nodes are for one image all the same
+        _settle(network, specs, 1)
+
+
+def _settle(network: Network, specs: Sequence[tuple[Sequence[int | None], int]], batch: int) -> None:
+    for name in network.order:
+        network.step(name).free = None
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         _side_by_side(network, _examples(specs, batch), _examples(specs, batch * WIDER), batch)
     with torch.no_grad():

@@ -39,11 +39,12 @@ def onnx(request: Request) -> Source | None:
     network, inputs = read(path)
     if request.classes is not None:
         raise InputError(f"{request.text}: an ONNX file has the outputs that it has; leave out --classes")
+    names = {"inputs": network.input_names, "outputs": network.output_names}
     if len(inputs) == 1 and inputs[0][1].is_floating_point:
         free = any(size is None for size in inputs[0][0])
-        return Source(request.text, network, None if free else tuple(size or 0 for size in inputs[0][0]))
+        return Source(request.text, network, None if free else tuple(size or 0 for size in inputs[0][0]), names=names)
     named = [(tuple(size or LENGTH for size in sizes), dtype) for sizes, dtype in inputs]
-    return Source(request.text, network, named[0][0], inputs=named)
+    return Source(request.text, network, named[0][0], inputs=named, names=names)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Network, list[tuple[list[int | None], torch.dtype]]]:

@@ -73,7 +73,7 @@ def _transposed(step: Step, x: Tensor, weight: Tensor, bias: Tensor | None = Non
         totals = [max(one - two, 0) for one, two in zip(whole, wanted)]
         extra = [more + max(two - one, 0) for more, one, two in zip(extra, whole, wanted)]
         small, large = [total // 2 for total in totals], [total - total // 2 for total in totals]
-        before, after = (small, large) if auto == "SAME_UPPER" or not auto.startswith("SAME") else (large, small)
+        before, after = (small, large) if auto == "SAME_UPPER" else (large, small)
     else:
         before, after = pads(step, x.shape[2:], weight.shape[2:])
     if before == after:

@@ -144,8 +144,8 @@ def _nearest(step: Step, x: Tensor, target: Sequence[Value], factors: list[float
 
 def _pixels(step: Step, size: int, out: int, scale: float, coordinates: str) -> np.ndarray:
     """Which pixel each one of the result is."""
-    place, scale = np.arange(out, dtype=np.float32), np.float32(scale)  # single, so that halves round as elsewhere
-    half = (place + np.float32(0.5)) / scale - np.float32(0.5)
+    place = np.arange(out, dtype=np.float32)  # single, so that halves round as elsewhere
+    half = (place + np.float32(0.5)) / np.float32(scale) - np.float32(0.5)
     formulas = {
         "half_pixel": half,
         "pytorch_half_pixel": half if out > 1 else place * 0,

@@ -26,7 +26,9 @@ def _is(size: Value, what: int) -> bool:
 def _flatten(step: Step, x: Tensor) -> Tensor:
     axis = int(step.get("axis", 1))
     axis = axis if axis == x.dim() else step.wrapped(axis, x.dim())
-    return x.flatten(1) if axis == 1 and x.dim() > 1 else x.reshape(x.shape[:axis].numel(), -1)
+    if axis in (0, x.dim()):
+        return x.flatten().unsqueeze(1 if axis else 0)
+    return (x.flatten(0, axis - 1) if axis > 1 else x).flatten(1)
 
 
 def axes_of(step: Step, axes: Value, rank: int) -> list[int]:
