@@ -13,7 +13,8 @@ outputs; ``predict.py`` beside the file reads it and does the same to a picture 
                        "range": [0, 1], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}}
 
 ``crop`` is the share of the resized picture that is seen: the shorter side becomes round(size / crop), then the middle
-is cut out; null: the whole picture is resized to ``size``.
+is cut out (where ``crop`` is 1, a picture of the model's size is taken as it is); null: the whole picture is resized to
+``size``.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def remember_source(graph: fx.GraphModule, known: Mapping[str, object]) -> fx.Gr
         "preprocessing": {
             "channels": {1: "L", 3: "RGB"}.get(channels, str(channels)),
             "size": [height, width],
-            "crop": float(str(known.get("crop", ImageData.crop))),
+            "crop": float(str(known.get("crop", 0.875))),
             "interpolation": str(known.get("interpolation", ImageData.interpolation)),
             "range": [0, 1],
             "mean": [float(value) for value in np.atleast_1d(np.asarray(known["mean"], dtype=np.float64))],
@@ -105,7 +106,7 @@ def _preprocessing(data: ImageData) -> dict[str, Value]:
     return {
         "channels": {1: "L", 3: "RGB"}.get(channels, str(channels)),
         "size": [height, width],
-        "crop": None if _whole(data) else float(data.crop),
+        "crop": None if _whole(data) else float(data.preparation.crop),
         "interpolation": data.interpolation,
         "range": [0, 1],
         "mean": [float(value) for value in data.normalization.mean],
@@ -118,7 +119,8 @@ def _whole(data: ImageData) -> bool:
     source = data.source(data.splits[0])
     if isinstance(source, Arrays):
         return True
-    return isinstance(source.item_or_none(0)[0], (np.ndarray, Tensor))
+    first = source.item_or_none(0)[0]
+    return isinstance(first, (np.ndarray, Tensor)) or str(first).lower().endswith(".npy")
 
 
 def of(graph: fx.GraphModule) -> dict[str, Value]:

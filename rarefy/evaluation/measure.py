@@ -110,10 +110,13 @@ def _check_models(models: Mapping[str, fx.GraphModule]) -> None:
     if not isinstance(models, Mapping) or not models:
         what = "no model was given" if not models else f"a {type(models).__name__} has no name"
         raise InputError(f"measure: {what}; pass {{name: graph}}")
-    shapes = {json.dumps(graph.meta["inputs"]) for graph in models.values()}
+    shapes = {
+        " and ".join(f"{one['dtype']} {list(one['shape'])}" for one in graph.meta["inputs"])
+        for graph in models.values()
+    }
     if len(shapes) > 1:
         raise InputError(
-            f"measure: the models take different inputs, {' and '.join(sorted(shapes))}; "
+            f"measure: the models take different inputs, {'; and '.join(sorted(shapes))}; "
             "only models of one input can be compared"
         )
 

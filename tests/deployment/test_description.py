@@ -89,6 +89,24 @@ def test_the_program_beside_a_file_answers_as_the_evaluation(
     assert right / len(files) == pytest.approx(evaluate(model, task, progress=False).value)
 
 
+def test_pictures_of_one_small_size_are_taken_as_they_are(tmp_path: Path) -> None:
+    """As ``preparation.py`` has it: neither enlarged nor cropped."""
+    numbers = np.random.default_rng(0)
+    for index in range(6):
+        (tmp_path / "data" / f"{index % 3}").mkdir(parents=True, exist_ok=True)
+        pixels = numbers.integers(0, 256, (12, 12), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "data" / f"{index % 3}" / f"{index}.png")
+    task = Classification(val=f"imagefolder:{tmp_path / 'data'}", channels=1)
+    assert task.data.input_shape == (1, 12, 12)
+    model = network(1)
+    export(model, tmp_path / "model.onnx", task=task)
+    ((images, _),) = task.data.batches("val", 6)
+    for theirs, ours in zip(
+        predicted(tmp_path, *sorted((tmp_path / "data").glob("*/*.png"))), model(images), strict=True
+    ):
+        assert [score for _, score in sorted(theirs)] == pytest.approx(ours.tolist(), abs=1e-4)
+
+
 def test_a_picture_of_the_arrays_size_is_taken_as_it_is(tmp_path: Path) -> None:
     """Arrays are not cropped, and neither is what the program is given then."""
     images = np.random.default_rng(0).integers(0, 256, (12, 9, 9, 1), dtype=np.uint8)
