@@ -236,6 +236,8 @@ def _check_meta(meta: Json, tensors: Mapping[str, Entry], where: str) -> None:
         expect(good, where, f"meta.inputs has the entry {said(entry)}")
         small = len(entry["shape"]) < MOST_AXES and math.prod(entry["shape"]) <= allowlist.MOST_ELEMENTS
         expect(small, where, f"an input of shape {said(entry['shape'])} is too large")
+        expect(_is_range(entry.get("range", [0, 0])), where, f"an input has the range {said(entry.get('range'))}")
+    _check_names(meta, where)
     expect(meta.get("core") is None or isinstance(meta["core"], str), where, f"meta.core is {said(meta.get('core'))}")
     history = meta.get("history", [])
     good = isinstance(history, list) and all(isinstance(record, dict) for record in history)
@@ -249,6 +251,21 @@ def _check_meta(meta: Json, tensors: Mapping[str, Entry], where: str) -> None:
     expect(isinstance(bits, dict), where, "meta.bits is not an object")
     for name, width in bits.items():
         expect(name in tensors and _is_width(width), where, f"meta.bits gives {said(name)} the width {said(width)}")
+
+
+def _is_range(value: object) -> bool:
+    """Least and most of whole numbers."""
+    good = isinstance(value, list) and len(value) == 2 and all(type(end) is int and abs(end) < 2**62 for end in value)
+    return good and value[0] <= value[1]  # type: ignore[index]
+
+
+def _check_names(meta: Mapping[str, Json], where: str) -> None:
+    names = meta.get("names", {"inputs": [], "outputs": []})
+    good = isinstance(names, dict) and names.keys() == {"inputs", "outputs"}
+    good = good and all(isinstance(part, list) and all(map(_is_identifier, part)) for part in names.values())
+    good = good and all(len(set(part)) == len(part) <= MOST_NODES for part in names.values())
+    good = good and len(names["inputs"]) in (0, len(meta["inputs"]))
+    expect(good, where, f"meta.names is {said(names)}")
 
 
 def build(description: Mapping[str, Json], tensors: Mapping[str, Tensor], where: str) -> fx.GraphModule:

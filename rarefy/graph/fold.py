@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, fx, nn
@@ -143,27 +144,54 @@ def normed(graph: fx.GraphModule) -> list[str]:
     ]
 
 
-def fold_weight_norm(graph: fx.GraphModule) -> None:
-    """The weight that direction v and length g make, in place of both, unless something else reads one of them.
+def fold_parametrizations(graph: fx.GraphModule) -> None:
+    """The weight that a parametrization makes, in place of what makes it, under the name that the layer has for it.
 
-    In place.
+    Weight norm and spectral norm in either form, ``torch.nn.utils.parametrize`` with any, masks of
+    ``torch.nn.utils.prune``; unless something else reads the tensors that it is made of. In place.
     """
-    names: dict[object, str] = {}
-    taken = {*dict(graph.named_parameters(remove_duplicate=False)), *dict(graph.named_buffers(remove_duplicate=False))}
-    for node in graph.graph.find_nodes(op="call_function", target=aten._weight_norm.default):
+    nodes = list(graph.graph.nodes)
+    known = {str(node.target) for node in nodes if node.op == "get_attr"}
+    owners: dict[fx.Node, set[str]] = {}  # of what no input has a part in: the weights that it is made for
+    for node in nodes:
         sources = node.all_input_nodes
-        if any(source.op != "get_attr" or any(user.args != node.args for user in source.users) for source in sources):
-            continue
-        v, g = (attribute(graph, argument(node, name)) for name in ("v", "g"))
-        key = (id(v), id(g), argument(node, "dim"))
-        if key not in names:
-            name = re.sub(r"parametrizations\.(\w+)\.original1$|_v$", r"\1", str(argument(node, "v").target))
-            names[key] = name if name not in taken else f"{name}_normed"
-            with torch.no_grad():
-                weight = torch._weight_norm(v, g, argument(node, "dim"))
-            set_attribute(graph, names[key], nn.Parameter(weight, v.requires_grad or g.requires_grad))
-        with graph.graph.inserting_before(node):
-            stored = graph.graph.get_attr(names[key])
-        stored.meta = {"stack": node.meta.get("stack", "")}
-        node.replace_all_uses_with(stored)
-        graph.graph.erase_node(node)
+        if node.op == "get_attr":
+            owners[node] = {_made_for(str(node.target), known)}
+        elif node.op == "call_function" and sources and owners.keys() >= set(sources) and _repeatable(node):
+            owners[node] = set().union(*(owners[source] for source in sources))
+    ends = {node: min(of) for node, of in owners.items() if any(owners.get(user) != of for user in node.users)}
+    read = {name for node, name in ends.items() if node.op == "get_attr"}
+    ends = {node: name for node, name in ends.items() if len(owners[node]) == 1 and name not in read | known}
+    with torch.no_grad():
+        values = {node: value for node, value in steps(graph, needed(nodes, ends), {}) if node in ends}
+    for name in sorted(set(ends.values())):
+        made = [node for node in values if ends[node] == name]
+        if any(not torch.equal(values[node], values[made[0]]) for node in made):
+            continue  # something else reads a part of it
+        trains = any(parameter.requires_grad for parameter in _parameters_of(graph, made[0]))
+        set_attribute(graph, name, nn.Parameter(values[made[0]].clone().contiguous(), trains))
+        for node in made:
+            with graph.graph.inserting_before(node):
+                weight = graph.graph.get_attr(name)
+            weight.meta = {"stack": node.meta.get("stack", "")}
+            node.replace_all_uses_with(weight)
+    graph.graph.eliminate_dead_code()
+
+
+def _made_for(name: str, known: Collection[str]) -> str:
+    """The weight that the tensor of this name is a part of; itself, where that is none."""
+    match = re.fullmatch(r"(.*\.)?parametrizations\.(\w+)\..+", name)
+    if match:
+        return f"{match[1] or ''}{match[2]}"
+    whole, _, part = name.rpartition("_")
+    if part in ("orig", "mask", "u", "v") and f"{whole}_orig" in known:  # hooks of torch.nn.utils
+        return whole
+    return whole if part in ("g", "v") and {f"{whole}_g", f"{whole}_v"} <= {*known} else name
+
+
+def _parameters_of(graph: fx.GraphModule, node: fx.Node) -> Iterator[Tensor]:
+    for source in node.all_input_nodes:
+        if source.op == "get_attr":
+            yield attribute(graph, source)
+        else:
+            yield from _parameters_of(graph, source)

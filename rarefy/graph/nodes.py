@@ -32,14 +32,19 @@ def share_copy(graph: fx.GraphModule) -> fx.GraphModule:
 
 
 def example_inputs(graph: fx.GraphModule, batch: int = 2, seed: int = 0) -> tuple[Tensor, ...]:
-    """Random inputs of the captured shape, on the graph's device: normal for floats, zeros for integers."""
+    """Random inputs of the captured shape, on the graph's device: normal for floats; integers between the least and the
+    most of the example that the graph was captured with, zeros where there was none."""
     generator = torch.Generator().manual_seed(seed)
     device = device_of(graph)
     made = []
     for spec in graph.meta["inputs"]:
         dtype = getattr(torch, spec["dtype"])
         shape = (batch, *spec["shape"])
-        value = torch.randn(shape, generator=generator) if dtype.is_floating_point else torch.zeros(shape)
+        if dtype.is_floating_point:
+            value = torch.randn(shape, generator=generator)
+        else:
+            least, most = spec.get("range", (0, 0))
+            value = torch.randint(least, most + 1, shape, generator=generator)
         made.append(value.to(device=device, dtype=dtype))
     return tuple(made)
 

@@ -1,17 +1,19 @@
-"""capture(): a user's ``nn.Module`` becomes a graph, the one representation every step works on.
+"""capture(): the trace, and what is made of it.
 
 ``torch.export`` traces the model to ATen operators (``conv2d``, ``batch_norm``, ``linear``, ...). What comes back is an
 ``fx.GraphModule``: an ordinary ``nn.Module`` with the original parameter names, that trains, runs under DDP and
 ``torch.compile``, and has a plain ``state_dict``. After the trace, this file
 
 * makes in-place operators functional (``canonical.make_functional``), so that a pass may move or drop any node;
-* stores weights under weight norm, w = g v / |v| (arXiv 1602.07868), as they are (``fold.fold_weight_norm``), so that
-  they leave and are rounded as any other (further training is of w);
+* stores weights that others make as they are: under weight norm, w = g v / |v| (arXiv 1602.07868), spectral norm (arXiv
+  1802.05957) or any other parametrization, and under masks (``fold.fold_parametrizations``), so that they leave and are
+  rounded as any other (further training is of w);
 * lets batch norm and dropout read the module's own ``training`` flag (a ``get_attr`` node of that name), so that
   ``train()`` and ``eval()`` work as they do on any module, with no recompilation;
 * clones the parameters (the caller's model is left alone) and shares those the original shares;
-* keeps the batch size free, and writes the input's shape to ``graph.meta["inputs"]``, so that an example can be made
-  again.
+* leaves ``torch.compile``, ``DataParallel`` and DDP out, and their words out of the names;
+* keeps the batch size free, and writes what the graph takes and returns to its meta (``signature.py``), so that an
+  example can be made again.
 
 Given up: behaviour that exists only in training and is not an operator of the graph (stochastic depth, auxiliary
 heads) is not captured: the trace is of the model in ``eval()``.
@@ -21,21 +23,23 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import io
 import logging
 import os
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from rarefy.errors import CaptureError, first_line
+from rarefy.graph import signature
 from rarefy.graph.canonical import make_functional
-from rarefy.graph.fold import fold_weight_norm
+from rarefy.graph.capture.examples import Call, Inputs, call_of, check_batch_axis, same_call
+from rarefy.graph.capture.regions import inline
+from rarefy.graph.fold import fold_parametrizations
 from rarefy.graph.layers import TRAINING_FLAG
 from rarefy.graph.nodes import Value, argument, attribute, dtype_name, finish, is_graph, set_argument, set_attribute
 
@@ -55,43 +59,47 @@ _CHECKS = {
 _SAME = {aten.lift_fresh_copy.default, aten.detach_.default, aten.alias.default}
 
 
-def capture(model: nn.Module, inputs: Tensor | Sequence[Tensor], *, core: str | None = None) -> fx.GraphModule:
+def capture(model: nn.Module, inputs: Inputs, *, core: str | None = None) -> fx.GraphModule:
     """The graph of ``model``.
 
-    inputs: one example input, or a tuple of them, batch first (any batch size from 1; it stays free in the graph).
+    inputs: an example, batch first (any batch size; it stays free in the graph): a tensor, an array, a shape such as
+        ``(3, 224, 224)``; a tuple of them for several inputs, or a dictionary by argument name.
     core: dotted name of the submodule to capture instead of the whole model, for models whose rest can't be captured
         (box decoding, NMS); ``inputs`` are still those of the whole model.
 
-    A graph is returned as a copy. Raises CaptureError, which names the user's line and the way out.
+    A graph is returned as a copy. It takes tensors, by place or by name, and returns what the model returns. Raises
+    CaptureError, which names the user's line and the way out.
     """
     if is_graph(model):
         return copy.deepcopy(model)
-    examples = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    model = _unwrapped(model)
     was_training = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        if core is not None:
-            model, examples = _core(model, core, examples)
-        examples = tuple(_at_least_two(example) for example in examples)
-        exported = _export(model, examples)
-        unlifted = exported.module(check_guards=False)
-        graph = _plain(unlifted, exported)
+        with torch.compiler.set_stance("force_eager"):  # parts that were compiled run as they are
+            call = call_of(model, inputs)
+            if core is not None:
+                model, call = _core(model, core, call)
+            flat = _Flat(model, call)
+            exported = _export(flat)
+        graph = _plain(flat, exported)
         _share_as(graph, model)
     finally:
         for module, training in was_training.items():
             module.training = training
     make_functional(graph)
-    fold_weight_norm(graph)
+    fold_parametrizations(graph)
     _read_training_flag(graph)
-    graph.meta["inputs"] = [
-        {"shape": list(example.shape[1:]), "dtype": dtype_name(example.dtype)} for example in examples
-    ]
+    graph.meta["inputs"] = [_described(tensor) for tensor in call.tensors]
     graph.meta["core"] = core
+    outputs = signature.output_names(graph, flat.returned.classes)
+    graph.meta["names"] = {"inputs": call.names, "outputs": outputs}
     finish(graph)
+    signature.attach(graph, flat.returned.classes)
     return graph.eval()
 
 
-def as_graph(model: nn.Module, inputs: Tensor | Sequence[Tensor] | None = None) -> fx.GraphModule:
+def as_graph(model: nn.Module, inputs: Inputs | None = None) -> fx.GraphModule:
     """A graph of ``model`` for a step to work on: a graph is copied, any other module captured from ``inputs``."""
     if is_graph(model):
         return copy.deepcopy(model)
@@ -102,52 +110,98 @@ def as_graph(model: nn.Module, inputs: Tensor | Sequence[Tensor] | None = None) 
     return capture(model, inputs)
 
 
-def _core(model: nn.Module, core: str, examples: tuple[Tensor, ...]) -> tuple[nn.Module, tuple[Tensor, ...]]:
+def _described(tensor: Tensor) -> dict[str, Value]:
+    """An input without its batch; of whole numbers also the least and the most, of which examples are made again."""
+    about: dict[str, Value] = {"shape": list(tensor.shape[1:]), "dtype": dtype_name(tensor.dtype)}
+    if not tensor.is_floating_point() and not tensor.is_complex() and tensor.numel() and bool(tensor.any()):
+        about["range"] = [int(tensor.min()), int(tensor.max())]
+    return about
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """What ``torch.compile``, ``DataParallel`` or DDP were given."""
+    while (inner := _inner(model)) is not None:
+        model = model.get_submodule(inner)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            f"{type(model).__name__} is a program of TorchScript, which can't be traced; capture the nn.Module that it "
+            "was made of"
+        )
+    return model
+
+
+def _inner(module: nn.Module) -> str | None:
+    """Name of the module that another only wraps."""
+    if isinstance(module, torch._dynamo.OptimizedModule):
+        return "_orig_mod"
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    return "module" if isinstance(module, parallel) else "model" if isinstance(module, _Flat) else None
+
+
+def _core(model: nn.Module, core: str, call: Call) -> tuple[nn.Module, Call]:
     try:
         submodule = model.get_submodule(core)
     except AttributeError as error:
         names = ", ".join(name for name, _ in model.named_children())
         raise CaptureError(f"core={core!r}: no such submodule; have {names}") from error
-    seen: list[tuple[Value, ...]] = []
-    handle = submodule.register_forward_pre_hook(lambda _, args: seen.append(args))
+    seen: list[tuple[tuple[Value, ...], dict[str, Value]]] = []
+    handle = submodule.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((args, dict(kwargs))), with_kwargs=True
+    )
     try:
-        with torch.no_grad():
-            model(*examples)
+        call.run(model)
     finally:
         handle.remove()
     if not seen:
         raise CaptureError(f"core={core!r}: the model never calls it on this input")
-    if not all(isinstance(argument, Tensor) for argument in seen[0]):
+    args, kwargs = seen[0]
+    if not any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
         raise CaptureError(
             f"core={core!r}: takes something else than tensors; choose a submodule that takes tensors only"
         )
-    return submodule, seen[0]
+    return submodule, same_call(submodule, args, kwargs)
 
 
-def _at_least_two(example: Tensor) -> Tensor:
-    """A batch of one would be taken for a constant by the trace."""
-    if example.dim() == 0:
-        raise CaptureError("an example input has no batch axis; give it the shape (batch, ...)")
-    return example if example.shape[0] > 1 else example.expand(2, *example.shape[1:]).contiguous()
+class _Returned:
+    """What the model returned in the trace, in plain containers, and their classes: no attribute of a module, which the
+    trace would set back."""
+
+    outputs: Value = None
+    classes: dict[str, type]
 
 
-def _export(model: nn.Module, examples: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
-    free = tuple({0: torch.export.Dim.DYNAMIC} for _ in examples)
+class _Flat(nn.Module):
+    """A model as a function of tensors that returns tensors."""
+
+    def __init__(self, model: nn.Module, call: Call):
+        super().__init__()
+        self.model, self.call, self.returned = model, call, _Returned()
+
+    def forward(self, *tensors: Tensor) -> list[Value]:
+        args, kwargs = self.call.arguments(tensors)
+        self.returned.classes = {}
+        self.returned.outputs = signature.plain(self.model(*args, **kwargs), self.returned.classes)
+        return [value for _, value in signature.leaves(self.returned.outputs) if _is_traced(value)]
+
+
+def _is_traced(value: object) -> bool:
+    return isinstance(value, (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def _export(flat: _Flat) -> torch.export.ExportedProgram:
+    free = tuple({0: torch.export.Dim.DYNAMIC} for _ in flat.call.tensors)
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it is one opaque operator, and inference only
     try:
         with _quiet():
-            return torch.export.export(model, examples, dynamic_shapes=_for_signature(model, free))
+            return torch.export.export(flat, tuple(flat.call.tensors), dynamic_shapes=(free,))
+    except CaptureError:
+        raise
     except Exception as error:
-        raise CaptureError(_explain(model, error)) from error
+        check_batch_axis(flat.model, flat.call)
+        raise CaptureError(_explain(flat.model, error)) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-
-
-def _for_signature(model: nn.Module, free: Sequence[object]) -> Sequence[object]:
-    parameters = list(inspect.signature(model.forward).parameters.values())
-    takes_all = bool(parameters) and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL
-    return (free,) if takes_all else free
 
 
 @contextlib.contextmanager
@@ -169,12 +223,8 @@ def _quiet() -> Iterator[None]:
 
 def _explain(model: nn.Module, error: Exception) -> str:
     """What, the user's line, and the way out, in one line."""
-    inside = os.path.dirname(torch.__file__)
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith((inside, os.path.dirname(__file__)))
-    ]
+    inside = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)))
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(inside)]
     where = f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
     return (
         f"{type(model).__name__} can't be captured{where}: {first_line(error, 300)}; "
@@ -182,9 +232,12 @@ def _explain(model: nn.Module, error: Exception) -> str:
     )
 
 
-def _plain(unlifted: fx.GraphModule, exported: torch.export.ExportedProgram) -> fx.GraphModule:
+def _plain(flat: _Flat, exported: torch.export.ExportedProgram) -> fx.GraphModule:
     """The same nodes without pytree code: positional tensors in, a tensor or plain containers out, own parameters."""
-    _inline_regions(unlifted)
+    unlifted = exported.module(check_guards=False)
+    inline(unlifted)
+    wrappers = {name: inner for name, module in flat.named_modules() if (inner := _inner(module)) is not None}
+    names = iter(flat.call.names)
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     tensors: dict[str, Tensor] = {}
@@ -193,9 +246,8 @@ def _plain(unlifted: fx.GraphModule, exported: torch.export.ExportedProgram) -> 
         if node.op == "call_function" and node.target in _CHECKS:
             continue
         if node.op == "output":
-            leaves = pytree.tree_leaves(node.args[0])
-            flat = [copied[value] if isinstance(value, fx.Node) else value for value in leaves]
-            graph.output(_plain_containers(pytree.tree_unflatten(flat, exported.call_spec.out_spec)))
+            returned = iter(pytree.tree_leaves(node.args[0]))
+            graph.output(_filled(flat.returned.outputs, returned, copied))
             continue
         if node.op == "call_function" and node.target in _SAME:
             copied[node] = copied[node.args[0]]
@@ -204,8 +256,11 @@ def _plain(unlifted: fx.GraphModule, exported: torch.export.ExportedProgram) -> 
             raise CaptureError(
                 f"the trace kept a call to submodule {node.target!r}; compress a part with core='name.of.submodule'"
             )
+        if node.op == "placeholder":
+            copied[node] = graph.placeholder(next(names))
+            continue
         copied[node] = graph.node_copy(node, lambda value: copied[value])
-        copied[node].meta = {"stack": _user_line(node)}
+        copied[node].meta = {"stack": _bare(_user_line(node), wrappers)}
         if node.op == "get_attr":
             original = attribute(unlifted, node.target)
             if not isinstance(original, Tensor):
@@ -213,7 +268,8 @@ def _plain(unlifted: fx.GraphModule, exported: torch.export.ExportedProgram) -> 
                     f"{node.target}: the trace kept a {type(original).__name__}; "
                     "compress a part with core='name.of.submodule'"
                 )
-            tensors[node.target] = _clone(original, clones)
+            copied[node].target = _bare(node.target, wrappers)
+            tensors[str(copied[node].target)] = _clone(original, clones)
     root = nn.Module()
     for name, value in tensors.items():
         set_attribute(root, name, value)
@@ -222,42 +278,27 @@ def _plain(unlifted: fx.GraphModule, exported: torch.export.ExportedProgram) -> 
     return module
 
 
-def _inline_regions(module: fx.GraphModule) -> None:
-    """``with torch.no_grad():`` and ``with torch.autocast(..., enabled=False):`` around a part: the part itself.
+def _filled(outputs: Value, returned: Iterator[Value], copied: Mapping[fx.Node, fx.Node]) -> Value:
+    """``outputs`` with what the trace returned in place of its tensors."""
+    if isinstance(outputs, dict):
+        return {key: _filled(value, returned, copied) for key, value in outputs.items()}
+    if isinstance(outputs, (list, tuple)):
+        items = [_filled(value, returned, copied) for value in outputs]
+        return tuple(items) if isinstance(outputs, tuple) else items
+    if not _is_traced(outputs):
+        return outputs
+    value = next(returned)
+    return copied[value] if isinstance(value, fx.Node) else value
 
-    What comes out of ``no_grad`` is detached, so that gradients stop there as in the model. The trace keeps such a part
-    as an operator on a submodule. Autocast that is on would change what the part computes, and stays for the error.
-    """
-    graph = module.graph
-    for node in list(graph.nodes):
-        held = (
-            [part for part in node.args if isinstance(part, fx.Node) and part.op == "get_attr"]
-            if node.op == "call_function"
-            else []
-        )
-        regions = [part for part in held if isinstance(attribute(module, part), fx.GraphModule)]
-        if len(regions) != 1 or str(node.target) not in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
-            continue
-        settings, operands = node.args[: node.args.index(regions[0])], node.args[node.args.index(regions[0]) + 1 :]
-        if str(node.target) == "wrap_with_autocast" and settings[2]:
-            continue
-        region = attribute(module, regions[0])
-        _inline_regions(region)
-        copied = dict(zip((inner for inner in region.graph.nodes if inner.op == "placeholder"), operands, strict=True))
-        with graph.inserting_before(node):
-            outputs = graph.graph_copy(region.graph, copied)  # type: ignore[arg-type]
-            assert isinstance(outputs, (list, tuple))
-            if str(node.target) == "wrap_with_set_grad_enabled" and not settings[0]:
-                outputs = [
-                    graph.call_function(aten.detach.default, (one,)) if isinstance(one, fx.Node) else one
-                    for one in outputs
-                ]
-        for user in list(node.users):  # the region returns a tuple, of which only getitem reads
-            user.replace_all_uses_with(outputs[user.args[1]])  # type: ignore[index,arg-type]
-            graph.erase_node(user)
-        graph.erase_node(node)
-        if not regions[0].users:
-            graph.erase_node(regions[0])
+
+def _bare(name: str, wrappers: Mapping[str, str]) -> str:
+    """A dotted name without the words of what only wraps a module. wrappers: name of the wrapper -> of its inside."""
+    place, bare = "", []
+    for part in name.split("."):
+        if wrappers.get(place) != part:
+            bare.append(part)
+        place = f"{place}.{part}" if place else part
+    return ".".join(bare)
 
 
 def _clone(original: Tensor, clones: dict[int, Tensor]) -> Tensor:
@@ -269,19 +310,6 @@ def _clone(original: Tensor, clones: dict[int, Tensor]) -> Tensor:
     return clones[id(original)]
 
 
-def _plain_containers(value: Value) -> Value:
-    if isinstance(value, dict):
-        return {key: _plain_containers(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        items = [_plain_containers(item) for item in value]
-        return tuple(items) if isinstance(value, tuple) else items
-    if value is None or isinstance(value, (fx.Node, int, float, bool, str)):
-        return value
-    raise CaptureError(
-        f"the model returns a {type(value).__name__}; return tensors, tuples, lists or dictionaries of them"
-    )
-
-
 def _user_line(node: fx.Node) -> str:
     """The deepest module that made the node: ``layer1.0.conv1``; its name for messages and reports."""
     stack = node.meta.get("nn_module_stack") or {}
@@ -290,9 +318,11 @@ def _user_line(node: fx.Node) -> str:
 
 def _share_as(graph: fx.GraphModule, model: nn.Module) -> None:
     """Parameters that are one in the model are one in the graph."""
+    wrappers = {name: inner for name, module in model.named_modules() if (inner := _inner(module)) is not None}
     names: dict[int, str] = {}
     kept = dict(graph.named_parameters(remove_duplicate=False))
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for long, parameter in model.named_parameters(remove_duplicate=False):
+        name = _bare(long, wrappers)
         if name not in kept:
             continue
         first = names.setdefault(id(parameter), name)
