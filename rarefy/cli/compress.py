@@ -108,7 +108,7 @@ def _compress(asked: Any, key: str | None, as_json: bool) -> None:
     asked = dataclasses.replace(asked, data=completed(asked.data, source, asked.task, asked.input))
     task = recipe.make_task(asked.data, asked.task)
     graph = load.graph_of(source, agreed_shape(asked.input, task), asked.core)
-    task.check(output_count(graph))
+    task.check(output_count(graph, getattr(task, "output", None)))
     budget = Budget(**asked.budget)
     result = compress_module.compress(
         graph,

@@ -148,9 +148,15 @@ def session(runtime: str, place: str, graph: Any) -> Iterator[Callable[..., Any]
         yield chosen.open(file)
 
 
-def output_count(graph: Any) -> int | None:
-    """Numbers that the model answers an image with; None where it answers otherwise than with one tensor (batch, N)."""
+def output_count(graph: Any, name: str | None = None) -> int | None:
+    """Numbers that the model answers an image with; None where it answers otherwise than with a tensor (batch, N).
+
+    name: of the output that is read; None: the only one, or ``logits``.
+    """
     from rarefy.graph.shapes import output_shapes
+    from rarefy.graph.signature import output_names
 
     shapes = output_shapes(graph)
-    return shapes[0][0] if len(shapes) == 1 and len(shapes[0]) == 1 else None
+    by_name = dict(zip(output_names(graph), shapes, strict=False))
+    shape = shapes[0] if len(shapes) == 1 else by_name.get(name or "logits")
+    return None if shape is None or len(shape) > 1 else shape[0] if shape else 1

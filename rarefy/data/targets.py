@@ -1,5 +1,7 @@
 """Targets: what a data set says of each image, as the task wants it: class indices (0, 1, ...), or numbers.
 
+Rows of 0 and 1, of which several are 1 or none is, are labels that are true at once, one a column.
+
 Shards, Parquet files and class folders hold class indices. Arrays and datasets hold what their author put there, and
 are read by what is here.
 """
@@ -36,7 +38,7 @@ class Targets(Protocol):
 
 @dataclass(frozen=True)
 class ClassIndices:
-    """Whole numbers from 0; class_count: how many classes there are, where that is known."""
+    """Whole numbers from 0, or rows of 0 and 1; class_count: how many classes there are, where that is known."""
 
     class_count: int | None = None
 
@@ -50,6 +52,9 @@ class ClassIndices:
             ) from error
         if labels.dim() == 2 and labels.shape[1] == 1:
             labels = labels.squeeze(1)
+        if labels.dim() == 2 and _several(labels):
+            _one_an_image(labels, count, where)
+            return labels.float()
         if labels.dim() != 1:
             shape = tuple(labels.shape)
             raise DataError(f"{where}: labels have shape {shape}; pass class indices (N,) (one-hot: labels.argmax(1))")
@@ -64,8 +69,10 @@ class ClassIndices:
             )
         return whole
 
-    def of_one(self, given: object, where: str) -> int:
+    def of_one(self, given: object, where: str) -> Target:
         array = np.asarray(given)
+        if array.ndim == 1 and array.size > 1 and bool(np.isin(array, (0, 1)).all()):
+            return array.astype(np.float32)
         if array.size != 1:
             raise DataError(
                 f"{where}: its label has shape {array.shape}; labels are class indices (one-hot: pass labels.argmax(1))"
@@ -79,6 +86,10 @@ class ClassIndices:
         return value
 
     def check(self, targets: Tensor, where: str, *, whole: bool = False) -> None:
+        if targets.dim() == 2:
+            if self.class_count not in (None, targets.shape[1]):
+                raise DataError(f"{where}: rows of {targets.shape[1]} labels, class_count={self.class_count}")
+            return
         if self.class_count is None or int(targets.max()) < self.class_count:
             return
         which = f" of image {int(targets.argmax())}" if whole else ""
@@ -111,6 +122,12 @@ class Numbers:
     def check(self, targets: Tensor, where: str, *, whole: bool = False) -> None:
         if not bool(torch.isfinite(targets).all()):
             raise DataError(f"{where}: a target is NaN or infinity; leave its image out")
+
+
+def _several(labels: Tensor) -> bool:
+    """Are these rows of 0 and 1, other than one-hot?"""
+    good = not labels.is_complex() and bool(((labels == 0) | (labels == 1)).all())
+    return good and not bool((labels.float().sum(1) == 1).all())
 
 
 def _one_an_image(targets: Tensor, count: int, where: str) -> None:

@@ -17,8 +17,9 @@ from rarefy.distillation.checkpoint import Point
 from rarefy.distillation.distributed import shared_out
 from rarefy.distillation.options import Training
 from rarefy.errors import InputError
+from rarefy.graph.signature import last_operators
 from rarefy.tasks.metric import shown, worth
-from rarefy.tasks.task import Task
+from rarefy.tasks.task import Task, fitted
 
 
 class Batches:
@@ -102,7 +103,7 @@ class Validation:
             return value
         if data.val is None:
             return None
-        metric = self.task.metric()
+        metric = fitted(self.task, last_operators(model)).metric()
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
             for inputs, targets in data.batches("val", self.batches.training.batch_size, device=device):
                 metric.add(shared_out(model, self.batches.laid_out(inputs), self.accelerator), targets)

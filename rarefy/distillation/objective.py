@@ -32,7 +32,8 @@ from rarefy.distillation.teachers import frozen
 from rarefy.errors import InputError, RarefyError
 from rarefy.graph.features import Tap, matched, tapped
 from rarefy.graph.nodes import argument, device_of, set_argument
-from rarefy.tasks.task import Task
+from rarefy.graph.signature import last_operators
+from rarefy.tasks.task import Task, fitted, logits
 
 aten = torch.ops.aten
 
@@ -160,7 +161,8 @@ class Objective(nn.Module):
         self.teachers = nn.ModuleList(
             frozen(tapped(teacher, taps), bf16) for (_, teacher), taps in zip(teachers, theirs)
         )
-        self.task, self.bf16, self.apart = task, bf16, training.dot > 0
+        self.task, self.bf16, self.apart = fitted(task, last_operators(student)), bf16, training.dot > 0
+        self.of_teachers = [fitted(task, last_operators(teacher)) for _, teacher in teachers]
         self.hard_weight, self.label_smoothing = training.hard_weight, training.label_smoothing
         self.strength: Tensor | None
         self.register_buffer(
@@ -195,7 +197,12 @@ class Objective(nn.Module):
             if str(index) in self.adapters:
                 seen = self.adapters[str(index)](seen)
             features = {name: (seen[name], theirs[b]) for name, (_, b) in places.items()}
-            soft.append(weight * one(outputs, answer, targets, features))
+            if one.on == "logits":
+                pair = logits(self.task, outputs), logits(self.of_teachers[teacher], answer)
+                labels = None if targets is None or len(targets) != len(pair[0]) else targets
+                soft.append(weight * one(*pair, labels, features))
+            else:
+                soft.append(weight * one(outputs, answer, targets, features))
         if self.strength is not None:
             soft = [self.strength * one for one in soft]
         return torch.stack([_sum(hard), _sum(soft)]) if self.apart else _sum(hard + soft)

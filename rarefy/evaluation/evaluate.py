@@ -25,10 +25,11 @@ from rarefy.data.items import Split
 from rarefy.errors import DataError, InputError, first_line
 from rarefy.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt, fits
 from rarefy.evaluation.evaluation import Evaluation, evaluation_of
-from rarefy.graph.nodes import device_of
+from rarefy.graph.nodes import device_of, is_graph
+from rarefy.graph.signature import Makers, last_operators, plain
 from rarefy.system.progress import track
 from rarefy.tasks.metric import Metric, OutputError, Outputs, Targets
-from rarefy.tasks.task import Data, Task
+from rarefy.tasks.task import Data, Task, fitted
 
 Model = nn.Module | Callable[[Tensor], Outputs]
 
@@ -61,6 +62,8 @@ def evaluate(
     kinds = _corruptions(corruptions, severities, task)
     with contextlib.ExitStack() as stack:
         runners = [stack.enter_context(_runner(one, task, device)) for one in (model, reference) if one is not None]
+        if not isinstance(model, nn.Module):  # a runtime's session, of a graph that ends like its reference
+            runners[0] = _Runner(model, runners[-1].task, runners[0].device)
         home = torch.device(device) if device is not None else runners[0].device
         read = task.data.images if kinds else task.data.batches
         batches = read(split, batch_size, limit=limit, device=home)
@@ -104,17 +107,28 @@ class _Runner:
 
     def __init__(self, model: Model, task: Task, device: torch.device):
         self.model, self.task, self.device = model, task, device
-        self.metric = task.metric()
+        if isinstance(model, nn.Module) and is_graph(model):
+            self.task = fitted(task, last_operators(model))
+        self.metric = self.task.metric()
         self.corrupted: dict[tuple[str, int], Metric] = {}
 
     def add(self, kind: Kind, inputs: Tensor, targets: Targets) -> None:
         if kind is not None and kind not in self.corrupted:
             self.corrupted[kind] = self.task.metric()
-        metric = self.metric if kind is None else self.corrupted[kind]
         try:
-            metric.add(self._outputs(inputs), targets)
+            outputs = self._outputs(inputs)
+            metric = self.metric if kind is None else self.corrupted[kind]
+            metric.add(outputs, targets)
         except OutputError as error:
             raise DataError(f"{type(self.model).__name__}: {error}") from error
+
+    def _first(self, inputs: Tensor) -> Outputs:
+        """The first batch shows what the model ends in."""
+        with Makers() as makers:
+            outputs = self.model(inputs)
+        self.task = fitted(self.task, makers.of(plain(outputs)))
+        self.metric = self.task.metric()
+        return outputs
 
     def robustness(self) -> dict[str, dict[int, float]]:
         values: dict[str, dict[int, float]] = {}
@@ -125,6 +139,8 @@ class _Runner:
     def _outputs(self, inputs: Tensor) -> Outputs:
         who = type(self.model).__name__
         try:
+            if isinstance(self.model, nn.Module) and not is_graph(self.model) and not self.metric.samples:
+                return self._first(inputs.to(self.device))
             return self.model(inputs.to(self.device))
         except torch.OutOfMemoryError as error:
             raise InputError(

@@ -1,16 +1,21 @@
 """Classification: each image is of one class; cross-entropy is minimised, and models are judged by top-1.
 
 Images come from ``rarefy.data.images.ImageData``, which says what is done to them, and are read as class indices; the
-metric is ``metrics/accuracy.py``.
+metric is ``metrics/accuracy.py``. Where labels are rows (N, labels) of 0 and 1, several are true of an image at once:
+then binary cross-entropy is minimised, and the metric is ``metrics/label_precision.py``. How a model's outputs are
+read is in ``reading.py``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
+import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,8 +24,10 @@ from rarefy.data.items import Items
 from rarefy.data.normalization import Values
 from rarefy.data.targets import ClassIndices
 from rarefy.errors import DataError
-from rarefy.tasks.metric import Outputs
+from rarefy.tasks import reading
+from rarefy.tasks.metric import Metric, Outputs
 from rarefy.tasks.metrics.accuracy import Accuracy
+from rarefy.tasks.metrics.label_precision import LabelPrecision
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -28,12 +35,12 @@ class Classification:
     """A data set to train on, one to judge on, and how images are prepared for the model.
 
     train, val: a source (see ``rarefy/data/sources.py``); either may be left out.
-    size: side of the model's square input in pixels; None: the images' own, 224 for files of several sizes.
-    channels: of the model's input: 1 or 3 of files; None: the arrays' own, 3 for files.
+    size: side of the model's square input in pixels; None: the arrays' own, 224 for files.
+    channels: 1 or 3; None: the arrays' own, 3 for files.
     class_count: number of classes, where it is not the number of folders or the largest label + 1.
+    output: name of the model's output that is read, where it has several and none is called ``logits``.
     mean, std: one value a channel, or one for all.
-    crop: fraction of the resized image that evaluation sees (files only); None: 0.875, but for files that are all of
-        one size, and small enough to be cropped to ``size`` as they are, or smaller.
+    crop: fraction of the resized image that evaluation sees (files only), 0.875 as usual.
     augment: comma-separated ``crop``, ``crop=PIXELS``, ``flip``, ``scale=LEAST_AREA``, ``erase=PIXELS``; or "none".
     interpolation: nearest, bilinear or bicubic.
     workers: processes that decode files; 0: this one.
@@ -49,13 +56,15 @@ class Classification:
     class_count: int | None = None
     mean: Values = None
     std: Values = None
-    crop: float | None = None
+    crop: float = 0.875
     augment: str = "crop,flip"
     interpolation: str = "bilinear"
     workers: int = 0
     strict: bool | None = None
+    output: str | None = None
 
     name = "classification"
+    _ends_in: ClassVar[reading.Ending | None] = None  # of a task that is fitted to a model
 
     def __post_init__(self) -> None:
         count = self.class_count
@@ -71,28 +80,66 @@ class Classification:
     @functools.cached_property
     def data(self) -> ImageData:
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        options.pop("output")
         targets = ClassIndices(options.pop("class_count"))
         return ImageData(**options, targets=targets, task=self.name)
 
-    def loss(self, outputs: Outputs, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """Mean cross-entropy. outputs: logits (N, classes); targets: int64 (N,), or probabilities (N, classes).
+    def fitted(self, makers: Outputs) -> Self:
+        """The same task, that knows what such a model ends in."""
+        ends_in = reading.ending(makers, self.output)
+        self._told(ends_in)
+        fitted = copy.copy(self)
+        object.__setattr__(fitted, "_ends_in", ends_in)
+        return fitted
 
-        Raises DataError for what are no logits.
+    def logits(self, outputs: Outputs) -> Tensor:
+        """What teacher and student are compared by: logits (N, classes).
+
+        Where several labels are true at once (N labels, 2), of each label that it is false, and that it is true.
         """
-        if not isinstance(outputs, Tensor) or outputs.dim() != 2:
-            got = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
-            raise DataError(
-                f"classification: the model returns {got}; a classifier returns logits (N, classes): "
-                "name the part that does with core="
-            )
-        return F.cross_entropy(outputs, targets, label_smoothing=label_smoothing)
+        logits = self._read(outputs)
+        return reading.logits_of(logits.reshape(-1, 1), "logits") if self.multilabel else logits
+
+    def _read(self, outputs: Outputs, ends_in: reading.Ending | None = None) -> Tensor:
+        """Logits (N, classes), or (N, labels). Raises OutputError for what are none, or not clearly one output."""
+        values = reading.chosen(outputs, self.output)
+        return reading.logits_of(values, ends_in or self._ends_in or "logits", pairs=not self.multilabel)
+
+    def loss(self, outputs: Outputs, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """Mean cross-entropy. targets: int64 (N,), or probabilities (N, classes).
+
+        Where several labels are true at once the mean binary cross-entropy; targets: (N, labels) of 0 to 1. Raises
+        OutputError for what are no logits.
+        """
+        logits = self._read(outputs)
+        if self.multilabel:
+            if logits.shape != targets.shape:
+                raise DataError(f"{self!r}: the model has {logits.shape[1]} outputs for {targets.shape[1]} labels")
+            smoothed = targets * (1 - label_smoothing) + label_smoothing / 2
+            return F.binary_cross_entropy_with_logits(logits, smoothed.to(logits.dtype))
+        return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
 
     def soft(self, targets: Tensor) -> Tensor:
         """Class indices (N,) as probabilities (N, classes) float32, which can be blended."""
-        return F.one_hot(targets, self.classes).float() if targets.dim() == 1 else targets
+        return F.one_hot(targets, max(self.classes, 2)).float() if targets.dim() == 1 else targets
 
-    def metric(self) -> Accuracy:
-        return Accuracy(self.class_names, self.class_count, self.check)
+    def metric(self) -> Metric:
+        read = functools.partial(self._judged, reading.Guess())
+        if self.multilabel:
+            return LabelPrecision(self.class_names, read)
+        return Accuracy(self.class_names, self.class_count, self.check, read)
+
+    def _judged(self, guess: reading.Guess, outputs: Outputs) -> Tensor:
+        """Logits; of a model that nobody fitted the task to, by how its answers look."""
+        if self._ends_in is not None:
+            return self._read(outputs)
+        ends_in = guess.of(reading.logits_of(reading.chosen(outputs, self.output), "logits", pairs=False))
+        self._told(ends_in)
+        return self._read(outputs, ends_in)
+
+    @functools.cached_property
+    def _told(self) -> reading.Told:
+        return reading.Told()
 
     def check(self, outputs: int | None) -> None:
         """Do the labels fit a model with that many outputs? Raises DataError if a label has no output.
@@ -101,12 +148,14 @@ class Classification:
         """
         if outputs is None:
             raise DataError(
-                "the model does not return one tensor (batch, classes); name the part that does with core= (--core)"
+                "the model does not return one tensor (batch, classes); say which of its outputs is the classifier's "
+                "(Classification(output=NAME)), or name the part that returns it with core= (--core)"
             )
-        highest = self._highest_label
-        if highest >= outputs:
+        needed = self.classes if self.multilabel else self._highest_label + 1
+        if needed > outputs and not (outputs == 1 and needed == 2):
+            label = f"label {needed - 1}" if self.multilabel or needed != 2 else "label 1"
             raise DataError(
-                f"{self!r}: label {highest} needs a model with at least {highest + 1} outputs, "
+                f"{self!r}: {label} needs a model with at least {needed} outputs, "
                 f"this one has {outputs}; pass a model for these classes"
             )
 
@@ -117,8 +166,6 @@ class Classification:
         classes: dict[str, object] = {}
         with contextlib.suppress(DataError):  # unlabelled
             classes["classes"] = self.classes
-            if self.class_names is not None:
-                classes["class_names"] = list(self.class_names)
         return {"task": self.name, **about, **classes, **splits}
 
     # -- the classes
@@ -129,7 +176,25 @@ class Classification:
         if self.class_count is not None:
             return self.class_count
         names = self.class_names
+        if self.multilabel:
+            return self._label_count
         return len(names) if names is not None else self._highest_label + 1
+
+    @functools.cached_property
+    def _label_count(self) -> int:
+        """Labels in a row, where several are true at once; 0: each image has one class."""
+        for source in map(self.data.source, self.data.splits):
+            if source.labels is not None:
+                return source.labels.shape[1] if source.labels.dim() == 2 else 0
+            if isinstance(source, Items) and source.store is None and len(source):
+                label = source.item_or_none(0)[1]
+                return len(label) if isinstance(label, np.ndarray) else 0
+        return 0
+
+    @property
+    def multilabel(self) -> bool:
+        """Are several labels true of an image at once?"""
+        return self._label_count > 0
 
     @property
     def class_names(self) -> tuple[str, ...] | None:

@@ -9,7 +9,7 @@ images whose targets are numbers is a class of a few lines around ``rarefy.data.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -125,3 +125,29 @@ class Task(Protocol):
     def describe(self) -> dict[str, object]:
         """What a manifest says of the task: JSON-able, ``{"task": name, ...}`` and what the data says."""
         return {"task": self.name, **self.data.describe()}
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """A task that reads outputs of several kinds: one of several by name, logits or probabilities."""
+
+    def fitted(self, makers: Outputs) -> Task:
+        """The task for one model. makers: its outputs, with the name of the operator that makes each in its place.
+
+        ("softmax", "linear"; "" where nobody knows.)
+        """
+        ...
+
+    def logits(self, outputs: Outputs) -> Tensor:
+        """What of the outputs a loss on logits compares: (N, classes)."""
+        ...
+
+
+def fitted(task: Task, makers: Outputs) -> Task:
+    """The task for a model whose outputs are made so: who runs one through a loss or a metric asks for this first."""
+    return task.fitted(makers) if isinstance(task, Reader) else task
+
+
+def logits(task: Task, outputs: Outputs) -> Outputs:
+    """What of a model's outputs a loss on logits compares; all of them, where the task reads them in one way."""
+    return task.logits(outputs) if isinstance(task, Reader) else outputs

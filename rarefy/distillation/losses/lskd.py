@@ -7,7 +7,8 @@ size.
 A small student need not reach the range of a large teacher's logits, which plain KL demands of it; each sample gets its
 own temperature, std(x) · T. Base temperature 2 and weight 9 beside a cross-entropy of weight 1 are the paper's. The
 standard deviation is taken as sqrt(var + eps), not std + 1e-7 as there: the same value, but a finite gradient where all
-logits are equal.
+logits are equal. Of two classes z is (-1, 1) / sqrt(2) or the other way round, which says nothing of how sure the
+teacher is: there the logits are compared as they are, with weight 1, as in ``kl``.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class Lskd:
         check_temperature("lskd", self.temperature, "2")
 
     def __call__(self, student: Tensor, teacher: Tensor, targets: Tensor | None, features: Features) -> Tensor:
+        if student.shape[-1] == 2:
+            return divergence(student, teacher, self.temperature)
         return self.weight * divergence(_standardised(student), _standardised(teacher), self.temperature)
 
 

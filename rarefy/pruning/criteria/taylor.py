@@ -24,11 +24,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from rarefy.graph.signature import last_operators
 from rarefy.pruning.criteria._options import check_counts, check_reduce
 from rarefy.pruning.criteria._reads import batches_of, check_reads, needed, reads, sensitivities
 from rarefy.pruning.groups.groups import Coupling
 from rarefy.tasks.metric import Outputs, Targets
-from rarefy.tasks.task import Task
+from rarefy.tasks.task import Task, fitted
 
 Batches = Iterable[tuple[Tensor, Targets]]
 
@@ -57,7 +58,7 @@ class Taylor:
 
     def scores(self, graph: fx.GraphModule, coupling: Coupling, task: Task | None, seed: int) -> Tensor:
         """Raises InputError without a task, DataError without data."""
-        task = needed(task, "taylor")
+        task = fitted(needed(task, "taylor"), last_operators(graph))
         form = self._fisher if self.form == "fisher" else self._weight
         return form(graph, coupling, task, batches_of(task, graph, "taylor", self.batches, self.batch_size, seed))
 

@@ -41,6 +41,7 @@ class Accuracy(Metric):
 
     names: of the classes, where they have any. classes: how many the data has; None: as the labels tell.
     check: raises DataError, with the data's name, for a model of too few outputs.
+    read: outputs of the model -> logits (N, classes).
     """
 
     name = "top1"
@@ -53,8 +54,9 @@ class Accuracy(Metric):
         names: Sequence[str] | None = None,
         classes: int | None = None,
         check: Callable[[int], None] = lambda outputs: None,
+        read: Callable[[Outputs], Tensor] = lambda outputs: outputs,
     ):
-        self.names, self.classes, self.check = names, classes, check
+        self.names, self.classes, self.check, self.read = names, classes, check, read
         self.outputs = 0
         # Of each image a few bytes are kept, whatever the number of classes.
         self._targets: list[Tensor] = []
@@ -67,6 +69,7 @@ class Accuracy(Metric):
         return sum(map(len, self._targets))
 
     def add(self, outputs: Outputs, targets: Tensor) -> None:
+        outputs = self.read(outputs)
         if not isinstance(outputs, Tensor) or outputs.dim() != 2 or outputs.shape[0] != len(targets):
             got = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
             raise OutputError(
