@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -769,3 +770,71 @@ class PaddedNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = nn.functional.pad(self.norm(x.permute(0, 2, 3, 1)), (0, 0, 0, 3, 0, 3))
         return self.head(self.one(x).relu().mean((1, 2)))
+
+
+class Between(nn.Module):
+    """A function of 12 channels between two convolutions.
+
+    It is given the module, too, whose ``map`` makes one channel of one, and ``up`` enlarges each by itself.
+    """
+
+    def __init__(self, function: Callable[[nn.Module, Tensor], Tensor]):
+        super().__init__()
+        self.one, self.last = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 8, 1)
+        self.map = nn.Conv2d(1, 1, 3, padding=1)
+        self.up = nn.ConvTranspose2d(12, 12, 2, stride=2, groups=12)
+        self.head = nn.Linear(8, 5)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.function(self, torch.relu(self.one(x)))
+        return self.head(torch.relu(self.last(x)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class Reader(nn.Module):
+    """Lines of an image read by a recurrent layer: convolution, columns as steps, the last answer's class."""
+
+    def __init__(self, kind: type[nn.RNNBase], **options: Any):
+        super().__init__()
+        self.one = nn.Conv2d(1, 6, 3, padding=1)
+        self.many = kind(24, 10, **{"batch_first": True, **options})
+        width = (self.many.proj_size or 10) * (2 if self.many.bidirectional else 1)
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = torch.relu(self.one(x)).permute(0, 3, 1, 2).flatten(2)
+        if self.many.batch_first:
+            return self.head(self.many(steps)[0][:, -1])  # type: ignore[no-any-return]
+        return self.head(self.many(steps.transpose(0, 1))[0][-1])  # type: ignore[no-any-return]
+
+
+class Stepped(nn.Module):
+    """A cell of a recurrent layer, step after step."""
+
+    def __init__(self, kind: type[nn.RNNCellBase]):
+        super().__init__()
+        self.first, self.cell, self.head = nn.Linear(5, 7), kind(7, 9), nn.Linear(9, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state: Any = torch.zeros(x.shape[0], 9)
+        state = (state, state) if isinstance(self.cell, nn.LSTMCell) else state
+        for step in range(x.shape[1]):
+            state = self.cell(torch.relu(self.first(x[:, step])), state)
+        return self.head(state[0] if isinstance(state, tuple) else state)  # type: ignore[no-any-return]
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer of 12 inputs and 8 units: answers and last states; ``begins`` with a state made of its input."""
+
+    def __init__(self, kind: str, begins: bool = True, **options: Any):
+        super().__init__()
+        self.many: nn.RNNBase = getattr(nn, kind)(12, 8, batch_first=True, **options)
+        self.begins = begins
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        rows = self.many.num_layers * (2 if self.many.bidirectional else 1)
+        sizes = [self.many.proj_size or 8, 8][: 2 if isinstance(self.many, nn.LSTM) else 1]
+        states = [x[:, :1, :size].transpose(0, 1).expand(rows, -1, -1).contiguous() for size in sizes]
+        given: Any = states[0] if len(states) == 1 else tuple(states)
+        answers, last = self.many(x, given if self.begins else None)
+        return [answers, *(last if isinstance(last, tuple) else [last])]

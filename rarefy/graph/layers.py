@@ -20,6 +20,10 @@ TRAINING_FLAG = {
     aten.feature_dropout.default: "train",
     aten.alpha_dropout.default: "train",
     aten.feature_alpha_dropout.default: "train",
+    aten.lstm.input: "train",
+    aten.gru.input: "train",
+    aten.rnn_tanh.input: "train",
+    aten.rnn_relu.input: "train",
 }
 
 WEIGHTED = {aten.conv2d.default, aten.conv2d.padding, aten.conv1d.default, aten.linear.default}

@@ -5,6 +5,7 @@ attention is a sum of products of sizes, and the table below names those sizes a
 
     conv2d        output (n, o, h, w) times weight[1:] (i / groups, kh, kw)      one MAC each
     attention     queries x keys x d  +  queries x keys x d_v
+    recurrent     steps times the matrices of every layer and direction
 
 Because the table names axes rather than numbers, pruning can put the surviving widths in and know the cost of a network
 it has not built yet. Additions, activations, normalisation and pooling count nothing, as in every published MACs
@@ -97,6 +98,18 @@ def _einsum(node: fx.Node, found: Shapes) -> Products:
     return [list(first.values())]
 
 
+def _recurrent(node: fx.Node, found: Shapes) -> Products:
+    """Each step takes one product with each matrix of each layer and direction."""
+    source: Value = argument(node, "input")
+    matrices = [weight for weight in argument(node, "params") if found[weight].dim() == 2]
+    return [[(source, 0), (source, 1), *_axes(weight, found)] for weight in matrices]
+
+
+def _recurrent_cell(node: fx.Node, found: Shapes) -> Products:
+    source: Value = argument(node, "input")
+    return [[(source, 0), *_axes(argument(node, name), found)] for name in ("w_ih", "w_hh")]
+
+
 def einsum_letters(equation: str, ranks: list[int]) -> tuple[list[list[str]], list[str]]:
     """The letter of each axis, of every operand and of the result.
 
@@ -125,4 +138,6 @@ MACS: dict[str, Rule] = {
     **dict.fromkeys(("addmm", "baddbmm"), _matrix_product(1)),
     "scaled_dot_product_attention": _attention,
     "einsum": _einsum,
+    **dict.fromkeys(("gru", "lstm", "rnn_tanh", "rnn_relu"), _recurrent),
+    **dict.fromkeys(("gru_cell", "lstm_cell", "rnn_tanh_cell", "rnn_relu_cell"), _recurrent_cell),
 }

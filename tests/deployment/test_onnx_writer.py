@@ -4,15 +4,17 @@ PyTorch."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import OfParameters
+from networks import OfParameters, Recurrent, Stepped
 from torch import Tensor, nn
 
 from rarefy import capture
 from rarefy.deployment.onnx import file as file_module
+from rarefy.deployment.onnx.file import write
 from rarefy.deployment.onnx.model import FAMILIES, ROWS, onnx_model, operators
 from rarefy.deployment.onnx.writer import Untranslated
 from rarefy.errors import InputError
@@ -89,6 +91,17 @@ ON_PLANES: dict[str, Callable[[Tensor, OfParameters], Tensor]] = {
         x.mean((2, 3), keepdim=True) + x.var(1, keepdim=True) + x.std((2, 3), keepdim=True) + x.sum()
     ),
     "length": lambda x, m: F.normalize(x, dim=1) + x.norm(dim=2, keepdim=True) + x.logsumexp(1, keepdim=True),
+    "wrapped": lambda x, m: F.pad(x, (1, 2, 0, 1), "circular") + F.pad(x, (2, 1, 1, 0), "circular"),
+    "uneven": lambda x, m: F.adaptive_max_pool2d(x, (4, 3)),
+    "middle": lambda x, m: x.median(1)[0] + x.kthvalue(2, 1)[0] + x.median(2, keepdim=True)[0][:, 0],
+    "order": lambda x, m: (
+        x.sort(1)[0]
+        + x.sort(2, descending=True)[0]
+        + x.argsort(3)
+        + torch.msort(x.transpose(0, 1)).transpose(0, 1)
+        + sum(torch.aminmax(x, dim=1, keepdim=True))
+    ),
+    "running": lambda x, m: x.cumprod(3) + x.cummax(2)[0] + x.cummin(1)[0],
     "margins": lambda x, m: (
         F.pad(x, (1, 2, 0, 1), value=0.5) + F.pad(x, (1, 2, 0, 1), "reflect") + F.pad(x, (2, 1, 1, 0), "replicate")
     ),
@@ -171,21 +184,51 @@ def test_an_operator_has_one_row() -> None:
     assert len(named) == len(set(named)) == len(ROWS)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"bidirectional": True, "num_layers": 2}, {"bias": False}], ids=["one", "both", "no bias"]
-)
-def test_recurrent_gates_are_put_in_the_order_of_onnx(options: dict[str, int]) -> None:
-    class Recurrent(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lstm = nn.LSTM(12, 8, batch_first=True, **options)
+RECURRENT = {
+    "one": {}, "both": {"bidirectional": True, "num_layers": 2}, "no bias": {"bias": False}, "two": {"num_layers": 2},
+}  # fmt: skip
 
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            y, (hidden, cell) = self.lstm(x)
-            return y, hidden, cell
 
-    for one, other in zip(*ran(Recurrent(), TOKENS), strict=True):
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("options", RECURRENT.values(), ids=RECURRENT)
+def test_recurrent_gates_are_put_in_the_order_of_onnx(kind: str, options: dict[str, int]) -> None:
+    """Answers and last states, from a state of its own."""
+    for one, other in zip(*ran(Recurrent(kind, **options), TOKENS), strict=True):
         assert torch.allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "num_layers": 2}, {"bias": False}])
+def test_a_projected_recurrent_layer_is_one_whose_answers_are_projected(options: dict[str, int]) -> None:
+    for one, other in zip(*ran(Recurrent("LSTM", begins=False, proj_size=3, **options), TOKENS), strict=True):
+        assert one.shape == other.shape and torch.allclose(one, other, atol=1e-5)
+    with pytest.raises(InputError, match="a projection that begins with a state of its own"):
+        ran(Recurrent("LSTM", proj_size=3, **options), TOKENS)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_a_cell_is_one_step(kind: type[nn.RNNCellBase]) -> None:
+    (found,), (exact,) = ran(Stepped(kind), (3, 5))
+    assert torch.allclose(found, exact, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.AdaptiveMaxPool1d(4),
+        nn.AdaptiveMaxPool3d((2, 3, 1)),
+        nn.AdaptiveAvgPool3d((2, 3, 4)),
+        nn.AdaptiveAvgPool1d(4),
+    ],
+)
+def test_adaptive_pooling_with_windows_of_several_sizes(pool: nn.Module) -> None:
+    (found,), (exact,) = ran(pool, (3, 9) if "1d" in type(pool).__name__ else (3, 5, 7, 6))
+    assert torch.allclose(found, exact, atol=1e-6)
+
+
+def test_what_no_exporter_has_is_named(tmp_path: Path) -> None:
+    graph = capture(OfParameters(lambda x, m: x.mode(1)[0], TOKENS).eval(), torch.randn(2, *TOKENS))
+    with pytest.raises(InputError, match="aten.mode.default has no row"):
+        write(graph, tmp_path / "mode.onnx")
 
 
 def test_several_outputs_and_one_that_is_the_input() -> None:

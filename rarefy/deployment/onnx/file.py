@@ -45,15 +45,17 @@ def write(
     onnx = needs("onnx")
     graph = fold_constants(graph if device_of(graph).type == "cpu" else copy.deepcopy(graph).cpu())
     _fits(graph)
+    lacking = ""
     try:
         try:
             model = onnx_model(onnx, graph, four_bits)
-        except Untranslated:
+        except Untranslated as untranslated:
+            lacking = str(untranslated)
             model = _exported(graph, optimize=True)
             if not _is_valid(onnx, model):  # its optimiser gives the bounds of two clips of one value the same names
                 model = _exported(graph, optimize=False)
     except Exception as error:
-        why = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+        why = lacking or next((line.strip() for line in str(error).splitlines()[::-1] if line.strip()), repr(error))
         raise InputError(
             f"the graph can't be written as ONNX: {why[:300]}; "
             "leave that layer out with core=, or choose another runtime"

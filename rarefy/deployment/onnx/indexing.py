@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import fx
 
 from rarefy.deployment.onnx.writer import LAST, Arguments, Row, Untranslated, Writer, listed, static
+from rarefy.graph.nodes import Value
 
 
 def _split(w: Writer, node: fx.Node, g: Arguments) -> list[str]:
@@ -66,14 +68,16 @@ def _flip(w: Writer, node: fx.Node, g: Arguments) -> str:
     return name
 
 
-_MARGINS = {"constant": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+_MARGINS = {"constant": "constant", "reflect": "reflect", "replicate": "edge"}
 
 
 def _pad(w: Writer, node: fx.Node, g: Arguments) -> str:
-    mode = _MARGINS[g.get("mode", "constant")]
     sizes = [w.plain(size) for size in (g["pad"] if "pad" in g else g["padding"])]
     if None in sizes:
         raise Untranslated(f"{node.name}: a margin that moves with the batch")
+    if g.get("mode") == "circular":
+        return _wrapped(w, g["self"], sizes)
+    mode = _MARGINS[g.get("mode", "constant")]
     rank = w.rank(node)
     before, after = [0] * rank, [0] * rank
     for index in range(len(sizes) // 2):
@@ -82,6 +86,21 @@ def _pad(w: Writer, node: fx.Node, g: Arguments) -> str:
     if mode == "constant":
         inputs.append(w.constant(g.get("value") or 0, w.dtype(node)))
     return w.op("Pad", inputs, mode=mode)
+
+
+def _wrapped(w: Writer, source: fx.Node, sizes: Sequence[Value]) -> str:
+    """Each side is continued by the other; slices, as not every runtime has that kind of padding."""
+    name = w.value(source)
+    for index in range(len(sizes) // 2):
+        axis = w.rank(source) - 1 - index
+        before, after = sizes[2 * index : 2 * index + 2]
+        size = w.fixed(source, axis)
+        start, end = max(-before, 0), size - max(-after, 0)
+        parts = [w.sliced(name, axis, start, end) if (start, end) != (0, size) else name]
+        parts = [*([w.sliced(name, axis, size - before, size)] if before > 0 else []), *parts]
+        parts = [*parts, *([w.sliced(name, axis, 0, after)] if after > 0 else [])]
+        name = w.op("Concat", parts, axis=axis) if len(parts) > 1 else parts[0]
+    return name
 
 
 def _index(w: Writer, node: fx.Node, g: Arguments) -> str:

@@ -1,16 +1,15 @@
-"""Rows of the operators with weights, of products, norms, softmax and recurrent layers."""
+"""Rows of the operators with weights, of products, norms and softmax."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from rarefy.deployment.onnx.quantized import transposed_weight, weight_in_4_bits
 from rarefy.deployment.onnx.writer import Arguments, Row, Untranslated, Writer, listed
 from rarefy.graph.lowering import is_decoded
-from rarefy.graph.nodes import attribute
 
 
 def _convolution(w: Writer, node: fx.Node, g: Arguments) -> str:
@@ -115,45 +114,6 @@ def _group_norm(w: Writer, node: fx.Node, g: Arguments) -> str:
     return name
 
 
-def _lstm(w: Writer, node: fx.Node, g: Arguments) -> list[str]:
-    """Gates: torch's order is i f g o, ONNX's i o f g."""
-    both, layers, parameters = g["bidirectional"], g["num_layers"], list(g["params"])
-    directions = 2 if both else 1
-    each = len(parameters) // (layers * directions)
-    if any(not isinstance(one, fx.Node) or one.op != "get_attr" for one in parameters) or each not in (2, 4):
-        raise Untranslated(f"{node.name}: an LSTM with computed weights or a projection")
-    stored = [attribute(w.graph, one).detach() for one in parameters]
-    hidden = stored[1].shape[1]
-
-    def ordered(part: Tensor) -> Tensor:
-        i, f, g, o = part.split(hidden)
-        return torch.cat([i, o, f, g])
-
-    x = w.value(g["input"])
-    if g["batch_first"]:
-        x = w.transposed(x, [1, 0, 2])
-    starts = w.values(*g["hx"])
-    lasts: list[list[str]] = [[], []]
-    for layer in range(layers):
-        parts = [stored[(layer * directions + way) * each :][:each] for way in range(directions)]
-        weights = [torch.stack([ordered(part[index]) for part in parts]) for index in range(2)]
-        names = [w.stored_anew(f"{key}{layer}", weight) for key, weight in zip("WR", weights, strict=True)]
-        bias = ""
-        if each == 4:
-            biases = torch.stack([torch.cat([ordered(part[2]), ordered(part[3])]) for part in parts])
-            bias = w.stored_anew(f"B{layer}", biases)
-        own = [w.sliced(name, 0, layer * directions, (layer + 1) * directions) for name in starts]
-        options = {"hidden_size": hidden, "direction": "bidirectional" if both else "forward"}
-        outputs = w.ops("LSTM", [x, *names, bias, "", *own], 3, **options)
-        # (time, directions, batch, hidden) -> (time, batch, directions x hidden)
-        transposed = w.transposed(outputs[0], [0, 2, 1, 3])
-        x = w.op("Reshape", [transposed, w.constant([0, 0, -1])], allowzero=0)
-        for last, name in zip(lasts, outputs[1:], strict=True):
-            last.append(name)
-    answer = w.transposed(x, [1, 0, 2]) if g["batch_first"] else x
-    return [answer, *(last[0] if layers == 1 else w.op("Concat", last, axis=0) for last in lasts)]
-
-
 ROWS: dict[str, Row] = {
     "conv1d conv2d conv3d conv1d.padding conv2d.padding conv3d.padding": _convolution,
     "conv_transpose1d conv_transpose2d.input conv_transpose3d.input": _transposed_convolution,
@@ -170,5 +130,4 @@ ROWS: dict[str, Row] = {
     "group_norm": _group_norm,
     "softmax.int": lambda w, node, g: w.op("Softmax", [w.value(g["self"], w.dtype(node))], axis=g["dim"]),
     "log_softmax.int": lambda w, node, g: w.op("LogSoftmax", [w.value(g["self"], w.dtype(node))], axis=g["dim"]),
-    "lstm.input": _lstm,
 }

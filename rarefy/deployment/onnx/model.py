@@ -20,14 +20,14 @@ from torch import Tensor, fx
 import rarefy.kernels  # noqa: F401  registers torch.ops.rarefy
 from rarefy.deployment.interface import input_names
 from rarefy.deployment.interface import outputs as outputs_of
-from rarefy.deployment.onnx import arithmetic, indexing, layers, pooling, quantized, reductions, shapes
+from rarefy.deployment.onnx import arithmetic, indexing, layers, pooling, quantized, recurrent, reductions, shapes
 from rarefy.deployment.onnx.writer import BATCHES, Message, Untranslated, Writer
 from rarefy.graph.nodes import arguments, attribute, is_tensor
 
 OPSET, IR_VERSION = 20, 10
 OPSET_OF_4_BITS = 21  # INT4, UINT4, and scales of blocks
 
-FAMILIES = (arithmetic, quantized, layers, pooling, reductions, shapes, indexing)
+FAMILIES = (arithmetic, quantized, layers, recurrent, pooling, reductions, shapes, indexing)
 
 
 def operators(names: str) -> Iterator[object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from functools import partial
 
 import numpy as np
@@ -49,11 +50,16 @@ def _adaptive_average(w: Writer, node: fx.Node, g: Arguments) -> str:
     if all(side % size == 0 for side, size in zip(sides, wanted, strict=True)):
         kernel = [side // size for side, size in zip(sides, wanted, strict=True)]
         return w.op("AveragePool", [name], kernel_shape=kernel, strides=kernel)
-    if len(sides) != 2:
-        raise Untranslated(f"{node.name}: adaptive pooling of {len(sides)} axes with windows of several sizes")
-    rows, columns = (_shares(side, size, w.dtype(node)) for side, size in zip(sides, wanted, strict=True))
-    across = w.op("MatMul", [name, w.stored_anew("columns", columns.t())])
-    return w.op("MatMul", [w.stored_anew("rows", rows), across])
+    shares = [_shares(side, size, w.dtype(node)) for side, size in zip(sides, wanted, strict=True)]
+    if len(sides) == 2:
+        across = w.op("MatMul", [name, w.stored_anew("columns", shares[1].t())])
+        return w.op("MatMul", [w.stored_anew("rows", shares[0]), across])
+    for axis, share in enumerate(shares, 2):
+        order = list(range(len(sides) + 2))
+        order[axis], order[-1] = order[-1], order[axis]
+        product = w.op("MatMul", [w.transposed(name, order), w.stored_anew(f"axis{axis}", share.t())])
+        name = w.transposed(product, order)
+    return name
 
 
 def _shares(side: int, size: int, dtype: torch.dtype) -> Tensor:
@@ -66,12 +72,20 @@ def _shares(side: int, size: int, dtype: torch.dtype) -> Tensor:
 
 
 def _adaptive_max(w: Writer, node: fx.Node, g: Arguments) -> list[str]:
+    """Windows of one size; where they differ, the largest of each part of each axis, one axis after the other."""
     wanted = list(w.known[node][0].shape)[2:]
     sides = w.plane(g["self"])
-    if any(side % size for side, size in zip(sides, wanted, strict=True)):
-        raise Untranslated(f"{node.name}: adaptive pooling with windows of several sizes")
-    kernel = [side // size for side, size in zip(sides, wanted, strict=True)]
-    return w.ops("MaxPool", [w.value(g["self"])], 2, kernel_shape=kernel, strides=kernel)
+    if all(side % size == 0 for side, size in zip(sides, wanted, strict=True)):
+        kernel = [side // size for side, size in zip(sides, wanted, strict=True)]
+        return w.ops("MaxPool", [w.value(g["self"])], 2, kernel_shape=kernel, strides=kernel)
+    if any(user.target is operator.getitem and user.args[1] == 1 for user in node.users):
+        raise Untranslated(f"{node.name}: places of adaptive pooling with windows of several sizes")
+    name = w.value(g["self"])
+    for axis, (side, size) in enumerate(zip(sides, wanted, strict=True), 2):
+        parts = [w.sliced(name, axis, index * side // size, -(-(index + 1) * side // size)) for index in range(size)]
+        largest = [w.op("ReduceMax", [part, w.constant([axis])], keepdims=1) for part in parts]
+        name = w.op("Concat", largest, axis=axis)
+    return [name]
 
 
 def _resize(w: Writer, node: fx.Node, g: Arguments, mode: str, **options: object) -> str:
@@ -126,7 +140,7 @@ ROWS: dict[str, Row] = {
     "max_pool1d max_pool2d max_pool3d": _max_pool,
     "avg_pool1d avg_pool2d avg_pool3d": _average_pool,
     "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d": _adaptive_average,
-    "adaptive_max_pool2d": _adaptive_max,
+    "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d": _adaptive_max,
     "upsample_nearest2d.vec upsample_nearest2d upsample_nearest1d.vec": _NEAREST,
     "upsample_bilinear2d.vec upsample_bilinear2d upsample_linear1d.vec": partial(_resize, mode="linear"),
     "upsample_bicubic2d.vec upsample_bicubic2d": partial(_resize, mode="cubic", cubic_coeff_a=-0.75),

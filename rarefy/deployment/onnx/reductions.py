@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 from functools import partial
 
+import torch
 from torch import fx
 
 from rarefy.deployment.onnx.writer import Arguments, Row, Untranslated, Writer
@@ -60,6 +62,45 @@ def _top(w: Writer, node: fx.Node, g: Arguments) -> list[str]:
     return w.ops("TopK", [w.value(g["self"]), w.vector([g["k"]])], 2, **options)
 
 
+def _sorted(w: Writer, node: fx.Node, g: Arguments) -> list[str]:
+    """Equal numbers stay in their order, in ONNX too."""
+    axis = g.get("dim", 0) % w.rank(g["self"])
+    size = w.constant([w.fixed(g["self"], axis)])
+    return w.ops("TopK", [w.value(g["self"]), size], 2, axis=axis, largest=int(g.get("descending", False)), sorted=1)
+
+
+def _kth(w: Writer, node: fx.Node, g: Arguments) -> list[str]:
+    """kthvalue, and median, the lower of the middle two: the last of the k smallest."""
+    axis = g["dim"] % w.rank(g["self"])
+    k = w.plain(g["k"]) if "k" in g else (w.fixed(g["self"], axis) + 1) // 2
+    if k is None:
+        raise Untranslated(f"{node.name}: a place that moves with the batch")
+    smallest = w.ops("TopK", [w.value(g["self"]), w.constant([k])], 2, axis=axis, largest=0, sorted=1)
+    place = w.constant([k - 1] if g["keepdim"] else k - 1)
+    return [w.op("Gather", [name, place], axis=axis) for name in smallest]
+
+
+def _running(w: Writer, node: fx.Node, g: Arguments, kind: str, neutral: float) -> str:
+    """A product or an extreme of all up to each place: of the rows of a triangle."""
+    source, dtype = g["self"], w.dtype(g["self"])
+    axis, shape = g["dim"] % w.rank(source), w.shape(source)
+    size = w.fixed(source, axis)
+    if size > LONGEST:
+        raise Untranslated(f"{node.name}: {kind} running over {size} places, more than {LONGEST}")
+    sides = [1] * (len(shape) + 1)
+    sides[axis] = sides[axis + 1] = size
+    seen = w.constant(torch.ones(size, size).tril().bool().reshape(sides).tolist(), torch.bool)
+    apart = w.op("Unsqueeze", [w.value(source, dtype), w.constant([axis])])
+    return w.op(kind, [w.op("Where", [seen, apart, w.constant(neutral, dtype)]), w.constant([axis + 1])], keepdims=0)
+
+
+def _running_extreme(w: Writer, node: fx.Node, g: Arguments, kind: str, neutral: float) -> list[str]:
+    if any(user.target is operator.getitem and user.args[1] == 1 for user in node.users):
+        raise Untranslated(f"{node.name}: places of a running extreme")
+    return [_running(w, node, g, kind, neutral)]
+
+
+LONGEST = 1024  # of an axis that a triangle is made of
 ROWS: dict[str, Row] = {
     "mean.dim mean": partial(_reduce, kind="ReduceMean"),
     "sum.dim_IntList sum": partial(_reduce, kind="ReduceSum"),
@@ -75,5 +116,13 @@ ROWS: dict[str, Row] = {
     "std.correction std.dim": lambda w, node, g: w.op("Sqrt", [_variance(w, node, g)]),
     "linalg_vector_norm norm.ScalarOpt_dim": _vector_norm,
     "cumsum": lambda w, node, g: w.op("CumSum", [w.value(g["self"], w.dtype(node)), w.constant(g["dim"])]),
+    "cumprod": partial(_running, kind="ReduceProd", neutral=1.0),
+    "cummax": partial(_running_extreme, kind="ReduceMax", neutral=-math.inf),
+    "cummin": partial(_running_extreme, kind="ReduceMin", neutral=math.inf),
     "topk": _top,
+    "sort sort.stable": _sorted,
+    "argsort argsort.stable": lambda w, node, g: _sorted(w, node, g)[1],
+    "msort": lambda w, node, g: _sorted(w, node, g)[0],
+    "median.dim kthvalue": _kth,
+    "aminmax": lambda w, node, g: [_reduce(w, g["self"], g, kind) for kind in ("ReduceMin", "ReduceMax")],
 }

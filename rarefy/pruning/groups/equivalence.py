@@ -37,7 +37,8 @@ from rarefy.graph.nodes import argument, attribute, example_inputs, operator_nam
 from rarefy.pruning.groups.groups import Coupling
 from rarefy.pruning.groups.labels import Kept, Value, values_in
 from rarefy.pruning.groups.probes import Cuts, Probe, sources_of
-from rarefy.pruning.groups.rules import only_moves
+from rarefy.pruning.groups.recurrent import recurrent, recurrent_cell
+from rarefy.pruning.groups.rules import only_moves, rule_of
 from rarefy.pruning.groups.survivors import (
     Cut,
     Survivors,
@@ -100,7 +101,7 @@ class Comparison:
         self.probe = Probe(self.survivors)
         self.nodes = {node.name: node for node in coupling.graph.graph.nodes}
         self.pairs = {new.name: new for new in small.graph.nodes}
-        self.weights = {name for row in coupling.rows if row.produces for name in row.names}
+        self.weights = {name for row in coupling.rows if row.produces for name in row.names} - _of_recurrent(coupling)
         self.live: dict[fx.Node, Yielded] = {}  # what the small graph's nodes yielded
         self.level = Level()
 
@@ -273,6 +274,12 @@ class Comparison:
 
 def _where(node: fx.Node) -> str:
     return f"{node.meta.get('stack') or node.name} ({operator_name(node) or node.op} {node.name})"
+
+
+def _of_recurrent(coupling: Coupling) -> set[str]:
+    """Tensors of recurrent layers, whose units read each other inside, where no zeros can be put but in the weights."""
+    readers = [node for node in coupling.graph.graph.nodes if rule_of(node) in (recurrent, recurrent_cell)]
+    return {str(source.target) for node in readers for source in node.all_input_nodes if source.op == "get_attr"}
 
 
 def _is_mode(node: fx.Node) -> bool:

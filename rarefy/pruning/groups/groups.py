@@ -8,8 +8,7 @@ A layer of labels that varies along two axes (channels viewed as blocks: heads, 
 so its labels are tied across all axes but the one that offers most classes: the same positions leave every block.
 
 The idea of the dependency group is DepGraph's (arXiv 2301.12900). Finding it by labels instead of by rules for each
-kind of layer, so that it works through any view and index, is this file's. Given up: a recurrent layer is an unknown
-operator.
+kind of layer, so that it works through any view and index, is this file's.
 """
 
 from __future__ import annotations

@@ -122,6 +122,15 @@ class Trace:
             left, right = torch.broadcast_tensors(*pair)
             self.edges.append((left.reshape(-1), right.reshape(-1)))
 
+    def tie_or_freeze(self, one: Tensor | None, other: Tensor | None, why: str) -> None:
+        """Labels that leave together; where one side is fixed (None), so is the other."""
+        if one is not None and other is not None:
+            self.tie(one, other)
+            return
+        for labels in (one, other):
+            if labels is not None:
+                self.freeze(labels, why)
+
     def freeze(self, layer: Tensor, why: str) -> None:
         node = self.node
         where = (

@@ -4,7 +4,7 @@
 * One that computes ties what must leave together: the inputs of a convolution with axis 1 of its weight, two summands
   with each other. Products are einsums (``contraction.py``).
 * One that takes a statistic (layer norm, a mean over channels) takes it over what is kept; it is noted in
-  ``statistics``, because for it masking is not removal.
+  ``statistics``, because for it masking is not removal (``reductions.py``).
 
 A rule takes the labels so far, the node and its arguments by name, and returns the ``Value`` (or list of them) the node
 yields, or ``Unknown``. Given up: a convolution loses the same channels in every group, never whole groups.
@@ -13,7 +13,7 @@ yields, or ``Unknown``. Given up: a convolution loses the same channels in every
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx
@@ -27,11 +27,22 @@ from rarefy.pruning.groups.labels import (
     Unknown,
     Value,
     along,
-    axes_of,
     blank,
     compact,
     replaced,
     values_in,
+)
+from rarefy.pruning.groups.recurrent import recurrent, recurrent_cell
+from rarefy.pruning.groups.reductions import (
+    cosine,
+    extreme,
+    gathered,
+    mixed,
+    place_of,
+    reduced,
+    results,
+    unpooled,
+    windowed,
 )
 
 aten = torch.ops.aten
@@ -45,6 +56,11 @@ def pointwise(trace: Trace, node: fx.Node, a: Arguments) -> Value:
     if len(operands) == 1 and operands[0].shape == shape:
         return Value(shape, list(operands[0].layers))
     return Value(shape, trace.meet(operands, len(shape)))
+
+
+def _extreme_or_pointwise(trace: Trace, node: fx.Node, a: Arguments) -> Carried:
+    """max and min are of an axis, or of two tensors."""
+    return pointwise(trace, node, a) if "other" in a else extreme(trace, node, a)
 
 
 def _first(trace: Trace, node: fx.Node, a: Arguments) -> Value:
@@ -149,7 +165,7 @@ def _scatter(trace: Trace, node: fx.Node, a: Arguments) -> Value:
             if own is not None:
                 trace.freeze(own, "written into at places that cannot move")
         return Value(base.shape, layers)
-    _tie_or_freeze(trace, labels[places.start : places.stop], source, "is replaced by a part whose size is fixed")
+    trace.tie_or_freeze(labels[places.start : places.stop], source, "is replaced by a part whose size is fixed")
     return Value(base.shape, [*layers, along(labels, axis, base.rank)])
 
 
@@ -210,9 +226,8 @@ def _embedding(trace: Trace, node: fx.Node, a: Arguments) -> Value:
         if layer.shape[0] > 1:
             trace.freeze(layer, "rows of a table looked up by the input")
     trace.note_layer(argument(node, "weight"), 1)
-    return Value(
-        shape, [along(layer.reshape(-1), len(shape) - 1, len(shape)) for layer in weight.layers if layer.shape[0] == 1]
-    )
+    own = [along(layer.reshape(-1), len(shape) - 1, len(shape)) for layer in weight.layers if layer.shape[0] == 1]
+    return Value(shape, [*(layer.unsqueeze(-1) for layer in a["indices"].layers), *own])
 
 
 def _convolution(trace: Trace, node: fx.Node, a: Arguments) -> Value:
@@ -231,17 +246,17 @@ def _convolution(trace: Trace, node: fx.Node, a: Arguments) -> Value:
     outputs, inputs = weight.shape[0], source.shape[axis]
     if groups > 1 and inputs == groups:
         followed = labels.repeat_interleave(outputs // groups) if labels is not None else None
-        _tie_or_freeze(trace, out, followed, "follows an input that is fixed")
+        trace.tie_or_freeze(out, followed, "follows an input that is fixed")
     elif groups > 1:
         blocks = labels.reshape(groups, -1) if labels is not None else None
-        _tie_or_freeze(trace, inner[None] if inner is not None else None, blocks, "follows an input that is fixed")
+        trace.tie_or_freeze(inner[None] if inner is not None else None, blocks, "follows an input that is fixed")
         if out is not None and outputs > groups:
             out_blocks = out.reshape(groups, -1)
             trace.tie(out_blocks, out_blocks[:1])
         elif out is not None:
             trace.freeze(out, "one output a group")
     else:
-        _tie_or_freeze(trace, inner, labels, "follows an input that is fixed")
+        trace.tie_or_freeze(inner, labels, "follows an input that is fixed")
     return _convolved(trace, node, a, out, rest)
 
 
@@ -267,16 +282,17 @@ def _transposed_convolution(trace: Trace, node: fx.Node, a: Arguments) -> Value:
     inner, _ = trace.channel(weight, 0)
     out, kernel = trace.channel(weight, 1)
     _freeze_kernel(trace, kernel)
-    trace.note_layer(argument(node, "weight"), 1)
-    _tie_or_freeze(trace, inner, labels, "follows an input that is fixed")
+    trace.note_layer(argument(node, "weight"), 0 if groups == source.shape[axis] and groups > 1 else 1)
+    trace.tie_or_freeze(inner, labels, "follows an input that is fixed")
     if groups > 1 and inner is not None:
-        depthwise = groups == source.shape[axis]
-        if depthwise and weight.shape[1] > 1:
-            trace.freeze(inner, "the groups of a transposed convolution")
-        elif not depthwise:
+        if groups == source.shape[axis]:  # depthwise: an input leaves with all that is made of it
+            if out is not None:
+                trace.freeze(out, "the outputs of one input")
+            out = inner.repeat_interleave(weight.shape[1])
+        else:
             blocks = inner.reshape(groups, -1)
             trace.tie(blocks, blocks[:1])
-        out = inner if depthwise and weight.shape[1] == 1 else None if out is None else out.repeat(groups)
+            out = None if out is None else out.repeat(groups)
     return _convolved(trace, node, a, out, rest)
 
 
@@ -294,15 +310,6 @@ def _convolved(trace: Trace, node: fx.Node, a: Arguments, out: Tensor | None, re
     return Value(shape, [*rest, *channels])
 
 
-def _tie_or_freeze(trace: Trace, one: Tensor | None, other: Tensor | None, why: str) -> None:
-    if one is not None and other is not None:
-        trace.tie(one, other)
-        return
-    for labels in (one, other):
-        if labels is not None:
-            trace.freeze(labels, why)
-
-
 def _affine(trace: Trace, labels: Tensor | None, *vectors: Carried) -> None:
     """Vectors of one number a channel leave with it."""
     for vector in vectors:
@@ -311,7 +318,7 @@ def _affine(trace: Trace, labels: Tensor | None, *vectors: Carried) -> None:
         if labels is None:
             trace.keep(vector.layers, (), "one number a channel, and the channels are fixed")
         else:
-            _tie_or_freeze(trace, trace.channel(vector, 0)[0], labels, "one number a channel")
+            trace.tie_or_freeze(trace.channel(vector, 0)[0], labels, "one number a channel")
 
 
 def _batch_norm(trace: Trace, node: fx.Node, a: Arguments) -> Value:
@@ -409,7 +416,7 @@ def _spatial(trace: Trace, node: fx.Node, a: Arguments) -> Value | list[Value]:
     source = next(iter(a.values()))
     lead = 1 if source.rank == 2 else source.rank - _spatial_rank(node)
     layers = trace.keep(source.layers, range(lead), "an axis that pooling or resizing mixes")
-    return _results(trace, node, layers)
+    return results(trace, node, layers)
 
 
 def _sample(trace: Trace, node: fx.Node, a: Arguments) -> Value:
@@ -418,55 +425,9 @@ def _sample(trace: Trace, node: fx.Node, a: Arguments) -> Value:
     return Value(trace.shape(node), trace.keep(a["input"].layers, (0, 1), "an axis that is looked up by place"))
 
 
-def _results(trace: Trace, node: fx.Node, layers: list[Tensor]) -> Value | list[Value]:
-    """The same layers for each tensor that the node yields."""
-    result = trace.shapes[node]
-    if isinstance(result, (list, tuple)):
-        return [Value(tuple(item.shape), list(layers)) for item in result]
-    return Value(tuple(result.shape), layers)
-
-
 def _spatial_rank(node: fx.Node) -> int:
     name = operator_name(node)
     return next((int(name[index - 1]) for index in range(len(name), 0, -1) if name[index - 1] in "123"), 2)
-
-
-def _reduces(trace: Trace, node: fx.Node, a: Arguments) -> Value | list[Value]:
-    """Sums, means, norms, maxima: over a pruned axis they run over what is kept.
-
-    Of blocks, summed as they stand (branches), the same is kept in each, and so in the sum; of dims of heads the same
-    dims, or whole heads.
-    """
-    source = a["self"]
-    dim = a.get("dim")
-    axes = [axis % max(source.rank, 1) for axis in ([dim] if isinstance(dim, int) else dim or range(source.rank))]
-    layers = []
-    for layer in source.layers:
-        varying = axes_of(layer)
-        outer = [axis for axis in varying if axis not in axes]
-        if len(outer) == len(varying):
-            layers.append(layer)
-        elif outer and (
-            trace.whole_heads or (operator_name(node) == "sum" and _size(layer, outer) > _size(layer, axes))
-        ):
-            layers.append(trace.only(layer, outer))
-        else:
-            trace.statistics.add(node)
-            trace.only(layer, axes)
-    if not a.get("keepdim", False):
-        layers = [layer.squeeze(tuple(axes)) for layer in layers]
-    return _results(trace, node, layers)
-
-
-def _size(layer: Tensor, axes: Sequence[int]) -> int:
-    return math.prod(layer.shape[axis] for axis in axes)
-
-
-def _mixes(trace: Trace, node: fx.Node, a: Arguments) -> Value:
-    """softmax, cumsum: each result depends on the whole of one axis, which therefore stays."""
-    source = a["self"]
-    others = set(range(source.rank)) - {a["dim"] % source.rank}
-    return Value(source.shape, trace.keep(source.layers, others, f"{operator_name(node)} runs over it"))
 
 
 def _unsqueezed(part: Value, axis: int) -> Value:
@@ -516,7 +477,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         (
             "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices avg_pool1d avg_pool2d avg_pool3d "
-            "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d "
+            "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
+            "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d "
             "upsample_nearest1d upsample_nearest2d upsample_bilinear2d "
             "upsample_linear1d upsample_bicubic2d upsample_trilinear3d upsample_nearest3d "
             "reflection_pad2d replication_pad2d "
@@ -526,9 +488,27 @@ RULES: dict[str, Rule] = {
         _spatial,
     ),
     **dict.fromkeys(
-        "mean sum prod amax amin var std linalg_vector_norm norm logsumexp var_mean std_mean any all".split(), _reduces
+        (
+            "mean sum nansum nanmean prod amax amin aminmax var std linalg_vector_norm norm logsumexp var_mean std_mean "
+            "any all count_nonzero quantile nanquantile"
+        ).split(),
+        reduced,
     ),
-    **dict.fromkeys("softmax _softmax log_softmax cumsum cumprod softmin".split(), _mixes),
+    **dict.fromkeys("max min median nanmedian mode".split(), _extreme_or_pointwise),
+    **dict.fromkeys(("argmax", "argmin"), place_of),
+    "cosine_similarity": cosine,
+    **dict.fromkeys(
+        (
+            "softmax _softmax log_softmax softmin cumsum cumprod cummax cummin logcumsumexp "
+            "sort argsort topk kthvalue msort diff"
+        ).split(),
+        mixed,
+    ),
+    "unfold": windowed,
+    **dict.fromkeys(("gather", "take_along_dim"), gathered),
+    **dict.fromkeys(("max_unpool2d", "max_unpool3d"), unpooled),
+    **dict.fromkeys(("gru", "lstm", "rnn_tanh", "rnn_relu"), recurrent),
+    **dict.fromkeys(("gru_cell", "lstm_cell", "rnn_tanh_cell", "rnn_relu_cell"), recurrent_cell),
     "linear": linear,
     **dict.fromkeys(("matmul", "mm", "bmm", "mv", "addmm", "baddbmm"), matmul),
     "einsum": einsum,
