@@ -838,3 +838,49 @@ class Recurrent(nn.Module):
         given: Any = states[0] if len(states) == 1 else tuple(states)
         answers, last = self.many(x, given if self.begins else None)
         return [answers, *(last if isinstance(last, tuple) else [last])]
+
+
+class Lines(nn.Module):
+    """Conv1d in its forms: padded in words, in groups, dilated, behind a pooling; a signal's class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv1d(4, 16, 5, padding="same"),
+            nn.BatchNorm1d(16),
+            nn.ReLU(),
+            nn.Conv1d(16, 16, 3, padding=1, groups=16),
+            nn.ReLU6(),
+            nn.MaxPool1d(2),
+            nn.Conv1d(16, 24, 3, stride=2, padding=2, dilation=2),
+            nn.ReLU(),
+            nn.Conv1d(24, 24, 1, padding="valid"),
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).mean(-1))  # type: ignore[no-any-return]
+
+
+class Volumes(nn.Module):
+    """Conv3d in its forms: padded in words, in groups, strided, behind a pooling; a volume's class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv3d(2, 8, 3, padding="same"),
+            nn.BatchNorm3d(8),
+            nn.ReLU(),
+            nn.Conv3d(8, 8, (1, 3, 3), padding=(0, 1, 1), groups=8),
+            nn.ReLU(),
+            nn.MaxPool3d(2),
+            nn.Conv3d(8, 16, (3, 2, 1), stride=(1, 2, 1), padding=(1, 0, 0)),
+            nn.ReLU(),
+            nn.Conv3d(16, 16, 1),
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).mean((2, 3, 4)))  # type: ignore[no-any-return]

@@ -146,8 +146,9 @@ def facts_of(
 
 
 def _show_result(found: Mapping[str, Any], name: str, task: Any) -> None:
-    from rarefy.reports import units
+    from rarefy.reports import pruned, units
 
+    told = pruned.rows(found["facts"]) if found["step"] == "prune" else []
     facts = [
         (name.replace("_", " "), units.plain(value))
         for name, value in found["facts"].items()
@@ -158,11 +159,14 @@ def _show_result(found: Mapping[str, Any], name: str, task: Any) -> None:
         ("MACs", f"{found['macs']:,}"),
         ("weights", size_text(found["weight_bytes"])),
         *facts,
+        *told,
         *unreadable_rows(task),
         ("saved in", found["folder"]),
         *((key, found[key]) for key in ("onnx", "report") if key in found),
     ]
     show_table(f"{found['step']}: {name}", ("what", "found"), rows)
+    if told and (warning := pruned.warning(found["facts"])):
+        say(f"warning: {warning}")
 
 
 def unreadable_rows(task: Any) -> list[tuple[str, str]]:

@@ -23,7 +23,10 @@ aten = torch.ops.aten
 Operators = frozenset[OpOverload]
 Inputs = Tensor | Sequence[Tensor]  # of a model: one tensor (N, ...), or several in the order of its inputs
 
-LAYERS: Operators = frozenset({aten.conv2d.default, aten.conv2d.padding, aten.linear.default})
+PLANAR: Operators = frozenset({aten.conv2d.default, aten.conv2d.padding, aten.linear.default})
+LAYERS: Operators = PLANAR | {
+    aten.conv1d.default, aten.conv1d.padding, aten.conv3d.default, aten.conv3d.padding,
+}  # fmt: skip
 # Choose among what they read, so that codes stay codes on their grid; of several results the first.
 EXTREMES: Operators = frozenset(
     {
@@ -33,7 +36,8 @@ EXTREMES: Operators = frozenset(
 )  # fmt: skip
 CARRIERS: Operators = EXTREMES | frozenset(
     {
-        aten.max_pool2d.default, aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.permute.default,
+        aten.max_pool2d.default, aten.max_pool3d.default, aten.view.default, aten.reshape.default,
+        aten.flatten.using_ints, aten.permute.default,
         aten.transpose.int, aten.squeeze.dim, aten.unsqueeze.default, aten.contiguous.default, aten.clone.default,
         aten.slice.Tensor, aten.select.int, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default,
     }

@@ -90,6 +90,33 @@ def _attention(graph: fx.Graph, node: fx.Node, found: Shapes) -> fx.Node | None:
     return nodes[-1]
 
 
+def _spelled(graph: fx.Graph, node: fx.Node, found: Shapes) -> None:
+    """A convolution's padding "valid", and "same" where it is as much on either side, in numbers. In place."""
+    kernel = found[argument(node, "weight")].shape[2:]
+    total = [0] * len(kernel)
+    if argument(node, "padding") == "same":
+        dilation = list(argument(node, "dilation"))
+        dilation = dilation * (len(kernel) // len(dilation))
+        total = [gap * (size - 1) for gap, size in zip(dilation, kernel, strict=True)]
+    if any(both % 2 for both in total):
+        return
+    given = arguments(node)
+    node.target = _IN_NUMBERS[node.target]
+    node.args = tuple(value if name != "padding" else [both // 2 for both in total] for name, value in given.items())
+    node.kwargs = {}
+    _padded(graph, node, found)
+
+
+def _line(graph: fx.Graph, node: fx.Node, found: Shapes) -> fx.Node:
+    """Max pooling of a line is that of an image of one row, which there is on codes."""
+    source, *sizes, ceiling = arguments(node).values()
+    kernel, stride, padding, dilation = (list(one) if isinstance(one, (list, tuple)) else [one] for one in sizes)
+    places = ([1, *kernel], [1, *(stride or kernel)], [0, *padding], [1, *dilation], ceiling)
+    image = graph.call_function(aten.unsqueeze.default, (source, -2))
+    pooled = graph.call_function(aten.max_pool2d.default, (image, *places))
+    return graph.call_function(aten.squeeze.dim, (pooled, -2))
+
+
 def _padded(graph: fx.Graph, node: fx.Node, found: Shapes) -> None:
     """A convolution of what has zeros around it puts them there itself, unless there are fewer on one side.
 
@@ -116,8 +143,14 @@ _SIMPLER = {
     aten.adaptive_avg_pool2d.default: _pool,
     aten.hardswish.default: _gated(aten.hardsigmoid.default),
     aten.silu.default: _gated(aten.sigmoid.default),
-    aten.conv2d.default: _padded,
-    aten.conv1d.default: _padded,
+    **dict.fromkeys((aten.conv1d.default, aten.conv2d.default, aten.conv3d.default), _padded),
+    **dict.fromkeys((aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding), _spelled),
+    aten.max_pool1d.default: _line,
+}
+_IN_NUMBERS: dict[object, Callable[..., Value]] = {
+    aten.conv1d.padding: aten.conv1d.default,
+    aten.conv2d.padding: aten.conv2d.default,
+    aten.conv3d.padding: aten.conv3d.default,
 }
 
 

@@ -26,7 +26,8 @@ TRAINING_FLAG = {
     aten.rnn_relu.input: "train",
 }
 
-WEIGHTED = {aten.conv2d.default, aten.conv2d.padding, aten.conv1d.default, aten.linear.default}
+CONVOLUTIONS = frozenset({aten.conv1d.default, aten.conv2d.default, aten.conv3d.default})
+WEIGHTED = CONVOLUTIONS | {aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding, aten.linear.default}
 
 
 def weighted(node: fx.Node) -> bool:

@@ -28,11 +28,9 @@ from rarefy.kernels import GRID
 aten = torch.ops.aten
 OPERATORS = torch.ops.rarefy
 
-_INTEGER = {aten.conv2d.default: OPERATORS.conv2d.default, aten.linear.default: OPERATORS.linear.default}
-_CODED = {
-    OPERATORS.conv2d.default: OPERATORS.conv2d_codes.default,
-    OPERATORS.linear.default: OPERATORS.linear_codes.default,
-}
+_NAMES = ("conv1d", "conv2d", "conv3d", "linear")
+_INTEGER = {getattr(aten, name).default: getattr(OPERATORS, name).default for name in _NAMES}
+_CODED = {getattr(OPERATORS, name).default: getattr(OPERATORS, f"{name}_codes").default for name in _NAMES}
 _JOINS = {
     aten.add.Tensor: OPERATORS.add.default,
     aten.mul.Tensor: OPERATORS.mul.default,
@@ -82,8 +80,10 @@ def _layers_to_integers(graph: fx.GraphModule) -> None:
                 around = (codes, entry.args[1], "constant", int(attribute(graph, zero)))
                 codes = graph.graph.call_function(aten.pad.default, around)
             options: list[Value] = []
-            if node.target is aten.conv2d.default:
-                options = [_pair(argument(node, name)) for name in ("stride", "padding", "dilation", "groups")]
+            if node.target is not aten.linear.default:
+                axes = attribute(graph, weight.args[0]).dim() - 2
+                options = [_each(argument(node, name), axes) for name in ("stride", "padding", "dilation")]
+                options.append(argument(node, "groups"))
             read = (codes, weight.args[0], bias.args[0], scale, zero, weight.args[1])
             layer = _call(graph, _INTEGER[node.target], (*read, *options), node)
         node.replace_all_uses_with(layer)
@@ -98,7 +98,7 @@ def _layers_to_numbers(graph: fx.GraphModule) -> None:
         set_attribute(graph, f"{bias.target}_scale", attribute(graph, scale) * attribute(graph, weight_scale))
         with graph.graph.inserting_before(node):
             around = codes.target is aten.pad.default and all(
-                user.target is OPERATORS.conv2d.default for user in codes.users
+                user.target in numbers and user.target is not OPERATORS.linear.default for user in codes.users
             )
             number = _decode(graph, codes.args[0] if around else codes, scale, zero)
             if around:
@@ -159,7 +159,7 @@ def _options(join: fx.Node) -> tuple[Value, ...] | None:
         _, kernel, stride, padding, ceil, included, divisor = arguments(join).values()
         if ceil or divisor is not None:
             return None
-        return _pair(kernel), _pair(stride or kernel), _pair(padding or [0, 0]), included is not False
+        return _each(kernel, 2), _each(stride or kernel, 2), _each(padding or 0, 2), included is not False
     return () if all(isinstance(source, fx.Node) for source in join.args) else None
 
 
@@ -251,8 +251,7 @@ def _call(graph: fx.GraphModule, target: Callable[..., Value], args: Iterable[Va
     return node
 
 
-def _pair(value: Value) -> Value:
-    """A stride, padding or dilation for both sides; ``groups`` stays a number."""
-    if not isinstance(value, (list, tuple)):
-        return value
-    return list(value) * 2 if len(value) == 1 else list(value)
+def _each(value: Value, axes: int) -> list[Value]:
+    """A stride, padding or dilation for every axis."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    return values * axes if len(values) == 1 else values

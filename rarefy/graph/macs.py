@@ -132,7 +132,9 @@ def einsum_letters(equation: str, ranks: list[int]) -> tuple[list[list[str]], li
 
 
 MACS: dict[str, Rule] = {
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution", "conv2d_codes"), _convolution),
+    **dict.fromkeys(
+        ("conv1d", "conv2d", "conv3d", "convolution", "conv1d_codes", "conv2d_codes", "conv3d_codes"), _convolution
+    ),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _transposed_convolution),
     **dict.fromkeys(("linear", "linear_codes", "matmul", "mm", "bmm", "mv", "dot"), _matrix_product(0)),
     **dict.fromkeys(("addmm", "baddbmm"), _matrix_product(1)),

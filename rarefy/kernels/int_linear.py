@@ -5,7 +5,7 @@
     conv2d, linear                y[o] = t[o] (s_x s_w[o])                          numbers
     conv2d_codes, linear_codes    q[o] = clip( round(t[o] (s_x s_w[o] / s)) + z )   codes on (s, z); half to even
 
-which is what an integer kernel computes. The factor of the codes is taken once, in float32 and in this order, as ONNX
+which is what an integer kernel computes (conv1d and conv3d likewise). The factor of the codes is taken once, in float32 and in this order, as ONNX
 Runtime's QLinearConv and QGemm take it: sums scaled by s_x s_w and then divided by s come out as the next code a few
 times in a million (tests/kernels/test_int_linear.py).
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,10 +34,11 @@ from rarefy.kernels.quantize import from_codes, to_codes
 
 BIAS_LIMIT = 2.0**30  # of the codes of a bias, which are 32 bits wide
 CODES = "_codes"  # ends the name of what holds the codes of a weight or a bias
+CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}  # by the axes of places
 _LOW = 2**12  # of a bias in a sum: what is above has at most 2^20 values, so that float32 holds it
 
 
-def conv2d(
+def convolution(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -48,15 +50,15 @@ def conv2d(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    """x: codes (n, c, h, w).
+    """x: codes (n, c, *places), of one to three axes of places, as conv1d, conv2d, conv3d have them.
 
-    weight: codes (o, c / groups, kh, kw). bias: int32 (o,). weight_scale: (o,). Returns numbers (n, o, h', w').
+    weight: codes (o, c / groups, *kernel). bias: int32 (o,). weight_scale: (o,). Returns numbers (n, o, *places').
     """
     places = (stride, padding, dilation, groups)
     return _convolved(x, weight, bias, x_zero_point, x_scale * weight_scale, places, lambda numbers: numbers)
 
 
-def conv2d_codes(
+def convolution_codes(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -73,7 +75,7 @@ def conv2d_codes(
     qmax: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """As ``conv2d``, on the grid of ``scale`` () and ``zero_point`` (). Returns codes (n, o, h', w') in ``dtype``."""
+    """As ``convolution``, on the grid of ``scale`` () and ``zero_point`` (). Returns codes (n, o, *places') in ``dtype``."""
     places = (stride, padding, dilation, groups)
     rounded = partial(to_codes, zero=zero_point, qmin=qmin, qmax=qmax, dtype=dtype)
     return _convolved(x, weight, bias, x_zero_point, x_scale * weight_scale / scale, places, rounded)
@@ -116,14 +118,15 @@ def _convolved(
     """``then`` of the sums times ``factor`` (outputs,), which may work in place."""
     kind = factor.dtype
     (low, high), whole = _split(bias, kind), weight.to(kind)
+    axes = weight.dim() - 2
+    convolve, wide = CONVOLUTIONS[axes], (-1, *[1] * axes)
 
     def some(x: Tensor) -> Tensor:
-        return then(
-            F.conv2d(from_codes(x, zero_point, kind), whole, low, *places).add_(_wide(high)).mul_(_wide(factor))
-        )
+        sums = convolve(from_codes(x, zero_point, kind), whole, low, *places)
+        return then(sums.add_(high.view(wide)).mul_(factor.view(wide)))
 
-    stride, plane = places[0], x.shape[-2] * x.shape[-1]
-    return by_images(some, (x,), max(x.shape[-3], weight.shape[0] // math.prod(stride)) * plane)
+    stride, plane = places[0], math.prod(x.shape[-axes:])
+    return by_images(some, (x,), max(x.shape[-axes - 1], weight.shape[0] // math.prod(stride)) * plane)
 
 
 def _multiplied(
@@ -144,15 +147,21 @@ def _split(bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return low.to(dtype), (bias - low).to(dtype)
 
 
-def _wide(one_a_channel: Tensor) -> Tensor:
-    return one_a_channel.view(-1, 1, 1)
-
-
 _READ = "Tensor x, Tensor weight, Tensor bias, Tensor x_scale, Tensor x_zero_point, Tensor weight_scale"
 _PLACES = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
+
+
+def _shape(*given: Any) -> Tensor:
+    """Of ``convolution_codes``."""
+    return convolution(*given[:10]).to(given[-1])
+
+
 OPERATORS = (
-    operator(f"{_READ}, {_PLACES}", conv2d),
+    *(operator(f"{_READ}, {_PLACES}", convolution, name=f"conv{axes}d") for axes in CONVOLUTIONS),
     operator(_READ, linear),
-    operator(f"{_READ}, {_PLACES}, {GRID}", conv2d_codes, lambda *given: conv2d(*given[:10]).to(given[-1])),
+    *(
+        operator(f"{_READ}, {_PLACES}, {GRID}", convolution_codes, _shape, f"conv{axes}d{CODES}")
+        for axes in CONVOLUTIONS
+    ),
     operator(f"{_READ}, {GRID}", linear_codes, lambda *given: linear(*given[:6]).to(given[-1])),
 )

@@ -13,14 +13,15 @@ _library = torch.library.Library("rarefy", "FRAGMENT")
 
 
 def operator(
-    arguments: str, kernel: Callable[..., Tensor], shape: Callable[..., Tensor] | None = None
+    arguments: str, kernel: Callable[..., Tensor], shape: Callable[..., Tensor] | None = None, name: str = ""
 ) -> torch._ops.OpOverload:
-    """``torch.ops.rarefy.NAME.default``, NAME being that of the function ``kernel``, which runs on every device.
+    """``torch.ops.rarefy.NAME.default`` of the function ``kernel``, which runs on every device.
 
     arguments: as a schema has them.
     shape: what it yields for tensors without numbers; None: the kernel can tell.
+    name: of the operator; that of the function unless given.
     """
-    name = kernel.__name__
+    name = name or kernel.__name__
     _library.define(f"{name}({arguments}) -> Tensor")
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"rarefy::{name}", kernel if shape is None else shape)

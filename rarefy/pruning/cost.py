@@ -2,12 +2,13 @@
 
 The MACs of a layer are a product of widths (``graph/macs.py`` names the axes), the elements of a parameter too, and a
 width is a sum over the classes that are alive. So the cost of a network that has not been built is exact, and asked for
-in microseconds: ``choose`` bisects over it.
+in microseconds: ``choose`` bisects over it. ``stays`` says what of both can't leave, and why.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,6 +19,7 @@ from rarefy.graph.macs import MACS, products
 from rarefy.graph.nodes import operator_name
 from rarefy.pruning.groups.groups import Coupling
 from rarefy.pruning.groups.labels import Value, compact, values_in
+from rarefy.reports.pruned import Held, Stays
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,61 @@ def _params(coupling: Coupling, axes: _Axes) -> Polynomial:
             (parameter.numel() / math.prod(len(axes.vectors[index]) for index in factors[name]), factors[name])
             for name, parameter in parameters.items()
         ]
+    )
+
+
+def stays(coupling: Coupling) -> Stays:
+    """What would be left if every class that may leave did: the parameters and MACs that are frozen on all their axes.
+
+    By what froze the layer, with its largest layers.
+    """
+    names = {name: row.names[0] for row in coupling.rows for name in row.names}
+    of_module = {name.rpartition(".")[0]: name for name in coupling.frozen}
+    share: dict[str, float] = {}
+    for row in coupling.rows:
+        share[row.names[0]] = share.get(row.names[0], 1.0) * float((row.classes == 0).double().mean())
+    params: dict[str, int] = {}
+    for name, parameter in coupling.graph.named_parameters():
+        first = names.get(name, name)
+        owner = first if first in coupling.frozen else of_module.get(first.rpartition(".")[0], "")
+        params[owner] = params.get(owner, 0) + round(parameter.numel() * share.get(first, 1.0))
+    macs: dict[str, int] = {}
+    for node in coupling.graph.graph.nodes:
+        for product in products(node, coupling.shapes) if operator_name(node) in MACS else ():
+            read = [names.get(str(source.target), "") for source in node.all_input_nodes if source.op == "get_attr"]
+            owner = next((name for name in read if name in coupling.frozen), "")
+            fixed = math.prod(_fixed(coupling.values[source], axis) for source, axis in product)
+            macs[owner] = macs.get(owner, 0) + fixed
+    reasons: dict[str, list[str]] = {}
+    for name in coupling.frozen:
+        if params.get(name) or macs.get(name):
+            reasons.setdefault(_without_place(coupling.frozen[name]), []).append(name)
+    held = []
+    for why, layers in reasons.items():
+        layers.sort(key=lambda name: (-params.get(name, 0), -macs.get(name, 0), name))
+        held.append(
+            Held(
+                why=why,
+                params=sum(params.get(name, 0) for name in layers),
+                macs=sum(macs.get(name, 0) for name in layers),
+                layers=[name.removesuffix(".weight") for name in layers[:3]],
+                count=len(layers),
+            )
+        )
+    held.sort(key=lambda one: (-one["params"], -one["macs"], one["why"]))
+    return Stays(params=sum(params.values()), macs=sum(macs.values()), reasons=held)
+
+
+def _fixed(value: Value, axis: int) -> int:
+    """Positions of an axis that never leave."""
+    layer = next((layer for layer in value.layers if layer.shape[axis] > 1), None)
+    return value.shape[axis] if layer is None else int((layer == 0).sum() * value.shape[axis] // layer.numel())
+
+
+def _without_place(reason: str) -> str:
+    """``why (operator at place)`` -> ``why (operator)``, so that the layers of one kind stand together."""
+    return re.sub(
+        r" \((output|\w+) at [^()]*\)$", lambda match: "" if match[1] == "output" else f" ({match[1]})", reason
     )
 
 

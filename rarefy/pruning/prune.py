@@ -13,6 +13,7 @@ does.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from rarefy.deployment.runtime import Runtime
 from rarefy.errors import InputError
 from rarefy.graph import history
 from rarefy.graph.nodes import share_copy
+from rarefy.pruning.cost import stays
 from rarefy.pruning.groups.equivalence import Difference
 from rarefy.pruning.groups.equivalence import check as self_check
 from rarefy.pruning.groups.groups import Coupling, couple
@@ -35,6 +37,7 @@ from rarefy.pruning.ranking import EVERY, Criterion, Plan, Selection, choose, ra
 from rarefy.pruning.records import packed
 from rarefy.pruning.repair import repair as repaired
 from rarefy.pruning.schedule import Schedule, Setting
+from rarefy.reports.pruned import warning
 from rarefy.system.memory import release
 from rarefy.tasks.task import Task
 
@@ -85,7 +88,8 @@ def prune(
     repair: then mend it on 512 training images of ``task``, without labels or training (``repair.py``).
     runtime, threads, batch: what speedup is measured on, as in ``measure``; threads None: one.
 
-    The record in the history says what was asked and reached, channels before and after, and what could not be pruned.
+    The record in the history says what was asked and reached, channels before and after, and what could not leave and
+    why; where less than a fifth of what should leave did, the logger "rarefy" warns.
     Raises InputError for a target that is malformed or out of reach; SelfCheckFailed if the check fails.
     """
     options = Options(
@@ -94,7 +98,15 @@ def prune(
         device=device, checkpoint=checkpoint, progress=progress, repair=repair, runtime=runtime,
         threads=threads, batch=batch,
     )  # fmt: skip
-    return remember(_scheduled(graph_for(model, inputs, task), options), task)
+    return _warned(remember(_scheduled(graph_for(model, inputs, task), options), task))
+
+
+def _warned(small: fx.GraphModule) -> fx.GraphModule:
+    """Told where much less left than was asked."""
+    record = history.last(small, "prune")
+    if record is not None and (told := warning(record["facts"])):
+        logging.getLogger("rarefy").warning("prune: %s", told)
+    return small
 
 
 def _scheduled(graph: fx.GraphModule, options: Options) -> fx.GraphModule:
@@ -178,6 +190,7 @@ def _facts(
         "channels": {name: [len(alive), int(alive.sum())] for name, alive in layers.items()},
         "kept": {name: packed(alive) for name, alive in layers.items() if not bool(alive.all())},
         "frozen": coupling.frozen,
+        "could_not_leave": stays(coupling),
         "unknown_operators": coupling.unknown,
         "kept_whole": plan.whole,
         "self_check": None

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypedDict
 
+from rarefy.reports import pruned
 from rarefy.reports.charts import Drawn, bars, chart, frontier
 from rarefy.reports.comparison import Row, comparison_rows
 from rarefy.reports.facts import Facts, Goal, Layer, Parity, Step, checked, is_number, number
@@ -59,6 +60,7 @@ class StepView(TypedDict):
     after: str
     seconds: str
     loading: str
+    pruned: Lines
     facts: Lines
 
 
@@ -186,6 +188,7 @@ def _step(step: Step, metric: Metric) -> StepView:
         after=", ".join(filter(None, after)),
         seconds=seconds(step.get("seconds")),
         loading=_loading(step),
+        pruned=pruned.rows(step["facts"]) if step["step"] == "prune" else [],
         facts=_single(step["facts"]),
     )
 

@@ -44,6 +44,7 @@ from rarefy.deployment import parity
 from rarefy.deployment.latency import quiet_medians, repeated
 from rarefy.deployment.runtime import (
     ACTIVATIONS,
+    PLANAR,
     Capabilities,
     Inputs,
     Kernel,
@@ -82,7 +83,7 @@ class Inductor:
     suffix = ".zip"
     decoded = False
     package = "torch"
-    capabilities = Capabilities(posts=ACTIVATIONS, has_kernel_times=True)
+    capabilities = Capabilities(layers=PLANAR, float_result=PLANAR, posts=ACTIVATIONS, has_kernel_times=True)
 
     def __post_init__(self) -> None:
         if self.device.partition(":")[0] not in ("cpu", "cuda"):

@@ -12,7 +12,7 @@ import rarefy.kernels  # noqa: F401
 from rarefy.kernels import chunks
 from rarefy.kernels import quantize as quantize_
 from rarefy.kernels.elementwise import add, mul
-from rarefy.kernels.int_linear import conv2d, conv2d_codes, linear, linear_codes
+from rarefy.kernels.int_linear import CONVOLUTIONS, convolution, convolution_codes, linear, linear_codes
 from rarefy.kernels.quantize import quantize
 
 onnx = pytest.importorskip("onnx")
@@ -36,7 +36,9 @@ def parts(inputs: tuple[int, ...], weight: tuple[int, ...], largest_bias: int, g
         "z": torch.tensor(120, dtype=torch.uint8),
     }
     products = (
-        F.conv2d(found["x"].double() - 113, found["w"].double(), None, groups=groups) if len(weight) > 2 else None
+        CONVOLUTIONS[len(weight) - 2](found["x"].double() - 113, found["w"].double(), None, groups=groups)
+        if len(weight) > 2
+        else None
     )
     sums = products if products is not None else F.linear(found["x"].double() - 113, found["w"].double())
     spread = (sums.std() + largest_bias / 2) * float(found["sx"] * found["sw"].mean())
@@ -77,13 +79,30 @@ def test_a_convolution_makes_the_codes_of_onnxruntime(
     exact = kernel("QLinearConv", found, ["x", "sx", "zx", "w", "sw", "zw", "s", "z", "b"], group=groups)
     read = tuple(found[name] for name in ("x", "w", "b", "sx", "zx", "sw"))
     places = ([1, 1], [0, 0], [1, 1], groups)
-    assert torch.equal(conv2d_codes(*read, *places, found["s"], found["z"], 0, 255, torch.uint8), exact)
+    assert torch.equal(convolution_codes(*read, *places, found["s"], found["z"], 0, 255, torch.uint8), exact)
     assert exact.unique().numel() >= 20
-    numbers = conv2d(*read, *places)
+    numbers = convolution(*read, *places)
     moved = (quantize(numbers, found["s"], found["z"], None, 0, 255, torch.uint8) != exact).sum()
     assert int(moved) <= 2e-5 * exact.numel()  # scaled and divided: nearly
     if (inputs, largest_bias) == (32, 200_000):
         assert int(moved) > 0  # what the operator on codes is for
+
+
+@pytest.mark.parametrize(("places", "kernel_shape"), [((300,), (5,)), ((8, 12, 10), (3, 1, 2))])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_line_and_a_volume_make_the_codes_of_onnxruntime(
+    places: tuple[int, ...], kernel_shape: tuple[int, ...], groups: int
+) -> None:
+    axes = len(places)
+    found = parts((3, 8, *places), (12, 8 // groups, *kernel_shape), 20_000, groups)
+    strides, padding, dilation = ([2, 1, 1][:axes], [1, 0, 1][:axes], [1, 1, 2][:axes])
+    sizes = {"strides": strides, "pads": padding * 2, "dilations": dilation, "kernel_shape": list(kernel_shape)}
+    exact = kernel("QLinearConv", found, ["x", "sx", "zx", "w", "sw", "zw", "s", "z", "b"], group=groups, **sizes)
+    read = tuple(found[name] for name in ("x", "w", "b", "sx", "zx", "sw"))
+    operator = getattr(torch.ops.rarefy, f"conv{axes}d_codes")
+    grid = (found["s"], found["z"], 0, 255, torch.uint8)
+    assert torch.equal(operator(*read, strides, padding, dilation, groups, *grid), exact)
+    assert exact.unique().numel() >= 20
 
 
 @pytest.mark.parametrize("largest_bias", [20_000, 2**28])
@@ -108,8 +127,8 @@ def test_a_few_images_at_a_time_make_the_codes_of_all_at_once(piece: int, monkey
         pair = (found["x"], found["sx"], found["zx"], gate, found["sx"] * 2, found["zx"])
         shared = (*pair[:3], gate[:1], *pair[4:])
         layers = [
-            conv2d(*read, *places),
-            conv2d_codes(*read, *places, *grid),
+            convolution(*read, *places),
+            convolution_codes(*read, *places, *grid),
             linear(*other),
             linear_codes(*other, *grid),
         ]
