@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from rarefy.graph.capture import capture
-from rarefy.pruning.groups.equivalence import check
 from rarefy.pruning.groups.groups import Coupling, couple
 from rarefy.pruning.groups.slicing import cut
+from rarefy.pruning.self_check.equivalence import check
 
 
 def coupled(net: nn.Module, *inputs: Tensor, heads: str = "dims") -> Coupling:

@@ -339,7 +339,7 @@ class GroupedQueries(nn.Module):
 
 class Sorted(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
-        return weight.sort(-1)[0]
+        return weight.sort(0)[0].sort(1)[0]
 
 
 class WeightNormed(nn.Module):
@@ -824,7 +824,10 @@ class Stepped(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """A recurrent layer of 12 inputs and 8 units: answers and last states; ``begins`` with a state made of its input."""
+    """A recurrent layer of 12 inputs and 8 units: answers and last states.
+
+    begins: with a state made of its input.
+    """
 
     def __init__(self, kind: str, begins: bool = True, **options: Any):
         super().__init__()

@@ -5,9 +5,9 @@
     conv2d, linear                y[o] = t[o] (s_x s_w[o])                          numbers
     conv2d_codes, linear_codes    q[o] = clip( round(t[o] (s_x s_w[o] / s)) + z )   codes on (s, z); half to even
 
-which is what an integer kernel computes (conv1d and conv3d likewise). The factor of the codes is taken once, in float32 and in this order, as ONNX
-Runtime's QLinearConv and QGemm take it: sums scaled by s_x s_w and then divided by s come out as the next code a few
-times in a million (tests/kernels/test_int_linear.py).
+which is what an integer kernel computes; conv1d and conv3d likewise. The factor of the codes is taken once, in float32
+and in this order, as ONNX Runtime's QLinearConv and QGemm take it: sums scaled by s_x s_w and then divided by s come
+out as the next code a few times in a million (tests/kernels/test_int_linear.py).
 
 Sums are taken by a float convolution of whole numbers. Below 2^24 that is exact in float32, and as the factors are at
 most 8 bits wide it stays exact where a GPU multiplies in TF32 or bf16 and adds in float32; a convolution of the scaled
@@ -75,7 +75,10 @@ def convolution_codes(
     qmax: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """As ``convolution``, on the grid of ``scale`` () and ``zero_point`` (). Returns codes (n, o, *places') in ``dtype``."""
+    """As ``convolution``, on the grid of ``scale`` () and ``zero_point`` ().
+
+    Returns codes (n, o, *places') in ``dtype``.
+    """
     places = (stride, padding, dilation, groups)
     rounded = partial(to_codes, zero=zero_point, qmin=qmin, qmax=qmax, dtype=dtype)
     return _convolved(x, weight, bias, x_zero_point, x_scale * weight_scale / scale, places, rounded)

@@ -1,7 +1,7 @@
 """prune(): a smaller network with the channels that matter most.
 
     couple ─▶ score (criteria/*) ─▶ rank, choose (ranking.py) ─▶ cut (groups/slicing.py) ─▶ check
-    (groups/equivalence.py)
+    (self_check/equivalence.py)
 
 A class is a set of slices that leave together (``groups/groups.py``). A ranking says which class leaves first, and how
 many leave hangs on the target: for keep, macs and params the largest prefix that is within it, for speedup widths by
@@ -27,8 +27,6 @@ from rarefy.errors import InputError
 from rarefy.graph import history
 from rarefy.graph.nodes import share_copy
 from rarefy.pruning.cost import stays
-from rarefy.pruning.groups.equivalence import Difference
-from rarefy.pruning.groups.equivalence import check as self_check
 from rarefy.pruning.groups.groups import Coupling, couple
 from rarefy.pruning.groups.slicing import cut
 from rarefy.pruning.latency_search import TILE, for_speed
@@ -37,6 +35,8 @@ from rarefy.pruning.ranking import EVERY, Criterion, Plan, Selection, choose, ra
 from rarefy.pruning.records import packed
 from rarefy.pruning.repair import repair as repaired
 from rarefy.pruning.schedule import Schedule, Setting
+from rarefy.pruning.self_check.equivalence import Difference
+from rarefy.pruning.self_check.equivalence import check as self_check
 from rarefy.reports.pruned import warning
 from rarefy.system.memory import release
 from rarefy.tasks.task import Task

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from rarefy.errors import InputError
 from rarefy.graph.capture import capture
 from rarefy.graph.nodes import attribute, set_attribute
-from rarefy.pruning.groups.equivalence import check
 from rarefy.pruning.groups.groups import couple
 from rarefy.pruning.groups.slicing import cut
+from rarefy.pruning.self_check.equivalence import check
 
 
 def conv(inputs: int, outputs: int, size: int = 3, **options) -> nn.Conv2d:  # type: ignore[no-untyped-def]
@@ -479,7 +479,7 @@ def sorted_weight(layer: nn.Module) -> nn.Module:
 
 
 class ComputedWeights(nn.Module):
-    """Weights that an operator without a rule makes: what is added a channel stays as well."""
+    """Weights whose outputs are put in order: what is added a channel stays as well."""
 
     def __init__(self, first: type[nn.Module]) -> None:
         super().__init__()
@@ -504,14 +504,14 @@ def test_a_computed_weight_keeps_its_bias(first: type[nn.Module]) -> None:
 
 def test_unknown_operator_freezes_what_it_touches() -> None:
     def forward(s: nn.Module, x: Tensor) -> Tensor:
-        return s.head(torch.sort(s.a(x), 1)[0] + s.b(s.c(x)))
+        return s.head(torch.renorm(s.a(x), 2, 1, 5.0) + s.b(s.c(x)))
 
     found = coupled(Wired(forward, a=conv(3, 4), b=conv(6, 4), c=conv(3, 6), head=conv(4, 2)), IMAGE)
-    assert any("sort" in name for name in found.unknown)
+    assert any("renorm" in name for name in found.unknown)
     assert set(classes(found, "a.weight", 0)) == set(classes(found, "b.weight", 0)) == {0}
-    assert "unknown operator (sort" in found.frozen["a.weight"]
+    assert "unknown operator (renorm" in found.frozen["a.weight"]
     assert len(set(classes(found, "c.weight", 0))) == 6
-    assert any("sort" in line for line in found.explain())
+    assert any("renorm" in line for line in found.explain())
     cut_half(found)
 
 
@@ -690,7 +690,7 @@ def test_equal_layers_of_classes_are_one_tensor() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_large_convolution_runs_in_parts(monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
-    from rarefy.pruning.groups import equivalence
+    from rarefy.pruning.self_check import equivalence
 
     graph = capture(nn.Conv2d(6, 20, 3, bias=bias), torch.randn(2, 6, 9, 9))
     (node,) = (node for node in graph.graph.nodes if node.op == "call_function")
@@ -708,7 +708,7 @@ def test_a_large_convolution_runs_in_parts(monkeypatch: pytest.MonkeyPatch, bias
 
 
 def test_a_large_convolution_in_groups_runs_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rarefy.pruning.groups import equivalence
+    from rarefy.pruning.self_check import equivalence
 
     monkeypatch.setattr(equivalence, "LARGE", 8)
     cut_half(coupled(nn.Sequential(conv(3, 8), conv(8, 12, groups=2), conv(12, 2)), IMAGE))

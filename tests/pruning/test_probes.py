@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from rarefy.graph.capture import capture
 from rarefy.graph.nodes import attribute, example_inputs, operator_name
-from rarefy.pruning.groups.probes import alike, lengths, sources_of
+from rarefy.pruning.self_check.probes import alike, lengths, sources_of
 
 
 def test_a_part_of_the_axes_gives_that_part_of_the_result() -> None:

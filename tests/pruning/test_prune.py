@@ -31,13 +31,13 @@ from rarefy.pruning.criteria.fpgm import Fpgm
 from rarefy.pruning.criteria.hessian import Hessian
 from rarefy.pruning.criteria.magnitude import Magnitude
 from rarefy.pruning.criteria.taylor import Taylor
-from rarefy.pruning.groups.equivalence import check
 from rarefy.pruning.groups.groups import couple
 from rarefy.pruning.groups.slicing import cut
 from rarefy.pruning.options import Target
 from rarefy.pruning.prune import prune
 from rarefy.pruning.ranking import choose, rank
 from rarefy.pruning.records import unpacked
+from rarefy.pruning.self_check.equivalence import check
 
 
 class CifarResNet(nn.Module):

@@ -1,4 +1,5 @@
-"""Recurrent layers: hidden units leave with their gates, in all layers and directions alike; inputs with their maker."""
+"""Recurrent layers: hidden units leave with their gates, in all layers and directions alike; inputs with their
+maker."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from networks import Lines, Volumes
-from torch import nn
+from torch import fx, nn
 
 import rarefy
 from rarefy.distillation.qat import to_trainable
@@ -16,7 +16,9 @@ from rarefy.graph.nodes import attribute, operator_name
 CASES = {"lines": (Lines, (4, 20), "conv1d"), "volumes": (Volumes, (2, 6, 8, 7), "conv3d")}
 
 
-def quantised(kind: type[nn.Module], shape: tuple[int, ...], runtime: str = "onnxruntime"):  # type: ignore[no-untyped-def]
+def quantised(
+    kind: type[nn.Module], shape: tuple[int, ...], runtime: str = "onnxruntime"
+) -> tuple[fx.GraphModule, fx.GraphModule]:
     torch.manual_seed(0)
     graph = rarefy.capture(kind().eval(), torch.randn(2, *shape))
     batches = [torch.randn(8, *shape) for _ in range(4)]

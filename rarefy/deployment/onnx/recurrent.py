@@ -62,7 +62,10 @@ def _layer(
 def _projected(
     w: Writer, kind: Kind, x: str, parts: Sequence[Sequence[Tensor]], states: Sequence[str], key: str
 ) -> list[str]:
-    """The same with a projection, (projected, hidden), at the end of each of ``parts``. states: zeros, and the cells."""
+    """The same with a projection, (projected, hidden), at the end of each of ``parts``.
+
+    states: none, for zeros, and the cells.
+    """
     without = [[part[0], part[1] @ part[-1], *part[2:-1]] for part in parts]
     answers, last, cells = _layer(w, kind, x, without, states, key)
     projection = w.stored_anew(f"P{key}", torch.stack([part[-1].t() for part in parts]))

@@ -1,1 +1,1 @@
-"""What must leave together (dependency groups), and the proof that what is left computes the same."""
+"""What must leave together (dependency groups), and the graph that is left."""

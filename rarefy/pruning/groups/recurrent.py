@@ -3,9 +3,9 @@
     weight_ih (gates * hidden, inputs)      weight_hh (gates * hidden, hidden)      biases (gates * hidden,)
 
 A unit leaves with its row in every gate, with its column of ``weight_hh``, and with its column of the next layer's
-``weight_ih``. The state (layers * directions, batch, hidden) is one tensor, so all layers and directions of one operator
-lose the same units. Given up: the hidden units of an LSTM with a projection, because torch tells one by sizes that
-differ, which pruning could make equal.
+``weight_ih``. The state (layers * directions, batch, hidden) is one tensor, so all layers and directions of one
+operator lose the same units. Given up: the hidden units of an LSTM with a projection, because torch tells one by sizes
+that differ, which pruning could make equal.
 """
 
 from __future__ import annotations

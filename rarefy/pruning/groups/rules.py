@@ -489,8 +489,8 @@ RULES: dict[str, Rule] = {
     ),
     **dict.fromkeys(
         (
-            "mean sum nansum nanmean prod amax amin aminmax var std linalg_vector_norm norm logsumexp var_mean std_mean "
-            "any all count_nonzero quantile nanquantile"
+            "mean sum nansum nanmean prod amax amin aminmax var std var_mean std_mean linalg_vector_norm norm "
+            "logsumexp any all count_nonzero quantile nanquantile"
         ).split(),
         reduced,
     ),

@@ -3,7 +3,7 @@
 Cutting is one index-select on every parameter and buffer, and new sizes in the nodes that carry sizes: the table
 ``RESIZE``, one row an operator that has a size, a start, an index or a number of groups among its arguments. The new
 numbers are read off the labels that survive, so no row knows what a layer is. Whether the result is right is not
-believed but checked: ``equivalence.py``.
+believed but checked: ``self_check/equivalence.py``.
 """
 
 from __future__ import annotations

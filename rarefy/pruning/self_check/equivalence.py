@@ -36,7 +36,6 @@ from rarefy.graph.nodes import Value as Yielded
 from rarefy.graph.nodes import argument, attribute, example_inputs, operator_name
 from rarefy.pruning.groups.groups import Coupling
 from rarefy.pruning.groups.labels import Kept, Value, values_in
-from rarefy.pruning.groups.probes import Cuts, Probe, sources_of
 from rarefy.pruning.groups.recurrent import recurrent, recurrent_cell
 from rarefy.pruning.groups.rules import only_moves, rule_of
 from rarefy.pruning.groups.survivors import (
@@ -52,6 +51,7 @@ from rarefy.pruning.groups.survivors import (
     within,
     zeroed,
 )
+from rarefy.pruning.self_check.probes import Cuts, Probe, sources_of
 from rarefy.system.memory import Level
 
 TOLERANCE = 1e-9

@@ -1,0 +1,1 @@
+"""The self-check: is the pruned network the one with those channels masked?"""
