@@ -26,7 +26,9 @@ def quantised(
 
 
 @pytest.mark.parametrize(("kind", "shape", "name"), CASES.values(), ids=CASES)
-def test_convolutions_are_integer_operators(kind: type[nn.Module], shape: tuple[int, ...], name: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_convolutions_are_integer_operators(
+    kind: type[nn.Module], shape: tuple[int, ...], name: str, tmp_path: Path
+) -> None:
     """First, in groups, dilated, with padding in words, and behind a pooling that moves codes."""
     graph, small = quantised(kind, shape)
     layers = [node for node in small.graph.nodes if operator_name(node) in (name, f"{name}_codes")]
