@@ -180,7 +180,7 @@ def unreadable_rows(task: Any) -> list[tuple[str, str]]:
 
 
 def show_report(facts: Mapping[str, Any], folder: str, as_json: bool) -> None:
-    """The result, and exit 1 for a missed goal."""
+    """The result, and exit 1 for a missed goal; one that is not shown by the images is none."""
     from rarefy.reports import view
 
     shown = view.view(facts)
@@ -194,8 +194,10 @@ def show_report(facts: Mapping[str, Any], folder: str, as_json: bool) -> None:
         for warning in shown["warnings"]:
             say(f"warning: {warning}")
         say(f"report: {Path(folder) / 'report.html'}")
-    if any(not goal["met"] for goal in shown["goals"]):
-        more = f"; try: {'; '.join(advice)}" if advice else ""
+    more = f"; try: {'; '.join(advice)}" if advice else ""
+    if verdict is not None and verdict["status"] == "not shown" and more and not as_json:
+        say(more.removeprefix("; "))
+    if any(goal["status"] == "missed" for goal in shown["goals"]):
         raise GoalMissed(f"{sentence} The best model found is in {folder}{more}")
     parity = facts.get("parity") or {}
     if parity.get("passed") is False:

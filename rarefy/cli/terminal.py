@@ -1,11 +1,11 @@
 """What goes to the terminal: results on stdout, one line for an error on stderr, and the exit code.
 
-==== =====================================================================================
-0    done
+==== ========================================================================================
+0    done, also where a goal of accuracy is reached, but not shown by the images (it is said)
 1    a check said no: a missed goal, a refused signature, a self-check, diverged training
 2    wrong usage, bad input, no room on the disk, interrupted
 70   a bug of rarefy's; ``--debug`` shows the traceback
-==== =====================================================================================
+==== ========================================================================================
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -75,20 +76,28 @@ def usual_steps(budget: Budget, size_bytes: int, task: Task) -> list[dict[str, o
 
 
 def goals(
-    budget: Budget, *, drop: float, speedup: float, size: int, macs: float, parameters: float, unit: str = "%"
+    budget: Budget,
+    *,
+    drop: float,
+    speedup: float,
+    size: int,
+    macs: float,
+    parameters: float,
+    unit: str = "%",
+    interval: tuple[float, float] | None = None,
+    samples: int | None = None,
 ) -> list[Goal]:
     """What was asked and reached, and what to try where it was missed.
 
     drop: of the metric, in its ``unit``, "%" for shares. speedup: against the original. size: bytes.
     macs, parameters: what is left of the original's, a share.
+    interval, samples: of the drop, paired, and the images it rests on.
     """
     from rarefy.reports.facts import Goal
 
     found: list[Goal] = []
     if budget.max_drop is not None:
-        advice = "distil for more epochs, or prune less"
-        goal = Goal(name="max_drop", asked=budget.max_drop, reached=drop, met=drop <= budget.max_drop, advice=advice)
-        found.append(goal if unit == "%" else {**goal, "unit": unit})
+        found.append(_drop(budget.max_drop, drop, unit, interval, samples))
     if budget.speedup is not None:
         share = 0.9 * macs * speedup / budget.speedup
         advice = f"prune to fewer MACs (macs={share:.2f}) and distil for more epochs"
@@ -98,7 +107,9 @@ def goals(
                 "pruning alone does not get there"
             )
         met = speedup >= budget.speedup
-        found.append(Goal(name="speedup", asked=budget.speedup, reached=speedup, met=met, advice=advice))
+        found.append(
+            Goal(name="speedup", asked=budget.speedup, reached=speedup, met=met, status=_status(met), advice=advice)
+        )
     if budget.size is not None:
         share = min(1.0, 0.9 * parameters * budget.size / size)
         advice = (
@@ -110,5 +121,30 @@ def goals(
                 "ask for a larger size, or start from a smaller architecture (distill with student=): "
                 "pruning alone does not get there"
             )
-        found.append(Goal(name="size", asked=budget.size, reached=size, met=size <= budget.size, advice=advice))
+        met = size <= budget.size
+        found.append(Goal(name="size", asked=budget.size, reached=size, met=met, status=_status(met), advice=advice))
     return found
+
+
+def _status(met: bool) -> str:
+    return "met" if met else "missed"
+
+
+def _drop(asked: float, drop: float, unit: str, interval: tuple[float, float] | None, samples: int | None) -> Goal:
+    """The goal of accuracy: met only where the whole interval is within it, which says that it is no chance."""
+    from rarefy.reports.facts import Goal
+
+    status, advice = _status(drop <= asked), "distil for more epochs, or prune less"
+    if status == "met" and interval is not None and interval[1] > asked:
+        status, advice = "not shown", "judge on more validation images, or allow a larger drop"
+        if samples and drop < asked:  # an interval shrinks with the root of the number of images
+            needed = samples * ((interval[1] - drop) / (asked - drop)) ** 2
+            if needed < 1e6:
+                rounded = round(needed, 1 - int(math.log10(needed)))
+                advice = f"judge on more validation images (about {rounded:,.0f} would show it)"
+    goal = Goal(name="max_drop", asked=asked, reached=drop, met=status == "met", status=status, advice=advice)
+    if interval is not None:
+        goal["interval"] = interval
+    if samples is not None:
+        goal["samples"] = samples
+    return goal if unit == "%" else {**goal, "unit": unit}

@@ -50,7 +50,7 @@ from rarefy.evaluation.corruptions import fits
 from rarefy.graph.capture import as_graph
 from rarefy.kernels import is_quantised
 from rarefy.reports import report as report_module
-from rarefy.reports.facts import Facts
+from rarefy.reports.facts import Facts, status
 from rarefy.tasks.task import Task
 
 CORRUPTIONS = ("gaussian_noise", "impulse_noise", "gaussian_blur", "brightness", "contrast", "jpeg", "fog", "pixelate")
@@ -62,7 +62,8 @@ class Result:
     """What ``compress`` found.
 
     graph: the model.
-    report: the facts (``rarefy/reports/facts.py``); ``report["goals"]`` says what was met.
+    report: the facts (``rarefy/reports/facts.py``); ``report["goals"]`` says what was met, and what is not shown by so
+        many images.
     model: the exported file, which goes with this object unless a workdir was named.
     manifest: what ``save`` writes beside the model: recipe, seed, hashes, measurements.
     """
@@ -74,8 +75,8 @@ class Result:
 
     @property
     def met(self) -> bool:
-        """Were all goals reached?"""
-        return all(goal["met"] for goal in self.report["goals"])
+        """Was no goal missed? One that the images do not show is not missed; ``report["verdict"]`` tells it."""
+        return all(status(goal) != "missed" for goal in self.report["goals"])
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """The folder of ``artifact.save``, with the exported file, ``report.html`` and ``report.json``.

@@ -22,7 +22,8 @@ from rarefy.graph.macs import layer_macs
 from rarefy.graph.nodes import attribute
 from rarefy.kernels.int_linear import CODES
 from rarefy.reports import facts as reported
-from rarefy.reports.facts import Facts
+from rarefy.reports import view
+from rarefy.reports.facts import Facts, Verdict
 from rarefy.tasks.metric import Metric
 
 
@@ -47,7 +48,7 @@ def of(
     before, after = compared.before, compared.after
     drop = after["evaluation"]["drop"]
     warnings = before["evaluation"].get("warnings", [])
-    return Facts(
+    told = Facts(
         title=title or "a compressed model",
         goals=budget.goals(
             run.budget,
@@ -57,6 +58,8 @@ def of(
             macs=after["macs"] / max(1, before["macs"]),
             parameters=after["parameters"] / max(1, before["parameters"]),
             unit=metric.unit,
+            interval=drop.get("interval") if drop else None,
+            samples=after["evaluation"].get("samples"),
         ),
         warnings=[f"the original: {warning}" for warning in warnings],
         before={"name": "original", **before},
@@ -68,6 +71,10 @@ def of(
         parity=compared.parity,
         provenance=_provenance(run, recipe, original, result, fingerprints),
     )
+    verdict = view.view(told)["verdict"]
+    if verdict is not None:
+        told["verdict"] = Verdict(status=verdict["status"], sentence=verdict["sentence"], advice=verdict["advice"])
+    return told
 
 
 def _step(outcome: Outcome, candidates: Mapping[int, Candidate]) -> reported.Step:

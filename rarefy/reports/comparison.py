@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypedDict
 
-from rarefy.reports.facts import Side, number
+from rarefy.reports.facts import Interval, Side, number
 from rarefy.reports.units import Metric, Number, count, ms, share, short, size
 
-TOLERATED = 0.005  # loss of a share that is not called worse
+TOLERATED = 0.005  # loss of a share that is not called worse, if it may be chance
 
 
 class Row(TypedDict):
@@ -88,9 +88,19 @@ def _metric_rows(metric: Metric) -> list[_Kind]:
         sign = 1 if metric.lower else -1  # from worse to the change of the value
         ends = sorted(sign * end for end in interval) if interval else []
         note = " to ".join(map(metric.signed, ends)) + ", on the same images" if ends else ""
-        return Change(metric.difference(sign * lost), lost <= (TOLERATED if metric.unit == "%" else 0.0), note)
+        return Change(metric.difference(sign * lost), _is_good(lost, interval, metric), note)
 
     return [_Kind(metric.name, "accuracy" if metric.of_classes else metric.name, text, change, tile=True)]
+
+
+def _is_good(lost: float, interval: Interval | None, metric: Metric) -> bool | None:
+    """A gain is good; a loss never is, and one that may be chance, of a share if it is small, is neither."""
+    if lost <= 0:
+        return True if lost < 0 else None
+    sure = interval is not None and interval[0] > 0
+    if metric.unit == "%":
+        return False if sure or lost > TOLERATED else None
+    return False if sure or interval is None else None
 
 
 def _latency(side: Side) -> str:

@@ -97,18 +97,28 @@ class Goal(TypedDict, total=False):
     """name: "max_drop", "speedup", "size" or any text.
 
     unit: "share" of max_drop, "ratio" of speedup and "bytes" of size unless said; "ms", or the unit's own name.
+    status: "met", "missed", or "not shown": what was reached is within what was asked, and its interval, paired, on
+        that many samples, is not. met: is it "met"? Reports that an earlier rarefy wrote have no status.
     """
 
     name: str
     asked: object
     reached: object
     met: bool
+    status: str
+    interval: Interval
+    samples: int
     advice: str
     unit: str
 
 
+def status(goal: Goal) -> str:
+    """What the goal says, or what its ``met`` does."""
+    return goal.get("status") or ("met" if goal.get("met") else "missed")
+
+
 class Verdict(TypedDict, total=False):
-    """Made from the goals where it is missing. status: "met", "missed" or "none"."""
+    """Made from the goals where it is missing. status: "met", "not shown", "missed" or "none"."""
 
     status: str
     sentence: str

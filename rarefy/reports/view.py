@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 from rarefy.reports import pruned
 from rarefy.reports.charts import Drawn, bars, chart, frontier
 from rarefy.reports.comparison import Row, comparison_rows
-from rarefy.reports.facts import Facts, Goal, Layer, Parity, Step, checked, is_number, number
+from rarefy.reports.facts import Facts, Layer, Parity, Step, checked, number
 from rarefy.reports.glossary import GLOSSARY, OF_CLASSES
 from rarefy.reports.units import (
     Metric,
@@ -27,29 +27,13 @@ from rarefy.reports.units import (
     size,
     thousands,
 )
+from rarefy.reports.verdict import GoalView, VerdictView, goal_view, robustness_of, verdict_view
 
 LOADING = 0.2  # share of a training from which on loading data is worth a thought
 WEAK = 20.0  # decibels of a layer's signal to noise below which its bar is red
 
 
 Lines = list[tuple[str, str]]  # name and value
-
-
-class VerdictView(TypedDict):
-    """light: "good", "bad" or "neutral". word: of the heading."""
-
-    light: str
-    word: str
-    sentence: str
-    advice: list[str]
-
-
-class GoalView(TypedDict):
-    label: str
-    asked: str
-    reached: str
-    met: bool
-    advice: str
 
 
 class StepView(TypedDict):
@@ -89,11 +73,11 @@ def view(told: Mapping[str, object]) -> View:
     """What the template lays out. told: the facts. Raises FormatError for what is none."""
     facts = checked(told)
     before, after, metric = facts["before"], facts["after"], metric_of(facts)
-    goals = [_goal(goal, metric) for goal in facts["goals"]]
+    goals = [goal_view(goal, metric) for goal in facts["goals"]]
     comparison = comparison_rows(before, after, metric)
     return View(
         title=facts["title"] or "A compressed model",
-        verdict=_verdict(facts, goals, comparison),
+        verdict=verdict_view(facts, goals, comparison, metric),
         warnings=facts["warnings"],
         goals=goals,
         tiles=[row for row in comparison if row["tile"]],
@@ -109,69 +93,6 @@ def view(told: Mapping[str, object]) -> View:
         provenance=_provenance(facts["provenance"]),
         glossary={word: said for word, said in GLOSSARY.items() if metric.of_classes or word not in OF_CLASSES},
     )
-
-
-# ------------------------------------------------------------------------------------------------- verdict and goals
-
-
-def _verdict(facts: Facts, goals: Sequence[GoalView], comparison: Sequence[Row]) -> VerdictView | None:
-    given = facts["verdict"]
-    met = sum(goal["met"] for goal in goals)
-    status = given["status"] or ("none" if not goals else "met" if met == len(goals) else "missed")
-    sentence = given["sentence"] or _sentence(goals, comparison)
-    if not sentence:
-        return None
-    advice = given["advice"] or [goal["advice"] for goal in goals if not goal["met"] and goal["advice"]]
-    light = {"met": "neutral" if facts["warnings"] else "good", "missed": "bad"}.get(status, "neutral")
-    word = {"met": "Goals met", "missed": "Goal missed"}.get(status, "Result")
-    return VerdictView(light=light, word=word, sentence=sentence.strip(), advice=advice)
-
-
-def _sentence(goals: Sequence[GoalView], comparison: Sequence[Row]) -> str:
-    gains = "; ".join(f"{row['label']}: {row['change']}" for row in comparison if row["tile"] and row["change"])
-    missed = [goal for goal in goals if not goal["met"]]
-    if not goals:
-        return f"No goal was set. {gains}." if gains else ""
-    if not missed:
-        all_of_them = {1: "The goal was", 2: "Both goals were"}.get(len(goals), f"All {len(goals)} goals were")
-        return f"{all_of_them} met. {gains}."
-    which = "; ".join(f"{goal['label']} {goal['reached']} instead of {goal['asked']}" for goal in missed)
-    return f"{len(missed)} of {len(goals)} goals missed: {which}."
-
-
-_GOALS = {
-    "max_drop": ("accuracy drop", "share", "at most"),
-    "speedup": ("speed", "ratio", "at least"),
-    "size": ("size", "bytes", "at most"),
-}
-_FORMS: Mapping[str, Callable[[float], str]] = {
-    "": short,
-    "share": lambda value: f"{short(100 * value)} points",
-    "ratio": lambda value: f"{short(value)}×",
-    "bytes": size,
-    "ms": ms,
-}
-
-
-def _goal(goal: Goal, metric: Metric) -> GoalView:
-    label, unit, bound = _GOALS.get(goal["name"], (goal["name"] or "goal", "", ""))
-    if goal["name"] == "max_drop" and not metric.of_classes:
-        label = f"drop of the {metric.name}"
-    unit = goal["unit"] or unit
-    return GoalView(
-        label=label,
-        asked=f"{bound} {_in_unit(goal['asked'], unit)}".strip(),
-        reached=_in_unit(goal["reached"], unit),
-        met=goal["met"],
-        advice="" if goal["met"] else goal["advice"],
-    )
-
-
-def _in_unit(value: object, unit: str) -> str:
-    if not is_number(value):
-        return str(value) if value is not None else "not measured"
-    form = _FORMS.get(unit)
-    return form(value) if form else f"{short(value)} {unit}"
 
 
 # ------------------------------------------------------------------------------------------------------------- steps
@@ -256,11 +177,7 @@ def _layer(layer: Layer, widest: float) -> Drawn:
 
 
 def _robustness(facts: Facts, metric: Metric) -> Drawn | None:
-    given = facts["robustness"]
-    tables = [
-        given.get(name) or evaluation["robustness"]
-        for name, evaluation in (("before", facts["before"]["evaluation"]), ("after", facts["after"]["evaluation"]))
-    ]
+    tables = robustness_of(facts)
     names = list(dict.fromkeys(name for table in tables for name in table))
     if not names:
         return None

@@ -56,3 +56,30 @@ def test_a_goal_in_another_unit_says_it() -> None:
     (goal,) = goals(Budget(max_drop=0.5), **reached, unit="years")
     assert goal["unit"] == "years" and goal["met"]
     assert "unit" not in goals(Budget(max_drop=0.5), **reached)[0]
+
+
+SPEED = {"speedup": 2.0, "size": 1000, "macs": 1.0, "parameters": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("drop", "interval", "status", "advice"),
+    [
+        (0.001, (-0.003, 0.005), "met", "distil"),  # the whole interval is within it, its end included
+        (0.001, (-0.003, 0.0051), "not shown", "about 1,100 would show it"),
+        (0.001, (-0.007, 0.009), "not shown", "about 4,000 would show it"),  # half of it: four times the images
+        (0.005, (0.001, 0.009), "not shown", "allow a larger drop"),  # no number of images shows it
+        (0.006, (0.001, 0.011), "missed", "prune less"),
+        (-0.01, None, "met", "distil"),
+    ],
+)
+def test_a_drop_is_met_only_where_its_interval_is(
+    drop: float, interval: tuple[float, float] | None, status: str, advice: str
+) -> None:
+    (goal,) = goals(Budget(max_drop=0.005), drop=drop, interval=interval, samples=1000, **SPEED)
+    assert goal["status"] == status and goal["met"] == (status == "met") and advice in goal["advice"]
+    assert goal["samples"] == 1000 and goal.get("interval") == interval
+
+
+def test_speed_and_size_are_told_by_the_number_itself() -> None:
+    told = goals(Budget(speedup=2.0, size=999), drop=0.0, **SPEED)
+    assert [goal["status"] for goal in told] == ["met", "missed"]
