@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rarefy.data.transfer import sent
 from rarefy.errors import DataError
 
 
@@ -135,6 +134,18 @@ def mix(
         inputs, other = inputs.clone(), inputs.flip(0)
         inputs[..., rows, columns] = other[..., rows, columns]
     return inputs, None if targets is None else targets.lerp(targets.flip(0), 1 - share)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device; a GPU takes it when it gets there, and the host goes on.
+
+    (From pageable memory a copy waits for all that the GPU has to do before.)
+    """
+    return (
+        tensor.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda" and tensor.device.type == "cpu"
+        else tensor.to(device)
+    )
 
 
 def _span(size: int, share: float, draw: random.Random) -> slice:

@@ -22,9 +22,7 @@ def check_options(data: ImageData) -> None:
     for name, value in (("size", data.size), ("channels", data.channels)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise DataError(f"{who}: {name}={value!r} is not a positive whole number")
-    if data.channels not in (None, 1, 3):
-        raise DataError(f"{who}: channels={data.channels} is not 1 or 3; leave it out to keep the images' own")
-    if not 0 < data.crop <= 1:
+    if data.crop is not None and not 0 < data.crop <= 1:
         raise DataError(f"{who}: crop={data.crop} is not a fraction above 0 and up to 1")
     if data.workers < 0:
         raise DataError(f"{who}: workers={data.workers} is negative; 0 decodes in this process")

@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from rarefy.data.augmentation import Augmentation, random_box, shifted
-from rarefy.data.items import Items, Picture
+from rarefy.data.items import Items, Picture, channels_first
+from rarefy.data.preparation import FORMATS, opened_array
 from rarefy.data.targets import Target
 from rarefy.errors import DataError, first_line
 
@@ -35,7 +36,6 @@ RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }
-_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # others run programs (EPS) or are rarely what is meant
 _MOST_PIXELS = 2**26  # of one image: a few bytes can declare gigabytes
 MOST_SCANNED = 10_000  # images looked at to count the unreadable ones
 
@@ -93,16 +93,22 @@ class Decoder:
 
     def _decoded(self, image: Picture, draw: np.random.Generator | None) -> Tensor:
         channels = self.shape[0]
+        if isinstance(image, str | Path) and str(image).lower().endswith(".npy"):
+            image = opened_array(image)
         if isinstance(image, str | Path | bytes):
-            with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=_FORMATS) as opened:
+            with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS) as opened:
                 if opened.width * opened.height > _MOST_PIXELS:
                     raise ValueError(f"declares {opened.width} x {opened.height} pixels, more than {_MOST_PIXELS:,}")
                 return self._from_pil(_converted(opened, channels), draw)
         if isinstance(image, Image.Image):
             return self._from_pil(_converted(image, channels), draw)
         if isinstance(image, np.ndarray):
-            image = torch.from_numpy(np.array(image))
-            image = image.unsqueeze(0) if image.dim() == 2 else image.permute(2, 0, 1)
+            if image.size > 4 * _MOST_PIXELS:
+                raise ValueError(f"declares {image.size:,} numbers, more than {4 * _MOST_PIXELS:,}")
+            plain = torch.from_numpy(np.array(image))
+            image = channels_first(plain.unsqueeze(0), last=True)[0] if plain.dim() in (2, 3) else plain
+        elif isinstance(image, Tensor) and image.dim() in (2, 3):
+            image = channels_first(image.unsqueeze(0))[0]
         if not isinstance(image, Tensor) or image.dim() != 3:
             raise DataError(
                 f"{self.source.where}: yields {_kind(image)} for an image; "
@@ -139,17 +145,28 @@ class Decoder:
                 (width, height), self.resample, box=random_box(*image.size, draw, self.augmentation.scale)
             )
         else:
-            short = min(image.size)
-            target = max(round(max(height, width) / self.crop), height, width)
-            # torchvision's rounding: the longer side is cut to a whole number, the crop's corner rounded
-            resized = tuple(target if side == short else int(target * side / short) for side in image.size)
-            image = image if image.size == resized else image.resize(resized, self.resample)  # type: ignore[arg-type]
+            resized = self._resized(image.size)
+            image = image if image.size == resized else image.resize(resized, self.resample)
             left, top = round((image.size[0] - width) / 2), round((image.size[1] - height) / 2)
             image = image.crop((left, top, left + width, top + height))
         if draw is not None and self.augmentation.flip and draw.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         array = np.asarray(image)
         return torch.from_numpy((array[None] if array.ndim == 2 else array.transpose(2, 0, 1)).copy())
+
+    def _resized(self, own: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) before the centre is cut out.
+
+        torchvision's rounding: the longer side is cut to a whole number, the crop's corner rounded.
+        """
+        height, width = self.shape[1:]
+        if self.crop == 1 and own == (width, height):
+            return own
+        short, target = min(own), max(round(max(height, width) / self.crop), height, width)
+        return (
+            target if own[0] == short else int(target * own[0] / short),
+            target if own[1] == short else int(target * own[1] / short),
+        )
 
 
 def _converted(image: Image.Image, channels: int) -> Image.Image:

@@ -32,7 +32,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,12 +41,12 @@ from rarefy.data.decoding import generator
 from rarefy.data.items import Arrays, Items, Source, Split, relabelled
 from rarefy.data.normalization import Normalization, Values, normalization, unit
 from rarefy.data.pictures import Labelled, Pictures, Seeds
+from rarefy.data.preparation import Preparation, prepared
 from rarefy.data.shards import LeftOut
 from rarefy.data.sources import load
 from rarefy.data.targets import ClassIndices, Targets
 from rarefy.errors import DataError
 
-FILE_SIZE = 224  # pixels, where a source of files is given no size
 Device = torch.device | str
 
 
@@ -56,10 +55,10 @@ class ImageData:
     """Images to train on, images to judge on, and how they are prepared for the model.
 
     train, val: a source (see ``sources.py``); either may be left out.
-    size: side of the model's square input in pixels; None: the arrays' own, 224 for files.
-    channels: 1 or 3; None: the arrays' own, 3 for files.
+    size: side of the model's square input in pixels; None: the images' own (see ``preparation.py``).
+    channels: of the model's input: 1 or 3 of files; None: the arrays' own, 3 for files.
     mean, std: one value a channel, or one for all; None: ImageNet's for three channels, 0.5 for any other number.
-    crop: fraction of the resized image that evaluation sees (files only), 0.875 as usual.
+    crop: fraction of the resized image that evaluation sees (files only); None: what ``preparation.py`` says.
     augment: comma-separated ``crop``, ``crop=PIXELS``, ``flip``, ``scale=LEAST_AREA``, ``erase=PIXELS``; or "none".
     interpolation: nearest, bilinear or bicubic.
     workers: processes that decode files; 0: this one.
@@ -76,7 +75,7 @@ class ImageData:
     channels: int | None = None
     mean: Values = None
     std: Values = None
-    crop: float = 0.875
+    crop: float | None = None
     augment: str = "crop,flip"
     interpolation: str = "bilinear"
     workers: int = 0
@@ -115,10 +114,18 @@ class ImageData:
     @functools.cached_property
     def input_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of what ``batches`` yields."""
-        channels, height, width = _shape_of(self.source(self.splits[0]))
-        if self.size is not None:
-            height = width = self.size
-        return self.channels or channels, height, width
+        return self.preparation.shape
+
+    @functools.cached_property
+    def preparation(self) -> Preparation:
+        """What size, channels and crop the images get, and who said so."""
+        return prepared(self.source(self.splits[0]), self.size, self.channels, self.crop)
+
+    @property
+    def notes(self) -> list[str]:
+        """What was decided while the data was read, in a line each."""
+        sources = [source for source in map(self.source, self.splits) if isinstance(source, Items)]
+        return list(dict.fromkeys(note for source in sources for note in source.notes))
 
     def length(self, split: Split) -> int:
         """Number of images of the split ("train" or "val")."""
@@ -136,20 +143,7 @@ class ImageData:
 
     def describe(self) -> dict[str, object]:
         """What a manifest says of the data: JSON-able, without the data."""
-        splits: dict[str, object] = {}
-        for split in self.splits:
-            left_out = self.unreadable(split)
-            told = {"source": _named(getattr(self, split)), "images": self.length(split)}
-            splits[str(split)] = {**told, **({"unreadable": left_out} if left_out else {})}
-        return {
-            "input": list(self.input_shape),
-            "mean": list(self.normalization.mean),
-            "std": list(self.normalization.std),
-            "crop": self.crop,
-            "augment": self.augment,
-            "interpolation": self.interpolation,
-            **splits,
-        }
+        return _described(self)
 
     def unreadable(self, split: Split) -> dict[str, object]:
         """What was left out so far: ``count``, and ``first``, by name and with why; empty if nothing was."""
@@ -253,6 +247,23 @@ class ImageData:
         return self._opened[split]
 
 
+def _described(data: ImageData) -> dict[str, object]:
+    splits: dict[str, object] = {}
+    for split in data.splits:
+        left_out = data.unreadable(split)
+        told = {"source": _named(getattr(data, split)), "images": data.length(split)}
+        splits[str(split)] = {**told, **({"unreadable": left_out} if left_out else {})}
+    return {
+        "input": list(data.input_shape),
+        "mean": list(data.normalization.mean),
+        "std": list(data.normalization.std),
+        "crop": data.preparation.crop,
+        "augment": data.augment,
+        "interpolation": data.interpolation,
+        **splits,
+    }
+
+
 def _loaded(data: ImageData, split: Split, other: Source | None) -> Source:
     """The split's source, if it fits the options and the other split, where that is loaded."""
     given = getattr(data, split)
@@ -280,21 +291,6 @@ def _unit(data: ImageData, pictures: Iterator[Labelled]) -> Iterator[Labelled]:
     for images, targets in pictures:
         check_unit(unit(images), repr(data))
         yield unit(images), targets
-
-
-def _shape_of(source: Source) -> tuple[int, int, int]:
-    """(C, H, W) of the images as they come; files are taken for colour."""
-    if isinstance(source, Arrays):
-        _, channels, height, width = source.images.shape
-        return channels, height, width
-    few = (source.item_or_none(index)[0] for index in range(min(len(source), 16)))
-    first = next((image for image in few if image is not None), None)
-    if isinstance(first, Tensor) and first.dim() == 3:
-        channels, height, width = first.shape
-        return channels, height, width
-    if isinstance(first, np.ndarray):
-        return (1 if first.ndim == 2 else first.shape[2]), first.shape[0], first.shape[1]
-    return 3, FILE_SIZE, FILE_SIZE
 
 
 def _indices(source: Source, batch_size: int, limit: int | None) -> Tensor:

@@ -85,7 +85,7 @@ class Items:
     items: what a dataset yields; indices: (N,) int64, which of them. names: of the classes. targets: how labels are
     read.
     store: the items again, where they lie together in large files: it knows their places, and what in the files is no
-    item.
+    item. notes: what was decided while reading, in a line each.
     """
 
     where: str
@@ -95,6 +95,7 @@ class Items:
     names: tuple[str, ...] | None = None
     store: Store | None = None
     targets: Targets = field(default_factory=ClassIndices)
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -213,14 +214,12 @@ def _as_images(given: Tensor | np.ndarray, where: str) -> Tensor:
         raise DataError(
             f"{where}: images of type {given.dtype} can't be read; pass uint8, or float in [0, 1]"
         ) from error
-    if images.dim() == 3:
-        images = images.unsqueeze(1)
+    if images.dim() in (3, 4):
+        images = channels_first(images)
     if images.dim() != 4:
         raise DataError(
             f"{where}: images have shape {tuple(images.shape)}; pass (N, C, H, W), (N, H, W, C) or (N, H, W)"
         )
-    if images.shape[3] in (1, 3, 4) and images.shape[1] not in (1, 3, 4):
-        images = images.permute(0, 3, 1, 2)
     if 0 in images.shape:
         raise DataError(
             f"{where}: images have shape {tuple(images.shape)}, which holds no pixel; pass at least one image"
@@ -237,12 +236,37 @@ def _as_images(given: Tensor | np.ndarray, where: str) -> Tensor:
         return images.to(torch.uint8) * 255
     whole = images.to(torch.int64) if not images.is_complex() else None  # of unsigned types torch knows no least
     if whole is None or int(whole.min()) < 0 or int(whole.max()) > 255:
-        raise DataError(f"{where}: images of type {images.dtype} leave 0..255; pass uint8, or float in [0, 1]")
+        raise DataError(
+            f"{where}: images of type {images.dtype} leave 0..255; pass uint8, or float in [0, 1] "
+            "(of 16 bits: images / 65535)"
+        )
     return whole.to(torch.uint8)
 
 
+def channels_first(images: Tensor, last: bool = False) -> Tensor:
+    """(N, H, W), (N, H, W, C) or (N, C, H, W) as (N, C, H, W), a view.
+
+    Channels are what there are 1, 3 or 4 of, else what stands beside two equal sides, or is below 17 where the other is
+    above 31; where none of it tells, they are first, or last.
+    """
+    if images.dim() == 3:
+        return images.unsqueeze(1)
+    _, front, middle, back = images.shape
+    few = (1, 3, 4)
+    ways = [
+        (front in few, back in few),
+        (middle == back, front == middle),
+        (front < 17 and back > 31, back < 17 and front > 31),
+    ]
+    decided = next((behind for before, behind in ways if before is not behind), last)
+    return images.permute(0, 3, 1, 2) if decided else images
+
+
 def held_out(labels: Tensor | None, count: int, split: Split) -> Tensor:
-    """Indices of a split: a fifth is "val", by a fixed seed; of each class a fifth, where labels are class indices."""
+    """Indices of a split: a fifth is "val", by a fixed seed; of each class a fifth, where labels are class indices.
+
+    Of two images of a class one is held out.
+    """
     key = torch.rand(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     indices = labels is not None and labels.dim() == 1 and not labels.is_floating_point()
     classes = labels if labels is not None and indices else torch.zeros(count, dtype=torch.int64)
@@ -250,7 +274,7 @@ def held_out(labels: Tensor | None, count: int, split: Split) -> Tensor:
     sizes = torch.bincount(classes)
     rank = torch.empty(count, dtype=torch.int64)
     rank[order] = torch.arange(count) - (torch.cumsum(sizes, 0) - sizes)[classes[order]]
-    held = rank < (sizes.double() / 5).round().long()[classes]
+    held = rank < torch.maximum((sizes.double() / 5).round().long(), (sizes > 1).long())[classes]
     return torch.nonzero(held if split == "val" else ~held).squeeze(1)
 
 

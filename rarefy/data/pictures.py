@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rarefy.data.augmentation import shifted
+from rarefy.data.augmentation import sent, shifted
 from rarefy.data.checks import check_labels, check_range
 from rarefy.data.decoding import MOST_SCANNED, RESAMPLING, Decoder, all_broken, decoded, generator, resized
 from rarefy.data.items import Arrays, Items, Source
 from rarefy.data.normalization import is_identity
-from rarefy.data.transfer import sent
 from rarefy.errors import DataError
 
 if TYPE_CHECKING:
@@ -75,7 +74,9 @@ class Pictures:
         self, source: Items, chunks: Sequence[Tensor], start: int, seeds: Seeds, device: torch.device
     ) -> Iterator[Labelled]:
         data = self.data
-        decoder = Decoder(source, data.input_shape, data.crop, RESAMPLING[data.interpolation], data.augmentation)
+        decoder = Decoder(
+            source, data.input_shape, data.preparation.crop, RESAMPLING[data.interpolation], data.augmentation
+        )
         batches = decoded(decoder, chunks[start:], seeds, data.workers, device.type == "cuda")
         for step, batch in enumerate(batches, start):
             if batch.broken:

@@ -27,6 +27,8 @@ import inspect
 import pkgutil
 from collections.abc import Callable
 
+import torch
+
 from rarefy.data import formats
 from rarefy.data.items import FORMS, Arrays, Items, Source, Split, from_object, held_out
 from rarefy.data.targets import ClassIndices, Targets
@@ -54,7 +56,25 @@ def load(given: object, split: Split, *, shared: bool = False, targets: Targets 
         raise DataError(f"{where}: has no images; {FORMS}")
     if isinstance(source, Items):
         source = dataclasses.replace(source, targets=targets)
-    return source if divided or not shared else source.take(held_out(source.labels, len(source), split))
+    return source if divided or not shared else _part(source, split)
+
+
+def _part(source: Source, split: Split) -> Source:
+    """The split's part of a source that knows none."""
+    part = source.take(held_out(source.labels, len(source), split))
+    if len(part) == 0:
+        raise DataError(
+            f"{source.where}: no class has two images of which one could be held out for validation; "
+            "pass --train and --val (train=, val=), or more images"
+        )
+    if isinstance(part, Items) and source.names is not None and source.labels is not None:
+        counts = torch.bincount(source.labels, minlength=len(source.names)).tolist()
+        alone = [name for name, count in zip(source.names, counts, strict=True) if count == 1]
+        if alone:
+            more = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
+            note = f"{', '.join(alone[:3])}{more}: one image each, which is for training; judged on none of these"
+            part = dataclasses.replace(part, notes=(*part.notes, note))
+    return part
 
 
 def _reader(form: str) -> Read:

@@ -37,7 +37,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from rarefy.data.transfer import sent
+from rarefy.data.augmentation import sent
 from rarefy.distillation.batches import Batches
 from rarefy.distillation.objective import Answer, Objective
 from rarefy.errors import FormatError, InputError

@@ -35,12 +35,13 @@ class Classification:
     """A data set to train on, one to judge on, and how images are prepared for the model.
 
     train, val: a source (see ``rarefy/data/sources.py``); either may be left out.
-    size: side of the model's square input in pixels; None: the arrays' own, 224 for files.
-    channels: 1 or 3; None: the arrays' own, 3 for files.
+    size: side of the model's square input in pixels; None: the images' own, 224 for files of several sizes.
+    channels: of the model's input: 1 or 3 of files; None: the arrays' own, 3 for files.
     class_count: number of classes, where it is not the number of folders or the largest label + 1.
     output: name of the model's output that is read, where it has several and none is called ``logits``.
     mean, std: one value a channel, or one for all.
-    crop: fraction of the resized image that evaluation sees (files only), 0.875 as usual.
+    crop: fraction of the resized image that evaluation sees (files only); None: 0.875, but for files that are all of
+        one size, and small enough to be cropped to ``size`` as they are, or smaller.
     augment: comma-separated ``crop``, ``crop=PIXELS``, ``flip``, ``scale=LEAST_AREA``, ``erase=PIXELS``; or "none".
     interpolation: nearest, bilinear or bicubic.
     workers: processes that decode files; 0: this one.
@@ -56,7 +57,7 @@ class Classification:
     class_count: int | None = None
     mean: Values = None
     std: Values = None
-    crop: float = 0.875
+    crop: float | None = None
     augment: str = "crop,flip"
     interpolation: str = "bilinear"
     workers: int = 0
@@ -166,6 +167,8 @@ class Classification:
         classes: dict[str, object] = {}
         with contextlib.suppress(DataError):  # unlabelled
             classes["classes"] = self.classes
+            if self.class_names is not None:
+                classes["class_names"] = list(self.class_names)
         return {"task": self.name, **about, **classes, **splits}
 
     # -- the classes

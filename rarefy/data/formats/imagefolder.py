@@ -1,36 +1,51 @@
 """``imagefolder:PATH``: one folder a class, sorted by name, images at any depth below.
 
-A folder of images only is unlabelled. A folder that holds ``train`` and ``val`` (or ``validation``, ``valid``,
-``test``) is entered at the right one.
+A folder of images only is unlabelled. What people call the folders above the classes is no class:
+
+=================================  ==================================================================================
+``Train/``, ``test_set/``          of the split asked for, in any case and with ``_set``, ``data`` and the like behind
+                                   it (or the same word before both, ``seg_train/``); ``val`` goes before ``test``
+``images/train/``, ``PetImages/``  entered, where it is the only folder with images
+``train/`` alone                   entered; given for both splits, a fifth of each class is held out, as always
+``cats/train/``, ``dogs/train/``   the split's folders in every class
+=================================  ==================================================================================
+
+Hidden files and folders, and what other systems leave in folders (``__MACOSX``), are passed over.
 """
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from rarefy.data.items import Items, Source, Split
-from rarefy.data.shards import SPLITS
 from rarefy.errors import DataError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".npy")
+_JUNK = {"__MACOSX", "@eaDir", "__pycache__", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+# What a split's folder is called; of several the first is taken.
+_WORDS: dict[Split, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "val": ("val", "validation", "valid", "validate", "dev", "eval", "evaluation", "test", "testing"),
+}
+_BEHIND = r"(?:[ _.-]?(?:set|data|dataset|images?|imgs?|split|folder|dir|files))?"
+_MOST_ENTERED = 4  # folders in folders, above those of the classes
 
 
 def read(text: str, rest: str, split: Split) -> tuple[Source, bool]:
-    root = Path(rest).expanduser()
-    if not root.is_dir():
+    given = Path(rest).expanduser()
+    if not given.is_dir():
         raise DataError(
-            f"{text}: {'is a file, not a folder' if root.exists() else 'no such folder'}; "
+            f"{text}: {'is a file, not a folder' if given.exists() else 'no such folder'}; "
             "give the folder that holds one folder a class"
         )
-    divided = False
+    root, divided = _entered(given, split)
+    notes = () if root == given else (f"{split}: the folder {root}",)
     folders = _folders(root)
-    by_name = {folder.name: folder for folder in folders}
-    if all(any(name in by_name for name in names) for names in SPLITS.values()):
-        root = next(by_name[name] for name in SPLITS[split] if name in by_name)
-        folders, divided = _folders(root), True
     if not folders:
         files = images_below(root)
         if not files:
@@ -38,29 +53,94 @@ def read(text: str, rest: str, split: Split) -> tuple[Source, bool]:
                 f"{text}: {root} has neither class folders nor images ({' '.join(EXTENSIONS)}); "
                 "give the folder that holds one folder a class"
             )
-        return Items(text, files, torch.arange(len(files)), None), divided
-    pairs = [(file, label) for label, folder in enumerate(folders) for file in images_below(folder)]
+        return Items(text, files, torch.arange(len(files)), None, notes=notes), divided
+    places = folders
+    inside = [_splits(folder) for folder in folders]
+    if not divided and len(folders) > 1 and all(len(found) == 2 for found in inside):
+        places, divided = [found[split] for found in inside], True
+    pairs = [(file, label) for label, place in enumerate(places) for file in images_below(place)]
     labels = torch.tensor([label for _, label in pairs], dtype=torch.int64)
     counts = torch.bincount(labels, minlength=len(folders))
     if int(counts.min()) == 0:
-        empty = [folder.name for folder, count in zip(folders, counts.tolist(), strict=True) if count == 0]
+        empty = [place for place, count in zip(places, counts.tolist(), strict=True) if count == 0]
         raise DataError(
-            f"{text}: no images ({' '.join(EXTENSIONS)}) in class folder {root / empty[0]} "
+            f"{text}: no images ({' '.join(EXTENSIONS)}) in class folder {empty[0]} "
             f"({len(empty)} of {len(folders)} are empty); fill or delete it"
         )
     names = tuple(folder.name for folder in folders)
-    return Items(text, [file for file, _ in pairs], torch.arange(len(pairs)), labels, names), divided
+    return Items(text, [file for file, _ in pairs], torch.arange(len(pairs)), labels, names, notes=notes), divided
+
+
+def _entered(root: Path, split: Split) -> tuple[Path, bool]:
+    """The folder that holds those of the classes; and: is it the asked split's own?"""
+    best, divided = root, False
+    for _ in range(_MOST_ENTERED):
+        found = _splits(root)
+        if len(found) == 2 and not divided:
+            best = root = found[split]
+            divided = True
+            continue
+        filled = [folder for folder in _folders(root) if next(_images(folder), None) is not None]
+        called = [folder for folder in filled if _split_of(folder.name) is not None]
+        if len(filled) > 1:
+            best = root
+            filled = list(found.values()) if len(called) == len(filled) else []  # a class may be called train, too
+        if len(filled) != 1 or any(_is_image(entry.name) for entry in os.scandir(root)):
+            break
+        root = filled[0]
+        best = root if called else best
+    return best, divided
+
+
+def _splits(root: Path) -> dict[Split, Path]:
+    """The folders in ``root`` that are called a split; both, or one alone.
+
+    A folder to judge on that has no classes, where the one to train on has some, is a contest's: it does not count.
+    """
+    called = [(*role, folder) for folder in _folders(root) if (role := _split_of(folder.name)) is not None]
+    groups = sorted({before for before, _, _, _ in called})
+    lone: dict[Split, Path] = {}
+    for group in groups:
+        found: dict[Split, Path] = {}
+        for before, split, _, folder in sorted(called, key=lambda one: one[2]):
+            contest = split == "val" and "train" in found and _folders(found["train"]) and not _folders(folder)
+            if before == group and not contest:
+                found.setdefault(split, folder)
+        if len(found) == 2:
+            return found
+        lone = lone or (found if not group else {})
+    return lone
+
+
+def _split_of(name: str) -> tuple[str, Split, int] | None:
+    """``seg_train`` -> what stands before the word, the split, and the word's place among all of them."""
+    words = [(split, word) for split, words in _WORDS.items() for word in words]
+    for place, (split, word) in enumerate(words):
+        match = re.fullmatch(rf"(|\w+[_-]){word}{_BEHIND}", name, re.IGNORECASE)
+        if match is not None:
+            return match[1].lower(), split, place
+    return None
 
 
 def _folders(root: Path) -> list[Path]:
-    return sorted(Path(entry.path) for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(Path(entry.path) for entry in os.scandir(root) if entry.is_dir() and not _is_junk(entry.name))
+
+
+def _is_junk(name: str) -> bool:
+    return name.startswith(".") or name in _JUNK
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+
+
+def _images(root: Path) -> Iterator[str]:
+    """Paths of the images at any depth, folder by folder."""
+    for folder, inner, names in os.walk(root, followlinks=True):
+        inner[:] = [name for name in inner if not _is_junk(name)]
+        yield from (os.path.join(folder, name) for name in names if _is_image(name))
 
 
 def images_below(root: Path) -> list[str]:
     """Paths of the images at any depth, sorted, as text (a million Path objects would not be small)."""
-    return [
-        os.path.join(folder, name)
-        for folder, _, names in sorted(os.walk(root, followlinks=True))
-        for name in sorted(names)
-        if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-    ]
+    return sorted(_images(root), key=os.path.split)
