@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -80,7 +81,14 @@ class DataOptions:
     val: Annotated[str | None, typer.Option(metavar="SOURCE", help="Validation data.", rich_help_panel=_DATA)] = None
     image_size: Annotated[
         int | None,
-        typer.Option(metavar="PIXELS", min=1, help="Side of the model's square input.", rich_help_panel=_DATA),
+        typer.Option(
+            "--image-size",
+            "--size",
+            metavar="PIXELS",
+            min=1,
+            help="Side of the model's square input.",
+            rich_help_panel=_DATA,
+        ),
     ] = None
     channels: Annotated[int | None, typer.Option(metavar="N", help="1 or 3.", rich_help_panel=_DATA)] = None
     class_count: Annotated[
@@ -238,6 +246,7 @@ def grouped(function: Callable[..., None]) -> Callable[..., None]:
             ]
         else:
             parameters.append(parameter.replace(kind=_KEYWORD, annotation=hint))
+    parameters = _with_names_apart(parameters)
 
     def command(**given: Any) -> None:
         packed: dict[str, Any] = {
@@ -256,6 +265,25 @@ def grouped(function: Callable[..., None]) -> Callable[..., None]:
         ordered.insert(0, inspect.Parameter("context", _KEYWORD, annotation=typer.Context))
     command.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
     return command
+
+
+def _with_names_apart(parameters: Sequence[inspect.Parameter]) -> list[inspect.Parameter]:
+    """An option's second name goes where another option of the command is called that.
+
+    (``--size`` of ``compress`` is the model's.)
+    """
+    names = {f"--{one.name.replace('_', '-')}" for one in parameters}
+    apart = []
+    for one in parameters:
+        others = names - {f"--{one.name.replace('_', '-')}"}
+        if typing.get_origin(one.annotation) is Annotated:
+            kind, told = typing.get_args(one.annotation)[:2]
+            if others.intersection(getattr(told, "param_decls", None) or ()):
+                told = copy.copy(told)
+                told.param_decls = tuple(name for name in told.param_decls if name not in others)
+                one = one.replace(annotation=Annotated[kind, told])
+        apart.append(one)
+    return apart
 
 
 def _was_given(context: typer.Context, option: str) -> bool:

@@ -73,16 +73,20 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> tuple[str, i
         )
         return f"{message}; `{context.command_path if context else 'rarefy'} --help` shows what there is", 2
     chain = list(_causes(error))
+    have = _options_of(arguments)
     if any(_is_full(cause) for cause in chain):
+        elsewhere = ", or choose another --output" if "--output" in have else ""
         return (
-            "the disk is full, or a file may not grow further; what was there before is unchanged: make room, or "
-            "choose another --output",
+            "the disk is full, or a file may not grow further; what was there before is unchanged: make room"
+            f"{elsewhere}",
             2,
         )
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror or type(error).__name__}; check the path and its permissions", 2
     if any(isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError" for cause in chain):
-        return "out of memory; pass a smaller --batch-size, or --device cpu if the GPU is too small", 2
+        helps = {"--batch-size": "a smaller --batch-size", "--device": "--device cpu if the GPU is too small"}
+        known = ", or ".join(way for option, way in helps.items() if option in have)
+        return f"out of memory; {f'pass {known}' if known else 'end other programs, or take a smaller model'}", 2
     if isinstance(error, OSError):
         return f"{error.strerror or error}; check the paths and their permissions", 2
     place = traceback.extract_tb(error.__traceback__)[-1]
@@ -92,6 +96,15 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> tuple[str, i
         "report it",
         BUG,
     )
+
+
+def _options_of(arguments: Sequence[str]) -> set[str]:
+    """The options of the verb that was called; of all verbs, where none was."""
+    from rarefy.cli.options import app
+
+    group: Any = typer.main.get_command(app)
+    called = [group.commands[word] for word in arguments[:1] if word in group.commands]
+    return {name for one in called or group.commands.values() for option in one.params for name in option.opts}
 
 
 def _given(arguments: Sequence[str], names: Sequence[str]) -> str | None:

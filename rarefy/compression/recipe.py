@@ -194,7 +194,9 @@ def write(recipe: Recipe) -> str:
 
 
 def data_options(content: Table, where: str = "data", task: str = "classification") -> Options:
-    """The options of a task, checked. Raises InputError."""
+    """The options of a task, checked; ``image_size`` is ``size``, as the command line has it. Raises InputError."""
+    if "image_size" in content and "size" not in content:
+        content = {("size" if name == "image_size" else name): value for name, value in content.items()}
     return _validated(_task_options(task), content, where)
 
 

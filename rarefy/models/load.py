@@ -77,7 +77,7 @@ def graph_of(source: Source, shape: tuple[int, ...] | None = None, core: str | N
         if shape is not None and tuple(shape) != captured:
             raise InputError(
                 f"{source.text}: was captured for inputs of {by(captured)}, not {by(shape)}; "
-                "leave --input, --image-size and --channels out, or start from the original"
+                "give inputs and data of that shape, or start from the original"
             )
         return source.model
     example = source.example(shape)
