@@ -9,6 +9,8 @@ from torch import Tensor
 
 GRID = "Tensor scale, Tensor zero_point, int qmin, int qmax, ScalarType dtype"  # of an operator that makes codes
 
+FUNCTIONS: dict[object, Callable[..., Tensor]] = {}  # of each operator, what it was made of
+
 _library = torch.library.Library("rarefy", "FRAGMENT")
 
 
@@ -26,4 +28,5 @@ def operator(
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"rarefy::{name}", kernel if shape is None else shape)
     registered: torch._ops.OpOverload = getattr(torch.ops.rarefy, name).default
+    FUNCTIONS[registered] = kernel
     return registered

@@ -24,7 +24,6 @@ import contextlib
 import dataclasses
 import importlib
 import os
-import pkgutil
 import tempfile
 import time
 import types
@@ -59,6 +58,7 @@ from rarefy.graph.fold import fold
 from rarefy.graph.interpreter import call, run
 from rarefy.graph.lowering import LAYERS, to_integers, to_numbers
 from rarefy.graph.nodes import Value, argument, arguments, attribute, finish, operator_name, set_attribute, share_copy
+from rarefy.kernels import library
 
 aten = torch.ops.aten
 OPERATORS = torch.ops.rarefy
@@ -243,7 +243,7 @@ def _constant(graph: fx.GraphModule, node: fx.Node, value: Tensor, name: str = "
 
 def _written(graph: fx.GraphModule, node: fx.Node) -> fx.Node:
     """The function that an operator of ours was made of, which a compiler sees through."""
-    return graph.graph.call_function(_FUNCTIONS[node.target], node.args)
+    return graph.graph.call_function(library.FUNCTIONS[node.target], node.args)
 
 
 def _grid(graph: fx.GraphModule, scale: fx.Node, zero: fx.Node) -> tuple[float, int]:
@@ -329,15 +329,6 @@ def _decomposed() -> types.ModuleType:
     """Operators of rounding that Inductor makes part of its loops; it registers them itself."""
     importlib.import_module("torch._inductor.decomposition")
     return torch.ops.quantized_decomposed
-
-
-_FUNCTIONS: dict[object, Callable[..., Tensor]] = {
-    operator: vars(module)[operator._opname]
-    for module in (
-        importlib.import_module(f"rarefy.kernels.{one.name}") for one in pkgutil.iter_modules(rarefy.kernels.__path__)
-    )
-    for operator in vars(module).get("OPERATORS", ())
-}
 
 
 def _timed(graph: fx.GraphModule, given: Sequence[Tensor]) -> list[Kernel]:
