@@ -33,6 +33,7 @@ from torch import Tensor, fx, nn
 from rarefy.errors import CheckFailed, DataError, InputError
 from rarefy.graph import history, im2col
 from rarefy.graph.capture import as_graph
+from rarefy.graph.capture.batches import Arranger, each
 from rarefy.graph.interpreter import Rule, call, steps
 from rarefy.graph.layers import layer_name, weighted
 from rarefy.graph.nodes import Value, argument, attribute, device_of, is_tensor, set_attribute, share_copy
@@ -360,26 +361,22 @@ def _batches(
 ) -> list[tuple[Tensor, ...]]:
     """At most ``images`` samples. Raises DataError where there are fewer than 8, InputError for another shape."""
     device = device_of(graph)
-    given: Batches = (
-        data if isinstance(data, Iterable) else data.data.inputs("train", images, batch_size, seed=seed, device=device)
+    given = (
+        data.data.inputs("train", images, batch_size, seed=seed, device=device)
+        if not isinstance(data, Iterable)
+        else data
     )
-    batches = list(_limited(given, images, device))
-    shape = [spec["shape"] for spec in graph.meta["inputs"]]
-    for batch in batches:
-        if [list(value.shape[1:]) for value in batch] != shape:
-            found = [list(value.shape) for value in batch]
-            raise InputError(f"repair: a batch of shape {found}; the model takes (N, {', '.join(map(str, shape[0]))})")
+    batches = list(_limited(map(Arranger(graph, "repair: a batch"), each(given, "repair")), images))
     count = sum(len(batch[0]) for batch in batches)
     if count < 8:
         raise DataError(f"repair: {count} images are too few; give at least 8 (512 are a good number)")
     return batches
 
 
-def _limited(batches: Batches, images: int, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+def _limited(batches: Iterable[tuple[Tensor, ...]], images: int) -> Iterator[tuple[Tensor, ...]]:
     left = images
-    for batch in batches:
-        values = (batch,) if isinstance(batch, Tensor) else tuple(batch)
-        yield tuple(value[:left].to(device) for value in values)
+    for values in batches:
+        yield tuple(value[:left] for value in values)
         left -= len(values[0])
         if left <= 0:
             return

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, fx
 
 from rarefy.errors import CheckFailed, DataError, InputError
+from rarefy.graph.capture.batches import Arranger, each
 from rarefy.graph.interpreter import laid_out, run
-from rarefy.graph.nodes import device_of
+from rarefy.graph.nodes import Value, device_of
 from rarefy.graph.shapes import shapes
 from rarefy.quantization.formats import Format, Grid
 from rarefy.tasks.task import Task
@@ -90,13 +91,12 @@ class Images:
     Every reading begins with the first of them, whatever was looked at before.
     """
 
-    def __init__(
-        self, graph: fx.GraphModule, task: Task | None, batches: Iterable[Tensor | tuple[Tensor, ...]] | None, seed: int
-    ) -> None:
+    def __init__(self, graph: fx.GraphModule, task: Task | None, batches: object | None, seed: int) -> None:
         """seed: of which images of the task are taken."""
         self._graph, self._task, self._seed = graph, task, seed
-        self._batches = None if batches is None else iter(batches)
-        self._front: list[Tensor | tuple[Tensor, ...]] = []  # was looked at
+        self._batches = None if batches is None else each(batches, "batches")
+        self._arranged = Arranger(graph, "calibration batch")
+        self._front: list[Value] = []  # was looked at
         self.are_drawn = batches is None
 
     def first(self, count: int) -> tuple[Tensor, ...]:
@@ -140,18 +140,12 @@ class Images:
             raise InputError("no calibration images: pass a task, or batches=")
         return self._task.data.inputs("train", count, batch_size, seed=self._seed)
 
-    def _checked(self, batches: Iterable[Tensor | tuple[Tensor, ...]], count: int) -> Iterator[tuple[Tensor, ...]]:
-        """At most ``count`` samples, on the graph's device. Raises InputError for another shape than the graph's."""
-        shape = [spec["shape"] for spec in self._graph.meta["inputs"]]
-        left, device = count, device_of(self._graph)
+    def _checked(self, batches: Iterable[Value], count: int) -> Iterator[tuple[Tensor, ...]]:
+        """At most ``count`` samples, on the graph's device. Raises InputError for what is no input of the graph."""
+        left = count
         for batch in batches:
-            given = (batch,) if isinstance(batch, Tensor) else tuple(batch)
-            if [list(value.shape[1:]) for value in given] != shape:
-                raise InputError(
-                    f"calibration batch of shape {[list(value.shape) for value in given]}: "
-                    f"the model takes (N, {', '.join(map(str, shape[0]))})"
-                )
-            yield tuple(value[:left].to(device) for value in given)
+            given = self._arranged(batch)
+            yield tuple(value[:left] for value in given)
             left -= len(given[0])
             if left <= 0:
                 return

@@ -133,7 +133,8 @@ def quantize(
 ) -> fx.GraphModule:
     """The graph of ``model`` in integers, for inference on ``runtime``; ``model`` is left as it is.
 
-    task: where calibration images come from (its training split; labels are not read); or batches: inputs (N, ...).
+    task: where calibration images come from (its training split; labels are not read); or batches: inputs (N, ...),
+        in tuples or by name, with labels behind them or without, as a data loader yields them.
     inputs: an example batch, where ``model`` is not captured yet and no task says what it takes.
     images, batch_size: so many calibration images, so many at a time.
     weights, activations: number formats, ``"int8"``, ``"uint8"``, ``"int4"``; or a layer, by globs of names, of which
