@@ -224,19 +224,52 @@ def video() -> Made:
 
 # -- ONNX files
 
-# Package that is imported -> files in it, by their path below it.
-ONNX_FILES: dict[str, tuple[str, ...]] = {}
+WEIGHTS = Path(__file__).resolve().parents[1] / ".venv-weights"  # of `make bench-setup`
+
+# Package -> files in it, by their path below it, and the shape of an input that they take.
+ONNX_FILES: dict[str, dict[str, tuple[int, ...]]] = {
+    "rapidocr": {
+        "models/PP-OCRv6_det_small.onnx": (3, 96, 96),
+        "models/PP-OCRv6_rec_small.onnx": (3, 48, 96),
+        "models/ch_ppocr_mobile_v2.0_cls_mobile.onnx": (3, 48, 96),
+    },
+    "rapidocr_onnxruntime": {
+        "models/ch_PP-OCRv4_det_infer.onnx": (3, 96, 96),
+        "models/ch_PP-OCRv4_rec_infer.onnx": (3, 48, 96),
+    },
+    "speechmos": {
+        "dnsmos_models/bak_ovr.onnx": (901, 161),
+        "dnsmos_models/model_v8.onnx": (900, 120),
+        "dnsmos_models/sig.onnx": (901, 161),
+        "dnsmos_models/sig_bak_ovr.onnx": (144160,),
+    },
+    "nudenet": {"320n.onnx": (3, 96, 96)},
+}
 
 
 def onnx_file(package: str, path: str) -> Made:
     """The file as a model (``onnx:PATH``), and what ONNX Runtime answers to the same inputs."""
-    raise NotImplementedError
+    import onnxruntime
+
+    from rarefy.models.load import load
+
+    file, inputs = folder_of(package) / path, torch.randn(2, *ONNX_FILES[package][path])
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    answer = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
+    return Made(load(f"onnx:{file}").model, inputs, [torch.from_numpy(one) for one in answer])
 
 
-def folder_of(package: str) -> Path | None:
-    """Where the package lies; it is not imported."""
+def is_here(package: str) -> bool:
+    """It is not imported: of some the weights alone are there."""
+    return (WEIGHTS / package).is_dir() or importlib.util.find_spec(package) is not None
+
+
+def folder_of(package: str) -> Path:
+    if (WEIGHTS / package).is_dir():
+        return WEIGHTS / package
     found = importlib.util.find_spec(package)
-    return Path(found.origin).parent if found is not None and found.origin is not None else None
+    assert found is not None and found.submodule_search_locations
+    return Path(next(iter(found.submodule_search_locations)))
 
 
 TIMM = (

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import importlib.util
 import json
 import resource
 import sys
@@ -37,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.cells import Cells, add_options
 from bench.efficientnet_lite0 import sqnr
-from bench.task_networks import NETWORKS, Inputs, Made, Network
+from bench.task_networks import NETWORKS, Inputs, Made, Network, is_here
 from bench.zoo import alive, each
 from rarefy import RarefyError, capture, distill, export, prune, quantize
 from rarefy.cli.terminal import show_table
@@ -258,7 +257,7 @@ def main() -> int:
     option = parser.add_argument
     option("--only", metavar="GLOB", action="append", help="networks by name; may be repeated")
     option("--jobs", type=int, default=2, help="processes at a time, of one thread each")
-    option("--seconds", type=float, default=120, help="limit for a network")
+    option("--seconds", type=float, default=240, help="limit for a network")
     option("--memory", type=float, default=6, help="limit for a network, in GiB")
     option("--check", action="store_true", help="exit 1 where one fails")
     add_options(parser)
@@ -267,7 +266,7 @@ def main() -> int:
     found: dict[str, dict[str, Any]] = {
         name: {"skipped": f"{NETWORKS[name].needs} is not installed: make bench-setup"}
         for name in names
-        if importlib.util.find_spec(NETWORKS[name].needs) is None
+        if not is_here(NETWORKS[name].needs)
     }
     cells = Cells("zoo_tasks", {"torch": torch.__version__}, given)
     here = [name for name in names if name not in found]
