@@ -74,6 +74,38 @@ def test_a_choice_whose_file_was_renamed_is_written_by_its_old_name_and_read_by_
     assert "narrow" in plugins.available("rounding") and "gptq_narrow" not in plugins.available("rounding")
 
 
+NUMBERS = [
+    (kind, name, field.name)
+    for kind, name in EVERY
+    for field in dataclasses.fields(plugins.choice_class(kind, name))
+    if {"int", "float"} & set(str(field.type).replace("|", " ").split())
+]
+TAKEN = {("criteria", "magnitude", "p", "inf")}  # the largest weight
+
+
+def test_options_that_are_numbers_are_found() -> None:
+    assert len(NUMBERS) > 60 and {kind for kind, _, _ in NUMBERS} >= {"criteria", "losses", "rounding", "calibration"}
+
+
+@pytest.mark.parametrize(("kind", "name", "option"), NUMBERS)
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "-1e300"])
+def test_no_option_takes_what_is_out_of_every_range(kind: str, name: str, option: str, value: str) -> None:
+    """No option of any choice may be negative or endless, so a new one gets its guard, or a place in TAKEN."""
+    text = f"{name}:{option}={value}"
+    if (kind, name, option, value) in TAKEN:
+        assert plugins.describe(plugins.resolve(kind, text)) == text
+        return
+    with pytest.raises(InputError, match=option) as raised:
+        plugins.resolve(kind, text)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("kind", "name", "option"), NUMBERS)
+def test_an_object_is_checked_as_its_text(kind: str, name: str, option: str) -> None:
+    with pytest.raises((InputError, ValueError), match=option):
+        plugins.choice_class(kind, name)(**{option: -1})
+
+
 @pytest.mark.parametrize(("kind", "name"), EVERY)
 def test_each_choice_has_one_line_of_summary(kind: str, name: str) -> None:
     line = plugins.summary(kind, name)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
+from rarefy.errors import InputError
 from rarefy.system.cpu import exact_int8
 
 aten = torch.ops.aten
@@ -215,6 +216,12 @@ class Runtime(Protocol):
 def several(inputs: Inputs) -> tuple[Tensor, ...]:
     """As many as there are."""
     return (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+
+
+def check_threads(runtime: str, threads: int) -> None:
+    """Raises InputError for a number of threads below 0, which stands for one a core."""
+    if threads < 0:
+        raise InputError(f"{runtime}: threads={threads} must be at least 1, or 0 for one a core")
 
 
 def exact_weight_bits(vnni: bool | None) -> int:

@@ -49,6 +49,7 @@ from rarefy.deployment.runtime import (
     Kernel,
     Parity,
     Runtime,
+    check_threads,
     exact_weight_bits,
     several,
 )
@@ -86,6 +87,7 @@ class Inductor:
     capabilities = Capabilities(layers=PLANAR, float_result=PLANAR, posts=ACTIVATIONS, has_kernel_times=True)
 
     def __post_init__(self) -> None:
+        check_threads("inductor", self.threads)
         if self.device.partition(":")[0] not in ("cpu", "cuda"):
             raise InputError(f"inductor: device={self.device!r}: choose cpu or cuda")
 

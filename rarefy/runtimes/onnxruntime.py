@@ -40,6 +40,7 @@ from rarefy.deployment.runtime import (
     Kernel,
     Parity,
     Runtime,
+    check_threads,
     exact_weight_bits,
     several,
 )
@@ -77,6 +78,9 @@ class OnnxRuntime:
         float_result=frozenset({aten.linear.default}),
         has_kernel_times=True,
     )
+
+    def __post_init__(self) -> None:
+        check_threads("onnxruntime", self.threads)
 
     @property
     def weight_bits(self) -> int:

@@ -32,6 +32,7 @@ from rarefy.deployment.runtime import (
     Kernel,
     Parity,
     Runtime,
+    check_threads,
     exact_weight_bits,
     several,
 )
@@ -68,6 +69,7 @@ class OpenVINO:
     )
 
     def __post_init__(self) -> None:
+        check_threads("openvino", self.threads)
         if self.precision not in ("f32", "bf16"):
             raise InputError(f"openvino: precision={self.precision!r}: choose f32 or bf16")
 

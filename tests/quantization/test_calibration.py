@@ -162,6 +162,9 @@ def test_entropy_of_weights_takes_the_share_of_least_divergence_of_each_row() ->
         ("entropy:steps=1", "entropy: steps=1 must be at least 2"),
         ("entropy:smallest=0", "entropy: .*smallest=0.0 between 0 and 1"),
         ("entropy:smallest=1", "entropy: .*smallest=1.0 between 0 and 1"),
+        ("mse:steps=1", "mse: steps=1 must be at least 2"),
+        ("mse:smallest=0", "mse: .*smallest=0.0 between 0 and 1"),
+        ("mse:smallest=1", "mse: .*smallest=1.0 between 0 and 1"),
         ("moving_average:momentum=1", "moving_average: momentum=1.0 must lie in 0 to 1, 1 excluded"),
         ("moving_average:momentum=-0.1", "moving_average: momentum=-0.1 must lie in 0 to 1"),
         ("percentile:percent=50", "percentile: percent=50.0 must lie above 50 and up to 100"),
@@ -174,7 +177,14 @@ def test_options_out_of_range_are_refused(text: str, words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["entropy:steps=2", "moving_average:momentum=0", "percentile:percent=100", "percentile:percent=50.1"]
+    "text",
+    [
+        "entropy:steps=2",
+        "mse:steps=2",
+        "moving_average:momentum=0",
+        "percentile:percent=100",
+        "percentile:percent=50.1",
+    ],
 )
 def test_options_at_the_end_of_their_range_are_taken(text: str) -> None:
     assert plugins.describe(plugins.resolve("calibration", text)).startswith(text.partition(":")[0])

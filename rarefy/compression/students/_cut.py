@@ -7,6 +7,7 @@ from typing import TypedDict, Unpack
 from torch import fx
 
 from rarefy.compression.students._fresh import fresh as anew
+from rarefy.errors import InputError
 from rarefy.graph import history
 from rarefy.pruning.prune import prune
 from rarefy.tasks.task import Task
@@ -18,6 +19,14 @@ class Options(TypedDict):
     criterion: str
     ranking: str
     round_to: int
+
+
+def check(student: str, keep: float, macs: float | None, round_to: int) -> None:
+    """Raises InputError for shares and multiples that are none."""
+    if not 0 < keep <= 1 or (macs is not None and not 0 < macs <= 1) or round_to < 1:
+        raise InputError(
+            f"{student}: keep={keep} and macs={macs} are shares above 0 and up to 1, round_to={round_to} at least 1"
+        )
 
 
 def narrowed(

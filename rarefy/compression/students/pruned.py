@@ -32,6 +32,9 @@ class Pruned:
     round_to: int = 1
     fresh: bool = False
 
+    def __post_init__(self) -> None:
+        _cut.check("pruned", self.keep, self.macs, self.round_to)
+
     def make(self, teacher: fx.GraphModule, task: Task | None, seed: int) -> fx.GraphModule:
         return _cut.narrowed(
             teacher,

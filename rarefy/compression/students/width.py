@@ -33,6 +33,9 @@ class Width:
     round_to: int = 1
     fresh: bool = False
 
+    def __post_init__(self) -> None:
+        _cut.check("width", self.keep, self.macs, self.round_to)
+
     def make(self, teacher: fx.GraphModule, task: Task | None, seed: int) -> fx.GraphModule:
         return _cut.narrowed(
             teacher,

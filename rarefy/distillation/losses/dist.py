@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from rarefy.distillation.losses._logits import check_temperature
+from rarefy.distillation.losses._logits import check_temperature, check_weights
 from rarefy.distillation.objective import Features
 
 EPS = 1e-12
@@ -40,6 +40,7 @@ class Dist:
 
     def __post_init__(self) -> None:
         check_temperature("dist", self.temperature, "1 to 4")
+        check_weights("dist", beta=self.beta, gamma=self.gamma)
 
     def __call__(self, student: Tensor, teacher: Tensor, targets: Tensor | None, features: Features) -> Tensor:
         ours, theirs = ((logits / self.temperature).softmax(-1) for logits in (student, teacher))

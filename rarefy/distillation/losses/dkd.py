@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rarefy.distillation.losses._logits import check_temperature
+from rarefy.distillation.losses._logits import check_temperature, check_weights
 from rarefy.distillation.objective import Features
-from rarefy.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,7 @@ class Dkd:
 
     def __post_init__(self) -> None:
         check_temperature("dkd", self.temperature, "4")
-        if self.alpha < 0 or self.beta < 0:
-            raise InputError(f"dkd: alpha={self.alpha}, beta={self.beta} must not be negative")
+        check_weights("dkd", alpha=self.alpha, beta=self.beta)
 
     def __call__(self, student: Tensor, teacher: Tensor, targets: Tensor | None, features: Features) -> Tensor:
         label = teacher.argmax(-1) if targets is None else targets.argmax(-1) if targets.dim() == 2 else targets

@@ -18,7 +18,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from rarefy.distillation.losses._logits import check_temperature, divergence
+from rarefy.distillation.losses._logits import check_temperature, check_weights, divergence
 from rarefy.distillation.objective import Features
 
 EPS = 1e-12
@@ -40,6 +40,7 @@ class Lskd:
 
     def __post_init__(self) -> None:
         check_temperature("lskd", self.temperature, "2")
+        check_weights("lskd", weight=self.weight)
 
     def __call__(self, student: Tensor, teacher: Tensor, targets: Tensor | None, features: Features) -> Tensor:
         if student.shape[-1] == 2:

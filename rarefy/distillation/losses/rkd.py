@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rarefy.distillation.losses._logits import check_weights
 from rarefy.distillation.objective import Features, Shapes
-from rarefy.errors import InputError
 
 NEAR = 1e-6  # squared distances below this share of the mean are rounding
 EPS = 1e-12
@@ -38,8 +38,7 @@ class Rkd:
     on: str = "embedding"
 
     def __post_init__(self) -> None:
-        if self.distance < 0 or self.angle < 0:
-            raise InputError(f"rkd: distance={self.distance}, angle={self.angle} must not be negative")
+        check_weights("rkd", distance=self.distance, angle=self.angle)
 
     def adapter(self, shapes: Shapes) -> nn.Module | None:
         return None

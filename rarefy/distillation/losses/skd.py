@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rarefy.distillation.losses._logits import check_temperature, divergence
+from rarefy.distillation.losses._logits import check_temperature, check_weights, divergence
 from rarefy.distillation.objective import Features
 from rarefy.errors import InputError
 
@@ -42,7 +42,8 @@ class Skd:
 
     def __post_init__(self) -> None:
         check_temperature("skd", self.temperature, "4")
-        if not self.ridge > 0:
+        check_weights("skd", direction=self.direction)
+        if not 0 < self.ridge < math.inf:
             raise InputError(f"skd: ridge={self.ridge} is not positive; 0.1 is usual")
 
     def __call__(self, student: Tensor, teacher: Tensor, targets: Tensor | None, features: Features) -> Tensor:

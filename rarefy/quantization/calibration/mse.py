@@ -12,6 +12,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from rarefy.errors import InputError
 from rarefy.quantization.formats import Grid
 from rarefy.quantization.observers import Histogram
 
@@ -25,6 +26,10 @@ class Mse:
 
     steps: int = 100
     smallest: float = 0.3
+
+    def __post_init__(self) -> None:
+        if self.steps < 2 or not 0 < self.smallest < 1:
+            raise InputError(f"mse: steps={self.steps} must be at least 2, smallest={self.smallest} between 0 and 1")
 
     def activation_range(self, histogram: Histogram, grid: Grid) -> tuple[float, float]:
         lo, hi = min(histogram.minimum, 0.0), max(histogram.maximum, 0.0)

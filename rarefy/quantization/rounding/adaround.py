@@ -13,6 +13,7 @@ steps, in which the second term is off. An output that is not better than with n
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class Adaround:
     reads = frozenset({"float_outputs"})
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.lr <= 0 or self.strength < 0:
+        if self.steps < 1 or not 0 < self.lr < math.inf or not 0 <= self.strength < math.inf:
             raise InputError(
                 f"adaround: steps={self.steps}, lr={self.lr}, strength={self.strength}: give positive numbers"
             )

@@ -61,9 +61,9 @@ class Brecq:
         if (
             self.steps < 1
             or self.batch < 1
-            or self.lr <= 0
-            or self.scale_lr < 0
-            or self.strength < 0
+            or not 0 < self.lr < math.inf
+            or not 0 <= self.scale_lr < math.inf
+            or not 0 <= self.strength < math.inf
             or not 0 <= self.drop < 1
         ):
             raise InputError(
