@@ -217,7 +217,7 @@ def other_families() -> list[Network]:
             f"mtcnn-{name}",
             lambda name=name: other.face_net(name, package_file("facenet_pytorch", f"data/{name}.pt")),
             partial(other.face_inputs, side),
-            judged=500,
+            judged=250,
             same=partial(other.same_class, axis=1),
             preset="mixed",  # PReLU
         )
