@@ -159,12 +159,13 @@ def done(network: Network, given: argparse.Namespace) -> dict[str, Any]:
     folder, row = given.folder / network.name, {"network": network.name}
     count = min(given.images or network.judged, network.judged)
     known = read(folder / "prepared.json")
-    if given.fresh or known.get("judged", 0) < count:
+    if given.fresh or known.get("wanted", 0) < count:
         shutil.rmtree(folder, ignore_errors=True)
         known = child("prepare", network, given, count)
         if "failed" in known:
             return row | {"skipped": known["failed"]}
-        write(folder / "prepared.json", known)
+        write(folder / "prepared.json", known | {"wanted": count})
+    count = min(count, known["judged"])  # there may be fewer than wanted
     ways: dict[str, dict[str, Any]] = {}
     for way, variants in WAYS.items():
         for variant in variants:
