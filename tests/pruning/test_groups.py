@@ -515,6 +515,15 @@ def test_unknown_operator_freezes_what_it_touches() -> None:
     cut_half(found)
 
 
+def test_an_operator_without_a_rule_that_reads_no_channels_is_none_to_tell_of() -> None:
+    def forward(s: nn.Module, x: Tensor) -> Tensor:
+        rows, columns = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
+        return s.head((s.a(x) * (rows + columns)).mean((2, 3)))
+
+    found = coupled(Wired(forward, a=conv(3, 4), head=nn.Linear(4, 2)), IMAGE)
+    assert not found.unknown and len(set(classes(found, "a.weight", 0))) == 4
+
+
 def test_softmax_over_channels_freezes() -> None:
     found = coupled(Wired(lambda s, x: s.head(s.a(x).softmax(1)), a=conv(3, 4), head=conv(4, 2)), IMAGE)
     assert set(classes(found, "a.weight", 0)) == {0} and "softmax runs over it" in found.frozen["a.weight"]

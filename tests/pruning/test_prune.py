@@ -909,6 +909,23 @@ def test_macs_of_attention_and_einsum() -> None:
     assert sorted(layer_macs(graph).values()) == sorted([scores + mixed, scores, mixed, 3 * 5 * 7 * 4 * 6])
 
 
+def test_macs_of_an_einsum_whose_dots_stand_for_different_ranks() -> None:
+    """What only one side has under the dots is a factor of the whole."""
+
+    class Left(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 6))
+            self.heads = nn.Parameter(torch.randn(3, 6, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.einsum("...ij,jk->...ik", x, self.weight)
+            return torch.einsum("...ij,...jk->...ik", y, self.heads)  # type: ignore[no-any-return]
+
+    graph = capture(Left(), torch.randn(2, 3, 5, 4))
+    assert sorted(layer_macs(graph).values()) == sorted([3 * 5 * 4 * 6, 3 * 5 * 6 * 2])
+
+
 def test_known_macs() -> None:
     """torchvision's own figure for ResNet-18 is 1.814 GMACs at 224; convolutions scale with the area."""
     graph = capture(torchvision.models.resnet18(weights=None), torch.randn(2, 3, 224, 224))

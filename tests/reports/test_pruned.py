@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import rarefy
 from rarefy.pruning.cost import costs_of, stays
 from rarefy.pruning.groups.groups import couple
-from rarefy.reports import pruned
+from rarefy.reports import facts as facts_module
+from rarefy.reports import pruned, report
 
 IMAGE = torch.randn(2, 3, 8, 8)
 
@@ -85,7 +86,7 @@ def test_parameters_that_leave_while_macs_stay_warn_too() -> None:
     found = facts(Late(), params=0.5)
     assert found["params"][1] <= 0.5 * found["params"][0] and found["macs"][1] > 0.7 * found["macs"][0]
     many = {**found, "macs": [100, 95]}
-    assert "params=0.5 took little" in pruned.warning(many) and "95.0% of the MACs" in pruned.warning(many)
+    assert "params=0.5 took little" in pruned.warning(many) and "95.0 % of the MACs" in pruned.warning(many)
 
 
 def test_what_was_asked_decides(caplog: pytest.LogCaptureFixture) -> None:
@@ -116,3 +117,27 @@ def test_rows_for_people() -> None:
     assert shown["parameters before, after"].startswith("10,")
     assert "97.5 % of the parameters" in shown["could not leave"] and "of the MACs" in shown["could not leave"]
     assert pruned.rows({"asked": {"keep": 0.5}}) == []
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        {"macs": "many", "params": [1, "x"]},
+        {"macs": [0, 0], "params": [True, 1]},
+        {"macs": [9, 9], "could_not_leave": [1]},
+        {"macs": [9, 9], "could_not_leave": {"params": 1, "macs": 1, "reasons": "none"}},
+        {"macs": [9, 9], "could_not_leave": {"params": 1, "macs": 1, "reasons": [{"why": 3}]}},
+        {"macs": [9, 9], "asked": "half", "kept_whole": 3},
+        {"macs": [9, 9], "asked": {"keep": "half"}},
+    ],
+)
+def test_a_record_of_another_form_is_not_believed(found: dict[str, Any]) -> None:
+    assert all(name.endswith("before, after") for name, _ in pruned.rows(found))
+    assert pruned.warning(found) == ""
+
+
+def test_the_page_tells_what_could_not_leave() -> None:
+    small = rarefy.prune(Sorting().eval(), inputs=IMAGE, keep=0.5)
+    page = report.html(facts_module.told_by(small.meta["history"]))
+    for said in ("could not leave", "sort runs over it (sort): two, one, wide", "MACs before, after"):
+        assert said in page

@@ -28,7 +28,10 @@ from rarefy.pruning.groups.labels import axes_of, values_in
 from rarefy.tasks.metric import Outputs, Targets
 from rarefy.tasks.task import Task
 
-_SUMS = {*MACS, "mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm", "logsumexp", "var_mean", "std_mean"}
+_SUMS = {
+    *MACS, "mean", "sum", "nanmean", "nansum", "amax", "amin", "max", "min", "median", "mode", "aminmax", "quantile",
+    "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm", "logsumexp", "cosine_similarity",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

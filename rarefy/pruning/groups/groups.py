@@ -232,8 +232,8 @@ def _call(trace: Trace, node: fx.Node) -> Carried:
     rule = rule_of(node)
     carried: Carried = rule(trace, node, given) if rule is not None else Unknown
     if carried is Unknown:
-        trace.unknown.setdefault(str(node.target), []).append(node.name)
-        trace.freeze_all((node.args, node.kwargs), "unknown operator")
+        if trace.freeze_all((node.args, node.kwargs), "unknown operator"):
+            trace.unknown.setdefault(str(node.target), []).append(node.name)
         carried = blank(result)
     for value in values_in(carried):
         value.layers = trace.disjoint(value.layers)

@@ -141,7 +141,10 @@ class Trace:
         self.reasons.append(f"{why} ({where})")
         self.freezes.append((len(self.reasons) - 1, layer.reshape(-1)))
 
-    def freeze_all(self, arguments: Yielded, why: str) -> None:
+    def freeze_all(self, arguments: Yielded, why: str) -> bool:
+        """Every label of the nodes among the arguments; are there any?"""
+        before = len(self.freezes)
+
         def visit(node: fx.Node) -> fx.Node:
             for value in values_in(self.values[node]):
                 for layer in value.layers:
@@ -149,6 +152,7 @@ class Trace:
             return node
 
         fx.map_arg(arguments, visit)
+        return len(self.freezes) > before
 
     def only(self, layer: Tensor, axes: Collection[int]) -> Tensor:
         """The layer, its labels tied across every axis but ``axes`` (of one position along those)."""
