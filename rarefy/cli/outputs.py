@@ -129,6 +129,7 @@ def facts_of(
 
     task: that both are judged on; None: they are not.
     """
+    from rarefy.deployment import latency
     from rarefy.evaluation import measure
     from rarefy.evaluation.evaluate import evaluate
     from rarefy.reports import facts as facts_module
@@ -142,7 +143,8 @@ def facts_of(
         facts[name] = {**facts.get(name, {}), **costs[name], **told}
     metric = ("top-1", "%") if judged is None else (judged.label, judged.unit)
     told_by = facts_module.told_by(graph.meta.get("history", []), *metric)
-    return {**told_by, **facts}
+    doubt = latency.doubt(costs["after"]["latency_ms"])
+    return {**told_by, **facts, "warnings": [doubt] if doubt else []}
 
 
 def _show_result(found: Mapping[str, Any], name: str, task: Any) -> None:

@@ -17,6 +17,7 @@ from rarefy.compression.comparison import Comparison
 from rarefy.compression.environment import examine
 from rarefy.compression.gates import Outcome
 from rarefy.compression.run import Run
+from rarefy.deployment import latency
 from rarefy.graph import history
 from rarefy.graph.macs import layer_macs
 from rarefy.graph.nodes import attribute
@@ -61,7 +62,11 @@ def of(
             interval=drop.get("interval") if drop else None,
             samples=after["evaluation"].get("samples"),
         ),
-        warnings=[f"the original: {warning}" for warning in warnings],
+        warnings=[
+            *(f"the original: {warning}" for warning in warnings),
+            *(f"{one.name}, when it was judged: {doubt}" for one in candidates.values() if (doubt := _doubt(one))),
+            *compared.doubts,
+        ],
         before={"name": "original", **before},
         after={"name": result.name, **after},
         steps=[_step(one, candidates) for one in outcomes],
@@ -75,6 +80,10 @@ def of(
     if verdict is not None:
         told["verdict"] = Verdict(status=verdict["status"], sentence=verdict["sentence"], advice=verdict["advice"])
     return told
+
+
+def _doubt(candidate: Candidate) -> str:
+    return latency.doubt(candidate.record["latency_ms"])
 
 
 def _step(outcome: Outcome, candidates: Mapping[int, Candidate]) -> reported.Step:

@@ -2,7 +2,8 @@
 
 Sessions that take turns meet the same clock speed and the same neighbours, so that a ratio within a round is a fair
 one. A sample is as many calls as fill two milliseconds; a round is one sample of each, and the turn begins with another
-each time. What counts is the median over the rounds that no other process disturbed, with its quartiles.
+each time. What counts is the median over the rounds that no other process disturbed, with its quartiles. Where fewer than a third were left in
+peace, all is measured once more; where that is no better, the result says so (``disturbed``).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ UNSETTLED = 3  # runs at the start of a profile that don't count
 # apart says nothing, and a gain has to be more than what is left of the noise.
 DISTURBED, CALM = 1.3, 10  # times as long as the fastest round took; rounds that count in any case
 DISTURBED_RUN, CALM_RUNS = 1.1, 5  # the same, of the runs of a profile
+TRUSTED = 1 / 3  # share of the rounds that has to count
 SPREAD = 1.3  # between the quartiles of a ratio, from which on it tells nothing
 NOISE = 1.01  # what two files that take turns differ by in any case
 CLEARLY = 1.1  # a gain that a step may be kept for
@@ -54,12 +56,14 @@ class Quartiles(TypedDict):
 
 
 class RunTime(Quartiles):
-    """Milliseconds of a run of a file, and what was run."""
+    """Milliseconds of a run of a file, and what was run. repeats: rounds that count, of ``rounds``."""
 
     batch: int
     threads: int
     runtime: str
     repeats: int
+    rounds: int
+    disturbed: bool
 
 
 class Timed(TypedDict):
@@ -70,11 +74,16 @@ class Timed(TypedDict):
 
 
 class Latency(TypedDict):
-    """Of one of several models that took turns. ms: of a call. speedup: against each. repeats: rounds that count."""
+    """Of one of several models that took turns.
+
+    ms: of a call. speedup: against each. repeats: rounds that count, of ``rounds``. disturbed: these are too few.
+    """
 
     ms: Quartiles
     speedup: dict[str, Quartiles]
     repeats: int
+    rounds: int
+    disturbed: bool
 
 
 def is_calm(ratio: Quartiles) -> bool:
@@ -85,6 +94,21 @@ def is_calm(ratio: Quartiles) -> bool:
 def is_faster(ratio: Quartiles) -> bool:
     """A speedup by more than noise."""
     return ratio["median"] > NOISE and ratio["low"] > 1
+
+
+def are_apart(one: Quartiles, other: Quartiles) -> bool:
+    """Two measurements of one ratio differ by more than the quartiles of either explain."""
+    return abs(one["median"] - other["median"]) > max(ratio["high"] - ratio["low"] for ratio in (one, other))
+
+
+def doubt(measured: RunTime) -> str:
+    """What to say of a measurement that was disturbed; "" of any other."""
+    if not measured.get("disturbed"):
+        return ""
+    return (
+        f"other processes used the processor: only {measured['repeats']} of {measured['rounds']} rounds could be "
+        "trusted, twice; measure again on a quiet machine"
+    )
 
 
 def undisturbed(totals: Floats, disturbed: float, least: int) -> NDArray[np.bool_]:
@@ -135,6 +159,8 @@ def timed(
             "threads": runtime.threads,
             "runtime": plugins.name_of(runtime),
             "repeats": one["repeats"],
+            "rounds": one["rounds"],
+            "disturbed": one["disturbed"],
         }
         measured[name] = {"latency_ms": run_time, "speedup": one["speedup"]}
     return measured
@@ -162,6 +188,23 @@ def latency(
     if repeats is None:
         one = sum(_seconds(call, given, count) * count for call, count in zip(calls, runs, strict=True))
         repeats = min(ROUNDS[1], max(ROUNDS[0], round(SECONDS / one)))
+    samples = _trusted(calls, given, runs, repeats)
+    if samples.shape[1] < TRUSTED * repeats:
+        samples = max(samples, _trusted(calls, given, runs, repeats), key=lambda one: one.shape[1])
+    return {
+        name: {
+            "ms": _quartiles(1000 * seconds),
+            "speedup": {other: _quartiles(theirs / seconds) for other, theirs in zip(models, samples, strict=True)},
+            "repeats": len(seconds),
+            "rounds": repeats,
+            "disturbed": len(seconds) < TRUSTED * repeats,
+        }
+        for name, seconds in zip(models, samples, strict=True)
+    }
+
+
+def _trusted(calls: Sequence[Call], given: Sequence[Tensor], runs: Sequence[int], repeats: int) -> Floats:
+    """(models, rounds that count): mean seconds of a call, of ``repeats`` rounds. runs: calls of a sample."""
     samples = np.empty((len(calls), repeats))
     with _alone():
         for turn in range(repeats):
@@ -169,15 +212,8 @@ def latency(
                 which = place % len(calls)
                 samples[which, turn] = _seconds(calls[which], given, runs[which])
     totals = (samples * np.array(runs)[:, None]).sum(0)
-    samples = samples[:, undisturbed(totals, DISTURBED, CALM)]
-    return {
-        name: {
-            "ms": _quartiles(1000 * seconds),
-            "speedup": {other: _quartiles(theirs / seconds) for other, theirs in zip(models, samples, strict=True)},
-            "repeats": len(seconds),
-        }
-        for name, seconds in zip(models, samples, strict=True)
-    }
+    kept: Floats = samples[:, undisturbed(totals, DISTURBED, CALM)]
+    return kept
 
 
 def with_threads(runtime: Runtime | str, threads: int | None = None) -> Runtime:

@@ -2,7 +2,7 @@
 
 **Latency** is compared, not listed: all models take turns in one run (``rarefy/deployment/latency.py``), and how many
 times faster a model is than the first one is the median over rounds of the ratio *within* a round. ``repeats`` is the
-number of rounds that no other process disturbed.
+number of rounds that no other process disturbed, and ``disturbed`` says that they are too few to be trusted, twice.
 
 **Threads** are one unless the runtime (``"onnxruntime:threads=4"``) or the caller says otherwise; the number used is
 part of the result.
@@ -81,7 +81,7 @@ def measure(
     folder: where the exported files stay; None: they are temporary. seed: of the random inputs.
 
     ``{name: {"parameters", "macs", "size_bytes", "peak_memory_bytes", "latency_ms": {"median", "low", "high", "batch",
-    "threads", "runtime", "repeats"}, "speedup": {"median", "low", "high"}}}``: low and high are quartiles.
+    "threads", "runtime", "repeats", "rounds", "disturbed"}, "speedup": {"median", "low", "high"}}}``: low and high are quartiles.
     Raises InputError for no model, models of different inputs, or what the runtime can't run.
     """
     _check_models(models)

@@ -31,12 +31,14 @@ class Spread(TypedDict, total=False):
 
 
 class Latency(Spread, total=False):
-    """Milliseconds of one run, and how they were taken."""
+    """Milliseconds of one run, and how they were taken. disturbed: too few of the rounds could be trusted."""
 
     batch: int
     threads: int
     runtime: str
     repeats: int
+    rounds: int
+    disturbed: bool
 
 
 class Drop(TypedDict, total=False):

@@ -63,6 +63,49 @@ def test_a_disturbed_round_counts_for_no_model(clock: Clock) -> None:
     assert found["b"]["speedup"]["a"] == pytest.approx({"median": 1.0, "low": 1.0, "high": 1.0})
 
 
+def paces(calm: int, rounds: int) -> list[float]:
+    """Seconds of one call in each of so many rounds, every one longer than the last but for the calm ones."""
+    return [0.01] * calm + [0.02 + 0.01 * step for step in range(rounds - calm)]
+
+
+WARM = [0.01] * 11  # what latency() runs before anything counts, with warmup=1
+
+
+def test_too_few_trusted_rounds_are_measured_once_more(clock: Clock) -> None:
+    """12 of 60 rounds are calm, then 50 of 60: the second time counts, and nothing is to be said."""
+    call = clock.model("a", *WARM, *paces(12, 60), *paces(50, 60))
+    found = latency.latency({"a": call}, X, repeats=60, warmup=1)["a"]
+    assert (found["repeats"], found["rounds"], found["disturbed"]) == (50, 60, False)
+    assert len(clock.log) == 11 + 120
+
+
+def test_a_measurement_that_is_disturbed_twice_says_so(clock: Clock) -> None:
+    """The better of the two is told, with its rounds; a third is no share that needs an excuse."""
+    call = clock.model("a", *WARM, *paces(15, 60), *paces(12, 60))
+    found = latency.latency({"a": call}, X, repeats=60, warmup=1)["a"]
+    assert (found["repeats"], found["rounds"], found["disturbed"]) == (15, 60, True)
+    assert found["ms"]["median"] == pytest.approx(10)
+    told = latency.doubt({**found["ms"], "batch": 1, "threads": 1, "runtime": "x", **_counts(found)})  # type: ignore[typeddict-item]
+    assert "only 15 of 60 rounds could be trusted" in told and "measure again on a quiet machine" in told
+    clock.log.clear()
+    calm = latency.latency({"a": clock.model("a", *WARM, *paces(20, 60))}, X, repeats=60, warmup=1)["a"]
+    assert (calm["repeats"], calm["disturbed"]) == (20, False) and len(clock.log) == 11 + 60
+    assert latency.doubt({**calm["ms"], "batch": 1, "threads": 1, "runtime": "x", **_counts(calm)}) == ""  # type: ignore[typeddict-item]
+
+
+def _counts(found: latency.Latency) -> dict[str, Any]:
+    return {name: found[name] for name in ("repeats", "rounds", "disturbed")}  # type: ignore[literal-required]
+
+
+def test_ratios_are_apart_where_neither_interval_explains_it() -> None:
+    def ratio(low: float, median: float, high: float) -> latency.Quartiles:
+        return {"low": low, "median": median, "high": high}
+
+    assert latency.are_apart(ratio(1.45, 1.5, 1.55), ratio(1.2, 1.25, 1.3))
+    assert not latency.are_apart(ratio(1.45, 1.5, 1.55), ratio(1.35, 1.4, 1.45))  # 0.1 wide, 0.1 apart
+    assert not latency.are_apart(ratio(1.45, 1.5, 1.55), ratio(0.8, 1.2, 1.4))
+
+
 def test_speedup_is_of_pairs(clock: Clock) -> None:
     """A machine that slows down from round to round changes the times, and no ratio."""
     drift = [1 + step / 100 for step in range(12)]
