@@ -31,11 +31,11 @@ from torch import Tensor, fx, nn
 
 from rarefy.data.images import ImageData
 from rarefy.data.items import Arrays
-from rarefy.deployment.interface import input_names, outputs
 from rarefy.deployment.runtime import Inputs
 from rarefy.errors import DataError
 from rarefy.graph.capture import as_graph
 from rarefy.graph.nodes import Value, device_of, is_graph
+from rarefy.graph.signature import input_names, output_names
 from rarefy.system.files import replacing
 from rarefy.tasks.task import Task
 
@@ -132,7 +132,7 @@ def of(graph: fx.GraphModule) -> dict[str, Value]:
     about["inputs"] = [
         {"name": name, **spec} for name, spec in zip(input_names(graph), graph.meta["inputs"], strict=True)
     ]
-    about["outputs"] = [name for name, _ in outputs(graph)]
+    about["outputs"] = output_names(graph)
     return about
 
 

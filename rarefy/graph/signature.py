@@ -44,6 +44,13 @@ def output_names(graph: fx.GraphModule, classes: Classes | None = None) -> list[
     return list(names) if names and len(names) == len(paths) else named(paths)
 
 
+def returned(graph: fx.GraphModule) -> list[tuple[str, fx.Node]]:
+    """(name, node) of each value that comes out, in order; a value may come twice."""
+    (output,) = graph.graph.find_nodes(op="output")
+    nodes = [value for _, value in leaves(output.args[0]) if isinstance(value, fx.Node)]
+    return list(zip(output_names(graph), nodes, strict=True))
+
+
 def plain(outputs: Value, classes: dict[str, type] | None = None, path: str = "") -> Value:
     """The same values in dictionaries, lists and tuples. classes: is filled with what else there was, by its path.
 

@@ -19,12 +19,12 @@ import torch
 from torch import fx
 
 from rarefy.deployment import description
-from rarefy.deployment.interface import input_names, outputs
 from rarefy.deployment.onnx.model import OPSET, onnx_model
 from rarefy.deployment.onnx.writer import Message, Untranslated
 from rarefy.errors import InputError
 from rarefy.graph.fold import fold_constants
 from rarefy.graph.nodes import attribute, device_of, example_inputs
+from rarefy.graph.signature import input_names, output_names
 from rarefy.system.dependencies import needs
 from rarefy.system.quiet import quiet
 
@@ -147,7 +147,7 @@ def _exported(graph: fx.GraphModule, optimize: bool) -> Message:
             dynamo=True,
             dynamic_shapes=tuple({0: torch.export.Dim.DYNAMIC} for _ in examples),
             input_names=input_names(graph),
-            output_names=[name for name, _ in outputs(graph)],
+            output_names=output_names(graph),
             opset_version=OPSET,
             optimize=optimize,
             verbose=False,

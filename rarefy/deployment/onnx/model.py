@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, fx
 
 import rarefy.kernels  # noqa: F401  registers torch.ops.rarefy
-from rarefy.deployment.interface import input_names
-from rarefy.deployment.interface import outputs as outputs_of
 from rarefy.deployment.onnx import arithmetic, indexing, layers, pooling, quantized, recurrent, reductions, shapes
 from rarefy.deployment.onnx.writer import BATCHES, Message, Untranslated, Writer
 from rarefy.graph.nodes import arguments, attribute, is_tensor
+from rarefy.graph.signature import input_names
+from rarefy.graph.signature import returned as returned_by
 
 OPSET, IR_VERSION = 20, 10
 OPSET_OF_4_BITS = 21  # INT4, UINT4, and scales of blocks
@@ -59,7 +59,7 @@ def onnx_model(onnx: ModuleType, graph: fx.GraphModule, four_bits: bool = False)
     for node, name in zip(placeholders, input_names(graph), strict=True):
         writer.names[node] = writer.fresh(name)
         inputs.append(_info(writer, node, writer.names[node], ["batch", *writer.known[node].shape[1:]]))
-    returned = [(writer.fresh(name), node) for name, node in outputs_of(graph) if is_tensor(writer.known[node])]
+    returned = [(writer.fresh(name), node) for name, node in returned_by(graph) if is_tensor(writer.known[node])]
     called = {node: name for name, node in reversed(returned)}
     for node in graph.graph.nodes:
         writer.current = node.name
