@@ -63,8 +63,8 @@ def _timed(
     if gate is not None and latency.are_apart(gate, final["speedup"][ORIGINAL]):
         now = final["speedup"][ORIGINAL]
         doubts.append(
-            f"the speed-up was {_spread(gate)} when the step was judged, and {_spread(now)} in the end, measured twice: "
-            "one of them was disturbed; measure again on a quiet machine"
+            f"the speed-up was {_spread(gate)} when the step was judged, and {_spread(now)} in the end, "
+            "measured twice: one of them was disturbed; measure again on a quiet machine"
         )
     return times, [text for text in doubts if text]
 

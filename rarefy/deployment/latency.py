@@ -2,8 +2,8 @@
 
 Sessions that take turns meet the same clock speed and the same neighbours, so that a ratio within a round is a fair
 one. A sample is as many calls as fill two milliseconds; a round is one sample of each, and the turn begins with another
-each time. What counts is the median over the rounds that no other process disturbed, with its quartiles. Where fewer than a third were left in
-peace, all is measured once more; where that is no better, the result says so (``disturbed``).
+each time. What counts is the median over the rounds that no other process disturbed, with its quartiles. Where fewer
+than a third were left in peace, all is measured once more; where that is no better, the result says so (``disturbed``).
 """
 
 from __future__ import annotations

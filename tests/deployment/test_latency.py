@@ -85,16 +85,17 @@ def test_a_measurement_that_is_disturbed_twice_says_so(clock: Clock) -> None:
     found = latency.latency({"a": call}, X, repeats=60, warmup=1)["a"]
     assert (found["repeats"], found["rounds"], found["disturbed"]) == (15, 60, True)
     assert found["ms"]["median"] == pytest.approx(10)
-    told = latency.doubt({**found["ms"], "batch": 1, "threads": 1, "runtime": "x", **_counts(found)})  # type: ignore[typeddict-item]
+    told = latency.doubt(_run_time(found))
     assert "only 15 of 60 rounds could be trusted" in told and "measure again on a quiet machine" in told
     clock.log.clear()
     calm = latency.latency({"a": clock.model("a", *WARM, *paces(20, 60))}, X, repeats=60, warmup=1)["a"]
     assert (calm["repeats"], calm["disturbed"]) == (20, False) and len(clock.log) == 11 + 60
-    assert latency.doubt({**calm["ms"], "batch": 1, "threads": 1, "runtime": "x", **_counts(calm)}) == ""  # type: ignore[typeddict-item]
+    assert latency.doubt(_run_time(calm)) == ""
 
 
-def _counts(found: latency.Latency) -> dict[str, Any]:
-    return {name: found[name] for name in ("repeats", "rounds", "disturbed")}  # type: ignore[literal-required]
+def _run_time(found: latency.Latency) -> latency.RunTime:
+    counts: Any = {name: value for name, value in found.items() if name not in ("ms", "speedup")}
+    return {**found["ms"], "batch": 1, "threads": 1, "runtime": "x", **counts}
 
 
 def test_ratios_are_apart_where_neither_interval_explains_it() -> None:
