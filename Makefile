@@ -1,8 +1,10 @@
 # make demo | test | test-all | lint | types | test-gpu | bench | bench-gpu | bench-setup | clean
 # Each target sets up its own environment in .venv, from pyproject.toml and constraints.txt, and again only when these change.
 
-PYTHON ?= python3.11
-VENV   ?= .venv
+# The first of these that is 3.11 or newer and can make an environment; PYTHON=... names another.
+PYTHONS := python3.11 python3.12 python3.13 python3
+FITS    := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+VENV    ?= .venv
 JOBS   ?= 2
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
@@ -13,8 +15,22 @@ PYTEST := $(BIN)/python -m pytest
 
 .PHONY: demo test test-all lint types format test-gpu bench bench-gpu bench-setup clean
 
+# $(call make_venv,FOLDER)
+define make_venv
+	@test -x $(1)/bin/python && $(1)/bin/python -m pip --version >/dev/null 2>&1 || { \
+	  found=; for one in $(or $(PYTHON),$(PYTHONS)); do \
+	    if $$one -c '$(FITS)' >/dev/null 2>&1; then found=$$one; break; fi; \
+	  done; \
+	  if [ -z "$$found" ]; then \
+	    echo "make: none of $(or $(PYTHON),$(PYTHONS)) is Python 3.11 to 3.13 with venv and pip; install one" \
+	      "(Debian, Ubuntu: apt install python3.12 python3.12-venv), or name yours: make PYTHON=/path/to/python" >&2; \
+	    exit 2; \
+	  fi; \
+	  rm -rf $(1) && echo "$$found -m venv $(1)" && $$found -m venv $(1); }
+endef
+
 $(READY): pyproject.toml constraints.txt
-	test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }
+	$(call make_venv,$(VENV))
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
@@ -52,7 +68,7 @@ bench-setup: $(BENCH) $(PEERS)/.ready $(FILES)/.ready
 
 # Other libraries' quantisers ask for packages of their own, so for an environment of their own; benches say so where it is missing.
 $(PEERS)/.ready: bench/peers.txt
-	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(call make_venv,$(PEERS))
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r bench/peers.txt
 	touch $@
 
