@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rarefy.cli.inputs import agreed_shape, check_data, completed, device_of, loaded, output_count
+from rarefy.cli.inputs import agreed_shape, check_data, device_of, fitted, loaded, output_count
 from rarefy.cli.options import (
     _BUDGET,
     DataOptions,
@@ -105,8 +105,8 @@ def _compress(asked: Any, key: str | None, as_json: bool) -> None:
     output = claim_folder(asked.output)
     signer = readable(key, "--key") if key else None
     source = loaded(asked.model, asked.weights, asked.classes)
-    asked = dataclasses.replace(asked, data=completed(asked.data, source, asked.task, asked.input))
-    task = recipe.make_task(asked.data, asked.task)
+    task, data = fitted(asked.data, source, asked.task, asked.input)
+    asked = dataclasses.replace(asked, data=data)
     graph = load.graph_of(source, agreed_shape(asked.input, task), asked.core)
     task.check(output_count(graph, getattr(task, "output", None)))
     budget = Budget(**asked.budget)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
+import dataclasses
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rarefy.cli.options import DataOptions, ModelOptions
-from rarefy.cli.terminal import note
+from rarefy.cli.terminal import aside
 from rarefy.errors import InputError
 
 
@@ -32,37 +32,33 @@ def loaded(text: str, weights: str | None = None, classes: int | None = None) ->
 
     source = load.load(text, weights=weights, classes=classes)
     if source.taken is not None:
-        note(f"{source.weights}: {source.taken}")
+        aside(f"{source.weights}: {source.taken}")
     return source
 
 
-def completed(
-    options: Mapping[str, Any], source: Any, task: str, shape: tuple[int, ...] | None = None
-) -> dict[str, Any]:
-    """The task's options, with what ``--input``, or else the model's maker, says of the input where the user says
-    nothing.
+def fitted(
+    options: Mapping[str, Any], source: Any, name: str, shape: tuple[int, ...] | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """The task, and its options with what ``--input``, the model and the images say where the user says nothing.
 
-    Its size only goes to image files (arrays have one of their own), or where the graph was captured for it.
+    What was settled is told in a line.
     """
-    from rarefy import plugins
-    from rarefy.graph.nodes import is_graph
+    from rarefy.compression import recipe
+    from rarefy.models import fitting
 
-    takes = inspect.signature(plugins.task_class(task)).parameters
-    known = {name: value for name, value in source.preprocessing.items() if name in takes}
-    if shape is not None and len(shape) == 3 and shape[1] == shape[2] and "size" in takes:
-        known["size"] = shape[1]
-    files = any(
-        str(options.get(split, "")).startswith(("imagefolder:", "images:", "tar:", "parquet:"))
-        for split in ("train", "val")
-    )
-    if not files and not is_graph(source.model):
-        known.pop("size", None)
-    return {**known, **options}
+    if shape is not None:
+        square = {"size": shape[1]} if len(shape) == 3 and shape[1] == shape[2] else {}
+        source = dataclasses.replace(source, shape=shape, preprocessing={**source.preprocessing, **square})
+    asked = recipe.data_options(options, task=name)
+    found = fitting.fit(source, recipe.make_task(asked, name), asked)
+    line = fitting.told(found)
+    if line is not None:
+        aside(line)
+    return found.task, {**asked, **found.options}
 
 
 def prepared(model: ModelOptions, data: DataOptions, needed: bool = True) -> tuple[Any, Any, Any]:
     """The source, its graph, and the task (None where no data is given and none is needed)."""
-    from rarefy.compression import recipe
     from rarefy.models import load
 
     options = data.options()
@@ -70,10 +66,7 @@ def prepared(model: ModelOptions, data: DataOptions, needed: bool = True) -> tup
         check_data(options)
     shape = shape_of(model)
     source = loaded(model.model, model.weights, model.classes)
-    task = None
-    if options:
-        content = recipe.data_options(completed(options, source, data.task, shape), task=data.task)
-        task = recipe.make_task(content, data.task)
+    task = fitted(options, source, data.task, shape)[0] if options else None
     graph = load.graph_of(source, agreed_shape(shape, task), model.core)
     return source, graph, task
 

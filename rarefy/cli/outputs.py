@@ -86,7 +86,8 @@ def save_result(
     from rarefy.graph.macs import count_macs
 
     description.remember_source(graph, source.preprocessing)
-    manifest = {"model": source.text, "weights": source.weights, "task": task.describe() if task is not None else None}
+    described = task.describe() if task is not None else None
+    manifest = {"model": source.text, "weights": source.weights, "task": described}
     folder_module.save(graph, folder, manifest=manifest)
     step = graph.meta["history"][-1]
     found = {
@@ -97,6 +98,8 @@ def save_result(
         "parameters": measure.count_parameters(graph),
         "macs": count_macs(graph),
         "weight_bytes": measure.weight_bytes(graph),
+        "task": described,
+        "taken": source.taken,
     }
     parity: dict[str, Any] = {}
     if files.onnx is not None:

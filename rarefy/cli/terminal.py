@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import errno
 import json
 import logging
@@ -29,12 +30,16 @@ from typer.exceptions import TyperException
 from rarefy.errors import RarefyError
 
 BUG = 70
+_for_machines = contextvars.ContextVar("for_machines", default=False)  # is the result to be JSON?
+_asides: list[str] = []
 
 
 def guarded(program: Callable[[list[str]], Any], arguments: Sequence[str]) -> int:
     """``program(arguments)``, with every way to fail told in one line; returns the exit code."""
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    _for_machines.set("--json" in arguments)
+    _asides.clear()
     try:
         with _own_output_only(debug):
             code = program(arguments)
@@ -178,12 +183,26 @@ def _broken() -> None:
 
 
 def say(text: str) -> None:
+    _say_asides()
     _console().print(text, soft_wrap=True)
 
 
-def note(text: str) -> None:
-    """What was decided for the user, in a line beside the results."""
-    sys.stderr.write(f"rarefy: {one_line(text)}\n")
+def aside(text: str) -> None:
+    """What was decided for the user, in a line before the results: at once on a terminal, else with them.
+
+    So that what fails prints nothing but its error. Who reads JSON gets it there.
+    """
+    if sys.stdout.isatty() and not _for_machines.get():
+        say(one_line(text))
+    else:
+        _asides.append(one_line(text))
+
+
+def _say_asides() -> None:
+    lines = list(dict.fromkeys(_asides))
+    _asides.clear()
+    for line in lines:
+        _console().print(line, soft_wrap=True)
 
 
 def show_json(value: Any) -> None:
@@ -206,6 +225,7 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]
     from rich.table import Table
     from rich.text import Text
 
+    _say_asides()
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index in numbers else "left", overflow="fold")

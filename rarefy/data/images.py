@@ -247,6 +247,11 @@ class ImageData:
         return self._opened[split]
 
 
+def share_opened(old: ImageData, new: ImageData) -> None:
+    """Files that are open need not be opened again for the same data prepared otherwise."""
+    new._loaded.update({split: source for split, source in old._loaded.items() if isinstance(source, Items)})
+
+
 def _described(data: ImageData) -> dict[str, object]:
     splits: dict[str, object] = {}
     for split in data.splits:

@@ -38,16 +38,17 @@ class Preparation:
     """What becomes of a source's images.
 
     shape: (C, H, W) of the model's input. crop: share of the resized picture that evaluation sees. size_of, crop_of:
-    who said so: "given", "the images", or "usual". own: (H, W) that all pictures have, if they have one. grey: are all
-    of them grey?
+    who said so: "given", "the images", or "usual". pictures: are they decoded, so that they have no size and channels
+    of their own? grey: are all of them grey? largest: (H, W) of the largest that was looked at.
     """
 
     shape: tuple[int, int, int]
     crop: float
     size_of: str
     crop_of: str
-    own: tuple[int, int] | None = None
+    pictures: bool = False
     grey: bool = False
+    largest: tuple[int, int] | None = None
 
 
 def prepared(source: Source, size: int | None, channels: int | None, crop: float | None) -> Preparation:
@@ -69,7 +70,8 @@ def prepared(source: Source, size: int | None, channels: int | None, crop: float
     else:
         side, size_of = (SIZE, SIZE), "usual"
     fitting, crop_of = (crop, "given") if crop is not None else _crop(own, side)
-    return Preparation((channels or 3, *side), fitting, size_of, crop_of, own, grey)
+    largest = max(sizes, key=lambda one: one[0] * one[1], default=None)
+    return Preparation((channels or 3, *side), fitting, size_of, crop_of, True, grey, largest)
 
 
 def _crop(own: tuple[int, int] | None, side: tuple[int, int]) -> tuple[float, str]:

@@ -10,14 +10,17 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from rarefy.data.augmentation import mix
 from rarefy.distillation.checkpoint import Point
 from rarefy.distillation.distributed import shared_out
 from rarefy.distillation.options import Training
 from rarefy.errors import InputError
+from rarefy.graph.nodes import is_graph
+from rarefy.graph.shapes import activation_bytes
 from rarefy.graph.signature import last_operators
+from rarefy.system.memory import available, samples_at_once
 from rarefy.tasks.metric import shown, worth
 from rarefy.tasks.task import Task, fitted
 
@@ -120,3 +123,11 @@ class Validation:
         if value is None:
             return ""
         return f", val {shown(value, '%' if self.validate is not None else self.task.metric().unit)}"
+
+
+def outgrows(model: nn.Module, images: int, accelerator: Accelerator) -> bool:
+    """Would a CPU's memory not hold what so many images leave for a backward pass? It swaps before it fails."""
+    free = available()
+    if accelerator.device.type != "cpu" or accelerator.num_processes > 1 or free is None or not is_graph(model):
+        return False
+    return images > 1 and images > samples_at_once(activation_bytes(model)[1], free // 2)

@@ -33,7 +33,7 @@ from torch.utils import _pytree as pytree
 
 from rarefy import plugins
 from rarefy.data.items import Split
-from rarefy.distillation.batches import Batches, Validation
+from rarefy.distillation.batches import Batches, Validation, outgrows
 from rarefy.distillation.checkpoint import State, Store, digest, load_into, tensors_of
 from rarefy.distillation.distributed import agree, all_or_none, synchronised, wrapped
 from rarefy.distillation.objective import Answer, Compiled, Objective, Term, compiler_mode, compiler_silenced
@@ -166,6 +166,8 @@ class Loop:
         main = self.accelerator.is_main_process
         logs = Logs(self.extras.logs, state.step) if self.extras.logs is not None and main else None
         self.learner.plain.train()
+        while not state.step and outgrows(self.job.student, -(-batch_size // state.accumulate), self.accelerator):
+            self.halve(batch_size)
         steps = track(self.read(), self.total, self.job.verb, self.extras.progress and main, done=state.step)
         for inputs, targets, taught in steps:
             rate = self.training.rate(state.step, self.total)

@@ -26,7 +26,9 @@ from rarefy.errors import DataError, InputError, first_line
 from rarefy.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt, fits
 from rarefy.evaluation.evaluation import Evaluation, evaluation_of
 from rarefy.graph.nodes import device_of, is_graph
+from rarefy.graph.shapes import activation_bytes
 from rarefy.graph.signature import Makers, last_operators, plain
+from rarefy.system.memory import samples_at_once
 from rarefy.system.progress import track
 from rarefy.tasks.metric import Metric, OutputError, Outputs, Targets
 from rarefy.tasks.task import Data, Task, fitted
@@ -111,16 +113,27 @@ class _Runner:
             self.task = fitted(task, last_operators(model))
         self.metric = self.task.metric()
         self.corrupted: dict[tuple[str, int], Metric] = {}
+        self.at_once: int | None = None  # images a run, where that is known
+        if isinstance(model, nn.Module) and is_graph(model) and device.type == "cpu":
+            self.at_once = samples_at_once(activation_bytes(model)[0])
 
     def add(self, kind: Kind, inputs: Tensor, targets: Targets) -> None:
         if kind is not None and kind not in self.corrupted:
             self.corrupted[kind] = self.task.metric()
         try:
-            outputs = self._outputs(inputs)
-            metric = self.metric if kind is None else self.corrupted[kind]
-            metric.add(outputs, targets)
+            for part, labels in self._parts(inputs, targets):
+                outputs = self._outputs(part)
+                metric = self.metric if kind is None else self.corrupted[kind]
+                metric.add(outputs, labels)
         except OutputError as error:
             raise DataError(f"{type(self.model).__name__}: {error}") from error
+
+    def _parts(self, inputs: Tensor, targets: Targets) -> Iterator[tuple[Tensor, Targets]]:
+        """The batch, in parts where the model would hold too much at once."""
+        if self.at_once is None or len(inputs) <= self.at_once or not isinstance(targets, Tensor):
+            yield inputs, targets
+            return
+        yield from zip(inputs.split(self.at_once), targets.split(self.at_once), strict=True)
 
     def _first(self, inputs: Tensor) -> Outputs:
         """The first batch shows what the model ends in."""

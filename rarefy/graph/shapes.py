@@ -7,6 +7,7 @@ operator needs real devices or numbers, torch's fake tensors know more of them, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -34,6 +35,25 @@ def output_shapes(graph: fx.GraphModule) -> list[tuple[int, ...]]:
     found = shapes(graph)
     (output,) = graph.graph.find_nodes(op="output")
     return [tuple(found[node].shape[1:]) for node in pytree.tree_leaves(output.args[0]) if isinstance(node, fx.Node)]
+
+
+def activation_bytes(graph: fx.GraphModule) -> tuple[int, int]:
+    """Of one sample: the most that is held at once without gradients, and all of it, which a backward pass needs."""
+    found = {node: _bytes(value) / 2 for node, value in shapes(graph, 2).items() if node.op != "get_attr"}
+    place = {node: index for index, node in enumerate(graph.graph.nodes)}
+    ends: dict[int, list[fx.Node]] = {}
+    for node in found:
+        ends.setdefault(max((place[user] for user in node.users), default=place[node]), []).append(node)
+    held = most = 0.0
+    for node in graph.graph.nodes:
+        held += found.get(node, 0)
+        most = max(most, held)
+        held -= sum(found[gone] for gone in ends.get(place[node], ()))
+    return math.ceil(most), math.ceil(sum(found.values()))
+
+
+def _bytes(value: Value) -> int:
+    return sum(one.numel() * one.element_size() for one in pytree.tree_leaves(value) if isinstance(one, Tensor))
 
 
 def _meta_shapes(graph: fx.GraphModule, batch: int) -> dict[fx.Node, Value]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from rarefy.data.decoding import RESAMPLING
+from rarefy.data.normalization import IMAGENET_MEAN, IMAGENET_STD
 from rarefy.errors import InputError
 from rarefy.models.source import Request, Source, near, parameters_of
 from rarefy.system.dependencies import needs
@@ -25,9 +29,15 @@ def timm(request: Request) -> Source | None:
         height = width = side
     if isinstance(given, int):
         channels = given
-    stated = {"mean": config.get("mean"), "std": config.get("std"), "size": width, "crop": config.get("crop_pct")}
+    stated = {"mean": config.get("mean"), "std": config.get("std")} if channels == 3 else {}
+    stated |= {"size": width, "crop": config.get("crop_pct"), "interpolation": _resampling(config.get("interpolation"))}
     known = {key: value for key, value in stated.items() if value is not None}
-    return Source(request.text, model, (channels, height, width), known if channels == 3 else {"size": width})
+    return Source(request.text, model, (channels, height, width), known)
+
+
+def _resampling(name: object) -> str | None:
+    """What both libraries and we call it; timm draws "random" in training alone."""
+    return str(name) if name in RESAMPLING else None
 
 
 def torchvision(request: Request) -> Source | None:
@@ -47,5 +57,24 @@ def torchvision(request: Request) -> Source | None:
         options = {"weights_backbone": None, **options}
     model = request.make(lambda: models.get_model(name, **options))
     side = 299 if name == "inception_v3" else 224
-    means = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-    return Source(request.text, model, (3, side, side), {**means, "size": side})
+    known: dict[str, object] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "size": side}
+    if options.get("weights") is not None:
+        known |= _of_weights(models, name, str(options["weights"]))
+        side = known["size"] if isinstance(known["size"], int) else side
+    return Source(request.text, model, (3, side, side), known)
+
+
+def _of_weights(models: Any, name: str, weights: str) -> dict[str, object]:
+    """How torchvision judged those weights; nothing where its settings are of another kind than a classifier's."""
+    found = models.get_model_weights(name)[weights.rpartition(".")[2]].transforms()
+    resized, cropped = getattr(found, "resize_size", None), getattr(found, "crop_size", None)
+    if not resized or not cropped:
+        return {}
+    mode = _resampling(getattr(getattr(found, "interpolation", None), "value", None))
+    return {
+        "mean": tuple(found.mean),
+        "std": tuple(found.std),
+        "size": cropped[0],
+        "crop": min(1.0, cropped[0] / resized[0]),
+        **({"interpolation": mode} if mode else {}),
+    }

@@ -4,6 +4,8 @@ glibc keeps blocks below 32 MB for the next request, and where small ones lie be
 gigabyte after a large network was cut twice. Asked, it gives back whole pages (10 ms). Elsewhere than on glibc nothing
 happens.
 
+``samples_at_once`` and ``available`` bound a batch before memory does: a batch of large images is run in parts.
+
 ``Level`` asks when the process holds more than ever after it asked, so that a run over many small tensors stays near
 what it needs, and the less readily the more came back, so that one whose large tensors come and go does not map them
 anew each time.
@@ -11,6 +13,7 @@ anew each time.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -18,12 +21,33 @@ import sys
 from collections.abc import Callable
 
 SLACK = 32 << 20  # bytes
+HELD = 512 << 20  # bytes of activations that a run of a model may hold at once, where it can be run in parts
 
 
 def release() -> None:
     trim = _trim()
     if trim is not None:
         trim(0)
+
+
+def samples_at_once(bytes_each: int, most: int = HELD) -> int:
+    """How many samples may be in memory together, each of which takes so many bytes; at least one."""
+    return max(1, most // max(1, bytes_each))
+
+
+def available() -> int | None:
+    """Bytes that can be had without swapping, by the system and by the control group; None where neither says."""
+    found = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        with open("/proc/meminfo", encoding="ascii") as file:
+            found.append(1024 * int(next(line for line in file if line.startswith("MemAvailable")).split()[1]))
+    with contextlib.suppress(OSError, ValueError):
+        with (
+            open("/sys/fs/cgroup/memory.max", encoding="ascii") as most,
+            open("/sys/fs/cgroup/memory.current", encoding="ascii") as held,
+        ):
+            found.append(max(0, int(most.read()) - int(held.read())))
+    return min(found) if found else None
 
 
 class Level:

@@ -40,8 +40,7 @@ class Classification:
     class_count: number of classes, where it is not the number of folders or the largest label + 1.
     output: name of the model's output that is read, where it has several and none is called ``logits``.
     mean, std: one value a channel, or one for all.
-    crop: fraction of the resized image that evaluation sees (files only); None: 0.875, but for files that are all of
-        one size, and small enough to be cropped to ``size`` as they are, or smaller.
+    crop: fraction of the resized image that evaluation sees (files only); None: see ``rarefy/data/preparation.py``.
     augment: comma-separated ``crop``, ``crop=PIXELS``, ``flip``, ``scale=LEAST_AREA``, ``erase=PIXELS``; or "none".
     interpolation: nearest, bilinear or bicubic.
     workers: processes that decode files; 0: this one.

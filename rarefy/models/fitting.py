@@ -1,0 +1,226 @@
+"""Fitting: a task's images as the model takes them, where nobody said how.
+
+What the user says holds. Then what the model's maker states (timm's and torchvision's settings, a saved folder), then
+what the images say (``rarefy/data/preparation.py``), and of these what the model takes: a shape that nobody states is
+tried on it. Of pictures whose size neither says is asked for.
+
+* **Channels**: grey pictures are one channel where the model takes one, colour ones are made grey for it.
+* **Normalisation** is in no checkpoint. For weights from a file some usual ones are tried on labelled images, and the
+  one of least loss is taken, if the model then knows its classes: a wrong one costs accuracy without a word.
+
+What was settled, and by whom, is told in a line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.data.images import ImageData, share_opened
+from rarefy.data.items import Split
+from rarefy.data.normalization import IMAGENET_MEAN, IMAGENET_STD, Normalization
+from rarefy.data.preparation import SIZE
+from rarefy.errors import DataError, InputError
+from rarefy.graph.nodes import is_graph
+from rarefy.models.source import Source, by
+from rarefy.tasks.classification import Classification
+from rarefy.tasks.task import Task
+
+_SIZES = (28, 32, 64, 96, 128, 160, 192, 224, 256, 299, 384)  # that networks are made for
+_TRIED, _TRIED_LARGE = 256, 64  # images that a normalisation is tried on; of more than 64x64 pixels
+_CLEARLY = 0.98  # of the loss of the one before: less is chance
+_KNOWN = 0.8  # of the loss of guessing: a model above it has learned nothing
+# mean, std and name; the first is what is usual, so that it stays where the loss does not tell
+_Named = tuple[tuple[float, ...], tuple[float, ...], str]
+_USUAL: dict[int, list[_Named]] = {
+    1: [((0.5,), (0.5,), "0.5"), ((0.0,), (1.0,), "none"), ((0.1307,), (0.3081,), "MNIST's")],
+    3: [
+        (IMAGENET_MEAN, IMAGENET_STD, "ImageNet's"), ((0.0,) * 3, (1.0,) * 3, "none"), ((0.5,) * 3, (0.5,) * 3, "0.5"),
+        ((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616), "CIFAR-10's"),
+        ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.201), "CIFAR-10's, in common use"),
+    ],
+}  # fmt: skip
+
+Fitting = TypeVar("Fitting", bound=Task)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """task: with what was settled. options: that, by the names of the task's options. why: option -> who said it."""
+
+    task: Task
+    options: Mapping[str, object]
+    why: Mapping[str, str]
+
+
+def fit(source: Source, task: Task, given: Collection[str]) -> Fitted:
+    """The task with what the source's model needs of it. given: options that the user set, which stay.
+
+    Raises InputError where the size of pictures can't be known.
+    """
+    fields: set[str] = {field.name for field in dataclasses.fields(task)} if dataclasses.is_dataclass(task) else set()
+    data = task.data
+    if not isinstance(data, ImageData) or not {"size", "channels", "crop"} <= fields:
+        return Fitted(task, {}, {})
+    open_ = fields - set(given)
+    why = dict.fromkeys(set(given) & fields, "as asked")
+    stated = {name: value for name, value in source.preprocessing.items() if name in open_}
+    found = _shaped(source, data, open_, stated, why)
+    for name in ("mean", "std", "interpolation"):
+        values = stated.get(name)
+        channels = found.get("channels", data.input_shape[0])
+        if values is not None and not (isinstance(values, tuple | list) and len(values) not in (1, channels)):
+            found[name], why[name] = values, "the model's"
+    task = _changed(task, found)
+    if task.data.preparation.crop_of == "usual" and "crop" in stated:  # type: ignore[attr-defined]
+        found["crop"], why["crop"] = stated["crop"], "the model's"
+        task = _changed(task, {"crop": stated["crop"]})
+    if source.weights is not None and {"mean", "std"} <= open_ - found.keys() and isinstance(task, Classification):
+        normalised = _normalization(source.model, task)
+        if normalised is not None:
+            found["mean"], found["std"], why["mean"] = normalised
+            task = _changed(task, {"mean": found["mean"], "std": found["std"]})
+    return Fitted(task, found, why)
+
+
+def told(fitted: Fitted) -> str | None:
+    """What images become before the model sees them, and who said so, in a line; None of a task of another kind."""
+    data = fitted.task.data
+    if not isinstance(data, ImageData):
+        return None
+    prepared, normal, why = data.preparation, data.normalization, fitted.why
+    own = {"given": "as asked", "the images": "the images' own", "usual": "usual"}
+    parts = [f"images of {by(prepared.shape)} (size {why.get('size', own[prepared.size_of])}"]
+    parts[0] += f", channels {why['channels']})" if "channels" in why else ")"
+    if prepared.pictures:
+        whole = "whole" if prepared.crop == 1 else f"crop {prepared.crop:.3g}"
+        fits = "" if prepared.crop_of == "the images" else f" ({why.get('crop', own[prepared.crop_of])})"
+        parts += [f"{whole}{fits}", data.interpolation]
+    mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (normal.mean, normal.std))
+    parts.append(f"minus {mean}, over {std} ({why.get('mean', 'usual')})")
+    names = getattr(fitted.task, "class_names", None)
+    if names:
+        more = f", ... {names[-1]}" if len(names) > 6 else ""
+        parts.append(f"{len(names)} classes: {', '.join(names[:5] if more else names)}{more}")
+    return "; ".join([*parts, *data.notes])
+
+
+def _changed(task: Fitting, options: Mapping[str, object]) -> Fitting:
+    """The task with other options, its data still open."""
+    if not options:
+        return task
+    changed = dataclasses.replace(task, **options)  # type: ignore[type-var]
+    share_opened(task.data, changed.data)  # type: ignore[arg-type]
+    return changed
+
+
+def _shaped(
+    source: Source, data: ImageData, open_: Collection[str], stated: Mapping[str, object], why: dict[str, str]
+) -> dict[str, object]:
+    """Size and channels, as far as they are other than the data's own."""
+    prepared = data.preparation
+    own = prepared.shape
+    if source.shape is not None:
+        found: dict[str, object] = {}
+        if "size" in open_ and "size" in stated and (prepared.pictures or is_graph(source.model)):
+            found["size"], why["size"] = stated["size"], "the model's"
+        other = len(source.shape) == 3 and source.shape[0] != own[0]
+        if "channels" in open_ and other and (prepared.pictures or own[0] == 1):
+            found["channels"], why["channels"] = source.shape[0], "the model's"
+        return found
+    channels = [own[0]]
+    if "channels" in open_:
+        channels = (
+            [1, 3] if prepared.grey else [own[0], 1] if prepared.pictures else [*{own[0], 3 * (own[0] == 1)} - {0}]
+        )
+    shape = next((one for count in channels if _takes(source.model, one := (count, *own[1:]))), None)
+    if shape is None and "size" in open_:
+        shape = _other_size(source.model, channels, why)
+    elif prepared.size_of == "usual" and prepared.largest is not None and max(prepared.largest) < SIZE:
+        raise InputError(
+            f"{source.text}: takes pictures of any size, and these are of several, up to "
+            f"{prepared.largest[1]}x{prepared.largest[0]}; pass --image-size PIXELS (size=)"
+        )
+    if shape is None:
+        return {}
+    found = {}
+    if shape[0] != own[0] or (prepared.pictures and "channels" in open_):
+        found["channels"], why["channels"] = shape[0], "the model's"
+    if shape[1:] != own[1:]:
+        found["size"] = shape[1]
+    return found
+
+
+def _other_size(model: nn.Module, channels: Collection[int], why: dict[str, str]) -> tuple[int, int, int] | None:
+    """The one size that the model takes, or the usual one of several."""
+    taken = [(count, size, size) for size in _SIZES for count in channels if _takes(model, (count, size, size))]
+    sizes = {shape[1] for shape in taken}
+    if len(sizes) == 1:
+        why["size"] = "the only one that the model takes"
+        return taken[0]
+    usual = next((shape for shape in taken if shape[1] == SIZE), None)
+    if usual is not None:
+        why["size"] = "usual; the model does not take the images' own"
+    return usual
+
+
+def _takes(model: nn.Module, shape: tuple[int, ...]) -> bool:
+    try:
+        with torch.no_grad():
+            model(torch.zeros(2, *shape))
+    except Exception:
+        return False
+    return True
+
+
+def _normalization(model: nn.Module, task: Classification) -> _Named | None:
+    """Mean, std and who says so: of the usual ones that of least loss, where the model then knows its classes."""
+    split: Split = "train" if task.data.train is not None and task.data.labelled("train") else "val"
+    _, height, width = task.data.input_shape
+    count = _TRIED if height * width <= 64 * 64 else _TRIED_LARGE
+    try:
+        batches = list(task.data.images(split, 64, limit=count))
+        guessing = math.log(max(2, task.classes))
+    except DataError:  # without labels, or normalised already
+        return None
+    if any(targets is None for _, targets in batches):
+        return None
+    seen = sum(len(images) for images, _ in batches)
+    candidates = _candidates(torch.cat([images.transpose(0, 1).flatten(1) for images, _ in batches], 1))
+    best, least = candidates[0], math.inf
+    for one in candidates:
+        try:
+            loss = _loss(model, task, batches, Normalization(one[0], one[1]))
+        except Exception:  # told when the model is captured or judged
+            return None
+        if loss < _CLEARLY * least:
+            least, best = loss, one
+    if least >= _KNOWN * guessing:
+        return None
+    return *best[:2], f"{best[2]}: of {len(candidates)} in use it fits the model best, on {seen} images"
+
+
+def _candidates(pixels: Tensor) -> list[_Named]:
+    """pixels: (C, all of them), from 0 to 1."""
+    channels = len(pixels)
+    zeros, ones, halves = ((value,) * channels for value in (0.0, 1.0, 0.5))
+    own = tuple(pixels.mean(1).tolist()), tuple(pixels.std(1).clamp(min=1e-3).tolist())
+    known = _USUAL.get(channels, [(halves, halves, "0.5"), (zeros, ones, "none")])
+    return [*known, (*own, "the images' own"), (zeros, tuple(one / 255 for one in ones), "none, from 0 to 255")]
+
+
+def _loss(
+    model: nn.Module, task: Classification, batches: Collection[tuple[Tensor, Tensor]], normal: Normalization
+) -> float:
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for images, targets in batches:
+            total += float(task.loss(model(normal(images)), targets)) * len(images)
+            count += len(images)
+    return total / count
