@@ -33,7 +33,7 @@ class ModelOptions:
         str,
         typer.Argument(
             metavar="MODEL",
-            help="timm:NAME, torchvision:NAME, package.module:function, a saved folder, or a .pt2 file.",
+            help="timm:NAME, torchvision:NAME, package.module:function, a saved folder, a .pt2 file, or an .onnx file.",
         ),
     ]
     weights: Annotated[

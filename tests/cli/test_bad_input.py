@@ -149,6 +149,12 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "input shape of the wrong channels": (("3x8x8", "--input"), f"prune {MODEL} --input 3,8,8 --keep 0.5 {OUT}"),
     "input shape that nobody says": (("pass --input",), f"prune {MODEL} --keep 0.5 {OUT}"),
     "exported program that is damaged": (("torch.export.save",), f"prune {{here}}/damaged.pt2 --keep 0.5 {OUT}"),
+    "ONNX file that does not exist": (("none.onnx", "no such file"), f"prune onnx:{{here}}/none.onnx --keep 0.5 {OUT}"),
+    "ONNX file that is a folder": (("folder.onnx", "no such file"),
+                                   f"prune onnx:{{here}}/folder.onnx --keep 0.5 {OUT}"),
+    "ONNX file that is none": (("is no ONNX file", "export or copy it again"),
+                               f"prune {{here}}/wrong.onnx --keep 0.5 {OUT}"),
+    "ONNX file that is empty": (("is no ONNX file",), f"quantize onnx:{{here}}/empty.onnx {ON} {OUT}"),
     "folder that rarefy did not save": (("no graph.json", "timm:NAME"), "measure {here}/notes"),
     "saved folder with a changed byte": (("weights.safetensors",), "measure {here}/changed"),
     "saved folder with a file missing": (("weights.safetensors",), "measure {here}/missing"),
@@ -304,6 +310,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (here / "notes" / "mine.txt").write_text("years of work", encoding="utf-8")
     (here / "folder.onnx").mkdir()
     (here / "damaged.pt2").write_bytes(b"PK\x03\x04 and no more")
+    (here / "wrong.onnx").write_bytes(b"PK\x03\x04 and no more")
+    (here / "empty.onnx").touch()
     state = {name: value.clone() for name, value in Net().state_dict().items()}
     save_file({**state, "head.weight": torch.zeros(7, 8), "head.bias": torch.zeros(7)}, here / "other.safetensors")
     save_file({name: value for name, value in state.items() if name != "conv.bias"}, here / "partial.safetensors")

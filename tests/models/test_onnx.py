@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from onnx import helper
@@ -95,6 +98,31 @@ def test_a_batch_of_one_becomes_free_and_names_are_kept(tmp_path: Path) -> None:
     assert "aten.matmul.default" not in kinds
 
 
+def test_layers_are_one_where_their_weights_are(tmp_path: Path) -> None:
+    """Exporters store equal tensors once: biases of zeros are not shared for that, and one layer read twice is."""
+    rng = np.random.default_rng(0)
+    file = write(
+        tmp_path / "m.onnx",
+        [
+            node("Conv", "x one.weight one.bias", "a", "/one/Conv"),
+            node("Conv", "a two.weight one.bias", "b", "/two/Conv"),
+            node("Conv", "b two.weight one.bias", "c", "/two_1/Conv"),
+            node("LayerNormalization", "c ones one.bias", "d", "/first/LayerNormalization"),
+            node("LayerNormalization", "d ones one.bias", "y", "/last/LayerNormalization"),
+        ],
+        {"x": ["n", 4, 4, 4]},
+        ["y"],
+        {
+            "one.weight": rng.normal(size=(4, 4, 1, 1)).astype(np.float32), "ones": np.ones(4, np.float32),
+            "two.weight": rng.normal(size=(4, 4, 1, 1)).astype(np.float32), "one.bias": np.zeros(4, np.float32),
+        },
+    )  # fmt: skip
+    graph = graph_of(load(str(file)))
+    assert sorted(name for name, _ in graph.named_parameters()) == [
+        "first.bias", "first.weight", "last.bias", "last.weight", "one.bias", "one.weight", "two.bias", "two.weight",
+    ]  # fmt: skip
+
+
 def test_the_steps_work_on_it(tmp_path: Path) -> None:
     graph = graph_of(load(f"onnx:{detector(tmp_path / 'model.onnx')}"))
     batches = [torch.randn(4, 3, 8, 8) for _ in range(2)]
@@ -137,5 +165,107 @@ def test_what_is_no_onnx_file_is_told(content: bytes | None, tmp_path: Path) -> 
     file.write_bytes(detector(tmp_path / "whole.onnx").read_bytes()[:900] if content is None else content)
     with pytest.raises(FormatError, match=r"m\.onnx"):
         load(f"onnx:{file}")
+    with open(file, "wb") as huge:
+        huge.truncate(3 * 10**9)
+    with pytest.raises(FormatError, match="3.0 GB"):
+        load(str(file))
     with pytest.raises(InputError, match="no such file"):
         load(f"onnx:{tmp_path}/other.onnx")
+
+
+def changed(tmp_path: Path, change: Callable[[Any], None]) -> str:
+    """The detector's file with something of it changed."""
+    model = onnx.load(detector(tmp_path / "whole.onnx"))
+    change(model)
+    file = tmp_path / "changed.onnx"
+    file.write_bytes(model.SerializeToString())
+    return str(file)
+
+
+def beside(location: str, offset: int = 0, length: int = 432) -> Callable[[Any], None]:
+    """The weights of the stem lie in a file beside."""
+
+    def change(model: Any) -> None:
+        tensor = model.graph.initializer[0]
+        tensor.ClearField("raw_data")
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", location), ("offset", offset), ("length", length)):
+            tensor.external_data.add(key=key, value=str(value))
+
+    return change
+
+
+def test_weights_in_a_file_beside_are_read(tmp_path: Path) -> None:
+    whole = onnx.load(detector(tmp_path / "whole.onnx"))
+    (tmp_path / "weights.bin").write_bytes(b"head" + whole.graph.initializer[0].raw_data)
+    pictures = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        wanted = load(str(tmp_path / "whole.onnx")).model(pictures)
+        assert torch.equal(load(changed(tmp_path, beside("weights.bin", 4))).model(pictures), wanted)
+
+
+@pytest.mark.parametrize(
+    "location, offset, length",
+    [
+        ("../secret.bin", 0, 432), ("/etc/passwd", 0, 432), ("", 0, 432), ("link.bin", 0, 432), ("none.bin", 0, 432),
+        ("weights.bin", 1, 432), ("weights.bin", -4, 432), ("weights.bin", 0, 10**12), ("weights.bin", 0, 4),
+        (".", 0, 432),
+    ],
+)  # fmt: skip
+def test_weights_elsewhere_are_refused(location: str, offset: int, length: int, tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    (tmp_path / "secret.bin").write_bytes(bytes(432))
+    (here / "weights.bin").write_bytes(bytes(432))
+    (here / "link.bin").symlink_to(tmp_path / "secret.bin")
+    with pytest.raises(FormatError, match="stem.conv.weight"):
+        load(changed(here, beside(location, offset, length)))
+
+
+def grow(model: Any) -> None:
+    model.graph.initializer[0].dims[:] = [10**6, 10**6, 3, 3]
+
+
+def shrink(model: Any) -> None:
+    model.graph.initializer[0].dims[:] = [-4, -3, 3, 3]
+
+
+def rename(model: Any) -> None:
+    model.graph.node[3].input[0] = "nowhere"
+
+
+def turn(model: Any) -> None:
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes[::-1])
+
+
+def old(model: Any) -> None:
+    model.opset_import[0].version = 6
+
+
+def empty(model: Any) -> None:
+    del model.graph.node[:]
+
+
+def text(model: Any) -> None:
+    model.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.STRING
+
+
+def sparse(model: Any) -> None:
+    model.graph.sparse_initializer.add()
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (grow, "stem.conv.weight has 432 bytes where its sizes"), (shrink, "stem.conv.weight has sizes"),
+        (rename, "nothing before it makes 'nowhere'"), (turn, "nothing before it makes 'i'"),
+        (old, "is of opset 6, read are 7 to"),
+        (empty, "no ONNX file with a graph"), (text, "input 'images' is no tensor of numbers"),
+        (sparse, "sparse weights"),
+    ],
+)  # fmt: skip
+def test_damaged_files_are_refused(change: Callable[[Any], None], match: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=match):
+        load(changed(tmp_path, change))

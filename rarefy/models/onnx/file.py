@@ -76,10 +76,10 @@ def read(path: str | os.PathLike[str]) -> tuple[Network, list[tuple[list[int | N
     specs = [_spec(info, file) for info in infos]
     network = Network([info.name for info in infos], [info.name for info in graph.output])
     try:
-        steps, folded = _steps(library, graph, opset, constants, file)
-        known = {*folded, *network.input_names, *(name for step in steps for name in step.writes)}
-        for name in (*network.output_names, *(name for step in steps for name in step.reads if name)):
-            if name not in known:
+        steps, folded = _steps(library, graph, opset, network.input_names, constants, file)
+        made = {*folded, *network.input_names, *(name for step in steps for name in step.writes)}
+        for name in network.output_names:
+            if name not in made:
                 raise FormatError(
                     f"{file}: nothing makes {name!r}, which is read; the file is damaged: export it again"
                 )
@@ -118,24 +118,31 @@ _CUT = "cut the file behind it (onnx.utils.extract_model)"
 
 
 def _steps(
-    library: ModuleType, graph: Value, opset: int, constants: dict[str, np.ndarray], file: Path
+    library: ModuleType, graph: Value, opset: int, inputs: list[str], constants: dict[str, np.ndarray], file: Path
 ) -> tuple[list[Step], dict[str, np.ndarray]]:
     """The nodes that read inputs, and the constants with those that the others make."""
     steps: list[Step] = []
     constants = dict(constants)
+    made = {*constants, *inputs}
     for index, node in enumerate(graph.node):
         kind, label = node.op_type, f"{node.name or node.output[0]} ({node.op_type})"
         attributes = {one.name: _attribute(library, one, label, file) for one in node.attribute}
         if kind == "Constant" and node.domain in DOMAINS:
             constants[node.output[0]] = _constant(attributes, label)
+            made.add(node.output[0])
             continue
         row = ROWS.get(kind) if node.domain in DOMAINS else None
         if row is None:
             known = REFUSED.get(kind, ("has no row in the table of operators", _BEFORE))
             where = f"{node.domain}.{kind}" if node.domain not in DOMAINS else kind
             raise InputError(f"{node.name or node.output[0]}: operator {where} {known[0]}; {known[1]}")
+        for name in node.input:
+            if name and name not in made:
+                raise FormatError(f"{label}: nothing before it makes {name!r}; the file is damaged: export it again")
+        made.update(node.output)
         step = Step(kind, label, attributes, opset, row)
-        step.path = path_of(node.name, kind, index)
+        scopes = {one.key: one.value for one in node.metadata_props}.get("pkg.torch.onnx.name_scopes", "")
+        step.path = path_of(node.name, kind, index, scopes)
         step.reads, step.writes = [name or None for name in node.input], list(node.output)
         if all(name is None or name in constants for name in step.reads):
             constants.update(fold(step, [None if name is None else constants[name] for name in step.reads]))

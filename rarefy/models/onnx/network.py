@@ -134,9 +134,12 @@ def assemble(network: Network, steps: Sequence[Step], constants: Mapping[str, np
     """Put the steps and their tensors into the network, each under its name."""
     names = _Names()
     places: list[tuple[str, Step]] = []
-    tensors: dict[tuple[str, str], tuple[str, Value]] = {}
+    tensors: dict[tuple[str, str, object], tuple[str, Value]] = {}
+    readers = Counter(name for step in steps for name in step.reads if isinstance(name, str))
     sized: set[str] = set()  # what is made of sizes and constants only
     for step in steps:
+        step.path = _owner(step, constants, readers) or step.path
+        tie = _tie(step, constants)
         home = step.path
         names_read = {name for name in step.reads if isinstance(name, str)}
         on_sizes = step.kind in HOST and names_read <= sized | set(constants)
@@ -154,10 +157,10 @@ def assemble(network: Network, steps: Sequence[Step], constants: Mapping[str, np
             parts = stored if isinstance(stored, dict) else {role or "value": stored}
             found = []
             for part, tensor in parts.items():
-                key = (read, f"{part}{tensor.shape}" if tensor is not value else "")
+                key = (read, f"{part}{tensor.shape}" if tensor is not value else "", tie if role else None)
                 if key not in tensors:
                     telling = (_TELLING if role else _PLAIN_OR_TELLING).fullmatch(read) and not isinstance(stored, dict)
-                    name = names.tensor(read if telling else f"{step.path}.{part}")
+                    name = names.tensor(read if telling and read not in names.tensors else f"{step.path}.{part}")
                     tensors[key] = name, _kept(tensor, role or read)
                 found.append(Stored(tensors[key][0]))
             if role in ("weight", "weight_ih"):
@@ -171,6 +174,25 @@ def assemble(network: Network, steps: Sequence[Step], constants: Mapping[str, np
     for name, value in tensors.values():
         set_attribute(network, name, value)
     network.order = [step.place for step in steps]
+
+
+def _owner(step: Step, constants: Mapping[str, np.ndarray], readers: Mapping[str, int]) -> str:
+    """The module that a weight of the step alone is named after, if one is: exporters rename those that they turned."""
+    read = zip(step.row.stored, step.reads)
+    names = [name for role, name in read if role and isinstance(name, str) and name in constants and readers[name] == 1]
+    return next((name.rpartition(".")[0] for name in names if _TELLING.fullmatch(name)), "")
+
+
+def _tie(step: Step, constants: Mapping[str, np.ndarray]) -> object:
+    """What two layers have in common that are one: a weight of other than one number.
+
+    Exporters store equal tensors once, so that all biases of zeros are the same one in the file.
+    """
+    for role, name in zip(step.row.stored, step.reads):
+        if role.startswith("weight") and isinstance(name, str) and name in constants:
+            value = constants[name]
+            return name if value.size and (value != value.reshape(-1)[0]).any() else step
+    return None
 
 
 _TELLING = re.compile(r"[A-Za-z_]\w*(\.\w+)+")
@@ -238,8 +260,14 @@ class _Names:
 _RESERVED = frozenset(dir(Network([], []))) | frozenset(dir(Step("", "", {}, 0, None)))  # type: ignore[arg-type]
 
 
-def path_of(label: str, kind: str, index: int) -> str:
-    """``/layer1/layer1.0/conv1/Conv`` -> ``layer1.0.conv1``; ``Conv_12`` where a node has no name."""
+def path_of(label: str, kind: str, index: int, scopes: str = "") -> str:
+    """``/layer1/layer1.0/conv1/Conv`` -> ``layer1.0.conv1``; ``Conv_12`` where a node has no name.
+
+    scopes: the modules around it, as torch's exporter writes them: ``"['', 'layer1.0', 'layer1.0.conv1', 'conv2d']"``.
+    """
+    around = re.findall(r"'([\w.]*)'", scopes)[:-1]
+    if around and around[-1]:
+        return str(around[-1])
     parts: list[str] = []
     for part in filter(None, label.split("/")):
         if parts and part.startswith(f"{parts[-1]}."):
