@@ -83,10 +83,9 @@ def agreed_shape(shape: tuple[int, ...] | None, task: Any) -> tuple[int, ...] | 
     given: tuple[int, ...] = task.data.input_shape
     if shape is not None and shape != given:
         asked, have = (",".join(map(str, one)) for one in (shape, given))
-        raise InputError(
-            f"--input {asked}: the data gives images of {have}; leave --input out, or change the data (--image-size, "
-            "--channels)"
-        )
+        alike = len(shape) == 3 and shape[1] == shape[2]
+        way_out = f", or pass --image-size {shape[1]} --channels {shape[0]}" if alike else ""
+        raise InputError(f"--input {asked}: the data gives images of {have}; leave --input out{way_out}")
     return given
 
 

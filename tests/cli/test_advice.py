@@ -44,12 +44,14 @@ TOLD = [(file, function, options) for file, found in FILES.items() for function,
 
 
 def verbs_under(file: str, function: str) -> list[str]:
-    """The verbs that a message may be raised under: its own, or those that load models, or data; else any."""
+    """The verbs that a message may be raised under: its own, or those that load models, or data; else not known."""
     verb = VERB.get(function, function)
     if file.startswith("cli/"):
         if verb in COMMANDS:
             return [verb]
         return []
+    if file == "models/fitting.py":  # what is asked where there is data beside the model
+        return [name for name, options in OPTIONS.items() if {"--data", "--input"} <= options]
     if file.startswith("models/"):
         return [name for name, command in COMMANDS.items() if any(one.name == "model" for one in command.params)]
     if file.startswith("data/"):
@@ -88,3 +90,21 @@ def test_the_images_size_has_one_name_and_another(tmp_path: Path) -> None:
     assert recipe.data_options({"val": "x", "image_size": 32}) == recipe.data_options({"val": "x", "size": 32})
     with pytest.raises(rarefy.RarefyError, match="image_size"):
         recipe.data_options({"size": 32, "image_size": 32})
+
+
+def test_what_an_input_of_another_shape_is_advised_works() -> None:
+    from types import SimpleNamespace
+
+    from rarefy.cli.inputs import agreed_shape
+    from rarefy.tasks.classification import Classification
+
+    def shape_of(**options: object) -> tuple[int, ...]:
+        return Classification(val="sklearn:digits", **options).data.input_shape  # type: ignore[arg-type]
+
+    task = SimpleNamespace(data=SimpleNamespace(input_shape=shape_of()))
+    with pytest.raises(rarefy.RarefyError) as caught:
+        agreed_shape((3, 16, 16), task)
+    assert str(caught.value).endswith("leave --input out, or pass --image-size 16 --channels 3")
+    assert shape_of(size=16, channels=3) == (3, 16, 16) and agreed_shape(None, task) == shape_of()
+    with pytest.raises(rarefy.RarefyError, match="leave --input out$"):  # no option makes images that are not square
+        agreed_shape((3, 16, 20), task)
