@@ -549,7 +549,7 @@ class WithoutKernels(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.inner, self.head = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1), nn.Linear(8, 5)
-        self.odd = nn.Conv1d(8, 8, 1)
+        self.odd = nn.ConvTranspose1d(8, 8, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.stem(x).relu()

@@ -55,7 +55,7 @@ def test_noise_of_the_last_layer_is_that_of_the_answers(
 
 def test_each_operator_in_float_has_its_reason(graph: torch.fx.GraphModule, batches: list[torch.Tensor]) -> None:
     why = {row["name"]: row["why"] for row in explain(quantize(graph, batches=batches, progress=False))["float"]}
-    assert why.pop("odd") == "the runtime has no integer kernel for conv1d"
+    assert why.pop("conv_transpose1d") == "the runtime has no integer kernel for conv_transpose1d"
     said = sorted(set(why.values()))
     assert "the runtime has no integer kernel for erf" in said and "this form of add has no integer kernel" in said
     assert any(one.startswith("reads ") and one.endswith("which is in float") for one in said)
@@ -96,7 +96,7 @@ def test_a_layer_is_in_one_of_the_two_tables(graph: torch.fx.GraphModule, batche
             continue
         found = explain(small)
         integer, floats = ({row["name"] for row in found[key]} for key in ("layers", "float"))
-        assert not integer & floats and {"stem", "inner", "odd", "head"} <= integer | floats
+        assert not integer & floats and {"stem", "inner", "conv_transpose1d", "head"} <= integer | floats
 
 
 def test_a_saved_model_and_weights_alone_are_explained(
@@ -112,11 +112,11 @@ def test_a_saved_model_and_weights_alone_are_explained(
 
 
 def test_the_report_names_the_noisiest_layers(graph: torch.fx.GraphModule, batches: list[torch.Tensor]) -> None:
-    small = quantize(graph, batches=batches, weights="int8;inner=int2", progress=False)
+    small = quantize(graph, batches=batches, weights="int8;inner=int2", ignore=["head"], progress=False)
     told = facts.told_by(small.meta["history"])
     shown = view.view(told)["layers"]
     rows = [row for key in ("layers", "float") for row in explain(small)[key] if row["sqnr_db"] is not None]
     noisiest = min((row for row in rows if row in explain(small)["layers"]), key=lambda row: row["sqnr_db"])
     assert shown["worst"][0] == (noisiest["name"], f"{noisiest['sqnr_db']:.1f} dB")
     page = report.html(told)
-    assert "noisiest outputs" in page and "the runtime has no integer kernel for conv1d" in page
+    assert "noisiest outputs" in page and "ignored: head" in page
