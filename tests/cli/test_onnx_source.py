@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
+from onnx_files import write
 from torch import Tensor, nn
 
 import rarefy
@@ -75,3 +79,15 @@ def test_what_a_file_fixes_is_told(file: Path, tmp_path: Path, capsys: pytest.Ca
     assert "leave out --classes" in told and len(told.strip().splitlines()) == 1
     told = run(capsys, "prune", f"onnx:{file}", "--input", "3,8,8", "--keep", "0.5", "-o", tmp_path / "x", code=2)
     assert "does not take an input of 3x8x8" in told
+
+
+def test_a_file_that_does_not_run_is_told_in_one_line(tmp_path: Path) -> None:
+    """In a process of its own: torch writes what fails to the terminal, past what pytest catches."""
+    nodes = [onnx.helper.make_node("Conv", ["x", "w"], ["y"], name="stem")]
+    file = write(tmp_path / "bad.onnx", nodes, {"x": ["n", 3, 8, 8]}, ["y"], {"w": np.zeros((4, 5, 3, 3), np.float32)})
+    done = subprocess.run(
+        [sys.executable, "-m", "rarefy", "prune", str(file), "--keep", "0.5", "-o", str(tmp_path / "out")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "stem (Conv): does not run" in done.stderr

@@ -24,6 +24,7 @@ from rarefy.graph.nodes import Value
 from rarefy.models.onnx.arithmetic import TYPES
 from rarefy.models.onnx.network import Network, computed
 from rarefy.models.onnx.step import Step, numbers
+from rarefy.system.quiet import quiet
 
 WIDER = 3
 TOLERANCE = 1e-3  # of the largest number: another order of adding up
@@ -55,7 +56,7 @@ def settle(network: Network, specs: Sequence[tuple[Sequence[int | None], int]]) 
 def _settle(network: Network, specs: Sequence[tuple[Sequence[int | None], int]], batch: int) -> None:
     for name in network.order:
         network.step(name).free = None
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    with quiet("torch._subclasses.fake_tensor"), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         _side_by_side(network, _examples(specs, batch), _examples(specs, batch * WIDER), batch)
     with torch.no_grad():
         _check(network, specs, batch)
