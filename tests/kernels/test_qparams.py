@@ -10,7 +10,8 @@ from rarefy import kernels
 from rarefy.kernels import makes_codes, qparams, value_of
 
 OPERATORS = torch.ops.rarefy
-MAKERS = ["quantize", "conv2d_codes", "linear_codes", "add", "mul", "mean", "avg_pool2d"]
+MAKERS = ["quantize", "linear_codes", "add", "mul", "mean", "avg_pool2d"]
+MAKERS += [f"conv{axes}d_codes" for axes in (1, 2, 3)]
 
 
 def node_of(name: str, keywords: bool) -> fx.Node:
