@@ -136,6 +136,42 @@ def test_the_steps_work_on_it(tmp_path: Path) -> None:
     assert graph.stem.bn.mean.abs().sum() != load(str(tmp_path / "model.onnx")).model.stem.bn.mean.abs().sum()
 
 
+def text_encoder(path: Path, scalar: bool = False) -> Path:
+    """Two inputs of integers, of a length that is free; what is masked counts nothing."""
+    rng = np.random.default_rng(0)
+    return write(
+        path,
+        [
+            node("Gather", "embed.weight ids", "a", "/embed/Gather"), node("MatMul", "a w", "b", "/dense/MatMul"),
+            node("Cast", "mask", "c", to=1), node("Unsqueeze", "c last", "d"), node("Mul", "b d", "e"),
+            node("ReduceSum", "e middle", "f", keepdims=0), node("ReduceSum", "c middle", "g"),
+            node("Div", "f g", "h"), node("Mul", "h factor", "pooled"),
+        ],
+        {"ids": ["n", "length"], "mask": ["n", "length"], **({"factor": []} if scalar else {})},
+        ["pooled"],
+        {
+            "embed.weight": rng.normal(size=(20, 8)).astype(np.float32), "last": np.array([2]), "middle": np.array([1]),
+            "w": rng.normal(size=(8, 4)).astype(np.float32), **({} if scalar else {"factor": np.float32(2)}),
+        },
+        kinds={"ids": onnx.TensorProto.INT64, "mask": onnx.TensorProto.INT64},
+    )  # fmt: skip
+
+
+def test_several_inputs_of_integers(tmp_path: Path) -> None:
+    file = text_encoder(tmp_path / "text.onnx")
+    graph = graph_of(load(str(file)))
+    assert graph.meta["names"] == {"inputs": ["ids", "mask"], "outputs": ["pooled"]}
+    assert [one["dtype"] for one in graph.meta["inputs"]] == ["int64", "int64"]
+    assert {name for name, _ in graph.named_parameters()} == {"embed.weight", "dense.weight"}
+    ids, mask = torch.randint(0, 20, (3, 16)), torch.ones(3, 16, dtype=torch.int64)
+    mask[1, 5:] = 0
+    with torch.no_grad():
+        found = graph(ids, mask)
+    torch.testing.assert_close(found, torch.from_numpy(answers(file, ids.numpy(), mask.numpy())[0]))
+    with pytest.raises(FormatError, match="'factor' is a single number.*initializer"):
+        load(str(text_encoder(tmp_path / "scalar.onnx", scalar=True)))
+
+
 def test_a_file_that_mixes_its_images_is_refused(tmp_path: Path) -> None:
     file = write(tmp_path / "m.onnx", [node("Softmax", "x", "y", axis=0)], {"x": ["n", 4]}, ["y"])
     with pytest.raises(CaptureError, match="each image of a batch on its own.*dynamic_shapes"):

@@ -110,7 +110,10 @@ def _spec(info: Value, file: Path) -> tuple[list[int | None], int]:
         raise FormatError(f"{file}: input {info.name!r} is no tensor of numbers; {_CUT}")
     sizes = [one.dim_value if one.HasField("dim_value") and one.dim_value > 0 else None for one in kind.shape.dim]
     if not sizes:
-        raise FormatError(f"{file}: input {info.name!r} has no batch axis; fix it: onnx.compose, or export without it")
+        raise FormatError(
+            f"{file}: input {info.name!r} is a single number, without a batch axis; "
+            "store its value as an initializer of that name, or cut the file behind it (onnx.utils.extract_model)"
+        )
     return sizes, kind.elem_type
 
 
