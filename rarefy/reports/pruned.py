@@ -37,7 +37,7 @@ def rows(facts: Mapping[str, Json]) -> list[tuple[str, str]]:
     """Lines of a table: each cost before and after, what could not leave, and each reason."""
     costs, stays = _costs(facts), _stays(facts)
     found = [
-        (f"{COSTS[cost]} before, after", f"{before:,} → {after:,} ({_share(before - after, before)} less)")
+        (f"{COSTS[cost]} before, after", f"{before:,} -> {after:,} ({_share(before - after, before)} less)")
         for cost, (before, after) in costs.items()
     ]
     if stays is None or not costs:
