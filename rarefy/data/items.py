@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from rarefy.data.shards import LeftOut, shuffled
 from rarefy.data.targets import ClassIndices, Target, Targets
@@ -23,7 +24,7 @@ Split = Literal["train", "val"]
 Picture = str | Path | bytes | Image.Image | np.ndarray | Tensor  # an image, as a dataset yields it
 FORMS = (
     "give imagefolder:PATH, tar:PATH, parquet:PATH, torchvision:NAME?root=PATH, sklearn:digits, "
-    "package.module:function, (images, labels) or a map-style dataset"
+    "package.module:function, (images, labels), a map-style dataset or a DataLoader of one"
 )
 # Datasets of torchvision that lie in memory as uint8: the attributes that hold images and labels.
 _IN_MEMORY = {
@@ -118,7 +119,7 @@ class Items:
 
     def item(self, index: int) -> tuple[Picture, Target | None]:
         """Image and label of the item at ``index`` of this source."""
-        item = self.items[int(self.indices[index])]
+        item = _pair(self.items[int(self.indices[index])])
         pair = isinstance(item, tuple | list)
         image, label = (item[0], item[1] if self.labels is None else None) if pair else (item, None)
         if self.labels is not None:
@@ -167,7 +168,12 @@ def of_store(text: str, store: Store) -> Items:
 
 
 def from_object(given: Any, where: str, targets: Targets) -> Source:
-    """Of arrays, a pair of them, or any map-style dataset. Raises DataError for anything else."""
+    """Of arrays, a pair of them, or any map-style dataset. Raises DataError for anything else.
+
+    A loader's dataset is taken: in what batches and order it is read, who reads it says.
+    """
+    if isinstance(given, DataLoader):
+        given = given.dataset
     if isinstance(given, Tensor | np.ndarray):
         given = (given, None)
     if isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], Tensor | np.ndarray):
@@ -185,6 +191,22 @@ def from_object(given: Any, where: str, targets: Targets) -> Source:
     classes = getattr(given, "classes", None)
     names = tuple(map(str, classes)) if isinstance(classes, list | tuple) and classes else None
     return Items(where, given, torch.arange(len(given)), _known_labels(given, where, targets), names, targets=targets)
+
+
+_IMAGES, _LABELS = ("image", "img", "pixel_values", "x"), ("label", "labels", "target", "fine_label", "y")
+
+
+def _pair(item: Any) -> Any:
+    """``{"image": ..., "label": ...}``, as datasets of Hugging Face yield it, as (image, label)."""
+    if not isinstance(item, dict):
+        return item
+    image, label = (next((item[name] for name in names if name in item), None) for names in (_IMAGES, _LABELS))
+    if image is None:
+        raise DataError(
+            f"an item is a dictionary of {', '.join(map(str, item)) or 'nothing'}, and none is called "
+            f"{', '.join(_IMAGES)}; yield (image, label)"
+        )
+    return image if label is None else (image, label)
 
 
 def _known_labels(dataset: Any, where: str, targets: Targets) -> Tensor | None:

@@ -8,8 +8,8 @@
                                    any of:
 (images, labels)                   arrays or tensors, (N, C, H, W), (N, H, W, C) or (N, H, W), uint8 or float in
                                    [0, 1]
-a map-style dataset                items are (image, label) or image; an image is a path, a PIL image, an
-                                   (H, W[, C]) array or a (C, H, W) tensor
+a map-style dataset, or a          items are (image, label), {"image": ..., "label": ...} or image; an image is a
+DataLoader of one                  path, a PIL image, an (H, W[, C]) array or a (C, H, W) tensor
 =================================  ==============================================================================
 
 A text source that knows no splits and is named for both ``train`` and ``val`` is cut in two: a fifth of each class,
