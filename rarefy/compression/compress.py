@@ -48,7 +48,9 @@ from rarefy.errors import InputError
 from rarefy.evaluation import measure
 from rarefy.evaluation.corruptions import fits
 from rarefy.graph.capture import as_graph
+from rarefy.graph.nodes import is_graph
 from rarefy.kernels import is_quantised
+from rarefy.models import fitting
 from rarefy.reports import report as report_module
 from rarefy.reports.facts import Facts, status
 from rarefy.tasks.task import Task
@@ -131,6 +133,8 @@ def compress(
         raise InputError(f"compress: budget={budget!r} is no Budget; pass rarefy.Budget(max_drop=0.005, speedup=2)")
     if task.data.val is None:
         raise InputError("compress: the task has no validation data, without which no drop can be measured; pass val=")
+    if inputs is None and not is_graph(model):  # size and channels that nobody gave, as the model takes them
+        task = fitting.fit_module(model, task)
     example = inputs if inputs is not None else torch.zeros(2, *task.data.input_shape)
     original = description.remember(without_clocks(as_graph(model, example)).eval(), task)
     listed = steps if steps is not None else usual_steps(budget, measure.weight_bytes(original), task)

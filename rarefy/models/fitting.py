@@ -34,6 +34,8 @@ from rarefy.tasks.task import Task
 
 _SIZES = (28, 32, 64, 96, 128, 160, 192, 224, 256, 299, 384)  # that networks are made for
 _TRIED, _TRIED_LARGE = 256, 64  # images that a normalisation is tried on; of more than 64x64 pixels
+_AVERAGED = 8  # times as many give the mean and deviation of images that small
+_NEAR = 0.02  # of mean and deviation: nearer ones are the same by another count
 _CLEARLY = 0.98  # of the loss of the one before: less is chance
 _KNOWN = 0.8  # of the loss of guessing: a model above it has learned nothing
 # mean, std and name; the first is what is usual, so that it stays where the loss does not tell
@@ -87,6 +89,19 @@ def fit(source: Source, task: Task, given: Collection[str]) -> Fitted:
             found["mean"], found["std"], why["mean"] = normalised
             task = _changed(task, {"mean": found["mean"], "std": found["std"]})
     return Fitted(task, found, why)
+
+
+def fit_module(model: nn.Module, task: Task) -> Task:
+    """The task with the size and channels that the module takes, where the task leaves them open (None)."""
+    if not dataclasses.is_dataclass(task):
+        return task
+    given = [field.name for field in dataclasses.fields(task) if getattr(task, field.name) is not None]
+    was_training = [(module, module.training) for module in model.modules()]
+    try:
+        return fit(Source(type(model).__name__, model.eval()), task, given).task
+    finally:
+        for module, training in was_training:
+            module.training = training
 
 
 def told(fitted: Fitted) -> str | None:
@@ -183,16 +198,17 @@ def _normalization(model: nn.Module, task: Classification) -> _Named | None:
     """Mean, std and who says so: of the usual ones that of least loss, where the model then knows its classes."""
     split: Split = "train" if task.data.train is not None and task.data.labelled("train") else "val"
     _, height, width = task.data.input_shape
-    count = _TRIED if height * width <= 64 * 64 else _TRIED_LARGE
+    count, more = (_TRIED, _AVERAGED) if height * width <= 64 * 64 else (_TRIED_LARGE, 1)
     try:
-        batches = list(task.data.images(split, 64, limit=count))
+        batches = list(task.data.images(split, 64, limit=count * more))
         guessing = math.log(max(2, task.classes))
     except DataError:  # without labels, or normalised already
         return None
     if any(targets is None for _, targets in batches):
         return None
-    seen = sum(len(images) for images, _ in batches)
     candidates = _candidates(torch.cat([images.transpose(0, 1).flatten(1) for images, _ in batches], 1))
+    batches = batches[:: max(1, len(batches) * 64 // count)]  # in order of class, mostly
+    seen = sum(len(images) for images, _ in batches)
     best, least = candidates[0], math.inf
     for one in candidates:
         try:
@@ -212,7 +228,12 @@ def _candidates(pixels: Tensor) -> list[_Named]:
     zeros, ones, halves = ((value,) * channels for value in (0.0, 1.0, 0.5))
     own = tuple(pixels.mean(1).tolist()), tuple(pixels.std(1).clamp(min=1e-3).tolist())
     known = _USUAL.get(channels, [(halves, halves, "0.5"), (zeros, ones, "none")])
-    return [*known, (*own, "the images' own"), (zeros, tuple(one / 255 for one in ones), "none, from 0 to 255")]
+    new = all(max(abs(a - b) for pair in zip(own, one) for a, b in zip(*pair)) > _NEAR for one in known)
+    return [
+        *known,
+        *[(*own, "the images' own")] * new,
+        (zeros, tuple(one / 255 for one in ones), "none, from 0 to 255"),
+    ]
 
 
 def _loss(

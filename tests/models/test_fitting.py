@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rarefy.data.images import ImageData
 from rarefy.errors import InputError
-from rarefy.models.fitting import fit, told
+from rarefy.models.fitting import fit, fit_module, told
 from rarefy.models.source import Source
 from rarefy.tasks.classification import Classification
 
@@ -116,6 +116,13 @@ def test_arrays_keep_their_size_and_grey_ones_are_repeated() -> None:
     assert fit(source(pooled(1)), task, {"val"}).task.data.input_shape == (1, 12, 12)
     stated = source(pooled(3), shape=(3, 64, 64), preprocessing={"size": 64})
     assert fit(stated, task, {"val"}).task.data.input_shape == (3, 12, 12)
+
+
+def test_a_module_in_python_gets_the_same_and_is_left_as_it_was(tmp_path: Path) -> None:
+    text, model = folder(tmp_path, (28, 28)), pooled(1).train()
+    assert fit_module(model, Classification(val=text)).data.input_shape == (1, 28, 28)
+    assert fit_module(model, Classification(val=text, size=16)).data.input_shape == (1, 16, 16)
+    assert model.training and all(module.training for module in model.modules())
 
 
 # ------------------------------------------------------------------ normalisation
