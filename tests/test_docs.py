@@ -129,7 +129,7 @@ def typed_in(folder: Path, block: str) -> None:
         assert done.stdout, line
 
 
-def pictures(folder: Path, classes: int, side: int = 224, each: int = 4) -> None:
+def pictures(folder: Path, classes: int, side: int = 64, each: int = 4) -> None:
     for split in ("train", "val"):
         for label in range(classes):
             (folder / split / f"class{label}").mkdir(parents=True)
@@ -141,13 +141,18 @@ def pictures(folder: Path, classes: int, side: int = 224, each: int = 4) -> None
 
 @pytest.mark.slow
 def test_the_readme_runs(tmp_path: Path) -> None:
-    """Its command line, on eight small pictures, and section 8 of the tutorial, which starts from files of one's own."""
+    """Its command line, on eight small pictures."""
     timm = pytest.importorskip("timm", reason="the README compresses a network of timm")
-    torchvision = pytest.importorskip("torchvision", reason="the tutorial compresses a network of torchvision")
     pictures(tmp_path / "data", 2)
     save_file(timm.create_model("resnet18").state_dict(), tmp_path / "best.safetensors")
     (commands_of,) = [block for block in blocks("README.md", "") if "rarefy compress" in block]
     typed_in(tmp_path, commands_of)
+
+
+@pytest.mark.slow
+def test_a_network_and_pictures_of_ones_own(tmp_path: Path) -> None:
+    """Section 8 of the tutorial, which starts from files of the reader's."""
+    torchvision = pytest.importorskip("torchvision", reason="the tutorial compresses a network of torchvision")
     pictures(tmp_path / "photos", 4)
     save_file(torchvision.models.resnet18(num_classes=4).state_dict(), tmp_path / "mine.safetensors")
     (own,) = blocks("docs/tutorial.md", "sh")

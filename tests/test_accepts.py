@@ -1,0 +1,580 @@
+"""docs/accepts.md: every row of what is taken, and of what is refused, has a check here, and every check a row."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import rarefy
+from rarefy.errors import RarefyError
+from rarefy.graph.history import records
+from rarefy.models.load import graph_of, load
+from rarefy.models.weights import load_weights
+from rarefy.tasks import Classification
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "accepts.md"
+X, IDS = torch.randn(4, 3, 8, 8), torch.randint(0, 9, (4, 5))
+LABELS = torch.arange(12) % 3
+PICTURES = torch.randint(0, 256, (12, 3, 8, 8), dtype=torch.uint8)
+CHECKS: dict[str, Callable[[Path], None]] = {}
+
+
+def rows() -> list[str]:
+    """The first cell of each row that is no heading."""
+    found = []
+    for line in PAGE.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("|") and cells[0] != "what" and not set(cells[0]) <= {"-"}:
+            assert len(cells) == 2 and all(cells), line
+            found.append(cells[0])
+    return found
+
+
+def accepts(row: str) -> Callable[[Callable[[Path], None]], Callable[[Path], None]]:
+    def put(check: Callable[[Path], None]) -> Callable[[Path], None]:
+        assert row not in CHECKS, row
+        CHECKS[row] = check
+        return check
+
+    return put
+
+
+def test_every_row_has_a_check_and_every_check_a_row() -> None:
+    assert len(rows()) == len(set(rows())) >= 40
+    assert set(rows()) == set(CHECKS)
+
+
+@pytest.mark.parametrize("row", rows())
+def test_row(row: str, tmp_path: Path) -> None:
+    CHECKS[row](tmp_path)
+
+
+# -- networks
+
+
+class Net(nn.Module):
+    """answer: of logits and features, what it returns."""
+
+    def __init__(self, answer: Callable[[Tensor, Tensor], Any] = lambda logits, features: logits, classes: int = 3):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3))
+        self.head, self.answer = nn.Linear(8, classes), answer
+
+    def forward(self, x: Tensor) -> Any:
+        features = self.body(x).relu()
+        return self.answer(self.head(features.mean((2, 3))), features)
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(9, 6), nn.Linear(6, 3)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = True) -> Any:
+        hidden = self.embedding(input_ids)
+        hidden = hidden if attention_mask is None else hidden * attention_mask[..., None]
+        return {"logits": self.head(hidden.mean(1)), **({"past": Cache()} if use_cache else {})}
+
+
+class Cache:
+    """No tensor, no container."""
+
+
+@dataclasses.dataclass
+class Answer:
+    logits: Tensor
+    hidden: Tensor | None = None
+
+
+class ModelOutput(OrderedDict[str, Any]):
+    """As transformers' is: a dictionary whose items are attributes."""
+
+
+def net() -> nn.Module:
+    return Net().eval()
+
+
+def answers(graph: nn.Module, model: nn.Module, *inputs: Tensor) -> None:
+    with torch.no_grad():
+        torch.testing.assert_close(graph(*inputs), model(*inputs), atol=1e-4, rtol=1e-4)
+
+
+def goes_through(graph: Any, *inputs: Tensor) -> None:
+    """Smaller, then int8, near the float answers."""
+    small = rarefy.prune(graph, keep=0.5)
+    assert records(small)[-1]["facts"]["reached"]["params"] < 0.9
+    integer = rarefy.quantize(small, batches=[inputs], progress=False)
+    assert records(integer)[-1]["facts"]["layers"]
+    with torch.no_grad():
+        wanted, got = small(*inputs), integer(*inputs)
+    assert float((got - wanted).norm() / wanted.norm()) < 0.2
+
+
+def task_of(labels: Any = LABELS, **options: Any) -> Classification:
+    return Classification(train=(PICTURES, labels), val=(PICTURES, labels), **options)
+
+
+def judged(model: nn.Module, task: Classification) -> None:
+    graph = rarefy.capture(model, (3, 8, 8))
+    trained = rarefy.distill(graph, graph, task, epochs=1, batch_size=6, progress=False)
+    assert rarefy.evaluate(trained, task, progress=False).samples == 12
+
+
+def refused(words: str, call: Callable[[], object]) -> None:
+    with pytest.raises(RarefyError, match=words) as raised:
+        call()
+    assert "\n" not in str(raised.value).strip()
+
+
+# -- a model
+
+
+@accepts("a module")
+def _(_: Path) -> None:
+    answers(rarefy.capture(net(), X), net(), X)
+    goes_through(rarefy.prune(net(), inputs=X, keep=1.0), X)
+
+
+@accepts("a function, a class or a module of yours")
+def _(folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        source = (
+            "from torch import nn\nclass Mine(nn.Linear):\n    def __init__(self):\n        super().__init__(4, 2)\n"
+        )
+        (folder / "accepted_nets.py").write_text(f"{source}def made():\n    return Mine()\nthere = Mine()\n")
+        for name in ("Mine", "made", "there"):
+            assert load(f"accepted_nets:{name}").model(torch.randn(1, 4)).shape == (1, 2)
+
+
+@accepts("a model of timm or torchvision")
+def _(_: Path) -> None:
+    pytest.importorskip("timm")
+    assert load("timm:test_resnet?num_classes=7").model(torch.randn(1, 3, 64, 64)).shape == (1, 7)
+    pytest.importorskip("torchvision")
+    assert load("torchvision:squeezenet1_1", classes=4).model(torch.randn(1, 3, 64, 64)).shape == (1, 4)
+
+
+@accepts("a folder saved by rarefy")
+def _(folder: Path) -> None:
+    rarefy.save(rarefy.capture(net(), X), folder / "saved")
+    answers(load(str(folder / "saved")).model, net(), X)
+
+
+@accepts("an exported program")
+def _(folder: Path) -> None:
+    free = {0: torch.export.Dim.DYNAMIC}
+    torch.export.save(torch.export.export(net(), (X,), dynamic_shapes=(free,)), folder / "model.pt2")
+    answers(graph_of(load(str(folder / "model.pt2"))), net(), X)
+
+
+@accepts("an ONNX file")
+def _(folder: Path) -> None:
+    rarefy.export(net(), folder / "model.onnx", inputs=X, compare=False)
+    for text in (f"onnx:{folder}/model.onnx", str(folder / "model.onnx")):
+        graph = graph_of(load(text))
+        answers(graph, net(), X)
+        goes_through(graph, X)
+
+
+@accepts("DataParallel, DDP, torch.compile around it")
+def _(_: Path) -> None:
+    for model in (nn.DataParallel(net()), torch.compile(net())):
+        graph = rarefy.capture(model, X)
+        assert set(graph.state_dict()) <= set(net().state_dict())
+        answers(graph, net(), X)
+
+
+@accepts("float16, bfloat16, float64")
+def _(folder: Path) -> None:
+    for dtype in (torch.bfloat16, torch.float64):
+        graph = rarefy.capture(net().to(dtype), X)
+        assert next(graph.parameters()).dtype == dtype and graph(X.to(dtype)).dtype == dtype
+    assert rarefy.export(net().half(), folder / "half.onnx", inputs=X.half())["passed"]
+    refused(r"float\(\)", lambda: rarefy.export(net().bfloat16(), folder / "half.onnx", inputs=X.bfloat16()))
+
+
+@accepts("weight norm, spectral norm, other parametrizations")
+def _(_: Path) -> None:
+    for wrap in (nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm):
+        model = Net()
+        wrap(model.body[3])
+        graph = rarefy.capture(model.eval(), X)
+        assert "body.3.weight" in graph.state_dict()
+        answers(graph, model, X)
+        goes_through(graph, X)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase]):
+        super().__init__()
+        torch.manual_seed(0)
+        self.steps, self.head = kind(8, 16, batch_first=True), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.steps(x)[0][:, -1])
+
+
+@accepts("recurrent layers (GRU, LSTM, RNN)")
+def _(_: Path) -> None:
+    for kind in (nn.GRU, nn.LSTM, nn.RNN):
+        steps = torch.randn(4, 6, 8)
+        small = rarefy.prune(Recurrent(kind).eval(), inputs=steps, keep=0.5)
+        assert records(small)[-1]["facts"]["reached"]["params"] < 0.7 and small(steps).shape == (4, 3)
+
+
+@accepts("Conv1d and Conv3d")
+def _(_: Path) -> None:
+    for conv, shape in ((nn.Conv1d, (4, 2, 16)), (nn.Conv3d, (4, 2, 4, 6, 6))):
+        torch.manual_seed(0)
+        model = nn.Sequential(conv(2, 8, 3), nn.ReLU(), conv(8, 8, 2), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))
+        inputs = torch.randn(shape)
+        model(inputs)
+        graph = rarefy.quantize(rarefy.capture(model.eval(), inputs), batches=[inputs], progress=False)
+        assert len(records(graph)[-1]["facts"]["layers"]) == 3
+
+
+# -- inputs
+
+
+@accepts("a tensor, an array")
+def _(_: Path) -> None:
+    for example in (X, X[:1], X.numpy(), X.double().numpy()):
+        answers(rarefy.capture(net(), example), net(), X)
+
+
+@accepts("a shape")
+def _(_: Path) -> None:
+    answers(rarefy.capture(net(), (3, 8, 8)), net(), X)
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.image, self.table, self.head = nn.Conv2d(3, 8, 3), nn.Linear(4, 8), nn.Linear(16, 5)
+
+    def forward(self, image: Tensor, table: Tensor) -> Tensor:
+        return self.head(torch.cat([torch.relu(self.image(image)).mean((2, 3)), torch.relu(self.table(table))], 1))
+
+
+@accepts("several")
+def _(folder: Path) -> None:
+    pair = (X, torch.randn(4, 4))
+    graph = rarefy.capture(Two().eval(), pair)
+    answers(graph, Two().eval(), *pair)
+    goes_through(graph, *pair)
+    assert rarefy.export(graph, folder / "two.onnx", inputs=pair)["passed"]
+
+
+@accepts("by name")
+def _(_: Path) -> None:
+    inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "use_cache": False}
+    graph, model = rarefy.capture(Words().eval(), inputs), Words().eval()
+    mask = torch.randint(0, 2, IDS.shape)
+    wanted = model(IDS, mask, use_cache=False)["logits"]
+    torch.testing.assert_close(graph(attention_mask=mask, input_ids=IDS)["logits"], wanted)
+
+
+@accepts("a constant among them")
+def _(_: Path) -> None:
+    graph = rarefy.capture(Words().eval(), {"input_ids": IDS, "use_cache": False})
+    assert list(graph(IDS)) == ["logits"]
+
+
+# -- outputs
+
+
+@accepts("a tensor, a tuple, a list")
+def _(_: Path) -> None:
+    for kind in (tuple, list):
+        model = Net(lambda logits, features, kind=kind: kind((logits, features))).eval()
+        got = rarefy.capture(model, X)(X)
+        assert type(got) is kind and len(got) == 2
+
+
+@accepts("a dictionary, a dataclass, a ModelOutput")
+def _(_: Path) -> None:
+    makers: list[Callable[[Tensor, Tensor], Any]] = [
+        lambda logits, features: {"logits": logits, "features": features},
+        lambda logits, features: Answer(logits),
+        lambda logits, features: ModelOutput(logits=logits),
+    ]
+    for answer in makers:
+        judged(Net(answer).eval(), task_of())
+
+
+@accepts("several, of which one is the classifier's")
+def _(_: Path) -> None:
+    judged(Net(lambda logits, features: {"features": features, "scores": logits}).eval(), task_of(output="scores"))
+
+
+@accepts("one logit")
+def _(_: Path) -> None:
+    judged(Net(classes=1).eval(), task_of(torch.arange(12) % 2))
+
+
+@accepts("probabilities (softmax or sigmoid inside)")
+def _(_: Path) -> None:
+    judged(Net(lambda logits, features: logits.softmax(1)).eval(), task_of())
+    judged(Net(lambda logits, features: logits.sigmoid(), classes=1).eval(), task_of(torch.arange(12) % 2))
+
+
+@accepts("several labels an image")
+def _(_: Path) -> None:
+    labels = (torch.rand(12, 3, generator=torch.Generator().manual_seed(0)) < 0.6).long()
+    task = task_of(labels)
+    judged(net(), task)
+    assert task.metric().name == "map"
+
+
+@accepts("maps of pixels, features, boxes")
+def _(folder: Path) -> None:
+    model = Net(lambda logits, features: (features, [features.mean(1)])).eval()
+    small = rarefy.prune(rarefy.capture(model, X), keep=0.5)
+    integer = rarefy.quantize(small, batches=[X], progress=False)
+    assert rarefy.export(integer, folder / "maps.onnx", inputs=X)["passed"]
+
+
+# -- a checkpoint
+
+
+def state() -> dict[str, Tensor]:
+    torch.manual_seed(5)
+    return {name: torch.rand_like(one) if one.is_floating_point() else one for name, one in net().state_dict().items()}
+
+
+def under(prefix: str) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in state().items()}
+
+
+def loads(folder: Path, *contents: object, suffix: str = "") -> None:
+    for content in contents:
+        torch.save(content, folder / "file.pth")
+        model = net()
+        load_weights(model, f"{folder / 'file.pth'}{suffix}")
+        assert all(torch.equal(value, state()[name]) for name, value in model.state_dict().items())
+
+
+@accepts("a state dict")
+def _(folder: Path) -> None:
+    loads(folder, state())
+    save_file(state(), folder / "file.safetensors")
+    model = net()
+    load_weights(model, folder / "file.safetensors")
+    assert torch.equal(model.head.weight, state()["head.weight"])
+
+
+@accepts("weights in several files")
+def _(folder: Path) -> None:
+    parts = {"a.safetensors": {}, "b.safetensors": {}}  # type: dict[str, dict[str, Tensor]]
+    for index, (name, value) in enumerate(state().items()):
+        parts[list(parts)[index % 2]][name] = value
+    for name, part in parts.items():
+        save_file(part, folder / name)
+    where = {name: file for file, part in parts.items() for name in part}
+    (folder / "model.safetensors.index.json").write_text(f'{{"weight_map": {str(where).replace(chr(39), chr(34))}}}')
+    model = net()
+    load_weights(model, folder / "model.safetensors.index.json")
+    assert torch.equal(model.head.weight, state()["head.weight"])
+
+
+@accepts("Lightning, DDP, FSDP, torch.compile")
+def _(folder: Path) -> None:
+    lightning = {"state_dict": under("model."), "epoch": 1, "pytorch-lightning_version": "2.1"}
+    loads(folder, lightning, under("module."), under("_fsdp_wrapped_module."), under("_orig_mod."))
+
+
+@accepts("under a key: `model`, `net`, `params`, `state_dict` ...")
+def _(folder: Path) -> None:
+    loads(folder, *({key: state(), "epoch": 3, "acc": 0.9} for key in ("model", "net", "params", "state_dict")))
+
+
+@accepts("an average (SWA, EMA)")
+def _(folder: Path) -> None:
+    plain = {name: torch.zeros_like(value) for name, value in state().items()}
+    loads(folder, {"n_averaged": torch.tensor(3), **under("module.")}, {"state_dict": plain, "state_dict_ema": state()})
+
+
+@accepts("the student of a distiller")
+def _(folder: Path) -> None:
+    teacher = {f"teacher.{name}": torch.ones(2) for name in state()}
+    loads(folder, {**under("student."), **teacher}, suffix="?prefix=student.")
+    loads(folder, {**under("student."), **teacher})
+
+
+# -- a data set
+
+
+def pictures(*folders: Path, each: int = 5) -> None:
+    for folder in folders:
+        folder.mkdir(parents=True)
+        for index in range(each):
+            Image.fromarray(np.full((8, 8, 3), 40 * index, np.uint8)).save(folder / f"{index}.png")
+
+
+@accepts("a folder a class")
+def _(folder: Path) -> None:
+    for train, val in (
+        ("train", "val"),
+        ("Train", "Test"),
+        ("training_set", "test_set"),
+        ("images/train", "images/val"),
+    ):
+        root = folder / train.replace("/", "_")
+        pictures(*(root / split / name for split in (train, val) for name in ("cats", "dogs")))
+        task = Classification(train=f"imagefolder:{root}", val=f"imagefolder:{root}")
+        assert task.class_names == ("cats", "dogs") and task.data.length("val") == 10
+
+
+@accepts("one lone `train`, or classes alone")
+def _(folder: Path) -> None:
+    pictures(*(folder / "lone" / "train" / name for name in ("cats", "dogs")), folder / "bare/a", folder / "bare/b")
+    for root in ("lone", "bare"):
+        task = Classification(train=f"imagefolder:{folder / root}", val=f"imagefolder:{folder / root}")
+        assert task.classes == 2 and (task.data.length("train"), task.data.length("val")) == (8, 2)
+
+
+@accepts("pictures without labels")
+def _(folder: Path) -> None:
+    pictures(folder / "unlabelled")
+    task = Classification(train=f"images:{folder / 'unlabelled'}", size=8)
+    graph = rarefy.capture(net(), X)
+    assert records(rarefy.quantize(graph, task, images=5, progress=False))
+    rarefy.distill(graph, graph, task, epochs=1, batch_size=5, hard_weight=0.0, progress=False)
+
+
+@accepts("arrays and tensors")
+def _(_: Path) -> None:
+    arrays = (PICTURES, PICTURES.permute(0, 2, 3, 1).numpy(), PICTURES / 255)
+    batches = [next(iter(Classification(val=(one, LABELS)).data.batches("val", 12)))[0] for one in arrays]
+    assert (
+        all(torch.allclose(one, batches[0], atol=1e-5) for one in batches)
+        and batches[0].shape == X[:1].expand(12, 3, 8, 8).shape
+    )
+    assert Classification(val=(PICTURES[:, 0], LABELS)).data.input_shape == (1, 8, 8)
+
+
+@accepts("whole numbers of another type")
+def _(_: Path) -> None:
+    for dtype in (np.int64, np.uint16, np.int32):
+        task = Classification(val=(PICTURES.numpy().astype(dtype), LABELS))
+        assert torch.equal(
+            next(iter(task.data.batches("val", 12)))[0], next(iter(task_of().data.batches("val", 12)))[0]
+        )
+
+
+@accepts("a map-style data set")
+def _(folder: Path) -> None:
+    pictures(folder / "some")
+    files = sorted((folder / "some").iterdir())
+    images = [files, [Image.open(file) for file in files], [np.asarray(Image.open(file)) for file in files]]
+    for kind in images:
+        task = Classification(val=[(image, index % 2) for index, image in enumerate(kind)], size=8)
+        assert len(next(iter(task.data.batches("val", 5)))[1]) == 5
+
+
+@accepts("scikit-learn's digits")
+def _(_: Path) -> None:
+    pytest.importorskip("sklearn")
+    assert Classification(train="sklearn:digits", val="sklearn:digits").classes == 10
+
+
+@accepts("batches to calibrate on")
+def _(_: Path) -> None:
+    graph = rarefy.capture(net(), X)
+    loader = DataLoader(TensorDataset(X, torch.zeros(4)), 2)
+    for batches in ([X], [X.numpy()], [X.double()], [{"pixel_values": X}], [(X, torch.zeros(4))], loader):
+        assert records(rarefy.quantize(graph, batches=batches, progress=False))[-1]["facts"]["layers"]
+
+
+# -- refused
+
+
+@accepts("a program of TorchScript")
+@pytest.mark.filterwarnings("ignore")
+def _(_: Path) -> None:
+    refused("TorchScript", lambda: rarefy.capture(torch.jit.trace(net(), X), X))
+
+
+@accepts("a cache among the answers (GPT-2)")
+def _(_: Path) -> None:
+    refused("use_cache=False", lambda: rarefy.capture(Words().eval(), {"input_ids": IDS}))
+
+
+@accepts("an example without a batch axis")
+def _(_: Path) -> None:
+    refused(r"inputs\[None\]", lambda: rarefy.capture(net(), X[0]))
+
+
+@accepts("a pickled module")
+def _(folder: Path) -> None:
+    torch.save(nn.Linear(2, 2), folder / "whole.pth")
+    refused(r"torch.save\(model.state_dict\(\)", lambda: load_weights(net(), folder / "whole.pth"))
+
+
+@accepts("a checkpoint of another network")
+def _(folder: Path) -> None:
+    torch.save(nn.Linear(2, 2).state_dict(), folder / "other.pth")
+    refused("head|body", lambda: load_weights(net(), folder / "other.pth"))
+
+
+@accepts("several outputs and none called logits")
+def _(_: Path) -> None:
+    model = Net(lambda logits, features: {"features": features, "scores": logits}).eval()
+    refused("features, scores", lambda: rarefy.evaluate(rarefy.capture(model, X), task_of(), progress=False))
+
+
+@accepts("a label without an output")
+def _(_: Path) -> None:
+    refused("at least 4 outputs", lambda: rarefy.evaluate(net(), task_of(torch.arange(12) % 4), progress=False))
+
+
+@accepts("a folder without pictures")
+def _(folder: Path) -> None:
+    (folder / "empty").mkdir()
+    task = Classification(val=f"imagefolder:{folder / 'empty'}")
+    refused("one folder a class", lambda: task.data.length("val"))
+
+
+@accepts("calibration batches with NaN")
+def _(_: Path) -> None:
+    graph = rarefy.capture(net(), X)
+    refused("finite|NaN", lambda: rarefy.quantize(graph, batches=[torch.full_like(X, float("nan"))], progress=False))
+
+
+@accepts("calibration batches of whole numbers for a network of floats")
+def _(_: Path) -> None:
+    graph = rarefy.capture(net(), X)
+    refused(re.escape(".float() / 255"), lambda: rarefy.quantize(graph, batches=[PICTURES], progress=False))
+
+
+@accepts("an operator of ONNX without a rule")
+def _(folder: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    made = onnx.helper
+    node = made.make_node("Det", ["x"], ["y"])
+    info = [made.make_tensor_value_info(name, 1, shape) for name, shape in (("x", ["n", 3, 3]), ("y", ["n"]))]
+    graph = made.make_graph([node], "g", info[:1], info[1:])
+    onnx.save(made.make_model(graph, opset_imports=[made.make_opsetid("", 17)]), folder / "det.onnx")
+    refused("Det.*extract_model", lambda: load(str(folder / "det.onnx")))
+
+
+@accepts("half precision to be quantised")
+def _(_: Path) -> None:
+    graph = rarefy.capture(net().half(), X.half())
+    refused(r"float\(\)", lambda: rarefy.quantize(graph, batches=[X.half()], progress=False))
