@@ -110,7 +110,7 @@ def test_every_make_target_is_one_that_there_is() -> None:
 
 
 def typed_in(folder: Path, block: str) -> None:
-    """A block as a reader types it, by a shell. A budget may be missed on a busy machine; anything else must go well."""
+    """A block as it is typed, by a shell. A budget may be missed on a busy machine; anything else must go well."""
     (folder / "bin").mkdir(exist_ok=True)
     command = folder / "bin" / "rarefy"
     command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m rarefy "$@"\n', encoding="utf-8")
