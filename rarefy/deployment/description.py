@@ -9,12 +9,14 @@ outputs; ``predict.py`` beside the file reads it and does the same to a picture 
 
     {"rarefy": "0.1.0", "task": "classification", "class_names": ["cat", "dog"],
      "inputs": [{"name": "x", "shape": [3, 224, 224], "dtype": "float32"}], "outputs": ["output"],
+     "answer": "output", "answer_ends_in": "logits",
      "preprocessing": {"channels": "RGB", "size": [224, 224], "crop": 0.875, "interpolation": "bilinear",
                        "range": [0, 1], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}}
 
-``crop`` is the share of the resized picture that is seen: the shorter side becomes round(size / crop), then the middle
-is cut out (where ``crop`` is 1, a picture of the model's size is taken as it is); null: the whole picture is resized to
-``size``.
+``answer`` is the output that the task reads, ``answer_ends_in`` says whether it is logits or what a softmax or sigmoid
+makes. ``crop`` is the share of the resized picture that is seen: the shorter side becomes round(size / crop), then the
+middle is cut out (where ``crop`` is 1, a picture of the model's size is taken as it is); null: the whole picture is
+resized to ``size``.
 """
 
 from __future__ import annotations
@@ -22,12 +24,13 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from rarefy.data.images import ImageData
 from rarefy.data.items import Arrays
@@ -35,8 +38,9 @@ from rarefy.deployment.runtime import Inputs
 from rarefy.errors import DataError
 from rarefy.graph.capture import as_graph
 from rarefy.graph.nodes import Value, device_of, is_graph
-from rarefy.graph.signature import input_names, output_names
+from rarefy.graph.signature import input_names, last_operators, output_names
 from rarefy.system.files import replacing
+from rarefy.tasks import reading
 from rarefy.tasks.task import Task
 
 KEY = "rarefy"  # of the JSON in a file's metadata
@@ -96,6 +100,8 @@ def of_task(task: Task) -> dict[str, Value]:
         names = getattr(task, "class_names", None)
         if names is not None:
             about["class_names"] = [str(name) for name in names]
+    if getattr(task, "output", None) is not None:
+        about["output"] = str(getattr(task, "output", None))
     if isinstance(task.data, ImageData):
         about["preprocessing"] = _preprocessing(task.data)
     return about
@@ -133,7 +139,16 @@ def of(graph: fx.GraphModule) -> dict[str, Value]:
         {"name": name, **spec} for name, spec in zip(input_names(graph), graph.meta["inputs"], strict=True)
     ]
     about["outputs"] = output_names(graph)
+    about["answer"] = _answer(about["outputs"], told.get("output") if isinstance(told, Mapping) else None)
+    makers = dict(zip(about["outputs"], tree_leaves(last_operators(graph)), strict=False))
+    about["answer_ends_in"] = reading.ending(str(makers.get(about["answer"], "")), None) or "logits"
     return about
+
+
+def _answer(names: Sequence[str], asked: object) -> str:
+    """The output that the task reads, as ``rarefy/tasks/reading.py`` has it."""
+    wanted = [str(asked), str(asked).replace(".", "_"), "logits"]
+    return next((name for name in wanted if name in names), names[0] if names else "")
 
 
 def text_of(graph: fx.GraphModule) -> str:

@@ -123,6 +123,34 @@ def test_a_picture_of_the_arrays_size_is_taken_as_it_is(tmp_path: Path) -> None:
         assert [score for _, score in sorted(theirs)] == pytest.approx(ours.tolist(), abs=1e-4)
 
 
+class Binary(nn.Module):
+    """One number for two classes, beside another output."""
+
+    def __init__(self, ending: nn.Module) -> None:
+        super().__init__()
+        self.ending, self.head = ending, nn.Linear(3, 1)
+        self.head.weight.data, self.head.bias.data = torch.tensor([[-3.0, 3.0, 0.0]]), torch.tensor([0.1])
+
+    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        features = image.mean((2, 3))
+        return {"features": features, "score": self.ending(self.head(features))}
+
+
+@pytest.mark.parametrize("ending", [nn.Identity(), nn.Sigmoid()], ids=["logit", "sigmoid"])
+def test_the_program_reads_the_output_that_the_task_reads(ending: nn.Module, pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).symlink_to(pictures / name)
+    task = Classification(val=f"imagefolder:{tmp_path / 'data'}", size=24, output="score")
+    graph = capture(Binary(ending).eval(), torch.zeros(2, 3, 24, 24))
+    export(graph, tmp_path / "model.onnx", task=task)
+    files = sorted((tmp_path / "data").glob("*/*.png"))
+    found = [one[0][0] for one in predicted(tmp_path, *files)]
+    assert set(found) == {"cat", "dog"}
+    right = sum(name == file.parent.name for name, file in zip(found, files, strict=True)) / len(files)
+    assert right == pytest.approx(evaluate(graph, task, progress=False).value)
+
+
 def metadata(path: Path) -> dict[str, Any]:
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return json.loads(session.get_modelmeta().custom_metadata_map["rarefy"])
@@ -140,6 +168,8 @@ def test_a_file_says_what_it_is_for_through_steps_and_a_saved_folder(pictures: P
         "class_names": ["cat", "dog", "eel"],
         "inputs": [{"name": "input", "shape": [3, 24, 24], "dtype": "float32"}],
         "outputs": ["output"],
+        "answer": "output",
+        "answer_ends_in": "logits",
         "preprocessing": {
             "channels": "RGB", "size": [24, 24], "crop": 0.875, "interpolation": "bilinear", "range": [0, 1],
             "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],
@@ -154,7 +184,10 @@ def test_a_model_that_nobody_said_how_to_feed_has_no_program(tmp_path: Path) -> 
     graph = capture(network(), torch.zeros(2, 3, 9, 9))
     export(graph, tmp_path / "model.onnx")
     about = metadata(tmp_path / "model.onnx")
-    assert about.keys() == {"rarefy", "inputs", "outputs"} and not (tmp_path / "predict.py").exists()
+    assert (
+        about.keys() == {"rarefy", "inputs", "outputs", "answer", "answer_ends_in"}
+        and not (tmp_path / "predict.py").exists()
+    )
     told = description.remember_source(graph, {"mean": (0.5,) * 3, "std": 0.25, "crop": 0.9, "size": 9})
     assert told.meta["task"]["preprocessing"]["crop"] == 0.9
     export(graph, tmp_path / "model.onnx")
