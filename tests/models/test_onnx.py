@@ -157,6 +157,19 @@ def text_encoder(path: Path, scalar: bool = False) -> Path:
     )  # fmt: skip
 
 
+def test_names_that_are_no_identifiers_are_made_ones(tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "m.onnx", [node("Relu", "input.1", "out:0"), node("Neg", "out:0", "out_0"), node("Abs", "out_0", "3")],
+        {"input.1": ["n", 4]}, ["out:0", "out_0", "3"],
+    )  # fmt: skip
+    graph = graph_of(load(str(file)))
+    rarefy.save(graph, tmp_path / "saved")
+    saved = rarefy.load(tmp_path / "saved")
+    assert saved.meta["names"] == {"inputs": ["input_1"], "outputs": ["out_0", "out_0_", "_3"]}
+    x = torch.randn(2, 4)
+    assert all(torch.equal(one, two) for one, two in zip(graph(x), saved(x), strict=True))
+
+
 def test_several_inputs_of_integers(tmp_path: Path) -> None:
     file = text_encoder(tmp_path / "text.onnx")
     graph = graph_of(load(str(file)))

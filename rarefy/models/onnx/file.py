@@ -7,8 +7,11 @@ operators is refused by name.
 
 from __future__ import annotations
 
+import keyword
 import math
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -39,12 +42,24 @@ def onnx(request: Request) -> Source | None:
     network, inputs = read(path)
     if request.classes is not None:
         raise InputError(f"{request.text}: an ONNX file has the outputs that it has; leave out --classes")
-    names = {"inputs": network.input_names, "outputs": network.output_names}
+    names = {"inputs": _identifiers(network.input_names), "outputs": _identifiers(network.output_names)}
     if len(inputs) == 1 and inputs[0][1].is_floating_point:
         free = any(size is None for size in inputs[0][0])
         return Source(request.text, network, None if free else tuple(size or 0 for size in inputs[0][0]), names=names)
     named = [(tuple(size or LENGTH for size in sizes), dtype) for sizes, dtype in inputs]
     return Source(request.text, network, named[0][0], inputs=named, names=names)
+
+
+def _identifiers(names: Sequence[str]) -> list[str]:
+    """``input.1`` -> ``input_1``: what a keyword argument and a saved graph may be called, each another."""
+    found: list[str] = []
+    for name in names:
+        plain = re.sub(r"\W", "_", name, flags=re.ASCII)
+        plain = f"_{plain}" if not plain or plain[0].isdigit() or keyword.iskeyword(plain) else plain
+        while plain in found:
+            plain += "_"
+        found.append(plain)
+    return found
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Network, list[tuple[list[int | None], torch.dtype]]]:
