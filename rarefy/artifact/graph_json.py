@@ -27,6 +27,7 @@ from torch import Tensor, fx, nn
 from rarefy.artifact import allowlist, packing
 from rarefy.errors import FormatError
 from rarefy.graph.nodes import Value, dtype_name, set_attribute
+from rarefy.graph.signature import attach
 from rarefy.system.strict_json import (
     Json,
     expect,
@@ -253,19 +254,24 @@ def _check_meta(meta: Json, tensors: Mapping[str, Entry], where: str) -> None:
         expect(name in tensors and _is_width(width), where, f"meta.bits gives {said(name)} the width {said(width)}")
 
 
-def _is_range(value: object) -> bool:
+def _is_range(value: Json) -> bool:
     """Least and most of whole numbers."""
     good = isinstance(value, list) and len(value) == 2 and all(type(end) is int and abs(end) < 2**62 for end in value)
-    return good and value[0] <= value[1]  # type: ignore[index]
+    return good and bool(value[0] <= value[1])
 
 
 def _check_names(meta: Mapping[str, Json], where: str) -> None:
-    names = meta.get("names", {"inputs": [], "outputs": []})
+    """meta.names, and meta.sizes."""
+    names, inputs = meta.get("names", {"inputs": [], "outputs": []}), meta["inputs"]
     good = isinstance(names, dict) and names.keys() == {"inputs", "outputs"}
     good = good and all(isinstance(part, list) and all(map(_is_identifier, part)) for part in names.values())
     good = good and all(len(set(part)) == len(part) <= MOST_NODES for part in names.values())
-    good = good and len(names["inputs"]) in (0, len(meta["inputs"]))
-    expect(good, where, f"meta.names is {said(names)}")
+    expect(good and len(names["inputs"]) in (0, len(inputs)), where, f"meta.names is {said(names)}")
+    ranks = [len(entry["shape"]) for entry in inputs]
+    sizes = meta.get("sizes", [[None] * rank for rank in ranks])
+    good = isinstance(sizes, list) and all(isinstance(one, list) for one in sizes) and list(map(len, sizes)) == ranks
+    good = good and all(one is None or (type(one) is int and 1 <= one <= 2**16) for part in sizes for one in part)
+    expect(good, where, f"meta.sizes is {said(sizes)}")
 
 
 def build(description: Mapping[str, Json], tensors: Mapping[str, Tensor], where: str) -> fx.GraphModule:
@@ -291,6 +297,7 @@ def build(description: Mapping[str, Json], tensors: Mapping[str, Tensor], where:
             owner, _, leaf = name.rpartition(".")
             module.get_submodule(owner)._non_persistent_buffers_set.add(leaf)
     module.meta = dict(description["meta"])
+    attach(module)
     return module.eval()
 
 

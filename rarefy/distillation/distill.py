@@ -28,6 +28,7 @@ from rarefy.errors import InputError
 from rarefy.graph.capture import as_graph
 from rarefy.graph.nodes import device_of
 from rarefy.graph.shapes import output_shapes
+from rarefy.graph.signature import refusal
 from rarefy.kernels import is_quantised
 from rarefy.tasks.task import Task
 
@@ -151,9 +152,14 @@ def _graph(model: nn.Module, task: Task, which: str) -> fx.GraphModule:
     shape = tuple(task.data.input_shape)
     graph = as_graph(model, torch.zeros(2, *shape, device=device_of(model))).eval()
     wanted = tuple(graph.meta["inputs"][0]["shape"])
-    if graph.meta.get("core") is None and wanted != shape:
+    if graph.meta.get("core") is None and wanted != shape and not _takes(graph, shape):
         raise InputError(
             f"{which}: takes inputs of shape {wanted}, the task gives {shape}; "
             "give the task that size=, or capture it anew"
         )
     return graph
+
+
+def _takes(graph: fx.GraphModule, shape: tuple[int, ...]) -> bool:
+    """Are its sizes free, and fit?"""
+    return "sizes" in graph.meta and refusal(graph, 0, (1, *shape)) is None

@@ -159,7 +159,7 @@ class _Runner:
             raise InputError(
                 f"{who}: {self.device} is out of memory at batch size {len(inputs)}; pass a smaller one"
             ) from error
-        except (RuntimeError, ValueError, TypeError) as error:
+        except (RuntimeError, ValueError, TypeError, InputError) as error:
             raise DataError(
                 f"{who}: can't be run on inputs of shape {tuple(inputs.shape)} ({first_line(error, 300)}); "
                 "does the task's size or channels fit the model?"

@@ -18,6 +18,7 @@ from rarefy.errors import CaptureError
 from rarefy.graph.layers import TRAINING_FLAG, padding_of
 from rarefy.graph.nodes import Value, argument, arguments, finish, share_copy
 from rarefy.graph.shapes import shapes
+from rarefy.graph.signature import fix_sizes
 
 aten = torch.ops.aten
 Shapes = Mapping[fx.Node, Value]
@@ -36,6 +37,8 @@ def simplify(graph: fx.GraphModule, keep: frozenset[object] = frozenset()) -> fx
             rule = None if node.target in keep else _SIMPLER.get(node.target)
             simpler = rule(graph.graph, node, found) if rule else None
         if simpler is not None:
+            if node.target is aten.adaptive_avg_pool2d.default:
+                fix_sizes(graph)  # its kernel is of this plane
             node.replace_all_uses_with(simpler)
             found[simpler] = found[node]
     return finish(graph)

@@ -5,6 +5,8 @@
     inputs   [{shape, dtype}]: of each input, without the batch; range: least and most of an example of whole numbers
     names    {inputs: [...], outputs: [...]}: the original's argument names, and what its outputs are called: the keys
              of a dictionary or the fields of a dataclass, else ``output``, or ``output_0``, ``output_1``, ...
+    sizes    of each input, of each axis behind the batch: what its size must be a multiple of, or null: it is that of
+             ``shape``. A graph of before has none, and refuses nothing
 
 ``attach`` gives the module what a program of nodes can't hold: answers come back in the very classes of the original
 (a dataclass, a named tuple, transformers' ``ModelOutput``). A graph from a folder has dictionaries and tuples in their
@@ -24,7 +26,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rarefy.errors import CaptureError
+from rarefy.errors import CaptureError, InputError
 from rarefy.graph.nodes import Value, operator_name
 
 Classes = Mapping[str, type]  # path of a container among the outputs -> its class in the original
@@ -170,19 +172,70 @@ class Makers(TorchDispatchMode):
         )
 
 
+def refusal(graph: fx.GraphModule, index: int, shape: Sequence[int]) -> str | None:
+    """Why the graph does not take an input of that shape, batch first, in a line; None where it does."""
+    spec, sizes = graph.meta["inputs"][index]["shape"], graph.meta.get("sizes")
+    name = input_names(graph)[index]
+    takes = f"{name}: the graph takes ({', '.join(['N', *map(str, taken(graph, index))])})"
+    if len(shape) == len(spec) and sizes is not None:
+        return f"{takes}, and got {tuple(shape)}, which has no batch axis; give it one, as in {name}[None]"
+    if len(shape) != len(spec) + 1:
+        return f"{takes}, and got {tuple(shape)}" if sizes is not None else None
+    multiples = sizes[index] if sizes is not None else [1] * len(spec)
+    for given, size, multiple in zip(shape[1:], spec, multiples, strict=True):
+        if given != size and (multiple is None or given % multiple or not given):
+            other = ", ".join(map(str, shape[1:]))
+            return f"{takes}, and got {tuple(shape)}; capture the model with an example of that size: ({other})"
+    return None
+
+
+def taken(graph: fx.GraphModule, index: int) -> list[int | str]:
+    """What the sizes of an input may be, behind the batch: a number, ``any``, or ``multiple of 32``."""
+    spec = graph.meta["inputs"][index]["shape"]
+    multiples = (graph.meta.get("sizes") or [[None] * len(spec)] * (index + 1))[index]
+    words = {None: None, 1: "any"}
+    return [
+        size if multiple is None else words.get(multiple) or f"multiple of {multiple}"
+        for size, multiple in zip(spec, multiples, strict=True)
+    ]
+
+
+def fix_sizes(graph: fx.GraphModule) -> None:
+    """From now on the graph takes inputs of the example's sizes alone: a pass has written them into it."""
+    if "sizes" in graph.meta:
+        graph.meta["sizes"] = [[None] * len(spec["shape"]) for spec in graph.meta["inputs"]]
+
+
 def attach(graph: fx.GraphModule, classes: Classes | None = None) -> None:
-    """From now on the module, and each copy of it, answers in the original's containers."""
+    """From now on the module, and each copy of it, answers in the original's containers, and refuses other sizes."""
     hooks = functools.partial(_register, classes or {})
     hooks(graph)
     graph._register_deepcopy_hook(hooks)  # type: ignore[no-untyped-call]
 
 
 def _register(classes: Classes, graph: nn.Module) -> None:
+    graph.register_forward_pre_hook(_check, with_kwargs=True)
     if classes:
         graph.register_forward_hook(functools.partial(_restore, classes))
 
 
+def _check(graph: nn.Module, args: tuple[Value, ...], kwargs: Mapping[str, Value]) -> None:
+    """Raises InputError for an input of a size that is not in the graph."""
+    if torch.compiler.is_compiling() or not isinstance(graph, fx.GraphModule) or graph.meta.get("sizes") is None:
+        return
+    given = dict(enumerate(args))
+    if kwargs:
+        given |= {index: kwargs[name] for index, name in enumerate(input_names(graph)) if name in kwargs}
+    for index, value in given.items():
+        if isinstance(value, Tensor) and index < len(graph.meta["inputs"]):
+            reason = refusal(graph, index, value.shape)
+            if reason is not None:
+                raise InputError(reason)
+
+
 def _restore(classes: Classes, graph: nn.Module, args: tuple[Value, ...], outputs: Value) -> Value:
+    if torch.compiler.is_compiling():
+        return outputs
     return _restored(outputs, classes, "")
 
 

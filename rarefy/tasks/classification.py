@@ -102,8 +102,8 @@ class Classification:
 
     def _read(self, outputs: Outputs, ends_in: reading.Ending | None = None) -> Tensor:
         """Logits (N, classes), or (N, labels). Raises OutputError for what are none, or not clearly one output."""
-        values = reading.chosen(outputs, self.output)
-        return reading.logits_of(values, ends_in or self._ends_in or "logits", pairs=not self.multilabel)
+        known, values = ends_in or self._ends_in or "logits", reading.chosen(outputs, self.output)
+        return reading.logits_of(values, known, pairs=not self.multilabel)
 
     def loss(self, outputs: Outputs, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Mean cross-entropy. targets: int64 (N,), or probabilities (N, classes).
@@ -153,9 +153,8 @@ class Classification:
             )
         needed = self.classes if self.multilabel else self._highest_label + 1
         if needed > outputs and not (outputs == 1 and needed == 2):
-            label = f"label {needed - 1}" if self.multilabel or needed != 2 else "label 1"
             raise DataError(
-                f"{self!r}: {label} needs a model with at least {needed} outputs, "
+                f"{self!r}: label {needed - 1} needs a model with at least {needed} outputs, "
                 f"this one has {outputs}; pass a model for these classes"
             )
 
@@ -220,7 +219,7 @@ class Classification:
         return max(highest)
 
     # What the data tells and yields, for who asks the task.
-    input_shape = property(lambda self: self.data.input_shape)
+    input_shape = property(lambda self: (self._label_count, self.data.input_shape)[1])  # both of the first image
     length = property(lambda self: self.data.length)
     steps = property(lambda self: self.data.steps)
     labelled = property(lambda self: self.data.labelled)

@@ -58,7 +58,8 @@ def chosen(outputs: Outputs, name: str | None) -> Outputs:
     if name is not None:
         raise OutputError(f"has no output {name!r}; it has {have}")
     raise OutputError(
-        f"returns several outputs ({have}); say which is the classifier's: Classification(output={_said(names)})"
+        f"returns a {type(outputs).__name__} of several outputs ({have}); say which is the classifier's: "
+        f"Classification(output={_said(names)})"
     )
 
 

@@ -105,7 +105,7 @@ class Arranger:
         wanted: list[int] = spec["shape"]
         if list(tensor.shape) == wanted:
             tensor = tensor.unsqueeze(0)
-        if list(tensor.shape[1:]) != wanted:
+        if list(tensor.shape[1:]) != wanted:  # of all batches one size, whose sums are taken together
             sizes = ", ".join(map(str, wanted))
             raise InputError(f"{self.where} of shape {list(tensor.shape)} for {name}: the model takes (N, {sizes})")
         return self._cast(tensor, getattr(torch, spec["dtype"]), name).to(self.device)

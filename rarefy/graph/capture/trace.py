@@ -12,8 +12,8 @@
   ``train()`` and ``eval()`` work as they do on any module, with no recompilation;
 * clones the parameters (the caller's model is left alone) and shares those the original shares;
 * leaves ``torch.compile``, ``DataParallel`` and DDP out, and their words out of the names;
-* keeps the batch size free, and writes what the graph takes and returns to its meta (``signature.py``), so that an
-  example can be made again.
+* keeps the batch size free, and other sizes where the model allows it (``sizes.py``), and writes what the graph takes
+  and returns to its meta (``signature.py``), so that an example can be made again.
 
 Given up: behaviour that exists only in training and is not an operator of the graph (stochastic depth, auxiliary
 heads) is not captured: the trace is of the model in ``eval()``.
@@ -39,6 +39,7 @@ from rarefy.graph import signature
 from rarefy.graph.canonical import make_functional
 from rarefy.graph.capture.examples import Call, Inputs, call_of, check_batch_axis, same_call
 from rarefy.graph.capture.regions import inline
+from rarefy.graph.capture.sizes import free_sizes
 from rarefy.graph.fold import fold_parametrizations
 from rarefy.graph.layers import TRAINING_FLAG
 from rarefy.graph.nodes import Value, argument, attribute, dtype_name, finish, is_graph, set_argument, set_attribute
@@ -81,12 +82,19 @@ def capture(model: nn.Module, inputs: Inputs, *, core: str | None = None) -> fx.
             if core is not None:
                 model, call = _core(model, core, call)
             flat = _Flat(model, call)
-            exported = _export(flat)
-        graph = _plain(flat, exported)
-        _share_as(graph, model)
+            graph = _graph_of(flat, _export(flat), core)
+            graph.meta["sizes"] = free_sizes(model, graph, call)
     finally:
         for module, training in was_training.items():
             module.training = training
+    signature.attach(graph, flat.returned.classes)
+    return graph
+
+
+def _graph_of(flat: _Flat, exported: torch.export.ExportedProgram, core: str | None) -> fx.GraphModule:
+    """The graph of a trace, finished but for what it takes beside the example."""
+    graph, call = _plain(flat, exported), flat.call
+    _share_as(graph, flat.model)
     make_functional(graph)
     fold_parametrizations(graph)
     _read_training_flag(graph)
@@ -95,7 +103,6 @@ def capture(model: nn.Module, inputs: Inputs, *, core: str | None = None) -> fx.
     outputs = signature.output_names(graph, flat.returned.classes)
     graph.meta["names"] = {"inputs": call.names, "outputs": outputs}
     finish(graph)
-    signature.attach(graph, flat.returned.classes)
     return graph.eval()
 
 
