@@ -174,7 +174,7 @@ def done(network: Network, given: argparse.Namespace) -> dict[str, Any]:
             if way in given.ways and (way == OURS or given.again or not usable):
                 facts = quantized(way, variant, network, given, count, folder)
                 write(folder / f"{variant}.json", facts | {"judged": count})
-            elif not usable:
+            elif way == OURS or not usable:  # ours of older code says nothing
                 continue
             if "failed" not in facts:
                 facts |= judged(network, folder, variant, count)
