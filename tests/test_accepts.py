@@ -296,6 +296,29 @@ def _(_: Path) -> None:
     assert list(graph(IDS)) == ["logits"]
 
 
+class Sized(Net):
+    """Reads its input's size in forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x).relu()
+        return self.head(y.sum((2, 3)) / (y.shape[2] * y.shape[3]))
+
+
+@accepts("another height and width than the example's")
+def _(_: Path) -> None:
+    larger = torch.randn(2, 3, 12, 10)
+    answers(rarefy.capture(net(), X), net(), larger)  # nothing of it reads a size
+    sized = Sized().eval()
+    graph = rarefy.capture(sized, X)
+    with torch.no_grad():
+        try:
+            got = graph(larger)
+        except RarefyError as error:
+            assert "\n" not in str(error)
+        else:
+            torch.testing.assert_close(got, sized(larger), atol=1e-4, rtol=1e-4)
+
+
 # -- outputs
 
 
