@@ -7,18 +7,20 @@ import glob
 import itertools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from rarefy import plugins
 from rarefy.deployment import description
 from rarefy.deployment.runtime import Inputs, Runtime, several
 from rarefy.errors import FormatError, InputError
 from rarefy.graph.capture import as_graph
+from rarefy.graph.capture.batches import Arranger
 from rarefy.graph.nodes import dtype_name, example_inputs
 from rarefy.system.files import replacing
 from rarefy.tasks.task import Task
@@ -52,7 +54,7 @@ def export(
     target = Path(path)
     chosen = runtime_of(target, runtime)
     graph = description.remember(as_graph(description.graph_for(model, inputs, task)).eval(), task)
-    given = example_inputs(graph, batch=8) if inputs is None else several(inputs)
+    given = _given(graph, inputs)
     if len(given) != len(graph.meta["inputs"]):
         raise InputError(
             f"export: {len(given)} inputs are given, the model takes {len(graph.meta['inputs'])}; pass all"
@@ -64,6 +66,16 @@ def export(
     if parity.get("passed") is False:
         warnings.warn(f"{target}: {doubt(parity, 'inputs')}", stacklevel=2)
     return parity
+
+
+def _given(graph: fx.GraphModule, inputs: Any) -> tuple[Tensor, ...]:
+    """What is compared on, by place: random numbers where only shapes, or nothing, are given."""
+    parts = list(inputs.values()) if isinstance(inputs, Mapping) else [] if inputs is None else several(inputs)
+    if not isinstance(inputs, Mapping) and parts and all(isinstance(one, Tensor) for one in parts):
+        return tuple(parts)
+    if isinstance(inputs, np.ndarray) or any(isinstance(one, (Tensor, np.ndarray)) for one in parts):
+        return Arranger(graph, "export")(inputs)
+    return example_inputs(graph, batch=8)
 
 
 def doubt(parity: dict[str, Any], samples: str) -> str:

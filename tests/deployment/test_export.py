@@ -143,3 +143,11 @@ def test_openvinos_own_format(tmp_path: Path) -> None:
     assert path.read_bytes() == first
     small.get_buffer("second.bias_codes").add_(1_000_000)
     assert not _differing(small, path, "openvino", inputs)["passed"]
+
+
+@pytest.mark.parametrize("form", ["dictionary", "array", "shape", "arrays by name"])
+def test_what_is_compared_on_comes_in_the_forms_of_an_example(form: str, tmp_path: Path) -> None:
+    x = torch.randn(3, 3, 8, 8)
+    forms = {"dictionary": {"input": x}, "array": x.numpy(), "shape": (3, 8, 8), "arrays by name": {"input": x.numpy()}}
+    found = export(plain(torch.float32), tmp_path / "model.onnx", inputs=forms[form])
+    assert found["passed"] and found["samples"] == (8 if form == "shape" else 3)
