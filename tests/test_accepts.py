@@ -56,6 +56,7 @@ def test_every_row_has_a_check_and_every_check_a_row() -> None:
     assert set(rows()) == set(CHECKS)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.parametrize("row", rows())
 def test_row(row: str, tmp_path: Path) -> None:
     CHECKS[row](tmp_path)
@@ -529,7 +530,6 @@ def _(_: Path) -> None:
 
 
 @accepts("a program of TorchScript")
-@pytest.mark.filterwarnings("ignore")
 def _(_: Path) -> None:
     refused("TorchScript", lambda: rarefy.capture(torch.jit.trace(net(), X), X))
 
