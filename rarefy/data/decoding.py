@@ -242,7 +242,7 @@ def decoded(
     where = decoder.source.where
     loader: DataLoader[Batch] = DataLoader(
         decoder,  # type: ignore[arg-type]
-        batch_sampler=_Keys(chunks, seeds),  # type: ignore[arg-type]
+        batch_sampler=_Keys(chunks, seeds),
         num_workers=workers,
         collate_fn=functools.partial(_collated, where, seeds is not None),
         worker_init_fn=_begin_worker,

@@ -287,7 +287,7 @@ def _parsed(header: bytes) -> _Member:
             0,
             int(header[124:135], 8),
         )
-    info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")  # type: ignore[arg-type]
+    info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     return _Member(info.name, info.type, 0, info.size)
 
 

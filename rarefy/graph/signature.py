@@ -210,7 +210,7 @@ def attach(graph: fx.GraphModule, classes: Classes | None = None) -> None:
     """From now on the module, and each copy of it, answers in the original's containers, and refuses other sizes."""
     hooks = functools.partial(_register, classes or {})
     hooks(graph)
-    graph._register_deepcopy_hook(hooks)  # type: ignore[no-untyped-call]
+    graph._register_deepcopy_hook(hooks)
 
 
 def _register(classes: Classes, graph: nn.Module) -> None:

@@ -13,19 +13,21 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, fx
 
 from rarefy.errors import CheckFailed, DataError, InputError
+from rarefy.graph import im2col
 from rarefy.graph.capture.batches import Arranger, each
 from rarefy.graph.interpreter import laid_out, run
-from rarefy.graph.nodes import Value, device_of
+from rarefy.graph.nodes import Value, argument, attribute, device_of
 from rarefy.graph.shapes import shapes
 from rarefy.quantization.formats import Format, Grid
+from rarefy.quantization.sensitivity import Cost
 from rarefy.tasks.task import Task
 
 aten = torch.ops.aten
@@ -35,6 +37,7 @@ BINS = 2048
 # bytes of a batch's largest activation on a CPU: from 32 MiB on each is mapped anew at its use, which takes a tenth to
 # a third of the time
 PIECE = 27e6
+SENSED = 3e8  # activations of all images that gradients are taken on
 COUNTED = 2**18  # 2**16 of these few images leaves EfficientNet-Lite2 at 20.7 dB in place of 21.5
 
 
@@ -48,6 +51,7 @@ class Histogram:
     minimum: float
     maximum: float
     extremes: list[tuple[float, float]]
+    cost: Cost | None = None
 
     @classmethod
     def of(cls, x: Tensor, ends: tuple[float, float] | None = None) -> Histogram:
@@ -85,6 +89,16 @@ class Calibration(Protocol):
         """(n,) of the weights (n, elements) of n channels or groups."""
 
 
+@runtime_checkable
+class ByAnswers(Protocol):
+    """A calibration that looks at what a histogram's errors cost the answers (``Histogram.cost``)."""
+
+    by_answers: bool
+
+    def activation_ranges(self, histograms: Sequence[Histogram], grids: Sequence[Grid]) -> list[tuple[float, float]]:
+        """(lo, hi) of each of all tensors, chosen together."""
+
+
 class Images:
     """Samples to calibrate ``graph`` on, of a task's training split or of the caller's batches, an iterator perhaps.
 
@@ -115,13 +129,18 @@ class Images:
         else:
             yield from self._checked(itertools.chain(self._front, self._batches), count)
 
-    def pieces(self, batches: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
-        """The same samples as a CPU likes them: few at a time."""
-        if device_of(self._graph).type != "cpu":
+    def pieces(self, batches: Iterable[tuple[Tensor, ...]], most: int | None = None) -> Iterator[tuple[Tensor, ...]]:
+        """The same samples as a CPU likes them: few at a time, and at most ``most``."""
+        if device_of(self._graph).type != "cpu" and most is None:
             yield from batches
             return
+        count = min(self._at_once, most or self._at_once)
         for batch in batches:
-            yield from zip(*(value.split(self._at_once) for value in batch), strict=True)
+            yield from zip(*(value.split(count) for value in batch), strict=True)
+
+    def sensed(self, most: int) -> int:
+        """So many samples, at least 16, as one pass backwards over their activations is worth."""
+        return max(16, min(most, int(SENSED / self._numbers)))
 
     @property
     def bytes_each(self) -> int:
@@ -130,10 +149,19 @@ class Images:
         return sum(math.prod(spec["shape"]) * getattr(torch, spec["dtype"]).itemsize for spec in specs)
 
     @cached_property
-    def _at_once(self) -> int:
+    def _values(self) -> list[Tensor]:
+        """Of two samples, on the meta device."""
         found = shapes(self._graph, 2).items()
-        values = [value for node, value in found if node.op != "get_attr" and isinstance(value, Tensor)]
-        return max(1, int(PIECE // max(value.numel() * value.element_size() / 2 for value in values)))
+        return [value for node, value in found if node.op != "get_attr" and isinstance(value, Tensor)]
+
+    @property
+    def _numbers(self) -> float:
+        """Of all activations of a sample."""
+        return sum(value.numel() for value in self._values) / 2
+
+    @property
+    def _at_once(self) -> int:
+        return max(1, int(PIECE // max(value.numel() * value.element_size() / 2 for value in self._values)))
 
     def _drawn(self, count: int, batch_size: int) -> Iterator[Tensor]:
         if self._task is None:
@@ -155,13 +183,12 @@ class Images:
 class Observed:
     """What ``observe`` found.
 
-    histograms: of each node. means: (channels,) float64, the mean output of each layer on ``batches``, the first of
-    all, which are kept. spreads: of some layers the deviation of the output around these means.
+    histograms: of each node. read: of each layer the means of what it reads, of every other piece of the images and of
+    those between. batches: the first of all, which are kept.
     """
 
     histograms: dict[fx.Node, Histogram]
-    means: dict[fx.Node, Tensor]
-    spreads: dict[fx.Node, float]
+    read: dict[fx.Node, tuple[im2col.Mean, im2col.Mean]]
     batches: list[tuple[Tensor, ...]]
 
 
@@ -171,22 +198,25 @@ def observe(
     batches: Iterable[tuple[Tensor, ...]],
     layers: Iterable[fx.Node] = (),
     keep: Callable[[int], bool] = lambda samples: False,
-    spread: Collection[fx.Node] = (),
 ) -> Observed:
-    """Histograms of the nodes over all batches, mean outputs of the layers over the batches that are kept, and how far
-    those in ``spread`` are from them.
+    """Histograms of the nodes and means of what the layers read.
 
     keep: whether a batch is kept when that many samples are, with it; the first always is.
     Raises CheckFailed where a node yields NaN or infinity, and DataError where there is no batch.
     """
     found: dict[fx.Node, Histogram] = {}
-    averages: dict[fx.Node, Average] = {node: Average(node in spread) for node in layers}
+    means: dict[fx.Node, tuple[im2col.Mean, im2col.Mean]] = {}
+    readers: dict[fx.Node, list[tuple[im2col.Mean, im2col.Mean]]] = {}
+    for layer in layers:
+        shape = attribute(graph, argument(layer, "weight")).shape
+        means[layer] = im2col.Mean(layer, shape), im2col.Mean(layer, shape)
+        readers.setdefault(layer.all_input_nodes[0], []).append(means[layer])
     kept: list[tuple[Tensor, ...]] = []
     observed, keeping = set(nodes), True
 
     def see(node: fx.Node, value: Tensor) -> None:
-        if keeping and node in averages:
-            averages[node].add(node, value)
+        for halves in readers.get(node, ()):
+            halves[count % 2].add(value)
         if node not in observed:
             return
         value = _flat(value.detach().float())
@@ -212,42 +242,12 @@ def observe(
             count += 1
     if not count:
         raise DataError(NONE)
-    means = {node: average.mean for node, average in averages.items()}
-    return Observed(found, means, {node: average.spread for node, average in averages.items() if node in spread}, kept)
+    return Observed(found, means, kept)
 
 
 def channel_axis(layer: fx.Node, value: Tensor) -> int:
     """Of what a layer makes: the axis of its output channels."""
     return value.dim() - 1 if layer.target is aten.linear.default else 1
-
-
-class Average:
-    """Mean of a layer's output over images and places, a channel; streaming, (channels,) float64.
-
-    spreads: whether squares are added up too.
-    """
-
-    def __init__(self, spreads: bool = False) -> None:
-        self.sum, self.count = torch.zeros((), dtype=torch.float64), 0
-        self.spreads, self.squares = spreads, 0.0
-
-    def add(self, layer: fx.Node, value: Tensor) -> None:
-        axis = channel_axis(layer, value)
-        rows = value.detach().float().movedim(axis, -1).flatten(0, -2)
-        own = (rows.new_ones(1, len(rows)) @ rows)[0].double()
-        self.sum = self.sum.to(own.device) + own
-        self.count += value.numel() // value.shape[axis]
-        if self.spreads:
-            self.squares += float(rows.square().sum(dtype=torch.float64))
-
-    @property
-    def mean(self) -> Tensor:
-        return self.sum / max(self.count, 1)
-
-    @property
-    def spread(self) -> float:
-        """Deviation around the channels' means, over all channels."""
-        return math.sqrt(max(self.squares / max(self.count, 1) - float(self.mean.square().sum()), 0.0))
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class Options:
         metavar="GRID",
     )
     calibration: str | Calibration = option(
-        "mse", "Range of the activations; see `rarefy list calibration`.", metavar="CHOICE"
+        "sensitivity", "Range of the activations; see `rarefy list calibration`.", metavar="CHOICE"
     )
     weight_calibration: str | Calibration | None = option(
         None, "Range of the weights; the same choices; default: minmax at 8 bits, mse below.", metavar="CHOICE"

@@ -35,6 +35,7 @@ from torch import fx
 from rarefy.deployment.runtime import EXTREMES, Capabilities
 from rarefy.graph.layers import WEIGHTED, names, padding_of, weighted
 from rarefy.graph.nodes import argument, operator_name
+from rarefy.quantization.transforms.channel_scales import is_scaling, result
 
 aten = torch.ops.aten
 # carriers that yield all they read
@@ -63,17 +64,6 @@ class Placement:
     carried: dict[fx.Node, fx.Node]
     integer: set[fx.Node]
     floats: dict[fx.Node, str]
-
-    def last_layers(self) -> list[fx.Node]:
-        """Those behind which there is no layer."""
-        before: set[fx.Node] = set()  # of a layer
-        waiting = [source for node in self.layers for source in node.all_input_nodes]
-        while waiting:
-            node = waiting.pop()
-            if node not in before:
-                before.add(node)
-                waiting += node.all_input_nodes
-        return [node for node in self.layers if node not in before]
 
 
 def clip_bounds(node: fx.Node) -> tuple[float, float]:
@@ -177,8 +167,8 @@ def _ignored(node: fx.Node, globs: Sequence[str]) -> str | None:
 def _roles(nodes: Sequence[fx.Node], can: Capabilities, ignored: Collection[fx.Node]) -> _Roles:
     """By the operators alone."""
     open_to = [node for node in nodes if node.op == "call_function" and node not in ignored]
-    layers = {node for node in open_to if weighted(node) and node.target in can.layers}
-    joins = {node for node in open_to if node.target in can.joins and _joinable(node)}
+    layers = {node for node in open_to if weighted(node) and node.target in can.layers and not is_scaling(node)}
+    joins = {node for node in open_to if node.target in can.joins and _joinable(node) and not _gates_itself(node)}
     products = {node for node in open_to if node.target in can.products and _is_product(node)}
     fused: dict[fx.Node, fx.Node] = {}
     for node in nodes:
@@ -271,6 +261,11 @@ def _is_product(node: fx.Node) -> bool:
     return len(sources) == 2 and not any(
         source.op == "get_attr" or source.target is aten.softmax.int for source in sources
     )
+
+
+def _gates_itself(node: fx.Node) -> bool:
+    """SiLU, x sigmoid(x), is one step between two roundings: rounded too, the gate would cost as much as its result."""
+    return node.target is aten.sigmoid.default and result(node.all_input_nodes[0]) is not None
 
 
 def _joinable(node: fx.Node) -> bool:

@@ -23,7 +23,7 @@ from rarefy.graph.nodes import argument, attribute, device_of, set_argument, set
 from rarefy.kernels import value_of
 from rarefy.kernels.int_linear import BIAS_LIMIT
 from rarefy.quantization import formats
-from rarefy.quantization.observers import Calibration, Histogram
+from rarefy.quantization.observers import ByAnswers, Calibration, Histogram
 from rarefy.quantization.placement import Placement, clip_bounds
 
 aten = torch.ops.aten
@@ -110,9 +110,13 @@ def ranges(
     grids: Mapping[fx.Node, formats.Grid],
 ) -> Ranges:
     """(lo, hi) of each rounded value, zero inside, as ``rule`` and what is done by the grid's ends have it."""
+    read = [(histograms[value], grids[value]) for value in placement.values]
+    if isinstance(rule, ByAnswers):
+        chosen = rule.activation_ranges(*map(list, zip(*read, strict=True))) if read else []
+    else:
+        chosen = [rule.activation_range(histogram, grid) for histogram, grid in read]
     found = {}
-    for value in placement.values:
-        lo, hi = rule.activation_range(histograms[value], grids[value])
+    for value, (lo, hi) in zip(placement.values, chosen, strict=True):
         found[value] = clipped(placement, value, min(lo, 0.0), max(hi, 0.0), grids[value])
     return found
 

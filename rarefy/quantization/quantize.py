@@ -5,8 +5,10 @@ In order, each on the one graph:
 1. ``prepared``: batch norm is folded, operators are written in one form (``rarefy.graph.fold``), norms smoothed.
 2. ``formats_of``: which values become integers, from the runtime's table (``placement``), and on which grid each of
    them and each layer's weights are (``formats``, ``mixed_precision``).
-3. ``calibrated``: channels are equalised where that is exact (``transforms``); the calibration images run once, and
+3. ``calibrated``: channels are equalised where that is exact and held-out images gain (``transforms``); the calibration images run once, and
    every such value streams into a histogram (``observers``).
+   Gradients tell what noise on each value costs the answers (``sensitivity``); layers around values that 8 bits can't
+   hold stay in float (``transforms/noisy_layers``).
 4. ``placed``: the calibration rule chooses each range: affine, unsigned, one scale a tensor, and 0 is always a code;
    what does not pay goes back to float (``latency_gate``), the rest is put into the graph (``qdq``).
 5. ``rounded``: layer by layer, on what the rounded layers before it yield (``rounding_pass``), the weights, symmetric,
@@ -19,6 +21,7 @@ What is simulated is what runs: round half to even, saturation, and clips done b
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -39,74 +42,22 @@ from rarefy.graph.lowering import to_integers
 from rarefy.graph.nodes import dtype_name, finish, is_graph, share_copy
 from rarefy.kernels import is_quantised
 from rarefy.quantization import explain, formats, latency_gate, mixed_precision, qdq
-from rarefy.quantization.observers import Calibration, Images, Observed, observe
-from rarefy.quantization.options import GATES, Options
+from rarefy.quantization.choices import Choices
+from rarefy.quantization.observers import ByAnswers, Calibration, Images, Observed, observe
+from rarefy.quantization.options import Options
 from rarefy.quantization.placement import Placement, place
-from rarefy.quantization.rounding_pass import MEMORY, OfBlocks, OfLayers, Rounding, RoundingPass
+from rarefy.quantization.rounding_pass import MEMORY, OfBlocks, Rounding, RoundingPass
+from rarefy.quantization.sensitivity import sensitivities
+from rarefy.quantization.transforms import channel_scales, noisy_layers, smoothquant, split_channels, weight_only
 from rarefy.quantization.transforms import equalize as equalization
-from rarefy.quantization.transforms import smoothquant, split_channels, weight_only
 from rarefy.system.memory import release
 from rarefy.system.progress import track
 from rarefy.tasks.task import Task
 
 EQUALIZED = 16  # images that tell how large a stream's channels get
+SENSED = 128  # images, at most, that tell what noise of each value costs
 SMOOTHED = 32  # images that tell how large a norm's channels get
 TOGETHER = 8  # of them at once
-
-
-@dataclasses.dataclass(frozen=True)
-class Choices:
-    """What the texts of ``options`` stand for. mixed: chooses widths of weights; None: ``weights`` says them all."""
-
-    options: Options
-    runtime: Runtime
-    mixed: mixed_precision.Mixed | None
-    weights: formats.Assignment
-    calibration: Calibration
-    weight_calibration: Calibration | None
-    rounding: Rounding
-    activations: formats.Assignment
-
-    @classmethod
-    def of(cls, options: Options) -> Choices:
-        """Raises InputError for a text that stands for nothing."""
-        runtime = plugins.resolve("runtimes", options.runtime)
-        mixed = mixed_precision.parse(options.weights)
-        weights = "int8" if isinstance(options.weights, mixed_precision.Mixed) or mixed else options.weights
-        weight_rule = options.weight_calibration
-        return cls(
-            options=options,
-            runtime=runtime,
-            mixed=mixed,
-            weights=formats.assign(weights, symmetric=True, axis=0),
-            calibration=plugins.resolve("calibration", options.calibration),
-            weight_calibration=None if weight_rule is None else plugins.resolve("calibration", weight_rule),
-            rounding=plugins.resolve("rounding", options.rounding),
-            activations=formats.assign(options.activations, symmetric=False, default="uint8"),
-        )
-
-    def grid(self) -> formats.Grid:
-        """Of activations that have none of their own. Raises InputError for a contradiction."""
-        grid, options = self.activations.default, self.options
-        if not isinstance(grid, formats.Grid):
-            raise InputError(
-                f"activations={self.activations}: integer kernels take uint8 or int8, and simulation fewer bits; "
-                "write uint4, say"
-            )
-        if options.gate not in GATES:
-            raise InputError(f"gate={options.gate!r}: choose latency, or none")
-        if options.images < 1 or options.batch_size < 1:
-            raise InputError(f"images={options.images}, batch_size={options.batch_size}: both must be at least 1")
-        return grid
-
-    def weight_rule(self, grid: formats.Format) -> Calibration:
-        """For scales of weights on ``grid``."""
-        return self.weight_calibration or plugins.resolve("calibration", "minmax" if grid.bits == 8 else "mse")
-
-    @property
-    def walks(self) -> bool:
-        """Are layers rounded on what the layers before them yield?"""
-        return self.options.correct_bias or isinstance(self.rounding, (OfLayers, OfBlocks))
 
 
 def quantize(
@@ -119,7 +70,7 @@ def quantize(
     batch_size: int = 16,
     weights: str | formats.Format | Mapping[str, str] | mixed_precision.Mixed = "int8",
     activations: str | formats.Format | Mapping[str, str] = "uint8",
-    calibration: str | Calibration = "mse",
+    calibration: str | Calibration = "sensitivity",
     weight_calibration: str | Calibration | None = None,
     rounding: str | Rounding = "narrow",
     runtime: str | Runtime = "onnxruntime",
@@ -147,8 +98,8 @@ def quantize(
     ignore: globs of layer names that stay float; one that matches nothing is an error, as in weights and activations.
     equalize: channels of values between layers brought to one range (``transforms/equalize``), and the noisiest carried
         twice where others are dead (``transforms/split_channels``), where that is exact and lowers the noise.
-    correct_bias: means of all layers' outputs, and the deviation of the last ones', brought back to float's
-        (``transforms/bias_correction``); block reconstruction does both in its own objective.
+    correct_bias: what rounding weights moves in the mean goes out of the biases, where two halves of the images agree
+        (``transforms/bias_correction``); block reconstruction does that in its own objective.
     smooth: SmoothQuant before linear layers that read a norm, with this alpha, such as 0.5; None: not done.
     gate: "latency" times each stretch of layers in integers and in float on the runtime, and keeps only what pays
         (``latency_gate``); where nothing does, the model comes back in float, and its history says so.
@@ -189,21 +140,33 @@ def _quantized(
     if options.smooth is not None:
         few = zip(*(one.split(TOGETHER) for one in images.first(SMOOTHED)), strict=True)
         smoothed = smoothquant.smooth(graph, few, options.smooth)
+    scaled = channel_scales.open_up(graph) if options.equalize else 0
     plan = formats_of(graph, images, grid, choices)
     equalized, doubled = _equalize(graph, images, plan) if options.equalize else (0, 0)
+    if scaled:
+        scaled = channel_scales.settle(graph)
+        placement = place(graph, choices.runtime.capabilities, plan.left_out)
+        plan = dataclasses.replace(plan, placement=placement, values=qdq.value_grids(placement, choices.activations))
     observed = calibrated(graph, images, plan.placement, choices)
     release()
+    plan = without_noisy(graph, observed, plan, choices)
     float_graph = share_copy(graph)
     plan, ranges = placed(graph, observed, plan, grid, choices)
     layers, learned = rounded(graph, float_graph, observed, plan, choices)
     release()
     noise = explain.noise(float_graph, graph, observed.batches)
+    bias_undone = [fact["name"] for fact in layers if fact.pop("bias_undone", False)]
     told = zip(plan.placement.layers, layers, strict=True)
     undone = plan.verdict["undone"] if plan.verdict else ()
     facts = {
         "layers": [{**fact, "sqnr_db": noise[node.name]} for node, fact in told],
         "images_of_rounding": sum(len(batch[0]) for batch in observed.batches) if choices.walks else 0,
-        **{"equalized": equalized, "doubled": doubled, "batch_norm": norms},
+        **{"equalized": equalized, "doubled": doubled, "scaled": scaled, "batch_norm": norms},
+        **({"noisy": list(plan.noisy)} if plan.noisy else {}),
+        "undone": {
+            "ranges": [one.name for one, seen in observed.histograms.items() if seen.cost and seen.cost.undone],
+            "bias": bias_undone,
+        },
         **({} if smoothed is None else {"smoothed": smoothed}),
         **({} if plan.allocation is None else {"allocation": plan.allocation}),
         **explain.floats(float_graph, plan.placement, plan.unassigned, undone, noise),
@@ -232,6 +195,7 @@ class Formats:
     allocation: mixed_precision.Facts | None
     timing: Mapping[str, object]
     verdict: latency_gate.Verdict | None = None
+    noisy: Sequence[str] = ()
 
 
 def prepared(
@@ -299,14 +263,36 @@ def calibrated(graph: fx.GraphModule, images: Images, placement: Placement, choi
     options = choices.options
     total = math.ceil(options.images / options.batch_size) if images.are_drawn else None
     batches = track(images.read(options.images, options.batch_size), total, "calibrate", options.progress)
-    return observe(
+    found = observe(
         graph,
         placement.values,
         images.pieces(batches),
         placement.layers if options.correct_bias else (),
         lambda samples: choices.walks and samples * images.bytes_each <= MEMORY / 2,
-        placement.last_layers() if options.correct_bias else (),
     )
+    if isinstance(choices.calibration, ByAnswers):
+        few = itertools.islice(images.pieces(found.batches, 2), images.sensed(SENSED) // 2)
+        for node, cost in sensitivities(
+            graph, found.histograms, few, torch.Generator().manual_seed(options.seed)
+        ).items():
+            found.histograms[node].cost = cost
+    return found
+
+
+def without_noisy(graph: fx.GraphModule, observed: Observed, plan: Formats, choices: Choices) -> Formats:
+    """The plan without layers around values that cost too much in 8 bits."""
+    if not isinstance(choices.calibration, ByAnswers) or any(grid.bits != 8 for grid in plan.values.values()):
+        return plan
+    ranges = qdq.ranges(plan.placement, observed.histograms, choices.calibration, plan.values)
+    left = noisy_layers.noisy(graph, plan.placement, ranges, plan.values, observed.histograms)
+    if not left:
+        return plan
+    left_out = [*plan.left_out, *left]
+    placement = place(graph, choices.runtime.capabilities, left_out)
+    if not placement.layers or not set(placement.values) <= observed.histograms.keys():
+        return plan
+    values = qdq.value_grids(placement, choices.activations)
+    return dataclasses.replace(plan, placement=placement, values=values, left_out=left_out, noisy=left)
 
 
 def placed(
@@ -350,8 +336,8 @@ def rounded(
             facts.append({**fact, **told})
             bits[qdq.codes_name(node)] = grid.bits
         if options.correct_bias and not isinstance(choices.rounding, OfBlocks):
-            for node in block:
-                run.correct(node)
+            for node, fact in zip(block, facts[-len(block) :], strict=True):
+                fact["bias_undone"] = not run.correct(node)
     if any(count < 8 for count in bits.values()):
         graph.meta["bits"] = {name: count for name, count in bits.items() if count < 8}
     return facts, run.learned
@@ -359,9 +345,10 @@ def rounded(
 
 def _equalize(graph: fx.GraphModule, images: Images, plan: Formats) -> tuple[int, int]:
     """How many streams were equalised, and how many dead channels carry another."""
-    few = list(images.pieces([images.first(EQUALIZED)]))
+    batch = images.first(2 * EQUALIZED)
+    few, others = (list(images.pieces([tuple(x[half::2] for x in batch)])) for half in (0, 1))
     doubled = split_channels.double(graph, few, plan.values, plan.layers)
-    return equalization.equalize(graph, few, plan.values, plan.layers), doubled
+    return equalization.equalize(graph, few, plan.values, plan.layers, others if len(batch[0]) > 1 else ()), doubled
 
 
 def recorded(

@@ -26,7 +26,7 @@ from rarefy.quantization import formats, qdq
 from rarefy.quantization.blocks import Stretch, batch_of, together
 from rarefy.quantization.formats import Format
 from rarefy.quantization.observers import Calibration, Observed
-from rarefy.quantization.transforms.bias_correction import correct_bias, correct_spread
+from rarefy.quantization.transforms.bias_correction import correct_bias
 
 MEMORY = 5e8  # bytes of activations of all images that the rounding of layers may keep
 SAMPLES = 64  # for each input of a layer that learned rounding looks at
@@ -55,11 +55,9 @@ class RoundingPass:
         self.prefix = Resumable(graph, observed.batches, MEMORY / 4, device)
         self.float_prefix = Resumable(float_graph, observed.batches, MEMORY / 4, device)
         self.twins = {node.name: node for node in float_graph.graph.nodes}
-        self.means = {node.name: mean for node, mean in observed.means.items()}
-        self.spreads = {node.name: spread for node, spread in observed.spreads.items()}
+        self.read = {node.name: mean for node, mean in observed.read.items()}
         self.places = SAMPLES / sum(len(batch[0]) for batch in observed.batches)
         self.marks: frozenset[str] = frozenset()
-        self.read_means: dict[str, im2col.Mean] = {}  # of layers whose samples were read: for the bias
         self.learned: dict[str, float] = {}  # value -> what its scale was multiplied by
 
     def blocks(self, layers: Sequence[fx.Node]) -> list[list[fx.Node]]:
@@ -85,17 +83,14 @@ class RoundingPass:
             codes = [self._alone(self.rounder, block[0], grids[0], steps[0])]
         return [self._put(*one) for one in zip(block, grids, steps, codes, strict=True)]
 
-    def correct(self, layer: fx.Node) -> None:
-        """What a rounded layer makes, in the mean and, of a last one, in its spread, as in float."""
-        if layer.name in self.spreads:
-            outputs = (value for (value,) in self.prefix.run(layer.next, (layer,), keep=False))
-            correct_spread(self.graph, layer, self.spreads[layer.name], outputs)
-        read = self.read_means.pop(layer.name, None)
-        if read is None:
-            read = im2col.Mean(layer, attribute(self.graph, qdq.codes_name(layer)).shape)
-            for (inputs,) in self._reads(layer):
-                read.add(inputs)
-        correct_bias(self.graph, layer, self.means[layer.name], read)
+    def correct(self, layer: fx.Node) -> bool:
+        """What the rounding of a layer's weights moves in the mean, on what float reads, out of its bias, if both
+        halves of the images say so."""
+        twin = self.twins[layer.name]
+        weight, bias = (
+            attribute(self.float_prefix.graph, argument(twin, name)).detach() for name in ("weight", "bias")
+        )
+        return correct_bias(self.graph, layer, (weight, bias), self.read[layer.name])
 
     def _scale(self, layer: fx.Node, grid: formats.Grid, rule: Calibration) -> Tensor:
         weight = self._weight(layer)
@@ -173,10 +168,8 @@ class RoundingPass:
             exact: Iterator[tuple[Value, ...]] = itertools.repeat((None, None))
             if reads:
                 exact = self.float_prefix.run(twin.next, (twin.all_input_nodes[0], twin))
-            average = im2col.Mean(layer, shape)
             room: _Room | None = None
             for index, ((inputs,), (float_inputs, float_outputs)) in enumerate(zip(self._reads(layer), exact)):
-                average.add(inputs)
                 if index == len(drawn):
                     drawn.append(im2col.draw(im2col.plane(layer, inputs, shape), self.generator, inputs.device, most))
                 place = drawn[index]
@@ -197,8 +190,6 @@ class RoundingPass:
                 room.add(part)
             if room is not None:
                 yield room.filled()
-            if self.centered:
-                self.read_means[layer.name] = average
 
         return gathered
 

@@ -103,7 +103,7 @@ def _wanted(facts: Mapping[str, Json], costs: Mapping[str, tuple[int, int]]) -> 
     if type(value) not in (int, float) or value <= 0:
         return 0.0
     if kind == "speedup":
-        return 1 - 1 / value
+        return float(1 - 1 / value)
     return 1 - value if value <= 1 else max(0.0, 1 - value / costs[kind][0]) if kind in costs else 0.0
 
 

@@ -35,7 +35,7 @@ Ending = Literal["logits", "softmax", "sigmoid"]
 _ENDINGS: dict[str, Ending] = {
     **dict.fromkeys(("softmax", "_softmax", "_safe_softmax", "special_softmax"), "softmax"),
     **dict.fromkeys(("sigmoid", "special_expit", "hardsigmoid"), "sigmoid"),
-}  # type: ignore[dict-item]
+}
 _LEAST = 2.0**-60  # of a probability: its logarithm is -41.6
 _ONE = 1e-2  # how far from 1 probabilities may sum to, in half precision or through codes
 

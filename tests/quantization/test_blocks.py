@@ -76,8 +76,10 @@ class Spy:
 def test_a_stretch_unrounded_is_the_float_block_and_rounded_what_the_network_computes(make: Any) -> None:
     torch.manual_seed(0)
     graph, spy = graph_of(make()), Spy()
-    small = quantize(graph, batches=images(0), rounding=spy, correct_bias=False, progress=False)
-    nearest = quantize(graph, batches=images(0), rounding="nearest", correct_bias=False, progress=False)
+    small = quantize(graph, batches=images(0), rounding=spy, calibration="mse", correct_bias=False, progress=False)
+    nearest = quantize(
+        graph, batches=images(0), rounding="nearest", calibration="mse", correct_bias=False, progress=False
+    )
     assert all(torch.equal(value, nearest.state_dict()[name]) for name, value in small.state_dict().items())
     assert len(spy.seen) > 2
     for block, _, exact in spy.seen:
@@ -128,7 +130,7 @@ class Viewing(TwoUnits):
 def test_a_size_that_hangs_on_the_batch_is_that_of_the_images_at_hand() -> None:
     torch.manual_seed(0)
     graph, spy = graph_of(Viewing()), Spy()
-    quantize(graph, batches=images(0), rounding=spy, correct_bias=False, progress=False)
+    quantize(graph, batches=images(0), rounding=spy, calibration="mse", correct_bias=False, progress=False)
     assert any(isinstance(value, int) for block, *_ in spy.seen for value in block.inputs)
     for block, _, exact in spy.seen:
         few = torch.arange(5)

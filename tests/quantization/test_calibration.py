@@ -196,6 +196,7 @@ DEFAULTS: dict[str, dict[str, object]] = {
     "entropy": {"steps": 100, "smallest": 0.3},
     "moving_average": {"momentum": 0.9},
     "percentile": {"percent": 99.99},
+    "sensitivity": {},
 }
 
 

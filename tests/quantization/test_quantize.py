@@ -20,7 +20,6 @@ from torch import nn
 from rarefy import plugins
 from rarefy.deployment.export import export
 from rarefy.errors import DataError, InputError
-from rarefy.evaluation.measure import measure
 from rarefy.graph.canonical import simplify
 from rarefy.graph.capture import capture
 from rarefy.graph.fold import fold
@@ -224,33 +223,24 @@ def test_int8_answers_are_near_the_floats(block: nn.Module, batches: list[torch.
     assert {layer["bits"] for layer in record["facts"]["layers"]} == {8}
 
 
-def test_bias_correction_mends_the_mean(block: nn.Module, batches: list[torch.Tensor]) -> None:
-    graph = capture(block, batches[0])
-    everything = torch.cat(batches)
+def test_bias_correction_mends_the_mean() -> None:
+    """Of what the weights of one layer move, on inputs that are not 0 in the mean."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval(), torch.rand(64, 1, 8, 8)
+    graph = capture(model, x[:2])
     shift = {
         mend: (
-            quantize(graph, batches=batches, weights="int4", correct_bias=mend, progress=False)(everything)
-            - graph(everything)
+            quantize(graph, batches=x.split(16), weights="int4", rounding="nearest", correct_bias=mend, progress=False)(
+                x
+            )
+            - graph(x)
         )
         .mean(0)
         .abs()
         .mean()
         for mend in (False, True)
     }
-    assert shift[True] < shift[False] / 2
-
-
-def test_the_answers_vary_as_much_as_in_float(block: nn.Module, batches: list[torch.Tensor]) -> None:
-    """Of the images that calibrated; the last layer alone is scaled, and its 32-bit bias takes no part."""
-    graph = capture(block, batches[0])
-    everything = torch.cat(batches)
-    small = quantize(graph, batches=batches, weights="int3", progress=False)
-    as_rounded = quantize(graph, batches=batches, weights="int3", correct_bias=False, progress=False)
-    wanted, got, without = (
-        (answer - answer.mean(0)).square().mean().sqrt()
-        for answer in (run(everything) for run in (graph, small, as_rounded))
-    )
-    assert abs(got / wanted - 1) < 1e-4 < 1e-2 < abs(without / wanted - 1)
+    assert shift[True] < shift[False] / 10
 
 
 def test_fewer_bits_more_noise_and_packed_bits_are_told(block: nn.Module, batches: list[torch.Tensor]) -> None:
@@ -414,7 +404,7 @@ def test_options_are_the_keywords_with_their_defaults() -> None:
     options = {field.name: field.default for field in dataclasses.fields(Options)}
     assert list(options.items()) == list(keywords.items())
     assert options == {
-        "images": 128, "batch_size": 16, "weights": "int8", "activations": "uint8", "calibration": "mse",
+        "images": 128, "batch_size": 16, "weights": "int8", "activations": "uint8", "calibration": "sensitivity",
         "weight_calibration": None, "rounding": "narrow", "runtime": "onnxruntime", "ignore": (), "equalize": True,
         "correct_bias": True, "smooth": None, "gate": None, "seed": 0, "progress": True,
     }  # fmt: skip
@@ -640,11 +630,7 @@ def test_a_model_of_two_inputs(rounding: str, tmp_path: Path) -> None:
     small = quantize(graph, batches=[given], rounding=rounding, progress=False)
     wanted = graph(*given)
     assert (small(*given) - wanted).square().mean() < 1e-3 * wanted.var()
-    export(small, tmp_path / "model.onnx", compare=False)
-    with pytest.raises(InputError, match="pass compare=False"):
-        export(small, tmp_path / "other.onnx")
-    with pytest.raises(InputError, match="several inputs"):
-        measure({"small": small})
+    assert export(small, tmp_path / "model.onnx", inputs=given)["passed"]
 
 
 def test_half_precision_is_refused_in_one_line(batches: list[torch.Tensor]) -> None:

@@ -109,7 +109,9 @@ def test_int8_is_nearer_to_float() -> None:
     batches = [images(16)]
     errors = [
         (
-            quantize(model, batches=batches, inputs=images(2), equalize=equalize, progress=False)(images())
+            quantize(model, batches=batches, inputs=images(2), equalize=equalize, calibration="minmax", progress=False)(
+                images()
+            )
             - model(images())
         )
         .square()

@@ -33,7 +33,7 @@ def inline(module: fx.GraphModule) -> None:
             _cast(region)
         copied = dict(zip((inner for inner in region.graph.nodes if inner.op == "placeholder"), operands, strict=True))
         with graph.inserting_before(node):
-            outputs = graph.graph_copy(region.graph, copied)  # type: ignore[arg-type]
+            outputs = graph.graph_copy(region.graph, copied)
             assert isinstance(outputs, (list, tuple))
             if str(node.target) == _GRADIENTS and not settings[0]:
                 outputs = [
@@ -41,7 +41,7 @@ def inline(module: fx.GraphModule) -> None:
                     for one in outputs
                 ]
         for user in list(node.users):  # the region returns a tuple, of which only getitem reads
-            user.replace_all_uses_with(outputs[user.args[1]])  # type: ignore[index,arg-type]
+            user.replace_all_uses_with(outputs[user.args[1]])
             graph.erase_node(user)
         graph.erase_node(node)
         if not regions[0].users:

@@ -143,7 +143,7 @@ def _close(one: Tensor, other: Tensor) -> bool:
     return difference <= allowed * largest
 
 
-class _Reads(TorchFunctionMode):  # type: ignore[misc]
+class _Reads(TorchFunctionMode):
     """While a model runs: does code outside of torch ask a tensor for a size?"""
 
     found = False

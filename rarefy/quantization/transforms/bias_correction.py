@@ -1,41 +1,39 @@
-"""Means and spreads of layers in codes, brought back to what they were in float.
+"""Means of layers in codes, brought back to what they were in float.
 
-Rounding moves the mean of a layer's output, a channel, by (q - w) E x, which goes out of its bias before its successors
-run (sequential bias correction, 1906.04721, sec. 4.2). Means right, what varies around them still shrinks from layer to
-layer, as noise at the ends of ReLUs fills up what was off: the last layers' scales are raised until their outputs
-deviate as much as in float.
+Rounding weights moves the mean of a layer's output, a channel, by (q - w) E x, which goes out of its bias (1906.04721,
+sec. 4.2). E x is what float reads: that part of a moved mean is the weights' own and holds on any image. What moves
+means besides, clipping and noise at the ends of ReLUs, is not even over images and places; taken out of biases too, it
+took MobileNetV2 from 21.9 dB to 17.5, NanoDet from 17 to 14 and YOLOX-Nano from 7 to 4 (docs/log.md).
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 from torch import Tensor, fx
 
 from rarefy.graph import im2col
 from rarefy.quantization import qdq
-from rarefy.quantization.observers import Average
 
 
-def correct_bias(graph: fx.GraphModule, layer: fx.Node, wanted: Tensor, read: im2col.Mean) -> None:
+def correct_bias(
+    graph: fx.GraphModule, layer: fx.Node, wanted: tuple[Tensor, Tensor], read: tuple[im2col.Mean, im2col.Mean]
+) -> bool:
     """Shift a layer's bias, in place, so that its mean output is what it was. The layer need not run: sums are linear.
 
-    wanted: (outputs,) float64, the mean in float. read: of what the layer reads.
+    wanted: weight and bias in float. read: of what the layer reads in float, on two halves of the images. Where what
+    one half says does not lessen what the other sees, nothing is shifted, and False comes back.
     """
-    weight, bias = (qdq.decoded(graph, number) for number in qdq.numbers(layer))
+    weight, bias = (
+        exact.double() - qdq.decoded(graph, number).double()
+        for exact, number in zip(wanted, qdq.numbers(layer), strict=True)
+    )
     groups = im2col.groups_of(layer)
-    rows = weight.double().reshape(groups, weight.shape[0] // groups, -1)
-    mean = (rows @ read.value(groups)).flatten() + bias.double()
-    qdq.shift_bias(graph, layer, wanted - mean)
-
-
-def correct_spread(graph: fx.GraphModule, layer: fx.Node, wanted: float, outputs: Iterable[Tensor]) -> None:
-    """Scale a layer, in place, so that its output varies as much around its mean as it did.
-
-    wanted: the deviation in float, over all channels. outputs: what the layer makes, of each batch.
-    """
-    average = Average(spreads=True)
-    for value in outputs:
-        average.add(layer, value)
-    if average.spread > 0 and wanted > 0:
-        qdq.scale_output(graph, layer, wanted / average.spread)
+    rows = weight.reshape(groups, weight.shape[0] // groups, -1)
+    seen = [mean for mean in read if mean.count]
+    halves = [(rows @ mean.value(groups)).flatten() + bias for mean in seen]
+    if len(halves) == 2 and float((halves[0] - halves[1]).norm()) > min(float(half.norm()) for half in halves):
+        return False
+    total = sum(mean.count for mean in seen)
+    qdq.shift_bias(
+        graph, layer, sum((half * (mean.count / total) for half, mean in zip(halves, seen, strict=True)), bias * 0)
+    )
+    return True

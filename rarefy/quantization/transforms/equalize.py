@@ -34,11 +34,13 @@ from rarefy.graph.nodes import Value, argument, attribute
 from rarefy.graph.shapes import shapes
 from rarefy.quantization.formats import Grid
 from rarefy.quantization.observers import channel_axis
+from rarefy.quantization.transforms.channel_scales import is_scaling
 
 aten = torch.ops.aten
 
 SHARES = (1.0, 0.75, 0.5, 0.25)  # a above
 LEAST = 0.01  # share of the noise that is won, or nothing is changed
+FLAT = -6.0  # of SiLU and GELU: what is below makes 0.015 at most
 WIDEST = 1e3  # a factor's bound, either way
 _CARRY = {
     aten.relu.default, aten.add.Tensor, aten.pad.default, aten.max_pool2d.default, aten.avg_pool2d.default,
@@ -61,11 +63,13 @@ def equalize(
     batches: Iterable[tuple[Tensor, ...]],
     rounded: Mapping[fx.Node, Grid],
     layers: Mapping[fx.Node, Grid],
+    held_out: Iterable[tuple[Tensor, ...]] = (),
 ) -> int:
     """Equalise ``graph`` (folded, for inference) in place; returns how many streams were.
 
     batches: inputs that tell how large channels get. rounded: values that will be, and the grid; layers: those whose
-    weights will be.
+    weights will be. held_out: inputs that judge what the others say (a channel that seemed dead on those may be alive);
+    none: the same.
     """
     found = [
         stream
@@ -74,7 +78,8 @@ def equalize(
     ]
     axes = {value: stream.axis for stream in found for value in (*stream.values, *stream.readers)}
     seen = sizes(graph, axes, batches) if found else {}
-    return sum(_equalize(graph, stream, seen, rounded, layers) for stream in found)
+    judging = (sizes(graph, axes, held_out) if found else {}) or seen
+    return sum(_equalize(graph, stream, seen, judging, rounded, layers) for stream in found)
 
 
 def streams(graph: fx.GraphModule) -> list[Stream]:
@@ -217,14 +222,20 @@ def sizes(
 def _equalize(
     graph: fx.GraphModule,
     stream: Stream,
+    seen: Mapping[fx.Node, Size],
     sizes: Mapping[fx.Node, Size],
     rounded: Mapping[fx.Node, Grid],
     layers: Mapping[fx.Node, Grid],
 ) -> bool:
     behind = _behind(stream)
+    if any(is_scaling(reader) for reader in stream.readers):  # SiLU and GELU of less are nothing
+        seen, sizes = (
+            {value: dataclasses.replace(size, lo=size.lo.clamp_min(FLAT)) for value, size in one.items()}
+            for one in (seen, sizes)
+        )
     values = [value for value in stream.values if value in rounded]
     readers = [(reader, weight_of(graph, reader).double(), groups_of(reader) == 1) for reader in stream.readers]
-    largest = torch.stack([torch.maximum(sizes[value].hi, -sizes[value].lo) for value in values]).amax(0)
+    largest = torch.stack([torch.maximum(seen[value].hi, -seen[value].lo) for value in values]).amax(0)
     columns = torch.stack([_columns(weight, dense).square().mean(1) for _, weight, dense in readers]).sum(0).sqrt()
     usable = (largest > 0) & (columns > 0) & largest.isfinite() & columns.isfinite()
     if not bool(usable.any()):
