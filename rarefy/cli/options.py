@@ -106,6 +106,12 @@ class DataOptions:
         float | None,
         typer.Option(metavar="SHARE", help="Share of the resized image that evaluation sees.", rich_help_panel=_DATA),
     ] = None
+    read: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="The output that the task reads, of several; default: logits.", rich_help_panel=_DATA
+        ),
+    ] = None
     augment: Annotated[
         str | None,
         typer.Option(metavar="LIST", help="What varies training images: crop,flip or none.", rich_help_panel=_DATA),
@@ -139,6 +145,7 @@ class DataOptions:
             mean=numbers(self.mean, "--mean"),
             std=numbers(self.std, "--std"),
             crop=self.crop,
+            output=self.read,
             augment=self.augment,
             interpolation=self.interpolation,
             workers=self.workers,

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from rarefy import plugins
 from rarefy.deployment import description
 from rarefy.deployment.runtime import Inputs, Runtime, several
-from rarefy.errors import FormatError, InputError
+from rarefy.errors import FormatError, InputError, MissingDependency
 from rarefy.graph.capture import as_graph
 from rarefy.graph.capture.batches import Arranger
 from rarefy.graph.nodes import dtype_name, example_inputs
@@ -145,7 +145,11 @@ def _told(graph: fx.GraphModule, target: Path, partial: Path, runtime: Runtime) 
                 f"{target}: a model in {other} can't be written for {plugins.name_of(runtime)}, or run there; export "
                 f"model.float(), captured from float32 inputs ({why.partition('; ')[0]})"
             ) from error
-        raise type(error)(why) from error if isinstance(error, FormatError) else error.__cause__
+        if isinstance(error, FormatError):
+            raise FormatError(why) from error
+        if isinstance(error, MissingDependency):
+            raise
+        raise InputError(why) from error.__cause__
 
 
 def _precisions(graph: fx.GraphModule) -> list[str]:

@@ -81,7 +81,8 @@ def measure(
     folder: where the exported files stay; None: they are temporary. seed: of the random inputs.
 
     ``{name: {"parameters", "macs", "size_bytes", "peak_memory_bytes", "latency_ms": {"median", "low", "high", "batch",
-    "threads", "runtime", "repeats", "rounds", "disturbed"}, "speedup": {"median", "low", "high"}}}``: low and high are quartiles.
+    "threads", "runtime", "repeats", "rounds", "disturbed"}, "speedup": {"median", "low", "high"}}}``: low and high are
+    quartiles.
     Raises InputError for no model, models of different inputs, or what the runtime can't run.
     """
     _check_models(models)

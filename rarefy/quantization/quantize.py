@@ -5,7 +5,8 @@ In order, each on the one graph:
 1. ``prepared``: batch norm is folded, operators are written in one form (``rarefy.graph.fold``), norms smoothed.
 2. ``formats_of``: which values become integers, from the runtime's table (``placement``), and on which grid each of
    them and each layer's weights are (``formats``, ``mixed_precision``).
-3. ``calibrated``: channels are equalised where that is exact and held-out images gain (``transforms``); the calibration images run once, and
+3. ``calibrated``: channels are equalised where that is exact and held-out images gain (``transforms``); the
+   calibration images run once, and
    every such value streams into a histogram (``observers``).
    Gradients tell what noise on each value costs the answers (``sensitivity``); layers around values that 8 bits can't
    hold stay in float (``transforms/noisy_layers``).

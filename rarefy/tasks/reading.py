@@ -59,7 +59,7 @@ def chosen(outputs: Outputs, name: str | None) -> Outputs:
         raise OutputError(f"has no output {name!r}; it has {have}")
     raise OutputError(
         f"returns a {type(outputs).__name__} of several outputs ({have}); say which is the classifier's: "
-        f"Classification(output={_said(names)})"
+        f"Classification(output={_said(names)}) (--read)"
     )
 
 

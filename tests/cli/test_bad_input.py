@@ -244,10 +244,10 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "empty step": (("--step ''", "prune macs=0.5"), f"compress {MODEL} {ON} --step '' {OUT}"),
     "unknown option of a step": (("mac", "did you mean 'macs'"), f"compress {MODEL} {ON} --step 'prune mac=0.5' {OUT}"),
     "model that returns two tensors": (("--core",), f"compress {HERE}:Two {ON} --speedup 2 {OUT}"),
-    "training what is no classifier": (("returns a tuple", "(N, classes)", "core="), f"distill {HERE}:Two {ON} "
+    "training what is no classifier": (("returns a tuple", "output_1", "--read"), f"distill {HERE}:Two {ON} "
                                                                                      "--batch-size 8 --epochs 1 "
                                                                                      f"{OUT}"),
-    "criterion on what is no classifier": (("returns a tuple", "(N, classes)"), f"prune {HERE}:Two {ON} --keep 0.5 "
+    "criterion on what is no classifier": (("returns a tuple", "--read"), f"prune {HERE}:Two {ON} --keep 0.5 "
                                                                                 f"--criterion taylor {OUT}"),
     "max drop without a reference": (("--reference",), f"evaluate {MODEL} {ON} --max-drop 1%"),
     # recipes

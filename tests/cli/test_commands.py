@@ -131,7 +131,7 @@ def test_every_option_of_a_verb_is_an_option_of_its_command(verb: str) -> None:
 
 
 def test_every_option_of_the_task_is_an_option_of_its_commands() -> None:
-    renamed = {"size": "image_size"}
+    renamed = {"size": "image_size", "output": "read"}
     fields = {field.name for field in dataclasses.fields(options.DataOptions)}
     assert {renamed.get(name, name) for name in recipe._task_options("classification").model_fields} <= fields
 
@@ -442,7 +442,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
             2,
             "rarefy: the disk is full",
         ),
-        (MemoryError(), 2, "rarefy: out of memory; pass a smaller --batch-size"),
+        (MemoryError(), 2, "rarefy: out of memory; end other programs, or take a smaller model"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), 2, "rarefy: out of memory"),
         (ZeroDivisionError("division\nby zero"), 70, "division by zero; this is a bug of rarefy's: --debug"),
         (InputError("bad \x1b[31mname\x07\nhere"), 2, "rarefy: bad ?[31mname? here"),

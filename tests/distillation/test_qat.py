@@ -81,7 +81,9 @@ def test_both_forms_answer_alike_and_untrained_tensors_come_back_as_they_were(
 def test_batch_norm_put_back_changes_nothing_and_folds_into_the_same_codes(
     weights: str, activations: str, teacher, task
 ) -> None:
-    small = quantize(teacher, task, images=64, weights=weights, activations=activations, progress=False)
+    small = quantize(
+        teacher, task, images=64, weights=weights, activations=activations, calibration="mse", progress=False
+    )
     names = small.meta["history"][-1]["facts"]["batch_norm"]
     assert names == ["stem.0.weight", "left.0.weight"]  # the two that batch norm followed
     x = next(iter(task.batches("val", 256)))[0]

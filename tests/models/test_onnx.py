@@ -159,7 +159,8 @@ def text_encoder(path: Path, scalar: bool = False) -> Path:
 
 def test_names_that_are_no_identifiers_are_made_ones(tmp_path: Path) -> None:
     file = write(
-        tmp_path / "m.onnx", [node("Relu", "input.1", "out:0"), node("Neg", "out:0", "out_0"), node("Abs", "out_0", "3")],
+        tmp_path / "m.onnx",
+        [node("Relu", "input.1", "out:0"), node("Neg", "out:0", "out_0"), node("Abs", "out_0", "3")],
         {"input.1": ["n", 4]}, ["out:0", "out_0", "3"],
     )  # fmt: skip
     graph = graph_of(load(str(file)))

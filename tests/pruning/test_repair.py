@@ -261,6 +261,8 @@ def test_fewer_images_where_memory_is_short(net: fx.GraphModule, small: fx.Graph
 
 
 class Task:
+    name = "own"
+
     @property
     def data(self) -> Task:
         return self

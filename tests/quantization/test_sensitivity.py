@@ -35,9 +35,16 @@ def noise_db(model: Callable[[Tensor], Tensor], quantised: Callable[[Tensor], Te
         return float(10 * torch.log10(exact.square().sum() / (quantised(x) - exact).square().sum()))
 
 
-def quantised(model: nn.Module, **options: object) -> rarefy.graph:  # type: ignore[name-defined]
+def quantised(model: nn.Module, **options: object) -> nn.Module:
     batches = [images(8, seed) for seed in range(1, 5)]
-    return rarefy.quantize(model, inputs=images(2), batches=batches, progress=False, **options)  # type: ignore[arg-type]
+    made: nn.Module = rarefy.quantize(
+        model,
+        inputs=images(2),
+        batches=batches,
+        progress=False,
+        **options,  # type: ignore[arg-type]
+    )
+    return made
 
 
 def facts(graph: nn.Module) -> dict[str, object]:

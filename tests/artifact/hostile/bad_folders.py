@@ -343,7 +343,9 @@ _graph: dict[str, Callable[[dict[str, Any]], Any]] = {
     "an_input_has_a_name_of_its_own": lambda graph: graph["nodes"].insert(
         1, {"op": "placeholder", "name": "x_1", "target": "x"}
     ),
-    "inputs_are_those_of_meta": lambda graph: graph["meta"]["inputs"].append(graph["meta"]["inputs"][0]),
+    "inputs_are_those_of_meta": lambda graph: graph["meta"].update(
+        inputs=graph["meta"]["inputs"] * 2, names={"inputs": [], "outputs": []}, sizes=[[None, 1, 1]] * 2
+    ),
     "the_stack_is_a_name": lambda graph: node(graph, _conv).update(stack="a\nb"),
     "there_is_an_output": lambda graph: graph["nodes"].pop(),
     "there_is_one_output": lambda graph: graph["nodes"].insert(-1, {**graph["nodes"][-1], "name": "output_1"}),
