@@ -616,6 +616,8 @@ def test_self_check_fails_on_a_missed_tie(resnet: fx.GraphModule) -> None:
 class FakeTask:
     """Two classes that a linear map tells apart; the same batches at each call for the same seed."""
 
+    name = "fake"
+
     count: int = 4
 
     @property
