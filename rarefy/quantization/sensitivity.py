@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from rarefy.graph.interpreter import call, laid_out, run
 from rarefy.graph.nodes import Value
+from rarefy.quantization.placement import TURNS
 
 if TYPE_CHECKING:
     from rarefy.quantization.observers import Histogram
@@ -33,12 +34,6 @@ aten = torch.ops.aten
 
 SHARES = 64  # ends of ranges that are tried, a side
 CLIPPED = 0.005  # share of a value's numbers that a range may leave out on a side
-CARRIED = frozenset(
-    {
-        aten.permute.default, aten.transpose.int, aten.view.default, aten.reshape.default, aten.flatten.using_ints,
-        aten.squeeze.dim, aten.unsqueeze.default, aten.contiguous.default, aten.clone.default,
-    }
-)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -140,7 +135,7 @@ def unlike(graph: fx.GraphModule) -> list[fx.Node]:
     waiting, found = [node for node in pytree.tree_leaves(output.args[0]) if isinstance(node, fx.Node)], []
     while waiting:
         node = waiting.pop()
-        if node.target in CARRIED or node.target in (aten.cat.default, aten.stack.default):
+        if node.target in TURNS or node.target in (aten.cat.default, aten.stack.default):
             waiting += node.all_input_nodes
         elif node not in found:
             found.append(node)
