@@ -213,6 +213,12 @@ def test_the_exceptions_are_few_and_say_why() -> None:
     assert all(known.split(":")[0] in everything | packages | {"the trunk"} for known in EXCEPTIONS)
 
 
+def test_no_two_test_files_share_a_name() -> None:
+    # pytest imports them by their bare name: of two alike in one process the second is refused.
+    names = [path.name for path in (ROOT / "tests").rglob("*.py")]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
 @pytest.mark.parametrize("name", sorted(FLOOR.keys() - {"errors", "plugins", "demo", "__main__"}))
 def test_contributing_has_a_map_of_the_tree(name: str) -> None:
     """Each package and each of its files has its word on the map."""
