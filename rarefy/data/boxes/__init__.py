@@ -1,0 +1,1 @@
+"""Boxes: pictures with boxes on them, from a file to a batch."""

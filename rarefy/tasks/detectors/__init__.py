@@ -1,0 +1,1 @@
+"""Detector families, one a file: ``rarefy/tasks/detector.py`` says what one is."""
