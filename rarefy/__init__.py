@@ -5,7 +5,8 @@ The public names stand below, one a line. They are imported when first used, so 
 ``load_weights``); tasks are in ``rarefy.tasks``; what comes in several kinds lies in a folder each:
 ``rarefy.pruning.criteria``, ``rarefy.distillation.losses``, ``rarefy.quantization.rounding``,
 ``rarefy.quantization.calibration``, ``rarefy.runtimes``, ``rarefy.compression.schedules``,
-``rarefy.pruning.selection``, ``rarefy.pruning.saliency``, ``rarefy.compression.students``.
+``rarefy.pruning.selection``, ``rarefy.pruning.saliency``, ``rarefy.compression.students``,
+``rarefy.tasks.detectors``.
 """
 
 import importlib
@@ -15,7 +16,8 @@ __version__ = "0.1.0"
 
 # name -> module that defines it
 _HOMES = {
-    "capture": "rarefy.graph.capture",
+    "capture": "rarefy.tasks.detector",
+    "as_original": "rarefy.tasks.detector",
     "prune": "rarefy.pruning.prune",
     "mask": "rarefy.pruning.mask",
     "distill": "rarefy.distillation.distill",
@@ -41,6 +43,7 @@ __all__ = [
     "Budget",
     "RarefyError",
     "__version__",
+    "as_original",
     "capture",
     "certify",
     "compress",
@@ -71,12 +74,12 @@ if TYPE_CHECKING:
     from rarefy.evaluation.certify import certify
     from rarefy.evaluation.evaluate import evaluate
     from rarefy.evaluation.measure import measure
-    from rarefy.graph.capture import capture
     from rarefy.models import load as sources
     from rarefy.pruning.mask import mask
     from rarefy.pruning.prune import prune
     from rarefy.quantization.quantize import quantize
     from rarefy.reports.report import report
+    from rarefy.tasks.detector import as_original, capture
 
 
 def __getattr__(name: str) -> Any:

@@ -33,6 +33,7 @@ KINDS = {
     "selection": "rarefy.pruning.selection",
     "saliency": "rarefy.pruning.saliency",
     "students": "rarefy.compression.students",
+    "detectors": "rarefy.tasks.detectors",
 }
 TASKS = "rarefy.tasks"
 # file -> the name of its choice in texts, records and saved recipes, where it is another
@@ -137,11 +138,19 @@ def describe(choice: Any) -> str:
     if not dataclasses.is_dataclass(choice):
         return name
     options = [
-        f"{field.name}={getattr(choice, field.name)}"
+        f"{field.name}={_written(getattr(choice, field.name))}"
         for field in dataclasses.fields(choice)
         if getattr(choice, field.name) != field.default
     ]
     return f"{name}:{','.join(options)}" if options else name
+
+
+def _written(value: object) -> str:
+    """``8/16/32`` of a tuple; of a tuple of tuples ``8/16;32``."""
+    if not isinstance(value, tuple):
+        return str(value)
+    nested = any(isinstance(item, tuple) for item in value)
+    return (";" if nested else "/").join(map(_written, value))
 
 
 def name_of(choice: object) -> str:
@@ -176,6 +185,12 @@ def build(cls: Any, options: str, text: str) -> Any:
 
 
 def _parse(value: str, hint: Any, where: str) -> Any:
+    if typing.get_origin(hint) is tuple:
+        inner = typing.get_args(hint)[0]
+        mark = ";" if typing.get_origin(inner) is tuple else "/"
+        return tuple(_parse(part.strip(), inner, where) for part in value.split(mark) if part.strip())
+    if typing.get_origin(hint) is typing.Literal and value in typing.get_args(hint):
+        return value
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     if type(None) in options and value.lower() == "none":
         return None

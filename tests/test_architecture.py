@@ -41,6 +41,7 @@ CHOICES = {
     "rarefy.distillation.losses",
     "rarefy.compression.schedules",
     "rarefy.compression.students",
+    "rarefy.tasks.detectors",
     "rarefy.runtimes",
 }
 STEPS = {"prune", "mask", "distill", "quantize", "evaluate", "measure", "certify"}

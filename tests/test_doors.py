@@ -118,6 +118,31 @@ class Levels(Task):
     def metric(self):
         return Worst()
 ''',
+    "tasks/detectors/middle.py": '''
+"""Middle: one box, in the middle."""
+from dataclasses import dataclass
+import torch
+from rarefy.tasks.detector import Feed
+
+@dataclass(frozen=True)
+class Middle:
+    """One box in the middle of each picture."""
+    classes: int = 1
+    feed = Feed((8, 8))
+    @classmethod
+    def of(cls, model):
+        return cls() if type(model).__name__ == "Middling" else None
+    def core(self, model):
+        return model.inner
+    def around(self, model, core):
+        return type(model)(core)
+    def boxes(self, outputs, size):
+        return torch.tensor([[[2.0, 2.0, 6.0, 6.0, 0.0, 1.0]]]).repeat(len(outputs), 1, 1)
+    def logits(self, outputs):
+        return outputs
+    def loss(self, outputs, targets, size):
+        return outputs.square().mean()
+''',
     "cli/hello.py": '''
 """``rarefy hello``."""
 from rarefy.cli.options import app
@@ -157,8 +182,19 @@ assert [described[name] for name in ("rounding", "calibration", "runtime")] == [
 levels = recipe.make_task({"train": "numbered:60", "val": "numbered:40"}, "levels")
 found = rarefy.evaluate(graph, levels, progress=False)
 assert (found.metric, found.samples) == ("worst", 40) and found.value > 0, found
+class Middling(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+    def forward(self, pictures):
+        return [{"boxes": one} for one in self.inner(torch.stack(pictures))]
+middling = Middling(torch.nn.Conv2d(3, 2, 3)).eval()
+core = rarefy.capture(middling)
+assert core.meta["detector"] == "middle" and rarefy.load(rarefy.save(core, "core")).meta["detector"] == "middle"
+answer = rarefy.as_original(core, middling)([torch.ones(3, 8, 8)])
+assert torch.equal(answer[0]["boxes"], middling([torch.ones(3, 8, 8)])[0]["boxes"]), "detector family"
 for kind, name in (("criteria", "last_channels"), ("losses", "largest"), ("rounding", "down"), ("calibration", "wide"),
-                   ("runtimes", "single")):
+                   ("runtimes", "single"), ("detectors", "middle")):
     assert name in plugins.available(kind)
 assert run(["hello"]) == 0 and run(["list", "criteria"]) == 0
 """

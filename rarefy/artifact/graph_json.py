@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy.artifact import allowlist, packing
+from rarefy.artifact import allowlist, packing, words
 from rarefy.errors import FormatError
 from rarefy.graph.nodes import Value, dtype_name, set_attribute
 from rarefy.graph.signature import attach
@@ -239,7 +239,7 @@ def _check_meta(meta: Json, tensors: Mapping[str, Entry], where: str) -> None:
         expect(small, where, f"an input of shape {said(entry['shape'])} is too large")
         expect(_is_range(entry.get("range", [0, 0])), where, f"an input has the range {said(entry.get('range'))}")
     _check_names(meta, where)
-    expect(meta.get("core") is None or isinstance(meta["core"], str), where, f"meta.core is {said(meta.get('core'))}")
+    words.check(meta, where)
     history = meta.get("history", [])
     good = isinstance(history, list) and all(isinstance(record, dict) for record in history)
     expect(good, where, "meta.history is not a list of records")

@@ -47,12 +47,12 @@ from rarefy.deployment.runtime import Runtime
 from rarefy.errors import InputError
 from rarefy.evaluation import measure
 from rarefy.evaluation.corruptions import fits
-from rarefy.graph.capture import as_graph
 from rarefy.graph.nodes import is_graph
 from rarefy.kernels import is_quantised
 from rarefy.models import fitting
 from rarefy.reports import report as report_module
 from rarefy.reports.facts import Facts, status
+from rarefy.tasks.detector import capture
 from rarefy.tasks.task import Task
 
 CORRUPTIONS = ("gaussian_noise", "impulse_noise", "gaussian_blur", "brightness", "contrast", "jpeg", "fog", "pixelate")
@@ -136,7 +136,7 @@ def compress(
     if inputs is None and not is_graph(model):  # size and channels that nobody gave, as the model takes them
         task = fitting.fit_module(model, task)
     example = inputs if inputs is not None else torch.zeros(2, *task.data.input_shape)
-    original = description.remember(without_clocks(as_graph(model, example)).eval(), task)
+    original = description.remember(without_clocks(capture(model, example)).eval(), task)
     listed = steps if steps is not None else usual_steps(budget, measure.weight_bytes(original), task)
     run = Run(
         task=task,

@@ -36,11 +36,11 @@ from rarefy.data.images import ImageData
 from rarefy.data.items import Arrays
 from rarefy.deployment.runtime import Inputs
 from rarefy.errors import DataError
-from rarefy.graph.capture import as_graph
 from rarefy.graph.nodes import Value, device_of, is_graph
 from rarefy.graph.signature import input_names, last_operators, output_names
 from rarefy.system.files import replacing
 from rarefy.tasks import reading
+from rarefy.tasks.detector import capture
 from rarefy.tasks.task import Task
 
 KEY = "rarefy"  # of the JSON in a file's metadata
@@ -89,7 +89,7 @@ def graph_for(model: nn.Module, inputs: Inputs | None, task: Task | None) -> fx.
         return model
     if inputs is None and task is not None:
         inputs = torch.zeros(2, *task.data.input_shape, device=device_of(model))
-    return as_graph(model, inputs)
+    return capture(model, inputs)
 
 
 def of_task(task: Task) -> dict[str, Value]:

@@ -19,10 +19,10 @@ from rarefy import plugins
 from rarefy.deployment import description
 from rarefy.deployment.runtime import Inputs, Runtime, several
 from rarefy.errors import FormatError, InputError, MissingDependency
-from rarefy.graph.capture import as_graph
 from rarefy.graph.capture.batches import Arranger
 from rarefy.graph.nodes import dtype_name, example_inputs
 from rarefy.system.files import replacing
+from rarefy.tasks.detector import capture
 from rarefy.tasks.task import Task
 
 
@@ -53,7 +53,7 @@ def export(
     """
     target = Path(path)
     chosen = runtime_of(target, runtime)
-    graph = description.remember(as_graph(description.graph_for(model, inputs, task)).eval(), task)
+    graph = description.remember(capture(description.graph_for(model, inputs, task)).eval(), task)
     given = _given(graph, inputs)
     if len(given) != len(graph.meta["inputs"]):
         raise InputError(

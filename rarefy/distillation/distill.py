@@ -25,11 +25,11 @@ from rarefy.distillation.objective import Losses, Term, terms
 from rarefy.distillation.options import Penalty, Student, Training, training_of
 from rarefy.distillation.teachers import Teachers, student_of, teachers_of
 from rarefy.errors import InputError
-from rarefy.graph.capture import as_graph
 from rarefy.graph.nodes import device_of
 from rarefy.graph.shapes import output_shapes
 from rarefy.graph.signature import refusal
 from rarefy.kernels import is_quantised
+from rarefy.tasks.detector import capture
 from rarefy.tasks.task import Task
 
 
@@ -150,7 +150,7 @@ def _check(verb: str, losses: Sequence[Term], taught: bool, training: Training) 
 
 def _graph(model: nn.Module, task: Task, which: str) -> fx.GraphModule:
     shape = tuple(task.data.input_shape)
-    graph = as_graph(model, torch.zeros(2, *shape, device=device_of(model))).eval()
+    graph = capture(model, torch.zeros(2, *shape, device=device_of(model))).eval()
     wanted = tuple(graph.meta["inputs"][0]["shape"])
     if graph.meta.get("core") is None and wanted != shape and not _takes(graph, shape):
         raise InputError(

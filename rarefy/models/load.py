@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, fx
 
 from rarefy.errors import CaptureError, InputError, first_line
-from rarefy.graph.capture import capture
 from rarefy.graph.nodes import is_graph
 from rarefy.models.functions import function
 from rarefy.models.libraries import timm, torchvision
@@ -31,6 +30,7 @@ from rarefy.models.pt2 import exported
 from rarefy.models.saved import saved
 from rarefy.models.source import FORMS, Form, Request, Source, by, input_shape_of
 from rarefy.models.weights import check_finite, load_weights
+from rarefy.tasks.detector import capture, found
 
 SOURCES: tuple[Form, ...] = (timm, torchvision, saved, exported, onnx, function)  # the first that knows the text
 
@@ -63,6 +63,9 @@ def load(
         source = dataclasses.replace(source, weights=str(weights), taken=taken)
     check_finite(source)
     source.model.eval()
+    detector = found(source.model)
+    if detector is not None:
+        source = dataclasses.replace(source, shape=(3, *detector.feed.size), preprocessing={})
     return source
 
 
@@ -92,9 +95,11 @@ def graph_of(source: Source, shape: tuple[int, ...] | None = None, core: str | N
 def _check_runs(source: Source, example: Tensor | tuple[Tensor, ...]) -> None:
     """A wrong input shape is told as such, before the trace tells it as a failed capture."""
     examples = (example,) if isinstance(example, Tensor) else example
+    detector = found(source.model)
+    model = source.model if detector is None else detector.core(source.model)
     try:
         with torch.no_grad():
-            source.model(*examples)
+            model(*examples)
     except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:
         shape = " and ".join(by(one.shape[1:]) for one in examples)
         raise CaptureError(

@@ -28,9 +28,9 @@ from rarefy import plugins
 from rarefy.deployment.description import graph_for, remember
 from rarefy.errors import InputError
 from rarefy.graph import history
-from rarefy.graph.capture import as_graph
 from rarefy.graph.nodes import argument, operator_name
 from rarefy.pruning.options import MaskOptions, Pattern
+from rarefy.tasks.detector import capture
 from rarefy.tasks.task import Task
 
 
@@ -76,7 +76,7 @@ def mask(
     """
     options = MaskOptions(sparsity, criterion, scope, ignore, task, seed)
     rule: Saliency = plugins.resolve("saliency", criterion)
-    graph = remember(as_graph(graph_for(model, inputs, task)), task)
+    graph = remember(capture(graph_for(model, inputs, task)), task)
     training = graph.training
     graph.eval()
     found = weights_of(graph, options.globs)

@@ -32,7 +32,6 @@ from torch import Tensor, fx, nn
 
 from rarefy.errors import CheckFailed, DataError, InputError
 from rarefy.graph import history, im2col
-from rarefy.graph.capture import as_graph
 from rarefy.graph.capture.batches import Arranger, each
 from rarefy.graph.interpreter import Rule, call, steps
 from rarefy.graph.layers import layer_name, weighted
@@ -41,6 +40,7 @@ from rarefy.graph.shapes import shapes
 from rarefy.pruning.least_squares import NormalEquations
 from rarefy.pruning.records import followed
 from rarefy.system.progress import track
+from rarefy.tasks.detector import capture
 from rarefy.tasks.task import Task
 
 Batches = Iterable[Tensor | Sequence[Tensor]]
@@ -84,7 +84,7 @@ def repair(
     if not (batchnorm or reconstruct):
         raise InputError("repair: batchnorm and reconstruct are both off; leave at least one on")
     kept = kept_channels(graph, original)
-    small, wide = share_copy(graph).eval(), share_copy(as_graph(original)).eval()
+    small, wide = share_copy(graph).eval(), share_copy(capture(original)).eval()
     fits = int(memory // max(_peak(small) + _peak(wide), 1))
     if fits < 8:
         raise InputError(

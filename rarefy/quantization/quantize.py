@@ -36,7 +36,6 @@ from rarefy.deployment.runtime import Runtime
 from rarefy.errors import InputError
 from rarefy.graph import history
 from rarefy.graph.canonical import simplify
-from rarefy.graph.capture import as_graph
 from rarefy.graph.fold import fold, normed
 from rarefy.graph.layers import check_globs, layer_name, names, weighted
 from rarefy.graph.lowering import to_integers
@@ -53,6 +52,7 @@ from rarefy.quantization.transforms import channel_scales, noisy_layers, smoothq
 from rarefy.quantization.transforms import equalize as equalization
 from rarefy.system.memory import release
 from rarefy.system.progress import track
+from rarefy.tasks.detector import capture
 from rarefy.tasks.task import Task
 
 EQUALIZED = 16  # images that tell how large a stream's channels get
@@ -205,7 +205,7 @@ def prepared(
     """A graph of float32 with all folded that can be, operators in one form; and the layers that had batch norm."""
     if is_quantised(model):
         raise InputError("the model is quantised already; start from its float original")
-    graph = share_copy(model) if isinstance(model, fx.GraphModule) and is_graph(model) else as_graph(model, inputs)
+    graph = share_copy(model) if isinstance(model, fx.GraphModule) and is_graph(model) else capture(model, inputs)
     for name, tensor in graph.named_parameters():
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise InputError(

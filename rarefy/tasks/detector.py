@@ -12,8 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from rarefy import plugins
+from rarefy.errors import InputError
+from rarefy.graph import capture as graphs
+from rarefy.graph.capture.examples import Inputs
+from rarefy.graph.nodes import is_graph
 from rarefy.tasks.metric import Outputs
 
 Resize = Literal["stretch", "letterbox"]
@@ -76,3 +81,61 @@ class Detector(Protocol):
     def loss(self, outputs: Outputs, targets: Tensor, size: tuple[int, int]) -> Tensor:
         """Mean over the batch, to be minimised. targets: (N, M, 8). size: (H, W) of the input."""
         ...
+
+
+def found(model: nn.Module) -> Detector | None:
+    """The family that knows a user's module, or a graph by its outputs; None: it is no detector, or of no family."""
+    for name in plugins.available("detectors"):
+        family: Detector | None = plugins.choice_class("detectors", name).of(model)
+        if family is not None:
+            return family
+    return None
+
+
+def detector_of(graph: nn.Module) -> Detector | None:
+    """The family that the graph says it is of; None where it says none. Raises InputError for text that names none."""
+    text = graph.meta.get("detector") if is_graph(graph) else None
+    family: Detector | None = None if text is None else plugins.resolve("detectors", text)
+    return family
+
+
+def capture(model: nn.Module, inputs: Inputs | None = None, *, core: str | None = None) -> fx.GraphModule:
+    """The graph of a model; of a detector that of its core, which knows its family (``graph.meta["detector"]``).
+
+    inputs: an example, batch first (any batch size; it stays free in the graph): a tensor, an array, a shape such as
+        ``(3, 224, 224)``; a tuple of them for several inputs, or a dictionary by argument name. Of a detector what its
+        core takes, pictures (N, 3, H, W) that are normalised already; None: as its maker feeds it.
+    core: dotted name of the submodule to capture instead of the whole model, for models whose rest can't be captured;
+        ``inputs`` are still those of the whole model.
+
+    A graph is returned as a copy. It takes tensors, by place or by name, and returns what the model returns. Raises
+    CaptureError, which names the user's line and the way out.
+    """
+    family = None if is_graph(model) or core is not None else found(model)
+    if family is not None:
+        graph = graphs.capture(family.core(model), (3, *family.feed.size) if inputs is None else inputs)
+    elif core is not None and inputs is not None:
+        graph = graphs.capture(model, inputs, core=core)
+    else:
+        graph = graphs.as_graph(model, inputs)
+    if graph.meta.get("detector") is None:
+        family = found(graph) if family is None else family
+        if family is not None:
+            graph.meta["detector"] = plugins.describe(family)
+    return graph
+
+
+def as_original(graph: nn.Module, original: nn.Module) -> nn.Module:
+    """A detector that is called as ``original`` is, with ``graph`` for its core: what was pruned, trained, quantised.
+
+    original: the module that ``graph`` was once captured of, which is left alone. Pictures go in and boxes come out as
+    they do of it. Of a model that is no detector it is the graph itself. Raises InputError where the two are of
+    different families.
+    """
+    family, said = found(original), detector_of(graph)
+    if family is None:
+        return graph
+    if type(said) is not type(family):
+        one, other = (plugins.name_of(one) if one else "no detector" for one in (said, family))
+        raise InputError(f"the graph is of {one}, and the original is of {other}; give the model that it was made of")
+    return family.around(original, graph)

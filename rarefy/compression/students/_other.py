@@ -10,10 +10,10 @@ from torch import fx
 
 from rarefy import plugins
 from rarefy.errors import InputError
-from rarefy.graph.capture import as_graph
 from rarefy.graph.nodes import device_of
 from rarefy.graph.shapes import output_shapes
 from rarefy.models import functions, load
+from rarefy.tasks.detector import capture
 from rarefy.tasks.task import Task
 
 
@@ -42,7 +42,7 @@ class Other:
             kinds = ", ".join(plugins.available("students"))
             raise InputError(f"student={self.text!r}: neither one of {kinds}, nor a model ({error})") from error
         specs = teacher.meta["inputs"]
-        graph = as_graph(load.graph_of(source, tuple(specs[0]["shape"])))
+        graph = capture(load.graph_of(source, tuple(specs[0]["shape"])))
         return graph.train(teacher.training).to(device_of(teacher))
 
 

@@ -20,7 +20,6 @@ from torch import Tensor, fx, nn
 from rarefy import plugins
 from rarefy.errors import InputError
 from rarefy.graph import history
-from rarefy.graph.capture import as_graph
 from rarefy.graph.fold import fold
 from rarefy.graph.layers import check_globs, layer_name, names, weighted
 from rarefy.graph.nodes import argument, attribute, finish, set_argument, set_attribute
@@ -29,6 +28,7 @@ from rarefy.kernels.quantize import along
 from rarefy.quantization import formats, qdq
 from rarefy.quantization.observers import Calibration
 from rarefy.quantization.rounding_pass import OfWeights, Rounding
+from rarefy.tasks.detector import capture
 
 OPERATORS = torch.ops.rarefy
 
@@ -45,7 +45,7 @@ def quantize_weights(
     """The graph of ``model`` with codes for weights: ``quantize`` with activations="float". ignore: globs of layers."""
     if is_quantised(model):
         raise InputError("the model is quantised already; start from its float original")
-    graph = fold(as_graph(model, inputs))
+    graph = fold(capture(model, inputs))
     check_globs(graph, ignore=ignore, weights=[glob for glob, _ in assigned.rules])
     layers = [
         node

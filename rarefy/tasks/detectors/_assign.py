@@ -1,0 +1,87 @@
+"""Which place learns which box, from what the network says now (SimOTA, 2107.08430; one pass of all pictures).
+
+A place may learn a box that it lies in, or to whose centre it is near. Of these a box takes the k of least cost, where
+k is how many such boxes' worth of overlap the best of them have, and a place that two boxes take learns the cheaper.
+
+    cost = cross-entropy of the class + 3 · (-log IoU),  and much more where the place is not in box and centre at once
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rarefy.data.boxes.boxes import BOTTOM, CLASS, IGNORED, LEFT, RIGHT, TOP, iou, present
+
+NEAR = 2.5  # strides from a centre
+MOST = 10  # places that a box takes
+_FAR, _NEVER = 1e5, 1e9
+
+
+class Assigned(NamedTuple):
+    """Of places (N, P). positive: bool. box: (N, P, 4) pixels. kind: int64, class. iou: of the found and that box.
+
+    ignored: bool, not positive and inside of a box that is neither right nor wrong to find.
+    """
+
+    positive: Tensor
+    box: Tensor
+    kind: Tensor
+    iou: Tensor
+    ignored: Tensor
+
+    @property
+    def number(self) -> Tensor:
+        """Of positive places in the batch, at least 1."""
+        return self.positive.sum().clamp_min(1).float()
+
+    def one_hot(self, classes: int) -> Tensor:
+        """(N, P, classes): 1 at the class of a positive place."""
+        hot = torch.nn.functional.one_hot(self.kind, classes)
+        return hot.to(self.iou.dtype) * self.positive[..., None]
+
+
+@torch.no_grad()
+def simota(boxes: Tensor, scores: Tensor, centres: Tensor, strides: Tensor, targets: Tensor) -> Assigned:
+    """boxes: (N, P, 4). scores: (N, P, classes), probabilities. centres: (P, 2). strides: (P, 1). targets: (N, M, 8)."""
+    real = present(targets) & (targets[..., IGNORED] < 0.5)
+    kind = targets[..., CLASS].clamp(0, scores.shape[-1] - 1).long()
+    inside, near = _inside(centres, targets), _near(centres, strides, targets)
+    overlaps = iou(targets[..., :4], boxes)  # (N, M, P)
+    sure = scores.clamp(1e-7, 1 - 1e-7)
+    yes = sure.transpose(1, 2).gather(1, kind[..., None].expand(-1, -1, sure.shape[1]))
+    others = -(1 - sure).log().sum(-1)[:, None] + (1 - yes).log()
+    cost = others - yes.log() - 3 * (overlaps + 1e-8).log() + _FAR * ~(inside & near)
+    allowed = (inside | near) & real[..., None]
+    cost = torch.where(allowed, cost, _NEVER)
+    most = min(MOST, boxes.shape[1])
+    wanted = (overlaps * allowed).topk(most, -1).values.sum(-1).int().clamp_min(1)
+    least, places = cost.topk(most, -1, largest=False)
+    taken = (torch.arange(most, device=cost.device) < wanted[..., None]) & (least < _NEVER)
+    chosen = torch.zeros_like(allowed).scatter(-1, places, taken)
+    return _assigned(torch.where(chosen, cost, 2 * _NEVER), chosen, overlaps, targets, inside)
+
+
+def _assigned(cost: Tensor, chosen: Tensor, overlaps: Tensor, targets: Tensor, inside: Tensor) -> Assigned:
+    owner = cost.argmin(1)  # (N, P)
+    positive = chosen.any(1)
+    own = targets.gather(1, owner[..., None].expand(-1, -1, targets.shape[-1]))
+    overlap = overlaps.gather(1, owner[:, None])[:, 0]
+    neither = present(targets) & (targets[..., IGNORED] > 0.5)
+    ignored = (inside & neither[..., None]).any(1) & ~positive
+    return Assigned(positive, own[..., :4], own[..., CLASS].clamp_min(0).long(), overlap * positive, ignored)
+
+
+def _inside(centres: Tensor, targets: Tensor) -> Tensor:
+    """(N, M, P): is the place in the box?"""
+    x, y = centres[:, 0], centres[:, 1]
+    left, top, right, bottom = (targets[..., side, None] for side in (LEFT, TOP, RIGHT, BOTTOM))
+    return (x > left) & (y > top) & (x < right) & (y < bottom)
+
+
+def _near(centres: Tensor, strides: Tensor, targets: Tensor) -> Tensor:
+    """(N, M, P): is it near the centre of the box?"""
+    middle = (targets[..., None, LEFT : TOP + 1] + targets[..., None, RIGHT : BOTTOM + 1]) / 2
+    return ((centres - middle).abs() < NEAR * strides).all(-1)
