@@ -21,7 +21,8 @@ PACKAGE = ROOT / "rarefy"
 # From the ground up: whoever stands on a floor imports what lies below it, and nobody beside it.
 FLOORS = (
     ("kernels", "errors"),
-    ("graph", "data", "system", "plugins"),
+    ("system",),
+    ("graph", "data", "plugins"),
     ("artifact", "tasks", "reports"),
     ("deployment", "models"),
     ("pruning", "quantization", "distillation", "evaluation", "runtimes"),

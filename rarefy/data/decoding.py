@@ -12,11 +12,11 @@ import functools
 import gc
 import io
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -40,7 +40,10 @@ _MOST_PIXELS = 2**26  # of one image: a few bytes can declare gigabytes
 MOST_SCANNED = 10_000  # images looked at to count the unreadable ones
 
 
-class _Decoded(NamedTuple):
+Key = tuple[int, tuple[int, int] | None]  # of an item, and (shuffle_seed, epoch) to augment from
+
+
+class Decoded(NamedTuple):
     """image: uint8 or float (C, H, W). broken: which file and why. refused: the error the whole source gets."""
 
     position: int
@@ -60,7 +63,7 @@ class _Keys:
     def __len__(self) -> int:
         return len(self.chunks)
 
-    def __iter__(self) -> Iterator[list[tuple[int, tuple[int, int] | None]]]:
+    def __iter__(self) -> Iterator[list[Key]]:
         for chunk in self.chunks:
             yield [(index, self.seeds) for index in chunk.tolist()]
 
@@ -78,50 +81,21 @@ class Decoder:
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: tuple[int, tuple[int, int] | None]) -> _Decoded:
-        """Never raises: what a worker raises would reach the user as a page of text."""
-        index, seeds = key
-        image: Picture | None = None
-        try:
-            image, label = self.source.item(index)
-            draw = None if seeds is None else np.random.default_rng([seed % 2**63 for seed in (*seeds, index)])
-            return _Decoded(index, self._decoded(image, draw), label)
-        except DataError as error:
-            return _Decoded(index, refused=str(error))
-        except Exception as error:
-            return _Decoded(index, broken=f"{self.source.name(index, image)} ({first_line(error)})")
+    def __getitem__(self, key: Key) -> Decoded:
+        return decoded_item(self.source, key, self._decoded)
 
-    def _decoded(self, image: Picture, draw: np.random.Generator | None) -> Tensor:
-        channels = self.shape[0]
-        if isinstance(image, str | Path) and str(image).lower().endswith(".npy"):
-            image = opened_array(image)
-        if isinstance(image, str | Path | bytes):
-            with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS) as opened:
-                if opened.width * opened.height > _MOST_PIXELS:
-                    raise ValueError(f"declares {opened.width} x {opened.height} pixels, more than {_MOST_PIXELS:,}")
-                return self._from_pil(_converted(opened, channels), draw)
-        if isinstance(image, Image.Image):
-            return self._from_pil(_converted(image, channels), draw)
-        if isinstance(image, np.ndarray):
-            if image.size > 4 * _MOST_PIXELS:
-                raise ValueError(f"declares {image.size:,} numbers, more than {4 * _MOST_PIXELS:,}")
-            plain = torch.from_numpy(np.array(image))
-            image = channels_first(plain.unsqueeze(0), last=True)[0] if plain.dim() in (2, 3) else plain
-        elif isinstance(image, Tensor) and image.dim() in (2, 3):
-            image = channels_first(image.unsqueeze(0))[0]
-        if not isinstance(image, Tensor) or image.dim() != 3:
-            raise DataError(
-                f"{self.source.where}: yields {_kind(image)} for an image; "
-                "yield a path, a PIL image, an (H, W[, C]) array or a (C, H, W) tensor"
-            )
-        if image.shape[0] != channels:
-            if image.shape[0] != 1:
-                raise DataError(
-                    f"{self.source.where}: yields an image of {image.shape[0]} channels where {channels} are expected; "
-                    "convert them all, or pass channels="
-                )
-            image = image.expand(channels, -1, -1)
-        return self._from_tensor(image if image.dtype == torch.uint8 else image.float(), draw)
+    def stacked(self, labels: Sequence[Target]) -> Tensor:
+        """Those of a batch's images."""
+        if all(isinstance(label, int) for label in labels):
+            return torch.tensor(labels, dtype=torch.int64)
+        return torch.from_numpy(np.stack(labels))
+
+    def _decoded(
+        self, image: Picture, label: Target | None, draw: np.random.Generator | None
+    ) -> tuple[Tensor, Target | None]:
+        picture = opened(image, self.source.where, self.shape[0])
+        made = self._from_tensor(picture, draw) if isinstance(picture, Tensor) else self._from_pil(picture, draw)
+        return made, label
 
     def _from_tensor(self, image: Tensor, draw: np.random.Generator | None) -> Tensor:
         size = self.shape[1:]
@@ -169,6 +143,64 @@ class Decoder:
         )
 
 
+Making = Callable[[Picture, Target | None, np.random.Generator | None], tuple[Tensor, Target | None]]
+
+
+def decoded_item(source: Items, key: Key, make: Making) -> Decoded:
+    """The item as ``make`` makes it of (image, label, what random numbers are drawn from).
+
+    Never raises: what a worker raises would reach the user as a page of text.
+    """
+    index, seeds = key
+    image: Picture | None = None
+    try:
+        image, label = source.item(index)
+        draw = None if seeds is None else np.random.default_rng([seed % 2**63 for seed in (*seeds, index)])
+        return Decoded(index, *make(image, label, draw))
+    except DataError as error:
+        return Decoded(index, refused=str(error))
+    except Exception as error:
+        return Decoded(index, broken=f"{source.name(index, image)} ({first_line(error)})")
+
+
+def opened(
+    image: Picture, where: str, channels: int, turned: Callable[[Image.Image], Image.Image] | None = None
+) -> Image.Image | Tensor:
+    """A PIL image of that many channels; of an array or a tensor (C, H, W), uint8 or float32.
+
+    turned: what is done to a file's picture before it is converted, which loses what it says of itself.
+    """
+    if isinstance(image, str | Path) and str(image).lower().endswith(".npy"):
+        image = opened_array(image)
+    if isinstance(image, str | Path | bytes):
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS) as file:
+            if file.width * file.height > _MOST_PIXELS:
+                raise ValueError(f"declares {file.width} x {file.height} pixels, more than {_MOST_PIXELS:,}")
+            return _converted(file if turned is None else turned(file), channels)
+    if isinstance(image, Image.Image):
+        return _converted(image, channels)
+    if isinstance(image, np.ndarray):
+        if image.size > 4 * _MOST_PIXELS:
+            raise ValueError(f"declares {image.size:,} numbers, more than {4 * _MOST_PIXELS:,}")
+        plain = torch.from_numpy(np.array(image))
+        image = channels_first(plain.unsqueeze(0), last=True)[0] if plain.dim() in (2, 3) else plain
+    elif isinstance(image, Tensor) and image.dim() in (2, 3):
+        image = channels_first(image.unsqueeze(0))[0]
+    if not isinstance(image, Tensor) or image.dim() != 3:
+        raise DataError(
+            f"{where}: yields {_kind(image)} for an image; "
+            "yield a path, a PIL image, an (H, W[, C]) array or a (C, H, W) tensor"
+        )
+    if image.shape[0] != channels:
+        if image.shape[0] != 1:
+            raise DataError(
+                f"{where}: yields an image of {image.shape[0]} channels where {channels} are expected; "
+                "convert them all, or pass channels="
+            )
+        image = image.expand(channels, -1, -1)
+    return image if image.dtype == torch.uint8 else image.float()
+
+
 def _converted(image: Image.Image, channels: int) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode == "I":  # 16 bits, which PIL would clip instead of scale
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
@@ -192,8 +224,20 @@ def resized(images: Tensor, size: tuple[int, ...], interpolation: str) -> Tensor
     return done.clamp(images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True))  # bicubic overshoots
 
 
-def _collated(where: str, full: bool, items: list[_Decoded]) -> Batch:
+class Decoding(Protocol):
+    """Items of a source as tensors of one shape, as ``Decoder`` makes them: copied to a DataLoader's workers."""
+
+    @property
+    def source(self) -> Items: ...
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, key: Key) -> Decoded: ...
+    def stacked(self, labels: Sequence[Target]) -> Tensor: ...
+
+
+def _collated(decoder: Decoding, full: bool, items: list[Decoded]) -> Batch:
     """full: keep the batch's size."""
+    where = decoder.source.where
     broken = {one.position: one.broken for one in items if one.broken is not None}
     refused = next((one.refused for one in items if one.refused is not None), None)
     if refused is not None:
@@ -210,13 +254,7 @@ def _collated(where: str, full: bool, items: list[_Decoded]) -> Batch:
     if len(kinds) > 1:
         text = f"{where}: yields images of different kinds ({kinds[0]} and {kinds[1]}); yield one kind, or pass size="
         return Batch(None, None, broken, text)
-    return Batch(torch.stack(images), _stacked(labels) if len(labels) == len(images) else None, broken)
-
-
-def _stacked(labels: Sequence[Target]) -> Tensor:
-    if all(isinstance(label, int) for label in labels):
-        return torch.tensor(labels, dtype=torch.int64)
-    return torch.from_numpy(np.stack(labels))
+    return Batch(torch.stack(images), decoder.stacked(labels) if len(labels) == len(images) else None, broken)
 
 
 class Batch(NamedTuple):
@@ -232,7 +270,7 @@ class Batch(NamedTuple):
 
 
 def decoded(
-    decoder: Decoder, chunks: Sequence[Tensor], seeds: tuple[int, int] | None, workers: int, pinned: bool
+    decoder: Decoding, chunks: Sequence[Tensor], seeds: tuple[int, int] | None, workers: int, pinned: bool
 ) -> Iterator[Batch]:
     """The items that each chunk names, as uint8 or float (N, C, H, W), by ``workers`` processes; 0: in this one.
 
@@ -244,7 +282,7 @@ def decoded(
         decoder,  # type: ignore[arg-type]
         batch_sampler=_Keys(chunks, seeds),
         num_workers=workers,
-        collate_fn=functools.partial(_collated, where, seeds is not None),
+        collate_fn=functools.partial(_collated, decoder, seeds is not None),
         worker_init_fn=_begin_worker,
         pin_memory=pinned,
         generator=torch.Generator().manual_seed(0),  # else it draws a number from the global one

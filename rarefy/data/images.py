@@ -27,17 +27,20 @@ sound one of the batch stands in for it, so that batches keep their size.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from rarefy.data.augmentation import Augmentation, erased, parse
+from rarefy.data.boxes.scenes import Scenes
 from rarefy.data.checks import check_labels, check_options, check_source, check_unit
-from rarefy.data.decoding import generator
+from rarefy.data.decoding import RESAMPLING, Decoder, Decoding, generator
 from rarefy.data.items import Arrays, Items, Source, Split, relabelled
 from rarefy.data.normalization import Normalization, Values, normalization, unit
 from rarefy.data.pictures import Labelled, Pictures, Seeds
@@ -48,6 +51,29 @@ from rarefy.data.targets import ClassIndices, Targets
 from rarefy.errors import DataError
 
 Device = torch.device | str
+
+
+class Shaping(Protocol):
+    """How pictures become inputs."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the input."""
+        ...
+
+    @property
+    def still(self) -> bool:
+        """Is a picture the same input in every epoch?"""
+        ...
+
+    @property
+    def normalization(self) -> Normalization: ...
+
+    def decoder(self, source: Items) -> Decoding: ...
+
+    def describe(self) -> dict[str, object]:
+        """What a manifest says of it: JSON-able."""
+        ...
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -65,6 +91,7 @@ class ImageData:
     strict: an unreadable image is an error, not left out; None: so it is, but in shards and Parquet files.
     targets: how what the source yields beside the images is read.
     task: whose data this is, for messages.
+    shaping: how pictures become inputs, where the options above do not say it.
 
     Raises DataError where an option makes no sense, and, at first use of the data, for everything wrong with it.
     """
@@ -82,6 +109,7 @@ class ImageData:
     strict: bool | None = None
     targets: Targets = field(default_factory=ClassIndices)
     task: str = "images"
+    shaping: Shaping | None = None
     _loaded: dict[Split, Source] = field(default_factory=dict, init=False)
     _fingerprints: dict[Split, str] = field(default_factory=dict, init=False)
     _opened: dict[Split, Pictures] = field(default_factory=dict, init=False)
@@ -106,15 +134,15 @@ class ImageData:
         if split not in ("train", "val"):
             raise DataError(f"{self.task}: no split {split!r}; have train and val")
         if split not in self._loaded:
-            if split == "val" and _are_folders(self):
-                self.source("train")  # its class folders give the labels of both
+            if split == "val" and self.train is not None and (self.shaping is not None or _are_folders(self)):
+                self.source("train")  # its class folders, or names, give the labels of both
             self._loaded[split] = _loaded(self, split, self._loaded.get("val" if split == "train" else "train"))
         return self._loaded[split]
 
     @functools.cached_property
     def input_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of what ``batches`` yields."""
-        return self.preparation.shape
+        return self.preparation.shape if self.shaping is None else self.shaping.shape
 
     @functools.cached_property
     def preparation(self) -> Preparation:
@@ -125,7 +153,8 @@ class ImageData:
     def notes(self) -> list[str]:
         """What was decided while the data was read, in a line each."""
         sources = [source for source in map(self.source, self.splits) if isinstance(source, Items)]
-        return list(dict.fromkeys(note for source in sources for note in source.notes))
+        told = (note for source in sources for note in (*source.notes, *(fault.text for fault in source.faults)))
+        return list(dict.fromkeys(told))
 
     def length(self, split: Split) -> int:
         """Number of images of the split ("train" or "val")."""
@@ -216,7 +245,7 @@ class ImageData:
 
         None where augmentation makes each image another picture every time.
         """
-        if not self.augmentation.still:
+        if not (self.augmentation if self.shaping is None else self.shaping).still:
             return None
         indices = torch.arange(self.length(split))
         if shuffle_seed is not None:
@@ -235,11 +264,21 @@ class ImageData:
 
     @functools.cached_property
     def normalization(self) -> Normalization:
+        if self.shaping is not None:
+            return self.shaping.normalization
         return normalization(self.mean, self.std, self.input_shape[0], repr(self))
 
     @functools.cached_property
     def augmentation(self) -> Augmentation:
         return parse(self.augment, self.task)
+
+    def decoder(self, source: Items) -> Decoding:
+        """What makes inputs of the source's items, not yet normalised."""
+        if self.shaping is not None:
+            return self.shaping.decoder(source)
+        return Decoder(
+            source, self.input_shape, self.preparation.crop, RESAMPLING[self.interpolation], self.augmentation
+        )
 
     def _pictures(self, split: Split) -> Pictures:
         if split not in self._opened:
@@ -256,8 +295,12 @@ def _described(data: ImageData) -> dict[str, object]:
     splits: dict[str, object] = {}
     for split in data.splits:
         left_out = data.unreadable(split)
-        told = {"source": _named(getattr(data, split)), "images": data.length(split)}
+        source = data.source(split)
+        faults = [fault.text for fault in source.faults] if isinstance(source, Items) else []
+        told = {"source": _named(getattr(data, split)), "images": len(source), **({"faults": faults} if faults else {})}
         splits[str(split)] = {**told, **({"unreadable": left_out} if left_out else {})}
+    if data.shaping is not None:
+        return {"input": list(data.input_shape), **data.shaping.describe(), **splits}
     return {
         "input": list(data.input_shape),
         "mean": list(data.normalization.mean),
@@ -276,9 +319,13 @@ def _loaded(data: ImageData, split: Split, other: Source | None) -> Source:
         raise DataError(f"{data.task}: no {split} data is given; pass {split}= (imagefolder:PATH, ...)")
     shared = isinstance(given, str) and data.train == data.val
     source = load(given, split, shared=shared, targets=data.targets)
+    if data.shaping is not None and isinstance(source, Arrays):  # each is shaped by itself
+        source = Items(source.where, source.images, torch.arange(len(source)), None, targets=data.targets)
     check_source(data, source, other)
     if source.labels is not None:
         data.targets.check(source.labels, source.where, whole=True)
+    if split == "val" and isinstance(source, Items) and isinstance(source.items, Scenes) and other and other.names:
+        return dataclasses.replace(source, items=source.items.renamed(other.names, given), names=other.names)
     if split == "val" and _are_folders(data) and other is not None and other.names and source.names:
         return relabelled(source, other.names)
     return source

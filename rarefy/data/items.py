@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from rarefy.data.boxes.scenes import Fault
 from rarefy.data.shards import LeftOut, shuffled
 from rarefy.data.targets import ClassIndices, Target, Targets
 from rarefy.errors import DataError
@@ -86,7 +87,8 @@ class Items:
     items: what a dataset yields; indices: (N,) int64, which of them. names: of the classes. targets: how labels are
     read.
     store: the items again, where they lie together in large files: it knows their places, and what in the files is no
-    item. notes: what was decided while reading, in a line each.
+    item. notes: what was decided while reading, in a line each. faults: what is wrong with the annotations, and was
+    mended.
     """
 
     where: str
@@ -97,6 +99,7 @@ class Items:
     store: Store | None = None
     targets: Targets = field(default_factory=ClassIndices)
     notes: tuple[str, ...] = ()
+    faults: tuple[Fault, ...] = ()
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -17,20 +17,23 @@ Values = Sequence[float] | float | None  # one a channel, one for all, or the de
 
 @dataclass(frozen=True, eq=False)
 class Normalization:
-    """mean, std: a value a channel."""
+    """mean, std: a value a channel. reversed: does the model take the channels in reverse (blue, green, red)?"""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    reversed: bool = False
     _placed: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W), uint8 or in [0, 1], as the model takes them."""
         mean, std = self._constants(images.device)
+        images = images.flip(1) if self.reversed else images
         return (unit(images) - mean) / std
 
     def undone(self, inputs: Tensor) -> Tensor:
         mean, std = self._constants(inputs.device)
-        return inputs * std + mean
+        images = inputs * std + mean
+        return images.flip(1) if self.reversed else images
 
     def _constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._placed:  # made anew in each step, they would make the host wait for the device

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rarefy.data.augmentation import sent, shifted
 from rarefy.data.checks import check_labels, check_range
-from rarefy.data.decoding import MOST_SCANNED, RESAMPLING, Decoder, all_broken, decoded, generator, resized
+from rarefy.data.decoding import MOST_SCANNED, all_broken, decoded, generator, resized
 from rarefy.data.items import Arrays, Items, Source
 from rarefy.data.normalization import is_identity
 from rarefy.errors import DataError
@@ -74,10 +74,7 @@ class Pictures:
         self, source: Items, chunks: Sequence[Tensor], start: int, seeds: Seeds, device: torch.device
     ) -> Iterator[Labelled]:
         data = self.data
-        decoder = Decoder(
-            source, data.input_shape, data.preparation.crop, RESAMPLING[data.interpolation], data.augmentation
-        )
-        batches = decoded(decoder, chunks[start:], seeds, data.workers, device.type == "cuda")
+        batches = decoded(data.decoder(source), chunks[start:], seeds, data.workers, device.type == "cuda")
         for step, batch in enumerate(batches, start):
             if batch.broken:
                 self._tell(source, batch.broken)

@@ -3,7 +3,8 @@
 =================================  ==============================================================================
 ``FORM:...``                       a file of ``formats/`` reads it: ``imagefolder:PATH``, ``images:PATH``,
                                    ``tar:PATH``, ``parquet:PATH``, ``torchvision:NAME?root=PATH``,
-                                   ``sklearn:digits``; each says there what it takes
+                                   ``sklearn:digits``, and with boxes ``coco:IMAGES?annotations=FILE``,
+                                   ``yolo:data.yaml``, ``voc:FOLDER``; each says there what it takes
 ``package.module:function``        a function without arguments, or with ``split`` ("train" or "val"), that returns
                                    any of:
 (images, labels)                   arrays or tensors, (N, C, H, W), (N, H, W, C) or (N, H, W), uint8 or float in
@@ -30,6 +31,8 @@ from collections.abc import Callable
 import torch
 
 from rarefy.data import formats
+from rarefy.data.boxes.scenes import Scenes
+from rarefy.data.boxes.targets import BoxTargets
 from rarefy.data.items import FORMS, Arrays, Items, Source, Split, from_object, held_out
 from rarefy.data.targets import ClassIndices, Targets
 from rarefy.errors import DataError, first_line
@@ -55,7 +58,9 @@ def load(given: object, split: Split, *, shared: bool = False, targets: Targets 
     if len(source) == 0:
         raise DataError(f"{where}: has no images; {FORMS}")
     if isinstance(source, Items):
-        source = dataclasses.replace(source, targets=targets)
+        if isinstance(source.items, Scenes) and not isinstance(targets, BoxTargets):
+            raise DataError(f"{where}: holds boxes, which is for --task detection (Detection); {FORMS}")
+        source = dataclasses.replace(source, targets=targets.settled(source.items))
     return source if divided or not shared else _part(source, split)
 
 

@@ -23,6 +23,10 @@ Target = int | np.ndarray  # of one image
 class Targets(Protocol):
     """How what a data set yields beside the images is read."""
 
+    def settled(self, items: object) -> Targets:
+        """The same, that knows what ``items`` (a dataset) says of itself."""
+        return self
+
     def of_all(self, given: object, count: int, where: str) -> Tensor:
         """(N, ...), one an image. Raises DataError for what are no such targets."""
         ...
@@ -37,7 +41,7 @@ class Targets(Protocol):
 
 
 @dataclass(frozen=True)
-class ClassIndices:
+class ClassIndices(Targets):
     """Whole numbers from 0, or rows of 0 and 1; class_count: how many classes there are, where that is known."""
 
     class_count: int | None = None
@@ -99,7 +103,7 @@ class ClassIndices:
 
 
 @dataclass(frozen=True)
-class Numbers:
+class Numbers(Targets):
     """Finite numbers, one or several an image, as float32; 0 and 1 where several things may be true at once."""
 
     def of_all(self, given: object, count: int, where: str) -> Tensor:

@@ -6,10 +6,11 @@ as ``{"$float": "nan"}``. Whatever is wrong raises FormatError in one line that 
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -33,19 +34,28 @@ _STEP[list(b"[{")] = 1
 _STEP[list(b"]}")] = -1
 
 
-def parse(data: bytes, where: str | Path) -> dict[str, Json]:
-    """Parsed, once it is known to be neither deep nor of many values; a key may stand once, numbers are finite."""
+def parse(
+    data: bytes, where: str | Path, *, most_values: int = MOST_VALUES, without: Collection[str] = ()
+) -> dict[str, Json]:
+    """Parsed, once it is known to be neither deep nor of many values; a key may stand once, numbers are finite.
+
+    without: keys that are dropped where they stand, with all that is in them.
+    """
     bare = _STRINGS.sub(b"", data)
     expect(
-        bare.count(b",") + bare.count(b"[") + bare.count(b"{") <= MOST_VALUES,
+        bare.count(b",") + bare.count(b"[") + bare.count(b"{") <= most_values,
         where,
-        f"holds more than {MOST_VALUES} values",
+        f"holds more than {most_values} values",
     )
-    deepest = int(np.cumsum(_STEP[np.frombuffer(bare, np.uint8)], dtype=np.int32).max(initial=0))
+    deepest = _deepest(bare)
     expect(deepest <= DEEPEST, where, f"is nested {deepest} deep")
+    del bare
     try:
         value: dict[str, Json] = json.loads(
-            data.decode("utf-8"), object_pairs_hook=_once, parse_constant=_refuse, parse_float=_finite
+            data.decode("utf-8"),
+            object_pairs_hook=functools.partial(_once, without),
+            parse_constant=_refuse,
+            parse_float=_finite,
         )
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where}: is not JSON ({str(error)[:100]!r}); copy it again") from error
@@ -53,10 +63,22 @@ def parse(data: bytes, where: str | Path) -> dict[str, Json]:
     return value
 
 
-def _once(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+def _deepest(bare: bytes) -> int:
+    """How deep JSON without its strings is nested; a few MB at a time, so that it takes no memory."""
+    deepest = depth = 0
+    values, step = np.frombuffer(bare, np.uint8), 2**22
+    for begin in range(0, len(values), step):
+        depths = np.cumsum(_STEP[values[begin : begin + step]], dtype=np.int32)
+        deepest, depth = max(deepest, depth + int(depths.max())), depth + int(depths[-1])
+    return deepest
+
+
+def _once(without: Collection[str], pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a key stands twice")
+    for key in without:
+        found.pop(key, None)
     return found
 
 

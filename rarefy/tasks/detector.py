@@ -9,38 +9,19 @@ decoding, non-maximum suppression), and the loss. A family is a file of ``detect
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, Protocol, Self
+from typing import Protocol, Self
 
 from torch import Tensor, fx, nn
 
 from rarefy import plugins
+from rarefy.data.boxes.placement import Feed, Resize
 from rarefy.errors import InputError
 from rarefy.graph import capture as graphs
 from rarefy.graph.capture.examples import Inputs
 from rarefy.graph.nodes import is_graph
 from rarefy.tasks.metric import Outputs
 
-Resize = Literal["stretch", "letterbox"]
-
-
-@dataclass(frozen=True)
-class Feed:
-    """How a picture becomes a core's input.
-
-    size: (H, W) of the input. resize: "stretch" to it, or "letterbox": as large as fits, the sides kept in proportion,
-    the rest filled with ``fill`` (0 to 255). centred: the picture in the middle; else at the top left. channels: their
-    order. mean, std: of channels in that order, of values 0 to 1. antialias: of the resizing.
-    """
-
-    size: tuple[int, int]
-    resize: Resize = "stretch"
-    fill: float = 0.0
-    centred: bool = False
-    channels: Literal["rgb", "bgr"] = "rgb"
-    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    antialias: bool = True
+__all__ = ["Detector", "Feed", "Resize", "as_original", "capture", "detector_of", "found"]
 
 
 class Detector(Protocol):
