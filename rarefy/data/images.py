@@ -40,7 +40,7 @@ from torch import Tensor
 from rarefy.data.augmentation import Augmentation, erased, parse
 from rarefy.data.boxes.scenes import Scenes
 from rarefy.data.checks import check_labels, check_options, check_source, check_unit
-from rarefy.data.decoding import RESAMPLING, Decoder, Decoding, generator
+from rarefy.data.decoding import Decoding, generator
 from rarefy.data.items import Arrays, Items, Source, Split, relabelled
 from rarefy.data.normalization import Normalization, Values, normalization, unit
 from rarefy.data.pictures import Labelled, Pictures, Seeds
@@ -271,14 +271,6 @@ class ImageData:
     @functools.cached_property
     def augmentation(self) -> Augmentation:
         return parse(self.augment, self.task)
-
-    def decoder(self, source: Items) -> Decoding:
-        """What makes inputs of the source's items, not yet normalised."""
-        if self.shaping is not None:
-            return self.shaping.decoder(source)
-        return Decoder(
-            source, self.input_shape, self.preparation.crop, RESAMPLING[self.interpolation], self.augmentation
-        )
 
     def _pictures(self, split: Split) -> Pictures:
         if split not in self._opened:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rarefy.data.augmentation import sent, shifted
 from rarefy.data.checks import check_labels, check_range
-from rarefy.data.decoding import MOST_SCANNED, all_broken, decoded, generator, resized
+from rarefy.data.decoding import MOST_SCANNED, RESAMPLING, Decoder, Decoding, all_broken, decoded, generator, resized
 from rarefy.data.items import Arrays, Items, Source
 from rarefy.data.normalization import is_identity
 from rarefy.errors import DataError
@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 
 Labelled = tuple[Tensor, Any]  # images, and their targets; None where the data has none
 Seeds = tuple[int, int] | None  # (shuffle_seed, epoch) to augment from; None: as for evaluation
+
+
+def decoder_of(data: ImageData, source: Items) -> Decoding:
+    """What makes inputs of the source's items, not yet normalised."""
+    if data.shaping is not None:
+        return data.shaping.decoder(source)
+    return Decoder(source, data.input_shape, data.preparation.crop, RESAMPLING[data.interpolation], data.augmentation)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +81,7 @@ class Pictures:
         self, source: Items, chunks: Sequence[Tensor], start: int, seeds: Seeds, device: torch.device
     ) -> Iterator[Labelled]:
         data = self.data
-        batches = decoded(data.decoder(source), chunks[start:], seeds, data.workers, device.type == "cuda")
+        batches = decoded(decoder_of(data, source), chunks[start:], seeds, data.workers, device.type == "cuda")
         for step, batch in enumerate(batches, start):
             if batch.broken:
                 self._tell(source, batch.broken)

@@ -35,18 +35,14 @@ _STEP[list(b"]}")] = -1
 
 
 def parse(
-    data: bytes, where: str | Path, *, most_values: int = MOST_VALUES, without: Collection[str] = ()
+    data: bytes, where: str | Path, *, most_values: int | None = None, without: Collection[str] = ()
 ) -> dict[str, Json]:
     """Parsed, once it is known to be neither deep nor of many values; a key may stand once, numbers are finite.
 
-    without: keys that are dropped where they stand, with all that is in them.
+    most_values: None: ``MOST_VALUES``. without: keys that are dropped where they stand, with all that is in them.
     """
-    bare = _STRINGS.sub(b"", data)
-    expect(
-        bare.count(b",") + bare.count(b"[") + bare.count(b"{") <= most_values,
-        where,
-        f"holds more than {most_values} values",
-    )
+    bare, most = _STRINGS.sub(b"", data), MOST_VALUES if most_values is None else most_values
+    expect(bare.count(b",") + bare.count(b"[") + bare.count(b"{") <= most, where, f"holds more than {most} values")
     deepest = _deepest(bare)
     expect(deepest <= DEEPEST, where, f"is nested {deepest} deep")
     del bare

@@ -30,8 +30,8 @@ from rarefy.errors import DataError, first_line
 
 _LOOKED_AT = 64
 _ADVICE = (
-    'detection needs boxes: coco:IMAGES?annotations=FILE, yolo:data.yaml, voc:FOLDER, or a dataset of (image, {"boxes": '
-    '(m, 4) xyxy, "labels": (m,)})'
+    "detection needs boxes: coco:IMAGES?annotations=FILE, yolo:data.yaml, voc:FOLDER, or a dataset of (image, "
+    '{"boxes": (m, 4) xyxy, "labels": (m,)})'
 )
 _IGNORED = ("iscrowd", "difficult", "ignore")
 Found = Mapping[str, Any]  # of a dataset: tensors, arrays, lists and numbers by name
