@@ -35,6 +35,21 @@ class Detector(Protocol):
     @property
     def feed(self) -> Feed: ...
 
+    @property
+    def overlap(self) -> float:
+        """IoU from which on the worse of two boxes of a class is left out; 1: none is."""
+        ...
+
+    @property
+    def least(self) -> float:
+        """Score above which something is a box."""
+        ...
+
+    @property
+    def most(self) -> int:
+        """Boxes of a picture."""
+        ...
+
     @classmethod
     def of(cls, model: nn.Module) -> Self | None:
         """The family of a user's module, or of a graph (of an ONNX file) by its outputs; None where it is another."""
@@ -46,6 +61,13 @@ class Detector(Protocol):
 
     def around(self, model: nn.Module, core: nn.Module) -> nn.Module:
         """A copy of the user's module, called as it is, with another core (same outputs) in it."""
+        ...
+
+    def scored(self, outputs: Outputs, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Boxes (N, places, 4) in pixels of the input, and scores (N, places, classes), before suppression.
+
+        Can be traced. Raises OutputError for outputs that are not the family's.
+        """
         ...
 
     def boxes(self, outputs: Outputs, size: tuple[int, int]) -> Tensor:

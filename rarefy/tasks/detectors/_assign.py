@@ -45,7 +45,7 @@ class Assigned(NamedTuple):
 
 @torch.no_grad()
 def simota(boxes: Tensor, scores: Tensor, centres: Tensor, strides: Tensor, targets: Tensor) -> Assigned:
-    """boxes: (N, P, 4). scores: (N, P, classes), probabilities. centres: (P, 2). strides: (P, 1). targets: (N, M, 8)."""
+    """boxes: (N, P, 4). scores: (N, P, classes). centres: (P, 2). strides: (P, 1). targets: (N, M, 8)."""
     real = present(targets) & (targets[..., IGNORED] < 0.5)
     kind = targets[..., CLASS].clamp(0, scores.shape[-1] - 1).long()
     inside, near = _inside(centres, targets), _near(centres, strides, targets)

@@ -6,7 +6,6 @@ another by their strides.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -44,24 +43,28 @@ def count(size: Size, strides: Sequence[int]) -> int:
     return sum(rows * columns for rows, columns in grids(size, strides))
 
 
-@functools.lru_cache(64)
-def _places(size: Size, strides: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def places(size: Size, strides: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Top left corner (places, 2) of each, x and y in pixels of the input, and its stride (places, 1)."""
     corners, steps = [], []
     for stride, (rows, columns) in zip(strides, grids(size, strides), strict=True):
-        y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        y, x = torch.meshgrid(
+            torch.arange(rows, device=like.device), torch.arange(columns, device=like.device), indexing="ij"
+        )
         corners.append(torch.stack([x, y], -1).flatten(0, 1).float() * stride)
-        steps.append(torch.full((rows * columns, 1), float(stride)))
-    return torch.cat(corners).to(device), torch.cat(steps).to(device)
-
-
-def places(size: Size, strides: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Top left corner (places, 2) of each, x and y in pixels of the input, and its stride (places, 1)."""
-    return _places(size, strides, like.device)
+        steps.append(torch.full((rows * columns, 1), float(stride), device=like.device))
+    return torch.cat(corners), torch.cat(steps)
 
 
 def corners(centre: Tensor, sides: Tensor) -> Tensor:
     """Boxes (..., 4) of centres and sides (..., 2)."""
     return torch.cat([centre - sides / 2, centre + sides / 2], -1)
+
+
+def clipped(boxes: Tensor, size: Size) -> Tensor:
+    """Boxes (..., 4) cut off at the edges of the input."""
+    height, width = size
+    x, y = boxes[..., 0::2].clamp(0, width), boxes[..., 1::2].clamp(0, height)
+    return torch.stack([x[..., 0], y[..., 0], x[..., 1], y[..., 1]], -1)
 
 
 def from_distances(centre: Tensor, distances: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Terms that losses of detectors share: overlap of pairs, cross-entropy on probabilities, distributions of distances."""
+"""Terms that detectors' losses share: overlap of pairs, cross-entropy on probabilities, distributions of distances."""
 
 from __future__ import annotations
 

@@ -37,6 +37,8 @@ class Fastestdet:
     stride: int = 16
     overlap: float = 0.45
 
+    least, most = 0.001, 300
+
     def __post_init__(self) -> None:
         _grid.check_options(self.classes, self.size, (self.stride,))
 
@@ -64,11 +66,15 @@ class Fastestdet:
     def around(self, model: nn.Module, core: nn.Module) -> nn.Module:
         return core
 
-    def boxes(self, outputs: Outputs, size: tuple[int, int]) -> Tensor:
+    def scored(self, outputs: Outputs, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Of each place only the likeliest class counts."""
         sure, boxes, classes = self.read(outputs, size)
         best, kind = classes.max(-1)
         scores = sure.clamp_min(0).pow(_OBJECTNESS) * best.clamp_min(0).pow(_CLASS)
-        return _nms.kept(boxes, scores, kind, overlap=self.overlap)
+        return boxes, F.one_hot(kind, self.classes) * scores[..., None]
+
+    def boxes(self, outputs: Outputs, size: tuple[int, int]) -> Tensor:
+        return _nms.kept(*self.scored(outputs, size), self)
 
     def logits(self, outputs: Outputs) -> Tensor:
         """Of "no box" and of each class: (N x places, 1 + classes)."""

@@ -1,7 +1,7 @@
 """NanoDet and other heads of the generalised focal loss (2006.04388): classes, and each side's distance by bins.
 
-Outputs for strides 8, 16, 32, ...: classes (N, places, classes) after a sigmoid, and logits (N, places, 4 · bins) of how
-far left, top, right and bottom are from the place's centre, (column + offset) · stride: the mean of softmax over
+For strides 8, 16, 32, ...: classes (N, places, classes) after a sigmoid, and logits (N, places, 4 · bins) of how far
+left, top, right and bottom are from the place's centre, (column + offset) · stride: the mean of softmax over
 0, 1, ..., bins - 1, times the stride. NanoDet-Plus has both in one output, and offset 0.
 
 loss = quality focal of the classes (against the IoU) over all places + 2 · (1 - GIoU) + 0.25 · distribution focal, both
@@ -38,6 +38,8 @@ class Nanodet:
     outputs: Literal["apart", "joined"] = "apart"
     offset: float = 0.5
     overlap: float = 0.6
+
+    least, most = 0.001, 300
 
     def __post_init__(self) -> None:
         _grid.check_options(self.classes, self.size, self.strides)
@@ -83,12 +85,12 @@ class Nanodet:
     def around(self, model: nn.Module, core: nn.Module) -> nn.Module:
         return core
 
-    def boxes(self, outputs: Outputs, size: tuple[int, int]) -> Tensor:
+    def scored(self, outputs: Outputs, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         scores, sides = self.read(outputs, size)
-        height, width = size
-        boxes = self._boxes(sides, size)
-        boxes = torch.minimum(boxes.clamp_min(0), boxes.new_tensor([width, height, width, height]))
-        return _nms.kept(boxes, scores, overlap=self.overlap)
+        return _grid.clipped(self._boxes(sides, size), size), scores
+
+    def boxes(self, outputs: Outputs, size: tuple[int, int]) -> Tensor:
+        return _nms.kept(*self.scored(outputs, size), self)
 
     def logits(self, outputs: Outputs) -> Tensor:
         return _losses.pairs(self._values(outputs)[0])

@@ -36,6 +36,8 @@ class Yolox:
     strides: tuple[int, ...] = (8, 16, 32)
     overlap: float = 0.65
 
+    least, most = 0.001, 300
+
     def __post_init__(self) -> None:
         _grid.check_options(self.classes, self.size, self.strides)
 
@@ -71,11 +73,15 @@ class Yolox:
         return plain
 
     def around(self, model: nn.Module, core: nn.Module) -> nn.Module:
-        return Decoded(core, self) if hasattr(model, "head") and model.head.decode_in_inference else core  # type: ignore[union-attr]
+        decodes = bool(getattr(getattr(model, "head", None), "decode_in_inference", False))
+        return Decoded(core, self) if decodes else core
+
+    def scored(self, outputs: Outputs, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        boxes, sure, classes = self.read(outputs, size)
+        return boxes, sure * classes
 
     def boxes(self, outputs: Outputs, size: tuple[int, int]) -> Tensor:
-        boxes, sure, classes = self.read(outputs, size)
-        return _nms.kept(boxes, sure * classes, overlap=self.overlap)
+        return _nms.kept(*self.scored(outputs, size), self)
 
     def logits(self, outputs: Outputs) -> Tensor:
         (values,) = _grid.tensors(outputs, "yolox", 1)
