@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import pkgutil
 import types
 import typing
 from typing import Any
 
 from rarefy.errors import InputError
+from rarefy.system.options import LARGEST
 
 # kind -> the folder of its choices
 KINDS = {
@@ -199,9 +201,12 @@ def _parse(value: str, hint: Any, where: str) -> Any:
     for kind in (int, float):
         if kind in options:
             try:
-                return kind(value)
+                number = kind(value)
             except ValueError:
                 continue
+            if math.isfinite(number) and abs(number) <= LARGEST:
+                return number
+            raise InputError(f"{where}: {value[:40]!r} is too large, or no number")
     if str in options:
         return value
     names = " or ".join(getattr(option, "__name__", str(option)) for option in options)

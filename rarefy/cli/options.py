@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from rarefy.errors import InputError
+from rarefy.system.options import LARGEST
 
 app = typer.Typer(
     name="rarefy",
@@ -174,7 +175,7 @@ class FileOptions:
 Output = Annotated[str, typer.Option("-o", "--output", metavar="PATH", help="Where the result goes.")]
 OptionalOutput = Annotated[str | None, typer.Option("-o", "--output", metavar="PATH", help="Where the result goes.")]
 Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; default: a GPU if there is one.")]
-Seed = Annotated[int, typer.Option(metavar="N", min=0, help="The same seed gives the same result.")]
+Seed = Annotated[int, typer.Option(metavar="N", min=0, max=LARGEST, help="The same seed gives the same result.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Batch = Annotated[int, typer.Option(metavar="N", min=1, help="Images at a time.")]
 Runtime = Annotated[str, typer.Option(metavar="NAME", help="Where the model will run; see `rarefy list runtimes`.")]

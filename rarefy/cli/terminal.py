@@ -3,7 +3,7 @@
 ==== ========================================================================================
 0    done, also where a goal of accuracy is reached, but not shown by the images (it is said)
 1    a check said no: a missed goal, a refused signature, a self-check, diverged training
-2    wrong usage, bad input, no room on the disk, interrupted
+2    wrong usage, bad input, no room on the disk or in memory, interrupted
 70   a bug of rarefy's; ``--debug`` shows the traceback
 ==== ========================================================================================
 """
@@ -12,24 +12,33 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import errno
+import io
 import json
 import logging
 import math
 import os
+import re
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 from typer.exceptions import TyperException
 
-from rarefy.errors import RarefyError
+from rarefy.errors import InputError, RarefyError
+from rarefy.system.failures import refusal
+from rarefy.system.text import in_json, one_line, printable
+
+try:
+    import resource
+except ImportError:  # Windows, which has no such limits
+    resource = None  # type: ignore[assignment]
 
 BUG = 70
+LEAST_ADDRESSES = 4_000_000_000  # bytes
 _for_machines = contextvars.ContextVar("for_machines", default=False)  # is the result to be JSON?
 _asides: list[str] = []
 
@@ -38,15 +47,17 @@ def guarded(program: Callable[[list[str]], Any], arguments: Sequence[str]) -> in
     """``program(arguments)``, with every way to fail told in one line; returns the exit code."""
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    _make_usable()
     _for_machines.set("--json" in arguments)
     _asides.clear()
     try:
         with _own_output_only(debug):
+            _check_address_space(arguments)
             code = program(arguments)
             sys.stdout.flush()
             return int(code or 0)
     except BrokenPipeError:  # the reader of our output went away, as in `rarefy list | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_go(sys.stdout)
         return 0
     except BaseException as error:
         if isinstance(error, (SystemExit, GeneratorExit)):
@@ -54,8 +65,60 @@ def guarded(program: Callable[[list[str]], Any], arguments: Sequence[str]) -> in
         if debug:
             traceback.print_exc()
         line, code = explain(error, arguments)
-        sys.stderr.write(f"rarefy: {one_line(line)}\n")
+        _tell(f"rarefy: {one_line(line)}\n")
         return code
+
+
+def _check_address_space(arguments: Sequence[str]) -> None:
+    """torch maps 3 GB before it does anything, and its libraries abort where they are refused them."""
+    if resource is None or not arguments or arguments[0] in _LIGHT or "--help" in arguments or "-h" in arguments:
+        return
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit not in (resource.RLIM_INFINITY, -1) and limit < LEAST_ADDRESSES:
+        raise InputError(
+            f"the process may map {limit / 1e9:.1f} GB of memory (ulimit -v), and torch alone maps 3; allow at least "
+            f"{LEAST_ADDRESSES / 1e9:.0f} GB: ulimit -v unlimited"
+        )
+
+
+_LIGHT = ("list", "--version", "keygen")  # what needs no torch
+
+
+def _make_usable() -> None:
+    """Closed streams, odd encodings and a width that is no number (all are the caller's to set) stop nothing.
+
+    A descriptor that is closed would be given to the next file opened, and a library's output written into it.
+    """
+    for name in ("COLUMNS", "LINES", "TERMINAL_WIDTH"):
+        if not re.fullmatch(r"[1-9][0-9]{0,3}", os.environ.get(name, "80")):
+            del os.environ[name]
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", errors="backslashreplace", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _tell(text: str) -> None:
+    """On stderr, if anybody can be told; and what could not be written to stdout is not tried again at the end."""
+    for stream, words in ((sys.stderr, text), (sys.stdout, "")):
+        try:
+            stream.write(words)
+            stream.flush()
+        except (OSError, ValueError):
+            _let_go(stream)
+
+
+def _let_go(stream: TextIO) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def explain(error: BaseException, arguments: Sequence[str] = ()) -> tuple[str, int]:
@@ -77,21 +140,13 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> tuple[str, i
             .replace("Input should be", f"{given!r} should be" if given is not None else "should be")
         )
         return f"{message}; `{context.command_path if context else 'rarefy'} --help` shows what there is", 2
-    chain = list(_causes(error))
-    have = _options_of(arguments)
-    if any(_is_full(cause) for cause in chain):
-        elsewhere = ", or choose another --output" if "--output" in have else ""
-        return (
-            "the disk is full, or a file may not grow further; what was there before is unchanged: make room"
-            f"{elsewhere}",
-            2,
-        )
+    refused = refusal(error)
+    if refused is not None:
+        have = _options_of(arguments)
+        known = [way for option, way in _WAYS.get(refused.kind, {}).items() if option in have]
+        return f"{refused}{', or ' if known else ''}{', or '.join(known)}", 2
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror or type(error).__name__}; check the path and its permissions", 2
-    if any(isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError" for cause in chain):
-        helps = {"--batch-size": "a smaller --batch-size", "--device": "--device cpu if the GPU is too small"}
-        known = ", or ".join(way for option, way in helps.items() if option in have)
-        return f"out of memory; {f'pass {known}' if known else 'end other programs, or take a smaller model'}", 2
     if isinstance(error, OSError):
         return f"{error.strerror or error}; check the paths and their permissions", 2
     place = traceback.extract_tb(error.__traceback__)[-1]
@@ -101,6 +156,12 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> tuple[str, i
         "report it",
         BUG,
     )
+
+
+_WAYS = {
+    "disk": {"--output": "choose another --output"},
+    "memory": {"--batch-size": "pass a smaller --batch-size", "--device": "--device cpu if the GPU is too small"},
+}
 
 
 def _options_of(arguments: Sequence[str]) -> set[str]:
@@ -123,36 +184,6 @@ def _given(arguments: Sequence[str], names: Sequence[str]) -> str | None:
     return None
 
 
-def one_line(text: str) -> str:
-    """Without line breaks and without control characters: names come from files, and a terminal obeys what it is
-    sent."""
-    return "".join(character if character.isprintable() else "?" for character in " ".join(str(text).split()))
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _is_full(error: BaseException) -> bool:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", -1)):
-        return True
-    text = str(error)
-    return any(
-        sign in text
-        for sign in (
-            "No space left on device",
-            "File too large",
-            "os error 28)",
-            "os error 27)",
-            "PytorchStreamWriter failed writing",
-        )
-    )
-
-
 @contextlib.contextmanager
 def _own_output_only(debug: bool) -> Iterator[None]:
     """Other packages' warnings and logs are for developers (``--debug``)."""
@@ -172,7 +203,7 @@ def _own_output_only(debug: bool) -> Iterator[None]:
 def _console() -> Any:
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else max(120, int(os.environ.get("COLUMNS", "0") or 0))
+    width = None if sys.stdout.isatty() else max(120, int(os.environ.get("COLUMNS", "0")))
     console: Any = Console(file=sys.stdout, width=width, markup=False, highlight=False, emoji=False)
     console.on_broken_pipe = _broken  # its own exits 1
     return console
@@ -184,7 +215,7 @@ def _broken() -> None:
 
 def say(text: str) -> None:
     _say_asides()
-    _console().print(text, soft_wrap=True)
+    _console().print(printable(text), soft_wrap=True)
 
 
 def aside(text: str) -> None:
@@ -206,7 +237,7 @@ def _say_asides() -> None:
 
 
 def show_json(value: Any) -> None:
-    print(json.dumps(_plain(value), indent=2, ensure_ascii=False))
+    print(in_json(json.dumps(_plain(value), indent=2, ensure_ascii=False)))
 
 
 def _plain(value: Any) -> Any:
@@ -226,11 +257,11 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]
     from rich.text import Text
 
     _say_asides()
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=printable(title, ""), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index in numbers else "left", overflow="fold")
+        table.add_column(printable(column, ""), justify="right" if index in numbers else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
+        table.add_row(*(Text(printable(cell, "")) for cell in row))
     _console().print(table)
 
 

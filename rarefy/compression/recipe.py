@@ -44,7 +44,6 @@ import difflib
 import inspect
 import re
 import shlex
-import tomllib
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -52,12 +51,13 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, NonNegativeInt, PositiveInt, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, create_model
 
 from rarefy import plugins
 from rarefy.compression.budget import Budget
 from rarefy.errors import InputError
 from rarefy.models import source
+from rarefy.system import strict_toml
 from rarefy.system.options import options_of
 from rarefy.tasks.task import Task
 
@@ -65,6 +65,7 @@ Table = Mapping[str, Any]  # of TOML: values by name
 Options = dict[str, Any]  # checked
 Hint = Any  # an annotation
 
+MOST_STEPS = 100
 # Objects, which no text says, beside what the runner hands to a verb.
 OBJECTS = frozenset({"inputs", "batches", "validate", "checkpoint_seconds"})
 
@@ -108,17 +109,9 @@ class Recipe:
 def read(path: str | Path) -> Recipe:
     """The recipe in that file. Raises InputError, which names the key and the way out."""
     file = Path(path)
-    try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{file}: no such recipe; give the path of a TOML file") from error
-    except (IsADirectoryError, PermissionError) as error:
-        raise InputError(f"{file}: can't be read ({error.strerror}); give the path of a TOML file") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: is no text in UTF-8 (byte {error.start}); a recipe is a TOML file") from error
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{file}: is no TOML: {error}; mend that line") from error
-    return check(content, where=str(file))
+    if not file.exists():
+        raise InputError(f"{file}: no such recipe; give the path of a TOML file")
+    return check(strict_toml.read(file), where=str(file))
 
 
 def check(content: Table, where: str = "recipe") -> Recipe:
@@ -127,6 +120,8 @@ def check(content: Table, where: str = "recipe") -> Recipe:
     data = data_options(top.pop("data"), f"{where}: [data]", top["task"])
     budget = _in_numbers(top.pop("budget"), f"{where}: [budget]")
     budget = _validated(_options("Budget", Budget), budget, f"{where}: [budget]") if budget else {}
+    if len(top["step"]) > MOST_STEPS:
+        raise InputError(f"{where}: has {len(top['step']):,} steps, {MOST_STEPS} at most; write fewer")
     listed = tuple(step(item, f"{where}: step {index}") for index, item in enumerate(top.pop("step"), 1))
     shape = top.pop("input")
     if shape is not None:
@@ -228,8 +223,8 @@ def size(text: str | float, where: str) -> int:
     found = re.fullmatch(r"\s*([0-9.]+)\s*([a-zA-Z]*)\s*", str(text))
     try:
         value = int(float(found[1]) * units[found[2].lower()])  # type: ignore[index]
-    except (TypeError, KeyError, ValueError):
-        raise InputError(f"{where}: {str(text)!r} is no size; write 2MB, 500kB or a number of bytes") from None
+    except (TypeError, KeyError, ValueError, OverflowError):
+        raise InputError(f"{where}: {str(text)[:40]!r} is no size; write 2MB, 500kB or a number of bytes") from None
     if value <= 0:
         raise InputError(f"{where}: {str(text)!r} is no bytes at all; write 2MB, 500kB or a number of bytes")
     return value
@@ -257,7 +252,7 @@ class _Top(BaseModel):
     step: list[Options] = []
     runtime: str = "onnxruntime"
     output: str | None = None
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     device: str | None = None
 
 
@@ -360,7 +355,7 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
         return f"key {key!r} is missing{more}; add {key} = ..."
     alternatives = [item for item in error.errors(include_url=False) if item["loc"][:1] == first["loc"][:1]]
     wanted = " or ".join(dict.fromkeys(_wanted(item) for item in alternatives))
-    return f"{key} = {first['input']!r}: {wanted}; mend that value"
+    return f"{key} = {repr(first['input'])[:80]}: {wanted}; mend that value"
 
 
 def _wanted(item: Table) -> str:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -42,6 +41,7 @@ from rarefy.evaluation.evaluate import evaluate
 from rarefy.graph import history
 from rarefy.kernels import is_quantised
 from rarefy.system.files import replacing
+from rarefy.system.progress import say
 from rarefy.tasks.task import Task
 
 BATCH = 64  # of evaluation
@@ -98,7 +98,7 @@ class Run:
 
     def say(self, text: str) -> None:
         if self.progress:
-            print(f"compress: {text}", file=sys.stderr, flush=True)
+            say(f"compress: {text}")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from rarefy.data.images import ImageData
 
 
+MOST_NUMBERS = 2**28  # of one image, as the model takes it
+MOST_WORKERS = 64  # where there are few cores
+
+
 def check_options(data: ImageData) -> None:
     who = data.task
     if data.train is None and data.val is None:
@@ -25,8 +30,13 @@ def check_options(data: ImageData) -> None:
             raise DataError(f"{who}: {name}={value!r} is not a positive whole number")
     if data.crop is not None and not 0 < data.crop <= 1:
         raise DataError(f"{who}: crop={data.crop} is not a fraction above 0 and up to 1")
+    if (data.size or 1) ** 2 * (data.channels or 3) > MOST_NUMBERS:
+        raise DataError(f"{who}: size={data.size}, channels={data.channels} are too much for an image; pass less")
     if data.workers < 0:
         raise DataError(f"{who}: workers={data.workers} is negative; 0 decodes in this process")
+    most = max(MOST_WORKERS, 4 * (os.cpu_count() or 1))
+    if data.workers > most:
+        raise DataError(f"{who}: workers={data.workers} are more processes than help, {most} at most; pass fewer")
     if data.interpolation not in RESAMPLING:
         raise DataError(f"{who}: interpolation={data.interpolation!r}; have {', '.join(RESAMPLING)}")
     check_values(data.mean, data.std, who)

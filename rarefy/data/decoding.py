@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,13 +20,13 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from rarefy.data.augmentation import Augmentation, random_box, shifted
 from rarefy.data.items import Items, Picture, channels_first
-from rarefy.data.preparation import FORMATS, opened_array
+from rarefy.data.preparation import FORMATS, file_of, opened_array
 from rarefy.data.targets import Target
 from rarefy.errors import DataError, first_line
 
@@ -160,7 +159,10 @@ def decoded_item(source: Items, key: Key, make: Making) -> Decoded:
     except DataError as error:
         return Decoded(index, refused=str(error))
     except Exception as error:
-        return Decoded(index, broken=f"{source.name(index, image)} ({first_line(error)})")
+        name = source.name(index, image)
+        no_image = isinstance(error, UnidentifiedImageError)
+        reason = f"is no {', '.join(FORMATS)}, or damaged" if no_image else first_line(error)
+        return Decoded(index, broken=f"{name} ({reason.removeprefix(f'{name}: ')})")
 
 
 def opened(
@@ -173,10 +175,10 @@ def opened(
     if isinstance(image, str | Path) and str(image).lower().endswith(".npy"):
         image = opened_array(image)
     if isinstance(image, str | Path | bytes):
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS) as file:
-            if file.width * file.height > _MOST_PIXELS:
-                raise ValueError(f"declares {file.width} x {file.height} pixels, more than {_MOST_PIXELS:,}")
-            return _converted(file if turned is None else turned(file), channels)
+        with file_of(image) as file, Image.open(file, formats=FORMATS) as stored:
+            if stored.width * stored.height > _MOST_PIXELS:
+                raise ValueError(f"declares {stored.width} x {stored.height} pixels, more than {_MOST_PIXELS:,}")
+            return _converted(stored if turned is None else turned(stored), channels)
     if isinstance(image, Image.Image):
         return _converted(image, channels)
     if isinstance(image, np.ndarray):
@@ -203,7 +205,7 @@ def opened(
 
 def _converted(image: Image.Image, channels: int) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode == "I":  # 16 bits, which PIL would clip instead of scale
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode == "F":
         raise ValueError("holds floats, and nothing says which of them is white; save it in 8 or 16 bits")
     if image.mode == "P" and "transparency" in image.info:

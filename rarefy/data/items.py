@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 from rarefy.data.boxes.scenes import Fault
 from rarefy.data.shards import LeftOut, shuffled
 from rarefy.data.targets import ClassIndices, Target, Targets
-from rarefy.errors import DataError
+from rarefy.errors import DataError, FormatError
+from rarefy.system.files import opened
 
 Split = Literal["train", "val"]
 Picture = str | Path | bytes | Image.Image | np.ndarray | Tensor  # an image, as a dataset yields it
@@ -27,6 +28,7 @@ FORMS = (
     "give imagefolder:PATH, tar:PATH, parquet:PATH, torchvision:NAME?root=PATH, sklearn:digits, "
     "package.module:function, (images, labels), a map-style dataset or a DataLoader of one"
 )
+MOST_STORED = 2**29  # bytes of a picture's file
 # Datasets of torchvision that lie in memory as uint8: the attributes that hold images and labels.
 _IN_MEMORY = {
     "CIFAR10": ("data", "targets"),
@@ -147,9 +149,9 @@ class Items:
         def one(index: int) -> bytes:
             image, label = self.item(index)
             try:
-                return hashlib.sha256(_bytes(image)).digest() + f" {label}\n".encode()
-            except OSError as error:
-                why = error.strerror or error
+                return _digest(image) + f" {label}\n".encode()
+            except (OSError, FormatError) as error:
+                why = getattr(error, "strerror", None) or str(error).removeprefix(f"{image!s}: ")
                 raise DataError(f"{self.where}: {image!s}: {why}; restore the file or take it off the list") from error
 
         digest = hashlib.sha256()
@@ -316,9 +318,14 @@ def relabelled(source: Source, names: Sequence[str]) -> Source:
     return dataclasses.replace(source, labels=labels, names=tuple(names))
 
 
-def _bytes(image: Picture) -> bytes:
+def _digest(image: Picture) -> bytes:
     if isinstance(image, str | Path):
-        return Path(image).read_bytes()
+        with opened(image, MOST_STORED) as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    return hashlib.sha256(_bytes(image)).digest()
+
+
+def _bytes(image: bytes | Image.Image | np.ndarray | Tensor) -> bytes:
     if isinstance(image, Image.Image):
         return f"{image.mode} {image.size}".encode() + image.tobytes()
     array = np.ascontiguousarray(image.detach().cpu().numpy() if isinstance(image, Tensor) else np.asarray(image))

@@ -19,13 +19,15 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from rarefy.data.items import Arrays, Items, Picture, Source, channels_first
+from rarefy.data.items import MOST_STORED, Arrays, Items, Picture, Source, channels_first
+from rarefy.system.files import opened, plain
 
 SIZE, CROP = 224, 0.875  # of pictures, as for ImageNet
 MOST_LOOKED_AT = 256  # files; of a dataset of the user's own, which decodes them, a 16th
@@ -114,8 +116,8 @@ def _look(image: Picture) -> _Look | None:
     if isinstance(image, str | Path) and str(image).lower().endswith(".npy"):
         image = opened_array(image)
     if isinstance(image, str | Path | bytes):
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS) as opened:
-            return _Look((opened.height, opened.width), 1 if opened.mode in _GREY else 3)
+        with file_of(image) as file, Image.open(file, formats=FORMATS) as found:
+            return _Look((found.height, found.width), 1 if found.mode in _GREY else 3)
     if isinstance(image, Image.Image):
         return _Look((image.height, image.width), 1 if image.mode in _GREY else 3)
     if not isinstance(image, np.ndarray | Tensor) or image.ndim not in (2, 3):
@@ -127,5 +129,10 @@ def _look(image: Picture) -> _Look | None:
 
 def opened_array(path: str | Path) -> np.ndarray:
     """The array of a ``.npy`` file, not yet in memory. Raises ValueError for a pickled one."""
-    array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    array: np.ndarray = np.load(plain(path), mmap_mode="r", allow_pickle=False)
     return array
+
+
+def file_of(image: str | Path | bytes) -> BinaryIO:
+    """A picture as stored, to be read. Raises FormatError for what is no plain file, or far too large."""
+    return io.BytesIO(image) if isinstance(image, bytes) else opened(image, MOST_STORED)

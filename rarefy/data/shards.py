@@ -22,6 +22,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import itertools
+import math
 import os
 import re
 import tarfile
@@ -37,11 +38,13 @@ import torch
 from torch import Tensor
 
 from rarefy.errors import DataError
+from rarefy.system.files import descriptor_of, opened, walk, why
 
 WINDOW = 10_000  # samples in random order among themselves
 MOST_BYTES = 64 * 2**20  # of one image as stored
 MOST_NAMED = 100  # of what is left out, by name
 MOST_OPEN = 64  # shards open at a time
+MOST_FILES = 100_000  # that a pattern may name
 BLOCK = 512
 IMAGES = {"jpg", "jpeg", "png", "ppm", "bmp", "pgm", "tif", "tiff", "webp"}
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
@@ -115,7 +118,7 @@ class Shards:
         if key not in self._open:
             while len(self._open) >= MOST_OPEN:
                 os.close(self._open.pop(next(iter(self._open))))
-            self._open[key] = os.open(self.files[shard], os.O_RDONLY)
+            self._open[key] = descriptor_of(self.files[shard], kind=DataError)
         return self._open[key]
 
 
@@ -139,16 +142,17 @@ def files_of(text: str, rest: str, split: str, suffix: str) -> tuple[list[str], 
 
     One, a folder's, ``a-{000..099}.tar``, or ``a-*.tar``. Raises DataError where there is none.
     """
-    path = Path(rest).expanduser()
+    path = Path(os.path.expanduser(rest))
     divided = False
     if path.is_dir():
-        files = sorted(str(one) for one in path.rglob(f"*{suffix}") if not one.name.startswith("."))
+        found = (Path(folder, name) for folder, _, names in walk(path) for name in names)
+        files = sorted(str(one) for one in found if one.name.endswith(suffix) and not one.name.startswith("."))
         of_split = {one: _named(files, words) for one, words in SPLITS.items()}
         if of_split["train"] and of_split["val"]:
             files, divided = of_split[split], True
     else:
-        files = [one for part in _braces(str(path)) for one in (sorted(glob.glob(part)) or [part])]
-    missing = next((one for one in files if not os.path.isfile(one)), None)
+        files = [one for part in _braces(str(path), text) for one in _matching(part, text)]
+    missing = next((one for one in files if not os.path.exists(one)), None)
     if missing is not None or not files:
         what = f"{missing}: no such file" if missing else f"no *{suffix} in that folder"
         raise DataError(f"{text}: {what}; give a folder, a-{{000..099}}{suffix}, or a-*{suffix}")
@@ -165,8 +169,8 @@ def digest_of(files: Sequence[str]) -> str:
     """sha256 of the files' bytes, in this order; not of their names."""
 
     def one(file: str) -> bytes:
-        with open(file, "rb") as opened:
-            return hashlib.file_digest(opened, "sha256").digest()
+        with opened(file, kind=DataError) as content:
+            return hashlib.file_digest(content, "sha256").digest()
 
     with ThreadPoolExecutor(4) as pool:
         return hashlib.sha256(b"".join(pool.map(one, files))).hexdigest()
@@ -193,15 +197,15 @@ class _Member(NamedTuple):
 def _samples(file: str, left_out: LeftOut) -> Iterator[_Sample]:
     """Image and label of each key, of members that follow one another."""
     try:
-        with open(file, "rb", buffering=2**20) as opened:
-            length = os.fstat(opened.fileno()).st_size
-            start = opened.read(BLOCK)
+        with opened(file, kind=DataError, buffering=2**20) as content:
+            length = os.fstat(content.fileno()).st_size
+            start = content.read(BLOCK)
             if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")):
                 raise DataError(
                     f"{file}: is compressed, so no place in it can be read alone; "
                     "unpack it to a plain .tar (images are compressed already)"
                 )
-            read = _reader(opened)
+            read = _reader(content)
             for key, members in itertools.groupby(
                 _members(file, length, read, left_out), key=lambda member: _key(member.name)[0]
             ):
@@ -209,9 +213,7 @@ def _samples(file: str, left_out: LeftOut) -> Iterator[_Sample]:
                 if sample is not None:
                     yield sample
     except OSError as error:
-        raise DataError(
-            f"{file}: can't be read ({error.strerror or error}); restore it or take it off the list"
-        ) from error
+        raise DataError(f"{file}: can't be read ({why(error)}); restore it or take it off the list") from error
 
 
 def _sample(
@@ -304,10 +306,10 @@ def _key(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower() if stem else ""
 
 
-def _reader(opened: BinaryIO) -> Callable[[int, int], bytes]:
+def _reader(content: BinaryIO) -> Callable[[int, int], bytes]:
     def read(place: int, size: int) -> bytes:
-        opened.seek(place)
-        return opened.read(size)
+        content.seek(place)
+        return content.read(size)
 
     return read
 
@@ -315,22 +317,31 @@ def _reader(opened: BinaryIO) -> Callable[[int, int], bytes]:
 def _name_at(file: str, offset: int) -> str:
     """What a message calls the member whose content begins there."""
     try:
-        with open(file, "rb") as opened:
-            opened.seek(offset - BLOCK)
-            return f"{file}: {_parsed(opened.read(BLOCK)).name}"
-    except (tarfile.HeaderError, ValueError, OSError):
+        with opened(file, kind=DataError) as content:
+            content.seek(offset - BLOCK)
+            return f"{file}: {_parsed(content.read(BLOCK)).name}"
+    except (tarfile.HeaderError, ValueError, OSError, DataError):
         return f"{file}: at byte {offset:,}"
 
 
-def _braces(text: str) -> list[str]:
-    """``a-{000..002}.tar`` -> three names."""
-    span = re.search(r"\{(\d+)\.\.(\d+)\}", text)
-    if span is None:
-        return [text]
-    first, last = int(span[1]), int(span[2])
-    width = len(span[1]) if span[1].startswith("0") else 0
-    return [
-        one
-        for number in range(first, min(last, first + 10**6) + 1)
-        for one in _braces(f"{text[: span.start()]}{number:0{width}d}{text[span.end() :]}")
-    ]
+def _braces(pattern: str, text: str) -> list[str]:
+    """``a-{000..002}.tar`` -> three names. Raises DataError where they would be more than ``MOST_FILES``."""
+    head, *pieces = re.split(r"\{([0-9]{1,18})\.\.([0-9]{1,18})\}", pattern)  # first, last and what follows, in turn
+    spans = [(first, int(first), int(last)) for first, last in zip(pieces[::3], pieces[1::3])]
+    count = math.prod(max(0, last - first + 1) for _, first, last in spans)
+    if count > MOST_FILES:
+        raise DataError(f"{text[:80]}: names {count:,} files, {MOST_FILES:,} at most; name fewer, or a folder")
+    found = [head]
+    for (written, first, last), behind in zip(spans, pieces[2::3]):
+        width = len(written) if written.startswith("0") else 0
+        numbers = [f"{number:0{width}d}" for number in range(first, last + 1)]
+        found = [f"{one}{number}{behind}" for one in found for number in numbers]
+    return found
+
+
+def _matching(pattern: str, text: str) -> list[str]:
+    """The files of a pattern with ``*``; itself, where there are none."""
+    found = sorted(itertools.islice(glob.iglob(pattern), MOST_FILES + 1))
+    if len(found) > MOST_FILES:
+        raise DataError(f"{text[:80]}: names more than {MOST_FILES:,} files; name fewer, or a folder")
+    return found or [pattern]

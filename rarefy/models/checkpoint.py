@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import _compat_pickle
 import contextlib
-import json
 import pickletools
+import struct
 import sys
 import warnings
 import zipfile
@@ -31,16 +31,21 @@ import torch
 from torch import Tensor
 
 from rarefy.errors import FormatError, InputError, first_line
+from rarefy.system import strict_json
+from rarefy.system.files import content, plain
+from rarefy.system.memory import afford
 
 # What torch.load raises for a file that is no checkpoint.
 _BROKEN = (
     RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, zipfile.BadZipFile,
+    OverflowError, AssertionError, NotImplementedError, OSError, RecursionError, struct.error,
 )  # fmt: skip
 _PYTHONS = sys.stdlib_module_names | _compat_pickle.IMPORT_MAPPING.keys()  # modules, of Python 2 too
 # Of Python itself, what a file may ask to be made: plain data. The stand-in is made in its place all the same.
 _PLAIN = ("argparse", "collections", "datetime", "decimal", "enum", "fractions", "pathlib", "types", "uuid")
 _PLAIN_NAMES = {"functools.partial", "builtins.dict", "builtins.list", "builtins.tuple", "builtins.frozenset"}
 _MOST_PICKLED = 1 << 28  # bytes of names and numbers; tensors lie outside
+_MOST_UNPACKED = 1 << 24  # bytes beside the tensors, which torch does not compress
 _MOST_NESTED = 6  # dictionaries in dictionaries
 _MOST_KINDS = 16  # of dictionaries: for each the file is read once more
 _SAVE = "torch.save(model.state_dict(), 'weights.pth')"
@@ -96,34 +101,36 @@ def entries(path: Path) -> dict[str, dict[str, Tensor]]:
         raise InputError(
             f"{path}: is a folder; --weights takes a file (a folder saved by rarefy is given as the model itself){told}"
         )
+    plain(path)
+    afford(path.stat().st_size, str(path), "end other programs, or give a smaller file")
     if path.suffix == ".safetensors":
         return {"": _safetensors(path)}
     if path.name.endswith(".index.json"):
         return {"": _sharded(path)}
-    content = _loaded(path)
-    found = dict(_dictionaries(content))
+    held = _loaded(path)
+    found = dict(_dictionaries(held))
     if not found:
-        raise FormatError(f"{path}: {_why_empty(content)}")
+        raise FormatError(f"{path}: {_why_empty(held)}")
     return found
 
 
 _SHOWN = (".safetensors", ".index.json", ".pth", ".pt", ".ckpt", ".bin")
 
 
-def _dictionaries(content: object, place: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    if not isinstance(content, Mapping) or depth > _MOST_NESTED:
+def _dictionaries(held: object, place: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    if not isinstance(held, Mapping) or depth > _MOST_NESTED:
         return
-    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    tensors = {str(key): value for key, value in held.items() if isinstance(value, Tensor)}
     if tensors:
         yield place, tensors
-    for key, value in content.items():
+    for key, value in held.items():
         yield from _dictionaries(value, f"{place}.{key}" if place else str(key), depth + 1)
 
 
-def _why_empty(content: object) -> str:
-    whole = content if isinstance(content, StandIn) else None
-    if isinstance(content, Mapping):
-        whole = next((value for value in content.values() if isinstance(value, StandIn)), None)
+def _why_empty(held: object) -> str:
+    whole = held if isinstance(held, StandIn) else None
+    if isinstance(held, Mapping):
+        whole = next((value for value in held.values() if isinstance(value, StandIn)), None)
     if whole is not None:
         return (
             f"holds a pickled object ({type(whole).__qualname__}) in place of named tensors, and loading it would run "
@@ -146,9 +153,9 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 def _sharded(path: Path) -> dict[str, Tensor]:
     """``{"weight_map": {name: file}}``: the files lie in the same folder."""
     try:
-        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        files = strict_json.parse(content(path, strict_json.MOST_BYTES), path)["weight_map"]
         names = sorted(set(files.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FormatError, KeyError, TypeError, AttributeError) as error:
         raise FormatError(
             f"{path}: is no index of weights (no 'weight_map' of names and files); download it again"
         ) from error
@@ -161,6 +168,7 @@ def _sharded(path: Path) -> dict[str, Tensor]:
 
 def _loaded(path: Path) -> object:
     """What the file holds, with stand-ins for what is not torch's."""
+    _check_members(path)
     try:
         return _load(path)
     except UnpicklingError:
@@ -176,6 +184,23 @@ def _loaded(path: Path) -> object:
         ) from error
     except _BROKEN as error:
         raise _broken(path, error) from error
+
+
+def _check_members(path: Path) -> None:
+    """torch stores: members that are compressed, or share their bytes, would take more than the file."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as error:
+        raise _broken(path, error) from error
+    unpacked, stored = sum(one.file_size for one in members), path.stat().st_size
+    if unpacked > stored + _MOST_UNPACKED:
+        raise FormatError(
+            f"{path}: would take {unpacked:,} bytes, and has {stored:,}, where torch stores tensors as they are; "
+            f"write it again: {_SAVE}"
+        )
 
 
 def _load_beside(path: Path) -> object:
@@ -199,8 +224,8 @@ def _load_beside(path: Path) -> object:
 def _load(path: Path) -> object:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns of what it then refuses
-        content: object = torch.load(path, map_location="cpu", weights_only=True)
-    return content
+        held: object = torch.load(path, map_location="cpu", weights_only=True)
+    return held
 
 
 def _broken(path: Path, error: Exception) -> FormatError:

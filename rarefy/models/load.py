@@ -30,6 +30,7 @@ from rarefy.models.pt2 import exported
 from rarefy.models.saved import saved
 from rarefy.models.source import FORMS, Form, Request, Source, by, input_shape_of
 from rarefy.models.weights import check_finite, load_weights
+from rarefy.system.failures import refusal
 from rarefy.tasks.detector import capture, found
 
 SOURCES: tuple[Form, ...] = (timm, torchvision, saved, exported, onnx, function)  # the first that knows the text
@@ -102,6 +103,9 @@ def _check_runs(source: Source, example: Tensor | tuple[Tensor, ...]) -> None:
             model(*examples)
     except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:
         shape = " and ".join(by(one.shape[1:]) for one in examples)
+        refused = refusal(error)
+        if refused is not None:
+            raise InputError(f"{source.text}: an input of {shape}: {refused}, or a smaller --input") from error
         raise CaptureError(
             f"{source.text}: does not take an input of {shape} ({first_line(error)}); "
             "pass the right --input CHANNELS,HEIGHT,WIDTH"

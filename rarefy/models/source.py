@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from rarefy.errors import InputError, MissingDependency, first_line
 from rarefy.graph.nodes import is_graph
+from rarefy.system.failures import refusal
+from rarefy.system.memory import afford
 
 FORMS = "timm:NAME, torchvision:NAME, package.module:function, a folder saved by rarefy, a .pt2 file, or an .onnx file"
 
@@ -64,6 +67,7 @@ class Source:
             raise InputError(
                 f"{self.text}: nothing says what its input looks like; pass --input, for example --input 3,224,224"
             )
+        afford(4 * batch * math.prod(chosen), f"{self.text}: an input of {by(chosen)}", "pass a smaller --input")
         return torch.randn((batch, *chosen), generator=torch.Generator().manual_seed(0))
 
 
@@ -107,6 +111,9 @@ class Request:
         except MissingDependency:
             raise
         except Exception as error:
+            refused = refusal(error)
+            if refused is not None:
+                raise InputError(f"{self.text}: {refused}") from error
             raise InputError(
                 f"{self.text}: making it failed: {type(error).__name__}: {first_line(error)}; "
                 "check the name and the options after '?'"

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from rarefy.errors import InputError
+from rarefy.graph.nodes import dtype_name
 from rarefy.models.checkpoint import entries
 from rarefy.models.source import Source, by
 
@@ -142,12 +143,16 @@ def _fit(prefix: str, given: Mapping[str, _Stored], wanted: Mapping[str, Tensor]
     taken = set(names.values())
     others = [name for name, one in given.items() if one.entry in homes and name not in taken]
     unexpected = [name for name in others if name.startswith(prefix) and not _COUNTERS.search(name)]
+    kinds = {name: why for name, there in names.items() if (why := _why_other(given[there].value, wanted[name]))}
     shapes = [
         name
         for name, there in names.items()
-        if not is_lazy(wanted[name]) and given[there].value.shape != wanted[name].shape
+        if name not in kinds and not is_lazy(wanted[name]) and given[there].value.shape != wanted[name].shape
     ]
     wrong = []
+    if kinds:
+        first, why = next(iter(kinds.items()))
+        wrong.append(f"{first} is {why}{_more(list(kinds))}")
     if shapes:
         there, here = given[names[shapes[0]]].value.shape, wanted[shapes[0]].shape
         hint = f"; pass --classes {there[0]}" if there and there[1:] == here[1:] else ""
@@ -157,6 +162,25 @@ def _fit(prefix: str, given: Mapping[str, _Stored], wanted: Mapping[str, Tensor]
     if unexpected:
         wrong.append(f"{unexpected[0].removeprefix(prefix)} is not in the model{_more(unexpected)}")
     return _Fit(prefix, names, others, wrong)
+
+
+def _why_other(given: Tensor, wanted: Tensor) -> str | None:
+    """Why a tensor of the file has no numbers that a model's can take; copying would fail, or drop a part unsaid."""
+    if given.is_nested:
+        return "a nested tensor there: give it dense"
+    if given.layout != torch.strided:
+        return f"a sparse tensor there ({given.layout}): give it dense, .to_dense()"
+    if given.device.type == "meta":
+        return "without values there (on the meta device): give weights that were loaded"
+    if given.is_quantized:
+        return "quantised there: give it as floats, .dequantize()"
+    if is_lazy(wanted) or given.dtype == wanted.dtype:
+        return None
+    floats = given.is_floating_point() and (given.dtype.itemsize > 1)
+    if wanted.is_floating_point() and not floats:
+        kind = dtype_name(given.dtype)
+        return f"{kind} there and {dtype_name(wanted.dtype)} in the model: give the weights as floats"
+    return None
 
 
 def _place(value: Tensor) -> object:

@@ -1,15 +1,26 @@
-"""Files and folders put in place whole, and the user's cache folder."""
+"""Files and folders put in place whole, strangers' files opened, and the user's cache folder.
+
+``opened`` is how a file of somebody else's is read: a picture, weights, a recipe, a shard, a model. What is no plain
+file (a named pipe, a device, a socket, a folder) is refused before it is opened, for a pipe waits for a writer and a
+device
+never ends; so is one larger than it may be. Links are followed: data folders are often made of them.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
+
+from rarefy.errors import FormatError, InputError
 
 
 @contextlib.contextmanager
@@ -95,6 +106,118 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+# ----------------------------------------------------------------------------------------------------- strangers' files
+
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFDIR: "a folder",
+}
+_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+
+
+def opened(
+    path: str | os.PathLike[str], most: int | None = None, *, kind: type[InputError] = FormatError, buffering: int = -1
+) -> BufferedReader:
+    """The file, open to be read: a plain one, of at most ``most`` bytes. Raises ``kind`` for any other; never waits."""
+    descriptor = descriptor_of(path, most, kind=kind)
+    return os.fdopen(descriptor, "rb", buffering)  # type: ignore[return-value]  # buffering is not 0
+
+
+def descriptor_of(
+    path: str | os.PathLike[str], most: int | None = None, *, kind: type[InputError] = FormatError
+) -> int:
+    """``opened`` as a file descriptor, which is the caller's to close."""
+    descriptor = -1
+    try:
+        _check_plain(os.stat(path), path, most, kind)  # before it is opened: that alone may wait, or do something
+        descriptor = os.open(path, _FLAGS)
+        _check_plain(os.fstat(descriptor), path, most, kind)  # what was opened, should it be another by now
+        return descriptor
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        raise kind(f"{os.fspath(path)!s}: can't be read ({why(error)}); give a file that can") from error
+    except InputError:
+        if descriptor >= 0:
+            os.close(descriptor)
+        raise
+
+
+def plain(path: str | os.PathLike[str], most: int | None = None, *, kind: type[InputError] = FormatError) -> str:
+    """The path, if ``opened`` would open it: for a library that opens by name. Raises ``kind``."""
+    os.close(descriptor_of(path, most, kind=kind))
+    return os.fspath(path)
+
+
+def content(path: str | os.PathLike[str], most: int, *, kind: type[InputError] = FormatError) -> bytes:
+    """All of a stranger's file, of at most ``most`` bytes. Raises ``kind``."""
+    try:
+        with opened(path, most, kind=kind) as file:
+            data = file.read(most + 1)
+    except OSError as error:
+        raise kind(f"{os.fspath(path)!s}: can't be read ({why(error)}); copy it again") from error
+    if len(data) > most:  # it grew, or is one of the system's, which have no size
+        raise kind(f"{os.fspath(path)!s}: is larger than {most:,} bytes; is it the right file?")
+    return data
+
+
+def why(error: Exception) -> str:
+    """What the system says, without the name, which stands before it."""
+    said = getattr(error, "strerror", None) or str(error)
+    return f"{said}: raise the limit with `ulimit -n`" if getattr(error, "errno", None) in _TOO_MANY else str(said)
+
+
+_TOO_MANY = (errno.EMFILE, errno.ENFILE)
+
+
+def _check_plain(
+    status: os.stat_result, path: str | os.PathLike[str], most: int | None, kind: type[InputError]
+) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        found = _KINDS.get(stat.S_IFMT(status.st_mode), "no file")
+        raise kind(f"{os.fspath(path)!s}: is {found}, not a plain file; give a file")
+    if most is not None and status.st_size > most:
+        raise kind(f"{os.fspath(path)!s}: has {status.st_size:,} bytes, {most:,} at most; is it the right file?")
+
+
+def walk(root: str | os.PathLike[str]) -> Iterator[tuple[str, list[str], list[str]]]:
+    """``os.walk`` through links to folders too, but no folder twice, and never up: (folder, folders in it, files).
+
+    A link to a folder above, or to one that was walked, would repeat what is there, or never end. Sorted by name.
+    Raises InputError where there are more than ``MOST_FOLDERS``.
+    """
+    seen = {_place(os.stat(root))}
+    above = os.path.realpath(root)
+    for count, (folder, inner, names) in enumerate(os.walk(root, followlinks=True)):
+        if count > MOST_FOLDERS:
+            raise InputError(
+                f"{os.fspath(root)!s}: has more than {MOST_FOLDERS:,} folders in it; give the one of the data"
+            )
+        kept = []
+        for name in sorted(inner):
+            path = os.path.join(folder, name)
+            with contextlib.suppress(OSError):  # a link that leads nowhere
+                place = _place(os.stat(path))
+                upward = os.path.islink(path) and _is_above(os.path.realpath(path), above)
+                if place not in seen and not upward:
+                    seen.add(place)
+                    kept.append(name)
+        inner[:] = kept
+        yield folder, inner, sorted(names)
+
+
+MOST_FOLDERS = 1_000_000
+
+
+def _place(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _is_above(one: str, other: str) -> bool:
+    return os.path.commonpath([one, other]) == one
 
 
 # ---------------------------------------------------------------------------------------------------------------- cache

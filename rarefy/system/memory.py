@@ -20,6 +20,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from rarefy.errors import InputError
+
 SLACK = 32 << 20  # bytes
 HELD = 512 << 20  # bytes of activations that a run of a model may hold at once, where it can be run in parts
 
@@ -36,7 +38,7 @@ def samples_at_once(bytes_each: int, most: int = HELD) -> int:
 
 
 def available() -> int | None:
-    """Bytes that can be had without swapping, by the system and by the control group; None where neither says."""
+    """Bytes that can be had without swapping, by system, control group and the process's limit; None: none says."""
     found = []
     with contextlib.suppress(OSError, ValueError, StopIteration):
         with open("/proc/meminfo", encoding="ascii") as file:
@@ -47,7 +49,21 @@ def available() -> int | None:
             open("/sys/fs/cgroup/memory.current", encoding="ascii") as held,
         ):
             found.append(max(0, int(most.read()) - int(held.read())))
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            with open("/proc/self/statm", "rb") as pages:
+                found.append(max(0, limit - int(pages.read().split()[0]) * _PAGE))
     return min(found) if found else None
+
+
+def afford(count: int, what: str, way_out: str) -> None:
+    """Asked before it is taken. count: bytes. Raises InputError where there are not as many free."""
+    free = available()
+    if free is not None and count > free:
+        raise InputError(f"{what}: takes {count / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; {way_out}")
 
 
 class Level:

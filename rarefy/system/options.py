@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 
 from rarefy.errors import InputError
 
+LARGEST = 2**63 - 1  # of a whole number: what torch and numpy count with
+
 
 def option(
     default: Any,
@@ -47,6 +49,8 @@ def check(options: Any, where: str) -> None:
     """Each field against its own bound. Raises InputError, which names the first that does not hold."""
     for field in dataclasses.fields(options):
         holds, value = field.metadata.get("holds"), getattr(options, field.name)
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise InputError(f"{where}{': ' if where else ''}{field.name}={str(value)[:40]} is more than {LARGEST}")
         if holds is not None and not holds(value):
             bound = field.metadata["allowed"]
             said = bound if bound.startswith("must ") else f"is not {bound}"

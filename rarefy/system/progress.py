@@ -10,6 +10,7 @@ It is drawn at most ten times a second, by the loop itself: no thread, and a few
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -19,10 +20,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from rarefy.system.text import one_line, printable
+
 T = TypeVar("T")
 
 BAR_SECONDS = 0.1
 LINE_SECONDS = 10.0
+
+
+def say(line: str) -> None:
+    """A line on stderr, as a terminal may be shown it; nobody may be listening, which stops no work."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        print(one_line(line), file=sys.stderr, flush=True)
 
 
 def track(iterable: Iterable[T], total: int | None, label: str, enabled: bool = True, *, done: int = 0) -> Track[T]:
@@ -46,7 +55,7 @@ class Track(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         if not self.enabled:
             yield from self.iterable
-        elif sys.stderr.isatty():
+        elif sys.stderr is not None and sys.stderr.isatty():
             yield from self._with_bar()
         else:
             yield from self._with_lines()
@@ -57,14 +66,14 @@ class Track(Generic[T]):
             TextColumn("<"), TimeRemainingColumn(), TextColumn("{task.fields[text]}"),
         )  # fmt: skip
         with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as progress:
-            task = progress.add_task(escape(self.label), total=self.total, completed=self.done, text="")
+            task = progress.add_task(escape(printable(self.label)), total=self.total, completed=self.done, text="")
             drawn = 0.0
             for done, item in enumerate(self.iterable, self.done + 1):
                 yield item
                 now = time.monotonic()
                 if now - drawn >= BAR_SECONDS or done == self.total:
                     drawn = now
-                    progress.update(task, completed=done, text=escape(self.text), refresh=True)
+                    progress.update(task, completed=done, text=escape(printable(self.text)), refresh=True)
 
     def _with_lines(self) -> Iterator[T]:
         begun = said = time.monotonic()
@@ -73,7 +82,7 @@ class Track(Generic[T]):
             now = time.monotonic()
             if now - said >= LINE_SECONDS:
                 said = now
-                print(self._line(done, now - begun), file=sys.stderr, flush=True)
+                say(self._line(done, now - begun))
 
     def _line(self, done: int, seconds: float) -> str:
         parts = [f"{self.label} {done}"]

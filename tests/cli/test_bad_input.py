@@ -150,7 +150,7 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "input shape that nobody says": (("pass --input",), f"prune {MODEL} --keep 0.5 {OUT}"),
     "exported program that is damaged": (("torch.export.save",), f"prune {{here}}/damaged.pt2 --keep 0.5 {OUT}"),
     "ONNX file that does not exist": (("none.onnx", "no such file"), f"prune onnx:{{here}}/none.onnx --keep 0.5 {OUT}"),
-    "ONNX file that is a folder": (("folder.onnx", "no such file"),
+    "ONNX file that is a folder": (("folder.onnx", "is a folder, not a plain file"),
                                    f"prune onnx:{{here}}/folder.onnx --keep 0.5 {OUT}"),
     "ONNX file that is none": (("is no ONNX file", "export or copy it again"),
                                f"prune {{here}}/wrong.onnx --keep 0.5 {OUT}"),

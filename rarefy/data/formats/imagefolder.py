@@ -24,6 +24,7 @@ import torch
 
 from rarefy.data.items import Items, Source, Split
 from rarefy.errors import DataError
+from rarefy.system.files import walk
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".npy")
 _JUNK = {"__MACOSX", "@eaDir", "__pycache__", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
@@ -37,7 +38,7 @@ _MOST_ENTERED = 4  # folders in folders, above those of the classes
 
 
 def read(text: str, rest: str, split: Split) -> tuple[Source, bool]:
-    given = Path(rest).expanduser()
+    given = Path(os.path.expanduser(rest))
     if not given.is_dir():
         raise DataError(
             f"{text}: {'is a file, not a folder' if given.exists() else 'no such folder'}; "
@@ -136,7 +137,7 @@ def _is_image(name: str) -> bool:
 
 def _images(root: Path) -> Iterator[str]:
     """Paths of the images at any depth, folder by folder."""
-    for folder, inner, names in os.walk(root, followlinks=True):
+    for folder, inner, names in walk(root):
         inner[:] = [name for name in inner if not _is_junk(name)]
         yield from (os.path.join(folder, name) for name in names if _is_image(name))
 

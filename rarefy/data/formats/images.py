@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from rarefy.errors import DataError
 
 
 def read(text: str, rest: str, split: Split) -> tuple[Source, bool]:
-    root = Path(rest).expanduser()
+    root = Path(os.path.expanduser(rest))
     if not root.is_dir():
         kind = "is a file, not a folder" if root.exists() else "no such folder"
         raise DataError(f"{text}: {kind}; give a folder of images")

@@ -27,6 +27,8 @@ from rarefy.models.onnx.step import Step
 from rarefy.models.onnx.table import REFUSED, ROWS
 from rarefy.models.source import FORMS, Request, Source
 from rarefy.system.dependencies import needs
+from rarefy.system.files import content, opened
+from rarefy.system.memory import afford
 
 OLDEST, NEWEST = 7, 25  # opsets whose rules the rows keep
 LENGTH = 16  # of a sequence that may have any, in an example
@@ -66,12 +68,8 @@ def read(path: str | os.PathLike[str]) -> tuple[Network, list[tuple[list[int | N
     """The file's network, and of each input the sizes without batch (None: free) and the type."""
     library = needs("onnx")
     file = Path(path)
-    if not file.is_file():
+    if not os.path.exists(file):
         raise InputError(f"{file}: no such file; give {FORMS}")
-    if file.stat().st_size > LARGEST:
-        raise FormatError(
-            f"{file}: has {file.stat().st_size / 1e9:.1f} GB, an ONNX file at most 2.1; store its weights beside it"
-        )
     model = _parsed(library, file)
     graph = model.graph
     opsets = {one.domain: one.version for one in model.opset_import}
@@ -109,8 +107,13 @@ def read(path: str | os.PathLike[str]) -> tuple[Network, list[tuple[list[int | N
 
 
 def _parsed(library: ModuleType, file: Path) -> Value:
+    size = os.stat(file).st_size
+    if size > LARGEST:
+        raise FormatError(f"{file}: has {size / 1e9:.1f} GB, an ONNX file at most 2.1; store its weights beside it")
+    afford(2 * size, str(file), "store its weights beside it")
+    data = content(file, LARGEST)
     try:
-        model = library.load_model_from_string(file.read_bytes())
+        model = library.load_model_from_string(data)
     except Exception as error:
         raise FormatError(f"{file}: is no ONNX file ({first_line(error)}); export or copy it again") from error
     if not model.opset_import or not model.graph.node or not model.graph.output:
@@ -230,7 +233,7 @@ def _beside(tensor: Value, file: Path, name: str, wanted: int) -> bytes:
     told = {one.key: one.value for one in tensor.external_data}
     folder = file.resolve().parent
     place = (folder / told.get("location", "")).resolve()
-    if folder not in place.parents or not place.is_file():
+    if folder not in place.parents or not os.path.exists(place):
         raise FormatError(
             f"{file}: the weights of {name} lie in {told.get('location')!r}, no file in its folder; put it there"
         )
@@ -240,6 +243,6 @@ def _beside(tensor: Value, file: Path, name: str, wanted: int) -> bytes:
         raise FormatError(f"{file}: {name} has a place that is no number; export it again") from error
     if length != wanted or offset < 0 or offset + length > place.stat().st_size:
         raise FormatError(f"{file}: {place.name} does not hold the {wanted} bytes of {name}; copy both files again")
-    with open(place, "rb") as content:
-        content.seek(offset)
-        return content.read(length)
+    with opened(place) as beside:
+        beside.seek(offset)
+        return beside.read(length)
