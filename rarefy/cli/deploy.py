@@ -32,6 +32,14 @@ def export(
         ),
     ] = None,
     compare: Annotated[bool, typer.Option(help="Run the file, and compare it with the model.")] = True,
+    boxes: Annotated[
+        bool,
+        typer.Option(
+            "--nms/--no-nms",
+            help="Of a detector: from pictures (uint8, of its size) to boxes, or its core alone, to raw outputs; "
+            "a certificate is of the core.",
+        ),
+    ] = True,
     certify: Annotated[
         Path | None,
         typer.Option(
@@ -62,21 +70,29 @@ def export(
     source, graph, task = prepared(model, data, needed=False)
     description.remember_source(description.remember(graph, task), source.preprocessing)
     if certify is None:
-        parity = export_.export(graph, target, runtime=chosen, compare=compare)
+        parity = export_.export(graph, target, runtime=chosen, compare=compare, boxes=boxes)
     else:
         parity = _certified(graph, target, certify, chosen, also or (), task, limit)
-    written = {"file": str(target), "size_bytes": target.stat().st_size, "parity": parity}
+    _tell(target, parity, as_json)
+
+
+def _tell(target: Path, parity: dict[str, Any], as_json: bool) -> None:
+    """What was written, and how it compares. Raises SelfCheckFailed where it answers otherwise."""
+    from rarefy.deployment.export import doubt
+
+    size = target.stat().st_size
     if as_json:
-        show_json(written)
+        show_json({"file": str(target), "size_bytes": size, "parity": parity})
     else:
+        found = [(name, value) for name, value in parity.items() if not isinstance(value, (list, dict))]
         rows = [
             ("file", target),
-            ("size", size_text(target.stat().st_size)),
-            *((name.replace("_", " "), value) for name, value in parity.items() if not isinstance(value, (list, dict))),
+            ("size", size_text(size)),
+            *((name.replace("_", " "), value) for name, value in found),
         ]
         show_table("exported", ("what", "found"), rows)
     if parity.get("passed") is False:
-        raise SelfCheckFailed(f"{target}: {export_.doubt(parity, 'inputs')}")
+        raise SelfCheckFailed(f"{target}: {doubt(parity, 'inputs')}")
 
 
 def _certified(
@@ -87,7 +103,7 @@ def _certified(
     from rarefy.deployment import export as export_
     from rarefy.evaluation import certify as certify_
 
-    export_.export(graph, target, runtime=runtime, compare=False)
+    export_.export(graph, target, runtime=runtime, compare=False, boxes=False)
     inputs = None if task is None else next(iter(task.data.inputs("val", 64, 64, seed=0)))
     facts = certify_.certify(graph, target, runtime=runtime, also=also, inputs=inputs, task=task, limit=limit)
     certificate.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -22,6 +22,7 @@ resized to ``size``.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import json
 from collections.abc import Mapping, Sequence
@@ -38,15 +39,16 @@ from rarefy.deployment.runtime import Inputs
 from rarefy.errors import DataError
 from rarefy.graph.nodes import Value, device_of, is_graph
 from rarefy.graph.signature import input_names, last_operators, output_names
+from rarefy.kernels.detections import OPERATOR as DETECTIONS
 from rarefy.system.files import replacing
 from rarefy.tasks import reading
-from rarefy.tasks.detector import capture
+from rarefy.tasks.detector import capture, detector_of
 from rarefy.tasks.task import Task
 
 KEY = "rarefy"  # of the JSON in a file's metadata
 PROGRAM, MARK = "predict.py", b"Written by rarefy"
 PREPROCESSING = {"channels", "size", "crop", "interpolation", "range", "mean", "std"}
-_TEMPLATE = Path(__file__).with_name("predict.txt")
+_TEMPLATE, _BOXES = (Path(__file__).with_name(name) for name in ("predict.txt", "predict_boxes.txt"))
 
 
 def remember(graph: fx.GraphModule, task: Task | None) -> fx.GraphModule:
@@ -142,7 +144,19 @@ def of(graph: fx.GraphModule) -> dict[str, Value]:
     about["answer"] = _answer(about["outputs"], told.get("output") if isinstance(told, Mapping) else None)
     makers = dict(zip(about["outputs"], tree_leaves(last_operators(graph)), strict=False))
     about["answer_ends_in"] = reading.ending(str(makers.get(about["answer"], "")), None) or "logits"
+    family = detector_of(graph)
+    if family is not None:
+        about["detector"] = str(graph.meta["detector"])
+        if is_whole(graph):
+            about |= {"feed": {**dataclasses.asdict(family.feed)}, "answer_ends_in": "boxes"}
+            about.pop("preprocessing", None)
     return about
+
+
+def is_whole(graph: fx.GraphModule) -> bool:
+    """Does the graph take pictures as they are, and tell what was found (``pictures.with_boxes``)?"""
+    (output,) = graph.graph.find_nodes(op="output")
+    return [one.target for one in tree_leaves(output.args[0]) if isinstance(one, fx.Node)] == [DETECTIONS]
 
 
 def _answer(names: Sequence[str], asked: object) -> str:
@@ -174,6 +188,8 @@ def program_for(graph: fx.GraphModule, file: str) -> str | None:
     None where the model takes something else than one picture, or nobody said how it is prepared.
     """
     told = of(graph)
+    if "feed" in told:
+        return _BOXES.read_text(encoding="utf-8").replace('"MODEL"', json.dumps(file))
     known = told.get("preprocessing")
     pictures = isinstance(known, Mapping) and known.keys() >= PREPROCESSING and known["channels"] in ("L", "RGB")
     if not pictures or len(told["inputs"]) != 1:

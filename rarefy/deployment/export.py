@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from rarefy import plugins
-from rarefy.deployment import description
+from rarefy.deployment import description, pictures
 from rarefy.deployment.runtime import Inputs, Runtime, several
 from rarefy.errors import FormatError, InputError, MissingDependency
 from rarefy.graph.capture.batches import Arranger
 from rarefy.graph.nodes import dtype_name, example_inputs
 from rarefy.system.files import replacing
-from rarefy.tasks.detector import capture
+from rarefy.tasks.detector import capture, detector_of
 from rarefy.tasks.task import Task
 
 
@@ -34,6 +34,7 @@ def export(
     inputs: Inputs | None = None,
     task: Task | None = None,
     compare: bool = True,
+    boxes: bool = True,
 ) -> dict[str, Any]:
     """Write ``model`` for ``runtime`` to ``path``, and say how its answers differ from the model's.
 
@@ -47,6 +48,8 @@ def export(
         and what is compared on (else random numbers).
     task: what the model is for; None: what it was made for by the step that made it.
     compare: False returns an empty dictionary.
+    boxes: a detector's file takes pictures (N, H, W, 3) uint8 of its size and tells what was found (``pictures``);
+        False: it is its core's, from normalised inputs to raw outputs.
 
     Returns a ``rarefy.deployment.runtime.Parity``; warns where it did not pass. Raises InputError for a layer the
     runtime can't run, and for a name that belongs to another runtime.
@@ -59,6 +62,10 @@ def export(
         raise InputError(
             f"export: {len(given)} inputs are given, the model takes {len(graph.meta['inputs'])}; pass all"
         )
+    family = detector_of(graph) if boxes else None
+    if family is not None:
+        given = (pictures.pictures_of(given[0], family.feed),)
+        graph = pictures.with_boxes(graph, family)
     with _placed(target) as partial, _told(graph, target, partial, chosen):
         chosen.export(graph, partial)
         parity = dict(chosen.compare(graph, partial, given)) if compare else {}

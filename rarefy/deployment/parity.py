@@ -1,7 +1,8 @@
 """Parity: do the graph in PyTorch and the file in its runtime give the same answers, and where do they first differ?
 
 Each value that the model rounds is read out of the runtime and compared in codes. The simulation goes on from the
-runtime's codes after each of them, so that a difference is that of one layer, and not of all before it.
+runtime's codes after each of them, so that a difference is that of one layer, and not of all before it. Boxes that were
+found are compared as such (``pictures.same_boxes``); of their scores the largest difference is told.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
+from rarefy.data.boxes.boxes import SCORE
+from rarefy.deployment.description import is_whole
 from rarefy.deployment.onnx.writer import Message
+from rarefy.deployment.pictures import same_boxes
 from rarefy.deployment.runtime import Difference, Inputs, Parity, Runtime, Session, several
 from rarefy.errors import FormatError
 from rarefy.graph.interpreter import call, run
@@ -104,16 +108,19 @@ def against(
     samples = len(given[0])
     codes = coded(graph)
     tally = {name: Tally() for name in shared}
-    same = 0
-    largest = 0.0
+    same, largest, finds = 0, 0.0, is_whole(graph)
     for part in zip(*(one.split(batch) for one in given), strict=True):
         theirs, values = read(*part)
         with torch.no_grad():
             ours = [value for value in tree_leaves(graph(*part)) if isinstance(value, Tensor)]
             _follow(graph, part, {codes[name]: value for name, value in values.items()}, tally)
         pairs = list(zip(ours, theirs, strict=True))
+        if finds:
+            same += int(same_boxes(*pairs[0]).sum())
+            pairs = [(one[..., SCORE], other[..., SCORE]) for one, other in pairs]
+        else:
+            same += int(torch.stack([_agree(one, other, len(ours) > 1) for one, other in pairs]).all(0).sum())
         largest = max(largest, *(float((one - other).abs().max()) for one, other in pairs))
-        same += int(torch.stack([_agree(one, other, len(ours) > 1) for one, other in pairs]).all(0).sum())
     layers: list[Difference] = [
         {"name": _layer(node), "value": name, "difference": tally[name].largest, "share": tally[name].share}
         for name, node in codes.items()

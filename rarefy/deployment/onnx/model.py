@@ -18,7 +18,17 @@ import torch
 from torch import Tensor, fx
 
 import rarefy.kernels  # noqa: F401  registers torch.ops.rarefy
-from rarefy.deployment.onnx import arithmetic, indexing, layers, pooling, quantized, recurrent, reductions, shapes
+from rarefy.deployment.onnx import (
+    arithmetic,
+    detection,
+    indexing,
+    layers,
+    pooling,
+    quantized,
+    recurrent,
+    reductions,
+    shapes,
+)  # fmt: skip
 from rarefy.deployment.onnx.writer import BATCHES, Message, Untranslated, Writer
 from rarefy.graph.nodes import arguments, attribute, is_tensor
 from rarefy.graph.signature import input_names
@@ -27,7 +37,7 @@ from rarefy.graph.signature import returned as returned_by
 OPSET, IR_VERSION = 20, 10
 OPSET_OF_4_BITS = 21  # INT4, UINT4, and scales of blocks
 
-FAMILIES = (arithmetic, quantized, layers, recurrent, pooling, reductions, shapes, indexing)
+FAMILIES = (arithmetic, quantized, layers, recurrent, pooling, reductions, shapes, indexing, detection)
 
 
 def operators(names: str) -> Iterator[object]:
