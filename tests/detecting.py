@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 
 
@@ -85,3 +88,45 @@ class SoftmaxHead(nn.Module):
         level = self.pyramid(x)[1]
         found, box, kind = (branch(level) for branch in self.branches)
         return torch.cat([found.sigmoid(), box, kind.softmax(1)], 1)
+
+
+class Backbone(nn.Module):
+    """A pyramid as torchvision's detectors take it."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.out_channels = width
+        self.pyramid = Pyramid(width)
+
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        return OrderedDict((str(place), level) for place, level in enumerate(self.pyramid(x)))
+
+
+def torchvision_detector(name: str, classes: int = 3) -> nn.Module:
+    """Of torchvision's class: labels 1 to ``classes``, heads that say something, pictures of 96 to 128 pixels."""
+    tv = torchvision.models.detection
+    sizes = {"min_size": 96, "max_size": 128}
+    three = (((16,), (32,), (64,)), ((0.5, 1.0, 2.0),) * 3)
+    anchors = tv.anchor_utils.AnchorGenerator
+    if name == "ssd":
+        boxes = tv.anchor_utils.DefaultBoxGenerator([[2], [2, 3], [2]], steps=[8, 16, 32])
+        head = tv.ssd.SSDHead([8] * 3, boxes.num_anchors_per_location(), classes + 1)
+        model = tv.ssd.SSD(Backbone(), boxes, (96, 64), classes + 1, head=head)
+    elif name == "retinanet":
+        model = tv.RetinaNet(Backbone(), classes + 1, anchor_generator=anchors(*three), **sizes)
+    elif name == "fcos":
+        generator = anchors(((8,), (16,), (32,)), ((1.0,),) * 3)
+        model = tv.FCOS(Backbone(64), classes + 1, anchor_generator=generator, **sizes)
+    else:
+        crops = torchvision.ops.MultiScaleRoIAlign(["0", "1", "2"], 3, 2)
+        model = tv.FasterRCNN(
+            Backbone(), rpn_anchor_generator=anchors(*three), box_roi_pool=crops,
+            box_head=tv.faster_rcnn.TwoMLPHead(8 * 9, 16),
+            box_predictor=tv.faster_rcnn.FastRCNNPredictor(16, classes + 1), **sizes,
+        )  # fmt: skip
+    for part, value in model.named_parameters():
+        if "head" in part and value.dim() == 4:
+            nn.init.kaiming_normal_(value)
+        elif part.endswith("cls_logits.bias"):
+            nn.init.zeros_(value)
+    return model.eval()

@@ -32,6 +32,13 @@ def check_options(classes: int, size: Sequence[int], strides: Sequence[int]) -> 
         raise ValueError(f"size={tuple(size)} and strides={tuple(strides)} make more than {MOST_PLACES:,} places")
 
 
+def check_grids(grids: Sequence[Sequence[int]], anchors: Sequence[int]) -> None:
+    """Raises ValueError for more places than any detector has, or other numbers of grids. anchors: of a place, each."""
+    good = len(grids) == len(anchors) <= 16 and all(len(one) == 2 and min(one) >= 1 for one in grids)
+    if not good or sum(one[0] * one[1] * count for one, count in zip(grids, anchors, strict=False)) > MOST_PLACES:
+        raise ValueError(f"grids {tuple(map(tuple, grids))} with {tuple(anchors)} boxes a place are no detector's")
+
+
 def grids(size: Size, strides: Sequence[int]) -> list[Size]:
     """(rows, columns) of each."""
     height, width = size

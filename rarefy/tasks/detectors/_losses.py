@@ -30,6 +30,13 @@ def quality_focal(probability: Tensor, quality: Tensor, power: float = 2.0) -> T
     return (quality - probability).abs().pow(power) * cross_entropy(probability, quality)
 
 
+def focal(logits: Tensor, target: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+    """Focal loss (1708.02002) of each logit; target: 0 or 1."""
+    wrong = torch.where(target > 0.5, 1 - logits.sigmoid(), logits.sigmoid())
+    entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    return torch.where(target > 0.5, alpha, 1 - alpha) * wrong.pow(gamma) * entropy
+
+
 def distribution_focal(bins: Tensor, distance: Tensor) -> Tensor:
     """Cross-entropy of logits (..., n) with the two whole numbers beside a distance (...,) (2006.04388, eq. 6)."""
     last = bins.shape[-1] - 1
@@ -46,5 +53,10 @@ def logit(probability: Tensor) -> Tensor:
 
 def pairs(probability: Tensor) -> Tensor:
     """(probabilities, 2): logits of no and yes, so that a softmax of the two is the sigmoid's."""
-    yes = logit(probability).reshape(-1)
+    return pairs_of(logit(probability))
+
+
+def pairs_of(logits: Tensor) -> Tensor:
+    """The same of logits."""
+    yes = logits.reshape(-1)
     return torch.stack([torch.zeros_like(yes), yes], 1)
