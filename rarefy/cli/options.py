@@ -65,7 +65,7 @@ class DataOptions:
         str,
         typer.Option(
             metavar="NAME",
-            help="What the model is for: classification, or a task of yours, package.module:Class.",
+            help="What the model is for: classification, detection, or a task of yours, package.module:Class.",
             rich_help_panel=_DATA,
         ),
     ] = "classification"
@@ -74,7 +74,8 @@ class DataOptions:
         typer.Option(
             metavar="SOURCE",
             help="Training and validation data of one source: imagefolder:PATH, tar:PATH, parquet:PATH, "
-            "torchvision:NAME?root=PATH, sklearn:digits, package.module:function.",
+            "torchvision:NAME?root=PATH, sklearn:digits, package.module:function; with boxes coco:IMAGES?annotations=FILE, "
+            "yolo:data.yaml, voc:FOLDER.",
             rich_help_panel=_DATA,
         ),
     ] = None
@@ -113,9 +114,21 @@ class DataOptions:
             metavar="NAME", help="The output that the task reads, of several; default: logits.", rich_help_panel=_DATA
         ),
     ] = None
+    detector: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The family of the detector, where it is not found by the model; see `rarefy list detectors`.",
+            rich_help_panel=_DATA,
+        ),
+    ] = None
     augment: Annotated[
         str | None,
-        typer.Option(metavar="LIST", help="What varies training images: crop,flip or none.", rich_help_panel=_DATA),
+        typer.Option(
+            metavar="LIST",
+            help="What varies training images: crop,flip or none; with boxes flip,scale=0.5,crop,photometric,mosaic.",
+            rich_help_panel=_DATA,
+        ),
     ] = None
     interpolation: Annotated[
         str | None, typer.Option(metavar="NAME", help="nearest, bilinear or bicubic.", rich_help_panel=_DATA)
@@ -147,6 +160,7 @@ class DataOptions:
             std=numbers(self.std, "--std"),
             crop=self.crop,
             output=self.read,
+            detector=self.detector,
             augment=self.augment,
             interpolation=self.interpolation,
             workers=self.workers,

@@ -53,7 +53,7 @@ from rarefy.models import fitting
 from rarefy.reports import report as report_module
 from rarefy.reports.facts import Facts, status
 from rarefy.tasks.detector import capture
-from rarefy.tasks.task import Task
+from rarefy.tasks.task import Task, settled
 
 CORRUPTIONS = ("gaussian_noise", "impulse_noise", "gaussian_blur", "brightness", "contrast", "jpeg", "fog", "pixelate")
 CORRUPTION_KINDS = 6  # the first so many of these that the images' channels allow
@@ -135,6 +135,7 @@ def compress(
         raise InputError("compress: the task has no validation data, without which no drop can be measured; pass val=")
     if inputs is None and not is_graph(model):  # size and channels that nobody gave, as the model takes them
         task = fitting.fit_module(model, task)
+    task = settled(task, model)
     example = inputs if inputs is not None else torch.zeros(2, *task.data.input_shape)
     original = description.remember(without_clocks(capture(model, example)).eval(), task)
     listed = steps if steps is not None else usual_steps(budget, measure.weight_bytes(original), task)

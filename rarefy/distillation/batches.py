@@ -19,7 +19,6 @@ from rarefy.distillation.options import Training
 from rarefy.errors import InputError
 from rarefy.graph.nodes import is_graph
 from rarefy.graph.shapes import activation_bytes
-from rarefy.graph.signature import last_operators
 from rarefy.system.memory import available, samples_at_once
 from rarefy.tasks.metric import shown, worth
 from rarefy.tasks.task import Task, fitted
@@ -106,7 +105,7 @@ class Validation:
             return value
         if data.val is None:
             return None
-        metric = fitted(self.task, last_operators(model)).metric()
+        metric = fitted(self.task, model).metric()
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
             for inputs, targets in data.batches("val", self.batches.training.batch_size, device=device):
                 metric.add(shared_out(model, self.batches.laid_out(inputs), self.accelerator), targets)

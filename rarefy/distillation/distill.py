@@ -30,7 +30,7 @@ from rarefy.graph.shapes import output_shapes
 from rarefy.graph.signature import refusal
 from rarefy.kernels import is_quantised
 from rarefy.tasks.detector import capture
-from rarefy.tasks.task import Task
+from rarefy.tasks.task import Task, settled
 
 
 def distill(
@@ -111,6 +111,8 @@ def _trained(
         raise InputError(
             f"{verb}: patience={training.patience} needs a val split to look at, or validate=; pass patience=0"
         )
+    for one in (student, *(one for _, one in teachers_of(teacher))):
+        task = settled(task, one)
     teachers = [(share, _graph(one, task, "teacher")) for share, one in teachers_of(teacher)]
     if not isinstance(student, nn.Module):
         if not teachers:

@@ -32,7 +32,6 @@ from rarefy.distillation.teachers import frozen
 from rarefy.errors import InputError, RarefyError
 from rarefy.graph.features import Tap, matched, tapped
 from rarefy.graph.nodes import argument, device_of, set_argument
-from rarefy.graph.signature import last_operators
 from rarefy.tasks.task import Task, fitted, logits
 
 aten = torch.ops.aten
@@ -161,8 +160,8 @@ class Objective(nn.Module):
         self.teachers = nn.ModuleList(
             frozen(tapped(teacher, taps), bf16) for (_, teacher), taps in zip(teachers, theirs)
         )
-        self.task, self.bf16, self.apart = fitted(task, last_operators(student)), bf16, training.dot > 0
-        self.of_teachers = [fitted(task, last_operators(teacher)) for _, teacher in teachers]
+        self.task, self.bf16, self.apart = fitted(task, student), bf16, training.dot > 0
+        self.of_teachers = [fitted(task, teacher) for _, teacher in teachers]
         self.hard_weight, self.label_smoothing = training.hard_weight, training.label_smoothing
         self.strength: Tensor | None
         self.register_buffer(

@@ -30,8 +30,7 @@ from rarefy.errors import InputError
 from rarefy.evaluation.evaluate import Model, evaluate
 from rarefy.evaluation.evaluation import Evaluation
 from rarefy.graph.nodes import example_inputs
-from rarefy.graph.signature import last_operators
-from rarefy.tasks.task import Task, fitted
+from rarefy.tasks.task import Task, fitted, settled
 
 METRIC = 0.005  # of all samples: what the least agreement allows; of a metric that is no share, of its value
 
@@ -70,7 +69,7 @@ def certify(
     if task is None:
         return certificate
     models: dict[str, Model] = {"simulation": graph, **{name: reader.open(path) for name, reader in readers.items()}}
-    known = fitted(task, last_operators(graph))  # of a file nobody says what it ends in
+    known = fitted(settled(task, graph), graph)  # of a file nobody says what it ends in
     judged = {name: evaluate(model, known, limit=limit, progress=progress) for name, model in models.items()}
     metric = {
         name: {"value": one.value, "interval": list(one.interval), "samples": one.samples}

@@ -27,11 +27,11 @@ from rarefy.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt, fits
 from rarefy.evaluation.evaluation import Evaluation, evaluation_of
 from rarefy.graph.nodes import device_of, is_graph
 from rarefy.graph.shapes import activation_bytes
-from rarefy.graph.signature import Makers, last_operators, plain
+from rarefy.graph.signature import Makers, plain
 from rarefy.system.memory import samples_at_once
 from rarefy.system.progress import track
 from rarefy.tasks.metric import Metric, OutputError, Outputs, Targets
-from rarefy.tasks.task import Data, Task, fitted
+from rarefy.tasks.task import Data, Task, fitted, settled
 
 Model = nn.Module | Callable[[Tensor], Outputs]
 
@@ -61,6 +61,7 @@ def evaluate(
     Raises DataError where model and data do not fit, InputError for unknown corruptions.
     """
     began = time.perf_counter()
+    task = settled(settled(task, model), reference)
     kinds = _corruptions(corruptions, severities, task)
     with contextlib.ExitStack() as stack:
         runners = [stack.enter_context(_runner(one, task, device)) for one in (model, reference) if one is not None]
@@ -110,7 +111,7 @@ class _Runner:
     def __init__(self, model: Model, task: Task, device: torch.device):
         self.model, self.task, self.device = model, task, device
         if isinstance(model, nn.Module) and is_graph(model):
-            self.task = fitted(task, last_operators(model))
+            self.task = fitted(task, model)
         self.metric = self.task.metric()
         self.corrupted: dict[tuple[str, int], Metric] = {}
         self.at_once: int | None = None  # images a run, where that is known
@@ -139,7 +140,7 @@ class _Runner:
         """The first batch shows what the model ends in."""
         with Makers() as makers:
             outputs = self.model(inputs)
-        self.task = fitted(self.task, makers.of(plain(outputs)))
+        self.task = fitted(self.task, self.model, makers.of(plain(outputs)))
         self.metric = self.task.metric()
         return outputs
 

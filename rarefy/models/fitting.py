@@ -28,9 +28,10 @@ from rarefy.data.normalization import IMAGENET_MEAN, IMAGENET_STD, Normalization
 from rarefy.data.preparation import SIZE
 from rarefy.errors import DataError, InputError
 from rarefy.graph.nodes import is_graph
+from rarefy.models.load import graph_of
 from rarefy.models.source import Source, by
 from rarefy.tasks.classification import Classification
-from rarefy.tasks.task import Task
+from rarefy.tasks.task import Settling, Task, settled
 
 _SIZES = (28, 32, 64, 96, 128, 160, 192, 224, 256, 299, 384)  # that networks are made for
 _TRIED, _TRIED_LARGE = 256, 64  # images that a normalisation is tried on; of more than 64x64 pixels
@@ -67,6 +68,12 @@ def fit(source: Source, task: Task, given: Collection[str]) -> Fitted:
     Raises InputError where the size of pictures can't be known.
     """
     fields: set[str] = {field.name for field in dataclasses.fields(task)} if dataclasses.is_dataclass(task) else set()
+    kind = settled(task, source.model)
+    if kind is task and isinstance(task, Settling) and source.shape is not None and not is_graph(source.model):
+        kind = settled(task, graph_of(source))  # of a file its graph says it
+    if kind is not task:
+        own = {name: getattr(kind, name) for name in fields if getattr(kind, name) != getattr(task, name)}
+        return Fitted(kind, own, dict.fromkeys(own, "the model's"))
     data = task.data
     if not isinstance(data, ImageData) or not {"size", "channels", "crop"} <= fields:
         return Fitted(task, {}, {})
@@ -109,6 +116,10 @@ def told(fitted: Fitted) -> str | None:
     data = fitted.task.data
     if not isinstance(data, ImageData):
         return None
+    if data.shaping is not None:
+        about = data.shaping.describe()
+        said = ", ".join(f"{name} {value}" for name, value in about.items() if name != "augment")
+        return "; ".join([f"images of {by(data.input_shape)}", said, *_named(fitted.task), *data.notes])
     prepared, normal, why = data.preparation, data.normalization, fitted.why
     own = {"given": "as asked", "the images": "the images' own", "usual": "usual"}
     parts = [f"images of {by(prepared.shape)} (size {why.get('size', own[prepared.size_of])}"]
@@ -119,11 +130,16 @@ def told(fitted: Fitted) -> str | None:
         parts += [f"{whole}{fits}", data.interpolation]
     mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (normal.mean, normal.std))
     parts.append(f"minus {mean}, over {std} ({why.get('mean', 'usual')})")
-    names = getattr(fitted.task, "class_names", None)
-    if names:
-        more = f", ... {names[-1]}" if len(names) > 6 else ""
-        parts.append(f"{len(names)} classes: {', '.join(names[:5] if more else names)}{more}")
-    return "; ".join([*parts, *data.notes])
+    return "; ".join([*parts, *_named(fitted.task), *data.notes])
+
+
+def _named(task: Task) -> list[str]:
+    """The classes in words, where they have names."""
+    names = getattr(task, "class_names", None)
+    if not names:
+        return []
+    more = f", ... {names[-1]}" if len(names) > 6 else ""
+    return [f"{len(names)} classes: {', '.join(names[:5] if more else names)}{more}"]
 
 
 def _changed(task: Fitting, options: Mapping[str, object]) -> Fitting:

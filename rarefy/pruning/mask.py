@@ -31,7 +31,7 @@ from rarefy.graph import history
 from rarefy.graph.nodes import argument, operator_name
 from rarefy.pruning.options import MaskOptions, Pattern
 from rarefy.tasks.detector import capture
-from rarefy.tasks.task import Task
+from rarefy.tasks.task import Task, settled
 
 
 class Saliency(Protocol):
@@ -74,6 +74,7 @@ def mask(
     The record in the history says how many zeros there are, and in which layers. Weights that were zero come first.
     Raises InputError for a sparsity that is none, or a model without weights to mask.
     """
+    task = settled(task, model)
     options = MaskOptions(sparsity, criterion, scope, ignore, task, seed)
     rule: Saliency = plugins.resolve("saliency", criterion)
     graph = remember(capture(graph_for(model, inputs, task)), task)

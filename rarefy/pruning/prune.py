@@ -39,7 +39,7 @@ from rarefy.pruning.self_check.equivalence import Difference
 from rarefy.pruning.self_check.equivalence import check as self_check
 from rarefy.reports.pruned import warning
 from rarefy.system.memory import release
-from rarefy.tasks.task import Task
+from rarefy.tasks.task import Task, settled
 
 
 def prune(
@@ -92,6 +92,7 @@ def prune(
     why; where less than a fifth of what should leave did, the logger "rarefy" warns.
     Raises InputError for a target that is malformed or out of reach; SelfCheckFailed if the check fails.
     """
+    task = settled(task, model)
     options = Options(
         keep=keep, macs=macs, params=params, speedup=speedup, criterion=criterion, ranking=ranking, round_to=round_to,
         floor=floor, ignore=ignore, heads=heads, select=select, schedule=schedule, task=task, seed=seed, check=check,

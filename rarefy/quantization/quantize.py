@@ -53,7 +53,7 @@ from rarefy.quantization.transforms import equalize as equalization
 from rarefy.system.memory import release
 from rarefy.system.progress import track
 from rarefy.tasks.detector import capture
-from rarefy.tasks.task import Task
+from rarefy.tasks.task import Task, settled
 
 EQUALIZED = 16  # images that tell how large a stream's channels get
 SENSED = 128  # images, at most, that tell what noise of each value costs
@@ -113,6 +113,7 @@ def quantize(
         correct_bias, smooth, gate, seed, progress,
     )  # fmt: skip
     choices = Choices.of(options)
+    task = settled(task, model)
     return remember(_quantized(graph_for(model, inputs, task), task, inputs, batches, choices), task)
 
 

@@ -12,6 +12,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -84,7 +85,7 @@ class Classification:
         targets = ClassIndices(options.pop("class_count"))
         return ImageData(**options, targets=targets, task=self.name)
 
-    def fitted(self, makers: Outputs) -> Self:
+    def fitted(self, makers: Outputs, meta: Mapping[str, object] | None = None) -> Self:
         """The same task, that knows what such a model ends in."""
         ends_in = reading.ending(makers, self.output)
         self._told(ends_in)

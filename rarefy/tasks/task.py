@@ -8,14 +8,18 @@ images whose targets are numbers is a class of a few lines around ``rarefy.data.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol, TypeVar, cast, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 
 from rarefy.data.items import Split
+from rarefy.graph.nodes import is_graph
+from rarefy.graph.signature import last_operators
 from rarefy.tasks.metric import Metric, Outputs, Targets
+
+Given = TypeVar("Given")
 
 
 class Data(Protocol):
@@ -131,10 +135,10 @@ class Task(Protocol):
 class Reader(Protocol):
     """A task that reads outputs of several kinds: one of several by name, logits or probabilities."""
 
-    def fitted(self, makers: Outputs) -> Task:
+    def fitted(self, makers: Outputs, meta: Mapping[str, object]) -> Task:
         """The task for one model. makers: its outputs, with the name of the operator that makes each in its place.
 
-        ("softmax", "linear"; "" where nobody knows.)
+        ("softmax", "linear"; "" where nobody knows.) meta: what its graph says of itself; nothing, where it is none.
         """
         ...
 
@@ -143,9 +147,31 @@ class Reader(Protocol):
         ...
 
 
-def fitted(task: Task, makers: Outputs) -> Task:
-    """The task for a model whose outputs are made so: who runs one through a loss or a metric asks for this first."""
-    return task.fitted(makers) if isinstance(task, Reader) else task
+@runtime_checkable
+class Settling(Protocol):
+    """A task whose images go into the model as the model's kind says, where the task leaves that open."""
+
+    def settled(self, model: nn.Module) -> Task: ...
+
+
+def settled(task: Given, model: object) -> Given:
+    """The task whose images a module takes: who hands the data on to the steps asks for this first."""
+    if not isinstance(task, Settling) or not isinstance(model, nn.Module):
+        return task
+    return cast(Given, task.settled(model))
+
+
+def fitted(task: Task, model: object, makers: Outputs | None = None) -> Task:
+    """The task for a model: who runs one through a loss or a metric asks for this first.
+
+    makers: as ``Reader.fitted`` takes them, where the model is no graph, which says it itself.
+    """
+    if not isinstance(task, Reader):
+        return task
+    graph = model if isinstance(model, fx.GraphModule) and is_graph(model) else None
+    if makers is None:
+        makers = "" if graph is None else last_operators(graph)
+    return task.fitted(makers, {} if graph is None else graph.meta)
 
 
 def logits(task: Task, outputs: Outputs) -> Outputs:

@@ -102,7 +102,7 @@ def test_the_text_names_the_worst_class_and_the_difference_what_lost_most() -> N
     good, bad = (
         judged(found([[*BOX, 0, 0.9], [100, 100, 150, 150, kind, 0.8]]), wanted) for kind in (1, 2)
     )  # fmt: skip
-    assert "AP 50.00%" in bad.text() and "worst class dog 0.0% of 1 boxes" in bad.text()
+    assert "AP 50.00%" in bad.text() and "worst class dog 0.0% of 1 images" in bad.text()
     drop = bad.paired(good)
     assert drop.value == 0.5 and drop.to_json()["worst_class"] == {
         "index": 1,

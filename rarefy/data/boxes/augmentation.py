@@ -27,11 +27,12 @@ import torch
 from torch import Tensor
 
 from rarefy.data.boxes.boxes import AREA, BOTTOM, area
-from rarefy.data.boxes.placement import Feed, placed
+from rarefy.data.boxes.placement import Feed, filled, placed
 from rarefy.errors import DataError
 from rarefy.system.dependencies import needs
 
 _SEEN = 0.1  # of a box: less is none
+Fill = float | tuple[float, float, float]
 Another = Callable[[np.random.Generator], tuple[Tensor, Tensor]]  # a picture of the same source, and its boxes
 
 
@@ -136,10 +137,10 @@ def _window(size: tuple[int, int], least: float, draw: np.random.Generator) -> t
     return left, top, width, height
 
 
-def _cut(picture: Tensor, boxes: Tensor, window: tuple[int, int, int, int], fill: float) -> tuple[Tensor, Tensor]:
+def _cut(picture: Tensor, boxes: Tensor, window: tuple[int, int, int, int], fill: Fill) -> tuple[Tensor, Tensor]:
     """What the window (left, top, width, height) shows; outside of the picture it is filled."""
     left, top, width, height = window
-    made = picture.new_full((picture.shape[0], height, width), fill if picture.dtype == torch.uint8 else fill / 255)
+    made = filled(picture, (height, width), fill)
     first_x, first_y = max(0, left), max(0, top)
     seen = picture[:, first_y : max(first_y, top + height), first_x : max(first_x, left + width)]
     made[:, first_y - top :, first_x - left :][:, : seen.shape[1], : seen.shape[2]] = seen

@@ -24,16 +24,26 @@ from rarefy.data.decoding import Decoded, Decoding, Key, decoded_item, opened
 from rarefy.data.items import Items, Picture
 from rarefy.data.normalization import Normalization
 from rarefy.data.targets import Target
+from rarefy.errors import DataError
 
 _WIDTH = 7  # and height: of a row of ``scenes.py``
 
 
 @dataclass(frozen=True)
 class BoxShaping:
-    """feed: what the detector takes. variation: of training pictures."""
+    """given: what the detector takes; None: nobody knows yet. variation: of training pictures."""
 
-    feed: Feed
+    given: Feed | None
     variation: Variation
+
+    @property
+    def feed(self) -> Feed:
+        if self.given is None:
+            raise DataError(
+                "detection: how pictures are fed is known of no model yet, or of none of this one's family; pass the "
+                "model, or name its family: detector=NAME (--detector), see rarefy list detectors"
+            )
+        return self.given
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -54,7 +64,7 @@ class BoxShaping:
         feed = self.feed
         return {
             "resize": feed.resize,
-            "fill": feed.fill,
+            "fill": list(feed.fill) if isinstance(feed.fill, tuple) else feed.fill,
             "centred": feed.centred,
             "antialias": feed.antialias,
             "channels": feed.channels,

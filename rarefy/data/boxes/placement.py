@@ -25,13 +25,13 @@ class Feed:
     """How a picture becomes a core's input.
 
     size: (H, W) of the input. resize: "stretch" to it, or "letterbox": as large as fits, the sides kept in proportion,
-    the rest filled with ``fill`` (0 to 255). centred: the picture in the middle; else at the top left. channels: their
+    the rest filled with ``fill`` (0 to 255; one value, or of red, green, blue). centred: the picture in the middle; else at the top left. channels: their
     order. mean, std: of channels in that order, of values 0 to 1. antialias: of the resizing.
     """
 
     size: tuple[int, int]
     resize: Resize = "stretch"
-    fill: float = 0.0
+    fill: float | tuple[float, float, float] = 0.0
     centred: bool = False
     channels: Literal["rgb", "bgr"] = "rgb"
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -102,7 +102,14 @@ def placed(picture: Tensor, feed: Feed) -> tuple[Tensor, Placement]:
         small = small.round().clamp(0, 255).to(torch.uint8) if picture.dtype == torch.uint8 else small
     if (where.height, where.width) == feed.size:
         return small, where
-    fill = feed.fill if picture.dtype == torch.uint8 else feed.fill / 255
-    canvas = picture.new_full((picture.shape[0], *feed.size), fill)
+    canvas = filled(picture, feed.size, feed.fill)
     canvas[:, where.top : where.top + where.height, where.left : where.left + where.width] = small
     return canvas, where
+
+
+def filled(like: Tensor, size: tuple[int, int], fill: float | tuple[float, float, float]) -> Tensor:
+    """(C, H, W) of one colour, for pictures like that one. fill: 0 to 255."""
+    scale = 1 if like.dtype == torch.uint8 else 255
+    colour = torch.tensor(fill, dtype=torch.float32).reshape(-1, 1, 1) / scale
+    colour = colour.round() if like.dtype == torch.uint8 else colour
+    return colour.to(like.dtype).expand(like.shape[0], *size).clone()

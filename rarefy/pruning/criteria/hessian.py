@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from rarefy.graph.signature import last_operators
 from rarefy.pruning.criteria._options import check_counts, check_reduce
 from rarefy.pruning.criteria._reads import batches_of, check_reads, needed, reads, sensitivities
 from rarefy.pruning.groups.groups import Coupling
@@ -55,7 +54,7 @@ class Hessian:
         return self._group(graph, coupling, task, seed) if self.group else self._diagonal(graph, coupling, task, seed)
 
     def _diagonal(self, graph: fx.GraphModule, coupling: Coupling, task: Task | None, seed: int) -> Tensor:
-        task = fitted(needed(task, "hessian"), last_operators(graph))
+        task = fitted(needed(task, "hessian"), graph)
         weights = {
             name: weight.detach().clone().requires_grad_()
             for name, weight in graph.named_parameters()

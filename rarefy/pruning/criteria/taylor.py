@@ -24,7 +24,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from rarefy.graph.signature import last_operators
 from rarefy.pruning.criteria._options import check_counts, check_reduce
 from rarefy.pruning.criteria._reads import batches_of, check_reads, needed, reads, sensitivities
 from rarefy.pruning.groups.groups import Coupling
@@ -58,7 +57,7 @@ class Taylor:
 
     def scores(self, graph: fx.GraphModule, coupling: Coupling, task: Task | None, seed: int) -> Tensor:
         """Raises InputError without a task, DataError without data."""
-        task = fitted(needed(task, "taylor"), last_operators(graph))
+        task = fitted(needed(task, "taylor"), graph)
         form = self._fisher if self.form == "fisher" else self._weight
         return form(graph, coupling, task, batches_of(task, graph, "taylor", self.batches, self.batch_size, seed))
 

@@ -151,7 +151,8 @@ def _overlaps(found: Array, truth: Array, crowd: Array) -> Array:
     shared = (high - low).clip(0).prod(-1)
     ours, theirs = _area(found)[:, :, None], _area(truth)[:, None]
     whole = np.where(crowd[:, None], ours, ours + theirs - shared)
-    return np.divide(shared, whole, out=np.zeros_like(shared), where=whole > 0)
+    found_over: Array = np.divide(shared, whole, out=np.zeros_like(shared), where=whole > 0)
+    return found_over
 
 
 def _area(boxes: Array) -> Array:

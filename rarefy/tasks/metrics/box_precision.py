@@ -10,7 +10,7 @@ says. (Lin et al., arXiv 1405.0312; equal to pycocotools and faster-coco-eval.)
 
 **Interval**: of 95 %, by 200 resamplings of the pictures (Efron 1979) from a fixed seed: boxes are matched once, and a
 resampling gives each picture a weight. Of a **difference** likewise, both models with the same weights. **Worst
-class**: of the lowest AP, ``samples`` being its boxes.
+class**: of the lowest AP, ``samples`` being the pictures that show it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ _SAMPLED = {"ar1": 1, "ar10": 10, "ar100": 100}
 class BoxPrecision(Metric):
     """Average precision of boxes (N, M, 6) against targets (N, K, 8), see ``rarefy/data/boxes/boxes.py``.
 
-    names: of the classes, where they have any. read: outputs of the model -> boxes (N, M, 6).
+    names: of the classes, where they have any. read: outputs of the model -> boxes (N, M, 6). doubts: what is known to
+    make the number worthless, a line each.
     """
 
     name = "ap"
@@ -45,8 +46,13 @@ class BoxPrecision(Metric):
     unit = "%"
     better: Better = "higher"
 
-    def __init__(self, names: Sequence[str] | None = None, read: Callable[[Outputs], Tensor] = lambda outputs: outputs):
-        self.names, self.read = names, read
+    def __init__(
+        self,
+        names: Sequence[str] | None = None,
+        read: Callable[[Outputs], Tensor] = lambda outputs: outputs,
+        doubts: tuple[str, ...] = (),
+    ):
+        self.names, self.read, self.doubts = names, read, doubts
         self._pictures = 0
         self._matches: list[Matches] = []
         self._judged: tuple[int, _Judged] | None = None
@@ -86,8 +92,9 @@ class BoxPrecision(Metric):
         if not len(self._all.matches.truth):
             return ("no picture has a box to be found, so AP says nothing; give pictures with boxes",)
         if self.value() >= _NEXT_TO_NOTHING:
-            return ()
+            return self.doubts
         return (
+            *self.doubts,
             f"finds next to nothing (AP {self.value():.2%} of {self.samples} images): were its weights given, is it "
             "fed as it was trained, and are its classes in the order of the data's?",
         )
@@ -102,7 +109,7 @@ class BoxPrecision(Metric):
         if worst is None:
             return line
         name = worst["name"] if worst["name"] is not None else worst["index"]
-        return f"{line}, worst class {name} {worst['value']:.1%} of {worst['samples']} boxes"
+        return f"{line}, worst class {name} {worst['value']:.1%} of {worst['samples']} images"
 
     @property
     def _all(self) -> _Judged:
@@ -114,12 +121,12 @@ class BoxPrecision(Metric):
         found = self._all.of_classes
         if not found:
             return None
-        kind = min(found, key=lambda one: (found[one], -self._all.boxes_of(one), one))
+        kind = min(found, key=lambda one: (found[one], -self._all.pictures_of(one), one))
         return self._class(kind, found[kind])
 
     def _class(self, kind: int, value: float) -> dict[str, Any]:
         name = self.names[kind] if self.names is not None and kind < len(self.names) else None
-        return {"index": kind, "name": name, "value": value, "samples": self._all.boxes_of(kind)}
+        return {"index": kind, "name": name, "value": value, "samples": self._all.pictures_of(kind)}
 
 
 class _Judged:
@@ -170,8 +177,9 @@ class _Judged:
         found |= {name: _mean(self._recalls(0, most)) for name, most in _SAMPLED.items()}
         return found | {f"ar_{name}": _mean(self._recalls(sizes.index(name), 100)) for name in sizes[1:]}
 
-    def boxes_of(self, kind: int) -> int:
-        return int(self.matches.counted[self.matches.truth[:, 1] == kind, 0].sum())
+    def pictures_of(self, kind: int) -> int:
+        """How many show something of the class."""
+        return len(np.unique(self._wanted(kind, 0)))
 
     def _rows(self, kind: int) -> tuple[Array, ...]:
         """Picture, rank, right and ignored of the class's found boxes, by falling score."""
