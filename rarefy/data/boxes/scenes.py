@@ -146,7 +146,7 @@ def existing(paths: Iterable[str], faults: Faults) -> np.ndarray:
             listed[folder] = set(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else set()
         there.append(name in listed[folder])
         if not there[-1]:
-            faults.add("pictures are missing, and left out", path, grave=True)
+            faults.add("pictures are missing", path, grave=True)
     return np.array(there, bool)
 
 

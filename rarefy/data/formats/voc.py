@@ -183,11 +183,7 @@ def _scene_or_none(file: str, faults: Faults) -> _Scene | None:
             raise ValueError("is too large for one")
         return _scene(Path(file).read_bytes(), os.path.basename(file), faults)
     except (ValueError, OSError, expat.ExpatError) as error:
-        faults.add(
-            "xml files can't be read, and their pictures are left out",
-            f"{os.path.basename(file)}: {first_line(error)}",
-            grave=True,
-        )
+        faults.add("xml files can't be read", f"{os.path.basename(file)}: {first_line(error)}", grave=True)
         return None
 
 

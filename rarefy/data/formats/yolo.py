@@ -180,7 +180,7 @@ def _boxes(file: str, classes: int, keypoints: bool, faults: Faults) -> Iterator
         with open(file, encoding="utf-8") as opened:
             lines = list(dict.fromkeys(filter(None, map(str.strip, opened))))
     except (ValueError, OSError) as error:
-        faults.add("text files can't be read, and their boxes are left out", f"{name}: {first_line(error)}", grave=True)
+        faults.add("text files can't be read", f"{name}: {first_line(error)}", grave=True)
         return
     for line in lines:
         try:
