@@ -27,14 +27,13 @@ import importlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from rarefy.data.images import ImageData, Shaping
+from rarefy.data.images import ImageData
 from rarefy.data.items import Arrays
 from rarefy.deployment.runtime import Inputs
 from rarefy.errors import DataError
@@ -105,11 +104,8 @@ def of_task(task: Task) -> dict[str, Value]:
             about["class_names"] = [str(name) for name in names]
     if getattr(task, "output", None) is not None:
         about["output"] = str(getattr(task, "output", None))
-    if isinstance(task.data, ImageData):
-        shaping = task.data.shaping
-        about["preprocessing"] = (
-            _preprocessing(task.data) if shaping is None else _shaped(task.data.input_shape, shaping)
-        )
+    if isinstance(task.data, ImageData) and task.data.shaping is None:  # else the graph's family says it
+        about["preprocessing"] = _preprocessing(task.data)
     return about
 
 
@@ -124,12 +120,6 @@ def _preprocessing(data: ImageData) -> dict[str, Value]:
         "mean": [float(value) for value in data.normalization.mean],
         "std": [float(value) for value in data.normalization.std],
     }
-
-
-def _shaped(shape: tuple[int, ...], shaping: Shaping) -> dict[str, Value]:
-    """Of pictures that are placed as a detector takes them."""
-    told = {key: value for key, value in shaping.describe().items() if key != "augment"}
-    return {"size": list(shape[1:]), "range": [0, 1], **cast(dict[str, Value], told)}
 
 
 def _whole(data: ImageData) -> bool:

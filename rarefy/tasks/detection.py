@@ -109,7 +109,7 @@ class Detection:
         if family is None:
             raise InputError(
                 "detection: the model is of no family that is known "
-                f"({', '.join(plugins.available('detectors'))}); name the one that it is like: detector=NAME (--detector)"
+                f"({', '.join(plugins.available('detectors'))}); name the one it is like: detector=NAME (--detector)"
             )
         return family
 

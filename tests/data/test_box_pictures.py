@@ -1,4 +1,4 @@
-"""Pictures with boxes as a detector takes them: placed, turned, varied, in batches that can be gone on with anywhere."""
+"""Pictures with boxes as a detector takes them: placed, turned, varied, in batches that begin at any step."""
 
 from __future__ import annotations
 
