@@ -26,7 +26,8 @@ class Feed:
 
     size: (H, W) of the input. resize: "stretch" to it, or "letterbox": as large as fits, the sides kept in proportion,
     the rest filled with ``fill`` (0 to 255; one value, or red, green, blue). centred: the picture in the middle; else
-    at the top left. channels: their order. mean, std: of channels in that order, of values 0 to 1. antialias: of the resizing.
+    at the top left. channels: their order. mean, std: of channels in that order, of values 0 to 1. antialias: of the
+    resizing.
     """
 
     size: tuple[int, int]
