@@ -27,13 +27,11 @@ import hashlib
 import json
 import os
 import platform
-import re
 import shutil
-import stat
+import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
-from io import BufferedReader
 from pathlib import Path
 
 import safetensors.torch
@@ -41,16 +39,29 @@ import torch
 from torch import Tensor, fx
 
 from rarefy.artifact import graph_json, weights
-from rarefy.artifact.graph_json import SCHEMA, check_schema
+from rarefy.artifact.graph_json import SCHEMA
+from rarefy.artifact.snapshot import (
+    FILE_NAME,
+    GRAPH,
+    MANIFEST,
+    MOST_FILES,
+    SIGNATURE,
+    WEIGHTS,
+    content_of_files,
+    hold,
+    listed_file,
+    read_manifest,
+)
 from rarefy.errors import FormatError, InputError
 from rarefy.graph.nodes import is_graph
-from rarefy.system import strict_json
 from rarefy.system.files import replacing
-from rarefy.system.strict_json import Json, expect, is_size, plain, restore, said
+from rarefy.system.regular import Directory, open_regular
+from rarefy.system.strict_json import Json, plain, said
 
-GRAPH, WEIGHTS, MANIFEST, SIGNATURE = "graph.json", "weights.safetensors", "manifest.json", "model.sig"
-
-_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}")
+__all__ = [
+    "GRAPH", "MANIFEST", "SIGNATURE", "WEIGHTS", "Content",
+    "add", "content_hash", "content_of", "is_artifact", "load", "placing", "read_manifest", "save",
+]  # fmt: skip
 
 
 def save(
@@ -78,25 +89,71 @@ def save(
     extra = _checked_manifest(manifest or {}, files or {})
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(target, durable=True, check=lambda: _check_replaceable(target)) as temporary:
-            temporary.mkdir()
+        with replacing(target, durable=True, folder=True, check=lambda: _check_replaceable(target)) as temporary:
             (temporary / GRAPH).write_bytes(text)
             safetensors.torch.save_file(tensors, temporary / WEIGHTS)
+            shutil.copymode(temporary / GRAPH, temporary / WEIGHTS)  # as the user's umask has it; theirs is 0600
             for name, content in (files or {}).items():
-                if isinstance(content, bytes):
-                    (temporary / name).write_bytes(content)
-                else:
-                    shutil.copyfile(content, temporary / name)
-            listed = {path.name: _listed(path) for path in sorted(temporary.iterdir())}
+                _write(content, temporary / name)
+            listed = {path.name: listed_file(path) for path in sorted(temporary.iterdir())}
             whole = {**extra, "format": "rarefy", "schema": SCHEMA, "rarefy": _version(), "files": listed}
-            whole |= {
-                "content": _content({name: one["sha256"] for name, one in listed.items()}),
-                "environment": {**_environment(), **extra["environment"]},
-            }
-            (temporary / MANIFEST).write_text(json.dumps(whole, indent=1, sort_keys=True, allow_nan=False) + "\n")
+            whole |= {"content": content_of_files(listed), "environment": {**_environment(), **extra["environment"]}}
+            (temporary / MANIFEST).write_text(_text(whole))
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"{target}: can't be written ({error}); what was there before is unchanged") from error
     return Path(folder)
+
+
+def add(folder: str | os.PathLike[str], files: Mapping[str, bytes | str | os.PathLike[str]]) -> None:
+    """Put files into a saved folder, and into its manifest; those of the same names are replaced.
+
+    files: by name, their bytes or the path of a file to copy. Raises InputError for a signed folder and for a name that
+    is save's, FormatError for a folder that is not as it was saved.
+    """
+    target = Path(os.path.realpath(folder))
+    check_open(target)
+    _checked_manifest({}, files)
+    with hold(target) as held:
+        whole = plain(dict(held.manifest), "manifest")
+    if len(whole["files"].keys() | files.keys()) + 2 > MOST_FILES:
+        raise InputError(f"{target}: would hold more than {MOST_FILES} files; write {min(files)!r} elsewhere")
+    try:
+        with contextlib.ExitStack() as stack:  # the manifest takes its place first, the files right behind it
+            for name, content in sorted(files.items()):
+                partial = stack.enter_context(replacing(target / name, durable=True))
+                _write(content, partial)
+                whole["files"][name] = listed_file(partial)
+            with replacing(target / MANIFEST, durable=True) as partial:
+                partial.write_text(_text(whole))
+    except OSError as error:
+        raise InputError(f"{target}: can't be written ({error}); remove what was written, or save it again") from error
+
+
+@contextlib.contextmanager
+def placing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Where to write a file that is meant for ``path``: there, or, if that lies in a saved folder, elsewhere.
+
+    What was written then, and what else lies beside it, gets into the folder and into its manifest at the end. Raises
+    InputError for a signed folder.
+    """
+    target = Path(path)
+    parent = target.absolute().parent
+    if not is_artifact(parent):
+        yield target
+        return
+    check_open(parent)
+    with tempfile.TemporaryDirectory(prefix="rarefy-") as place:
+        yield Path(place) / target.name
+        add(parent, {one.name: one for one in sorted(Path(place).iterdir())})
+
+
+def check_open(folder: Path) -> None:
+    """Raises InputError for a signed folder, to which nothing can be added."""
+    if os.path.lexists(folder / SIGNATURE):
+        raise InputError(
+            f"{folder}: is signed, and nothing can be added to it; write to another place, or remove its {SIGNATURE}, "
+            "add, and sign it again"
+        )
 
 
 @dataclass(frozen=True)
@@ -116,7 +173,7 @@ def content_of(graph: fx.GraphModule, *, entropy: bool = True) -> Content:
     text, tensors = _files_of(graph, entropy, "")
     data = safetensors.torch.save(tensors)
     digests = {GRAPH: hashlib.sha256(text).hexdigest(), WEIGHTS: hashlib.sha256(data).hexdigest()}
-    return Content(_content(digests), len(text), len(data))
+    return Content(content_of_files({name: {"sha256": one} for name, one in digests.items()}), len(text), len(data))
 
 
 def _files_of(graph: fx.GraphModule, entropy: bool, where: str) -> tuple[bytes, dict[str, Tensor]]:
@@ -142,7 +199,7 @@ def _checked_manifest(manifest: Mapping[str, object], files: Collection[str]) ->
     if not isinstance(environment, dict):
         raise InputError(f"manifest.environment: {said(environment)} is not a dictionary")
     for name in files:
-        if not _FILE_NAME.fullmatch(name) or name.lower() in (GRAPH, WEIGHTS, MANIFEST, SIGNATURE):
+        if not FILE_NAME.fullmatch(name) or name.lower() in (GRAPH, WEIGHTS, MANIFEST, SIGNATURE):
             raise InputError(
                 f"files: {name!r} can't be a file of the folder; "
                 "use letters, digits, '.', '_', '-', and no name of save's"
@@ -153,56 +210,26 @@ def _checked_manifest(manifest: Mapping[str, object], files: Collection[str]) ->
     return extra
 
 
-def load(folder: str | os.PathLike[str]) -> fx.GraphModule:
+def load(folder: str | os.PathLike[str], *, key: str | os.PathLike[str] | None = None) -> fx.GraphModule:
     """The graph ``save`` was given, on the CPU, in eval mode. Takes memory for the weights, and little else.
 
-    Raises FormatError if the folder is not what ``save`` writes, or was damaged since.
+    key: the public key (a file, PEM) of who must have signed the folder; what is loaded are the bytes that were checked.
+
+    Raises FormatError if the folder is not what ``save`` writes, or was damaged since; with a key SignatureRefused for
+    whatever its owner did not sign.
     """
-    path = Path(folder)
-    listed = read_manifest(path)["files"]
-    for name in (GRAPH, WEIGHTS):
-        if name not in listed:
-            raise FormatError(f"{path / MANIFEST}: does not list {name}")
-    with _opened(path / GRAPH) as file:
-        data = _read_json_bytes(file, path / GRAPH)
-        _check_hash(path / GRAPH, len(data), hashlib.sha256(data).hexdigest(), listed[GRAPH])
-    description = graph_json.read(data, str(path / GRAPH))
-    with _opened(path / WEIGHTS) as file:
-        size = os.fstat(file.fileno()).st_size
-        _check_hash(path / WEIGHTS, size, hashlib.file_digest(file, "sha256").hexdigest(), listed[WEIGHTS])
-        tensors = weights.read(file, size, description["tensors"], path / WEIGHTS)
-    return graph_json.build(description, tensors, str(path / GRAPH))
-
-
-def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Json]:
-    """``manifest.json``. Raises FormatError if the folder is not a rarefy folder, or a newer rarefy wrote it."""
-    path = Path(folder)
-    if not path.is_dir():
-        raise FormatError(f"{path}: no such folder; give one that rarefy saved")
-    if not os.path.lexists(path / MANIFEST):
-        raise FormatError(f"{path}: not a rarefy folder ({MANIFEST} is missing); give one that rarefy saved")
-    with _opened(path / MANIFEST) as file:
-        value: dict[str, Json] = restore(
-            strict_json.parse(_read_json_bytes(file, path / MANIFEST), path / MANIFEST), path / MANIFEST
-        )
-    check_schema(value, path / MANIFEST)
-    files = value.get("files")
-    if not isinstance(files, dict):
-        raise FormatError(f"{path / MANIFEST}: lists no files")
-    for name, entry in files.items():
-        good = isinstance(entry, dict) and entry.keys() == {"sha256", "size"} and is_size(entry["size"])
-        if not _FILE_NAME.fullmatch(name) or not good or not re.fullmatch("[0-9a-f]{64}", str(entry["sha256"])):
-            raise FormatError(f"{path / MANIFEST}: the entry of file {name[:80]!r} is not a name with size and sha256")
-    return value
+    with hold(folder, key) as held:
+        return held.graph()
 
 
 def content_hash(folder: str | os.PathLike[str]) -> str:
     """sha256 over graph.json and weights.safetensors: equal for equal models, whatever was measured, and when."""
-    digests = {}
-    for name in (GRAPH, WEIGHTS):
-        with _opened(Path(folder) / name) as file:
-            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return _content(digests)
+    found = {}
+    with Directory(folder) as directory:
+        for name in (GRAPH, WEIGHTS):
+            with directory.open(name) as file:
+                found[name] = {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return content_of_files(found)
 
 
 def is_artifact(folder: str | os.PathLike[str]) -> bool:
@@ -212,36 +239,6 @@ def is_artifact(folder: str | os.PathLike[str]) -> bool:
     except FormatError:
         return False
     return True
-
-
-def _check_hash(path: Path, size: int, digest: str, listed: Mapping[str, Json]) -> None:
-    if size != listed["size"] or digest != listed["sha256"]:
-        what = f"{size} bytes, listed {listed['size']}" if size != listed["size"] else "other bytes"
-        raise FormatError(
-            f"{path}: differs from what {MANIFEST} lists ({what}); it was damaged or edited: copy the folder again"
-        )
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[BufferedReader]:
-    """A regular file, not through a link. Raises FormatError."""
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    try:
-        descriptor = os.open(path, flags)
-    except OSError as error:
-        why = "is a symbolic link" if path.is_symlink() else f"can't be read ({error.strerror})"
-        raise FormatError(f"{path}: {why}; copy the whole folder again") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise FormatError(f"{path}: is not a file; copy the whole folder again")
-    with os.fdopen(descriptor, "rb") as file:
-        yield file
-
-
-def _read_json_bytes(file: BufferedReader, where: Path) -> bytes:
-    data = file.read(strict_json.MOST_BYTES + 1)
-    expect(len(data) <= strict_json.MOST_BYTES, where, f"is larger than {strict_json.MOST_BYTES} bytes")
-    return data
 
 
 def _check_replaceable(target: Path) -> None:
@@ -272,13 +269,17 @@ def _check_replaceable(target: Path) -> None:
         )
 
 
-def _listed(path: Path) -> dict[str, Json]:
-    with open(path, "rb") as file:
-        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": path.stat().st_size}
+def _write(content: bytes | str | os.PathLike[str], target: Path) -> None:
+    """Its bytes, or those of the file of that name."""
+    if isinstance(content, bytes):
+        target.write_bytes(content)
+        return
+    with open_regular(content) as source, open(target, "wb") as copy:
+        shutil.copyfileobj(source, copy)
 
 
-def _content(digests: Mapping[str, str]) -> str:
-    return hashlib.sha256("".join(f"{digests[name]}  {name}\n" for name in (GRAPH, WEIGHTS)).encode()).hexdigest()
+def _text(manifest: Mapping[str, Json]) -> str:
+    return json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
 def _environment() -> dict[str, Json]:

@@ -1,38 +1,40 @@
 """keygen(), sign() and verify(): who made the folder, and that every byte of it is theirs.
 
 The signature is OpenSSF's model signing (model.sig: a Sigstore bundle around an in-toto statement that lists the sha256
-of every file), made and checked by its own library, so ``model_signing verify`` reads it too. Three ways to sign:
+of every file), made by its own library, so ``model_signing verify`` reads it too. Three ways to sign:
 
     a key pair     keygen("me.pem"); sign(folder, "me.pem"); verify(folder, "me.pem.pub")      EC P-256, no network
     a certificate  sign(folder, key, certificate=..., chain=[...]); verify(folder, chain=[...])
     Sigstore       sign(folder, sigstore=True); verify(folder, identity="me@example.org", issuer="https://...")
 
-What the library leaves open is closed here: it skips git's files and does not see folders. ``verify`` compares every
-entry below the folder with the signed list, so a file added, hidden or not, a link, an empty folder, or a device is
-refused as a changed byte is.
+What the library leaves open is closed here: it skips git's files, does not see folders, and asks little of certificates
+(``rarefy.artifact.certificates``). ``verify`` reads every entry below the folder once, through the folder's own handle,
+and compares it with the signed list, so a file added, hidden or not, a link, an empty folder, or a device is refused as
+a changed byte is. ``load(folder, key=...)`` checks the very bytes that it loads (``rarefy.artifact.snapshot``).
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
+import datetime
 import hashlib
-import json
 import os
-import stat
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rarefy.errors import InputError, MissingDependency, RarefyError, SignatureRefused
+from rarefy.artifact import certificates, signature
+from rarefy.artifact.signature import LARGEST_KEY, SIGNATURE, PathLike
+from rarefy.errors import FormatError, InputError, MissingDependency, RarefyError, SignatureRefused
 from rarefy.system.files import replacing
+from rarefy.system.regular import Directory, read_regular
 
-SIGNATURE = "model.sig"
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
-_LARGEST_SIGNATURE = 16 * 2**20
-_PREDICATE = "https://model_signing/signature/v1.0"
-
-PathLike = str | os.PathLike[str]
+MOST_FILES = 100_000  # of a folder to sign
+DEEPEST = 32
 
 
 def keygen(path: PathLike, *, password: str | None = None) -> tuple[Path, Path]:
@@ -54,11 +56,14 @@ def keygen(path: PathLike, *, password: str | None = None) -> tuple[Path, Path]:
     known = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     try:
         private.parent.mkdir(parents=True, exist_ok=True)
-        _write_new(private, secret, 0o600)
-        _write_new(public, known, 0o644)
+        with _gone_if_it_fails(private):
+            _write_new(private, secret, 0o600)
+            with _gone_if_it_fails(public):
+                _write_new(public, known, 0o644)
     except OSError as error:
         raise InputError(
-            f"{error.filename or private}: can't be written ({error.strerror}); choose another place for the key"
+            f"{error.filename or private}: can't be written ({error.strerror}), and nothing is left of it; choose another "
+            "place for the key"
         ) from error
     return private, public
 
@@ -74,13 +79,13 @@ def sign(
 ) -> Path:
     """Sign every file of ``folder``; returns the path of its model.sig, which replaces an older one.
 
-    key: the private key, PEM. password: of that key.
+    key: the private key, PEM: of the curve P-256, P-384 or P-521. password: of that key.
     certificate: the key's certificate, and chain: those up to the root, PEM.
     sigstore: sign with Sigstore instead; a dictionary is passed to model_signing's ``use_sigstore_signer``
         (identity_token, use_ambient_credentials, use_staging, oidc_issuer, trust_config, ...).
 
-    Raises InputError if the folder holds what can't be signed (links, empty folders, the private key) or the key is
-    none.
+    Raises InputError if the folder holds what can't be signed (links, empty folders, a private key) or the key is none;
+    nothing is written then.
     """
     library = _library()
     root = Path(folder)
@@ -88,11 +93,12 @@ def sign(
         raise InputError("sign with one of a key and sigstore=True; make a key with keygen")
     if certificate is not None and key is None:
         raise InputError(f"{certificate}: a certificate signs with its private key; pass key=")
+    if certificate is not None and not chain:
+        raise InputError(f"{certificate}: needs those that vouch for it, up to the root; pass --chain")
     if key is not None and Path(key).resolve().is_relative_to(root.resolve()):
         raise InputError(f"{key}: lies in the folder to sign, and would be published with it; move the key elsewhere")
-    names = _entries(root, InputError)
-    if not names:
-        raise InputError(f"{root}: holds no file to sign")
+    _check_signable(root)
+    public = None if key is None else _public_of(key, password)
     config = library.signing.Config()
     config.set_hashing_config(library.hashing.Config().set_ignored_paths(paths=[SIGNATURE], ignore_git_paths=False))
     try:
@@ -104,14 +110,80 @@ def sign(
             )
         else:
             config.use_elliptic_key_signer(private_key=key, password=password.encode() if password else None)
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{certificate or key or 'sigstore'}: can't sign with it ({_line(error)})") from error
+    except Exception as error:  # of files, of cryptography, of Sigstore's network
+        way_out = _NETWORK if sigstore else "give a private key, and its certificates, in PEM"
+        raise InputError(
+            f"{certificate or key or 'sigstore'}: can't sign with it ({_line(error)}); {way_out}"
+        ) from error
     try:
+        with tempfile.TemporaryDirectory(prefix="rarefy-") as place:
+            written = Path(place) / SIGNATURE
+            config.sign(root, written)
+            data = written.read_bytes()
+        if public is not None:
+            data = _in_one_form(data, root / SIGNATURE, public)
         with replacing(root / SIGNATURE) as temporary:
-            config.sign(root, temporary)
+            temporary.write_bytes(data)
     except Exception as error:  # the library passes on what its network, crypto and file layers raise
-        raise InputError(f"{root}: can't be signed ({_line(error)})") from error
+        way_out = f"; {_NETWORK}" if sigstore else ""
+        raise InputError(f"{root}: can't be signed ({_line(error)}){way_out}") from error
     return root / SIGNATURE
+
+
+_NETWORK = "Sigstore needs a network, and who you are; sign with a key of `rarefy keygen` where there is none"
+
+
+def _in_one_form(data: bytes, path: Path, public: EllipticCurvePublicKey) -> bytes:
+    own, *others = signature.parse(data, path).certificates or (b"",)
+    chain = certificates.in_order(own, others) if own else ()
+    return signature.in_one_form(data, path, public, chain)
+
+
+def _public_of(key: PathLike, password: str | None) -> EllipticCurvePublicKey:
+    """The public half of a private key (PEM). Raises InputError for a key that is none, or of no kind that signs."""
+    from cryptography.hazmat.primitives import serialization
+
+    try:
+        data = read_regular(key, LARGEST_KEY)
+        private = serialization.load_pem_private_key(data, password.encode() if password else None)
+    except Exception as error:  # the library has exceptions of its own for keys that it knows and can't take
+        told = str(error).removeprefix(f"{key}: ").partition(" [")[0]
+        raise InputError(f"{key}: can't sign with it ({' '.join(told.split())[:200]}); give a private key in PEM, and its "
+                         "password in $RAREFY_KEY_PASSWORD") from error  # fmt: skip
+    return signature.checked_curve(private.public_key(), key, "sign")
+
+
+def _check_signable(root: Path) -> None:
+    """Raises InputError for a folder that holds nothing, what can't be signed, or somebody's private key."""
+    with _directory(root) as directory:
+        names = 0
+        for name, kept, entry in _walk(directory, InputError):
+            names += name != SIGNATURE
+            with kept.open(entry) as file:
+                start = file.read(LARGEST_KEY)
+            if _is_private(start):
+                raise InputError(
+                    f"{root / name}: is a private key, which would be published with the folder; move it elsewhere"
+                )
+    if not names:
+        raise InputError(f"{root}: holds no file to sign")
+
+
+def _is_private(start: bytes) -> bool:
+    """Does a file begin like a private key, in PEM or in DER?"""
+    if b"PRIVATE KEY-----" in start:
+        return True
+    if len(start) >= LARGEST_KEY or not start.startswith(b"\x30"):
+        return False
+    from cryptography.hazmat.primitives import serialization
+
+    try:
+        serialization.load_der_private_key(start, None)
+    except TypeError:
+        return True  # an encrypted one
+    except Exception:  # whatever the library raises of bytes that are no key
+        return False
+    return True
 
 
 def verify(
@@ -119,6 +191,7 @@ def verify(
     public_key: PathLike | None = None,
     *,
     chain: Sequence[PathLike] = (),
+    at: str | datetime.datetime | None = None,
     identity: str | None = None,
     issuer: str | None = None,
     sigstore: Mapping[str, object] | None = None,
@@ -126,40 +199,46 @@ def verify(
     """Is every file of ``folder`` as it was signed, and none added or removed? Returns their names, sorted.
 
     public_key: PEM, for a folder signed with a key.
-    chain: root (and intermediate) certificates to trust, PEM, for one signed with a certificate.
+    chain: root (and intermediate) certificates to trust, PEM, for one signed with a certificate. at: the day on which
+        they must be valid, "2026-05-31" or a datetime; None: today.
     identity, issuer: who must have signed, and who must have vouched for them, for one signed with Sigstore;
         ``sigstore``: further arguments of model_signing's ``use_sigstore_verifier`` (use_staging, trust_config).
 
     Raises SignatureRefused, which names the files, and InputError for a folder or a key that is none.
     """
     library = _library()
-    root = Path(folder)
     if (public_key is not None) + bool(chain) + (identity is not None) != 1:
         raise InputError("verify with one of a public key, a certificate chain, and identity= with issuer=")
-    config = library.verifying.Config()
-    try:
+    if at is not None and not chain:
+        raise InputError("--at is the day on which certificates must be valid; pass --chain, or leave it out")
+    if identity is not None and not issuer:
+        raise InputError("--identity needs --issuer, who vouched for it: https://accounts.google.com, for example")
+    path = Path(folder) / SIGNATURE
+    moment = certificates.day(at) if isinstance(at, str) else at
+    with _directory(Path(folder)) as directory:
+        data = _signature_of(directory)
         if public_key is not None:
-            config.use_elliptic_key_verifier(public_key=public_key)
+            signed = signature.by_key(data, public_key, path)
         elif chain:
-            config.use_certificate_verifier(certificate_chain=list(chain))
+            signed = certificates.by_chain(data, chain, moment, path)
         else:
-            config.use_sigstore_verifier(identity=identity, oidc_issuer=issuer, **(sigstore or {}))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{public_key or list(chain) or identity}: can't verify with it ({_line(error)})") from error
-
-    names = _entries(root, SignatureRefused)
-    signed = _signed(root, has_key=public_key is not None)
-    try:
-        config.verify(root, root / SIGNATURE)
-    except Exception as error:  # a hostile signature may raise anything in the library's parsers
-        if "Signature mismatch" in str(error):
-            raise SignatureRefused(f"{root}: {_differences(root, names, signed) or _line(error)}") from error
-        raise SignatureRefused(
-            f"{root}: {SIGNATURE} was changed, or made with another key than this ({_line(error)})"
-        ) from error
-    if set(names) != signed.keys():
-        raise SignatureRefused(f"{root}: {_differences(root, names, signed)}")
-    return names
+            signed = _by_sigstore(library, data, Path(folder), {"identity": identity, "oidc_issuer": issuer,
+                                                               **(sigstore or {})})  # fmt: skip
+        found = {}
+        for name, kept, entry in _walk(directory, SignatureRefused):
+            with kept.open(entry) as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    found.pop(SIGNATURE, None)
+    told = signature.differences(
+        {
+            "changed": sorted(name for name in found.keys() & signed.keys() if found[name] != signed[name]),
+            "added": sorted(found.keys() - signed.keys()),
+            "removed": sorted(signed.keys() - found.keys()),
+        }
+    )
+    if told:
+        raise SignatureRefused(f"{folder}: {told}")
+    return sorted(found)
 
 
 def is_signed(folder: PathLike) -> bool:
@@ -167,74 +246,85 @@ def is_signed(folder: PathLike) -> bool:
     return os.path.lexists(Path(folder) / SIGNATURE)
 
 
-def _entries(root: Path, refusal: type[RarefyError]) -> list[str]:
-    """Every file below ``root`` but its signature; ``refusal`` is raised for what is no file and no folder of files."""
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder")
-
-    def unreadable(error: OSError) -> None:
-        raise refusal(f"{error.filename}: can't be read ({error.strerror})") from error
-
-    found = []
-    for place, folders, files in os.walk(root, onerror=unreadable):
-        where = Path(place)
-        if where != root and not folders and not files:
-            raise refusal(f"{where}: an empty folder can't be signed; remove it")
-        for name in (*folders, *files):
-            path = where / name
-            mode = path.lstat().st_mode
-            shown = repr(str(path))[1:-1]
-            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-                what = "a symbolic link" if stat.S_ISLNK(mode) else "no ordinary file"
-                raise refusal(f"{shown}: is {what}, which can't be signed; remove it")
-            if not name.isprintable():
-                raise refusal(f"{shown}: has a name that is not plain text; rename it")
-        found += [(where / name).relative_to(root).as_posix() for name in files]
-    return sorted(name for name in found if name != SIGNATURE)
+def _directory(path: Path) -> Directory:
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder")
+    return Directory(path)
 
 
-def _signed(root: Path, has_key: bool) -> dict[str, str]:
-    """The files that the signature lists, and their sha256 where it says so.
-
-    Read before it is verified, so not to be believed yet.
-    """
-    path = root / SIGNATURE
+def _signature_of(directory: Directory) -> bytes:
+    path = directory.path / SIGNATURE
     if not os.path.lexists(path):
-        raise SignatureRefused(f"{root}: is not signed ({SIGNATURE} is missing)")
-    if not path.is_file() or path.stat().st_size > _LARGEST_SIGNATURE:
-        raise SignatureRefused(f"{path}: is no signature (not a file of at most {_LARGEST_SIGNATURE} bytes)")
-    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        bundle = json.loads(path.read_bytes())
-        statement = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"]))
-        named = not has_key or bundle["verificationMaterial"]["publicKey"]["hint"]
-        predicate = statement["predicate"]
-        if named and statement["predicateType"] == _PREDICATE:
-            sharded = predicate["serialization"]["method"] == "shards"
-            listed = [
-                (entry["name"].rsplit(":", 2)[0] if sharded else entry["name"], entry)
-                for entry in predicate["resources"]
-            ]
-            return {
-                name: entry["digest"] if entry["algorithm"] == "sha256" and not sharded else ""
-                for name, entry in listed
-            }
-    raise SignatureRefused(f"{path}: is no signature of this kind; sign the folder again")
+        raise SignatureRefused(f"{directory.path}: is not signed ({SIGNATURE} is missing) [signature-missing]")
+    try:
+        with directory.open(SIGNATURE, most=signature.LARGEST) as file:
+            return signature.read(file, path)
+    except FormatError as error:
+        why = str(error).removeprefix(f"{path}: ").partition(" [")[0]
+        raise SignatureRefused(
+            f"{path}: {why}, so it is no signature; copy the folder again [signature-form]"
+        ) from error
 
 
-def _differences(root: Path, names: list[str], signed: Mapping[str, str]) -> str:
-    added, removed = sorted(set(names) - signed.keys()), sorted(signed.keys() - set(names))
-    changed = [name for name in names if signed.get(name) and signed[name] != _sha256(root / name)]
-    found = {"changed": changed, "added": added, "removed": removed}
-    return "; ".join(f"{what} since it was signed: {_listed(files)}" for what, files in found.items() if files)
+def _by_sigstore(library: Any, data: bytes, root: Path, options: Mapping[str, object]) -> dict[str, str]:
+    config = library.verifying.Config()
+    try:
+        config.use_sigstore_verifier(**options)
+    except Exception as error:  # of its network, and of its options
+        raise InputError(
+            f"{options['identity']}: can't verify with it ({_line(error)}); Sigstore's keys come over the network: "
+            "connect, or verify with --key or --chain"
+        ) from error
+    with tempfile.TemporaryDirectory(prefix="rarefy-") as place:
+        copy = Path(place) / SIGNATURE  # what is read here is what the library verifies
+        copy.write_bytes(data)
+        try:
+            config.verify(root, copy)
+        except Exception as error:  # a hostile signature may raise anything in the library's parsers
+            if "Signature mismatch" not in str(error):
+                raise SignatureRefused(
+                    f"{root / SIGNATURE}: was changed, or made by another than {options['identity']} ({_line(error)}) "
+                    "[signature-key]"
+                ) from error
+    return signature.of_any(data, root / SIGNATURE)
 
 
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+def _walk(directory: Directory, refusal: type[RarefyError], above: str = "") -> Iterator[tuple[str, Directory, str]]:
+    """(name below the folder, its folder, its name there) of every file; ``refusal`` is raised for what is none."""
+    try:
+        names = directory.names(MOST_FILES)
+        if above and not names:
+            raise refusal(f"{directory.path}: an empty folder can't be signed; remove it [signed-kind]")
+        if above.count("/") > DEEPEST:
+            raise refusal(f"{directory.path}: lies more than {DEEPEST} folders deep [signed-kind]")
+        for name in names:
+            shown = repr(str(directory.path / name))[1:-1]
+            kind = directory.kind(name)
+            if kind not in ("file", "folder"):
+                what = "a symbolic link" if kind == "symbolic link" else "no ordinary file"
+                raise refusal(f"{shown}: is {what}, which can't be signed; remove it [signed-kind]")
+            if not name.isprintable():
+                raise refusal(f"{shown}: has a name that is not plain text; rename it [signed-kind]")
+            if kind == "file":
+                yield f"{above}{name}", directory, name
+                continue
+            with directory.folder(name) as inner:
+                yield from _walk(inner, refusal, f"{above}{name}/")
+    except (FormatError, OSError) as error:
+        raise refusal(
+            str(error) if isinstance(error, FormatError) else f"{directory.path}: {error.strerror}"
+        ) from error
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+@contextlib.contextmanager
+def _gone_if_it_fails(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileExistsError:
+        raise  # another's
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _write_new(path: Path, data: bytes, mode: int) -> None:

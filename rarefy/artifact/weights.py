@@ -6,8 +6,9 @@ bytes that are there before memory is taken.
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from io import BufferedReader
 from pathlib import Path
 
@@ -75,34 +76,46 @@ def _stored(name: str, value: Tensor, bits: int | None, entry: Entry, entropy: b
     return packed
 
 
-def read(file: BufferedReader, size: int, entries: Mapping[str, Entry], path: Path) -> dict[str, Tensor]:
+def read(
+    file: BufferedReader, size: int, entries: Mapping[str, Entry], path: Path, check: Callable[[str], None]
+) -> dict[str, Tensor]:
     """The tensors, each in memory of its own, after its place and size were compared with the header and graph.json.
 
-    size: of the file, in bytes. entries: what graph.json says of each tensor. path: for messages. Raises FormatError.
+    The file is read once, from its first byte to its last, so that what is hashed is what is decoded.
+
+    size: of the file, in bytes. entries: what graph.json says of each tensor. path: for messages. check: is called with
+    the sha256 of what was read, before any of it is decoded. Raises FormatError, and what ``check`` raises.
     """
-    header, start = _read_header(file, size, path)
+    digest = hashlib.sha256()
+    header = _read_header(file, size, path, digest)
     entries = {name: entry for name, entry in entries.items() if "same_as" not in entry}
     for name in entries.keys() ^ header.keys():
         raise FormatError(f"{path}: tensor {said(name)} is {'missing' if name in entries else 'not one of graph.json'}")
     wanted = {name: _place(f"{path}: tensor {said(name)}", entry, header[name]) for name, entry in entries.items()}
-    found = {}
-    for name, (dtype, shape) in wanted.items():
-        raw = torch.empty(shape, dtype=dtype)
-        file.seek(start + header[name]["data_offsets"][0])
+    found: dict[str, Tensor] = {}
+    for name in sorted(wanted, key=lambda name: header[name]["data_offsets"]):
+        dtype, shape = wanted[name]
+        raw = found[name] = torch.empty(shape, dtype=dtype)
         if raw.numel():
-            read = file.readinto(raw.reshape(-1).view(torch.uint8).numpy().data)
-            expect(read == raw.nbytes, f"{path}: tensor {said(name)}", "ends too early")
-        found[name] = _unstored(f"{path}: tensor {said(name)}", entries[name], raw)
-    return found
+            part = raw.reshape(-1).view(torch.uint8).numpy().data
+            expect(file.readinto(part) == raw.nbytes, f"{path}: tensor {said(name)}", "ends too early")
+            digest.update(part)
+    check(digest.hexdigest())
+    # Decoded in place of what was read, one by one: memory holds the larger of the two, and one tensor.
+    return {name: _unstored(f"{path}: tensor {said(name)}", entries[name], found.pop(name)) for name in wanted}
 
 
-def _read_header(file: BufferedReader, size: int, path: Path) -> tuple[dict[str, Entry], int]:
-    """The header of a safetensors file, whose offsets cover the rest of the file exactly; where that rest begins."""
+def _read_header(file: BufferedReader, size: int, path: Path, digest: hashlib._Hash) -> dict[str, Entry]:
+    """The header of a safetensors file, whose offsets cover the rest of the file exactly; the file is at that rest."""
     file.seek(0)
-    length = int.from_bytes(file.read(8), "little")
+    begin = file.read(8)
+    length = int.from_bytes(begin, "little")
     good = size >= 8 and length <= min(size - 8, strict_json.MOST_BYTES)
     expect(good, path, f"is no safetensors file (a header of {length} bytes in {size})")
-    header = strict_json.parse(file.read(length), path)
+    text = file.read(length)
+    digest.update(begin)
+    digest.update(text)
+    header = strict_json.parse(text, path)
     header.pop("__metadata__", None)
     position = 0
     for name, entry in header.items():
@@ -119,7 +132,7 @@ def _read_header(file: BufferedReader, size: int, path: Path) -> tuple[dict[str,
         expect(good, at, f"has the offsets {begin} to {end}, after {position} of {size - 8 - length}")
         position = end
     expect(position == size - 8 - length, path, f"holds {size - 8 - length} bytes, its tensors {position}")
-    return header, 8 + length
+    return header
 
 
 def _place(at: str, entry: Entry, header: Entry) -> tuple[torch.dtype, list[int]]:

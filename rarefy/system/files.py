@@ -12,20 +12,28 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import secrets
 import shutil
 import stat
 import sys
+import time
 from collections.abc import Callable, Iterator
 from io import BufferedReader
 from pathlib import Path
 
 from rarefy.errors import FormatError, InputError
 
+JUST_NOW = 60.0  # seconds in which a folder may have been made and not yet locked
+
 
 @contextlib.contextmanager
 def replacing(
-    path: str | os.PathLike[str], *, durable: bool = False, check: Callable[[], None] | None = None
+    path: str | os.PathLike[str],
+    *,
+    durable: bool = False,
+    folder: bool = False,
+    check: Callable[[], None] | None = None,
 ) -> Iterator[Path]:
     """A name beside ``path``, for a file or a folder to write, which takes its place when all went well.
 
@@ -33,6 +41,8 @@ def replacing(
 
     path: a file or a folder, there or not; its parent must be there. The name beside it has its suffix.
     durable: what was written, and its new name, are on the disk when this ends, not in a cache of the system.
+    folder: the name is made a folder at once. It is locked while this process writes it, and what processes that were
+        killed left of the same target is removed.
     check: called last before the place is taken; what it raises keeps what is there.
     """
     target = Path(path)
@@ -40,7 +50,12 @@ def replacing(
         target.with_name(f".{target.stem}.{secrets.token_hex(4)}.{word}{target.suffix}")
         for word in ("part", "previous")
     )
+    lock = None
     try:
+        if folder:
+            _sweep(target)
+            partial.mkdir()
+            lock = _locked(partial)
         yield partial
         if durable:
             _sync(partial)
@@ -56,6 +71,36 @@ def replacing(
         _remove(partial)
         if target.is_dir():
             _remove(previous)
+        if lock is not None:
+            os.close(lock)
+
+
+def _sweep(target: Path) -> None:
+    """Remove what was written for the target by processes that live no more, or by none that can be asked."""
+    with contextlib.suppress(OSError):
+        left = re.compile(rf"\.{re.escape(target.stem)}\.[0-9a-f]{{8}}\.part{re.escape(target.suffix)}")
+        for path in target.parent.iterdir():
+            if not left.fullmatch(path.name) or path.is_symlink() or time.time() - path.stat().st_mtime < JUST_NOW:
+                continue
+            lock = _locked(path)
+            if lock is not None:
+                _remove(path)
+                os.close(lock)
+
+
+def _locked(path: Path) -> int | None:
+    """A lock on the folder, which ends with the process at the latest; None where another has it, or there is none."""
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _replace_folder(partial: Path, target: Path, previous: Path) -> None:

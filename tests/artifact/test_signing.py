@@ -125,7 +125,7 @@ def _edit(folder, change):
     path = folder / "model.sig"
     bundle = json.loads(path.read_text())
     change(bundle)
-    path.write_text(json.dumps(bundle))
+    path.write_text(json.dumps(bundle, separators=(",", ":")))
 
 
 @pytest.mark.parametrize(
@@ -293,21 +293,26 @@ def test_a_private_key_is_not_published(signed, keys):
 # ----------------------------------------------------------------------------------------------- certificates, sigstore
 
 
-def _certificate(name, key, issuer, issuer_key, ca):
+def _certificate(name, key, issuer, issuer_key, ca, *, days=(-1, 1), usages=None, purpose=None, authority=None):
+    """days: from now, of its validity. usages, purpose, authority: others than a certificate of its place has."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes
-    from cryptography.x509.oid import NameOID
+    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
     def called(text):
         return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
 
     now = datetime.datetime.now(datetime.UTC)
-    usage = x509.KeyUsage(not ca, False, False, False, False, ca, ca, False, False)
+    first, last = (now + datetime.timedelta(days=day) for day in days)
+    signs, vouches = (not ca, ca) if usages is None else usages
+    usage = x509.KeyUsage(signs, False, False, False, False, vouches, vouches, False, False)
     builder = x509.CertificateBuilder(called(issuer), called(name), key.public_key(), x509.random_serial_number())
-    builder = builder.not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(
-        now + datetime.timedelta(days=1)
-    )
-    builder = builder.add_extension(x509.BasicConstraints(ca, None), True).add_extension(usage, True)
+    builder = builder.not_valid_before(first).not_valid_after(last)
+    basic = x509.BasicConstraints(ca if authority is None else authority, None)
+    builder = builder.add_extension(basic, True).add_extension(usage, True)
+    if purpose != "none" and (purpose or not ca):
+        kinds = {None: ExtendedKeyUsageOID.CODE_SIGNING, "mail": ExtendedKeyUsageOID.EMAIL_PROTECTION}
+        builder = builder.add_extension(x509.ExtendedKeyUsage([kinds[purpose]]), False)
     return builder.sign(issuer_key, hashes.SHA256())
 
 
