@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from rarefy.artifact import signature
 from rarefy.artifact.signature import LARGEST, PathLike
 from rarefy.errors import FormatError, InputError, SignatureRefused
-from rarefy.system.regular import read_regular
+from rarefy.system.files import content
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives import serialization
@@ -59,7 +59,7 @@ def by_chain(data: bytes, trusted: Sequence[PathLike], at: datetime.datetime | N
     files, ours = signature.statement(bundle, _key(chain[0], path), path)
     if given != (chain[:-1] or chain) and (ours or given != chain):
         raise SignatureRefused(
-            f"{path}: does not hold the chain below its root in order, and no other certificate; sign again with --chain "
+            f"{path}: does not hold the chain below its root in order, and no other one; sign again with --chain "
             "[certificate-order]"
         )
     return files
@@ -72,7 +72,7 @@ def load(paths: Sequence[PathLike]) -> list[Certificate]:
     found: list[Certificate] = []
     for path in paths:
         try:
-            found += x509.load_pem_x509_certificates(read_regular(path, LARGEST))
+            found += x509.load_pem_x509_certificates(content(path, LARGEST))
         except FormatError as error:
             raise InputError(str(error).replace("can't be read", "can't verify with it: can't be read")) from error
         except ValueError as error:
@@ -82,7 +82,7 @@ def load(paths: Sequence[PathLike]) -> list[Certificate]:
 
 
 def in_order(own: bytes, others: Sequence[bytes]) -> tuple[bytes, ...]:
-    """Certificates (DER): the signer's, who vouches for it, and so on; roots, and what does not belong, are left out."""
+    """Certificates (DER): the signer's, who vouches for it, and so on; roots, and others, are left out."""
     from cryptography import x509
 
     left = [x509.load_der_x509_certificate(one) for one in others]
@@ -134,8 +134,8 @@ def complaint(chain: Sequence[Certificate], at: datetime.datetime) -> str | None
         name = f"the certificate {one.subject.rfc4514_string()[:100]!r}"
         if not one.not_valid_before_utc <= at <= one.not_valid_after_utc:
             return (
-                f"{name} is valid from {one.not_valid_before_utc:%Y-%m-%d} to {one.not_valid_after_utc:%Y-%m-%d}, not on "
-                f"{at:%Y-%m-%d}; for an old archive pass --at with the day it was signed [certificate-expired]"
+                f"{name} is valid from {one.not_valid_before_utc:%Y-%m-%d} to {one.not_valid_after_utc:%Y-%m-%d}, not "
+                f"on {at:%Y-%m-%d}; for an old archive pass --at with the day it was signed [certificate-expired]"
             )
         try:
             found = {type(extension.value): extension.value for extension in one.extensions}

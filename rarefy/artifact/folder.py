@@ -54,8 +54,8 @@ from rarefy.artifact.snapshot import (
 )
 from rarefy.errors import FormatError, InputError
 from rarefy.graph.nodes import is_graph
-from rarefy.system.files import replacing
-from rarefy.system.regular import Directory, open_regular
+from rarefy.system.directory import Directory
+from rarefy.system.files import opened, replacing
 from rarefy.system.strict_json import Json, plain, said
 
 __all__ = [
@@ -213,7 +213,7 @@ def _checked_manifest(manifest: Mapping[str, object], files: Collection[str]) ->
 def load(folder: str | os.PathLike[str], *, key: str | os.PathLike[str] | None = None) -> fx.GraphModule:
     """The graph ``save`` was given, on the CPU, in eval mode. Takes memory for the weights, and little else.
 
-    key: the public key (a file, PEM) of who must have signed the folder; what is loaded are the bytes that were checked.
+    key: the public key (a file, PEM) of who must have signed the folder; the bytes that were checked are loaded.
 
     Raises FormatError if the folder is not what ``save`` writes, or was damaged since; with a key SignatureRefused for
     whatever its owner did not sign.
@@ -274,7 +274,7 @@ def _write(content: bytes | str | os.PathLike[str], target: Path) -> None:
     if isinstance(content, bytes):
         target.write_bytes(content)
         return
-    with open_regular(content) as source, open(target, "wb") as copy:
+    with opened(content) as source, open(target, "wb") as copy:
         shutil.copyfileobj(source, copy)
 
 

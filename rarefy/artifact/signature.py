@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from rarefy.errors import FormatError, InputError, MissingDependency, SignatureRefused
 from rarefy.system import strict_json
-from rarefy.system.regular import read_at_most, read_regular
+from rarefy.system.directory import read_at_most
+from rarefy.system.files import content
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
@@ -204,7 +205,7 @@ def load_public(path: PathLike) -> EllipticCurvePublicKey:
     except ImportError as error:
         raise MissingDependency("cryptography", "sign") from error
     try:
-        data = read_regular(path, LARGEST_KEY)
+        data = content(path, LARGEST_KEY)
         if b"PRIVATE KEY" in data:
             raise InputError(f"{path}: can't verify with it (a private key); give the public one, {path}.pub")
         key = serialization.load_pem_public_key(data)

@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any
 from rarefy.artifact import certificates, signature
 from rarefy.artifact.signature import LARGEST_KEY, SIGNATURE, PathLike
 from rarefy.errors import FormatError, InputError, MissingDependency, RarefyError, SignatureRefused
-from rarefy.system.files import replacing
-from rarefy.system.regular import Directory, read_regular
+from rarefy.system.directory import Directory
+from rarefy.system.files import content, replacing
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
@@ -62,8 +62,8 @@ def keygen(path: PathLike, *, password: str | None = None) -> tuple[Path, Path]:
                 _write_new(public, known, 0o644)
     except OSError as error:
         raise InputError(
-            f"{error.filename or private}: can't be written ({error.strerror}), and nothing is left of it; choose another "
-            "place for the key"
+            f"{error.filename or private}: can't be written ({error.strerror}), and nothing is left of it; choose "
+            "another place for the key"
         ) from error
     return private, public
 
@@ -144,11 +144,11 @@ def _public_of(key: PathLike, password: str | None) -> EllipticCurvePublicKey:
     from cryptography.hazmat.primitives import serialization
 
     try:
-        data = read_regular(key, LARGEST_KEY)
+        data = content(key, LARGEST_KEY)
         private = serialization.load_pem_private_key(data, password.encode() if password else None)
     except Exception as error:  # the library has exceptions of its own for keys that it knows and can't take
         told = str(error).removeprefix(f"{key}: ").partition(" [")[0]
-        raise InputError(f"{key}: can't sign with it ({' '.join(told.split())[:200]}); give a private key in PEM, and its "
+        raise InputError(f"{key}: can't sign with it ({' '.join(told.split())[:200]}); give a private key in PEM, its "
                          "password in $RAREFY_KEY_PASSWORD") from error  # fmt: skip
     return signature.checked_curve(private.public_key(), key, "sign")
 

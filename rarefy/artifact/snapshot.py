@@ -27,7 +27,7 @@ from rarefy.artifact import graph_json, signature, weights
 from rarefy.artifact.graph_json import check_schema
 from rarefy.errors import FormatError, SignatureRefused
 from rarefy.system import strict_json
-from rarefy.system.regular import Directory, read_at_most
+from rarefy.system.directory import Directory, read_at_most
 from rarefy.system.strict_json import Json, expect, is_size, restore
 
 GRAPH, WEIGHTS, MANIFEST, SIGNATURE = "graph.json", "weights.safetensors", "manifest.json", "model.sig"
@@ -223,12 +223,6 @@ def _held(directory: Directory, key: str | os.PathLike[str] | None) -> Snapshot:
         listed = manifest["files"]
         if signed is not None:
             _compare(path, {name: one["sha256"] for name, one in listed.items()}, signed)
-        for name in kept:
-            if name not in listed and name not in (MANIFEST, SIGNATURE):
-                raise FormatError(
-                    f"{path}: holds {name[:80]!r}, which {MANIFEST} does not list; move it out of the folder "
-                    "[file-unlisted]"
-                )
         for name in (GRAPH, WEIGHTS, *listed):
             expect(name in listed, path / MANIFEST, f"does not list {name} [manifest-files]")
             expect(name in files, path / name, f"is listed in {MANIFEST} and missing; copy the whole folder again "
@@ -236,6 +230,12 @@ def _held(directory: Directory, key: str | os.PathLike[str] | None) -> Snapshot:
             size = os.fstat(files[name].fileno()).st_size
             if size != listed[name]["size"]:
                 raise _differs(path / name, size, listed[name]["size"])
+        for name in kept:
+            if name not in listed and name not in (MANIFEST, SIGNATURE):
+                raise FormatError(
+                    f"{path}: holds {name[:80]!r}, which {MANIFEST} does not list; move it out of the folder "
+                    "[file-unlisted]"
+                )
         held = Snapshot(path, files, manifest, signed is not None)
         if signed is not None:
             check_content(manifest, path)

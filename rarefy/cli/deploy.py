@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from rarefy.cli.inputs import prepared
-from rarefy.cli.options import Chain, DataOptions, Json, ModelOptions, Output, app, grouped
+from rarefy.cli.options import Chain, DataOptions, Json, ModelOptions, Output, Signer, app, grouped
 from rarefy.cli.outputs import claim_file, claim_parent
 from rarefy.cli.terminal import say, show_json, show_table, size_text
 from rarefy.errors import InputError, SelfCheckFailed
@@ -53,6 +53,7 @@ def export(
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Judge on the first N images only.")] = None,
+    key: Signer = None,
     as_json: Json = False,
 ) -> None:
     """Write the file that the runtime runs, and check that it answers like the model."""
@@ -67,7 +68,7 @@ def export(
     target = claim_file(output, export_.suffixes_of(chosen))
     if certify is not None:
         claim_parent(certify, "--certify")
-    source, graph, task = prepared(model, data, needed=False)
+    source, graph, task = prepared(model, data, needed=False, key=key)
     description.remember_source(description.remember(graph, task), source.preprocessing)
     if certify is None:
         parity = export_.export(graph, target, runtime=chosen, compare=compare, boxes=boxes)
@@ -100,13 +101,15 @@ def _certified(
 ) -> dict[str, Any]:
     """The file and its certificate, written; what is shown of it."""
     from rarefy import plugins
+    from rarefy.artifact.folder import placing
     from rarefy.deployment import export as export_
     from rarefy.evaluation import certify as certify_
 
     export_.export(graph, target, runtime=runtime, compare=False, boxes=False)
     inputs = None if task is None else next(iter(task.data.inputs("val", 64, 64, seed=0)))
     facts = certify_.certify(graph, target, runtime=runtime, also=also, inputs=inputs, task=task, limit=limit)
-    certificate.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    with placing(certificate) as place:
+        place.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     own = facts["runtimes"][plugins.describe(plugins.resolve("runtimes", runtime))]
     last = {key: facts[key] for key in ("first_diverging_layer", "passed")}
     return {"certificate": str(certificate), **own, **last}

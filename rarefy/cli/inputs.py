@@ -26,11 +26,14 @@ def shape_of(model: ModelOptions) -> tuple[int, ...] | None:
     return parse_shape(model.input) if model.input is not None else None
 
 
-def loaded(text: str, weights: str | None = None, classes: int | None = None) -> Any:
-    """The source that the text names; what was taken of a file of weights that holds more is told."""
+def loaded(text: str, weights: str | None = None, classes: int | None = None, key: str | None = None) -> Any:
+    """The source that the text names; what was taken of a file of weights that holds more is told.
+
+    key: public, of who must have signed it.
+    """
     from rarefy.models import load
 
-    source = load.load(text, weights=weights, classes=classes)
+    source = load.load(text, weights=weights, classes=classes, key=key)
     if source.taken is not None:
         aside(f"{source.weights}: {source.taken}")
     return source
@@ -57,7 +60,9 @@ def fitted(
     return found.task, {**asked, **found.options}
 
 
-def prepared(model: ModelOptions, data: DataOptions, needed: bool = True) -> tuple[Any, Any, Any]:
+def prepared(
+    model: ModelOptions, data: DataOptions, needed: bool = True, key: str | None = None
+) -> tuple[Any, Any, Any]:
     """The source, its graph, and the task (None where no data is given and none is needed)."""
     from rarefy.models import load
 
@@ -65,7 +70,7 @@ def prepared(model: ModelOptions, data: DataOptions, needed: bool = True) -> tup
     if needed:
         check_data(options)
     shape = shape_of(model)
-    source = loaded(model.model, model.weights, model.classes)
+    source = loaded(model.model, model.weights, model.classes, key)
     task = fitted(options, source, data.task, shape)[0] if options else None
     graph = load.graph_of(source, agreed_shape(shape, task), model.core)
     return source, graph, task
@@ -124,19 +129,23 @@ def reference_graph(reference: str | None, weights: str | None, classes: int | N
 
 
 @contextlib.contextmanager
-def session(runtime: str, place: str, graph: Any) -> Iterator[Callable[..., Any]]:
-    """The model in the runtime: the file of a saved folder, else one exported for the occasion."""
+def session(runtime: str, source: Any, graph: Any) -> Iterator[Callable[..., Any]]:
+    """The model in the runtime: the file of the saved folder that it came from, else one exported for the occasion.
+
+    A file of a folder is run from a private copy, made of the bytes that the folder's manifest lists.
+    """
     from rarefy import plugins
+    from rarefy.deployment import external_data
 
     chosen = plugins.resolve("runtimes", runtime)
     name = f"model{chosen.suffix}"
-    saved = Path(place) / name
-    if saved.exists():
-        yield chosen.open(saved)
-        return
     with tempfile.TemporaryDirectory(prefix="rarefy-") as folder:
         file = Path(folder) / name
-        chosen.export(graph, file)
+        if source.folder is not None and name in source.folder:
+            source.folder.copy(name, file)
+            external_data.check(file, str(source.folder.path / name))
+        else:
+            chosen.export(graph, file)
         yield chosen.open(file)
 
 

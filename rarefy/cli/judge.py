@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +20,7 @@ from rarefy.cli.options import (
     ReferenceWeights,
     Runtime,
     Seed,
+    Signer,
     app,
     grouped,
 )
@@ -53,6 +54,7 @@ def evaluate(
     batch_size: Batch = 64,
     seed: Seed = 0,
     device: Device = None,
+    key: Signer = None,
     as_json: Json = False,
 ) -> None:
     """Accuracy with its interval, worst class, calibration, agreement with the reference, paired drop, robustness."""
@@ -65,11 +67,11 @@ def evaluate(
     if split not in ("train", "val"):
         raise InputError(f"--split {split!r}: give train or val")
     most = recipe.share(max_drop, "--max-drop") if max_drop is not None else None
-    source, judged, task = prepared(model, data)
+    source, judged, task = prepared(model, data, key=key)
     other = reference_graph(reference, reference_weights, model.classes, task)
     names = "all" if corruptions == "all" else tuple(filter(None, (corruptions or "").split(",")))
     with contextlib.ExitStack() as stack:
-        subject = judged if runtime is None else stack.enter_context(session(runtime, source.text, judged))
+        subject = judged if runtime is None else stack.enter_context(session(runtime, source, judged))
         found = verb(
             subject,
             task,
@@ -114,6 +116,7 @@ def measure(
     runtime: Runtime = "onnxruntime",
     batch_size: Batch = 1,
     repeats: Annotated[int, typer.Option(metavar="N", min=1, help="Timed runs of each model, taking turns.")] = 100,
+    key: Signer = None,
     as_json: Json = False,
 ) -> None:
     """Bytes, parameters, MACs, latency on the runtime, peak memory; with --reference, of both, interleaved."""
@@ -123,7 +126,7 @@ def measure(
     from rarefy.models import load
 
     plugins.resolve("runtimes", runtime)
-    source = loaded(model.model, model.weights, model.classes)
+    source = loaded(model.model, model.weights, model.classes, key)
     graph = load.graph_of(source, shape_of(model), model.core)
     shape = tuple(graph.meta["inputs"][0]["shape"])
     models = {source.text: graph}
@@ -160,6 +163,7 @@ def report_command(
     reference_weights: ReferenceWeights = None,
     runtime: Runtime = "onnxruntime",
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Judge on the first N images only.")] = None,
+    key: Signer = None,
     as_json: Json = False,
 ) -> None:
     """The report of a folder as HTML. With data (and --reference), what it claims is measured again, here and now."""
@@ -174,39 +178,51 @@ def report_command(
         )
     again = data.options()
     if again:
-        facts = _measured_again(place, data, reference, reference_weights, runtime, limit)
+        facts = _measured_again(place, data, reference, reference_weights, runtime, limit, key)
     elif reference is not None:
         raise InputError("--reference is judged on data; pass --data, or leave it out")
     else:
-        facts = _recorded(place)
+        facts = _recorded(place, key)
     report.report(facts, target)
     if as_json:
         show_json(facts)
     else:
         say(report.summary(facts).rstrip())
+        if not again:
+            say(f"\n{facts['provenance']['claim']}")
         say(f"\nreport: {target}")
 
 
-def _recorded(place: Path) -> dict[str, Any]:
-    """The facts that lie in a saved folder."""
+def _recorded(place: Path, key: str | None) -> dict[str, Any]:
+    """The facts that lie in a saved folder, and who vouches for them."""
+    from rarefy.artifact import recorded, snapshot
     from rarefy.reports import view
 
-    file = place / "report.json" if place.is_dir() else place
-    if not file.exists():
+    file = place / recorded.REPORT if place.is_dir() else place
+    facts = None
+    if place.is_dir() or (place.name == recorded.REPORT and (place.parent / snapshot.MANIFEST).exists()):
+        with snapshot.hold(place if place.is_dir() else place.parent, key) as held:
+            facts = recorded.of_folder(held)
+            if held.is_signed:
+                held.check()
+    elif key is not None:
+        raise InputError(f"{place}: --key checks the signature of a folder that rarefy saved; give the folder")
+    elif os.path.lexists(file):
+        facts = recorded.of_file(file)
+    if facts is None:
         raise InputError(
             f"{file}: no such file; give a folder that `rarefy compress` saved, or pass --data to measure it now"
         )
-    try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(f"{file}: is no JSON ({error}); pass --data to measure the folder again") from error
     try:
         view.view(facts)
     except FormatError as error:
         raise FormatError(f"{file}: is no report ({error}); pass --data to measure the folder again") from error
     if not {"before", "after", "goals", "steps"} & facts.keys():
         raise FormatError(f"{file}: is no report; give a folder that `rarefy compress` saved, or its report.json")
-    return dict(facts)
+    claim = "recorded when the folder was made, and signed by the owner of the key; --data measures it again"
+    if key is None:
+        claim = "recorded by whoever made it, and not measured now; --data measures it again, --key says who made it"
+    return {**facts, "provenance": {**(facts.get("provenance") or {}), "claim": claim}}
 
 
 def _measured_again(
@@ -216,11 +232,12 @@ def _measured_again(
     reference_weights: str | None,
     runtime: str,
     limit: int | None,
+    key: str | None,
 ) -> dict[str, Any]:
-    facts: dict[str, Any] = _recorded(place) if (place / "report.json").exists() else {"title": str(place)}
-    _, graph, task = prepared(ModelOptions(str(place)), data)
+    """What is measured here and now, and nothing else: what the folder's own report claims is left out."""
+    source, graph, task = prepared(ModelOptions(str(place)), data, key=key)
     other = reference_graph(reference, reference_weights, None, task)
-    facts = facts_of(facts, graph, other, task, runtime, limit)
-    facts.pop("verdict", None)
-    facts["goals"] = []
-    return facts
+    facts = facts_of({"title": str(place)}, graph, other, task, runtime, limit)
+    content = source.folder.manifest.get("content") if source.folder is not None else None
+    provenance = {"measured": "here and now, all of it", "content": content, "signed": key is not None}
+    return {**facts, "goals": [], "provenance": provenance}

@@ -194,6 +194,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Batch = Annotated[int, typer.Option(metavar="N", min=1, help="Images at a time.")]
 Runtime = Annotated[str, typer.Option(metavar="NAME", help="Where the model will run; see `rarefy list runtimes`.")]
 Key = Annotated[str | None, typer.Option(metavar="FILE", help="Sign the result with this private key.")]
+Signer = Annotated[
+    str | None,
+    typer.Option(
+        "--key", metavar="FILE", help="Accept MODEL, a signed folder, only as the owner of this public key signed it."
+    ),
+]
 Chain = Annotated[
     list[str] | None,
     typer.Option(metavar="FILE", help="A certificate up to the root (PEM); may be given more than once."),

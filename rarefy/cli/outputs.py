@@ -28,6 +28,11 @@ def claim_folder(text: str) -> str:
     if path.exists() and not path.is_dir():
         raise InputError(f"{text}: is a file; --output names a folder")
     claim_parent(path)
+    if os.path.lexists(path.absolute().parent / "manifest.json"):
+        from rarefy.artifact import folder
+
+        if folder.is_artifact(path.absolute().parent):
+            raise InputError(f"{text}: lies in a saved folder, which holds files only; choose another --output")
     return str(path)
 
 
@@ -43,6 +48,11 @@ def claim_file(text: str, suffixes: Sequence[str], option: str = "--output") -> 
 
 def claim_parent(path: Path, option: str = "--output") -> None:
     parent = path.absolute().parent
+    if os.path.lexists(parent / "manifest.json"):
+        from rarefy.artifact import folder
+
+        if folder.is_artifact(parent):  # files that are written there get into its manifest
+            folder.check_open(parent)
     try:
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=parent):
@@ -119,10 +129,13 @@ def save_result(
 
 
 def _write_report(path: str, facts: dict[str, Any], graph: Any, before: Any, task: Any, runtime: Any) -> None:
+    from rarefy.artifact.folder import placing
     from rarefy.reports import report
 
     judged = None if task is None or task.data.val is None else task
-    report.report(facts_of(facts, graph, before, judged, runtime), path)
+    told = facts_of(facts, graph, before, judged, runtime)
+    with placing(path) as place:
+        report.report(told, place)
 
 
 def facts_of(

@@ -174,8 +174,7 @@ def write_program(graph: fx.GraphModule, file: Path) -> Path | None:
     """``predict.py`` beside an ONNX file; None where there is nothing to write, or another's file of that name is."""
     target = file.with_name(PROGRAM)
     text = program_for(graph, file.name) if file.suffix.lower() == ".onnx" else None
-    sealed = (file.parent / "manifest.json").exists()  # a saved folder lists its files with their hashes
-    if text is None or sealed or (target.exists() and MARK not in target.read_bytes()[:200]):
+    if text is None or (target.exists() and MARK not in target.read_bytes()[:200]):
         return None
     with replacing(target) as partial:
         partial.write_text(text, encoding="utf-8")

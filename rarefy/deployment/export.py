@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rarefy import plugins
+from rarefy.artifact.folder import placing
 from rarefy.deployment import description, pictures
 from rarefy.deployment.runtime import Inputs, Runtime, several
 from rarefy.errors import FormatError, InputError, MissingDependency
@@ -41,7 +42,8 @@ def export(
     The file says what the model is for, and ``predict.py`` is written beside an ONNX file that takes pictures
     (``rarefy/deployment/description.py``); another's file of that name stays.
 
-    path: a file there is replaced, and stays as it was if anything fails.
+    path: a file there is replaced, and stays as it was if anything fails. In a saved folder, its manifest lists it
+        then; a signed one is refused.
     runtime: a choice of ``rarefy.runtimes``, as an object or as text; None: by the file's name, ``.onnx`` for
         ``onnxruntime``, ``.xml`` for ``openvino`` (a ``.bin`` lies beside it), ``.zip`` for ``inductor``.
     inputs: an example batch, of each input: needed where ``model`` is not captured yet and no task says what it takes,
@@ -66,10 +68,12 @@ def export(
     if family is not None:
         given = (pictures.pictures_of(given[0], family.feed),)
         graph = pictures.with_boxes(graph, family)
-    with _placed(target) as partial, _told(graph, target, partial, chosen):
-        chosen.export(graph, partial)
-        parity = dict(chosen.compare(graph, partial, given)) if compare else {}
-    description.write_program(graph, target)
+    with placing(target) as place:
+        with _placed(place) as partial, _told(graph, target, partial, chosen):
+            chosen.export(graph, partial)
+            parity = dict(chosen.compare(graph, partial, given)) if compare else {}
+        if place == target or not os.path.lexists(target.with_name(description.PROGRAM)):
+            description.write_program(graph, place)
     if parity.get("passed") is False:
         warnings.warn(f"{target}: {doubt(parity, 'inputs')}", stacklevel=2)
     return parity

@@ -37,7 +37,12 @@ SOURCES: tuple[Form, ...] = (timm, torchvision, saved, exported, onnx, function)
 
 
 def load(
-    text: str, *, weights: str | os.PathLike[str] | None = None, classes: int | None = None, seed: int = 0
+    text: str,
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    classes: int | None = None,
+    seed: int = 0,
+    key: str | os.PathLike[str] | None = None,
 ) -> Source:
     """The model that ``text`` names (the forms stand at the top of this file).
 
@@ -45,10 +50,14 @@ def load(
     classes: outputs of the classifier, for sources that build one (timm, torchvision, a function that takes
         ``num_classes``).
     seed: of the weights of a model that comes without.
+    key: the public key (a file, PEM) of who must have signed the folder that ``text`` names; the bytes that are loaded
+        are those that were checked.
 
-    Raises InputError, FormatError or MissingDependency.
+    Raises InputError, FormatError, MissingDependency, or SignatureRefused with a key.
     """
-    request = Request(str(text).strip(), classes, weights is not None)
+    if key is not None and not os.path.isdir(str(text).strip()):
+        raise InputError(f"{text}: a key checks the signature of a folder that rarefy saved; leave it out")
+    request = Request(str(text).strip(), classes, weights is not None, key)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # a model without weights is the same one every time
         source = next((source for form in SOURCES if (source := form(request)) is not None), None)

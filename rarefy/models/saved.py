@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from rarefy.artifact import folder
+from rarefy.artifact import snapshot
 from rarefy.errors import FormatError, InputError
 from rarefy.graph.shapes import output_shapes
 from rarefy.models.source import FORMS, Request, Source, input_shape_of
@@ -13,7 +13,7 @@ STATED = ("mean", "std", "crop", "interpolation")
 
 
 def saved(request: Request) -> Source | None:
-    """``small/``; the folder's own weights are used."""
+    """``small/``; the folder's own weights are used. What else lies in it is read from the same version."""
     text = request.text
     if not os.path.isdir(text):
         return None
@@ -21,12 +21,13 @@ def saved(request: Request) -> Source | None:
         raise FormatError(f"{text}: no graph.json in that folder, so rarefy did not save it; give {FORMS}")
     if request.has_weights:
         raise InputError(f"{text}: a saved folder has its own weights; leave out --weights")
-    graph = folder.load(text)
+    held = snapshot.hold(text, request.key)
+    graph = held.graph()
     if request.classes is not None:
         request.check_classes(output_shapes(graph))
-    task = folder.read_manifest(text).get("task")
+    task = held.manifest.get("task")
     known = {key: task[key] for key in STATED if key in task} if isinstance(task, dict) else {}
     shape = input_shape_of(graph)
     if shape is not None and len(shape) == 3 and shape[1] == shape[2]:
         known["size"] = shape[1]
-    return Source(text, graph, shape, known)
+    return Source(text, graph, shape, known, folder=held)

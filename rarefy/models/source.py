@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from rarefy.artifact.snapshot import Snapshot
 from rarefy.errors import InputError, MissingDependency, first_line
 from rarefy.graph.nodes import is_graph
 from rarefy.system.failures import refusal
@@ -36,6 +38,7 @@ class Source:
     names: of inputs and outputs, where the source says them.
     weights: what was loaded into it, or None: as the source made it. taken: which part of that file, in a line, where
         it holds more.
+    folder: the saved folder that it came from, held open.
     """
 
     text: str
@@ -46,6 +49,7 @@ class Source:
     taken: str | None = None
     inputs: Sequence[tuple[tuple[int, ...], torch.dtype]] = ()
     names: Mapping[str, Sequence[str]] | None = None
+    folder: Snapshot | None = None
 
     def example(self, shape: tuple[int, ...] | None = None, batch: int = 2) -> Tensor | tuple[Tensor, ...]:
         """An input of that shape (else the source's own): standard normal numbers, the same every time.
@@ -76,12 +80,13 @@ class Request:
     """What was asked for.
 
     text: the source as text. classes: outputs of the classifier, if they are to be others than the source's own.
-    has_weights: they come from a file beside it.
+    has_weights: they come from a file beside it. key: the public key of who must have signed it, a saved folder.
     """
 
     text: str
     classes: int | None = None
     has_weights: bool = False
+    key: str | os.PathLike[str] | None = None
 
     @property
     def prefix(self) -> str:

@@ -29,6 +29,7 @@ MOST_VALUES = 2_000_000
 DEEPEST = 64
 # A string, or what stands where one was begun: always matches, never goes back, so a hostile file takes linear time.
 _STRINGS = re.compile(rb'"(?:[^"\\]++|\\.)*+\\?+(?:"|\Z)', re.DOTALL)
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _STEP = np.zeros(256, np.int8)  # what a byte adds to the depth
 _STEP[list(b"[{")] = 1
 _STEP[list(b"]}")] = -1
@@ -39,7 +40,8 @@ def parse(
 ) -> dict[str, Json]:
     """Parsed, once it is known to be neither deep nor of many values; a key may stand once, numbers are finite.
 
-    most_values: None: ``MOST_VALUES``. without: keys that are dropped where they stand, with all that is in them.
+    most_values: None: ``MOST_VALUES``. without: keys that are dropped where they stand, with all that is in them. Text is Unicode
+    that can be written again: no half of a surrogate pair.
     """
     bare, most = _STRINGS.sub(b"", data), MOST_VALUES if most_values is None else most_values
     expect(bare.count(b",") + bare.count(b"[") + bare.count(b"{") <= most, where, f"holds more than {most} values")
@@ -53,6 +55,10 @@ def parse(
             parse_constant=_refuse,
             parse_float=_finite,
         )
+        if _SURROGATE.search(data):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise FormatError(f"{where}: holds half of a surrogate pair, which is no text; copy it again") from error
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where}: is not JSON ({str(error)[:100]!r}); copy it again") from error
     expect(isinstance(value, dict), where, "is not a JSON object")

@@ -564,7 +564,12 @@ def test_a_folder_can_be_saved_with_its_own_files(tmp_path):
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), MemoryError()])
 @pytest.mark.parametrize(
     "place",
-    ["safetensors.torch.save_file", "rarefy.system.files._sync", "rarefy.system.files._exchanged", "shutil.copyfileobj"],
+    [
+        "safetensors.torch.save_file",
+        "rarefy.system.files._sync",
+        "rarefy.system.files._exchanged",
+        "shutil.copyfileobj",
+    ],
 )
 def test_a_save_that_fails_leaves_what_was_there(error, place, tmp_path, monkeypatch):
     folder = folder_.save(small(), tmp_path / "model", files={"report.html": b"old"})

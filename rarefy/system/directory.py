@@ -1,6 +1,6 @@
-"""Files that a stranger gave: regular ones, read through a handle that stays what it is when names change.
+"""A stranger's folder, held open: its files are regular ones, read through handles that stay when names change.
 
-A name may lead elsewhere, wait or never end: a link out of the folder, a pipe, a device, a file that grows. So a file is
+A name may lead elsewhere, wait or never end: a link out of the folder, a pipe, a device, a file that grows. A file is
 opened once, without waiting; what is no regular file is refused before a byte is read, and what is larger than it may
 be before memory is taken. A folder is held the same way: the names looked up in a ``Directory`` are those of the folder
 that was opened, also while another one takes its place.
@@ -19,20 +19,6 @@ from rarefy.errors import FormatError
 
 _FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY", "O_NOCTTY"))
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
-
-
-def open_regular(path: str | os.PathLike[str], *, most: int | None = None) -> BufferedReader:
-    """The file that the user named, perhaps through a link.
-
-    most: bytes that it may have. Raises FormatError for what is no regular file, or larger.
-    """
-    return _checked(_opened(path, _FLAGS, None, Path(path)), Path(path), most)
-
-
-def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
-    """All bytes of such a file, at most so many. Raises FormatError."""
-    with open_regular(path, most=most) as file:
-        return read_at_most(file, most, Path(path))
 
 
 def read_at_most(file: BufferedReader, most: int, where: Path) -> bytes:
