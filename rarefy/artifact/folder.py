@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, fx
 
 from rarefy.artifact import graph_json, weights
+from rarefy.artifact.directory import Directory
 from rarefy.artifact.graph_json import SCHEMA
 from rarefy.artifact.snapshot import (
     FILE_NAME,
@@ -54,7 +55,6 @@ from rarefy.artifact.snapshot import (
 )
 from rarefy.errors import FormatError, InputError
 from rarefy.graph.nodes import is_graph
-from rarefy.system.directory import Directory
 from rarefy.system.files import opened, replacing
 from rarefy.system.strict_json import Json, plain, said
 

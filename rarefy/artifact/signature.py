@@ -18,9 +18,9 @@ from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from rarefy.artifact.directory import read_at_most
 from rarefy.errors import FormatError, InputError, MissingDependency, SignatureRefused
 from rarefy.system import strict_json
-from rarefy.system.directory import read_at_most
 from rarefy.system.files import content
 
 if TYPE_CHECKING:

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rarefy.artifact import certificates, signature
+from rarefy.artifact.directory import Directory
 from rarefy.artifact.signature import LARGEST_KEY, SIGNATURE, PathLike
 from rarefy.errors import FormatError, InputError, MissingDependency, RarefyError, SignatureRefused
-from rarefy.system.directory import Directory
 from rarefy.system.files import content, replacing
 
 if TYPE_CHECKING:

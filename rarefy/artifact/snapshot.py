@@ -24,10 +24,10 @@ from typing import Self
 from torch import fx
 
 from rarefy.artifact import graph_json, signature, weights
+from rarefy.artifact.directory import Directory, read_at_most
 from rarefy.artifact.graph_json import check_schema
 from rarefy.errors import FormatError, SignatureRefused
 from rarefy.system import strict_json
-from rarefy.system.directory import Directory, read_at_most
 from rarefy.system.strict_json import Json, expect, is_size, restore
 
 GRAPH, WEIGHTS, MANIFEST, SIGNATURE = "graph.json", "weights.safetensors", "manifest.json", "model.sig"

@@ -195,7 +195,8 @@ def report_command(
 
 def _recorded(place: Path, key: str | None) -> dict[str, Any]:
     """The facts that lie in a saved folder, and who vouches for them."""
-    from rarefy.artifact import recorded, snapshot
+    from rarefy.artifact import snapshot
+    from rarefy.evaluation import recorded
     from rarefy.reports import view
 
     file = place / recorded.REPORT if place.is_dir() else place

@@ -40,8 +40,8 @@ def parse(
 ) -> dict[str, Json]:
     """Parsed, once it is known to be neither deep nor of many values; a key may stand once, numbers are finite.
 
-    most_values: None: ``MOST_VALUES``. without: keys that are dropped where they stand, with all that is in them. Text is Unicode
-    that can be written again: no half of a surrogate pair.
+    most_values: None: ``MOST_VALUES``. without: keys that are dropped where they stand, with all that is in them. Text
+    is Unicode that can be written again: no half of a surrogate pair.
     """
     bare, most = _STRINGS.sub(b"", data), MOST_VALUES if most_values is None else most_values
     expect(bare.count(b",") + bare.count(b"[") + bare.count(b"{") <= most, where, f"holds more than {most} values")

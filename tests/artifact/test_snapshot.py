@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from rarefy.artifact import folder as folder_
-from rarefy.artifact import recorded, signing, snapshot
+from rarefy.artifact import signing, snapshot
 from rarefy.errors import FormatError, InputError, RarefyError, SignatureRefused
+from rarefy.evaluation import recorded
 from rarefy.graph.capture import capture
 from rarefy.models import load as sources
 
