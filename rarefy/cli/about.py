@@ -19,16 +19,18 @@ def demo(
     output: Annotated[
         str, typer.Option("-o", "--output", metavar="FOLDER", help="Where the result goes.")
     ] = "demo-out",
+    task: Annotated[
+        str, typer.Option(metavar="TASK", help="classification (scikit-learn's digits) or detection (drawn shapes).")
+    ] = "classification",
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Train a small network on scikit-learn's digits, compress it, and save, sign and explain the result: two minutes,
-    no download."""
+    """Train a small network, compress it, and save, sign and explain the result: two to four minutes, no download."""
     from rarefy.demo import demonstrate
 
     small = claim_folder(os.path.join(output, "small"))
     claim_folder(os.path.join(output, "original"))
-    facts = demonstrate(output, seed=seed)
+    facts = demonstrate(output, seed=seed, task=task)
     show_report(facts, small, as_json)
 
 

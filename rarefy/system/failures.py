@@ -20,7 +20,7 @@ class Refusal(NamedTuple):
     way_out: str
 
     def __str__(self) -> str:
-        return f"{self.what}: {self.way_out}"
+        return f"{self.what}; {self.way_out}"
 
 
 # kind, numbers of the system's errors, words of libraries, what to say, and the way out
