@@ -130,3 +130,150 @@ def torchvision_detector(name: str, classes: int = 3) -> nn.Module:
         elif part.endswith("cls_logits.bias"):
             nn.init.zeros_(value)
     return model.eval()
+
+
+class Block(nn.Module):
+    """Convolution, batch norm, SiLU."""
+
+    def __init__(self, width_in: int, width: int, kernel: int = 1, stride: int = 1, groups: int = 1):
+        super().__init__()
+        self.conv = nn.Conv2d(width_in, width, kernel, stride, kernel // 2, groups=groups, bias=False)
+        self.bn, self.act = nn.BatchNorm2d(width), nn.SiLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.bn(self.conv(x)))
+
+
+class Bottleneck(nn.Module):
+    def __init__(self, width: int, shortcut: bool):
+        super().__init__()
+        self.one, self.two, self.shortcut = Block(width, width, 3), Block(width, width, 3), shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.two(self.one(x)) if self.shortcut else self.two(self.one(x))
+
+
+class C3(nn.Module):
+    """Two paths, one of them through bottlenecks, joined."""
+
+    def __init__(self, width: int, shortcut: bool):
+        super().__init__()
+        half = width // 2
+        self.a, self.b, self.join = Block(width, half), Block(width, half), Block(2 * half, width)
+        self.inner = nn.Sequential(Bottleneck(half, shortcut), Bottleneck(half, shortcut))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.join(torch.cat([self.inner(self.a(x)), self.b(x)], 1))
+
+
+class C2f(nn.Module):
+    """Halves, one of them on through blocks, all that came out on the way joined; of v11 the blocks are C3."""
+
+    def __init__(self, width_in: int, width: int, shortcut: bool = True, deep: bool = False):
+        super().__init__()
+        self.half = width // 2
+        self.open, self.join = Block(width_in, 2 * self.half), Block(3 * self.half, width)
+        self.blocks = nn.ModuleList([C3(self.half, shortcut) if deep else Bottleneck(self.half, shortcut)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = list(self.open(x).chunk(2, 1))
+        parts.extend(block(parts[-1]) for block in self.blocks)
+        return self.join(torch.cat(parts, 1))
+
+
+class SPPF(nn.Module):
+    """The same pooling again and again, all joined."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.open, self.join, self.pool = Block(width, width // 2), Block(2 * width, width), nn.MaxPool2d(5, 1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [self.open(x)]
+        for _ in range(3):
+            parts.append(self.pool(parts[-1]))
+        return self.join(torch.cat(parts, 1))
+
+
+class Attention(nn.Module):
+    """Of places, of few heads, with a depthwise convolution of the values for where they are."""
+
+    def __init__(self, width: int, heads: int = 2):
+        super().__init__()
+        self.heads, self.key, self.value = heads, width // heads // 2, width // heads
+        self.qkv = nn.Conv2d(width, width + 2 * self.key * heads, 1)
+        self.place, self.out = nn.Conv2d(width, width, 3, 1, 1, groups=width), nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        qkv = self.qkv(x).view(n, self.heads, 2 * self.key + self.value, h * w)
+        q, k, v = qkv.split([self.key, self.key, self.value], 2)
+        weights = ((q.transpose(-2, -1) @ k) * self.key**-0.5).softmax(-1)
+        y = (v @ weights.transpose(-2, -1)).view(n, c, h, w)
+        return x + self.out(y + self.place(v.reshape(n, c, h, w)))
+
+
+class Detect(nn.Module):
+    """Distances by bins and classes of three maps; in eval mode decoded, and the maps beside."""
+
+    def __init__(self, classes: int, widths: list[int], bins: int = 16):
+        super().__init__()
+        self.nc, self.nl, self.reg_max, self.stride = classes, len(widths), bins, torch.tensor([8.0, 16.0, 32.0])
+        self.cv2 = nn.ModuleList(
+            nn.Sequential(Block(one, 16, 3), Block(16, 16, 3), nn.Conv2d(16, 4 * bins, 1)) for one in widths
+        )
+        self.cv3 = nn.ModuleList(
+            nn.Sequential(Block(one, one, 3, 1, one), Block(one, 16), nn.Conv2d(16, classes, 1)) for one in widths
+        )
+
+    def forward(self, x: list[Tensor]) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        maps = [torch.cat([self.cv2[place](one), self.cv3[place](one)], 1) for place, one in enumerate(x)]
+        if self.training:
+            return maps
+        boxes = []
+        for one, stride in zip(maps, self.stride.tolist(), strict=True):
+            n, _, h, w = one.shape
+            bins = one[:, : 4 * self.reg_max].view(n, 4, self.reg_max, h * w).softmax(2)
+            far = (bins * torch.arange(float(self.reg_max)).view(1, 1, -1, 1)).sum(2)
+            y, x_ = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
+            middle = torch.stack([x_.flatten(), y.flatten()])
+            low, high = middle - far[:, :2], middle + far[:, 2:]
+            boxes.append(torch.cat([(low + high) / 2, high - low], 1) * stride)
+        scores = torch.cat([one[:, 4 * self.reg_max :].flatten(2) for one in maps], 2).sigmoid()
+        return torch.cat([torch.cat(boxes, 2), scores], 1), maps
+
+
+class Numbered(nn.Module):
+    """Layers by number, each of which says where its input comes from (``f``), as models from a yaml file are."""
+
+    def __init__(self, classes: int = 3, width: int = 16, deep: bool = False):
+        super().__init__()
+        w = width
+        layers: list[tuple[int | list[int], nn.Module]] = [
+            (-1, Block(3, w, 3, 2)), (-1, Block(w, w, 3, 2)), (-1, C2f(w, w, deep=deep)), (-1, Block(w, 2 * w, 3, 2)),
+            (-1, C2f(2 * w, 2 * w, deep=deep)), (-1, Block(2 * w, 2 * w, 3, 2)), (-1, C2f(2 * w, 2 * w, deep=deep)),
+            (-1, Block(2 * w, 4 * w, 3, 2)), (-1, SPPF(4 * w)), (-1, Attention(4 * w) if deep else nn.Identity()),
+            (-1, nn.Upsample(scale_factor=2.0)), ([-1, 6], Joined()), (-1, C2f(6 * w, 2 * w, False)),
+            (-1, nn.Upsample(scale_factor=2.0)), ([-1, 4], Joined()), (-1, C2f(4 * w, 2 * w, False)),
+            (-1, Block(2 * w, 2 * w, 3, 2)), ([-1, 12], Joined()), (-1, C2f(4 * w, 2 * w, False)),
+            (-1, Block(2 * w, 2 * w, 3, 2)), ([-1, 9], Joined()), (-1, C2f(6 * w, 4 * w, False)),
+            ([15, 18, 21], Detect(classes, [2 * w, 2 * w, 4 * w])),
+        ]  # fmt: skip
+        for number, (source, layer) in enumerate(layers):
+            layer.f, layer.i = source, number
+        self.model = nn.Sequential(*(layer for _, layer in layers))
+        self.names, self.args = {place: str(place) for place in range(classes)}, {"imgsz": 64}
+
+    def forward(self, x: Tensor) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        seen: list[Tensor] = []
+        for layer in self.model:
+            if layer.f != -1:
+                x = [x if place == -1 else seen[place] for place in layer.f]
+            x = layer(x)
+            seen.append(x)
+        return x
+
+
+class Joined(nn.Module):
+    def forward(self, x: list[Tensor]) -> Tensor:
+        return torch.cat(x, 1)

@@ -64,6 +64,27 @@ def simota(boxes: Tensor, scores: Tensor, centres: Tensor, strides: Tensor, targ
     return _assigned(torch.where(chosen, cost, 2 * _NEVER), chosen, overlaps, targets, inside)
 
 
+@torch.no_grad()
+def aligned(boxes: Tensor, scores: Tensor, centres: Tensor, targets: Tensor) -> tuple[Assigned, Tensor]:
+    """By how well score and overlap go together (task alignment, 2108.07755): the places in a box of largest
+    score^0.5 · IoU^6. Also how sure each should be, (N, P): that, scaled to the best IoU of its box.
+    """
+    real = present(targets) & (targets[..., IGNORED] < 0.5)
+    kind = targets[..., CLASS].clamp(0, scores.shape[-1] - 1).long()
+    inside = _inside(centres, targets)
+    allowed = inside & real[..., None]
+    overlaps = iou(targets[..., :4], boxes) * allowed
+    sure = scores.transpose(1, 2).gather(1, kind[..., None].expand(-1, -1, scores.shape[1])).clamp_min(0)
+    # to many places the first outputs give no overlap at all: the score decides among these
+    worth = (sure.sqrt() * overlaps.pow(6) + 1e-9 * (1 + sure)) * allowed
+    best, places = worth.topk(min(MOST, boxes.shape[1]), -1)
+    chosen = torch.zeros_like(allowed).scatter(-1, places, best > 0)
+    assigned = _assigned(torch.where(chosen, -overlaps, _NEVER), chosen, overlaps, targets, inside)
+    own = torch.where(chosen & (-overlaps == torch.where(chosen, -overlaps, _NEVER).amin(1, True)), worth, 0.0)
+    scale = (overlaps * (own > 0)).amax(-1, keepdim=True) / own.amax(-1, keepdim=True).clamp_min(1e-12)
+    return assigned, (own * scale).amax(1) * assigned.positive
+
+
 def _assigned(cost: Tensor, chosen: Tensor, overlaps: Tensor, targets: Tensor, inside: Tensor) -> Assigned:
     owner = cost.argmin(1)  # (N, P)
     positive = chosen.any(1)

@@ -1,8 +1,8 @@
 """RetinaNet (1708.02002), as torchvision has it: anchors on a pyramid, a sigmoid a class, focal loss.
 
 Outputs ``cls_logits`` (N, P, columns) and ``bbox_regression`` (N, P, 4). Loss: as torchvision's: focal loss (alpha
-0.25, gamma 2) of all anchors but those between IoU 0.4 and 0.5, and L1 (v2: generalised IoU) of the matched
-ones, by the number of the matched, mean over the pictures. By torchvision's convention column 0 is the background's and never
+0.25, gamma 2) of all anchors but those between IoU 0.4 and 0.5, and L1 (v2: generalised IoU) of the matched ones, by
+the number of the matched, mean over the pictures. By torchvision's convention column 0 is the background's, and never
 learns.
 """
 
