@@ -22,6 +22,7 @@ import typing
 from typing import Any
 
 from rarefy.errors import InputError
+from rarefy.system.dependencies import own_module
 from rarefy.system.options import LARGEST
 
 # kind -> the folder of its choices
@@ -165,7 +166,7 @@ def name_of(choice: object) -> str:
 
 def _imported(module: str, name: str) -> Any:
     try:
-        return getattr(importlib.import_module(module), name)
+        return getattr(own_module(module), name)
     except (ImportError, AttributeError) as error:
         raise InputError(f"{module}:{name}: can't be imported ({error}); give package.module:Class") from error
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -82,21 +84,28 @@ def run_recipe(
     output: Annotated[
         str | None, typer.Option("-o", "--output", metavar="FOLDER", help="In place of the recipe's output.")
     ] = None,
+    trust_modules: Annotated[
+        bool,
+        typer.Option(
+            "--trust-modules", help="Let modules run that the recipe names and that lie beside it, or in this folder."
+        ),
+    ] = False,
     key: Key = None,
     as_json: Json = False,
 ) -> None:
     """Carry out a recipe: `rarefy compress`, written down."""
     from rarefy.compression import recipe
+    from rarefy.system.dependencies import asking
 
-    asked = recipe.read(path)
-    if output is not None:
-        asked = dataclasses.replace(asked, output=output)
-    _compress(asked, key, as_json)
+    with contextlib.nullcontext() if trust_modules else asking(Path(path)):
+        asked = recipe.read(path)
+        if output is not None:
+            asked = dataclasses.replace(asked, output=output)
+        _compress(asked, key, as_json)
 
 
 def _compress(asked: Any, key: str | None, as_json: bool) -> None:
-    from rarefy.compression import compress as compress_module
-    from rarefy.compression import recipe
+    from rarefy.compression.run import locked_folder
     from rarefy.models import load
 
     if asked.output is None:
@@ -110,22 +119,31 @@ def _compress(asked: Any, key: str | None, as_json: bool) -> None:
     graph = load.graph_of(source, agreed_shape(asked.input, task), asked.core)
     task.check(output_count(graph, getattr(task, "output", None)))
     budget = Budget(**asked.budget)
-    result = compress_module.compress(
+    workdir = Path(f"{output}.work")
+    with locked_folder(workdir):
+        result = _carried_out(asked, graph, task, budget, workdir, source.text)
+        result.save(output)
+        if signer:
+            from rarefy.artifact import signing
+
+            signing.sign(output, signer)
+        shutil.rmtree(workdir, ignore_errors=True)
+    show_report(result.report, output, as_json)
+
+
+def _carried_out(asked: Any, graph: Any, task: Any, budget: Budget, workdir: Path, title: str) -> Any:
+    from rarefy.compression import compress as compress_module
+    from rarefy.compression import recipe
+
+    return compress_module.compress(
         graph,
         task,
         budget=budget,
         steps=asked.steps or None,
         runtime=asked.runtime,
-        workdir=f"{output}.work",
+        workdir=workdir,
         seed=asked.seed,
         device=device_of(asked.device),
-        title=source.text,
+        title=title,
         recipe=recipe.write(asked),
     )
-    result.save(output)
-    if signer:
-        from rarefy.artifact import signing
-
-        signing.sign(output, signer)
-    shutil.rmtree(f"{output}.work", ignore_errors=True)
-    show_report(result.report, output, as_json)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +15,10 @@ from torch import fx
 from rarefy.artifact import folder as folder_
 from rarefy.compression.gates import Measurement, Ratio
 from rarefy.deployment.latency import Quartiles, RunTime
+from rarefy.errors import FormatError
 from rarefy.reports.facts import Epoch, Evaluation
+from rarefy.system import strict_json
+from rarefy.system.files import opened
 
 
 class Record(TypedDict):
@@ -37,6 +42,36 @@ class Record(TypedDict):
     curve: NotRequired[list[Epoch] | None]
 
 
+SEAL = "seal"  # the key
+
+
+def seal(value: object, *digests: str) -> str:
+    """sha256 of what is written into a working folder: that it is as it was written, by no key, so not by whom."""
+    text = json.dumps(strict_json.plain(value, SEAL), sort_keys=True, allow_nan=False)
+    return hashlib.sha256("\n".join([text, *digests]).encode()).hexdigest()
+
+
+def digest_of(file: Path) -> str:
+    """sha256 of its bytes."""
+    with opened(file) as stored:
+        return hashlib.file_digest(stored, "sha256").hexdigest()
+
+
+def _unsealed(folder: Path) -> object:
+    """What was found of the candidate, if nothing in its folder was changed since. Raises FormatError."""
+    manifest = folder_.read_manifest(folder)
+    listed, found = manifest["files"], manifest.get("found")
+    others = sorted(listed.keys() - {folder_.GRAPH, folder_.WEIGHTS})
+    changed = next((name for name in sorted(listed) if digest_of(folder / name) != listed[name]["sha256"]), None)
+    whole = seal(found, str(manifest.get("content")), *(str(listed[name]["sha256"]) for name in others))
+    if changed is not None or manifest.get(SEAL) != whole:
+        raise FormatError(
+            f"{folder / (changed or folder_.MANIFEST)}: was changed since it was written; "
+            "delete the working folder to start anew"
+        )
+    return found
+
+
 @dataclass(frozen=True)
 class Candidate:
     """folder: as ``artifact.save`` wrote it, with the exported file. measurement: what the gates look at."""
@@ -48,7 +83,7 @@ class Candidate:
     @classmethod
     def read(cls, folder: Path, index: int) -> Self:
         """The candidate that step ``index`` left in ``folder``. Raises FormatError."""
-        record = cast(Record, folder_.read_manifest(folder)["found"])
+        record = cast(Record, _unsealed(folder))
         drop = record["evaluation"]["drop"]
         measurement = Measurement(
             index=index,

@@ -177,6 +177,12 @@ def _usual_corruptions(task: Task) -> list[str]:
 
 def _compressed(folder: Folder, graph: fx.GraphModule, title: str, recipe: str) -> Result:
     """graph: the original."""
+    with folder.locked():
+        return _finished(folder, graph, title, recipe)
+
+
+def _finished(folder: Folder, graph: fx.GraphModule, title: str, recipe: str) -> Result:
+    """In the working folder, which is this run's alone meanwhile."""
     run = folder.run
     folder.claim(graph)
     candidates, walk = _walked(folder, folder.original(graph))

@@ -15,12 +15,14 @@ behind the last.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +32,7 @@ from torch import Tensor, fx
 from rarefy import plugins
 from rarefy.artifact import folder as folder_
 from rarefy.compression.budget import Budget, Step
-from rarefy.compression.candidate import Candidate
+from rarefy.compression.candidate import SEAL, Candidate, digest_of, seal
 from rarefy.compression.gates import ORIGINAL
 from rarefy.compression.steps import FLOAT_ONLY, QUANTISED, VERBS, Context
 from rarefy.data.items import Split
@@ -40,7 +42,8 @@ from rarefy.errors import CheckFailed, FormatError, InputError
 from rarefy.evaluation.evaluate import evaluate
 from rarefy.graph import history
 from rarefy.kernels import is_quantised
-from rarefy.system.files import replacing
+from rarefy.system import strict_json
+from rarefy.system.files import LOCK, content, locked, replacing, why
 from rarefy.system.progress import say
 from rarefy.tasks.task import Task
 
@@ -108,11 +111,15 @@ class Folder:
     path: Path
     run: Run
 
+    def locked(self) -> AbstractContextManager[None]:
+        """Nobody else works there meanwhile. Raises InputError."""
+        return locked_folder(self.path)
+
     def claim(self, original: fx.GraphModule) -> None:
         """Make it this run's. Raises InputError where something else lies there, or another run that did a step."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            present = {path.name for path in self.path.iterdir()}
+            present = {path.name for path in self.path.iterdir()} - {LOCK}
         except OSError as error:
             raise InputError(
                 f"workdir={self.path}: can't be written ({error.strerror}); name a folder that can"
@@ -122,7 +129,8 @@ class Folder:
                 f"workdir={self.path}: is in use for something else ({min(present)} lies there); name another folder"
             )
         for left in self.path.glob(".*"):  # of a run that was killed while writing
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+            if left.name != LOCK:
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         ours = self.run.identity(original)
         if RUN not in present:
             write_json(self.path / RUN, ours)
@@ -220,7 +228,19 @@ class Folder:
                 "latency_ms": times["latency_ms"],
                 "speedup": times["speedup"],
             }
-            folder_.save(graph, self.place(index), manifest={"found": found}, files={run.model_file: file})
+            whole = seal(found, folder_.content_of(graph).hash, digest_of(file))
+            folder_.save(graph, self.place(index), manifest={"found": found, SEAL: whole}, files={run.model_file: file})
+
+
+@contextlib.contextmanager
+def locked_folder(path: Path) -> Iterator[None]:
+    """A working folder that nobody else works in meanwhile. Raises InputError."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(path, "wait for it, or name another folder"))
+        except OSError as error:
+            raise InputError(f"workdir={path}: can't be written ({why(error)}); name a folder that can") from error
+        yield
 
 
 def without_clocks(graph: fx.GraphModule) -> fx.GraphModule:
@@ -234,14 +254,17 @@ def without_clocks(graph: fx.GraphModule) -> fx.GraphModule:
 
 def write_json(path: Path, value: Mapping[str, object]) -> None:
     """Put in place whole."""
+    sealed = {**value, SEAL: seal(value)}
     with replacing(path, durable=True) as partial:
-        partial.write_text(json.dumps(value, allow_nan=False), encoding="utf-8")
+        partial.write_text(json.dumps(sealed, allow_nan=False), encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, object]:
     """Raises FormatError."""
     try:
-        value: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{path}: can't be read ({error}); delete the working folder to start anew") from error
+        value = strict_json.parse(content(path, strict_json.MOST_BYTES), path)
+    except FormatError as error:
+        raise FormatError(f"{error}; delete the working folder to start anew") from error
+    if value.pop(SEAL, None) != seal(value):
+        raise FormatError(f"{path}: was changed since it was written; delete the working folder to start anew")
     return value

@@ -10,25 +10,28 @@ from __future__ import annotations
 
 import functools
 import gc
+import logging
+import multiprocessing
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from rarefy.data.augmentation import Augmentation, random_box, shifted
 from rarefy.data.items import Items, Picture, channels_first
 from rarefy.data.preparation import FORMATS, file_of, opened_array
 from rarefy.data.targets import Target
 from rarefy.errors import DataError, first_line
+from rarefy.system.files import why
 
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -279,12 +282,12 @@ def decoded(
     seeds: (shuffle_seed, epoch) to augment from; None: as for evaluation. pinned: in memory that a GPU copies from
     without waiting.
     """
-    where = decoder.source.where
+    where, workers = decoder.source.where, _startable(workers)
     loader: DataLoader[Batch] = DataLoader(
         decoder,  # type: ignore[arg-type]
         batch_sampler=_Keys(chunks, seeds),
         num_workers=workers,
-        collate_fn=functools.partial(_collated, decoder, seeds is not None),
+        collate_fn=functools.partial(_posted_batch, decoder, seeds is not None),
         worker_init_fn=_begin_worker,
         pin_memory=pinned,
         generator=torch.Generator().manual_seed(0),  # else it draws a number from the global one
@@ -294,7 +297,13 @@ def decoded(
 
 def _uninterrupted(loader: DataLoader[Batch], where: str) -> Iterator[Batch]:
     """The loader's batches; a worker that dies is told of in a line."""
-    batches = iter(loader)
+    try:
+        batches = iter(loader)
+    except OSError as error:
+        raise DataError(
+            f"{where}: its workers can't be started ({why(error)}); pass fewer workers, or workers=0 to decode in this "
+            "process"
+        ) from error
     while True:
         try:
             with warnings.catch_warnings():
@@ -302,12 +311,47 @@ def _uninterrupted(loader: DataLoader[Batch], where: str) -> Iterator[Batch]:
                 batch = next(batches)
         except StopIteration:
             return
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             raise DataError(
                 f"{where}: a worker stopped ({first_line(error)}); "
                 "pass fewer workers, or workers=0 to decode in this process"
             ) from error
-        yield batch
+        yield batch._replace(images=_tensor(batch.images), labels=_tensor(batch.labels))
+
+
+def _startable(workers: int) -> int:
+    """As many, or none where there is no room for their locks, which lie in shared memory (/dev/shm)."""
+    try:
+        _ = [multiprocessing.Lock() for _ in range(4 * workers + 16 if workers else 0)]
+    except OSError as error:
+        logging.getLogger("rarefy").warning("no workers can be started (%s): this process decodes", why(error))
+        return 0
+    return workers
+
+
+def _posted_batch(decoder: Decoding, full: bool, items: list[Decoded]) -> Batch:
+    return _posted(_collated(decoder, full, items))
+
+
+def _posted(batch: Batch) -> Batch:
+    """A worker's batch, in shared memory; where that is full, as arrays, which go through a pipe.
+
+    Left to torch, it is put there when it is sent: what goes wrong then is dropped, and waited for without end.
+    """
+    if get_worker_info() is None:
+        return batch
+    try:
+        for tensor in (batch.images, batch.labels):
+            if tensor is not None:
+                tensor.share_memory_()
+        return batch
+    except (RuntimeError, OSError):
+        arrays: Any = [None if tensor is None else tensor.numpy() for tensor in (batch.images, batch.labels)]
+        return batch._replace(images=arrays[0], labels=arrays[1])
+
+
+def _tensor(sent: Tensor | np.ndarray | None) -> Tensor | None:
+    return torch.from_numpy(sent) if isinstance(sent, np.ndarray) else sent
 
 
 def _begin_worker(worker: int) -> None:

@@ -36,6 +36,7 @@ from rarefy.data.boxes.targets import BoxTargets
 from rarefy.data.items import FORMS, Arrays, Items, Source, Split, from_object, held_out
 from rarefy.data.targets import ClassIndices, Targets
 from rarefy.errors import DataError, first_line
+from rarefy.system.dependencies import own_module
 
 Read = Callable[[str, str, Split], tuple[object, bool]]
 
@@ -93,7 +94,7 @@ def _function(text: str, rest: str, split: Split) -> tuple[object, bool]:
     """``package.module:function``."""
     module = text.partition(":")[0]
     try:
-        function = getattr(importlib.import_module(module), rest)
+        function = getattr(own_module(module), rest)
         takes_split = "split" in inspect.signature(function).parameters
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise DataError(f"{text}: can't be imported ({error}); {FORMS}") from error

@@ -149,7 +149,9 @@ def peak_memory(
     shapes = [(list(one.shape), dtype_name(one.dtype)) for one in several(example)]
     asked = [plugins.describe(runtime), os.fspath(file), json.dumps(shapes)]
     place = str(Path(__file__).resolve().parents[2])
-    known = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (place, os.environ.get("PYTHONPATH"))))}
+    # Modules are found where this process finds them: left to itself, Python would begin with the working folder.
+    paths = os.pathsep.join([place, *filter(None, sys.path)])
+    known = {**os.environ, "PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}
     program = "import sys; from rarefy.evaluation.measure import print_peak_memory; print_peak_memory(*sys.argv[1:])"
     try:
         done = subprocess.run(

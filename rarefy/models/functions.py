@@ -5,15 +5,13 @@ The name is that of a function that returns a module, of a module class, or of a
 
 from __future__ import annotations
 
-import importlib
-import os
 import re
-import sys
 
 from torch import nn
 
 from rarefy.errors import InputError, first_line
 from rarefy.models.source import FORMS, Request, Source, input_shape_of, near, parameters_of
+from rarefy.system.dependencies import own_module
 
 
 def function(request: Request) -> Source | None:
@@ -45,10 +43,10 @@ def function(request: Request) -> Source | None:
 
 def imported(module: str, name: str, text: str) -> object:
     """What ``package.module:name`` names; the working directory is searched too."""
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
-        home = importlib.import_module(module)
+        home = own_module(module)
+    except InputError:
+        raise
     except ModuleNotFoundError as error:
         raise InputError(f"{text}: no module {error.name!r} here or installed; give {FORMS}") from error
     except Exception as error:

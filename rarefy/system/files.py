@@ -1,4 +1,4 @@
-"""Files and folders put in place whole, strangers' files opened, and the user's cache folder.
+"""Files and folders put in place whole, strangers' files opened, a folder's lock, and the user's cache.
 
 ``opened`` is how a file of somebody else's is read: a picture, weights, a recipe, a shard, a model. What is no plain
 file (a named pipe, a device, a socket, a folder) is refused before it is opened, for a pipe waits for a writer and a
@@ -12,11 +12,13 @@ import contextlib
 import ctypes
 import errno
 import os
+import platform
 import re
 import secrets
 import shutil
 import stat
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from io import BufferedReader
@@ -263,6 +265,98 @@ def _place(status: os.stat_result) -> tuple[int, int]:
 
 def _is_above(one: str, other: str) -> bool:
     return os.path.commonpath([one, other]) == one
+
+
+# ----------------------------------------------------------------------------------------------------------------- lock
+
+LOCK = ".lock"
+_held: dict[str, int] = {}  # lock file -> the thread of this process that holds it
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike[str], way_out: str) -> Iterator[None]:
+    """Nobody else works in the folder meanwhile, which is made where it is not there.
+
+    The system drops the lock with the process, however it ends, so one that a dead process left is taken over. The same
+    thread may ask again. Raises InputError, which says who holds it and since when, with ``way_out``.
+    """
+    new = not os.path.isdir(folder)
+    os.makedirs(folder, exist_ok=True)
+    file = os.path.join(os.path.realpath(folder), LOCK)
+    if _held.get(file) == threading.get_ident():
+        yield
+        return
+    descriptor = _taken(file, f"{os.fspath(folder)!s}", way_out)
+    _held[file] = threading.get_ident()
+    _descriptors.add(descriptor)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(file)
+        if new:
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)  # nothing was done there
+        del _held[file]
+        _descriptors.discard(descriptor)
+        os.close(descriptor)
+
+
+def _taken(file: str, folder: str, way_out: str) -> int:
+    while True:
+        if os.path.lexists(file) and not stat.S_ISREG(os.lstat(file).st_mode):
+            raise InputError(f"{file}: is no file, and the lock of that folder should lie there; delete it")
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+        try:
+            if not _alone(descriptor):
+                who = os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip() or "it has not said its name"
+                raise InputError(f"{folder}: another run works there ({who}); {way_out}")
+            with contextlib.suppress(FileNotFoundError):
+                if _place(os.stat(file)) == _place(os.fstat(descriptor)):  # else who had it has just put it away
+                    now = time.strftime("%Y-%m-%d %H:%M:%S")
+                    os.truncate(descriptor, 0)
+                    os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}, since {now}\n".encode(), 0)
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _alone(descriptor: int) -> bool:
+    """Is the lock ours now? Where the file system knows no locks, by the process that the file names."""
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        found = re.match(rb"process ([0-9]{1,9}) on (.*), since", os.pread(descriptor, 200, 0))
+        if found is None or found[2] != platform.node().encode() or int(found[1]) == os.getpid():
+            return True
+        try:
+            os.kill(int(found[1]), 0)
+        except OSError:
+            return True
+        return False
+
+
+_descriptors: set[int] = set()
+
+
+def _forget() -> None:
+    """A child that outlives its killed parent must not hold what the parent held."""
+    for descriptor in _descriptors:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    _descriptors.clear()
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
 
 
 # ---------------------------------------------------------------------------------------------------------------- cache
