@@ -247,6 +247,18 @@ def test_a_yaml_that_says_nothing_is_refused_in_a_line(tmp_path: Path, yaml: str
     assert "\n" not in str(refusal.value)
 
 
+def test_yolo_by_a_relative_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    boxed.yolo(tmp_path, {"train/a.png": ["0 0.5 0.5 0.2 0.2"], "train/b.png": ["1 0.5 0.5 0.4 0.2"]})
+    file = next(tmp_path.glob("*.yaml"))
+    file.write_text("train: images/train\nval: images/train\nnames: [cat, dog]\n")
+    monkeypatch.chdir(tmp_path)
+    source = load(f"yolo:{file.name}", "train", targets=BoxTargets())
+    assert [source.item(index)[1][0, CLASS] for index in range(2)] == [0, 1]
+    assert not caplog.records
+
+
 def test_yolo_in_pixels_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="shares of the picture"):
         opened(boxed.yolo(tmp_path, {"train/a.png": ["0 20 15 10 10", "1 30 5 3 3"]}))

@@ -140,9 +140,15 @@ def _pictures(text: str, file: Path, content: Mapping[str, object], key: str) ->
 def _label_file(path: str) -> str:
     """Of the picture: in the folder ``labels`` beside the last ``images`` of its path, else beside it."""
     stem = os.path.splitext(path)[0]
-    before, images, behind = stem.rpartition(f"{os.sep}images{os.sep}")
-    other = f"{before}{os.sep}labels{os.sep}{behind}.txt"
-    return other if images and os.path.isfile(other) else f"{stem}.txt"
+    other = f"{_beside(stem, 'images', 'labels')}.txt"
+    return other if os.path.isfile(other) else f"{stem}.txt"
+
+
+def _beside(path: str, folder: str, other: str) -> str | None:
+    """The path with the last ``folder`` that it goes through replaced; None where it goes through none."""
+    parts = path.split(os.sep)
+    place = next((place for place in range(len(parts) - 1, -1, -1) if parts[place] == folder), None)
+    return None if place is None else os.sep.join([*parts[:place], other, *parts[place + 1 :]])
 
 
 def _check_labels(text: str, paths: Sequence[str], labels: Sequence[str], faults: Faults) -> None:
@@ -161,8 +167,7 @@ def _check_labels(text: str, paths: Sequence[str], labels: Sequence[str], faults
     if lone:
         faults.add("pictures have no text file: nothing is to be found there", paths[there.index(False)], lone)
     for folder in sorted({os.path.dirname(label) for label in owner}):
-        before, labels_, behind = f"{folder}{os.sep}".rpartition(f"{os.sep}labels{os.sep}")
-        pictures = [folder, f"{before}{os.sep}images{os.sep}{behind}"] if labels_ else [folder]
+        pictures = [folder, *filter(None, [_beside(folder, "labels", "images")])]
         stems = {os.path.splitext(name)[0] for place in pictures if os.path.isdir(place) for name in os.listdir(place)
                  if name.lower().endswith(EXTENSIONS)}  # fmt: skip
         for name in sorted(os.listdir(folder)):

@@ -18,8 +18,8 @@ from rarefy.quantization.formats import Grid
 from rarefy.quantization.observers import Histogram
 from rarefy.quantization.placement import Placement
 
-MOST = 0.02  # of the answers' power that the noise of one value may have
-SHARE = 0.2  # of all products that may be left in float for it
+MOST = 0.01  # of the answers' power that the noise of one value may have
+SHARE = 0.25  # of all products that may be left in float for it
 
 
 def noise(histogram: Histogram, grid: Grid, ends: tuple[float, float]) -> float:
