@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,15 @@ def loaded(text: str, weights: str | None = None, classes: int | None = None, ke
 
 
 def fitted(
-    options: Mapping[str, Any], source: Any, name: str, shape: tuple[int, ...] | None = None
+    options: Mapping[str, Any],
+    source: Any,
+    name: str,
+    shape: tuple[int, ...] | None = None,
+    pictures: Sequence[str] = (),
 ) -> tuple[Any, dict[str, Any]]:
     """The task, and its options with what ``--input``, the model and the images say where the user says nothing.
 
-    What was settled is told in a line.
+    pictures: files, in place of validation data. What was settled is told in a line.
     """
     from rarefy.compression import recipe
     from rarefy.models import fitting
@@ -53,7 +57,8 @@ def fitted(
         square = {"size": shape[1]} if len(shape) == 3 and shape[1] == shape[2] else {}
         source = dataclasses.replace(source, shape=shape, preprocessing={**source.preprocessing, **square})
     asked = recipe.data_options(options, task=name)
-    found = fitting.fit(source, recipe.make_task(asked, name), asked)
+    files = {"val": list(pictures)} if pictures else {}
+    found = fitting.fit(source, recipe.make_task({**asked, **files}, name), {*asked, *files})
     line = fitting.told(found)
     if line is not None:
         aside(line)

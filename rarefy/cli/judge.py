@@ -1,4 +1,4 @@
-"""How good, how fast, how big: ``rarefy evaluate``, ``measure``, ``report``."""
+"""How good, how fast, how big, and what it says: ``rarefy evaluate``, ``measure``, ``predict``, ``report``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rarefy.cli.inputs import device_of, loaded, prepared, reference_graph, session, shape_of
+from rarefy.cli.inputs import agreed_shape, device_of, fitted, loaded, prepared, reference_graph, session, shape_of
 from rarefy.cli.options import (
     Batch,
     DataOptions,
@@ -24,7 +24,7 @@ from rarefy.cli.options import (
     app,
     grouped,
 )
-from rarefy.cli.outputs import claim_file, facts_of, show_comparison, unreadable_rows
+from rarefy.cli.outputs import claim_file, claim_pictures, facts_of, show_comparison, unreadable_rows
 from rarefy.cli.terminal import say, show_json
 from rarefy.errors import FormatError, GoalMissed, InputError
 
@@ -147,6 +147,59 @@ def measure(
     )
     if doubt:
         say(f"warning: {doubt}")
+
+
+@app.command()
+@grouped
+def predict(
+    model: ModelOptions,
+    pictures: Annotated[list[str], typer.Argument(metavar="PICTURE...", help="Files of pictures, or a folder.")],
+    data: DataOptions,
+    reference: Reference = None,
+    reference_weights: ReferenceWeights = None,
+    output: Annotated[
+        str, typer.Option("-o", "--output", metavar="FOLDER", help="Where the drawn pictures go.")
+    ] = "predicted",
+    least: Annotated[
+        float, typer.Option(metavar="SCORE", min=0, max=1, help="Boxes of a lower score are not shown.")
+    ] = 0.3,
+    as_json: Json = False,
+) -> None:
+    """What a model says of pictures, written and drawn: boxes, or the likeliest classes; with --reference beside what
+    the original says.
+
+    Names of classes are the saved folder's, or those of --data.
+    """
+    from rarefy.compression import recipe
+    from rarefy.evaluation import showing
+    from rarefy.models import load
+
+    files = showing.pictures(pictures)
+    folder = claim_pictures(output)
+    options = data.options()
+    source = loaded(model.model, model.weights, model.classes)
+    kind = data.task if data.task != showing.USUAL else showing.kind_of(source, files)
+    named_by = [options.pop(name) for name in ("train", "val") if name in options][:1]
+    known = getattr(recipe.make_task({"val": named_by[0]}, kind), "class_names", None) if named_by else None
+    task, _ = fitted({**options, "strict": True}, source, kind, shape_of(model), files)
+    graph = load.graph_of(source, agreed_shape(shape_of(model), task), model.core)
+    other = reference_graph(reference, reference_weights, model.classes, task)
+    named = {model.model: graph} if other is None else {str(reference): other, model.model: graph}
+    found = showing.shown(named, task, files, known, least)
+    told = [
+        {"picture": file, "drawn": str(one.saved(folder)), **{
+            name: [answer.to_json() for answer in answers] for name, answers in one.said.items()
+        }}
+        for file, one in zip(files, found, strict=True)
+    ]  # fmt: skip
+    if as_json:
+        show_json(told)
+        return
+    for file, one, row in zip(files, found, told, strict=True):
+        for name, answers in one.said.items():
+            who = f" ({name})" if len(named) > 1 else ""
+            say(f"{file}{who}: {', '.join(answer.text for answer in answers) or 'nothing'}")
+        say(f"  {row['drawn']}")
 
 
 @app.command("report")

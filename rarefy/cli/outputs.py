@@ -46,6 +46,17 @@ def claim_file(text: str, suffixes: Sequence[str], option: str = "--output") -> 
     return path
 
 
+def claim_pictures(text: str) -> Path:
+    """A folder, there or not, that pictures are put into beside what is in it."""
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{text}: is a file; --output names a folder")
+    if (path / "manifest.json").exists():
+        raise InputError(f"{text}: is a saved folder, whose files are sealed by their hashes; choose another --output")
+    claim_parent(path / "picture")
+    return path
+
+
 def claim_parent(path: Path, option: str = "--output") -> None:
     parent = path.absolute().parent
     if os.path.lexists(parent / "manifest.json"):

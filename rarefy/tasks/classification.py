@@ -12,7 +12,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -26,6 +26,7 @@ from rarefy.data.normalization import Values
 from rarefy.data.targets import ClassIndices
 from rarefy.errors import DataError
 from rarefy.tasks import reading
+from rarefy.tasks.answers import Answer, likeliest
 from rarefy.tasks.metric import Metric, Outputs
 from rarefy.tasks.metrics.accuracy import Accuracy
 from rarefy.tasks.metrics.label_precision import LabelPrecision
@@ -130,6 +131,14 @@ class Classification:
             return LabelPrecision(self.class_names, read)
         return Accuracy(self.class_names, self.class_count, self.check, read)
 
+    def answers(
+        self, outputs: Outputs, sizes: Sequence[tuple[int, int]], names: Sequence[str] | None, least: float
+    ) -> list[list[Answer]]:
+        """Of each picture the five likeliest classes, however unlikely."""
+        logits = self._judged(reading.Guess(), outputs).float()
+        several = self._ends_in == "sigmoid" and reading.chosen(outputs, self.output).numel() > len(logits)
+        return likeliest(logits.sigmoid() if several else logits.softmax(1), names)
+
     def _judged(self, guess: reading.Guess, outputs: Outputs) -> Tensor:
         """Logits; of a model that nobody fitted the task to, by how its answers look."""
         if self._ends_in is not None:
@@ -161,14 +170,7 @@ class Classification:
 
     def describe(self) -> dict[str, object]:
         """What a manifest says of the task: JSON-able, without the data."""
-        about = self.data.describe()
-        splits = {str(split): about.pop(split) for split in self.data.splits}
-        classes: dict[str, object] = {}
-        with contextlib.suppress(DataError):  # unlabelled
-            classes["classes"] = self.classes
-            if self.class_names is not None:
-                classes["class_names"] = list(self.class_names)
-        return {"task": self.name, **about, **classes, **splits}
+        return _described(self)
 
     # -- the classes
 
@@ -231,3 +233,14 @@ class Classification:
     inputs = property(lambda self: self.data.inputs)
     normalize = property(lambda self: self.data.normalize)
     denormalize = property(lambda self: self.data.denormalize)
+
+
+def _described(task: Classification) -> dict[str, object]:
+    about = task.data.describe()
+    splits = {str(split): about.pop(split) for split in task.data.splits}
+    classes: dict[str, object] = {}
+    with contextlib.suppress(DataError):  # unlabelled
+        classes["classes"] = task.classes
+        if task.class_names is not None:
+            classes["class_names"] = list(task.class_names)
+    return {"task": task.name, **about, **classes, **splits}

@@ -12,23 +12,25 @@ import contextlib
 import copy
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from rarefy import plugins
 from rarefy.data.boxes import scenes
 from rarefy.data.boxes.augmentation import Variation, variation
 from rarefy.data.boxes.decoding import BoxShaping
-from rarefy.data.boxes.placement import Feed
+from rarefy.data.boxes.placement import Feed, placement
 from rarefy.data.boxes.targets import BoxTargets
 from rarefy.data.images import ImageData, share_opened
 from rarefy.data.items import Items
 from rarefy.data.normalization import Values, check_values
 from rarefy.errors import DataError, InputError
+from rarefy.tasks.answers import Answer, around
 from rarefy.tasks.detector import Detector, detector_of, found
 from rarefy.tasks.metric import Metric, Outputs
 from rarefy.tasks.metrics.box_precision import BoxPrecision
@@ -144,6 +146,17 @@ class Detection:
     def boxes(self, outputs: Outputs) -> Tensor:
         """What the model found, (N, M, 6), in pixels of the input."""
         return self.family.boxes(outputs, self._size)
+
+    def answers(
+        self, outputs: Outputs, sizes: Sequence[tuple[int, int]], names: Sequence[str] | None, least: float
+    ) -> list[list[Answer]]:
+        """Of each picture its boxes, the surest first, in its own pixels. sizes: (H, W) of the pictures."""
+        feed = self.data.shaping.feed if isinstance(self.data.shaping, BoxShaping) else self.family.feed
+        rows = self.boxes(outputs).cpu()
+        for one, size in zip(rows, sizes, strict=True):
+            corners = placement(size, feed).back(one[:, :4]).clamp_min(0)
+            one[:, :4] = torch.minimum(corners, corners.new_tensor([size[1], size[0]] * 2))
+        return [around(one, names, least) for one in rows]
 
     def logits(self, outputs: Outputs) -> Tensor:
         """What a loss on logits compares, (N x places, classes)."""
