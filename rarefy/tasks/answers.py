@@ -66,8 +66,8 @@ def likeliest(shares: Tensor, names: Sequence[str] | None) -> list[list[Answer]]
 def around(rows: Tensor, names: Sequence[str] | None, least: float) -> list[Answer]:
     """Of a picture its boxes, the surest first. rows: (m, 6) as ``boxes.py`` says, in the picture's pixels."""
     kept = rows[(rows[:, CLASS] >= 0) & (rows[:, SCORE] >= least)]
-    kept = kept[kept[:, SCORE].argsort(descending=True, stable=True)].tolist()
+    order = kept[:, SCORE].argsort(descending=True, stable=True)
     return [
         Answer(int(kind), named(int(kind), names), score, (left, top, right, bottom))
-        for left, top, right, bottom, kind, score in kept
+        for left, top, right, bottom, kind, score in kept[order].tolist()
     ]
