@@ -50,6 +50,7 @@ from rarefy.artifact.snapshot import (
     WEIGHTS,
     content_of_files,
     hold,
+    is_saved,
     listed_file,
     read_manifest,
 )
@@ -234,11 +235,7 @@ def content_hash(folder: str | os.PathLike[str]) -> str:
 
 def is_artifact(folder: str | os.PathLike[str]) -> bool:
     """Does the folder claim to be one that ``save`` wrote?"""
-    try:
-        read_manifest(folder)
-    except FormatError:
-        return False
-    return True
+    return is_saved(folder)
 
 
 def _check_replaceable(target: Path) -> None:

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rarefy.artifact import certificates, signature
+from rarefy.artifact import certificates, signature, snapshot
 from rarefy.artifact.directory import Directory
 from rarefy.artifact.signature import LARGEST_KEY, SIGNATURE, PathLike
 from rarefy.errors import FormatError, InputError, MissingDependency, RarefyError, SignatureRefused
@@ -156,17 +156,20 @@ def _public_of(key: PathLike, password: str | None) -> EllipticCurvePublicKey:
 def _check_signable(root: Path) -> None:
     """Raises InputError for a folder that holds nothing, what can't be signed, or somebody's private key."""
     with _directory(root) as directory:
-        names = 0
+        found: dict[str, str] = {}
         for name, kept, entry in _walk(directory, InputError):
-            names += name != SIGNATURE
             with kept.open(entry) as file:
                 start = file.read(LARGEST_KEY)
+                file.seek(0)
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
             if _is_private(start):
                 raise InputError(
                     f"{root / name}: is a private key, which would be published with the folder; move it elsewhere"
                 )
-    if not names:
+    found.pop(SIGNATURE, None)
+    if not found:
         raise InputError(f"{root}: holds no file to sign")
+    _check_manifest(root, found, InputError)
 
 
 def _is_private(start: bytes) -> bool:
@@ -238,7 +241,27 @@ def verify(
     )
     if told:
         raise SignatureRefused(f"{folder}: {told}")
+    _check_manifest(Path(folder), found, SignatureRefused)
     return sorted(found)
+
+
+def _check_manifest(root: Path, found: Mapping[str, str], refusal: type[RarefyError]) -> None:
+    """Does the manifest of a saved folder list what is there? ``found``: {file: sha256}. Raises ``refusal``."""
+    if not snapshot.is_saved(root):
+        return
+    manifest = snapshot.read_manifest(root)
+    listed = {name: one["sha256"] for name, one in manifest["files"].items()}
+    differing = {name for name in found.keys() | listed.keys() if found.get(name) != listed.get(name)}
+    odd = sorted(differing - {snapshot.MANIFEST, SIGNATURE})
+    if odd:
+        raise refusal(
+            f"{root}: {', '.join(odd[:5])} is not as {snapshot.MANIFEST} lists it; save it again, or move out of the "
+            "folder what is not the model's [file-unlisted]"
+        )
+    try:
+        snapshot.check_content(manifest, root)
+    except FormatError as error:
+        raise refusal(str(error)) from error
 
 
 def is_signed(folder: PathLike) -> bool:

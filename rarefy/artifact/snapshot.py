@@ -169,6 +169,15 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Json]:
     raise FormatError(f"{path}: was replaced {ATTEMPTS} times while it was being read; try again [folder-busy]")
 
 
+def is_saved(folder: str | os.PathLike[str]) -> bool:
+    """Does the folder claim to be one that ``save`` wrote?"""
+    try:
+        read_manifest(folder)
+    except FormatError:
+        return False
+    return True
+
+
 def check_content(manifest: Mapping[str, Json], path: Path) -> None:
     """Does the manifest's ``content`` follow from the hashes that it lists? Raises FormatError."""
     found = content_of_files(manifest["files"])

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from rarefy.cli.inputs import prepared
-from rarefy.cli.options import Chain, DataOptions, Json, ModelOptions, Output, Signer, app, grouped
+from rarefy.cli.options import Chain, DataOptions, Json, ModelOptions, Output, Runtime, Signer, app, grouped
 from rarefy.cli.outputs import claim_file, claim_parent
 from rarefy.cli.terminal import say, show_json, show_table, size_text
 from rarefy.errors import InputError, SelfCheckFailed
@@ -130,35 +130,83 @@ def sign(
     as_json: Json = False,
 ) -> None:
     """Sign a folder: every file in it. A key's password is taken from $RAREFY_KEY_PASSWORD."""
-    from rarefy.artifact import signing
+    from rarefy.artifact import certificates, signing
 
     password = os.environ.get("RAREFY_KEY_PASSWORD")
     signature = signing.sign(
         folder, key, password=password, certificate=certificate, chain=chain or (), sigstore=sigstore
     )
+    doubt = certificates.doubt(certificate, chain or ()) if certificate is not None else None
     if as_json:
-        show_json({"folder": folder, "signature": str(signature)})
+        show_json({"folder": folder, "signature": str(signature), **({"warning": doubt} if doubt else {})})
     else:
         say(f"signed: {signature}")
+        if doubt:
+            say(f"warning: it will not be accepted: {doubt}")
 
 
 @app.command()
+@grouped
 def verify(
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A signed folder.")],
+    data: DataOptions,
     key: Annotated[str | None, typer.Option(metavar="FILE", help="The public key.")] = None,
     chain: Chain = None,
+    at: Annotated[
+        str | None,
+        typer.Option(metavar="DATE", help="The day on which certificates must be valid, for old archives: 2026-05-31."),
+    ] = None,
     identity: Annotated[str | None, typer.Option(metavar="NAME", help="Who must have signed with Sigstore.")] = None,
     issuer: Annotated[str | None, typer.Option(metavar="URL", help="Who must have vouched for that identity.")] = None,
+    claims: Annotated[
+        bool,
+        typer.Option("--claims", help="Measure again what the folder says of itself; accuracy and parity on --data."),
+    ] = False,
+    runtime: Runtime = "onnxruntime",
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Judge on the first N images only.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Refuse (exit 1) a folder in which a file was changed, added or removed, or that another key signed."""
+    """Refuse (exit 1) a folder in which a file was changed, added or removed, or that another key signed.
+
+    With --claims also one of which what it says does not hold; a key may be left out then.
+    """
     from rarefy.artifact import signing
 
-    names = signing.verify(folder, key, chain=chain or (), identity=identity, issuer=issuer)
+    if not claims and (data.options() or limit is not None):
+        raise InputError("data and --limit are for --claims; pass it, or leave them out")
+    names: list[str] = []
+    if not claims or key or chain or identity:
+        names = signing.verify(folder, key, chain=chain or (), at=at, identity=identity, issuer=issuer)
+    found = _claims(folder, data, key, runtime, limit) if claims else []
     if as_json:
-        show_json({"folder": folder, "verified": names})
+        told = [one._asdict() for one in found]
+        show_json({"folder": folder, "verified": names, **({"claims": told} if claims else {})})
     else:
-        say(f"verified: all {len(names)} files of {folder} are as they were signed")
+        if names:
+            say(f"verified: all {len(names)} files of {folder} are as they were signed")
+        _show_claims(folder, found)
+    failed = [one.name for one in found if one.holds is False]
+    if failed:
+        raise SelfCheckFailed(f"{folder}: {', '.join(failed)} is not as claimed; do not rely on it: measure it yourself "
+                              "with `rarefy report --data`")  # fmt: skip
+
+
+def _claims(folder: str, data: DataOptions, key: str | None, runtime: str, limit: int | None) -> Any:
+    from rarefy import plugins
+    from rarefy.evaluation import claims
+
+    source, graph, task = prepared(ModelOptions(folder), data, needed=False, key=key)
+    if source.folder is None:
+        raise InputError(f"{folder}: --claims are those of a folder that rarefy saved; give one")
+    return claims.check(source.folder, graph, task, plugins.resolve("runtimes", runtime), limit)
+
+
+def _show_claims(folder: str, found: Sequence[Any]) -> None:
+    if not found:
+        return
+    words = {True: "holds", False: "does not hold", None: "not judged"}
+    rows = [(one.name.replace("_", " "), one.claimed, one.found, words[one.holds], one.note) for one in found]
+    show_table(f"claims of {folder}", ("what", "claimed", "found", "", "how"), rows)
 
 
 @app.command()
