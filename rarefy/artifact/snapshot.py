@@ -16,7 +16,8 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from importlib import resources
 from io import BufferedReader
 from pathlib import Path
 from typing import Self
@@ -38,6 +39,29 @@ PATIENCE, PAUSE = 20, 0.01  # of these while somebody puts a file into it, and s
 CHUNK = 2**20  # bytes hashed at a time
 # What rarefy writes before a file takes its place (rarefy/system/files.py), and what a kill may leave behind.
 _UNFINISHED = re.compile(r"\..{1,120}\.[0-9a-f]{8}\.(part|previous)(\.[A-Za-z0-9]{1,20})?")
+
+
+# name -> words, in the order in which they are tried: what docs/format.md calls a refusal that says so
+REFUSALS: Mapping[str, re.Pattern[str]] = {
+    name: re.compile(words)
+    for name, _, words in (
+        line.partition(": ")
+        for line in resources.files("rarefy.artifact").joinpath("refusals.txt").read_text(encoding="utf-8").splitlines()
+    )
+}
+
+
+@contextlib.contextmanager
+def named() -> Iterator[None]:
+    """A FormatError gets the name of its refusal at its end, ``[tensor-name]``, where it has none."""
+    try:
+        yield
+    except FormatError as error:
+        text = str(error)
+        name = next((name for name, words in REFUSALS.items() if words.search(text)), None)
+        if name is None or text.rpartition(" [")[2].removesuffix("]") in REFUSALS:
+            raise
+        raise FormatError(f"{text} [{name}]") from error
 
 
 class Snapshot:
@@ -69,6 +93,7 @@ class Snapshot:
             file.close()
         self._files.clear()
 
+    @named()
     def graph(self) -> fx.GraphModule:
         """The model. Takes memory for its weights, and little else. Raises FormatError or SignatureRefused."""
         description = graph_json.read(self.read(GRAPH, strict_json.MOST_BYTES), str(self.path / GRAPH))
@@ -135,6 +160,7 @@ class _Once:
         self.passed = True
 
 
+@named()
 def hold(folder: str | os.PathLike[str], key: str | os.PathLike[str] | None = None) -> Snapshot:
     """The folder, held open.
 
@@ -155,6 +181,7 @@ def hold(folder: str | os.PathLike[str], key: str | os.PathLike[str] | None = No
     raise FormatError(f"{path}: was replaced {ATTEMPTS} times while it was being read; try again [folder-busy]")
 
 
+@named()
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Json]:
     """``manifest.json`` alone. Raises FormatError if the folder is not rarefy's, or a newer rarefy wrote it."""
     path = Path(folder)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from rarefy.artifact.snapshot import Snapshot
+from rarefy.artifact.snapshot import Snapshot, named
 from rarefy.errors import FormatError
 from rarefy.system import strict_json
 from rarefy.system.files import content
@@ -20,6 +20,7 @@ MOST_BYTES, MOST_VALUES, LONGEST, LARGEST = 4 * 2**20, 200_000, 10_000, 1e30  # 
 _WAY_OUT = "pass --data to measure the folder again"
 
 
+@named()
 def of_folder(held: Snapshot) -> dict[str, Json] | None:
     """The facts of the folder's report, which is about this model; None where there is none. Raises FormatError."""
     if REPORT not in held:
@@ -38,6 +39,7 @@ def of_folder(held: Snapshot) -> dict[str, Json] | None:
     return facts
 
 
+@named()
 def of_file(path: Path) -> dict[str, Json]:
     """The facts of a report that lies alone: bound to nothing. Raises FormatError."""
     return _parsed(content(path, MOST_BYTES), path)

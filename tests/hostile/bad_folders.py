@@ -1,9 +1,9 @@
 """Folders that break one promise of docs/format.md each, and are whole otherwise: manifest.json has their hashes.
 
 ``KINDS`` maps the promise that is broken to (a function that breaks it in a good folder, words of the refusal); the
-words stand in refusals.txt, one line a promise. A folder by hand, to look at or to try on another reader:
+words stand in words.txt, one line a promise. A folder by hand, to look at or to try on another reader:
 
-    python tests/artifact/hostile/bad_folders.py a_node_reads_only_nodes_before_it bad/
+    python tests/hostile/bad_folders.py a_node_reads_only_nodes_before_it bad/
 """
 
 from __future__ import annotations
@@ -669,8 +669,8 @@ def _hundreds(header, data):
 _steps = CHANGES.pop("_seven_bits"), CHANGES.pop("_hundreds")
 CHANGES["coded_codes_stay_in_their_bits"] = lambda folder: [step(folder) for step in _steps] and None
 
-_refusals = (Path(__file__).parent / "refusals.txt").read_text().splitlines()
-WORDS = dict(line.split(": ", 1) for line in _refusals)
+_words = (Path(__file__).parent / "words.txt").read_text().splitlines()
+WORDS = dict(line.split(": ", 1) for line in _words)
 KINDS = {promise: (change, WORDS[promise]) for promise, change in CHANGES.items()}
 
 
