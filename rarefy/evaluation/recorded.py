@@ -46,7 +46,10 @@ def of_file(path: Path) -> dict[str, Json]:
 
 
 def _parsed(data: bytes, path: Path) -> dict[str, Json]:
-    facts = strict_json.parse(data, path, most_values=MOST_VALUES)
+    try:
+        facts = strict_json.parse(data, path, most_values=MOST_VALUES)
+    except FormatError as error:
+        raise FormatError(f"{path}: is no report ({str(error).removeprefix(f'{path}: ')}); {_WAY_OUT}") from error
     pending: list[Json] = [facts]
     while pending:
         value = pending.pop()
