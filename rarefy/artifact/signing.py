@@ -218,6 +218,8 @@ def verify(
         raise InputError("--identity needs --issuer, who vouched for it: https://accounts.google.com, for example")
     path = Path(folder) / SIGNATURE
     moment = certificates.day(at) if isinstance(at, str) else at
+    if public_key is not None:
+        signature.load_public(public_key)  # what is no key is told first
     with _directory(Path(folder)) as directory:
         data = _signature_of(directory)
         if public_key is not None:

@@ -168,6 +168,8 @@ def hold(folder: str | os.PathLike[str], key: str | os.PathLike[str] | None = No
     what that key did not sign.
     """
     path = Path(folder)
+    if key is not None:
+        signature.load_public(key)  # what is no key is told first
     for attempt in range(ATTEMPTS):
         with _directory(path) as directory:
             manifest = _identity(directory)

@@ -187,7 +187,7 @@ def verify(
         _show_claims(folder, found)
     failed = [one.name for one in found if one.holds is False]
     if failed:
-        raise SelfCheckFailed(f"{folder}: {', '.join(failed)} is not as claimed; do not rely on it: measure it yourself "
+        raise SelfCheckFailed(f"{folder}: {', '.join(failed)} is not as claimed; do not rely on it: measure it "
                               "with `rarefy report --data`")  # fmt: skip
 
 

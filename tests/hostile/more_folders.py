@@ -21,7 +21,7 @@ def kind(name: str, words: str, change: Change) -> None:
     MORE[name] = (change, words)
 
 
-# ------------------------------------------------------------------------------------------------------ kinds of entries
+# ----------------------------------------------------------------------------------------------------- kinds of entries
 
 
 def a_link(path: Path) -> None:
@@ -206,7 +206,7 @@ for _name, _value in BAD.items():
     )
 
 
-# --------------------------------------------------------------------------------------------- values of graph.json, meta
+# ----------------------------------------------------------------------------------------- values of graph.json, meta
 
 
 def _graph(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -286,7 +286,7 @@ in_nodes("an_output_has_no_keywords", "has keyword arguments", lambda nodes: nod
 in_nodes("an_output_has_no_name_of_its_target", "does 'output'", lambda nodes: nodes[-1].update(target="x"))
 in_nodes("a_placeholder_has_no_arguments", "has arguments", lambda nodes: nodes[0].update(args=[1]))
 for _name in ("self", "torch", "if", "1x", "a-b", "", "__x", "x" * 300):
-    in_nodes(f"a_node_is_not_called: {_name[:10]!r}", "has the name" if _name in ("self", "torch") else "can't be named",
+    in_nodes(f"a_node_is_not_called: {_name[:9]!r}", "has the name" if _name in ("self", "torch") else "can't be named",
              lambda nodes, n=_name: nodes[-2].update(name=n))  # fmt: skip
 for _name, _value in {"surrogate": "\ud800", "null": "\0"}.items():
     kind(

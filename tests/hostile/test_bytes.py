@@ -134,7 +134,7 @@ def test_any_other_change_is_refused(change: str, small: Path, tmp_path: Path, k
     refused(folder, keys[1])
 
 
-# --------------------------------------------------------------------------------------- other bytes, the same statement
+# -------------------------------------------------------------------------------------- other bytes, the same statement
 
 
 def _bundle(data: bytes, change: Callable[[dict[str, Any]], Any], **how: Any) -> bytes:
@@ -262,7 +262,7 @@ def test_a_key_of_another_kind_is_told_before_anything_is_written(kind: str, sma
     assert "\n" not in str(refusal.value) and not (folder / "model.sig").exists()
 
 
-# ------------------------------------------------------------------------------------------------------------ model.onnx
+# ----------------------------------------------------------------------------------------------------------- model.onnx
 
 
 def test_weights_of_an_onnx_file_lie_in_it(tmp_path: Path) -> None:
