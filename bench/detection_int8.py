@@ -51,7 +51,7 @@ VARIANTS = {"ort": ("ort-channel", "ort-tensor"), "nncf": ("nncf-onnx", "nncf-op
 
 def graph_of(name: str) -> Any:
     if name == "fastestdet":
-        return capture(detectors.fastestdet().eval())
+        return capture(detectors.fastestdet().eval(), (3, 352, 352))
     return load.graph_of(load.load(f"onnx:{real_data.data_folder() / 'detectors' / FILES[name]}"))
 
 
