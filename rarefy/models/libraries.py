@@ -1,14 +1,37 @@
-"""Models of libraries: ``timm:NAME`` and ``torchvision:NAME``, with ``?option=value&...`` for the library's maker."""
+"""Models of libraries: ``timm:NAME`` and ``torchvision:NAME``, with ``?option=value&...`` for the library's maker.
+
+A maker takes more than sizes: files that it unpickles (``checkpoint_path``), addresses (``hf-hub:``,
+``pretrained_cfg``), folders (``cache_dir``), classes. The text of a model may come from a stranger's recipe, so what is
+passed on is a number or a flag, or one word for the options in ``_WORDS``, which the library looks up in a table of its
+own; and the name is one that the library lists.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from rarefy.data.decoding import RESAMPLING
 from rarefy.data.normalization import IMAGENET_MEAN, IMAGENET_STD
 from rarefy.errors import InputError
-from rarefy.models.source import Request, Source, near, parameters_of
+from rarefy.models.source import Option, Request, Source, near, parameters_of
 from rarefy.system.dependencies import needs
+
+# Options that name a file, an address or code; even a number would be one.
+_OUTSIDE = {
+    "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "local_dir", "root", "url", "file",
+    "feature_cls", "block_args", "trust_remote_code", "hf_hub_id", "state_dict", "weights_path",
+}  # fmt: skip
+# Options of timm's makers whose value is a word.
+_WORDS = {
+    "act_layer", "attn_act_layer", "attn_layer", "attn_type", "down_op", "downsample", "dw_act_layer", "fc_act_layer",
+    "global_pool", "head_fn", "norm_layer", "norm_layer_cl", "pad_type", "pool_type", "pos_embed", "rel_pos_type",
+    "rope_type", "se_layer", "stem_type", "union", "version", "weight_init",
+}  # fmt: skip
+# "" is a value too: no pooling, no initialization of its own.
+_WORD = re.compile(r"[A-Za-z0-9_]{0,40}")
+_MEMBER = re.compile(r"([A-Za-z0-9_]{1,60}\.)?[A-Za-z0-9_]{1,60}")  # of torchvision's tables of weights
 
 
 def timm(request: Request) -> Source | None:
@@ -17,7 +40,13 @@ def timm(request: Request) -> Source | None:
         return None
     name, options = request.name_and_options()
     library = needs("timm", "vision")
-    if not library.is_model(name) and ":" not in name and "/" not in name:
+    if ":" in name or "/" in name:
+        raise InputError(
+            f"{request.text}: {name!r} is a place, not a name of timm's; download it yourself, check it, and give its "
+            "weights with --weights FILE.safetensors"
+        )
+    _check_options(request, options, _WORDS, _WORD)
+    if not library.is_model(name):
         raise InputError(f"{request.text}: timm has no model {name!r}{near(name.split('.')[0], library.list_models())}")
     if request.classes is not None:
         options["num_classes"] = request.classes
@@ -35,6 +64,27 @@ def timm(request: Request) -> Source | None:
     return Source(request.text, model, (channels, height, width), known)
 
 
+def _check_options(
+    request: Request, options: Mapping[str, Option], words: Collection[str], word: re.Pattern[str]
+) -> None:
+    """Raises InputError for an option that could name a file, an address or code.
+
+    words: the options whose value is text, of the form ``word``.
+    """
+    for name, value in options.items():
+        if name in _OUTSIDE:
+            raise InputError(
+                f"{request.text}: {name} names a file, an address or code, which is not passed on; give weights with "
+                "--weights FILE.safetensors, or make the model in a function of your own (package.module:function)"
+            )
+        if isinstance(value, str) and not (name in words and word.fullmatch(value)):
+            kind = "a name out of the library's own table" if name in words else "a number, true, false or none"
+            raise InputError(
+                f"{request.text}: {name} takes {kind}, not {value[:80]!r}; "
+                "make any other model in a function of your own (package.module:function)"
+            )
+
+
 def _resampling(name: object) -> str | None:
     """What both libraries and we call it; timm draws "random" in training alone."""
     return str(name) if name in RESAMPLING else None
@@ -49,6 +99,7 @@ def torchvision(request: Request) -> Source | None:
     names = models.list_models()
     if name not in names:
         raise InputError(f"{request.text}: torchvision has no model {name!r}{near(name, names)}")
+    _check_options(request, options, {"weights", "weights_backbone"}, _MEMBER)
     if request.classes is not None:
         options["num_classes"] = request.classes
     if name in ("googlenet", "inception_v3"):  # their defaults warn, and their auxiliary heads only train

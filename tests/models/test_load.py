@@ -423,3 +423,69 @@ def test_a_damaged_exported_program(tmp_path: Path) -> None:
         with pytest.raises(RarefyError) as raised:
             load.load(str(tmp_path / "m.pt2"))
         assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("checkpoint_path={file}", "checkpoint_path names a file, an address or code"),
+        ("checkpoint_path=weights", "checkpoint_path names a file"),
+        ("checkpoint_path=0", "checkpoint_path names a file"),
+        ("pretrained_cfg=a1_in1k", "pretrained_cfg names a file"),
+        ("pretrained_cfg_overlay=x", "pretrained_cfg_overlay names a file"),
+        ("cache_dir={file}", "cache_dir names a file"),
+        ("feature_cls=hook", "feature_cls names a file"),
+        ("trust_remote_code=true", "trust_remote_code names a file"),
+        ("pretrained={file}", "pretrained takes a number, true, false or none, not "),
+        ("weights=DEFAULT", "weights takes a number"),
+        ("anything={file}", "anything takes a number"),
+        ("out_indices=__import__('os')", "out_indices takes a number"),
+        ("act_layer={file}", "act_layer takes a name out of the library's own table"),
+        ("act_layer=torch.nn.ReLU", "act_layer takes a name"),
+        ("act_layer=https://x.example/y", "act_layer takes a name"),
+        ("norm_layer=..", "norm_layer takes a name"),
+    ],
+)
+def test_an_option_of_timm_names_no_file_no_address_and_no_code(option: str, said: str, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.pth"
+    bad.write_bytes(OPENS_A_FILE.replace(b"PLACE", str(tmp_path / "ran").encode()))
+    with pytest.raises(InputError) as raised:
+        load.load(f"timm:test_resnet?{option.format(file=bad)}")
+    assert said in str(raised.value) and "\n" not in str(raised.value)
+    assert "package.module:function" in str(raised.value) and not (tmp_path / "ran").exists()
+
+
+# A pickle that makes the file PLACE.
+OPENS_A_FILE = b"cbuiltins\nopen\n(S'PLACE'\nS'w'\ntR."
+
+
+@pytest.mark.parametrize(
+    "name", ["hf-hub:someone/model", "hf_hub:someone/model", "local-dir:/tmp/model", "/tmp/model", "a/b", "x:y"]
+)
+def test_a_model_of_timm_is_a_name_and_no_place(name: str) -> None:
+    with pytest.raises(InputError, match="is a place, not a name of timm's; .*--weights FILE.safetensors"):
+        load.load(f"timm:{name}")
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("weights=/tmp/bad.pth", "weights takes a name out of the library's own table, not '/tmp/bad.pth'"),
+        ("weights=https://x.example/y.pth", "weights takes a name"),
+        ("weights=a.b.c", "weights takes a name"),
+        ("weights=nonsense", "making it failed"),
+        ("weights_backbone=../x", "weights_backbone takes a name"),
+        ("norm_layer=torch", "norm_layer takes a number, true, false or none"),
+        ("root=/tmp", "root names a file"),
+    ],
+)
+def test_an_option_of_torchvision_names_no_file_either(option: str, said: str) -> None:
+    with pytest.raises(InputError) as raised:
+        load.load(f"torchvision:resnet18?{option}")
+    assert said in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_words_that_a_library_looks_up_are_passed_on() -> None:
+    made = load.load("timm:test_resnet?act_layer=gelu&global_pool=max&drop_rate=0.1&num_classes=4").model
+    assert any("GELU" in type(module).__name__ for module in made.modules())
+    assert load.load("timm:test_resnet?global_pool=&num_classes=0").model(torch.randn(1, 3, 64, 64)).dim() == 4
