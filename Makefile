@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | types | test-gpu | bench | bench-gpu | bench-setup | clean
+# make demo | test | test-all | lint | types | audit | test-gpu | bench | bench-gpu | bench-setup | clean
 # Each target sets up its own environment in .venv, from pyproject.toml and constraints.txt, and again only when these change.
 
 # The first of these that is 3.11 or newer and can make an environment; PYTHON=... names another.
@@ -10,10 +10,11 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 BENCH  := $(VENV)/.ready-bench
 PEERS  := .venv-peers
+AUDIT  := .venv-audit
 FILES  := .venv-weights
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-all lint types format test-gpu bench bench-gpu bench-setup clean
+.PHONY: demo test test-all lint types audit format test-gpu bench bench-gpu bench-setup clean
 
 # $(call make_venv,FOLDER)
 define make_venv
@@ -63,6 +64,11 @@ format: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+# Known holes of the releases in constraints.txt; says so and passes where the advisory services can't be reached.
+audit:
+	$(call make_venv,$(AUDIT))
+	$(AUDIT)/bin/python .ci/audit.py $(AUDIT)/bin/python
+
 # The numbers of the README, from its scripts: hours on two cores. One alone: .venv/bin/python bench/NAME.py --help
 bench-setup: $(BENCH) $(PEERS)/.ready $(FILES)/.ready
 
@@ -85,4 +91,4 @@ bench-gpu: $(BENCH)
 	$(BIN)/python bench/resnet56_cifar10.py --device cuda
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(FILES) demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(PEERS) $(AUDIT) $(FILES) demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

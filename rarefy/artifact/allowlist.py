@@ -1,17 +1,14 @@
 """What a saved graph may call. ``save`` writes nothing else, and ``load`` runs nothing else.
 
-A call is three things, each checked before a graph is built from it: its name stands in aten.txt or the table below;
-its arguments are those of the operator's own schema, in number and in type; and a literal size among them stays below
-``MOST_ELEMENTS``.
+A call is checked before a graph is built from it: its overload stands in aten.txt or the tables below; its arguments
+are those of the operator's own schema, in number and in type; they keep the rules of its row; and a literal size among
+them stays below ``MOST_ELEMENTS``. What takes shapes to say (lengths, memory, the type of a divisor) is checked when
+the graph is tried on an example without numbers: ``rarefy.artifact.operators.trial``.
 
-* aten operators by name (aten.txt), every overload that changes none of its arguments. Left out on purpose: those that
-  read a file (``from_file``), yield memory that was never written (``empty``), change storage (``set``, ``resize``),
-  trust their input (sparse, nested and quantized tensors' raw constructors), or belong to one backend.
+* aten overloads by name (aten.txt). An operator is there only if torch itself compares all that it reads with what is
+  there, for any input and in any process; tests/artifact/test_drawn_operators.py draws arguments until one would not.
 * rarefy's own operators: ``rarefy.kernels.OPERATORS``.
 * arithmetic on sizes, from ``operator``, ``math`` and ``torch``.
-
-What is not promised: a graph that calls only these can still take much memory and time when it is *run*, by multiplying
-what it was given. Loading it takes neither.
 """
 
 from __future__ import annotations
@@ -34,9 +31,27 @@ MOST_ELEMENTS = 2**31
 # Positions a literal padding, stride, dilation or kernel may span.
 WIDEST = 2**16
 
-ATEN = frozenset(resources.files("rarefy.artifact").joinpath("aten.txt").read_text(encoding="utf-8").split())
+# Letters of a text among the arguments: a mode, or einsum's formula.
+_TEXT = re.compile(r"[A-Za-z0-9_.,> -]{0,200}")
+# Numbers in a list, and tensors that one tensor is cut into.
+MOST_NUMBERS = 4096
 
 Target = Callable[..., Value]
+
+
+def _table() -> dict[str, dict[str, str]]:
+    """aten.txt: ``aten.NAME.OVERLOAD`` -> argument -> its rule. A row stands for the overloads that torch has."""
+    rows: dict[str, dict[str, str]] = {}
+    text = resources.files("rarefy.artifact").joinpath("aten.txt").read_text(encoding="utf-8")
+    for line in text.splitlines():
+        names, _, rest = line.partition("#")[0].partition("|")
+        overloads, _, rules = rest.partition("|")
+        rule = dict(pair.split(":", 1) for pair in rules.split())
+        rows |= {f"aten.{name}.{overload}": rule for name in names.split() for overload in overloads.split()}
+    return rows
+
+
+ATEN = _table()
 
 # name -> (function, number of arguments)
 _OF_TWO = "add sub mul floordiv truediv mod pow eq ne lt le gt ge and_ or_".split()
@@ -60,7 +75,7 @@ _SCALARS: dict[str, Callable[[object], bool]] = {
     "float": lambda value: type(value) in (int, float),
     "number": lambda value: type(value) in (int, float, bool),
     "bool": lambda value: type(value) is bool,
-    "str": lambda value: type(value) is str,
+    "str": lambda value: isinstance(value, str) and _TEXT.fullmatch(value) is not None,
     "ScalarType": lambda value: isinstance(value, torch.dtype),
     "Layout": lambda value: value is torch.strided,
     "MemoryFormat": lambda value: isinstance(value, torch.memory_format),
@@ -95,7 +110,7 @@ def function_named(name: str) -> Target:
         for found in OPERATORS:
             if str(found) == name:
                 return found
-    if not match or match[1] == "rarefy" or match[2] not in ATEN:
+    if not match or match[1] == "rarefy" or name not in ATEN:
         raise FormatError(f"calls {name[:80]!r}, which is not in the list of operators a saved graph may call")
     packet = getattr(torch.ops.aten, match[2], None)
     if packet is None or match[3] not in packet.overloads():
@@ -138,12 +153,44 @@ def check_call(
                 raise FormatError(f"{target} lacks its argument {argument.name!r}")
             continue
         value, kind = given[argument.name], str(argument.real_type)
-        if not _fits(value, kind, yields):
+        numeral = kind != "Tensor" or isinstance(value, fx.Node) or argument.name in _NUMERALS
+        if not _fits(value, kind, yields) or not numeral:
             raise FormatError(f"{target}: {argument.name} must be {kind}, not {_said(value)}")
         _check_sizes(target, name, argument.name, value, kind)
     if name == "arange":
         _check_arange(target, given)
+    for argument_name, rule in ATEN.get(str(target), {}).items():
+        reason = _broken(rule, given.get(argument_name), given)
+        if reason:
+            raise FormatError(f"{target}: {argument_name} must be {reason}, not {_said(given.get(argument_name))}")
     return _yielded([str(result.type) for result in schema.returns])
+
+
+# Tensors that a number may stand for.
+_NUMERALS = {"other", "exponent"}
+
+
+def _broken(rule: str, value: Value, given: Mapping[str, Value]) -> str:
+    """What the argument must be, where it is not; of rules that no shape is needed for."""
+    if rule == "statistics":  # batch norm's: what it writes to must be its own, and only training writes
+        alone = given.get("running_mean") is None and given.get("running_var") is None
+        flag = isinstance(value, fx.Node) and value.op == "get_attr" and value.target == "training"
+        return "" if flag or value is False or (value is True and alone) else "false or the module's training flag"
+    if rule == "stored":
+        read = value if isinstance(value, (list, tuple)) else [value]
+        kept = all(one is None or (isinstance(one, fx.Node) and one.op == "get_attr") for one in read)
+        return "" if kept else "stored tensors"
+    if rule == "none":
+        return "" if value is None or value == 0 else "left out"
+    if rule == "formula":
+        good = isinstance(value, str) and value.count(",") <= 1
+        return "" if good else "a formula of at most two tensors"
+    if re.fullmatch(r"\d+-\d+", rule):
+        least, most = map(int, rule.split("-"))
+        return "" if type(value) in (int, float) and least <= value <= most else f"a number from {least} to {most}"
+    if "/" in rule:
+        return "" if value is None or value in rule.split("/") else f"one of {rule}"
+    return ""
 
 
 def _fits(value: object, kind: str, yields: Mapping[fx.Node, str]) -> bool:
@@ -154,7 +201,9 @@ def _fits(value: object, kind: str, yields: Mapping[fx.Node, str]) -> bool:
         if isinstance(value, fx.Node):
             return yields[value] in (TENSORS, LIST, ANY)
         if isinstance(value, (list, tuple)):
-            return all(_fits(item, inner, yields) for item in value)
+            return (inner == "Tensor" or len(value) <= MOST_NUMBERS) and all(
+                _fits(item, inner, yields) for item in value
+            )
         return inner in ("int", "float") and _fits(value, inner, yields)  # one number for all axes
     if isinstance(value, fx.Node):
         return yields[value] in _FROM_NODE.get(kind, ())

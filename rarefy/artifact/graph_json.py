@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rarefy.artifact import allowlist, packing, words
+from rarefy.artifact.operators import trial
 from rarefy.errors import FormatError
 from rarefy.graph.nodes import Value, dtype_name, set_attribute
 from rarefy.graph.signature import attach
@@ -43,7 +44,6 @@ from rarefy.system.strict_json import (
 
 SCHEMA = 1
 Entry = dict[str, Json]  # what graph.json says of a node or a tensor
-
 # dtype -> its name in a safetensors header
 DTYPES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
@@ -298,7 +298,8 @@ def build(description: Mapping[str, Json], tensors: Mapping[str, Tensor], where:
             module.get_submodule(owner)._non_persistent_buffers_set.add(leaf)
     module.meta = dict(description["meta"])
     attach(module)
-    return module.eval()
+    trial.check(module.eval(), where)
+    return module
 
 
 def _build_graph(entries: list[Json], tensors: Mapping[str, Entry], wanted: int, where: str) -> fx.Graph:
@@ -340,8 +341,7 @@ def _build_graph(entries: list[Json], tensors: Mapping[str, Entry], wanted: int,
             target, kind = "output", allowlist.ANY
         node = graph.create_node(op, target, tuple(args), kwargs, name=name)
         expect(node.name == name, at, f"can't be named {said(name)}")
-        node.meta = {"stack": stack}
-        nodes[name], yields[node] = node, kind
+        nodes[name], yields[node], node.meta = node, kind, {"stack": stack}
     expect(bool(entries) and entries[-1]["op"] == "output", where, "has no output")
     expect(len(inputs) == wanted, where, f"has {len(inputs)} inputs, meta.inputs has {wanted}")
     return graph

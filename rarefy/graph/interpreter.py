@@ -21,7 +21,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 import torch
 from torch import Tensor, fx
 
-from rarefy.graph.nodes import Value, argument, attribute
+from rarefy.errors import InputError
+from rarefy.graph.nodes import Value, argument, arguments, attribute
+from rarefy.kernels.lstm import LSTM, mismatch
 from rarefy.kernels.quantize import OPERATORS
 
 Rule = Callable[[fx.Node, Mapping[fx.Node, Value]], Value]
@@ -29,8 +31,18 @@ Rule = Callable[[fx.Node, Mapping[fx.Node, Value]], Value]
 
 def call(node: fx.Node, live: Mapping[fx.Node, Value]) -> Value:
     """What a ``call_function`` node yields where its sources yield ``live``."""
+    if node.target is LSTM:
+        check_lstm(node, live)
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), live.__getitem__)
     return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def check_lstm(node: fx.Node, live: Mapping[fx.Node, Value]) -> None:
+    """Raises InputError for an LSTM whose weights or states are not of the sizes that its input asks for."""
+    reason = mismatch(fx.node.map_arg(arguments(node), live.__getitem__))
+    if reason:
+        where = node.meta.get("stack") or node.name
+        raise InputError(f"{where}: {reason}; the graph can't be run on inputs of this shape")
 
 
 def steps(

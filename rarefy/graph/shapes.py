@@ -8,15 +8,18 @@ operator needs real devices or numbers, torch's fake tensors know more of them, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from rarefy.graph.interpreter import steps, values
+from rarefy.graph.interpreter import Rule, check_lstm, steps, values
 from rarefy.graph.nodes import Value, attribute, example_inputs
+from rarefy.kernels.lstm import LSTM
 
 aten = torch.ops.aten
 
@@ -58,19 +61,49 @@ def _bytes(value: Value) -> int:
 
 def _meta_shapes(graph: fx.GraphModule, batch: int) -> dict[fx.Node, Value]:
     """Every operator on the meta device, with no bookkeeping around it."""
-    inputs = iter(graph.meta["inputs"])
+    inputs = [
+        torch.empty((batch, *spec["shape"]), dtype=getattr(torch, spec["dtype"]), device="meta")
+        for spec in graph.meta["inputs"]
+    ]
+    return dict(walk(graph, inputs))
+
+
+def walk(
+    graph: fx.GraphModule, inputs: Sequence[Tensor], compute: Rule | None = None
+) -> Iterator[tuple[fx.Node, Value]]:
+    """Each node before the output and its shape, on inputs and stored tensors without numbers.
+
+    compute: in place of ``shape_of``.
+    """
+    given = iter(inputs)
     live: dict[fx.Node, Value] = {}
     for node in graph.graph.nodes:
         if node.op == "placeholder":
-            spec = next(inputs)
-            live[node] = torch.empty((batch, *spec["shape"]), dtype=getattr(torch, spec["dtype"]), device="meta")
+            live[node] = next(given).to("meta")
         elif node.op == "get_attr":
             value = attribute(graph, node)
             live[node] = value.detach().to("meta") if isinstance(value, Tensor) else value
-    return dict(steps(graph, list(graph.graph.nodes)[:-1], live, _shape))
+    return steps(graph, list(graph.graph.nodes)[:-1], live, compute or shape_of)
 
 
-def _shape(node: fx.Node, live: Mapping[fx.Node, Value]) -> Value:
+def check_lstms(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
+    """Raises InputError where an LSTM has weights or states of other sizes than inputs of these shapes ask for."""
+    if not graph.graph.find_nodes(op="call_function", target=LSTM):
+        return
+    seen, shape = _SEEN.setdefault(graph, set()), tuple((one.shape, one.dtype) for one in inputs)
+    if shape not in seen:
+        with torch.no_grad():
+            deque(walk(graph, inputs), 0)
+        seen.add(shape)
+
+
+_SEEN: weakref.WeakKeyDictionary[fx.GraphModule, set[object]] = weakref.WeakKeyDictionary()
+
+
+def shape_of(node: fx.Node, live: Mapping[fx.Node, Value]) -> Value:
+    """What a ``call_function`` node yields, where its sources yield tensors without numbers."""
+    if node.target is LSTM:
+        check_lstm(node, live)
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), live.__getitem__)
     if _keeps_shape(node, args):
         return args[0]
@@ -90,13 +123,23 @@ def _keeps_shape(node: fx.Node, args: Sequence[Value]) -> bool:
     if not isinstance(first, Tensor) or not first.is_floating_point() or node.kwargs:
         return False
     if node.target in _LIKE_FIRST:
-        return True
+        return _fits(node.target, args)
     return (
         node.target in _LIKE_BOTH
         and len(args) == 2
         and isinstance(args[1], Tensor)
         and (args[1].shape, args[1].dtype) == (first.shape, first.dtype)
     )
+
+
+def _fits(target: object, args: Sequence[Value]) -> bool:
+    """Have the tensors of a normalization the lengths it needs? Where not, the operator itself says what is wrong."""
+    first, *others = args
+    given = [one.shape for one in others if isinstance(one, Tensor)]
+    if target is aten.layer_norm.default:
+        size = tuple(args[1])
+        return 0 < len(size) <= first.dim() and size == first.shape[-len(size) :] and all(one == size for one in given)
+    return not given or (first.dim() > 1 and all(one == first.shape[1:2] for one in given))
 
 
 _LIKE_FIRST = {
@@ -119,7 +162,9 @@ def _convolved(
     groups: int = 1,
 ) -> Tensor | None:
     rank = weight.dim() - 2
-    if input.dim() != weight.dim():
+    if input.dim() != weight.dim() or input.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
+        return None
+    if bias is not None and bias.shape != weight.shape[:1]:
         return None
     step, around, apart = (
         [value] * rank if isinstance(value, int) else [*value] * (rank // len(value))
@@ -131,11 +176,15 @@ def _convolved(
 
 
 def _projected(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    return input.new_empty((*input.shape[:-1], weight.shape[0])) if weight.dim() == 2 else None
+    fits = weight.dim() == 2 and input.dim() > 0 and input.shape[-1] == weight.shape[1]
+    fits = fits and (bias is None or bias.shape == weight.shape[:1])
+    return input.new_empty((*input.shape[:-1], weight.shape[0])) if fits else None
 
 
 def _attended(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor | None:
-    if query.dim() != 4 or query.shape[:2] != value.shape[:2]:
+    if query.dim() != 4 or query.shape[:2] != value.shape[:2] or key.shape[:-1] != value.shape[:-1]:
+        return None
+    if query.shape[-1] != key.shape[-1]:
         return None
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
@@ -144,7 +193,10 @@ def _joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
     first = tensors[0]
     if any((one.dtype, one.dim()) != (first.dtype, first.dim()) for one in tensors):
         return None
-    dim %= first.dim()
+    dim %= max(1, first.dim())
+    around = {(*one.shape[:dim], *one.shape[dim + 1 :]) for one in tensors}
+    if len(around) > 1 or not first.dim():
+        return None
     return first.new_empty((*first.shape[:dim], sum(one.shape[dim] for one in tensors), *first.shape[dim + 1 :]))
 
 
@@ -158,11 +210,30 @@ def _spread(one: Tensor, other: object) -> Tensor | None:
         return None
     rank = max(one.dim(), other.dim())
     sizes = zip(*((1,) * (rank - each.dim()) + tuple(each.shape) for each in (one, other)), strict=True)
-    return one.new_empty([size if least == 1 else least for size, least in sizes])
+    pairs = list(sizes)
+    if any(size != least and 1 not in (size, least) for size, least in pairs):
+        return None
+    return one.new_empty([size if least == 1 else least for size, least in pairs])
+
+
+def _remembered(
+    input: Tensor,
+    hx: Sequence[Tensor],
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, ...]:
+    """Of an LSTM whose sizes were compared."""
+    return input.new_empty((*input.shape[:2], hx[0].shape[2] * (2 if bidirectional else 1))), *hx
 
 
 # Shapes known without asking the operator; None: not that plain.
-_SHAPES: dict[object, Callable[..., Tensor | None]] = {
+_SHAPES: dict[object, Callable[..., Value]] = {
+    aten.lstm.input: _remembered,
     aten.conv1d.default: _convolved,
     aten.conv2d.default: _convolved,
     aten.conv3d.default: _convolved,

@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rarefy.errors import CaptureError, InputError
 from rarefy.graph.nodes import Value, operator_name
+from rarefy.graph.shapes import check_lstms
 
 Classes = Mapping[str, type]  # path of a container among the outputs -> its class in the original
 
@@ -221,11 +222,15 @@ def _register(classes: Classes, graph: nn.Module) -> None:
 
 def _check(graph: nn.Module, args: tuple[Value, ...], kwargs: Mapping[str, Value]) -> None:
     """Raises InputError for an input of a size that is not in the graph."""
-    if torch.compiler.is_compiling() or not isinstance(graph, fx.GraphModule) or graph.meta.get("sizes") is None:
+    if torch.compiler.is_compiling() or not isinstance(graph, fx.GraphModule):
         return
     given = dict(enumerate(args))
     if kwargs:
         given |= {index: kwargs[name] for index, name in enumerate(input_names(graph)) if name in kwargs}
+    if len(given) == len(graph.meta["inputs"]) and all(isinstance(value, Tensor) for value in given.values()):
+        check_lstms(graph, [given[index] for index in sorted(given)])
+    if graph.meta.get("sizes") is None:
+        return
     for index, value in given.items():
         if isinstance(value, Tensor) and index < len(graph.meta["inputs"]):
             reason = refusal(graph, index, value.shape)

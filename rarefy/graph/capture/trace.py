@@ -25,10 +25,11 @@ import contextlib
 import copy
 import io
 import logging
+import operator
 import os
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, fx, nn
@@ -42,7 +43,17 @@ from rarefy.graph.capture.regions import inline
 from rarefy.graph.capture.sizes import free_sizes
 from rarefy.graph.fold import fold_parametrizations
 from rarefy.graph.layers import TRAINING_FLAG
-from rarefy.graph.nodes import Value, argument, attribute, dtype_name, finish, is_graph, set_argument, set_attribute
+from rarefy.graph.nodes import (
+    Value,
+    argument,
+    arguments,
+    attribute,
+    dtype_name,
+    finish,
+    is_graph,
+    set_argument,
+    set_attribute,
+)
 
 aten = torch.ops.aten
 
@@ -97,7 +108,9 @@ def _graph_of(flat: _Flat, exported: torch.export.ExportedProgram, core: str | N
     _share_as(graph, flat.model)
     make_functional(graph)
     fold_parametrizations(graph)
+    _as_batch_norm(graph, aten._native_batch_norm_legit_no_training.default)
     _read_training_flag(graph)
+    _as_batch_norm(graph, aten.instance_norm.default)
     graph.meta["inputs"] = [_described(tensor) for tensor in call.tensors]
     graph.meta["core"] = core
     outputs = signature.output_names(graph, flat.returned.classes)
@@ -335,6 +348,38 @@ def _share_as(graph: fx.GraphModule, model: nn.Module) -> None:
         first = names.setdefault(id(parameter), name)
         if first != name:
             set_attribute(graph, name, attribute(graph, first))
+
+
+def _as_batch_norm(graph: fx.GraphModule, kind: Callable[..., Value]) -> None:
+    """A normalization by stored statistics in the one form whose lengths torch compares before it reads. In place.
+
+    ``_native_batch_norm_legit_no_training`` (of a decomposed ``.pt2``) does not compare them, and ``instance_norm``
+    writes its statistics back, where they were to be read alone.
+    """
+    for node in graph.graph.find_nodes(op="call_function", target=kind):
+        given = arguments(node)
+        statistics = [given["running_mean"], given["running_var"]]
+        if None in statistics or given.get("use_input_stats") or any(user.args[1:] != (0,) for user in _parts(node)):
+            continue
+        with graph.graph.inserting_before(node):
+            norm = graph.graph.call_function(
+                aten.batch_norm.default,
+                (
+                    *(given[name] for name in ("input", "weight", "bias")),
+                    *(*statistics, False, given["momentum"], given["eps"], False),
+                ),
+            )
+        norm.meta = dict(node.meta)
+        for reader in _parts(node) or [node]:
+            reader.replace_all_uses_with(norm)
+            graph.graph.erase_node(reader)
+        if not node._erased:
+            graph.graph.erase_node(node)
+
+
+def _parts(node: fx.Node) -> list[fx.Node]:
+    """Who takes an element out of the several that a node yields."""
+    return [user for user in node.users if user.target is operator.getitem and user.args[0] is node]
 
 
 def _read_training_flag(graph: fx.GraphModule) -> None:

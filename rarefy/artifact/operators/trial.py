@@ -1,0 +1,230 @@
+"""A graph from a file is tried on an example without numbers before anything runs it with some.
+
+What an operator reads and makes follows from shapes, and they are known without running: the graph is walked as
+``graph.shapes`` walks it, a few milliseconds for a ResNet-50. Refused is what does not run (lengths that do not fit are
+told by torch's own rules), what would hold more memory than ``MOST_HELD`` and ``MULTIPLE`` times all that it is given,
+also inside of an operator (the columns of a convolution, the scores of attention), and what breaks a rule of aten.txt
+that needs shapes or types. Sizes of a computed number are bounded by what can be known of it: its bits.
+
+The example has two samples, as everywhere. What a graph takes for more of them grows as its sizes do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from rarefy.artifact.allowlist import ATEN, FUNCTIONS, MOST_NUMBERS
+from rarefy.errors import FormatError, RarefyError, first_line
+from rarefy.graph.interpreter import call, steps
+from rarefy.graph.nodes import Value, arguments, example_inputs
+from rarefy.graph.shapes import shape_of, walk
+
+# Bytes that a graph may hold at once for two samples: so many whatever it is given, and so many for each byte it is.
+MOST_HELD = 2**28
+MULTIPLE = 256
+MOST_AXES = 16
+# Bits of a whole number that is computed from sizes; multiplying numbers adds theirs.
+MOST_BITS = 2**16
+
+Values = Mapping[str, Value]
+
+
+def check(graph: fx.GraphModule, where: str) -> None:
+    """Raises FormatError for a graph that does not run on two samples of its own inputs, or asks for too much."""
+    _check_numbers(graph, where)
+    inputs = [
+        torch.empty((2, *spec["shape"]), dtype=getattr(torch, spec["dtype"]), device="meta")
+        for spec in graph.meta["inputs"]
+    ]
+    given = [*inputs, *graph.parameters(), *graph.buffers()]
+    trial = _Trial(graph, where, max(MOST_HELD, MULTIPLE * sum(_bytes(one) for one in given)))
+    with torch.no_grad():
+        try:
+            trial.run(walk(graph, inputs, trial.compute(shape_of)))
+        except _NeedsNumbers:
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                live = dict(zip(graph.graph.find_nodes(op="placeholder"), map(mode.from_tensor, example_inputs(graph))))
+                trial.run(steps(graph, list(graph.graph.nodes)[:-1], live, trial.compute(call)))
+
+
+class _NeedsNumbers(Exception):
+    """An operator can't be run on the meta device; torch's fake tensors know more of them, and take longer."""
+
+
+class _Trial:
+    """most: bytes that may be held at once."""
+
+    def __init__(self, graph: fx.GraphModule, where: str, most: int):
+        self.graph, self.where, self.most = graph, where, most
+        self.last = {source: node for node in graph.graph.nodes for source in node.all_input_nodes}
+
+    def compute(self, ask: Callable[[fx.Node, Mapping[fx.Node, Value]], Value]) -> Callable[..., Value]:
+        """A rule for the interpreter: what ``ask`` says of a node, once its arguments keep the rules."""
+
+        def rule(node: fx.Node, live: Mapping[fx.Node, Value]) -> Value:
+            try:
+                self._check_arguments(node, live)
+                return ask(node, live)
+            except FormatError:
+                raise
+            except Exception as error:
+                if ask is shape_of and (isinstance(error, NotImplementedError) or "meta" in str(error).lower()):
+                    raise _NeedsNumbers from error
+                said = str(error) if isinstance(error, RarefyError) else first_line(error)
+                raise self._refusal(node, f"does not run on an example of the graph's inputs ({said})") from error
+
+        return rule
+
+    def run(self, values: Iterable[tuple[fx.Node, Value]]) -> None:
+        """Adds up what is held while the nodes run, one after the other."""
+        held, sizes = 0, dict.fromkeys(self.graph.graph.nodes, 0)
+        gone: dict[fx.Node, list[fx.Node]] = {}
+        for node, reader in self.last.items():
+            gone.setdefault(reader, []).append(node)
+        for node, value in values:
+            sizes[node] = 0 if node.op == "get_attr" else self._size(node, value)
+            held += sizes[node]
+            if held > self.most:
+                raise self._refusal(node, f"needs {held} bytes for two samples (at most {self.most})")
+            held -= sum(sizes.pop(source) for source in gone.get(node, ()))
+
+    def _size(self, node: fx.Node, value: Value) -> int:
+        found = value if isinstance(value, (list, tuple)) else [value]
+        if any(isinstance(one, Tensor) and one.dim() > MOST_AXES for one in found):
+            raise self._refusal(node, f"yields a tensor of more than {MOST_AXES} axes")
+        return sum(_bytes(one) for one in found)
+
+    def _check_arguments(self, node: fx.Node, live: Mapping[fx.Node, Value]) -> None:
+        for name, rule in ATEN.get(str(node.target), {}).items():
+            if rule not in _RULES:
+                continue
+            given = arguments(node)
+            values = fx.node.map_arg(given, live.__getitem__)
+            reason = _RULES[rule](values, given, name, self.most)
+            if reason:
+                raise self._refusal(node, f"{name} {reason}")
+
+    def _refusal(self, node: fx.Node, what: str) -> FormatError:
+        return FormatError(f"{self.where}: node {node.name}: {node.target} {what}")
+
+
+def _bytes(value: Value) -> int:
+    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+
+
+def _divisor(values: Values, given: Values, name: str, most: int) -> str:
+    """The least 32-bit and 64-bit number divided by -1 is a signal on x86, so that no computed number divides them."""
+    if values.get("rounding_mode") == "floor" or type(given[name]) is float:
+        return ""
+    kinds = [one.dtype for one in (values["self"], values[name]) if isinstance(one, Tensor)]
+    if any(kind.is_floating_point or kind.is_complex for kind in kinds):
+        return ""
+    good = type(given[name]) is int and given[name] not in (0, -1)
+    return "" if good else "must be a number other than 0 and -1, where whole numbers are divided"
+
+
+def _product(values: Values, given: Values, name: str, most: int) -> str:
+    """Factors are copied for each of the batches that they are broadcast to."""
+    one, other = values["self"], values["other"]
+    if one.dim() < 3 and other.dim() < 3:
+        return ""
+    batches = math.prod(torch.broadcast_shapes(one.shape[:-2], other.shape[:-2]))
+    return _within(batches * (math.prod(one.shape[-2:]) + math.prod(other.shape[-2:])), one, most)
+
+
+def _attention(values: Values, given: Values, name: str, most: int) -> str:
+    query, key = values["query"], values["key"]
+    if query.dim() < 2 or key.dim() < 2:
+        return ""
+    return _within(math.prod(query.shape[:-1]) * key.shape[-2], query, most)
+
+
+def _windows(values: Values, given: Values, name: str, most: int) -> str:
+    """A convolution may write all its windows out: for each place of the output, the numbers of a kernel."""
+    x, weight = values["input"], values[name]
+    if values.get("transposed"):
+        return _transposed(values, given, name, most)
+    rank = weight.dim() - 2
+    if x.dim() not in (rank + 1, rank + 2) or (not x.is_floating_point() and not x.is_complex()):
+        return "can't be slid over " + (f"{x.dim()} axes" if x.is_floating_point() else str(x.dtype))
+    stride, padding = (_each(values[key], rank) for key in ("stride", "padding"))
+    if min(stride, default=1) < 1:
+        return f"can't be moved by {min(stride)}"
+    wide = [(size + 2 * around) // step + 1 for size, around, step in zip(x.shape[-rank:], padding, stride)]
+    samples = x.shape[0] if x.dim() == rank + 2 else 1
+    return _within(samples * math.prod(wide) * math.prod(weight.shape[1:]) * values["groups"], x, most)
+
+
+def _transposed(values: Values, given: Values, name: str, most: int) -> str:
+    x, weight = values["input"], values[name]
+    if not x.is_floating_point() and not x.is_complex():
+        return f"can't be spread over {x.dtype}"
+    rank = max(1, weight.dim() - 2)
+    return _within(math.prod(x.shape[-rank:]) * x.shape[0] * math.prod(weight.shape[1:]), x, most)
+
+
+def _each(value: Value, rank: int) -> Sequence[int]:
+    if isinstance(value, str):  # "same" puts no more around than the image is wide
+        return [0] * rank
+    return list(value) * (rank // len(value) or 1) if isinstance(value, (list, tuple)) else [value] * rank
+
+
+def _within(numbers: int, like: Tensor, most: int) -> str:
+    size = numbers * like.element_size()
+    return f"needs {size} bytes for two samples (at most {most})" if size > most else ""
+
+
+def _count(values: Values, given: Values, name: str, most: int) -> str:
+    return "" if values[name] <= MOST_NUMBERS else f"is above {MOST_NUMBERS}"
+
+
+def _pieces(values: Values, given: Values, name: str, most: int) -> str:
+    axis = values["self"].shape[values["dim"]]
+    step = values[name]
+    return "" if step < 1 or axis / step <= MOST_NUMBERS else f"makes more than {MOST_NUMBERS} tensors"
+
+
+def _each_one(values: Values, given: Values, name: str, most: int) -> str:
+    return "" if values["self"].shape[values["dim"]] <= MOST_NUMBERS else f"makes more than {MOST_NUMBERS} tensors"
+
+
+# Rules of aten.txt that need shapes: (values by name, arguments by name, the argument, most bytes) -> what is wrong.
+_RULES: Mapping[str, Callable[[Values, Values, str, int], str]] = {
+    "divisor": _divisor,
+    "product": _product,
+    "attention": _attention,
+    "windows": _windows,
+    "transposed": _transposed,
+    "count": _count,
+    "pieces": _pieces,
+    "each": _each_one,
+}
+
+_NAME_OF = {function: name for name, (function, _) in FUNCTIONS.items()}
+
+
+def _check_numbers(graph: fx.GraphModule, where: str) -> None:
+    """Whole numbers of Python have no end: what is multiplied again and again takes all memory there is."""
+    bits: dict[fx.Node, int] = {}
+    for node in graph.graph.nodes:
+        name = _NAME_OF.get(node.target, "") if node.op == "call_function" else ""
+        sizes = [bits.get(one, 64) if isinstance(one, fx.Node) else _bits(one) for one in node.args] or [0]
+        if name == "operator.mul":
+            bits[node] = sum(sizes)
+        elif name == "operator.pow":
+            bits[node] = sizes[0] * max(1, math.ceil(abs(node.args[1])))
+        elif name in ("math.ceil", "math.floor", "math.trunc", "torch.sym_int"):
+            bits[node] = max(1024, *sizes)  # of the largest float
+        elif name:
+            bits[node] = max(sizes) + 1
+        if bits.get(node, 0) > MOST_BITS:
+            raise FormatError(f"{where}: node {node.name}: {name} makes a number of more than {MOST_BITS} bits")
+
+
+def _bits(value: Value) -> int:
+    return value.bit_length() if type(value) is int else 64

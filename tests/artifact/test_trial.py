@@ -1,0 +1,354 @@
+"""What a graph of a file asks for is known before it runs: sizes, lengths, memory; and lengths again before an LSTM."""
+
+import json
+import operator
+
+import pytest
+import torch
+from torch import nn
+
+from rarefy.artifact import folder as folder_
+from rarefy.artifact import graph_json
+from rarefy.artifact.operators import trial
+from rarefy.errors import FormatError, InputError
+from rarefy.graph.capture import capture
+from rarefy.graph.interpreter import run
+from rarefy.graph.shapes import shapes
+from rarefy.models.load import graph_of, load
+
+X = {"node": "x"}
+
+
+def n(name):
+    return {"node": name}
+
+
+def graph(*calls, tensors=None, shape=(4, 6, 6), dtype="float32"):
+    """The graph that a folder with these calls gives: (target, arguments), each named ``n0``, ``n1``, ...; the last is
+    returned. tensors: name -> tensor."""
+    tensors = tensors or {}
+    nodes = [{"op": "placeholder", "name": "x", "target": "x"}]
+    nodes += [{"op": "get_attr", "name": f"t_{name}", "target": name} for name in (*tensors, "training")]
+    for place, (target, *args) in enumerate(calls):
+        nodes.append({"op": "call_function", "name": f"n{place}", "target": target, "args": args})
+    nodes.append({"op": "output", "name": "output", "args": [n(f"n{len(calls) - 1}")]})
+    entries = {
+        name: {
+            "kind": "buffer",
+            "dtype": str(value.dtype).removeprefix("torch."),
+            "shape": list(value.shape),
+            "persistent": True,
+        }
+        for name, value in tensors.items()
+    }
+    meta = {"inputs": [{"shape": list(shape), "dtype": dtype}], "core": None}
+    text = json.dumps({"format": "rarefy", "schema": 1, "meta": meta, "nodes": nodes, "tensors": entries})
+    return graph_json.build(graph_json.read(text.encode(), "graph.json"), tensors, "graph.json")
+
+
+def refused(words, *calls, **kwargs):
+    with pytest.raises(FormatError, match=words) as refusal:
+        graph(*calls, **kwargs)
+    assert "\n" not in str(refusal.value) and str(refusal.value).startswith("graph.json: ")
+
+
+def test_a_good_graph_is_built_and_runs():
+    made = graph(("aten.relu.default", X), ("aten.add.Tensor", n("n0"), 1))
+    x = torch.randn(5, 4, 6, 6)
+    assert torch.equal(made(x), x.relu() + 1)
+
+
+SHORT = {"w": torch.ones(3), "m": torch.zeros(4)}
+TRAINING = {"node": "t_training"}
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        (X, n("t_w"), None, n("t_m"), n("t_m"), False, 0.1, 1e-5, False),
+        (X, None, n("t_w"), n("t_m"), n("t_m"), False, 0.1, 1e-5, False),
+        (X, None, None, n("t_w"), n("t_m"), False, 0.1, 1e-5, False),
+        (X, None, None, n("t_m"), n("t_w"), TRAINING, 0.1, 1e-5, False),
+    ],
+)
+def test_lengths_of_batch_norm_are_those_of_the_channels(args):
+    refused("batch_norm.default does not run on an example", ("aten.batch_norm.default", *args), tensors=SHORT)
+
+
+def test_statistics_are_written_in_training_alone_and_into_the_graphs_own():
+    def call(mean, training):
+        return ("aten.batch_norm.default", X, None, None, mean, n("t_m") if mean else None, training, 0.1, 1e-5, False)
+
+    graph(call(n("t_m"), TRAINING), tensors=SHORT)
+    graph(call(n("t_m"), False), tensors=SHORT)
+    graph(call(None, True))
+    refused("training must be false or the module's training flag", call(n("t_m"), True), tensors=SHORT)
+    computed = ("aten.mul.Tensor", n("t_m"), 2)
+    refused("running_mean must be stored tensors", computed, call(n("n0"), TRAINING), tensors=SHORT)
+
+
+@pytest.mark.parametrize(
+    ("words", "calls"),
+    [
+        (
+            "running_mean must be left out",
+            [("aten.instance_norm.default", X, None, None, n("t_m"), n("t_m"), False, 0.1, 1e-5, False)],
+        ),
+        ("does not run", [("aten.group_norm.default", X, 2, n("t_w"), None, 1e-5, False)]),
+        ("does not run", [("aten.layer_norm.default", X, [6], n("t_w"), None, 1e-5, False)]),
+        ("does not run", [("aten.layer_norm.default", X, [5], None, None, 1e-5, False)]),
+        ("does not run", [("aten.linear.default", X, n("t_w"), None)]),
+        ("does not run", [("aten.prelu.default", X, n("t_w"))]),
+        ("does not run", [("aten.add.Tensor", X, n("t_w"))]),
+        ("does not run", [("aten.cat.default", [X, n("t_w")], 0)]),
+        ("does not run", [("aten.view.default", X, [7, 7])]),
+        ("interpolation_mode must be a number from 0 to 2", [("aten.grid_sampler.default", X, X, 255, 0, False)]),
+        ("lacks its argument 'rounding_mode'", [("aten.div.Scalar_mode", X, 2)]),
+        ("equation must be a formula of at most two tensors", [("aten.einsum.default", "i,j,k->ijk", [X, X, X])]),
+        ("equation must be str", [("aten.einsum.default", "i\n->i", [X])]),
+        ("self must be Tensor, not 3", [("aten.relu.default", 3)]),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(words, calls):
+    refused(words, *calls, tensors=SHORT)
+
+
+@pytest.mark.parametrize(
+    ("words", "calls"),
+    [
+        ("needs .* bytes for two samples", [("aten.repeat.default", X, [1000, 100, 10, 10])]),
+        ("needs .* bytes for two samples", [("aten.zeros.default", [2**30])]),
+        (
+            "needs .* bytes for two samples",
+            [("aten.repeat.default", X, [100, 10, 1, 1]), ("aten.repeat.default", n("n0"), [1000, 1, 1, 1])],
+        ),
+        ("needs .* bytes for two samples", [("aten.pad.default", X, [9000, 9000, 9000, 9000])]),
+        ("needs .* bytes for two samples", [("aten.adaptive_avg_pool2d.default", X, [30000, 30000])]),
+        ("needs .* bytes for two samples", [("aten.upsample_nearest2d.vec", X, [30000, 30000], None)]),
+        (
+            "query needs .* bytes",
+            [
+                ("aten.repeat.default", X, [1, 1, 4000, 1]),
+                ("aten.scaled_dot_product_attention.default", n("n0"), n("n0"), n("n0")),
+            ],
+        ),
+        (
+            "self needs .* bytes",
+            [
+                ("aten.reshape.default", X, [-1, 1, 1, 144]),
+                ("aten.expand.default", n("n0"), [2, 3000, 1, 144]),
+                ("aten.reshape.default", X, [1, -1, 144, 1]),
+                ("aten.expand.default", n("n2"), [3000, 2, 144, 1]),
+                ("aten.unsqueeze.default", n("n1"), 0),
+                ("aten.unsqueeze.default", n("n3"), 2),
+                ("aten.matmul.default", n("n4"), n("n5")),
+            ],
+        ),
+        (
+            "weight needs .* bytes",
+            [
+                ("aten.pad.default", X, [1000, 1000, 1000, 1000]),
+                ("aten.conv2d.default", n("n0"), n("t_k"), None, [1, 1], [0, 0], [1, 1], 1),
+            ],
+        ),
+        (
+            "split_size makes more than 4096 tensors",
+            [("aten.zeros.default", [100000]), ("aten.split.Tensor", n("n0"), 1)],
+        ),
+        ("dim makes more than 4096 tensors", [("aten.zeros.default", [100000]), ("aten.unbind.int", n("n0"), 0)]),
+        ("chunks is above 4096", [("aten.zeros.default", [100000]), ("aten.chunk.default", n("n0"), 50000, 0)]),
+        ("size must be List", [("aten.zeros.default", [1] * 5000)]),
+        ("more than 16 axes", [("aten.zeros.default", [1] * 17)]),
+    ],
+)
+def test_memory_is_bounded(words, calls):
+    refused(words, *calls, tensors={"k": torch.zeros(1, 4, 30, 30)})
+
+
+def test_memory_is_held_not_made():
+    """A chain of large values, of which two are held at a time, passes; holding them all does not."""
+    large = ("aten.repeat.default", X, [50, 10, 10, 10])
+    chain = [large, *[("aten.relu.default", n(f"n{place}")) for place in range(8)]]
+    graph(*chain)
+    chain.append(("aten.stack.default", [n(f"n{place}") for place in range(9)]))
+    refused("n[0-9] needs|needs .* bytes", *chain)
+
+
+def test_a_large_file_may_hold_more():
+    calls = [("aten.repeat.default", X, [1, 1, 400, 400])]
+    size = 2 * 4 * 2400 * 2400 * 4
+    assert size < trial.MOST_HELD
+    heavy = {"weight": torch.zeros(2 * 2**20)}
+    graph(("aten.repeat.default", X, [1, 1, 700, 700]), tensors=heavy)
+    refused("needs", ("aten.repeat.default", X, [1, 1, 700, 700]))
+    graph(*calls)
+
+
+def test_numbers_computed_from_sizes_have_an_end():
+    size = ("aten.sym_size.int", X, 0)
+    squared = [("operator.mul", n(f"n{place}"), n(f"n{place}")) for place in range(40)]
+    refused("operator.mul makes a number of more than 65536 bits", size, *squared, ("aten.relu.default", X))
+    powers = [("operator.pow", n(f"n{place}"), 8) for place in range(8)]
+    refused("operator.pow makes a number", size, *powers, ("aten.relu.default", X))
+    graph(size, ("operator.sub", n("n0"), 1), *[("operator.mul", n("n1"), 6)] * 3, ("aten.relu.default", X))
+
+
+def test_whole_numbers_are_not_divided_by_what_may_be_minus_one():
+    whole = {
+        "tensors": {"w": torch.full((4,), -(2**31), dtype=torch.int32), "o": torch.full((4,), -1, dtype=torch.int32)}
+    }
+    trunc = [{"node": "t_w"}, {"node": "t_o"}]
+    text = "must be a number other than 0 and -1"
+
+    def call(target, *args):
+        return {
+            "op": "call_function",
+            "name": "d",
+            "target": target,
+            "args": list(args),
+            "kwargs": {"rounding_mode": "trunc"},
+        }
+
+    def built(*args, mode="trunc"):
+        tensors = whole["tensors"]
+        nodes = [{"op": "placeholder", "name": "x", "target": "x"}]
+        nodes += [{"op": "get_attr", "name": f"t_{name}", "target": name} for name in tensors]
+        node = call("aten.div.Tensor_mode" if isinstance(args[1], dict) else "aten.div.Scalar_mode", *args)
+        node["kwargs"]["rounding_mode"] = mode
+        nodes += [node, {"op": "output", "name": "output", "args": [n("d")]}]
+        entry = {"kind": "buffer", "dtype": "int32", "shape": [4], "persistent": True}
+        meta = {"inputs": [{"shape": [4], "dtype": "float32"}], "core": None}
+        value = {
+            "format": "rarefy",
+            "schema": 1,
+            "meta": meta,
+            "nodes": nodes,
+            "tensors": dict.fromkeys(tensors, entry),
+        }
+        return graph_json.build(graph_json.read(json.dumps(value).encode(), "g"), tensors, "g")
+
+    for args in (trunc, (trunc[0], -1), (trunc[0], 0)):
+        with pytest.raises(FormatError, match=text):
+            built(*args)
+    built(trunc[0], 7)
+    built(trunc[0], trunc[1], mode="floor")
+    built(trunc[0], X)  # a float among them: the answer is one
+
+
+# ----------------------------------------------------------------------------------------------------------------- LSTM
+
+
+class Remembers(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.layer = nn.LSTM(4, 5, batch_first=True, **options)
+        self.last = nn.Linear(self.layer(torch.zeros(1, 2, 4))[0].shape[-1], 3)
+
+    def forward(self, x):
+        return self.last(self.layer(x)[0][:, -1])
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "num_layers": 2}, {"bias": False}, {"proj_size": 2}])
+def test_an_lstm_comes_back(options, tmp_path):
+    made = capture(Remembers(**options).eval(), torch.zeros(2, 7, 4))
+    loaded = folder_.load(folder_.save(made, tmp_path / "model"))
+    for batch in (1, 5):
+        x = torch.randn(batch, 7, 4)
+        assert torch.equal(made(x), loaded(x))
+    assert {str(key): value.shape for key, value in shapes(loaded).items() if hasattr(value, "shape")}
+
+
+def lstm(weights, x="x", states="h"):
+    flags = (True, 1, 0.0, False, False, True)
+    return ("aten.lstm.input", n(x), [n(f"t_{states}"), n(f"t_{states}")], [n(f"t_{name}") for name in weights], *flags)
+
+
+STATE = torch.zeros(1, 2, 3)
+WEIGHTS = {"a": torch.zeros(12, 6), "b": torch.zeros(12, 3), "c": torch.zeros(12), "h": STATE}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"a": torch.zeros(12, 2)},
+        {"a": torch.zeros(8, 6)},
+        {"a": torch.zeros(12)},
+        {"b": torch.zeros(12, 2)},
+        {"b": torch.zeros(4, 3)},
+        {"c": torch.zeros(2)},
+        {"h": torch.zeros(1, 1, 3)},
+        {"h": torch.zeros(1, 2, 2)},
+        {"h": torch.zeros(2, 3)},
+        {"a": torch.zeros(12, 6, dtype=torch.float64)},
+    ],
+)
+def test_short_weights_of_an_lstm_are_refused(wrong):
+    graph(lstm("abcc"), shape=(4, 6), tensors=WEIGHTS)
+    refused("an LSTM", lstm("abcc"), shape=(4, 6), tensors=WEIGHTS | wrong)
+
+
+def test_too_few_weights_of_an_lstm_are_refused():
+    refused("takes 4 weights, not 2", lstm("ab"), shape=(4, 6), tensors=WEIGHTS)
+
+
+def test_sizes_that_follow_from_the_batch_are_compared_when_it_runs():
+    """Right for the two samples of the trial; for any other number the weight would be too short, or the state."""
+    wide = graph(
+        ("aten.reshape.default", X, [2, 1, -1]), lstm("abcc", x="n0"), ("operator.getitem", n("n1"), 0),
+        shape=(6,), tensors=WEIGHTS,
+    )  # fmt: skip
+    assert wide(torch.zeros(2, 6)).shape == (2, 1, 3)
+    for call in (wide, lambda x: run(wide, (x,)), lambda x: wide(x=x), torch.no_grad()(wide)):
+        for _ in range(2):
+            with pytest.raises(InputError, match="an LSTM takes .* can't be run on inputs of this shape"):
+                call(torch.zeros(8, 6))
+    many = graph(lstm("abcc"), ("operator.getitem", n("n0"), 0), shape=(4, 6), tensors=WEIGHTS)
+    with pytest.raises(InputError, match="an LSTM takes"):
+        many(torch.zeros(5, 4, 6))
+
+
+# ------------------------------------------------------------------------------- what capture writes in another form
+
+
+def test_instance_norm_with_statistics_is_batch_norm(tmp_path):
+    """torch's operator writes them back; in eval mode the two are one formula."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, affine=True, track_running_stats=True)).eval()
+    model[1].running_mean.normal_()
+    model[1].running_var.uniform_(0.5, 2)
+    before = model[1].running_mean.clone()
+    made = folder_.load(folder_.save(capture(model, torch.zeros(2, 3, 8, 8)), tmp_path / "model"))
+    x = torch.randn(3, 3, 8, 8)
+    assert torch.allclose(made(x), model(x), atol=1e-6)
+    assert torch.equal(dict(made.named_buffers())["1.running_mean"], before)
+    made.train()(x)  # as in the model, statistics that are given are not gathered
+    assert torch.equal(dict(made.named_buffers())["1.running_mean"], before)
+
+
+def test_a_decomposed_export_is_saved(tmp_path):
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm(6), nn.ConvTranspose2d(4, 2, 3)
+    ).eval()
+    model[1].running_mean.normal_()
+    batch = ({0: torch.export.Dim.DYNAMIC},)
+    exported = torch.export.export(model, (torch.zeros(2, 3, 8, 8),), dynamic_shapes=batch).run_decompositions()
+    torch.export.save(exported, tmp_path / "model.pt2")
+    made = graph_of(load(str(tmp_path / "model.pt2")))
+    assert not any("no_training" in str(node.target) for node in made.graph.nodes)
+    loaded = folder_.load(folder_.save(made, tmp_path / "model"))
+    x = torch.randn(3, 3, 8, 8)
+    assert torch.equal(loaded(x), exported.module()(x))
+
+
+def test_an_and_of_masks_is_saved(tmp_path):
+    class Masked(nn.Module):
+        def forward(self, x):
+            return torch.where((x > 0) & (x < 1) | (x > 2), x, 0.0)
+
+    made = capture(Masked(), torch.zeros(2, 5))
+    x = torch.randn(3, 5)
+    assert torch.equal(folder_.load(folder_.save(made, tmp_path / "model"))(x), made(x))
+
+
+def test_arithmetic_on_sizes_is_known_by_name():
+    assert trial._NAME_OF[operator.mul] == "operator.mul"
