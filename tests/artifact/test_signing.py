@@ -348,6 +348,99 @@ def test_certificates(signed, tmp_path):
         signing.sign(signed, private, certificate=files["root"], chain=[files["root"]])
 
 
+def _signed_by(folder, tmp_path, root, own, between=None):
+    """The folder, signed with a chain whose certificates are made with these options; what to trust."""
+    from cryptography.hazmat.primitives import serialization
+
+    keys = {}
+    for name in ("root", "between", "me"):
+        private, _ = signing.keygen(tmp_path / f"{name}.pem")
+        keys[name] = private, serialization.load_pem_private_key(private.read_bytes(), None)
+    above = "root" if between is None else "between"
+    made = {
+        "root": _certificate("root", keys["root"][1], "root", keys["root"][1], True, **root),
+        "me": _certificate("me", keys["me"][1], above, keys[above][1], False, **own),
+    }
+    if between is not None:
+        made["between"] = _certificate("between", keys["between"][1], "root", keys["root"][1], True, **between)
+    files = {name: tmp_path / f"{name}.crt" for name in made}
+    for name, one in made.items():
+        files[name].write_bytes(one.public_bytes(serialization.Encoding.PEM))
+    chain = [files[name] for name in ("root", "between") if name in files]
+    signing.sign(folder, keys["me"][0], certificate=files["me"], chain=chain)
+    return [files["root"]]
+
+
+OLD = {"days": (-400, -300)}
+LONG = {"days": (-1000, 1000)}
+
+
+@pytest.mark.parametrize(
+    ("root", "own", "between", "words"),
+    [
+        ({}, {}, None, None),
+        ({}, {}, {}, None),
+        (LONG, OLD, None, "certificate-(chain|expired)"),
+        (OLD, LONG, None, "certificate-(chain|expired)"),
+        (LONG, LONG, OLD, "certificate-(chain|expired)"),
+        (LONG, {"days": (300, 400)}, None, "certificate-(chain|expired)"),
+        ({}, {"purpose": "none"}, None, "certificate-usage"),
+        ({}, {"purpose": "mail"}, None, "certificate-usage"),
+        ({}, {"usages": (False, False)}, None, "certificate-(chain|usage)"),
+        ({}, {}, {"authority": False, "usages": (True, False)}, "certificate-(chain|authority)"),
+        ({}, {}, {"purpose": "mail"}, "certificate-(chain|authority)"),
+    ],
+)
+def test_every_certificate_of_a_chain_is_asked(root, own, between, words, signed, tmp_path):
+    trusted = _signed_by(signed, tmp_path, root, own, between)
+    if words is None:
+        assert "graph.json" in signing.verify(signed, chain=trusted)
+        return
+    with pytest.raises(SignatureRefused, match=rf"\[{words}\]$") as refusal:
+        signing.verify(signed, chain=trusted)
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_old_archive_is_verified_for_its_day(signed, tmp_path):
+    trusted = _signed_by(signed, tmp_path, LONG, OLD)
+    then = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=350)
+    assert "graph.json" in signing.verify(signed, chain=trusted, at=then)
+    assert "graph.json" in signing.verify(signed, chain=trusted, at=f"{then:%Y-%m-%d}")
+    with pytest.raises(SignatureRefused, match="--at"):
+        signing.verify(signed, chain=trusted)
+    with pytest.raises(InputError, match="is no date; write it as 2026-05-31"):
+        signing.verify(signed, chain=trusted, at="yesterday")
+
+
+def test_what_a_way_to_sign_lacks_is_told(signed, keys, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="pass --chain"):
+        signing.sign(signed, keys[0], certificate=tmp_path / "me.crt")
+    with pytest.raises(InputError, match="--identity needs --issuer"):
+        signing.verify(signed, identity="me@example.org")
+    with pytest.raises(InputError, match="pass --chain, or leave it out"):
+        signing.verify(signed, keys[1], at="2026-01-01")
+
+    def offline(*_, **__):
+        raise OSError("no route to host")
+
+    import model_signing
+
+    monkeypatch.setattr(model_signing.verifying.Config, "use_sigstore_verifier", offline)
+    with pytest.raises(InputError, match="come over the network: connect, or verify with --key") as refusal:
+        signing.verify(signed, identity="me@example.org", issuer="https://example.org")
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_full_disk_leaves_no_key(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match="nothing is left of it"):
+        signing.keygen(tmp_path / "me.pem")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_sigstore_gets_what_it_is_given(signed, keys, monkeypatch):
     """Sigstore needs a network and a person: the library is asked with our arguments, and signs with a key instead."""
     import model_signing
