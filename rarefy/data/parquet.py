@@ -8,7 +8,6 @@ own description, where it has one.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor
 
 from rarefy.data.shards import MOST_BYTES, LeftOut, digest_of, plain
-from rarefy.errors import DataError, MissingDependency
+from rarefy.errors import DataError, FormatError, MissingDependency
+from rarefy.system import files, strict_json
 
 CACHE = 128 * 2**20  # bytes of row groups kept, a process
 MOST_IN_A_GROUP = 2**30
@@ -50,6 +50,8 @@ class Parquet:
             row = 0
             for group in range(opened.num_row_groups):
                 about = opened.metadata.row_group(group)
+                if not 0 <= about.num_rows <= os.path.getsize(file):  # an image takes at least a byte
+                    raise DataError(f"{file}: declares {about.num_rows:,} rows in fewer bytes; restore it")
                 if about.total_byte_size > MOST_IN_A_GROUP:
                     raise DataError(
                         f"{file}: row group {group} takes {about.total_byte_size:,} bytes; "
@@ -60,10 +62,7 @@ class Parquet:
                 stored += about.total_byte_size
                 row += about.num_rows
                 if self._label is not None:
-                    column = opened.read_row_group(group, columns=[self._label], use_threads=False).column(0)
-                    labels.append(
-                        np.array([-1 if value is None else value for value in column.to_pylist()], dtype=np.int64)
-                    )
+                    labels.append(self._labels(index, group, about.num_rows))
         self._groups = torch.tensor(groups, dtype=torch.int64).reshape(-1, 3)
         sizes = torch.tensor(counts, dtype=torch.int64)
         self.blocks = torch.arange(len(counts)).repeat_interleave(sizes)
@@ -111,14 +110,41 @@ class Parquet:
         if key not in self._opened:
             while len(self._opened) >= MOST_OPEN:
                 del self._opened[next(iter(self._opened))]
+            file = files.plain(self.files[index], kind=DataError)
             try:
-                self._opened[key] = parquet.ParquetFile(self.files[index])
-            except (pyarrow.ArrowException, OSError) as error:
+                self._opened[key] = parquet.ParquetFile(file)
+                _ = self._opened[key].schema_arrow  # which may be damaged on its own
+            except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
                 raise DataError(
                     f"{self.files[index]}: is no Parquet file that can be read ({plain(str(error))}); "
                     "restore it or take it off the list"
                 ) from error
         return self._opened[key]
+
+    def _labels(self, index: int, group: int, rows: int) -> np.ndarray:
+        """Those of a row group, -1 where there is none."""
+        file, name = self.files[index], str(self._label)
+        column = self._read(index, group, name)
+        if len(column) != rows:
+            raise DataError(f"{file}: row group {group} holds {len(column):,} labels for {rows:,} rows; restore it")
+        try:
+            return np.array([-1 if value is None else value for value in column.to_pylist()], dtype=np.int64)
+        except (OverflowError, ValueError, TypeError) as error:
+            raise DataError(f"{file}: a label of {plain(name)!r} is no class index (0, 1, ...); mend it") from error
+
+    def _read(self, index: int, group: int, column: str) -> Any:
+        """A column of a row group. Raises DataError for damaged pages."""
+        import pyarrow
+
+        try:
+            table = self._file(index).read_row_group(group, columns=[column], use_threads=False)
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise DataError(
+                f"{self.files[index]}: row group {group} can't be read ({plain(str(error))}); restore the file"
+            ) from error
+        if table.num_columns != 1:
+            raise DataError(f"{self.files[index]}: has no column {plain(column)!r} that stands alone; rename it")
+        return table.column(0)
 
     def _column(self, block: int) -> Any:
         """The images of a row group; the ones used longest ago make room."""
@@ -127,7 +153,7 @@ class Parquet:
             self._cached[key] = self._cached.pop(key)
             return self._cached[key]
         file, group, _ = self._groups[block].tolist()
-        column = self._file(file).read_row_group(group, columns=[self._image], use_threads=False).column(0)
+        column = self._read(file, group, self._image)
         self._cached = {one: held for one, held in self._cached.items() if one[0] == key[0]}
         while self._cached and sum(held.nbytes for held in self._cached.values()) + column.nbytes > CACHE:
             del self._cached[next(iter(self._cached))]
@@ -173,8 +199,8 @@ def _label_column(file: str, schema: Any, asked: str | None) -> str | None:
 def _names(schema: Any, label: str | None) -> tuple[str, ...] | None:
     """Class names as ``datasets`` writes them into the file."""
     try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        names = features[label]["names"]
-    except (KeyError, ValueError, TypeError):
+        about = strict_json.parse((schema.metadata or {})[b"huggingface"], "huggingface")
+        names = about["info"]["features"][label]["names"]
+    except (KeyError, FormatError, TypeError):
         return None
-    return tuple(map(str, names)) if isinstance(names, list) else None
+    return tuple(map(str, names)) if isinstance(names, list) and names else None

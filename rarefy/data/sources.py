@@ -62,6 +62,8 @@ def load(given: object, split: Split, *, shared: bool = False, targets: Targets 
         if isinstance(source.items, Scenes) and not isinstance(targets, BoxTargets):
             raise DataError(f"{where}: holds boxes, which is for --task detection (Detection); {FORMS}")
         source = dataclasses.replace(source, targets=targets.settled(source.items))
+    if isinstance(targets, ClassIndices) and source.labels is not None:
+        targets.check(source.labels, where, whole=True)  # before they are counted
     return source if divided or not shared else _part(source, split)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rarefy.errors import DataError, first_line
 
+MOST_CLASSES = 2**20  # each takes a place where they are counted
 Target = int | np.ndarray  # of one image
 
 
@@ -94,11 +95,13 @@ class ClassIndices(Targets):
             if self.class_count not in (None, targets.shape[1]):
                 raise DataError(f"{where}: rows of {targets.shape[1]} labels, class_count={self.class_count}")
             return
-        if self.class_count is None or int(targets.max()) < self.class_count:
+        most = MOST_CLASSES if self.class_count is None else self.class_count
+        if not len(targets) or int(targets.max()) < most:
             return
         which = f" of image {int(targets.argmax())}" if whole else ""
         raise DataError(
-            f"{where}: label {int(targets.max())}{which} is out of range for class_count={self.class_count}"
+            f"{where}: label {int(targets.max())}{which} is out of range for "
+            + (f"{most:,} classes, the most there may be" if self.class_count is None else f"class_count={most}")
         )
 
 
