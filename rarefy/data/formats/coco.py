@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,7 @@ import torch
 from rarefy.data.boxes.scenes import AREA, CLASS, COLUMNS, IGNORED, Faults, Scenes, existing, picture_below, scenes
 from rarefy.data.items import Items, Source, Split
 from rarefy.errors import DataError, FormatError
+from rarefy.system.files import content as bytes_of
 from rarefy.system.files import replacing
 from rarefy.system.memory import available
 from rarefy.system.strict_json import Json, parse
@@ -38,7 +40,7 @@ def read(text: str, rest: str, split: Split) -> tuple[Source, bool]:
     unknown = sorted(options.keys() - {"annotations"})
     if unknown:
         raise DataError(f"{text}: unknown option {unknown[0]!r}; write coco:IMAGES?annotations=FILE")
-    root = Path(place).expanduser()
+    root = Path(os.path.expanduser(place))
     if not root.is_dir():
         raise DataError(
             f"{text}: {root}: {'is a file' if root.exists() else 'no such folder'}; "
@@ -91,7 +93,7 @@ def write(found: Scenes, file: str | Path, sizes: Sequence[tuple[int, int]], sco
 def _file(text: str, root: Path, given: str | None) -> Path:
     tried = [root / name for name in _OWN]
     if given is not None:
-        tried = [Path(given).expanduser(), root / given]
+        tried = [Path(os.path.expanduser(given)), root / given]
     file = next((one for one in tried if one.is_file()), None)
     if file is None:
         raise DataError(f"{text}: {tried[0]}: no such file; say which one: coco:IMAGES?annotations=FILE")
@@ -106,7 +108,7 @@ def _content(text: str, file: Path) -> dict[str, Json]:
             "take the masks (segmentation) out of it"
         )
     try:
-        return parse(file.read_bytes(), file, most_values=max(1, size), without=_PASSED_OVER)
+        return parse(bytes_of(file, size), file, most_values=max(1, size), without=_PASSED_OVER)
     except FormatError as error:
         raise DataError(f"{error}; give a file of annotations in COCO's form (images, annotations, categories)") from (
             error

@@ -29,7 +29,8 @@ import torch
 from rarefy.data.boxes.scenes import COLUMNS, Faults, Scenes, existing, picture_below, scenes
 from rarefy.data.formats.imagefolder import EXTENSIONS
 from rarefy.data.items import Items, Source, Split
-from rarefy.errors import DataError, first_line
+from rarefy.errors import DataError, FormatError, first_line
+from rarefy.system.files import content as bytes_of
 from rarefy.system.files import replacing
 
 _LISTS: dict[Split, tuple[str, ...]] = {"train": ("train", "trainval"), "val": ("val", "valid", "test")}
@@ -53,7 +54,7 @@ class _Scene(NamedTuple):
 def read(text: str, rest: str, split: Split) -> tuple[Source, bool]:
     place, _, query = rest.partition("?")
     options = dict(parse_qsl(query))
-    root = Path(place).expanduser()
+    root = Path(os.path.expanduser(place))
     if not root.is_dir():
         raise DataError(
             f"{text}: {root}: {'is a file' if root.exists() else 'no such folder'}; give a folder of xml and pictures"
@@ -130,7 +131,7 @@ def _listed(text: str, root: Path, split: Split) -> tuple[list[str] | None, bool
         name = next((name for name in _LISTS[split] if name in have), None)
         if name is None:
             continue
-        lines = have[name].read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = bytes_of(have[name], _MOST_BYTES).decode("utf-8", "replace").splitlines()
         words = [line.split() for line in lines if line.strip()]
         # "name", "name.jpg", or of one class "name 1" and "name -1"
         stems = [word[0] for word in words if len(word) < 2 or word[1] != "-1"]
@@ -152,8 +153,9 @@ def _names(text: str, options: dict[str, str], read: Any, faults: Faults) -> lis
             raise DataError(f"{text}: no xml file holds an object; give a folder of labelled pictures")
         return seen
     try:
-        names = [line.strip() for line in Path(given).expanduser().read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+        held = bytes_of(os.path.expanduser(given), _MOST_BYTES).decode("utf-8")
+        names = [line.strip() for line in held.splitlines()]
+    except (FormatError, UnicodeDecodeError) as error:
         raise DataError(f"{text}: names={given}: can't be read; give a text file, a class a line") from error
     names = [name for name in names if name]
     for name in seen:
@@ -179,10 +181,8 @@ def _picture(root: Path, file: str, scene: _Scene, index: dict[str, list[str]]) 
 
 def _scene_or_none(file: str, faults: Faults) -> _Scene | None:
     try:
-        if os.path.getsize(file) > _MOST_BYTES:
-            raise ValueError("is too large for one")
-        return _scene(Path(file).read_bytes(), os.path.basename(file), faults)
-    except (ValueError, OSError, expat.ExpatError) as error:
+        return _scene(bytes_of(file, _MOST_BYTES), os.path.basename(file), faults)
+    except (ValueError, FormatError, expat.ExpatError) as error:
         faults.add("xml files can't be read", f"{os.path.basename(file)}: {first_line(error)}", grave=True)
         return None
 

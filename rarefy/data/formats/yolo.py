@@ -22,17 +22,19 @@ import torch
 from rarefy.data.boxes.scenes import COLUMNS, Faults, Scenes, existing, scenes
 from rarefy.data.formats.imagefolder import EXTENSIONS, images_below
 from rarefy.data.items import Items, Source, Split
-from rarefy.errors import DataError, first_line
+from rarefy.errors import DataError, FormatError, first_line
 from rarefy.system.dependencies import needs
+from rarefy.system.files import content as bytes_of
 from rarefy.system.files import replacing
 
 _KEYS: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("val", "valid", "validation", "test")}
 _LISTS = ("classes.txt", "train.txt", "val.txt", "test.txt")  # which tools leave among the text files
 _MOST_BYTES = 2**22  # of a yaml or a text file: 60,000 boxes
+_MOST_LISTED = 2**28  # of a list of pictures
 
 
 def read(text: str, rest: str, split: Split) -> tuple[Source, bool]:
-    file = Path(rest).expanduser()
+    file = Path(os.path.expanduser(rest))
     if file.is_dir():
         file = next((one for one in (file / "data.yaml", *sorted(file.glob("*.yaml"))) if one.is_file()), file)
     content = _content(text, file)
@@ -84,14 +86,12 @@ def _content(text: str, file: Path) -> dict[str, object]:
     if not file.is_file():
         raise DataError(f"{text}: {file}: no such file; give the data.yaml of a data set in YOLO's layout")
     try:
-        if file.stat().st_size > _MOST_BYTES:
-            raise ValueError("is too large for one")
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError, yaml.YAMLError) as error:
+        held = yaml.safe_load(bytes_of(file, _MOST_BYTES).decode("utf-8"))
+    except (FormatError, ValueError, RecursionError, OSError, yaml.YAMLError) as error:
         raise DataError(f"{text}: {file}: is no YAML ({first_line(error)}); mend it") from error
-    if not isinstance(content, dict):
+    if not isinstance(held, dict):
         raise DataError(f"{text}: {file}: holds no train:, val: and names:; give the data.yaml of a data set")
-    return {str(key): value for key, value in content.items()}
+    return {str(key): value for key, value in held.items()}
 
 
 def _names(text: str, content: Mapping[str, object]) -> tuple[str, ...]:
@@ -115,12 +115,12 @@ def _pictures(text: str, file: Path, content: Mapping[str, object], key: str) ->
     base = file.parent
     stated = content.get("path")
     if isinstance(stated, str) and stated:
-        given = Path(stated).expanduser()
+        given = Path(os.path.expanduser(stated))
         base = next((one for one in (given, base / given) if one.is_dir()), base)
     listed = content[key]
     for one in listed if isinstance(listed, list) else [listed]:
         relative = str(one)
-        tries = [base / Path(relative).expanduser()]
+        tries = [base / Path(os.path.expanduser(relative))]
         if relative.startswith("../"):  # as some exports write it, beside the yaml all the same
             tries.append(base / relative[3:])
         place = next((path for path in tries if path.exists()), None)
@@ -130,8 +130,8 @@ def _pictures(text: str, file: Path, content: Mapping[str, object], key: str) ->
             yield from images_below(place)
             continue
         try:
-            lines = place.read_text(encoding="utf-8").split("\n")
-        except (UnicodeDecodeError, OSError) as error:
+            lines = bytes_of(place, _MOST_LISTED).decode("utf-8").split("\n")
+        except (UnicodeDecodeError, FormatError) as error:
             raise DataError(f"{text}: {key}: {place}: is no list of pictures; give a folder or a text file") from error
         for line in filter(None, map(str.strip, lines)):
             yield os.path.normpath(place.parent / line if line.startswith("./") else base / line)
@@ -177,14 +177,12 @@ def _check_labels(text: str, paths: Sequence[str], labels: Sequence[str], faults
 
 def _boxes(file: str, classes: int, keypoints: bool, faults: Faults) -> Iterator[tuple[float, ...]]:
     name = os.path.basename(file)
-    if not os.path.isfile(file):
+    if not os.path.exists(file):
         return
     try:
-        if os.path.getsize(file) > _MOST_BYTES:
-            raise ValueError("is too large for one")
-        with open(file, encoding="utf-8") as opened:
-            lines = list(dict.fromkeys(filter(None, map(str.strip, opened))))
-    except (ValueError, OSError) as error:
+        held = bytes_of(file, _MOST_BYTES).decode("utf-8")
+        lines = list(dict.fromkeys(filter(None, map(str.strip, held.split("\n")))))
+    except (ValueError, FormatError) as error:
         faults.add("text files can't be read", f"{name}: {first_line(error)}", grave=True)
         return
     for line in lines:
