@@ -26,6 +26,9 @@ from typing import Any
 class RarefyError(Exception):
     exit_code = 2
 
+    def __str__(self) -> str:
+        return " ".join(super().__str__().splitlines())  # one line, whatever a file's names and other packages say
+
 
 class InputError(RarefyError):
     pass

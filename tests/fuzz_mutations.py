@@ -9,13 +9,15 @@ import zipfile
 from typing import Any
 
 TOKENS = [
-    b"\xff\xff\xff\xff", b"\xff" * 8, b"\x00" * 8, b"\x7f\xff\xff\xff", b"\x80\x00\x00\x00", b"\x00\x00\x00\x80", b"{", b"[",
-    b'"', b"-1", b"1e999", b"9" * 30, b"NaN", b"null", b"../", b"\xed\xa0\x80", b"\x1b[31m", b"PK\x03\x04", b"\x80\x02", b"R.",
-    b"IDAT", b"IHDR", b"PAR1", b"ustar", b"[[step]]\n", b"a.a.a.a = 1\n", b"=", b"\n", b"'''", b"#",
+    b"\xff\xff\xff\xff", b"\xff" * 8, b"\x00" * 8, b"\x7f\xff\xff\xff", b"\x80\x00\x00\x00", b"\x00\x00\x00\x80",
+    b"{", b"[", b'"', b"-1", b"1e999", b"9" * 30, b"NaN", b"null", b"../", b"\xed\xa0\x80", b"\x1b[31m",
+    b"PK\x03\x04", b"\x80\x02", b"R.", b"IDAT", b"IHDR", b"PAR1", b"ustar",
+    b"[[step]]\n", b"a.a.a.a = 1\n", b"=", b"\n", b"'''", b"#",
 ]  # fmt: skip
 WILD: list[Any] = [
-    None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, -(2**63), 10**40, 0.5, -0.0, 1e308, "", "x", "../x", "\x00", "\ud800",
-    "\x1b[31m", "x" * 5000, "9**9**9**9", "nan", [], {}, [[]], [[[[[[]]]]]], {"a": {}}, [0] * 500, [1, "a", None], {"": 1},
+    None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, -(2**63), 10**40, 0.5, -0.0, 1e308,
+    "", "x", "../x", "\x00", "\ud800", "\x1b[31m", "x" * 5000, "9**9**9**9", "nan",
+    [], {}, [[]], [[[[[[]]]]]], {"a": {}}, [0] * 500, [1, "a", None], {"": 1},
     {"node": "x"}, {"tuple": []}, {"dtype": "float32"}, {"$float": "nan"}, "float32", "aten.add.Tensor", "output",
 ]  # fmt: skip
 
@@ -85,7 +87,7 @@ def _changed(draw: random.Random, value: Any) -> Any:
 
 
 def mutated_zip(draw: random.Random, data: bytes) -> bytes:
-    """A member of the archive is changed and the archive written anew, so that its sums hold; sometimes its bytes are."""
+    """A member of the archive is changed, and it written anew, so that its sums hold; sometimes its bytes are."""
     if draw.random() < 0.2:
         return mutated(draw, data)
     with zipfile.ZipFile(io.BytesIO(data)) as archive:

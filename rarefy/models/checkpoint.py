@@ -34,6 +34,7 @@ from rarefy.errors import FormatError, InputError, first_line
 from rarefy.system import strict_json
 from rarefy.system.files import content, plain
 from rarefy.system.memory import afford
+from rarefy.system.strict_json import said
 
 # What torch.load raises for a file that is no checkpoint.
 _BROKEN = (
@@ -160,8 +161,8 @@ def _sharded(path: Path) -> dict[str, Tensor]:
             f"{path}: is no index of weights (no 'weight_map' of names and files); download it again"
         ) from error
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or name.endswith(".json"):
-            raise FormatError(f"{path}: {name!r} is no file beside it; download it again")
+        if not isinstance(name, str) or not name or Path(name).name != name or name.endswith(".json"):
+            raise FormatError(f"{path}: {said(name)} is no file beside it; download it again")
     parts = [entries(path.with_name(name)) for name in names]
     return {name: value for part in parts for tensors in part.values() for name, value in tensors.items()}
 

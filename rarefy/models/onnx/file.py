@@ -18,7 +18,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from rarefy.errors import FormatError, InputError, first_line
+from rarefy.errors import FormatError, InputError, RarefyError, first_line
 from rarefy.graph.nodes import Value
 from rarefy.models.onnx.arithmetic import TYPES
 from rarefy.models.onnx.batch import settle
@@ -27,6 +27,7 @@ from rarefy.models.onnx.step import Step
 from rarefy.models.onnx.table import REFUSED, ROWS
 from rarefy.models.source import FORMS, Request, Source
 from rarefy.system.dependencies import needs
+from rarefy.system.failures import refusal
 from rarefy.system.files import content, opened
 from rarefy.system.memory import afford
 
@@ -66,8 +67,18 @@ def _identifiers(names: Sequence[str]) -> list[str]:
 
 def read(path: str | os.PathLike[str]) -> tuple[Network, list[tuple[list[int | None], torch.dtype]]]:
     """The file's network, and of each input the sizes without batch (None: free) and the type."""
-    library = needs("onnx")
-    file = Path(path)
+    library, file = needs("onnx"), Path(path)
+    try:
+        return _read(library, file)
+    except RarefyError:
+        raise
+    except Exception as error:  # an operator with too few inputs, sizes that contradict: a file may say anything
+        refused = refusal(error)
+        told = str(refused) if refused else f"is damaged, or of a form that is not read ({first_line(error)})"
+        raise FormatError(f"{file}: {told}; export it again") from error
+
+
+def _read(library: ModuleType, file: Path) -> tuple[Network, list[tuple[list[int | None], torch.dtype]]]:
     if not os.path.exists(file):
         raise InputError(f"{file}: no such file; give {FORMS}")
     model = _parsed(library, file)
