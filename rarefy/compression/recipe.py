@@ -42,6 +42,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import os
 import re
 import shlex
 import types
@@ -109,7 +110,7 @@ class Recipe:
 def read(path: str | Path) -> Recipe:
     """The recipe in that file. Raises InputError, which names the key and the way out."""
     file = Path(path)
-    if not file.exists():
+    if not os.path.exists(file):
         raise InputError(f"{file}: no such recipe; give the path of a TOML file")
     return check(strict_toml.read(file), where=str(file))
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import _compat_pickle
 import contextlib
+import os
 import pickletools
 import struct
 import sys
@@ -92,11 +93,11 @@ def entries(path: Path) -> dict[str, dict[str, Tensor]]:
     Raises InputError where there is no such file, FormatError for one that is broken, hostile or holds no named
     tensors.
     """
-    if not path.exists():
+    if not os.path.exists(path):  # unlike path.exists(), it raises for no name
         raise InputError(
             f"{path}: no such file; --weights takes a .safetensors file or a checkpoint of model.state_dict()"
         )
-    if path.is_dir():
+    if os.path.isdir(path):
         inside = next((one.name for one in sorted(path.iterdir()) if one.name.endswith(_SHOWN)), None)
         told = f"; pass --weights {path / inside}" if inside else ""
         raise InputError(
