@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import boxed
 import numpy as np
 import pytest
 import torch
@@ -22,7 +23,7 @@ from rarefy.errors import RarefyError
 from rarefy.graph.history import records
 from rarefy.models.load import graph_of, load
 from rarefy.models.weights import load_weights
-from rarefy.tasks import Classification
+from rarefy.tasks import Classification, Detection
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "accepts.md"
 X, IDS = torch.randn(4, 3, 8, 8), torch.randint(0, 9, (4, 5))
@@ -601,3 +602,57 @@ def _(folder: Path) -> None:
 def _(_: Path) -> None:
     graph = rarefy.capture(net().half(), X.half())
     refused(r"float\(\)", lambda: rarefy.quantize(graph, batches=[X.half()], progress=False))
+
+
+# -- boxes
+
+
+def detecting(**options: Any) -> tuple[Tensor, Tensor]:
+    task = Detection(detector="yolox:classes=3,size=32/32", augment="none", **options)
+    return next(iter(task.batches("val", 4)))
+
+
+def holds_the_box(targets: Tensor, kind: int = 0) -> None:
+    assert targets[0, 0, 4] == kind and torch.allclose(targets[0, 0, :4] / (32 / 40), torch.tensor([8.0, 6, 20, 15]))
+
+
+@accepts("boxes as COCO has them")
+def _(folder: Path) -> None:
+    holds_the_box(detecting(val=boxed.coco(folder, {"a.png": [(8, 6, 20, 15, 1)]})[0])[1], 1)
+
+
+@accepts("boxes as YOLO has them")
+def _(folder: Path) -> None:
+    holds_the_box(detecting(val=boxed.yolo(folder, {"val/a.png": ["0 0.35 0.35 0.3 0.3"]}))[1])
+    polygon = "0 0.2 0.2 0.5 0.2 0.5 0.5 0.2 0.5"
+    holds_the_box(detecting(val=boxed.yolo(folder / "polygons", {"val/a.png": [polygon]}))[1])
+
+
+@accepts("boxes as Pascal VOC has them")
+def _(folder: Path) -> None:
+    holds_the_box(detecting(val=boxed.voc(folder, {"a.png": boxed.voc_object("x", (9, 7, 20, 15))}))[1])
+
+
+@accepts("boxes of a data set")
+def _(folder: Path) -> None:
+    class Own:
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, index: int) -> Any:
+            return Image.new("RGB", (40, 30)), {"boxes": torch.tensor([[8.0, 6, 20, 15]]), "labels": torch.tensor([1])}
+
+    holds_the_box(detecting(val=Own())[1])
+
+
+@accepts("wrong boxes, with `--strict`")
+def _(folder: Path) -> None:
+    text = boxed.coco(folder, {"a.png": [(30, 6, 50, 15, 1)]})[0]
+    refused("1 boxes that reach out of their picture.*a.png", lambda: detecting(val=text, strict=True))
+    assert detecting(val=text)[1][0, 0, 2] == 32
+
+
+@accepts("boxes for a classifier")
+def _(folder: Path) -> None:
+    text = boxed.coco(folder, {"a.png": [(8, 6, 20, 15, 1)]})[0]
+    refused("--task detection", lambda: Classification(val=text).classes)

@@ -69,8 +69,10 @@ def fit(source: Source, task: Task, given: Collection[str]) -> Fitted:
     """
     fields: set[str] = {field.name for field in dataclasses.fields(task)} if dataclasses.is_dataclass(task) else set()
     kind = settled(task, source.model)
-    if kind is task and isinstance(task, Settling) and source.shape is not None and not is_graph(source.model):
-        kind = settled(task, graph_of(source))  # of a file its graph says it
+    side = getattr(task, "size", None)
+    shape = source.shape if source.shape is not None or side is None else (3, side, side)
+    if kind is task and isinstance(task, Settling) and shape is not None and not is_graph(source.model):
+        kind = settled(task, graph_of(source, shape))  # of a file, or another's module, its graph says it
     if kind is not task:
         own = {name: getattr(kind, name) for name in fields if getattr(kind, name) != getattr(task, name)}
         return Fitted(kind, own, dict.fromkeys(own, "the model's"))

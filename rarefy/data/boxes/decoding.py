@@ -40,8 +40,9 @@ class BoxShaping:
     def feed(self) -> Feed:
         if self.given is None:
             raise DataError(
-                "detection: how pictures are fed is known of no model yet, or of none of this one's family; pass the "
-                "model, or name its family: detector=NAME (--detector), see rarefy list detectors"
+                "detection: of which family the model is does not show; say what it takes (--input 3,H,W, or "
+                "--image-size), so that its outputs are seen, or name the family: detector=NAME (--detector), see "
+                "`rarefy list detectors`"
             )
         return self.given
 
