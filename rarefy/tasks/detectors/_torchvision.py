@@ -46,10 +46,10 @@ def input_size(transform: Any) -> Size:
 
 def feed(size: Sequence[int], fixed: bool, mean: Sequence[float], std: Sequence[float]) -> Feed:
     """As the model's transform feeds pictures; padding has the mean colour."""
-    fill = 0.0 if fixed else 255 * sum(mean) / 3
     height, width = size
     red, green, blue = mean
     of_red, of_green, of_blue = std
+    fill = 0.0 if fixed else (255 * red, 255 * green, 255 * blue)
     return Feed(
         (height, width), "stretch" if fixed else "letterbox", fill, mean=(red, green, blue),
         std=(of_red, of_green, of_blue), antialias=False,
