@@ -32,6 +32,21 @@ def check_options(classes: int, size: Sequence[int], strides: Sequence[int]) -> 
         raise ValueError(f"size={tuple(size)} and strides={tuple(strides)} make more than {MOST_PLACES:,} places")
 
 
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("overlap", "least"), (0.0, 1.0)),
+    **dict.fromkeys(("most", "candidates"), (1, 100_000)),
+    **dict.fromkeys(("offset", "radius"), (0.0, 100.0)),
+}
+
+
+def check_numbers(family: object) -> None:
+    """Raises ValueError for an option of a family that is out of its range."""
+    for name, (least, most) in _RANGES.items():
+        value = getattr(family, name, least)
+        if not least <= value <= most:
+            raise ValueError(f"{name}={value} is not {least:g} to {most:g}")
+
+
 def check_grids(grids: Sequence[Sequence[int]], anchors: Sequence[int]) -> None:
     """Raises ValueError for more places than any detector has, or other numbers of grids. anchors: of a place, each."""
     good = len(grids) == len(anchors) <= 16 and all(len(one) == 2 and min(one) >= 1 for one in grids)

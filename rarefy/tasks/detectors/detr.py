@@ -50,6 +50,7 @@ class Detr:
     overlap, least = 1.0, 0.001
 
     def __post_init__(self) -> None:
+        _grid.check_numbers(self)
         _grid.check_options(self.classes, self.size, (64,))
 
     @property

@@ -56,6 +56,7 @@ class FasterRcnn:
     classes, least = 1, 0.0
 
     def __post_init__(self) -> None:
+        _grid.check_numbers(self)
         _grid.check_options(1, self.size, self.strides)
         counts = [len(one) * len(other) for one, other in zip(self.sizes, self.ratios)]
         _grid.check_grids(self._grids((self.size[0], self.size[1])), counts)

@@ -40,6 +40,7 @@ class Fastestdet:
     least, most = 0.001, 300
 
     def __post_init__(self) -> None:
+        _grid.check_numbers(self)
         _grid.check_options(self.classes, self.size, (self.stride,))
 
     @property

@@ -47,6 +47,7 @@ class Fcos:
     candidates: int = 1000
 
     def __post_init__(self) -> None:
+        _grid.check_numbers(self)
         _grid.check_options(self.classes, self.size, self.strides)
         _grid.check_grids(self._grids((self.size[0], self.size[1])), [1] * len(self.sizes))
 

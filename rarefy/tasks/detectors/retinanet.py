@@ -52,6 +52,7 @@ class Retinanet:
     candidates: int = 1000
 
     def __post_init__(self) -> None:
+        _grid.check_numbers(self)
         _grid.check_options(self.classes, self.size, self.strides)
         counts = [len(one) * len(other) for one, other in zip(self.sizes, self.ratios)]
         _grid.check_grids(self._grids(self._size), counts)

@@ -47,6 +47,7 @@ class Ssd:
     candidates: int = 300
 
     def __post_init__(self) -> None:
+        _grid.check_numbers(self)
         _grid.check_options(self.classes, self.size, (1024,))
         _grid.check_grids(self.grids, [2 + 2 * len(one) for one in self.ratios])
         if len(self.scales) != len(self.ratios) + 1 or len(self.steps) not in (0, len(self.ratios)):

@@ -50,6 +50,7 @@ class Yolo:
     least, most = 0.001, 300
 
     def __post_init__(self) -> None:
+        _grid.check_numbers(self)
         _grid.check_options(self.classes, self.size, self.strides)
         if not 1 <= self.bins <= 1024:
             raise ValueError(f"bins={self.bins} is not 1 to 1024")

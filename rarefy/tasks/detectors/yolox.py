@@ -39,6 +39,7 @@ class Yolox:
     least, most = 0.001, 300
 
     def __post_init__(self) -> None:
+        _grid.check_numbers(self)
         _grid.check_options(self.classes, self.size, self.strides)
 
     @property
