@@ -1,12 +1,12 @@
 """DETR and its kin (2005.12872), as transformers has them: Deformable and Conditional DETR, RT-DETR, D-FINE, YOLOS: a
 set of boxes, one for each query.
 
-Outputs ``logits`` (N, queries, columns) and ``pred_boxes`` (N, queries, 4), middle and sides relative to the input. DETR
-and YOLOS have a softmax whose last column is "no object"; the others a sigmoid for each class. Nothing is suppressed.
+Outputs ``logits`` (N, queries, columns) and ``pred_boxes`` (N, queries, 4), middle and sides relative to the input. In
+DETR and YOLOS a softmax has "no object" for its last column; the others have a sigmoid a class. Nothing is suppressed.
 
 loss, as the authors': with queries and targets matched one to one (``_sets.py``), cross-entropy of the classes ("no
-object" at a tenth), or the focal loss, + 5 · L1 + 2 · (1 - GIoU). Of the last layer's answers alone: those of the layers
-before it, from which transformers' own training learns too, are no output of a core.
+object" at a tenth), or the focal loss, + 5 · L1 + 2 · (1 - GIoU). Of the last layer's answers alone: those of the
+layers before it, from which transformers' own training learns too, are no output of a core.
 
 The core takes whole pictures, stretched to its size, so there is no mask of padding.
 """
@@ -141,7 +141,7 @@ class _Core(nn.Module):
 class _Called(nn.Module):
     """A core that is called as the user's model is, and answers in its class; the loss is the original's own.
 
-    Pictures of another size than the core's are refused by the core; a mask of padding is, too, where anything is masked.
+    Pictures of another size than the core's are refused by the core, and so is a mask that masks anything.
     """
 
     def __init__(self, model: Any, core: nn.Module):
@@ -154,8 +154,8 @@ class _Called(nn.Module):
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor | None = None, labels: Any = None, **_: Any) -> Any:
         if pixel_mask is not None and not bool(pixel_mask.all()):
             raise InputError(
-                "pixel_mask: the compressed core takes whole pictures; make the image processor stretch them to its size "
-                "(do_pad=False, size={'height': ..., 'width': ...})"
+                "pixel_mask: the compressed core takes whole pictures; make the image processor stretch them "
+                "to its size (do_pad=False, size={'height': ..., 'width': ...})"
             )
         outputs = self.core(pixel_values)
         logits, boxes = (outputs[name] for name in _NAMES)

@@ -36,8 +36,8 @@ _STRIDES = (8, 16, 32, 64)
 class Yolo:
     """YOLO v5u, v8, v9, v11 and the like: classes and distances by bins on three maps.
 
-    size: (H, W) of the input. outputs: "maps": one of each stride; "decoded": boxes and probabilities. overlap: IoU from
-    which on the worse of two boxes of a class is left out; 1: none is (v10, 26).
+    size: (H, W) of the input. outputs: "maps": one of each stride; "decoded": boxes and probabilities. overlap: IoU
+    from which on the worse of two boxes of a class is left out; 1: none is (v10, 26).
     """
 
     classes: int = 80
