@@ -330,7 +330,7 @@ def test_golden_bytes(tmp_path):
 
 
 def test_the_same_graph_gives_the_same_bytes_in_another_process(tmp_path, monkeypatch):
-    hostile = str(ROOT / "tests" / "artifact" / "hostile")
+    hostile = str(ROOT / "tests" / "hostile")
     there = str(tmp_path / "there")
     program = f"import sys; sys.path.insert(0, {hostile!r}); import bad_folders; bad_folders.good_folder({there!r})"
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}

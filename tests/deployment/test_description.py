@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 from rarefy import __version__, evaluate, export, load, mask, quantize, save
+from rarefy.artifact.folder import read_manifest
 from rarefy.deployment import description
 from rarefy.graph.capture import capture
 from rarefy.tasks.classification import Classification
@@ -176,8 +177,9 @@ def test_a_file_says_what_it_is_for_through_steps_and_a_saved_folder(pictures: P
         },
     }  # fmt: skip
     assert (tmp_path / "predict.py").read_text() == "print('mine')"  # which is not ours to replace
-    export(small, tmp_path / "small" / "model.onnx")  # the folder's files are listed, with their hashes
-    assert not (tmp_path / "small" / "predict.py").exists()
+    export(small, tmp_path / "small" / "model.onnx")  # the folder's files are listed, with their hashes, both of them
+    assert {"model.onnx", "predict.py"} <= read_manifest(tmp_path / "small")["files"].keys()
+    load(tmp_path / "small")
 
 
 def test_a_model_that_nobody_said_how_to_feed_has_no_program(tmp_path: Path) -> None:

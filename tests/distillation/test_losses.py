@@ -353,7 +353,7 @@ def test_bad_sums_name_themselves(bad: object) -> None:
         ("dist:temperature=0", "dist: temperature=0.0 is not positive; 1 to 4 is usual"),
         ("skd:temperature=0", "skd: temperature=0.0 is not positive; 4 is usual"),
         ("dist:beta=-1", "dist: beta=-1.0, gamma=2.0 must not be negative"),
-        ("dist:gamma=nan", "dist: beta=2.0, gamma=nan must not be negative, and finite"),
+        ("dist:gamma=nan", "'dist:gamma=nan': gamma: 'nan' is too large, or no number"),
         ("lskd:weight=-1", "lskd: weight=-1.0 must not be negative"),
         ("skd:direction=-1", "skd: direction=-1.0 must not be negative"),
         ("skd:ridge=0", "skd: ridge=0.0 is not positive; 0.1 is usual"),

@@ -40,8 +40,8 @@ class BoxShaping:
     def feed(self) -> Feed:
         if self.given is None:
             raise DataError(
-                "detection: of which family the model is does not show; say what it takes (--input 3,H,W, or "
-                "--image-size), so that its outputs are seen, or name the family: detector=NAME (--detector), see "
+                "detection: of which family the model is does not show; say what it takes (size=, "
+                "--image-size) so that its outputs are seen, or name the family: detector=NAME (--detector), see "
                 "`rarefy list detectors`"
             )
         return self.given
