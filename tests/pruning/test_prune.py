@@ -825,7 +825,7 @@ REDUCE = "reduce='no' is not mean, sum or max"
     ("kind", "text", "words"),
     [
         ("criteria", "magnitude:p=0", "p=0.0 must be positive"),
-        ("criteria", "magnitude:p=nan", "p=nan must be positive"),
+        ("criteria", "magnitude:p=nan", "is too large, or no number"),
         ("criteria", "magnitude:reduce=no", REDUCE),
         ("criteria", "fpgm:reduce=no", REDUCE),
         ("criteria", "bn_scale:reduce=no", REDUCE),
@@ -842,7 +842,7 @@ REDUCE = "reduce='no' is not mean, sum or max"
         ("criteria", "hessian:batch_size=0", "batches=50, batch_size=0 and draws=2 must be at least 1"),
         ("criteria", "hessian:draws=0", "batches=50, batch_size=8 and draws=0 must be at least 1"),
         ("selection", "sample:temperature=0", "temperature=0.0 must be positive"),
-        ("selection", "sample:temperature=inf", "temperature=inf must be positive"),
+        ("selection", "sample:temperature=inf", "is too large, or no number"),
         ("saliency", "wanda:images=0", "images=0 and batch_size=32 must be at least 1"),
         ("saliency", "wanda:batch_size=0", "images=128 and batch_size=0 must be at least 1"),
     ],
