@@ -40,7 +40,7 @@ def test_a_refusal_is_known_wherever_it_stands(kind: str) -> None:
             continue  # of a lock or a socket: no limit of the machine's
         found = refusal(error)
         assert found is not None and found.kind == kind, error
-        assert "\n" not in str(found) and ": " in str(found)
+        assert "\n" not in str(found) and "; " in str(found)
         outer = RuntimeError("something else")
         outer.__cause__ = error
         inner = refusal(outer)
