@@ -51,7 +51,7 @@ def export(
     task: what the model is for; None: what it was made for by the step that made it.
     compare: False returns an empty dictionary.
     boxes: a detector's file takes pictures (N, H, W, 3) uint8 of its size and tells what was found (``pictures``);
-        False: it is its core's, from normalised inputs to raw outputs.
+        False, and of Faster R-CNN: it is its core's, from normalised inputs to raw outputs.
 
     Returns a ``rarefy.deployment.runtime.Parity``; warns where it did not pass. Raises InputError for a layer the
     runtime can't run, and for a name that belongs to another runtime.
@@ -65,7 +65,7 @@ def export(
             f"export: {len(given)} inputs are given, the model takes {len(graph.meta['inputs'])}; pass all"
         )
     family = detector_of(graph) if boxes else None
-    if family is not None:
+    if family is not None and not getattr(family, "proposes", False):
         given = (pictures.pictures_of(given[0], family.feed),)
         graph = pictures.with_boxes(graph, family)
     with placing(target) as place:

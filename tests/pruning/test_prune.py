@@ -842,7 +842,7 @@ REDUCE = "reduce='no' is not mean, sum or max"
         ("criteria", "hessian:batch_size=0", "batches=50, batch_size=0 and draws=2 must be at least 1"),
         ("criteria", "hessian:draws=0", "batches=50, batch_size=8 and draws=0 must be at least 1"),
         ("selection", "sample:temperature=0", "temperature=0.0 must be positive"),
-        ("selection", "sample:temperature=inf", "is too large, or no number"),
+        ("selection", "sample:temperature=inf", "temperature=inf must be positive"),
         ("saliency", "wanda:images=0", "images=0 and batch_size=32 must be at least 1"),
         ("saliency", "wanda:batch_size=0", "images=128 and batch_size=0 must be at least 1"),
     ],

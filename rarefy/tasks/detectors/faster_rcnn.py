@@ -54,6 +54,7 @@ class FasterRcnn:
     most: int = 1000
 
     classes, least = 1, 0.0
+    proposes = True  # what it finds is for a second look
 
     def __post_init__(self) -> None:
         _grid.check_numbers(self)
