@@ -104,17 +104,17 @@ def test_many_drawn_arguments_do_no_harm(seed):
 @pytest.mark.parametrize(
     ("name", "fault"),
     [
-        ("aten._stack.default", "SIGSEGV"),
-        ("aten.to.prim_dtype", "SIGSEGV"),
-        ("aten.native_batch_norm.default", "changes what it is given"),
+        pytest.param("aten._stack.default", "SIGSEGV", marks=pytest.mark.slow),
+        pytest.param("aten.to.prim_dtype", "SIGSEGV", marks=pytest.mark.slow),
+        pytest.param("aten.native_batch_norm.default", "changes what it is given", marks=pytest.mark.slow),
         ("aten.instance_norm.default", "changes what it is given"),
-        ("aten.lstm.input", "SIGSEGV"),
-        ("aten.grid_sampler.default", "answers differ"),
+        pytest.param("aten.lstm.input", "SIGSEGV", marks=pytest.mark.slow),
+        pytest.param("aten.grid_sampler.default", "answers differ", marks=pytest.mark.slow),
         ("aten.zeros.default", "wants memory"),
     ],
 )
 def test_the_draws_find_what_they_are_for(name, fault):
-    """Without the list and its rules, the same draws of operators that do harm."""
+    """Without the list and its rules, the same draws of operators that do harm (what memory holds is chance: slow)."""
     _, faults = survey([name], 1, 150, "unchecked")
     assert any(found.startswith(fault) for _, _, found in faults), faults
 
