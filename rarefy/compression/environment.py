@@ -18,6 +18,7 @@ EXTRAS = {
     "vision": ("torchvision", "timm"),
     "sign": ("model-signing", "pyOpenSSL"),
     "demo": ("scikit-learn",),
+    "search": ("optuna",),
 }
 CORE = ("torch", "numpy", "safetensors", "scipy", "accelerate", "pillow", "pydantic")
 
