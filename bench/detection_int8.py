@@ -71,7 +71,7 @@ def halves(home: Path, images: int) -> list[str]:
 
 
 def judged(name: str, sources: list[str], home: Path, ways: list[str]) -> tuple[dict[str, Any], Any]:
-    """variant -> its metric over all pictures; and the first half's int8 graph."""
+    """variant -> its metric over all pictures; and the first half's int8 graph, for ONNX Runtime."""
     graph = graph_of(name)
     found: dict[str, Any] = {}
     failed: dict[str, str] = {}
@@ -123,11 +123,14 @@ def add(metric: Any, file: Path, batches: list[Any]) -> None:
         start += len(images)
 
 
-def times(name: str, home: Path, small: Any) -> dict[str, float]:
-    """runtime -> how many times as fast int8 is."""
+def times(name: str, sources: list[str], home: Path, small: Any) -> dict[str, float]:
+    """runtime -> how many times as fast int8 is that was made for it."""
     graph, ratios = graph_of(name), {}
     for runtime in FASTER:
         chosen = plugins.resolve("runtimes", f"{runtime}:threads=1")
+        if runtime != "onnxruntime":
+            task = Detection(train=sources[1], val=sources[0]).settled(graph)
+            small = quantize(graph, task, runtime=chosen, progress=False)
         sessions = {}
         for kind, model in (("float", graph), ("int8", small)):
             file = home / name / f"{kind}_{runtime}.onnx"
@@ -193,7 +196,7 @@ def main() -> int:
             metrics, small = judged(name, halves(home, given.images), home, given.ways)
             row = row_of(name, metrics)
             if small is not None and not given.no_times:
-                row["times"] = times(name, home, small)
+                row["times"] = times(name, sources, home, small)
             rows.append(row)
         except (DataError, MissingDependency, RarefyError, OSError) as error:
             skipped[name] = str(error).splitlines()[0]

@@ -94,7 +94,7 @@ class OnnxRuntime:
 
     def export(self, graph: fx.GraphModule, path: str | os.PathLike[str]) -> Path:
         """Write ``graph`` (in eval mode) as an ONNX file. Raises InputError for an operator ONNX has no form of."""
-        return file.write(pad_channels(to_numbers(graph)), path, four_bits=True)
+        return file.write(pad_channels(to_numbers(graph)), path, four_bits=True, contrib=True)
 
     def open(self, path: str | os.PathLike[str]) -> Session:
         """The file, ready to run."""

@@ -14,10 +14,12 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from networks import GatedWithTokens, PaddedNorm, TwoAnswers, UnevenDepthwise
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from rarefy import plugins
 from rarefy.artifact import folder
@@ -296,3 +298,37 @@ def test_exact_integer_operators_are_plain_ones_to_a_compiler(
         "rarefy" in str(node.target) and isinstance(node.target, torch._ops.OpOverload) for node in plain.graph.nodes
     )
     assert torch.equal(plain(batches[0]), small(batches[0]))
+
+
+class Gated(nn.Module):
+    """SiLU as one operator, and as the product that files of other tools have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.stem(x))
+        x = self.body(x)
+        x = x * torch.sigmoid(x)
+        return self.head(x).mean((2, 3))
+
+
+def test_silu_between_roundings_is_one_operator_of_onnx_runtime(tmp_path: Path) -> None:
+    """And of ONNX's own where nothing is rounded, or another runtime reads the file."""
+    torch.manual_seed(0)
+    images = torch.randn(8, 3, 16, 16)
+    exact = capture(Gated().eval(), images[:2])
+    small = quantize(exact, batches=[images], progress=False, equalize=False)
+    runtime = plugins.resolve("runtimes", "onnxruntime:threads=1")
+
+    def kinds(model: fx.GraphModule, writer: Any) -> list[str]:
+        file = writer.export(model, tmp_path / f"{plugins.describe(writer)[:4]}.onnx")
+        return [node.op_type for node in onnx.load(file).graph.node]
+
+    written = kinds(small, runtime)
+    assert written.count("QuickGelu") == 2 and "Sigmoid" not in written
+    assert runtime.compare(small, tmp_path / "onnx.onnx", images)["ulp"] <= 1
+    assert kinds(exact, runtime).count("Sigmoid") == 2
+    assert "QuickGelu" not in kinds(small, plugins.resolve("runtimes", "openvino"))

@@ -7,8 +7,9 @@ from functools import partial
 import torch
 from torch import fx
 
-from rarefy.deployment.onnx.writer import Arguments, Row, Untranslated, Writer
-from rarefy.graph.nodes import is_tensor
+from rarefy.deployment.onnx.writer import CONTRIB, Arguments, Row, Untranslated, Writer
+from rarefy.graph.lowering import is_decoded
+from rarefy.graph.nodes import Value, is_tensor
 
 
 def _unary(kind: str, **attributes: float) -> Row:
@@ -70,7 +71,26 @@ def _clip(w: Writer, node: fx.Node, g: Arguments) -> str:
 
 def _silu(w: Writer, node: fx.Node, g: Arguments) -> str:
     x = w.value(g["self"])
-    return w.op("Mul", [x, w.op("Sigmoid", [x])])
+    return _quick_silu(w, x) if _is_quick(w, g["self"]) else w.op("Mul", [x, w.op("Sigmoid", [x])])
+
+
+def _multiply(w: Writer, node: fx.Node, g: Arguments) -> str:
+    one, two = g["self"], g["other"]
+    for x, gate in ((one, two), (two, one)):
+        is_gate = isinstance(gate, fx.Node) and gate.target is torch.ops.aten.sigmoid.default and gate.args[0] is x
+        if is_gate and _is_quick(w, x):
+            return _quick_silu(w, w.value(x))
+    return _binary(w, node, g, "Mul")
+
+
+def _is_quick(w: Writer, x: Value) -> bool:
+    """Is it a decoded value? ONNX Runtime decodes it once for each reader, and then sees no SiLU in x sigmoid(x)."""
+    return w.contrib and isinstance(x, fx.Node) and is_decoded(x)
+
+
+def _quick_silu(w: Writer, x: str) -> str:
+    """In one pass: decoding, sigmoid and product take 1.4 times as long apart."""
+    return w.op("QuickGelu", [x], domain=CONTRIB, alpha=1.0)
 
 
 def _softplus(w: Writer, node: fx.Node, g: Arguments) -> str:
@@ -144,7 +164,7 @@ ROWS: dict[str, Row] = {
     "pow.Tensor_Scalar pow.Tensor_Tensor pow.Scalar": _power,
     "add.Tensor add.Scalar operator.add": partial(_binary, kind="Add"),
     "sub.Tensor sub.Scalar operator.sub": partial(_binary, kind="Sub"),
-    "mul.Tensor mul.Scalar operator.mul": partial(_binary, kind="Mul"),
+    "mul.Tensor mul.Scalar operator.mul": _multiply,
     "maximum max.other": partial(_binary, kind="Max"),
     "minimum min.other": partial(_binary, kind="Min"),
     "rsub.Scalar rsub.Tensor": _reverse_subtract,

@@ -32,13 +32,18 @@ LARGEST = 2**31 - 2**24  # bytes of weights: what protobuf takes in one message,
 
 
 def write(
-    graph: fx.GraphModule, path: str | os.PathLike[str], zero_points: bool = True, four_bits: bool = False
+    graph: fx.GraphModule,
+    path: str | os.PathLike[str],
+    zero_points: bool = True,
+    four_bits: bool = False,
+    contrib: bool = False,
 ) -> Path:
     """Write ``graph`` (in eval mode, layers as numbers: ``lowering.to_numbers``); returns the path.
 
     zero_points: False leaves those out that are 0 throughout, as weights' are.
     four_bits: linear layers of floats whose weights have up to 4 bits store them two a byte (opset 21), which a runtime
         may multiply by as they are.
+    contrib: SiLU between two roundings is one operator of ONNX Runtime's own, which it would not find again by itself.
 
     Raises InputError for an operator ONNX has no form of, and for more weights than a file holds.
     """
@@ -48,7 +53,7 @@ def write(
     lacking = ""
     try:
         try:
-            model = onnx_model(onnx, graph, four_bits)
+            model = onnx_model(onnx, graph, four_bits, contrib)
         except Untranslated as untranslated:
             lacking = str(untranslated)
             model = _exported(graph, optimize=True)

@@ -29,7 +29,7 @@ from rarefy.deployment.onnx import (
     reductions,
     shapes,
 )  # fmt: skip
-from rarefy.deployment.onnx.writer import BATCHES, Message, Untranslated, Writer
+from rarefy.deployment.onnx.writer import BATCHES, CONTRIB, Message, Untranslated, Writer
 from rarefy.graph.nodes import arguments, attribute, is_tensor
 from rarefy.graph.signature import input_names
 from rarefy.graph.signature import returned as returned_by
@@ -58,12 +58,12 @@ def operators(names: str) -> Iterator[object]:
 ROWS = {one: row for family in FAMILIES for names, row in family.ROWS.items() for one in operators(names)}
 
 
-def onnx_model(onnx: ModuleType, graph: fx.GraphModule, four_bits: bool = False) -> Message:
+def onnx_model(onnx: ModuleType, graph: fx.GraphModule, four_bits: bool = False, contrib: bool = False) -> Message:
     """The ONNX model of ``graph`` (in eval mode, on the CPU, constants folded).
 
-    onnx: the package. four_bits: as in ``rarefy.deployment.onnx.file.write``. Raises Untranslated.
+    onnx: the package. four_bits, contrib: as in ``rarefy.deployment.onnx.file.write``. Raises Untranslated.
     """
-    writer = Writer(onnx, graph, four_bits)
+    writer = Writer(onnx, graph, four_bits, contrib)
     inputs: list[Message] = []
     placeholders = graph.graph.find_nodes(op="placeholder")
     for node, name in zip(placeholders, input_names(graph), strict=True):
@@ -84,9 +84,12 @@ def onnx_model(onnx: ModuleType, graph: fx.GraphModule, four_bits: bool = False)
         if read.intersection(written.output):
             read.update(written.input)
             nodes.append(written)
+    domains = [onnx.helper.make_opsetid("", OPSET_OF_4_BITS if read & writer.in_4_bits else OPSET)]
+    if any(written.domain == CONTRIB for written in nodes):
+        domains.append(onnx.helper.make_opsetid(CONTRIB, 1))
     model = onnx.helper.make_model(
         onnx.helper.make_graph(nodes[::-1], "main_graph", inputs, outputs),
-        opset_imports=[onnx.helper.make_opsetid("", OPSET_OF_4_BITS if read & writer.in_4_bits else OPSET)],
+        opset_imports=domains,
         ir_version=IR_VERSION,
     )
     for name in writer.initializers:

@@ -24,6 +24,7 @@ from rarefy.graph.shapes import shapes
 
 BATCHES = (3, 8)
 LAST = 2**63 - 1
+CONTRIB = "com.microsoft"
 
 Arguments = dict[str, Value]
 Message = Any  # of protobuf: a node, a tensor, a model
@@ -41,10 +42,11 @@ class Writer:
     names, lists: the tensor, or the tensors, that a node has become.
     taken: every name of the file, tensors' and nodes': each is asked of ``fresh``, so that none stands for two things.
     four_bits: codes of up to 4 bits may be stored two a byte.
+    contrib: operators of ONNX Runtime's own (domain ``CONTRIB``) may be written.
     """
 
-    def __init__(self, onnx: ModuleType, graph: fx.GraphModule, four_bits: bool = False):
-        self.onnx, self.graph, self.four_bits = onnx, graph, four_bits
+    def __init__(self, onnx: ModuleType, graph: fx.GraphModule, four_bits: bool = False, contrib: bool = False):
+        self.onnx, self.graph, self.four_bits, self.contrib = onnx, graph, four_bits, contrib
         self.known, self.moved = (shapes(graph, batch) for batch in BATCHES)
         self.nodes: list[Message] = []
         self.initializers: dict[str, Tensor] = {}
