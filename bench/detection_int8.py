@@ -193,7 +193,8 @@ def main() -> int:
     home.mkdir(parents=True, exist_ok=True)
     for name in given.only:
         try:
-            metrics, small = judged(name, halves(home, given.images), home, given.ways)
+            sources = halves(home, given.images)
+            metrics, small = judged(name, sources, home, given.ways)
             row = row_of(name, metrics)
             if small is not None and not given.no_times:
                 row["times"] = times(name, sources, home, small)

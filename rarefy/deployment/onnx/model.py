@@ -88,9 +88,7 @@ def onnx_model(onnx: ModuleType, graph: fx.GraphModule, four_bits: bool = False,
     if any(written.domain == CONTRIB for written in nodes):
         domains.append(onnx.helper.make_opsetid(CONTRIB, 1))
     model = onnx.helper.make_model(
-        onnx.helper.make_graph(nodes[::-1], "main_graph", inputs, outputs),
-        opset_imports=domains,
-        ir_version=IR_VERSION,
+        onnx.helper.make_graph(nodes[::-1], "main_graph", inputs, outputs), opset_imports=domains, ir_version=IR_VERSION
     )
     for name in writer.initializers:
         if name in read:
