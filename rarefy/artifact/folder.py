@@ -47,6 +47,7 @@ from rarefy.artifact.snapshot import (
     MANIFEST,
     MOST_FILES,
     SIGNATURE,
+    UNFINISHED,
     WEIGHTS,
     content_of_files,
     hold,
@@ -243,7 +244,7 @@ def _check_replaceable(target: Path) -> None:
         return
     if not target.is_dir():
         raise InputError(f"{target}: is a file; choose a folder to save to")
-    found = {path.name for path in target.iterdir()}
+    found = {path.name for path in target.iterdir() if not UNFINISHED.fullmatch(path.name)}
     if not found:
         return
     try:

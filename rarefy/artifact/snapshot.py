@@ -38,7 +38,7 @@ ATTEMPTS = 100  # to open a folder that others save again and again
 PATIENCE, PAUSE = 20, 0.01  # of these while somebody puts a file into it, and seconds between them
 CHUNK = 2**20  # bytes hashed at a time
 # What rarefy writes before a file takes its place (rarefy/system/files.py), and what a kill may leave behind.
-_UNFINISHED = re.compile(r"\..{1,120}\.[0-9a-f]{8}\.(part|previous)(\.[A-Za-z0-9]{1,20})?")
+UNFINISHED = re.compile(r"\..{1,120}\.[0-9a-f]{8}\.(part|previous)(\.[A-Za-z0-9]{1,20})?")
 
 
 # name -> words, in the order in which they are tried: what docs/format.md calls a refusal that says so
@@ -241,7 +241,7 @@ def _identity(directory: Directory) -> tuple[int, ...]:
 def _is_written(directory: Directory) -> bool:
     """Is somebody about to put a file into the folder?"""
     try:
-        return any(map(_UNFINISHED.fullmatch, os.listdir(directory.path)))
+        return any(map(UNFINISHED.fullmatch, os.listdir(directory.path)))
     except OSError:
         return True
 
@@ -250,7 +250,7 @@ def _held(directory: Directory, key: str | os.PathLike[str] | None) -> Snapshot:
     path, names = directory.path, directory.names(MOST_FILES)
     if MANIFEST not in names:
         _opened_manifest(directory).close()  # says so
-    kept = [name for name in names if key is not None or not _UNFINISHED.fullmatch(name)]
+    kept = [name for name in names if key is not None or not UNFINISHED.fullmatch(name)]
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(_opened(directory, name)) for name in kept}
         signed = None if key is None else _signed(path, files, key)

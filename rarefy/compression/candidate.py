@@ -43,12 +43,18 @@ class Record(TypedDict):
 
 
 SEAL = "seal"  # the key
+RUN = "run.json"  # what the folder around belongs to
 
 
 def seal(value: object, *digests: str) -> str:
     """sha256 of what is written into a working folder: that it is as it was written, by no key, so not by whom."""
     text = json.dumps(strict_json.plain(value, SEAL), sort_keys=True, allow_nan=False)
     return hashlib.sha256("\n".join([text, *digests]).encode()).hexdigest()
+
+
+def belongs(folder: Path) -> tuple[str, str]:
+    """Of which step, and of which run, a candidate's folder is: part of its seal."""
+    return folder.name, digest_of(folder.parent / RUN)
 
 
 def digest_of(file: Path) -> str:
@@ -63,10 +69,11 @@ def _unsealed(folder: Path) -> object:
     listed, found = manifest["files"], manifest.get("found")
     others = sorted(listed.keys() - {folder_.GRAPH, folder_.WEIGHTS})
     changed = next((name for name in sorted(listed) if digest_of(folder / name) != listed[name]["sha256"]), None)
-    whole = seal(found, str(manifest.get("content")), *(str(listed[name]["sha256"]) for name in others))
+    digests = (str(listed[name]["sha256"]) for name in others)
+    whole = seal(found, str(manifest.get("content")), *digests, *belongs(folder))
     if changed is not None or manifest.get(SEAL) != whole:
         raise FormatError(
-            f"{folder / (changed or folder_.MANIFEST)}: was changed since it was written; "
+            f"{folder / (changed or folder_.MANIFEST)}: was changed since it was written, or is another run's; "
             "delete the working folder to start anew"
         )
     return found

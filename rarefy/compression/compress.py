@@ -38,9 +38,9 @@ from rarefy import plugins
 from rarefy.artifact import folder as folder_
 from rarefy.compression import facts, gates
 from rarefy.compression.budget import Budget, Step, usual_steps
-from rarefy.compression.candidate import Candidate
+from rarefy.compression.candidate import RUN, Candidate
 from rarefy.compression.comparison import compare
-from rarefy.compression.run import FINAL, RUN, Folder, Run, read_json, without_clocks, write_json
+from rarefy.compression.run import FINAL, Folder, Run, read_json, without_clocks, write_json
 from rarefy.compression.steps import FLOAT_ONLY, QUANTISED, check_steps
 from rarefy.deployment import description, latency
 from rarefy.deployment.runtime import Runtime

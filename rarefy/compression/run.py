@@ -32,7 +32,7 @@ from torch import Tensor, fx
 from rarefy import plugins
 from rarefy.artifact import folder as folder_
 from rarefy.compression.budget import Budget, Step
-from rarefy.compression.candidate import SEAL, Candidate, digest_of, seal
+from rarefy.compression.candidate import RUN, SEAL, Candidate, belongs, digest_of, seal
 from rarefy.compression.gates import ORIGINAL
 from rarefy.compression.steps import FLOAT_ONLY, QUANTISED, VERBS, Context
 from rarefy.data.items import Split
@@ -49,7 +49,7 @@ from rarefy.tasks.task import Task
 
 BATCH = 64  # of evaluation
 CLOCKED = ("timing", "seconds")  # facts of a record that depend on a clock
-RUN, FINAL, FIRST = "run.json", "final.json", f"0-{ORIGINAL}"
+FINAL, FIRST = "final.json", f"0-{ORIGINAL}"
 
 
 @dataclass(frozen=True)
@@ -228,8 +228,9 @@ class Folder:
                 "latency_ms": times["latency_ms"],
                 "speedup": times["speedup"],
             }
-            whole = seal(found, folder_.content_of(graph).hash, digest_of(file))
-            folder_.save(graph, self.place(index), manifest={"found": found, SEAL: whole}, files={run.model_file: file})
+            place = self.place(index)
+            whole = seal(found, folder_.content_of(graph).hash, digest_of(file), *belongs(place))
+            folder_.save(graph, place, manifest={"found": found, SEAL: whole}, files={run.model_file: file})
 
 
 @contextlib.contextmanager

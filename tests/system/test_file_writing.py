@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -115,6 +117,74 @@ def test_a_durable_write_syncs_files_then_folder_before_the_rename_and_the_paren
     with replacing(tmp_path / "quick") as partial:
         write(partial, kind, "new")
     assert done == ["rename"]
+
+
+def left(place: Path, name: str, age: float = 1000) -> Path:
+    """A folder as a process that was killed leaves it."""
+    folder = place / name
+    folder.mkdir()
+    (folder / "graph.json").write_text("half")
+    then = time.time() - age
+    os.utime(folder, (then, then))
+    return folder
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a folder has no lock there")
+def test_what_killed_processes_left_of_a_target_is_swept(tmp_path: Path) -> None:
+    gone = [left(tmp_path, f".model.{word}.part.v2") for word in ("0123abcd", "ffffffff")]
+    kept = [
+        left(tmp_path, ".model.0123abce.part.v2", age=1),  # perhaps not locked yet
+        left(tmp_path, ".model.0123abcd.part"),  # of model, not of model.v2
+        left(tmp_path, ".other.0123abcd.part.v2"),
+        left(tmp_path, ".model.0123abcx.part.v2"),  # no name of ours
+        left(tmp_path, ".model.0123abcd.previous.v2"),
+        left(tmp_path, "model.0123abcd.part.v2"),
+    ]
+    locked = left(tmp_path, ".model.99999999.part.v2")
+    lock = files._locked(locked)
+    link = tmp_path / ".model.aaaaaaaa.part.v2"
+    link.symlink_to(kept[1])
+    with replacing(tmp_path / "model.v2", folder=True) as partial:
+        (partial / "new").write_text("new")
+    assert not any(one.exists() for one in gone)
+    assert all((one / "graph.json").exists() for one in [*kept, locked, link])
+    assert lock is not None
+    os.close(lock)
+    with replacing(tmp_path / "model.v2", folder=True) as partial:
+        (partial / "new").write_text("newer")
+    assert not locked.exists() and (tmp_path / "model.v2" / "new").read_text() == "newer"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a folder has no lock there")
+def test_a_folder_that_is_being_written_is_locked(tmp_path: Path) -> None:
+    with replacing(tmp_path / "model", folder=True) as partial:
+        assert files._locked(partial) is None
+        os.utime(partial, (1, 1))
+        with replacing(tmp_path / "model", folder=True) as other:
+            (other / "new").write_text("other")
+        assert partial.exists()
+        (partial / "new").write_text("new")
+    assert (tmp_path / "model" / "new").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_killed_save_is_swept_by_the_next(tmp_path: Path) -> None:
+    """The real thing: a process that dies while its folder is half written."""
+    text = (
+        "import os, sys\nfrom rarefy.system.files import replacing\n"
+        "with replacing(sys.argv[1], folder=True) as partial:\n"
+        " (partial / 'weights').write_text('half')\n os.kill(os.getpid(), 9)\n"
+    )
+    target = tmp_path / "model"
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", text, str(target)], check=False)
+    found = sorted(tmp_path.iterdir())
+    assert len(found) == 2 and all(".part" in one.name for one in found)
+    for one in found:
+        os.utime(one, (1, 1))
+    with replacing(target, folder=True) as partial:
+        (partial / "weights").write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_the_cache_is_where_the_user_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
