@@ -46,7 +46,7 @@ from rarefy.quantization.choices import Choices
 from rarefy.quantization.observers import ByAnswers, Calibration, Images, Observed, observe
 from rarefy.quantization.options import Options
 from rarefy.quantization.placement import Placement, place
-from rarefy.quantization.rounding_pass import MEMORY, OfBlocks, Rounding, RoundingPass
+from rarefy.quantization.rounding_pass import MEMORY, OfBlocks, Rounding, RoundingPass, images_of_rounding
 from rarefy.quantization.sensitivity import sensitivities
 from rarefy.quantization.transforms import channel_scales, noisy_layers, smoothquant, split_channels, weight_only
 from rarefy.quantization.transforms import equalize as equalization
@@ -149,7 +149,7 @@ def _quantized(
         scaled = channel_scales.settle(graph)
         placement = place(graph, choices.runtime.capabilities, plan.left_out)
         plan = dataclasses.replace(plan, placement=placement, values=qdq.value_grids(placement, choices.activations))
-    observed = calibrated(graph, images, plan.placement, choices)
+    observed = calibrated(graph, images, plan, choices)
     release()
     plan = without_noisy(graph, observed, plan, choices)
     float_graph = share_copy(graph)
@@ -260,17 +260,18 @@ def formats_of(graph: fx.GraphModule, images: Images, grid: formats.Grid, choice
     return Formats(weights, grids, values, placement, left_out, unassigned, allocation, timing)
 
 
-def calibrated(graph: fx.GraphModule, images: Images, placement: Placement, choices: Choices) -> Observed:
+def calibrated(graph: fx.GraphModule, images: Images, plan: Formats, choices: Choices) -> Observed:
     """One pass over the calibration images: how large the values get, and what the layers make in the mean."""
     options = choices.options
     total = math.ceil(options.images / options.batch_size) if images.are_drawn else None
     batches = track(images.read(options.images, options.batch_size), total, "calibrate", options.progress)
+    kept = min(images_of_rounding(graph, plan.layers, choices.rounding), MEMORY / 2 / images.bytes_each)
     found = observe(
         graph,
-        placement.values,
+        plan.placement.values,
         images.pieces(batches),
-        placement.layers if options.correct_bias else (),
-        lambda samples: choices.walks and samples * images.bytes_each <= MEMORY / 2,
+        plan.placement.layers if options.correct_bias else (),
+        lambda samples: choices.walks and samples <= kept,
     )
     if isinstance(choices.calibration, ByAnswers):
         few = itertools.islice(images.pieces(found.batches, 2), images.sensed(SENSED) // 2)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -21,6 +21,7 @@ from rarefy.graph import im2col
 from rarefy.graph.interpreter import Resumable
 from rarefy.graph.layers import layer_name
 from rarefy.graph.nodes import Value, argument, attribute, device_of, set_attribute
+from rarefy.graph.shapes import shapes
 from rarefy.kernels import value_of
 from rarefy.quantization import formats, qdq
 from rarefy.quantization.blocks import Stretch, batch_of, together
@@ -30,7 +31,24 @@ from rarefy.quantization.transforms.bias_correction import correct_bias
 
 MEMORY = 5e8  # bytes of activations of all images that the rounding of layers may keep
 SAMPLES = 64  # for each input of a layer that learned rounding looks at
+ENOUGH, LEAST = 16, 32  # places for each input that rounding to 8 bits has to see, and of so many images
 TOGETHER = 2**20  # numbers of samples in one product: batches of 2 images are multiplied at a sixth of the speed
+
+
+def images_of_rounding(graph: fx.GraphModule, grids: Mapping[fx.Node, formats.Grid], rounder: Rounding) -> float:
+    """So many images show ``ENOUGH`` places of every layer; infinity where each image counts.
+
+    A large picture has thousands of places: past these, more pictures move no answer, and each costs two runs a layer.
+    """
+    if isinstance(rounder, OfBlocks) or any(grid.bits < 8 for grid in grids.values()):
+        return math.inf
+    known = shapes(graph)
+    most = 0.0
+    for node in grids:
+        weight = attribute(graph, argument(node, "weight"))
+        places = known[node].numel() / len(known[node]) / weight.shape[0]  # of one image
+        most = max(most, ENOUGH * math.prod(weight.shape[1:]) / places)
+    return max(LEAST, math.ceil(most))
 
 
 class RoundingPass:
