@@ -274,6 +274,7 @@ def calibrated(graph: fx.GraphModule, images: Images, plan: Formats, choices: Ch
         lambda samples: choices.walks and samples <= kept,
     )
     if isinstance(choices.calibration, ByAnswers):
+        release()  # gradients need as much again
         few = itertools.islice(images.pieces(found.batches, 2), images.sensed(SENSED) // 2)
         for node, cost in sensitivities(
             graph, found.histograms, few, torch.Generator().manual_seed(options.seed)
