@@ -38,6 +38,7 @@ BINS = 2048
 # a third of the time
 PIECE = 27e6
 SENSED = 3e8  # activations of all images that gradients are taken on
+HELD = 6e7  # numbers of activations behind which gradients are asked for at once: four times their bytes are taken
 COUNTED = 2**18  # 2**16 of these few images leaves EfficientNet-Lite2 at 20.7 dB in place of 21.5
 
 
@@ -141,6 +142,11 @@ class Images:
     def sensed(self, most: int) -> int:
         """So many samples, at least 16, as one pass backwards over their activations is worth."""
         return max(16, min(most, int(SENSED / self._numbers)))
+
+    @property
+    def in_gradients(self) -> int:
+        """Samples whose activations and their gradients are held at once."""
+        return max(1, min(2, int(HELD / self._numbers)))
 
     @property
     def bytes_each(self) -> int:

@@ -275,7 +275,8 @@ def calibrated(graph: fx.GraphModule, images: Images, plan: Formats, choices: Ch
     )
     if isinstance(choices.calibration, ByAnswers):
         release()  # gradients need as much again
-        few = itertools.islice(images.pieces(found.batches, 2), images.sensed(SENSED) // 2)
+        held = images.in_gradients
+        few = itertools.islice(images.pieces(found.batches, held), images.sensed(SENSED) // held)
         for node, cost in sensitivities(
             graph, found.histograms, few, torch.Generator().manual_seed(options.seed)
         ).items():
