@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,21 +27,25 @@ if TYPE_CHECKING:
 
 RANKINGS = ("global", "loss", "local", "isomorphic")
 TARGETS = ("keep", "macs", "params", "speedup")
+Amount = float | Mapping[str, float]  # of what may remain; by globs on names of layers, of which the last holds
 SCOPES = ("global", "layer", "output")
 
 
 @dataclass(frozen=True)
 class Target:
-    """``kind``: one of ``TARGETS``; ``value``: a fraction, or a number above 1.
+    """``kind``: one of ``TARGETS``; ``value``: a fraction, or a number above 1; of keep also a fraction a layer.
 
     Raises InputError for a value that is none.
     """
 
     kind: str
-    value: float
+    value: Amount
 
     def __post_init__(self) -> None:
         kind, value = self.kind, self.value
+        if isinstance(value, Mapping):
+            self._check_layers(value)
+            return
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if kind == "speedup":
             if not number or value <= 1:
@@ -50,8 +54,21 @@ class Target:
             allowed = "a fraction in (0, 1]" if kind == "keep" else "a fraction in (0, 1] or a whole number"
             raise InputError(f"{kind}={value!r} is not {allowed}")
 
+    def _check_layers(self, shares: Mapping[str, float]) -> None:
+        if self.kind != "keep" or not shares:
+            raise InputError(f"{self.kind}={dict(shares)!r}: only keep= takes shares by layer, {{'stem.*': 0.5}}")
+        for name, share in shares.items():
+            Target("keep", share) if isinstance(name, str) else self._check_layers({})
+
     @property
-    def asked(self) -> dict[str, float]:
+    def number(self) -> float:
+        """Of a target that is one number. Raises InputError for shares by layer."""
+        if isinstance(self.value, Mapping):
+            raise InputError("keep= by layer is nothing that this schedule can divide; give one share, such as keep=0.5, or schedule=oneshot")
+        return self.value
+
+    @property
+    def asked(self) -> dict[str, Amount]:
         return {self.kind: self.value}
 
     def __str__(self) -> str:
@@ -97,7 +114,7 @@ class Options:
     Raises InputError for a value out of its bounds, an unknown choice, or repair without images.
     """
 
-    keep: float | None = option(None, "Share of the channels to keep.", metavar="SHARE")
+    keep: float | Mapping[str, float] | None = option(None, "Share of the channels to keep.", metavar="SHARE")
     macs: float | int | None = option(None, "MACs that may remain: a share, or a number above 1.", metavar="SHARE")
     params: float | int | None = option(
         None, "Parameters that may remain: a share, or a number above 1.", metavar="SHARE"

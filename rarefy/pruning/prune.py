@@ -30,7 +30,7 @@ from rarefy.pruning.cost import stays
 from rarefy.pruning.groups.groups import Coupling, couple
 from rarefy.pruning.groups.slicing import cut
 from rarefy.pruning.latency_search import TILE, for_speed
-from rarefy.pruning.options import Options, Target
+from rarefy.pruning.options import Amount, Options, Target
 from rarefy.pruning.ranking import EVERY, Criterion, Plan, Selection, choose, rank
 from rarefy.pruning.records import packed
 from rarefy.pruning.repair import repair as repaired
@@ -46,7 +46,7 @@ def prune(
     model: nn.Module,
     *,
     inputs: Tensor | Sequence[Tensor] | None = None,
-    keep: float | None = None,
+    keep: float | Mapping[str, float] | None = None,
     macs: float | int | None = None,
     params: float | int | None = None,
     speedup: float | None = None,
@@ -73,6 +73,7 @@ def prune(
 
     model: a graph, or a module, captured from ``inputs`` (an example batch) or else from images as the task's.
     keep, macs, params: what may remain of prunable channels, MACs, parameters: a fraction up to 1.0, or (int) a number.
+        keep also by layer, ``{"stem.*": 0.5, "layer1.0.conv1": 0.25}``: the last glob that matches holds, others stay.
     speedup: how many times as fast as the original the result runs on ``runtime``, measured. Exactly one of the four.
     criterion: what a channel is worth (``criteria/``), an object or text such as "taylor:batches=50".
     ranking: "global", "loss" (of hessian:group=true: the best here, where there is data), "local" or "isomorphic".
@@ -111,7 +112,7 @@ def _warned(small: fx.GraphModule) -> fx.GraphModule:
 
 
 def _scheduled(graph: fx.GraphModule, options: Options) -> fx.GraphModule:
-    def once(graph: fx.GraphModule, *, was: Mapping[str, int] = EVERY, **asked: float) -> fx.GraphModule:
+    def once(graph: fx.GraphModule, *, was: Mapping[str, int] = EVERY, **asked: Amount) -> fx.GraphModule:
         ((kind, value),) = asked.items()
         return _at_once(graph, Target(kind, value), options, was)
 
@@ -140,7 +141,7 @@ def _at_once(graph: fx.GraphModule, target: Target, options: Options, was: Mappi
     latency: dict[str, object] = {}
     if timed:
         plan, latency = for_speed(
-            ranking, lambda alive: cut(coupling, alive).eval(), target.value, options.measured, seed
+            ranking, lambda alive: cut(coupling, alive).eval(), target.number, options.measured, seed
         )
     else:
         plan = choose(ranking, target)

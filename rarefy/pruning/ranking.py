@@ -25,6 +25,7 @@ import math
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Protocol
 
 import numpy as np
@@ -155,10 +156,13 @@ def rank(
 def choose(ranking: Ranking, target: Target) -> Plan:
     """Which classes stay. Raises InputError if the target is out of reach."""
     count, costs = ranking.coupling.count, ranking.costs
+    if isinstance(target.value, Mapping):
+        return ranking.plan(ranking.alive(_by_layer(ranking, target.value)))
     everything = costs(np.ones(count, dtype=bool))
-    limit = (target.value if target.value > 1 else target.value * everything[target.kind]) + 1e-6
+    value = target.number
+    limit = (value if value > 1 else value * everything[target.kind]) + 1e-6
     if target.kind == "keep" and ranking.rule == "local":
-        return ranking.plan(ranking.alive(_fractions(ranking, target)))
+        return ranking.plan(ranking.alive(_fractions(ranking, value)))
     low, high = 0, count  # the best ``low`` are as few as can be, the best ``high`` are everything
     smallest = costs(ranking.best(0))[target.kind]
     if smallest > limit:
@@ -223,10 +227,32 @@ def _protected(axes: list[np.ndarray], key: np.ndarray, floors: list[float]) -> 
     return safe
 
 
-def _fractions(ranking: Ranking, target: Target) -> np.ndarray:
+def names_of(ranking: Ranking) -> list[list[str]]:
+    """(families,) the layers that make each family's classes, in the order of the network; none of family 0."""
+    found: list[list[str]] = [[] for _ in ranking.sizes]
+    for row in ranking.coupling.rows:
+        for index in np.unique(ranking.family[row.classes.numpy()]) if row.produces else ():
+            if index:
+                found[index].append(row.names[0].removesuffix(".weight"))
+    return found
+
+
+def _by_layer(ranking: Ranking, shares: Mapping[str, float]) -> np.ndarray:
+    """(families,) classes kept: of the last glob that matches a layer of the family; all, where none does."""
+    counts, names = ranking.sizes.copy(), names_of(ranking)
+    for glob, share in shares.items():
+        hit = [index for index, layers in enumerate(names) if any(fnmatchcase(layer, glob) for layer in layers)]
+        if not hit:
+            some = ", ".join(layers[0] for layers in names if layers)[:200]
+            raise InputError(f"keep: {glob!r} matches no layer whose channels can leave; have {some}")
+        counts[hit] = np.floor(ranking.sizes[hit] * share + 1e-9).astype(np.int64)
+    return np.asarray(np.maximum(counts, np.minimum(ranking.least, ranking.sizes)))
+
+
+def _fractions(ranking: Ranking, share: float) -> np.ndarray:
     """keep= of every family. Raises InputError where that is no multiple of ``round_to``."""
     sizes, round_to = ranking.sizes, ranking.round_to
-    counts = np.floor(sizes * target.value + 1e-9).astype(np.int64)
+    counts = np.floor(sizes * share + 1e-9).astype(np.int64)
     bad = (counts < round_to) & (sizes > 1) & (counts < sizes) & (np.arange(len(sizes)) > 0) & (round_to > 1)
     if bad.any():
         worst = int(np.flatnonzero(bad)[0])
@@ -234,13 +260,13 @@ def _fractions(ranking: Ranking, target: Target) -> np.ndarray:
         fits = 2 ** int(math.log2(max(int(counts[worst]), 1)))
         raise InputError(
             f"{row.names[0].removesuffix('.weight')}: {sizes[worst]} channels cannot be rounded to a multiple of "
-            f"{round_to} at {target}; pass round_to={fits} or list it in ignore"
+            f"{round_to} at keep={share}; pass round_to={fits} or list it in ignore"
         )
     return np.asarray(np.maximum(counts, ranking.least))
 
 
 def _unreachable(ranking: Ranking, target: Target, smallest: int, everything: int) -> str:
-    reach = smallest if target.value > 1 else round(smallest / everything + 5e-5, 4)
+    reach = smallest if target.number > 1 else round(smallest / everything + 5e-5, 4)
     reasons = [f"floor={ranking.floor} of each layer stays"]
     if ranking.round_to > 1:
         reasons.append(f"{int(ranking.whole[1:].sum())} families are narrower than round_to={ranking.round_to}")

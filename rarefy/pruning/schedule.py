@@ -16,7 +16,7 @@ from torch import fx
 from rarefy.tasks.task import Task
 
 Once = Callable[..., fx.GraphModule]
-Asked = Mapping[str, float]
+Asked = Mapping[str, float | Mapping[str, float]]
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from rarefy.compression.schedules._training import Facts, Options, check_trainin
 from rarefy.errors import InputError
 from rarefy.graph import history
 from rarefy.graph.macs import count_macs, count_parameters
+from rarefy.pruning.options import Target
 from rarefy.pruning.records import followed, packed
 from rarefy.pruning.schedule import Asked, Once, Setting
 
@@ -52,7 +53,8 @@ class Iterative:
 
     def run(self, graph: fx.GraphModule, once: Once, asked: Asked, setting: Setting) -> fx.GraphModule:
         """Raises InputError for a target that is not counted, or where there is no training data."""
-        ((kind, value),) = asked.items()
+        ((kind, amount),) = asked.items()
+        value = Target(kind, amount).number
         whole = {"macs": count_macs, "params": count_parameters}
         if kind not in (*whole, "keep"):
             raise InputError(f"schedule 'iterative' goes by keep, macs or params, not by {kind}; give one of these")
