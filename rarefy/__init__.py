@@ -27,6 +27,7 @@ _HOMES = {
     "measure": "rarefy.evaluation.measure",
     "compress": "rarefy.compression.compress",
     "Budget": "rarefy.compression.compress",
+    "search": "rarefy.compression.search.search",
     "save": "rarefy.artifact.folder",
     "load": "rarefy.artifact.folder",
     "sign": "rarefy.artifact.signing",
@@ -57,6 +58,7 @@ __all__ = [
     "quantize",
     "report",
     "save",
+    "search",
     "sign",
     "sources",
     "train",
@@ -68,6 +70,7 @@ if TYPE_CHECKING:
     from rarefy.artifact.signing import sign, verify
     from rarefy.compression.budget import Budget
     from rarefy.compression.compress import compress
+    from rarefy.compression.search.search import search
     from rarefy.deployment.export import export
     from rarefy.distillation.distill import distill, train
     from rarefy.errors import RarefyError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,6 +53,19 @@ def compress(
             "'quantize'. May be given more than once.",
         ),
     ] = None,
+    search: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LONG",
+            help="Try many recipes, and keep the front: 60min or 2h of work, or so many trials, 40. See `rarefy front`.",
+        ),
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Of a search's longest trainings; default 20.")
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(metavar="URL", help="Where a search keeps its trials; default: a journal in --output.")
+    ] = None,
     runtime: Runtime = "onnxruntime",
     seed: Seed = 0,
     device: Device = None,
@@ -75,6 +89,14 @@ def compress(
         "device": device,
     }
     steps = [recipe.step(text, f"--step {text!r}") for text in step or ()]
+    if search is not None:
+        if steps or key is not None:
+            raise InputError("--search finds the steps by itself, and signs none: leave --step and --key out")
+        how = {**_length(search), **given_only(epochs=epochs, storage=storage)}
+        _search(recipe.check(content, "compress"), how, as_json)
+        return
+    if epochs is not None or storage is not None:
+        raise InputError("--epochs and --storage belong to --search; pass it, or a step 'distill epochs=3'")
     _compress(recipe.check({**content, "step": steps}, "compress"), key, as_json)
 
 
@@ -147,3 +169,44 @@ def _carried_out(asked: Any, graph: Any, task: Any, budget: Budget, workdir: Pat
         title=title,
         recipe=recipe.write(asked),
     )
+
+
+# -------------------------------------------------------------------------------------------------------------- search
+
+
+def _length(text: str) -> dict[str, float | int]:
+    """``"40"`` trials, ``"90min"`` or ``"2h"`` of work."""
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(trials?|min|minutes?|m|h|hours?)?\s*", text)
+    if found is None or (found[2] in (None, "trial", "trials") and "." in found[1]):
+        raise InputError(
+            f"--search {text!r}: write a number of trials, 40, or of minutes or hours of work, 60min or 2h"
+        )
+    if found[2] in (None, "trial", "trials"):
+        return {"trials": int(found[1])}
+    return {"minutes": float(found[1]) * (60 if found[2].startswith("h") else 1)}
+
+
+def _search(asked: Any, how: dict[str, Any], as_json: bool) -> None:
+    from rarefy.cli.search import show
+    from rarefy.compression import recipe
+    from rarefy.compression.search import search as search_
+    from rarefy.models import load
+
+    check_data(asked.data)
+    source = loaded(asked.model, asked.weights, asked.classes)
+    task, data = fitted(asked.data, source, asked.task, asked.input)
+    graph = load.graph_of(source, agreed_shape(asked.input, task), asked.core)
+    task.check(output_count(graph, getattr(task, "output", None)))
+    found = search_.search(
+        graph,
+        task,
+        folder=asked.output,
+        budget=Budget(**asked.budget),
+        runtime=asked.runtime,
+        seed=asked.seed,
+        device=device_of(asked.device),
+        title=source.text,
+        recipe=recipe.write(dataclasses.replace(asked, data=data)),
+        **how,
+    )
+    show(found, as_json)

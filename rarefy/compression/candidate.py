@@ -28,14 +28,14 @@ class Record(TypedDict):
     curve: of a training, an entry an epoch. seconds: that the step took. evaluation: of the exported file, against the
         original.
     latency_ms, speedup: of one run in which it took turns with the original and with the model that the step started
-        from.
+        from; where it was not timed, none.
     """
 
     step: str
     name: str
     seconds: float
     evaluation: Evaluation
-    latency_ms: RunTime
+    latency_ms: NotRequired[RunTime]
     speedup: dict[str, Quartiles]
     options: NotRequired[Mapping[str, object]]
     facts: NotRequired[Mapping[str, object]]

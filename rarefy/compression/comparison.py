@@ -54,7 +54,7 @@ def _timed(
     run: Run, files: Mapping[str, Path], example: Tensor, result: Candidate
 ) -> tuple[dict[str, latency.Timed], list[str]]:
     """Both in turns, and what is to be said of it. Once more, where the gate has seen something else entirely."""
-    gate = result.record["speedup"][ORIGINAL] if result.index else None
+    gate = result.record["speedup"].get(ORIGINAL) if result.index else None
     times = latency.timed(files, example, runtime=run.runtime)
     if gate is not None and latency.are_apart(gate, times["result"]["speedup"][ORIGINAL]):
         times = latency.timed(files, example, runtime=run.runtime)

@@ -146,7 +146,7 @@ def compress(
         runtime=latency.with_threads(runtime),
         seed=seed,
         device=None if device is None else str(device),
-        corruptions=tuple(corruptions if corruptions is not None else _usual_corruptions(task)),
+        corruptions=tuple(corruptions if corruptions is not None else usual_corruptions(task)),
         optional=steps is None,
         progress=progress,
     )
@@ -170,7 +170,7 @@ def _in_a_folder_of_its_own(run: Run, original: fx.GraphModule, title: str, reci
     return result
 
 
-def _usual_corruptions(task: Task) -> list[str]:
+def usual_corruptions(task: Task) -> list[str]:
     channels = task.data.input_shape[0]
     return [name for name in CORRUPTIONS if fits(name, channels)][:CORRUPTION_KINDS]
 
@@ -185,10 +185,17 @@ def _finished(folder: Folder, graph: fx.GraphModule, title: str, recipe: str) ->
     """In the working folder, which is this run's alone meanwhile."""
     run = folder.run
     folder.claim(graph)
-    candidates, walk = _walked(folder, folder.original(graph))
+    candidates, walk = walked(folder, folder.original(graph))
+    return concluded(folder, run, candidates, walk, title, recipe)
+
+
+def concluded(
+    folder: Folder, run: Run, candidates: Mapping[int, Candidate], walk: gates.Walk, title: str, recipe: str
+) -> Result:
+    """The result beside the original, measured once and told. run: the folder's, perhaps with a budget to judge by."""
     final = folder.path / FINAL
     if not final.exists():
-        chosen = gates.chosen([one.measurement for one in candidates.values()], walk.accepted, run.budget)
+        chosen = gates.chosen([one.measurement for one in candidates.values()], walk.accepted, folder.run.budget)
         result = candidates[chosen.index]
         run.say(f"final evaluation of {result.name}")
         comparison = compare(run, candidates[0], result)
@@ -216,7 +223,7 @@ def _finished(folder: Folder, graph: fx.GraphModule, title: str, recipe: str) ->
     return Result(result.graph, report, result.folder / run.model_file, manifest)
 
 
-def _walked(folder: Folder, original: Candidate) -> tuple[dict[int, Candidate], gates.Walk]:
+def walked(folder: Folder, original: Candidate) -> tuple[dict[int, Candidate], gates.Walk]:
     """All steps done, each from where the gates lead: original and steps' models by index, and the verdicts."""
     run, metric = folder.run, folder.run.task.metric()
     candidates, results = {0: original}, list[gates.Measurement | str]()

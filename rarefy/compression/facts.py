@@ -83,7 +83,7 @@ def of(
 
 
 def _doubt(candidate: Candidate) -> str:
-    return latency.doubt(candidate.record["latency_ms"])
+    return latency.doubt(candidate.record["latency_ms"]) if "latency_ms" in candidate.record else ""
 
 
 def _step(outcome: Outcome, candidates: Mapping[int, Candidate]) -> reported.Step:
@@ -96,12 +96,13 @@ def _step(outcome: Outcome, candidates: Mapping[int, Candidate]) -> reported.Ste
     if outcome.result is None:
         return step
     record = candidates[outcome.result.index].record
+    if "latency_ms" in record:
+        step["latency_ms"] = record["latency_ms"]["median"]
     return {
         **step,
         "facts": {key: value for key, value in record["facts"].items() if value is not None},
         "seconds": record["seconds"],
         "value": outcome.result.value,
-        "latency_ms": record["latency_ms"]["median"],
         "size_bytes": outcome.result.size,
     }
 
@@ -112,14 +113,16 @@ def _curves(candidate: Candidate, metric: Metric) -> list[reported.Curve]:
 
 
 def _point(candidate: Candidate, chosen: bool) -> reported.Point:
-    return reported.Point(
+    point = reported.Point(
         name=candidate.name,
         value=candidate.measurement.value,
         interval=candidate.record["evaluation"]["interval"],
-        latency_ms=candidate.record["latency_ms"]["median"],
         size_bytes=candidate.measurement.size,
         chosen=chosen,
     )
+    if "latency_ms" in candidate.record:
+        point["latency_ms"] = candidate.record["latency_ms"]["median"]
+    return point
 
 
 def _provenance(

@@ -92,7 +92,9 @@ def pays(step: Step, before: Measurement, after: Measurement, metric: Metric) ->
     if only_trains(step):
         told = f"{metric.label} {shown(before.value, metric.unit)} before, {shown(after.value, metric.unit)} after"
         return worth(after.value, metric.better) > worth(before.value, metric.better), told
-    ratio = after.speedup[before.name]
+    ratio = after.speedup.get(before.name)
+    if ratio is None:
+        return True, f"{before.size / after.size:.2f}x smaller; it was not timed by itself"
     told = f"{ratio.median:.2f}x as fast ({ratio.low:.2f} to {ratio.high:.2f}), {before.size / after.size:.2f}x smaller"
     if ratio.high < 1 / CLEARLY:
         return False, f"it is slower: {told}"

@@ -58,6 +58,9 @@ class Run:
 
     steps: of the recipe; optional: one that can't be done is left out. runtime: with its threads set.
     corruptions: of the final evaluation. progress: says on stderr what is being done.
+    start: a candidate's folder, from whose model the steps begin, and which teaches beside the original; None: they
+        begin with the original. timed: is each step's model timed? If not, gates look at the rest, and whoever asks
+        times the result (a search, whose trials may run on other machines than the one that counts).
     """
 
     task: Task
@@ -69,6 +72,8 @@ class Run:
     corruptions: tuple[str, ...] = ()
     optional: bool = False
     progress: bool = True
+    start: Path | None = None
+    timed: bool = True
 
     @property
     def model_file(self) -> str:
@@ -91,6 +96,7 @@ class Run:
             "seed": self.seed,
             "device": self.device,
             "corruptions": list(self.corruptions),
+            **({} if self.start is None else {"start": folder_.content_hash(self.start)}),
         }
         known: dict[str, object] = json.loads(json.dumps(identity, default=str))
         return known
@@ -181,9 +187,13 @@ class Folder:
             return f"the model {QUANTISED}"
         options = {key: value for key, value in step.items() if key != "do"}
         checkpoint = self.beside(index, ".training")
-        context = Context(run.task, original.graph, run.runtime, run.seed, run.device, checkpoint, run.progress)
+        begins = folder_.load(run.start) if run.start is not None else None
+        teachers = [(1.0, original.graph), *([] if begins is None else [(1.0, begins)])]
+        context = Context(run.task, teachers, run.runtime, run.seed, run.device, checkpoint, run.progress)
         try:
-            graph = VERBS[verb].run(parent.graph, context, options)
+            graph = VERBS[verb].run(
+                begins if begins is not None and not parent.index else parent.graph, context, options
+            )
         except (InputError, CheckFailed) as error:
             if isinstance(error, InputError) and not run.optional:
                 raise
@@ -219,14 +229,14 @@ class Folder:
             reference = runtime.open(others[0].folder / run.model_file) if others else None
             judged = evaluate(session, run.task, reference=reference, batch_size=BATCH, progress=run.progress)
             files = {**{one.name: one.folder / run.model_file for one in others}, name: file}
-            times = latency.timed(files, run.images(1), runtime=runtime)[name]
+            untimed: Mapping[str, object] = {"speedup": {}}
+            times = latency.timed(files, run.images(1), runtime=runtime)[name] if run.timed else untimed
             found = {
                 **told,
                 "name": name,
                 "seconds": seconds,
                 "evaluation": {**judged.to_json(), "reference": None},
-                "latency_ms": times["latency_ms"],
-                "speedup": times["speedup"],
+                **times,
             }
             place = self.place(index)
             whole = seal(found, folder_.content_of(graph).hash, digest_of(file), *belongs(place))

@@ -33,12 +33,12 @@ REPLACED = frozenset({"student"})
 class Context:
     """What a run hands to each of its steps, beside the model.
 
-    teacher: the original. checkpoint: a folder that a training may use, to go on after a kill.
+    teachers: the original first, with their weights. checkpoint: a folder that a training may use, to go on after a kill.
     device: where training runs; None: where the verb likes.
     """
 
     task: Task
-    teacher: fx.GraphModule
+    teachers: Sequence[tuple[float, fx.GraphModule]]
     runtime: Runtime
     seed: int
     device: str | None
@@ -68,7 +68,7 @@ def _mask(graph: fx.GraphModule, context: Context, options: Options) -> fx.Graph
 def _distill(graph: fx.GraphModule, context: Context, options: Options) -> fx.GraphModule:
     return distill(
         options.get("student", graph),
-        context.teacher,
+        context.teachers if len(context.teachers) > 1 else context.teachers[0][1],
         context.task,
         device=context.device,
         checkpoint=context.checkpoint,

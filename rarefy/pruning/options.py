@@ -64,7 +64,9 @@ class Target:
     def number(self) -> float:
         """Of a target that is one number. Raises InputError for shares by layer."""
         if isinstance(self.value, Mapping):
-            raise InputError("keep= by layer is nothing that this schedule can divide; give one share, such as keep=0.5, or schedule=oneshot")
+            raise InputError(
+                "keep= by layer is nothing that this schedule can divide; give one share, such as keep=0.5, or schedule=oneshot"
+            )
         return self.value
 
     @property
