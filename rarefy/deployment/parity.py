@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
+from rarefy.artifact.operators.trial import samples_within
 from rarefy.data.boxes.boxes import SCORE
 from rarefy.deployment.description import is_whole
 from rarefy.deployment.onnx.writer import Message
@@ -106,6 +107,7 @@ def against(
     """
     given = several(inputs)
     samples = len(given[0])
+    batch = samples_within(graph, min(batch, samples))
     codes = coded(graph)
     tally = {name: Tally() for name in shared}
     same, largest, finds = 0, 0.0, is_whole(graph)

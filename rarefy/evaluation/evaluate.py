@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rarefy.artifact.operators.trial import samples_within
 from rarefy.data.items import Split
 from rarefy.errors import DataError, InputError, first_line
 from rarefy.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt, fits
@@ -114,9 +115,7 @@ class _Runner:
             self.task = fitted(task, model)
         self.metric = self.task.metric()
         self.corrupted: dict[tuple[str, int], Metric] = {}
-        self.at_once: int | None = None  # images a run, where that is known
-        if isinstance(model, nn.Module) and is_graph(model) and device.type == "cpu":
-            self.at_once = samples_at_once(activation_bytes(model)[0])
+        self.at_once: dict[int, int] = {}  # samples of a batch -> those a run, where that is known
 
     def add(self, kind: Kind, inputs: Tensor, targets: Targets) -> None:
         if kind is not None and kind not in self.corrupted:
@@ -131,10 +130,21 @@ class _Runner:
 
     def _parts(self, inputs: Tensor, targets: Targets) -> Iterator[tuple[Tensor, Targets]]:
         """The batch, in parts where the model would hold too much at once."""
-        if self.at_once is None or len(inputs) <= self.at_once or not isinstance(targets, Tensor):
+        count = self._at_once(len(inputs))
+        if count == len(inputs) or not isinstance(targets, (Tensor, list, tuple)):
             yield inputs, targets
             return
-        yield from zip(inputs.split(self.at_once), targets.split(self.at_once), strict=True)
+        for first in range(0, len(inputs), count):
+            yield inputs[first : first + count], targets[first : first + count]
+
+    def _at_once(self, count: int) -> int:
+        """So many of a batch are run at once; all of them where that is not known."""
+        if not isinstance(self.model, nn.Module) or not is_graph(self.model) or self.device.type != "cpu":
+            return count
+        if count not in self.at_once:
+            fit = min(count, samples_at_once(activation_bytes(self.model)[0]))
+            self.at_once[count] = samples_within(self.model, fit)
+        return self.at_once[count]
 
     def _first(self, inputs: Tensor) -> Outputs:
         """The first batch shows what the model ends in."""

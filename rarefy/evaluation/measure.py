@@ -34,6 +34,7 @@ from torch import fx
 
 from rarefy import plugins
 from rarefy.artifact import folder as folder_
+from rarefy.artifact.operators.trial import check_affordable
 from rarefy.deployment.latency import Quartiles, RunTime, timed, with_threads
 from rarefy.deployment.runtime import Inputs, Runtime, several
 from rarefy.errors import InputError
@@ -86,6 +87,8 @@ def measure(
     Raises InputError for no model, models of different inputs, or what the runtime can't run.
     """
     _check_models(models)
+    for graph in models.values():
+        check_affordable(graph, batch)
     chosen = with_threads(runtime, threads)
     with tempfile.TemporaryDirectory(prefix="rarefy-") as temporary:
         home = Path(folder if folder is not None else temporary)

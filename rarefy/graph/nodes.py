@@ -6,6 +6,7 @@ import copy
 import functools
 import inspect
 import itertools
+import math
 import operator
 import warnings
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
+
+from rarefy.system.memory import afford
 
 Value = Any  # what a node yields or reads: a tensor, a number, a list of them; a node where it stands for its value
 
@@ -40,6 +43,8 @@ def example_inputs(graph: fx.GraphModule, batch: int = 2, seed: int = 0) -> tupl
     for spec in graph.meta["inputs"]:
         dtype = getattr(torch, spec["dtype"])
         shape = (batch, *spec["shape"])
+        if math.prod(shape) > 2**26:
+            afford(8 * math.prod(shape), f"an example of shape {list(shape)}", "capture the model at a smaller size")
         if dtype.is_floating_point:
             value = torch.randn(shape, generator=generator)
         else:

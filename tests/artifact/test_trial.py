@@ -1,8 +1,10 @@
 """What a graph of a file asks for is known before it runs: sizes, lengths, memory; and lengths again before an LSTM."""
 
 import json
+import math
 import operator
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,10 +13,13 @@ from rarefy.artifact import folder as folder_
 from rarefy.artifact import graph_json
 from rarefy.artifact.operators import trial
 from rarefy.errors import FormatError, InputError
+from rarefy.evaluation.evaluate import evaluate
+from rarefy.graph import nodes
 from rarefy.graph.capture import capture
 from rarefy.graph.interpreter import run
 from rarefy.graph.shapes import shapes
 from rarefy.models.load import graph_of, load
+from rarefy.tasks.classification import Classification
 
 X = {"node": "x"}
 
@@ -182,6 +187,64 @@ def test_a_large_file_may_hold_more():
     graph(("aten.repeat.default", X, [1, 1, 700, 700]), tensors=heavy)
     refused("needs", ("aten.repeat.default", X, [1, 1, 700, 700]))
     graph(*calls)
+
+
+# x (B, 4, 6, 6) beside itself, all with all: (B, B, 4, 6, 6), and three of them
+SQUARE = [("aten.unsqueeze.default", X, 0), ("aten.unsqueeze.default", X, 1), ("aten.add.Tensor", n("n0"), n("n1"))]
+CUBE = [
+    *SQUARE,
+    ("aten.unsqueeze.default", n("n2"), 0),
+    ("aten.unsqueeze.default", n("n1"), 1),
+    ("aten.add.Tensor", n("n3"), n("n4")),
+]
+# no value grows faster than the batch, but what attention and a broadcast product hold inside does
+INSIDE = [
+    ("aten.reshape.default", X, [1, 1, -1, 144]),
+    ("aten.repeat.default", n("n0"), [1, 8, 1, 1]),
+    ("aten.scaled_dot_product_attention.default", n("n1"), n("n1"), n("n1")),
+]
+
+
+@pytest.mark.parametrize(("calls", "fit"), [(SQUARE, 700), (CUBE, 90), (INSIDE, 4100), (SQUARE[:2], 40_000)])
+def test_more_samples_than_fit_are_not_run_at_once(calls, fit):
+    """Memory that grows faster than the batch: the batch shrinks; what grows as it does stays whole."""
+    model = graph(*calls)
+    found = trial.samples_within(model, 20_000, 2**28)
+    assert fit / 3 < found < fit if fit < 20_000 else found == 20_000
+    assert trial.samples_within(model, 2, 2**28) == 2 and trial.samples_within(model, 1, 2**28) == 1
+
+
+def test_what_no_memory_holds_is_refused_before_it_is_taken(monkeypatch):
+    from rarefy.system import memory
+
+    model = graph(*CUBE)
+    monkeypatch.setattr(memory, "available", lambda: 2**20)
+    with pytest.raises(
+        InputError, match=r"a run of the graph on \d+ of its inputs: takes .* GB of memory, .* end other"
+    ):
+        trial.samples_within(model, 256)
+    with pytest.raises(InputError, match="on 256 of its inputs: takes .* pass a smaller batch"):
+        trial.check_affordable(model, 256)
+    trial.check_affordable(model, 2)
+    model.meta["inputs"][0]["shape"] = [2**30]
+    with pytest.raises(InputError, match="an example of shape .* capture the model at a smaller size"):
+        nodes.example_inputs(model)
+
+
+@pytest.mark.parametrize("calls", [SQUARE, CUBE, INSIDE])
+def test_a_hostile_graph_is_judged_in_parts(calls, monkeypatch):
+    """evaluate with a batch of 256, and parity: no run holds more than it may."""
+    monkeypatch.setattr(trial.samples_within, "__defaults__", (2**22,))
+    model = graph(*calls, ("aten.mean.dim", X, [2, 3]))
+    seen = []
+    handle = model.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    data = np.random.default_rng(0).integers(0, 256, (300, 4, 6, 6), dtype=np.uint8)
+    task = Classification(val=(data, np.arange(300) % 4), mean=0.0, std=1.0)
+    found = evaluate(model, task, batch_size=256, progress=False)
+    handle.remove()
+    assert found.samples == 300 and sum(seen) == 300 and len(seen) > 2
+    held = max(trial._tried(model, "", count, math.inf) for count in seen)
+    assert held <= max(2**22, trial.GROWTH * trial._tried(model, "", 2, math.inf) * max(seen) / 2)
 
 
 def test_numbers_computed_from_sizes_have_an_end():

@@ -6,11 +6,13 @@ told by torch's own rules), what would hold more memory than ``MOST_HELD`` and `
 also inside of an operator (the columns of a convolution, the scores of attention), and what breaks a rule of aten.txt
 that needs shapes or types. Sizes of a computed number are bounded by what can be known of it: its bits.
 
-The example has two samples, as everywhere. What a graph takes for more of them grows as its sizes do.
+The example has two samples, as everywhere. What a graph takes for more of them may grow faster than they do (products
+of all with all): ``samples_within`` tries it on as many as are asked for, before they are run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -21,12 +23,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from rarefy.artifact.allowlist import ATEN, FUNCTIONS, MOST_NUMBERS
 from rarefy.errors import FormatError, RarefyError, first_line
 from rarefy.graph.interpreter import call, steps
-from rarefy.graph.nodes import Value, arguments, example_inputs
+from rarefy.graph.nodes import Value, arguments
 from rarefy.graph.shapes import shape_of, walk
+from rarefy.system.memory import HELD, afford
 
 # Bytes that a graph may hold at once for two samples: so many whatever it is given, and so many for each byte it is.
 MOST_HELD = 2**28
 MULTIPLE = 256
+GROWTH = 1.5  # times what two samples take of each more, within which memory still counts as growing as they do
 MOST_AXES = 16
 # Bits of a whole number that is computed from sizes; multiplying numbers adds theirs.
 MOST_BITS = 2**16
@@ -37,19 +41,50 @@ Values = Mapping[str, Value]
 def check(graph: fx.GraphModule, where: str) -> None:
     """Raises FormatError for a graph that does not run on two samples of its own inputs, or asks for too much."""
     _check_numbers(graph, where)
-    inputs = [
-        torch.empty((2, *spec["shape"]), dtype=getattr(torch, spec["dtype"]), device="meta")
-        for spec in graph.meta["inputs"]
-    ]
-    given = [*inputs, *graph.parameters(), *graph.buffers()]
-    trial = _Trial(graph, where, max(MOST_HELD, MULTIPLE * sum(_bytes(one) for one in given)))
+    given = [*_inputs(graph, 2), *graph.parameters(), *graph.buffers()]
+    _tried(graph, where, 2, max(MOST_HELD, MULTIPLE * sum(_bytes(one) for one in given)))
+
+
+def samples_within(graph: fx.GraphModule, count: int, most: int = HELD) -> int:
+    """How many of ``count`` samples may be run at once: what they hold is at most ``most`` bytes, or grows as they do;
+    one at the least. Raises InputError where that takes more memory than is free."""
+    try:
+        pair = _tried(graph, "", 2, math.inf)
+        while (held := _tried(graph, "", count, math.inf)) > max(most, GROWTH * pair * count / 2) and count > 1:
+            count = (count + 1) // 2
+    except FormatError:  # not with so many: what runs it says why
+        return count
+    afford(held, f"a run of the graph on {count} of its inputs", "take a smaller model, or end other programs")
+    return count
+
+
+def check_affordable(graph: fx.GraphModule, samples: int) -> None:
+    """Raises InputError where a run of so many samples takes more memory than is free."""
+    with contextlib.suppress(FormatError):
+        held = _tried(graph, "", samples, math.inf)
+        afford(held, f"a run of the graph on {samples} of its inputs", "pass a smaller batch, or end other programs")
+
+
+def _tried(graph: fx.GraphModule, where: str, samples: int, most: float) -> int:
+    """The most bytes that are held at once for so many samples, without the weights. Raises FormatError."""
+    trial = _Trial(graph, where, most)
     with torch.no_grad():
         try:
-            trial.run(walk(graph, inputs, trial.compute(shape_of)))
+            trial.run(walk(graph, _inputs(graph, samples), trial.compute(shape_of)))
         except _NeedsNumbers:
-            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-                live = dict(zip(graph.graph.find_nodes(op="placeholder"), map(mode.from_tensor, example_inputs(graph))))
+            trial.highest = 0
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                examples = [torch.empty_like(one, device="cpu") for one in _inputs(graph, samples)]  # fake: no memory
+                live = dict(zip(graph.graph.find_nodes(op="placeholder"), examples))
                 trial.run(steps(graph, list(graph.graph.nodes)[:-1], live, trial.compute(call)))
+    return trial.highest
+
+
+def _inputs(graph: fx.GraphModule, samples: int) -> list[Tensor]:
+    return [
+        torch.empty((samples, *spec["shape"]), dtype=getattr(torch, spec["dtype"]), device="meta")
+        for spec in graph.meta["inputs"]
+    ]
 
 
 class _NeedsNumbers(Exception):
@@ -57,11 +92,12 @@ class _NeedsNumbers(Exception):
 
 
 class _Trial:
-    """most: bytes that may be held at once."""
+    """most: bytes that may be held at once. highest: that were, with what operators take inside."""
 
-    def __init__(self, graph: fx.GraphModule, where: str, most: int):
+    def __init__(self, graph: fx.GraphModule, where: str, most: float):
         self.graph, self.where, self.most = graph, where, most
         self.last = {source: node for node in graph.graph.nodes for source in node.all_input_nodes}
+        self.highest, self.inside = 0, 0  # inside: of the operator that runs
 
     def compute(self, ask: Callable[[fx.Node, Mapping[fx.Node, Value]], Value]) -> Callable[..., Value]:
         """A rule for the interpreter: what ``ask`` says of a node, once its arguments keep the rules."""
@@ -89,9 +125,13 @@ class _Trial:
         for node, value in values:
             sizes[node] = 0 if node.op == "get_attr" else self._size(node, value)
             held += sizes[node]
-            if held > self.most:
-                raise self._refusal(node, f"needs {held} bytes for two samples (at most {self.most})")
+            self._hold(node, held)
+            self.highest, self.inside = max(self.highest, held + self.inside), 0
             held -= sum(sizes.pop(source) for source in gone.get(node, ()))
+
+    def _hold(self, node: fx.Node, count: int, what: str = "") -> None:
+        if count > self.most:
+            raise self._refusal(node, f"{what}needs {count} bytes for two samples (at most {self.most})")
 
     def _size(self, node: fx.Node, value: Value) -> int:
         found = value if isinstance(value, (list, tuple)) else [value]
@@ -105,9 +145,11 @@ class _Trial:
                 continue
             given = arguments(node)
             values = fx.node.map_arg(given, live.__getitem__)
-            reason = _RULES[rule](values, given, name, self.most)
-            if reason:
-                raise self._refusal(node, f"{name} {reason}")
+            found = _RULES[rule](values, given, name)
+            if isinstance(found, str):
+                raise self._refusal(node, f"{name} {found}")
+            self.inside = found
+            self._hold(node, found, f"{name} ")  # before the operator is asked for its output
 
     def _refusal(self, node: fx.Node, what: str) -> FormatError:
         return FormatError(f"{self.where}: node {node.name}: {node.target} {what}")
@@ -117,38 +159,38 @@ def _bytes(value: Value) -> int:
     return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
 
 
-def _divisor(values: Values, given: Values, name: str, most: int) -> str:
+def _divisor(values: Values, given: Values, name: str) -> str | int:
     """The least 32-bit and 64-bit number divided by -1 is a signal on x86, so that no computed number divides them."""
     if values.get("rounding_mode") == "floor" or type(given[name]) is float:
-        return ""
+        return 0
     kinds = [one.dtype for one in (values["self"], values[name]) if isinstance(one, Tensor)]
     if any(kind.is_floating_point or kind.is_complex for kind in kinds):
-        return ""
+        return 0
     good = type(given[name]) is int and given[name] not in (0, -1)
-    return "" if good else "must be a number other than 0 and -1, where whole numbers are divided"
+    return 0 if good else "must be a number other than 0 and -1, where whole numbers are divided"
 
 
-def _product(values: Values, given: Values, name: str, most: int) -> str:
+def _product(values: Values, given: Values, name: str) -> str | int:
     """Factors are copied for each of the batches that they are broadcast to."""
     one, other = values["self"], values["other"]
     if one.dim() < 3 and other.dim() < 3:
-        return ""
+        return 0
     batches = math.prod(torch.broadcast_shapes(one.shape[:-2], other.shape[:-2]))
-    return _within(batches * (math.prod(one.shape[-2:]) + math.prod(other.shape[-2:])), one, most)
+    return _size_of(batches * (math.prod(one.shape[-2:]) + math.prod(other.shape[-2:])), one)
 
 
-def _attention(values: Values, given: Values, name: str, most: int) -> str:
+def _attention(values: Values, given: Values, name: str) -> str | int:
     query, key = values["query"], values["key"]
     if query.dim() < 2 or key.dim() < 2:
-        return ""
-    return _within(math.prod(query.shape[:-1]) * key.shape[-2], query, most)
+        return 0
+    return _size_of(math.prod(query.shape[:-1]) * key.shape[-2], query)
 
 
-def _windows(values: Values, given: Values, name: str, most: int) -> str:
+def _windows(values: Values, given: Values, name: str) -> str | int:
     """A convolution may write all its windows out: for each place of the output, the numbers of a kernel."""
     x, weight = values["input"], values[name]
     if values.get("transposed"):
-        return _transposed(values, given, name, most)
+        return _transposed(values, given, name)
     rank = weight.dim() - 2
     if x.dim() not in (rank + 1, rank + 2) or (not x.is_floating_point() and not x.is_complex()):
         return "can't be slid over " + (f"{x.dim()} axes" if x.is_floating_point() else str(x.dtype))
@@ -157,15 +199,19 @@ def _windows(values: Values, given: Values, name: str, most: int) -> str:
         return f"can't be moved by {min(stride)}"
     wide = [(size + 2 * around) // step + 1 for size, around, step in zip(x.shape[-rank:], padding, stride)]
     samples = x.shape[0] if x.dim() == rank + 2 else 1
-    return _within(samples * math.prod(wide) * math.prod(weight.shape[1:]) * values["groups"], x, most)
+    return _size_of(samples * math.prod(wide) * math.prod(weight.shape[1:]) * values["groups"], x)
 
 
-def _transposed(values: Values, given: Values, name: str, most: int) -> str:
+def _transposed(values: Values, given: Values, name: str) -> str | int:
     x, weight = values["input"], values[name]
     if not x.is_floating_point() and not x.is_complex():
         return f"can't be spread over {x.dtype}"
     rank = max(1, weight.dim() - 2)
-    return _within(math.prod(x.shape[-rank:]) * x.shape[0] * math.prod(weight.shape[1:]), x, most)
+    return _size_of(math.prod(x.shape[-rank:]) * x.shape[0] * math.prod(weight.shape[1:]), x)
+
+
+def _size_of(numbers: int, like: Tensor) -> int:
+    return numbers * like.element_size()
 
 
 def _each(value: Value, rank: int) -> Sequence[int]:
@@ -174,27 +220,23 @@ def _each(value: Value, rank: int) -> Sequence[int]:
     return list(value) * (rank // len(value) or 1) if isinstance(value, (list, tuple)) else [value] * rank
 
 
-def _within(numbers: int, like: Tensor, most: int) -> str:
-    size = numbers * like.element_size()
-    return f"needs {size} bytes for two samples (at most {most})" if size > most else ""
+def _count(values: Values, given: Values, name: str) -> str | int:
+    return 0 if values[name] <= MOST_NUMBERS else f"is above {MOST_NUMBERS}"
 
 
-def _count(values: Values, given: Values, name: str, most: int) -> str:
-    return "" if values[name] <= MOST_NUMBERS else f"is above {MOST_NUMBERS}"
-
-
-def _pieces(values: Values, given: Values, name: str, most: int) -> str:
+def _pieces(values: Values, given: Values, name: str) -> str | int:
     axis = values["self"].shape[values["dim"]]
     step = values[name]
-    return "" if step < 1 or axis / step <= MOST_NUMBERS else f"makes more than {MOST_NUMBERS} tensors"
+    return 0 if step < 1 or axis / step <= MOST_NUMBERS else f"makes more than {MOST_NUMBERS} tensors"
 
 
-def _each_one(values: Values, given: Values, name: str, most: int) -> str:
-    return "" if values["self"].shape[values["dim"]] <= MOST_NUMBERS else f"makes more than {MOST_NUMBERS} tensors"
+def _each_one(values: Values, given: Values, name: str) -> str | int:
+    return 0 if values["self"].shape[values["dim"]] <= MOST_NUMBERS else f"makes more than {MOST_NUMBERS} tensors"
 
 
-# Rules of aten.txt that need shapes: (values by name, arguments by name, the argument, most bytes) -> what is wrong.
-_RULES: Mapping[str, Callable[[Values, Values, str, int], str]] = {
+# Rules of aten.txt that need shapes: (values by name, arguments by name, the argument) -> what is wrong, or the bytes
+# that the operator takes inside.
+_RULES: Mapping[str, Callable[[Values, Values, str], str | int]] = {
     "divisor": _divisor,
     "product": _product,
     "attention": _attention,
