@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | types | audit | test-gpu | bench | bench-gpu | bench-setup | clean
+# make demo | test | test-all | examples | lint | types | audit | test-gpu | bench | bench-gpu | bench-setup | clean
 # Each target sets up its own environment in .venv, from pyproject.toml and constraints.txt, and again only when these change.
 
 # The first of these that is 3.11 or newer and can make an environment; PYTHON=... names another.
@@ -14,7 +14,7 @@ AUDIT  := .venv-audit
 FILES  := .venv-weights
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-all lint types audit format test-gpu bench bench-gpu bench-setup clean
+.PHONY: demo test test-all examples lint types audit format test-gpu bench bench-gpu bench-setup clean
 
 # $(call make_venv,FOLDER)
 define make_venv
@@ -51,6 +51,10 @@ test-all: $(READY)
 
 test-gpu: $(READY)
 	$(PYTEST) -m gpu
+
+# examples/, built and run with what is there: a compiler, node, a browser; says what is missing, and passes.
+examples: $(READY)
+	$(PYTEST) tests/examples
 
 lint: $(READY)
 	$(BIN)/ruff check .
