@@ -164,7 +164,7 @@ def distill(
     teacher: Teachers = None,
     teacher_weights: TeacherWeights = None,
     student: Student = None,
-    loss: Loss = "lskd",
+    loss: Loss = "auto",
     preset: Preset = None,
     cache: Annotated[str | None, typer.Option(metavar="FOLDER", help="Keep the teacher's answers there.")] = None,
     logs: Annotated[str | None, typer.Option(metavar="FOLDER", help="For TensorBoard.")] = None,

@@ -38,7 +38,7 @@ def distill(
     teacher: Teachers,
     task: Task,
     *,
-    loss: Losses = "lskd",
+    loss: Losses = "auto",
     training: Training | str | None = None,
     device: torch.device | str | None = None,
     checkpoint: str | Path | None = None,
@@ -56,7 +56,8 @@ def distill(
         (``"depth:keep=0.5"``, ``"timm:resnet18"``; rarefy/compression/students).
     teacher: a module, several, or [(weight, module), ...]: the mean of their losses. The student itself may be one.
     task: what is to be learned, and from which images (rarefy/tasks).
-    loss: text (``"lskd"``, ``"lskd + 50*mse:on=stages"``), a loss, or [(weight, loss), ...].
+    loss: text (``"lskd"``, ``"lskd + 50*mse:on=stages"``), a loss, or [(weight, loss), ...]; "auto": what the task
+        says, else lskd.
     training: a Training, or the name of one: fast, normal, patient.
     device: where to compute; None: on the GPU, if there is one.
     checkpoint: a folder; the run is saved there at each epoch's end and every ``checkpoint_seconds``, and goes on from
@@ -105,7 +106,7 @@ def _trained(
     device: torch.device | str | None,
     extras: Extras,
 ) -> fx.GraphModule:
-    losses = terms(loss)
+    losses = terms(loss, task)
     _check(verb, losses, teacher is not None, training)
     if training.patience and extras.validate is None and task.data.val is None:
         raise InputError(
@@ -119,13 +120,13 @@ def _trained(
             raise InputError(f"student={student!r}: is made from a teacher; pass one, or a network")
         student = student_of(student, teachers[0][1], task=task, seed=training.seed)
     graph = _graph(student, task, "student")
-    on_logits = any(one.on == "logits" for _, one in losses)
+    on_logits = any(one.on in ("logits", "answers", "cross") for _, one in losses)
     for _, guide in teachers if on_logits else ():
         ours, theirs = output_shapes(graph), output_shapes(guide)
         if ours != theirs:
             raise InputError(
                 f"student answers {ours}, the teacher {theirs}; "
-                "give both the same classes, or compare features alone (loss='mse')"
+                "give both the same classes, or compare features alone (loss='mse', of detectors loss='pkd')"
             )
     accelerator = accelerator_of(device, on_logits or training.hard_weight > 0)
     several = accelerator.num_processes > 1

@@ -30,9 +30,10 @@ from rarefy.distillation.distributed import batch_norm
 from rarefy.distillation.options import AUTO_STEPS, Training
 from rarefy.distillation.teachers import frozen
 from rarefy.errors import InputError, RarefyError
-from rarefy.graph.features import Tap, matched, tapped
+from rarefy.graph.features import Tap, behind, matched, tapped
 from rarefy.graph.nodes import argument, device_of, set_argument
-from rarefy.tasks.task import Task, fitted, logits
+from rarefy.tasks.metric import Outputs
+from rarefy.tasks.task import Task, compared, fitted, logits, teaching
 
 aten = torch.ops.aten
 
@@ -52,9 +53,10 @@ class Loss(Protocol):
     def __call__(self, student: Tensor, teacher: Tensor, targets: Tensor | None, features: Features) -> Tensor:
         """The loss of a batch, a scalar.
 
-        student, teacher: logits (N, classes), float32.
+        student, teacher: logits (N, classes), float32; of a loss on features whatever the networks answer.
         targets: int64 (N,), or probabilities (N, classes), or None without labels.
-        features: student's node name -> (student's value, teacher's value), both (N, channels, ...).
+        features: student's node name -> (student's value, teacher's value), both (N, channels, ...). Of a loss on
+            "answers" or "cross" what the task compares: "scores" and the like (``rarefy/tasks/task.py``).
         """
         ...
 
@@ -77,13 +79,16 @@ Answer = tuple[tuple[Tensor, tuple[Tensor, ...]], ...]  # of each teacher: its o
 T = TypeVar("T")
 
 
-def terms(loss: Losses) -> list[Term]:
-    """``"lskd + 50*mse:on=stages"`` -> [(1.0, Lskd()), (50.0, Mse(on="stages"))]; ``feature`` is another word for mse.
+def terms(loss: Losses, task: Task | None = None) -> list[Term]:
+    """``"lskd + 50*mse:on=stages"`` -> [(1.0, Lskd()), (50.0, Mse(on="stages"))]; ``feature`` is another word for mse,
+    and ``auto`` for what the task says.
 
     Raises InputError.
     """
     if loss is None:
         return []
+    if loss == "auto":
+        loss = teaching(task)
     if isinstance(loss, str):
         pairs = []
         for part in re.split(r"(?<![0-9.][eE])\+", loss):
@@ -138,7 +143,7 @@ class Objective(nn.Module):
         ours: list[Tap] = []
         theirs: list[list[Tap]] = [[] for _ in teachers]
         self.lessons: list[Lesson] = []
-        self.adapters = nn.ModuleDict()
+        self.adapters, self.rests = nn.ModuleDict(), nn.ModuleDict()
         for number, (share, teacher) in enumerate(teachers):
             for weight, one in losses:
                 pairs = matched(student, teacher, one.on)
@@ -150,6 +155,8 @@ class Objective(nn.Module):
                 )
                 if adapter is not None:
                     self.adapters[str(len(self.lessons))] = adapter
+                if one.on == "cross":
+                    self.rests[str(len(self.lessons))] = behind(teacher.eval(), [tap for _, tap in pairs])
                 self.lessons.append(Lesson(share * weight, one, number, places))
         self.matched = [
             [name, theirs[lesson.teacher][b].node.name]
@@ -171,6 +178,7 @@ class Objective(nn.Module):
     def train(self, mode: bool = True) -> Objective:
         super().train(mode)
         self.teachers.eval()
+        self.rests.eval()
         return self
 
     def freeze(self) -> bool:
@@ -190,21 +198,43 @@ class Objective(nn.Module):
         hard, soft = [], []
         if self.hard_weight:
             hard = [self.hard_weight * self.task.loss(outputs, targets, label_smoothing=self.label_smoothing)]
-        for index, (weight, one, teacher, places) in enumerate(self.lessons):
-            answer, theirs = taught[teacher]
-            seen = {name: ours[a] for name, (a, _) in places.items()}
+        for index, lesson in enumerate(self.lessons):
+            answer, theirs = taught[lesson.teacher]
+            seen = {name: ours[a] for name, (a, _) in lesson.places.items()}
             if str(index) in self.adapters:
                 seen = self.adapters[str(index)](seen)
-            features = {name: (seen[name], theirs[b]) for name, (_, b) in places.items()}
-            if one.on == "logits":
-                pair = logits(self.task, outputs), logits(self.of_teachers[teacher], answer)
-                labels = None if targets is None or len(targets) != len(pair[0]) else targets
-                soft.append(weight * one(*pair, labels, features))
-            else:
-                soft.append(weight * one(outputs, answer, targets, features))
+            soft.append(lesson.weight * self._taught(index, inputs, outputs, answer, targets, seen, theirs))
         if self.strength is not None:
             soft = [self.strength * one for one in soft]
         return torch.stack([_sum(hard), _sum(soft)]) if self.apart else _sum(hard + soft)
+
+    def _taught(
+        self,
+        index: int,
+        inputs: Tensor,
+        outputs: Outputs,
+        answer: Outputs,
+        targets: Tensor | None,
+        seen: Mapping[str, Tensor],
+        theirs: Sequence[Tensor],
+    ) -> Tensor:
+        """One lesson's loss. answer: the teacher's. seen: the student's features, as the loss wants them."""
+        _, one, teacher, places = self.lessons[index]
+        guide = self.of_teachers[teacher]
+        if one.on == "cross":
+            with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.bf16):
+                outputs = self.rests[str(index)](inputs, *seen.values())
+            outputs = pytree.tree_map(_float, outputs)
+        if one.on in ("answers", "cross"):
+            return one(
+                logits(self.task, outputs), logits(guide, answer), targets, compared(self.task, outputs, answer, guide)
+            )
+        features = {name: (seen[name], theirs[b]) for name, (_, b) in places.items()}
+        if one.on != "logits":
+            return one(outputs, answer, targets, features)
+        pair = logits(self.task, outputs), logits(guide, answer)
+        labels = None if targets is None or len(targets) != len(pair[0]) else targets
+        return one(*pair, labels, features)
 
     @torch.no_grad()
     def answers(self, inputs: Tensor) -> Answer:

@@ -5,12 +5,17 @@ residual blocks are cuts, values inside a block are not. The last cut of each re
 the family: no list of layer names per architecture. Found in one sweep: in execution order, a node is a cut when
 nothing made before it is read after it.
 
+A *neck* is what the heads at one resolution read, of a network that answers at several: the last map that all its
+answers at that resolution come through, with a layer behind it. A *branch* is the map that goes into the last layer but
+one of a head. Both are found by dominators, of the ends at which maps become lists of places.
+
 Taps are extra outputs of a copy of the graph that shares its parameters and buffers, so they cost nothing and work
 under ``torch.compile`` and DDP, where hooks and interpreters do not.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -28,6 +33,8 @@ aten = torch.ops.aten
 DEPTHS = 4  # features of a network of one resolution
 
 _BATCH = 2
+_CONVOLUTIONS = frozenset({aten.conv2d.default, aten.conv2d.padding, aten.convolution.default})
+_LAYERS_BEHIND = 2  # a branch: so many layers before the end
 
 
 class Tap(NamedTuple):
@@ -70,17 +77,37 @@ def matched(student: fx.GraphModule, teacher: fx.GraphModule, on: str) -> list[t
 
     Raises InputError if nothing fits.
     """
-    if on == "logits":
+    if on in ("logits", "answers"):
         return []
     if on == "embedding":
         return [(_embedding(student, "student"), _embedding(teacher, "teacher"))]
     if on == "stages":
         return _stages(student, teacher)
+    if on == "neck":
+        return _necks(student, teacher) or _stages(student, teacher)
+    if on == "cross":
+        return _branches(student, teacher)
     pairs = [pair.partition("=") for pair in on.split(";")]
     return [
         (_named(student, ours.strip(), "student"), _named(teacher, (theirs or ours).strip(), "teacher"))
         for ours, _, theirs in pairs
     ]
+
+
+def behind(graph: fx.GraphModule, taps: Sequence[Tap]) -> fx.GraphModule:
+    """What a graph makes of the values of its taps: (its inputs, value of each tap) to its output.
+
+    The inputs are asked for by what goes around the taps alone. Parameters are copies, which do not learn.
+    """
+    nodes = fx.Graph()
+    places = {tap.node: number for number, tap in enumerate(taps)}
+    copied = {node: nodes.placeholder(node.name) for node in graph.graph.nodes if node.op == "placeholder"}
+    copied |= {node: nodes.placeholder(f"tap_{number}") for node, number in places.items()}
+    for node in graph.graph.nodes:
+        if node not in copied:
+            copied[node] = nodes.node_copy(node, copied.__getitem__)
+    nodes.eliminate_dead_code()
+    return copy.deepcopy(fx.GraphModule(graph, nodes)).requires_grad_(False)
 
 
 def cuts(graph: fx.GraphModule) -> list[Tap]:
@@ -126,6 +153,144 @@ def _stages(student: fx.GraphModule, teacher: fx.GraphModule) -> list[tuple[Tap,
     if columns:
         return list(zip(_at_depths(ours[columns[0]]), _at_depths(theirs[columns[0]])))
     return [(ours[resolution][-1], theirs[resolution][-1]) for resolution in common]
+
+
+Resolution = tuple[int, ...]
+
+
+class _Heads:
+    """Where a network's answers come from, resolution by resolution.
+
+    maps: shape of each value of pictures' layout that is as wide and high as one that a convolution makes. parent: of a
+    node the last that all paths to it lead through. ends: maps that are read by what makes no map any more.
+    """
+
+    def __init__(self, graph: fx.GraphModule):
+        values, nodes = shapes(graph, _BATCH), list(graph.graph.nodes)
+        self.layers = {node for node in nodes if node.target in _CONVOLUTIONS}
+        wide = {tuple(values[node].shape[2:]) for node in self.layers if _is_map(values[node])}
+        self.maps: dict[fx.Node, tuple[int, ...]] = {
+            node: tuple(value.shape[1:])
+            for node, value in values.items()
+            if _is_map(value) and tuple(value.shape[2:]) in wide
+        }
+        self.place = {node: number for number, node in enumerate(nodes)}
+        self.parent: dict[fx.Node, fx.Node | None] = {}
+        self.depth: dict[fx.Node | None, int] = {None: 0}
+        for node in nodes:
+            sources = [one for one in node.all_input_nodes if one in self.parent]
+            if node.op == "placeholder" or (sources and _holds_tensors(values.get(node))):
+                self._found(node, sources)
+        makes_maps: set[fx.Node] = set()
+        ends: list[fx.Node] = []
+        for node in reversed(nodes):
+            readers = [one for one in node.users if one.op == "output" or one in self.parent]
+            if any(one in self.maps or one in makes_maps for one in readers):
+                makes_maps.add(node)
+            if node in self.maps and any(one not in self.maps and one not in makes_maps for one in readers):
+                ends.insert(0, node)
+        self.ends: dict[Resolution, list[fx.Node]] = {}
+        for node in ends:
+            self.ends.setdefault(self.maps[node][1:], []).append(node)
+
+    def _found(self, node: fx.Node, sources: Sequence[fx.Node]) -> None:
+        parent: fx.Node | None = sources[0] if sources else None
+        for other in sources[1:]:
+            parent = self._shared(parent, other)
+        self.parent[node], self.depth[node] = parent, self.depth[parent] + 1
+
+    def _shared(self, one: fx.Node | None, other: fx.Node | None) -> fx.Node | None:
+        """The last node that all paths to both lead through."""
+        while one is not other:
+            if self.depth[one] >= self.depth[other]:
+                one = None if one is None else self.parent[one]
+            else:
+                other = None if other is None else self.parent[other]
+        return one
+
+    def neck(self, resolution: Resolution) -> fx.Node | None:
+        """The last map of that resolution before all its ends, with a layer behind it."""
+        ends = self.ends[resolution]
+        node: fx.Node | None = ends[0]
+        for other in ends[1:]:
+            node = self._shared(node, other)
+        while node is not None and not (
+            self.maps.get(node, ())[1:] == resolution
+            and any(self.maps.get(one, ())[1:] == resolution and self._behind(node, one) for one in self.layers)
+        ):
+            node = self.parent[node]
+        return node
+
+    def _behind(self, node: fx.Node, other: fx.Node) -> bool:
+        one: fx.Node | None = self.parent.get(other)
+        while self.depth[one] > self.depth[node]:
+            one = None if one is None else self.parent[one]
+        return one is node
+
+    def branches(self, resolution: Resolution, neck: fx.Node) -> list[fx.Node]:
+        """The maps that go into the last layers but one on the way from the neck to the ends, or the neck itself."""
+        front = list(self.ends[resolution])
+        for _ in range(_LAYERS_BEHIND):
+            front = [source for end in front for source in self._read_by_layer(end, neck)]
+        return sorted(dict.fromkeys(front), key=self.place.__getitem__)
+
+    def _read_by_layer(self, end: fx.Node, neck: fx.Node) -> list[fx.Node]:
+        """What the last layers before ``end``, or at it, read."""
+        found, seen, left = [], set(), [end]
+        while left:
+            node = left.pop()
+            if node in seen or node not in self.parent or self.place[node] < self.place[neck]:
+                continue
+            seen.add(node)
+            if node is neck:
+                found.append(node)
+            elif node in self.layers:
+                found.append(node.all_input_nodes[0])
+            else:
+                left.extend(node.all_input_nodes)
+        return found
+
+    def tap(self, node: fx.Node) -> Tap:
+        return Tap(node, self.maps[node], None)
+
+
+def _necks(student: fx.GraphModule, teacher: fx.GraphModule) -> list[tuple[Tap, Tap]]:
+    ours, theirs = _Heads(student), _Heads(teacher)
+    pairs = [(ours.neck(one), theirs.neck(one), one) for one in ours.ends if one in theirs.ends]
+    return [(ours.tap(a), theirs.tap(b)) for a, b, _ in pairs if a is not None and b is not None]
+
+
+def _branches(student: fx.GraphModule, teacher: fx.GraphModule) -> list[tuple[Tap, Tap]]:
+    ours, theirs = _Heads(student), _Heads(teacher)
+    found: list[tuple[Tap, Tap]] = []
+    for resolution in theirs.ends:
+        if resolution not in ours.ends:
+            continue
+        necks = ours.neck(resolution), theirs.neck(resolution)
+        if necks[0] is None or necks[1] is None:
+            continue
+        both = ours.branches(resolution, necks[0]), theirs.branches(resolution, necks[1])
+        if len(both[0]) != len(both[1]):
+            raise InputError(
+                f"cross: at {'x'.join(map(str, resolution))} the student's heads have {len(both[0])} branches, the "
+                f"teacher's {len(both[1])}; compare answers or necks (loss='quality', loss='pkd')"
+            )
+        found += [(ours.tap(a), theirs.tap(b)) for a, b in zip(*both)]
+    if not found:
+        raise InputError("cross: no heads at a common resolution; compare answers or stages (loss='quality')")
+    return found
+
+
+def _is_map(value: object) -> bool:
+    """(N, channels, rows, columns), of more than one place and channel."""
+    return (
+        isinstance(value, (Tensor, FakeTensor))
+        and value.is_floating_point()
+        and value.dim() == 4
+        and value.shape[0] == _BATCH
+        and value.shape[1] > 1
+        and value.shape[2] * value.shape[3] > 1
+    )
 
 
 def _embedding(graph: fx.GraphModule, which: str) -> Tap:

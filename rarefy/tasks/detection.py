@@ -31,7 +31,7 @@ from rarefy.data.items import Items
 from rarefy.data.normalization import Values, check_values
 from rarefy.errors import DataError, InputError
 from rarefy.tasks.answers import Answer, around
-from rarefy.tasks.detector import Detector, detector_of, found
+from rarefy.tasks.detector import Detector, Spread, Unordered, detector_of, found
 from rarefy.tasks.metric import Metric, Outputs
 from rarefy.tasks.metrics.box_precision import BoxPrecision
 
@@ -65,6 +65,7 @@ class Detection:
     detector: object = None
 
     name = "detection"
+    teaching: ClassVar[str] = "quality + pkd"
     _family: ClassVar[Detector | None] = None  # of a task that is fitted to a model
 
     def __post_init__(self) -> None:
@@ -161,6 +162,33 @@ class Detection:
     def logits(self, outputs: Outputs) -> Tensor:
         """What a loss on logits compares, (N x places, classes)."""
         return self.family.logits(outputs)
+
+    def compared(self, ours: Outputs, theirs: Outputs, guide: Detection) -> dict[str, tuple[Tensor, Tensor]]:
+        """Scores, boxes and distances of student and teacher, as ``Comparing`` says. Raises InputError."""
+        student, teacher = self._parts(ours), guide._parts(theirs)
+        if isinstance(self.family, Unordered):
+            with torch.no_grad():
+                order = self.family.partners(student, teacher)
+            student = {
+                name: value.gather(1, order[..., None].expand(-1, -1, value.shape[-1]))
+                for name, value in student.items()
+            }
+        shapes = [tuple(one["scores"].shape[1:]) for one in (student, teacher)]
+        if shapes[0] != shapes[1]:
+            raise InputError(
+                f"detection: the student says {shapes[0]} scores a picture (places, classes), the teacher {shapes[1]}, "
+                "so their answers can't be compared; compare features (loss='pkd')"
+            )
+        return {name: (student[name], teacher[name]) for name in student.keys() & teacher.keys()}
+
+    def _parts(self, outputs: Outputs) -> dict[str, Tensor]:
+        height, width = self._size
+        boxes, _ = self.family.scored(outputs, (height, width))
+        scores = self.family.logits(outputs).softmax(-1)[:, 1:].reshape(*boxes.shape[:2], -1)
+        parts = {"scores": scores, "boxes": boxes / boxes.new_tensor([width, height] * 2)}
+        if isinstance(self.family, Spread) and self.family.spreads:
+            parts["distances"] = self.family.distances(outputs)
+        return parts
 
     def loss(self, outputs: Outputs, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """The family's, mean over the batch. targets: (N, M, 8). Raises InputError for smoothed labels."""

@@ -9,7 +9,8 @@ decoding, non-maximum suppression), and the loss. A family is a file of ``detect
 
 from __future__ import annotations
 
-from typing import Protocol, Self
+from collections.abc import Mapping
+from typing import Protocol, Self, runtime_checkable
 
 from torch import Tensor, fx, nn
 
@@ -21,7 +22,7 @@ from rarefy.graph.capture.examples import Inputs
 from rarefy.graph.nodes import is_graph
 from rarefy.tasks.metric import Outputs
 
-__all__ = ["Detector", "Feed", "Resize", "as_original", "capture", "detector_of", "found"]
+__all__ = ["Detector", "Feed", "Resize", "Spread", "Unordered", "as_original", "capture", "detector_of", "found"]
 
 
 class Detector(Protocol):
@@ -78,11 +79,35 @@ class Detector(Protocol):
         ...
 
     def logits(self, outputs: Outputs) -> Tensor:
-        """What a loss on logits compares: (N x places, classes) as softmax takes them, or pairs of a sigmoid's."""
+        """What a loss on logits compares: (N x places, 1 + classes) as softmax takes them, or (N x places x classes, 2)
+        of sigmoids; "nothing" is the first column."""
         ...
 
     def loss(self, outputs: Outputs, targets: Tensor, size: tuple[int, int]) -> Tensor:
         """Mean over the batch, to be minimised. targets: (N, M, 8). size: (H, W) of the input."""
+        ...
+
+
+@runtime_checkable
+class Spread(Protocol):
+    """A family that knows each side's distance as a distribution."""
+
+    @property
+    def spreads(self) -> bool:
+        """Does it, with these options?"""
+        ...
+
+    def distances(self, outputs: Outputs) -> Tensor:
+        """Logits (N, places, 4, bins)."""
+        ...
+
+
+@runtime_checkable
+class Unordered(Protocol):
+    """A family whose boxes are a set: which of one model's is which of another's is to be found."""
+
+    def partners(self, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Tensor:
+        """(N, places of theirs), int64: of each of theirs the one of ours. Of both "scores" and "boxes", relative."""
         ...
 
 

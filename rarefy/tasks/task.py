@@ -9,7 +9,7 @@ images whose targets are numbers is a class of a few lines around ``rarefy.data.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol, TypeVar, cast, runtime_checkable
+from typing import Protocol, Self, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor, fx, nn
@@ -177,3 +177,37 @@ def fitted(task: Task, model: object, makers: Outputs | None = None) -> Task:
 def logits(task: Task, outputs: Outputs) -> Outputs:
     """What of a model's outputs a loss on logits compares; all of them, where the task reads them in one way."""
     return task.logits(outputs) if isinstance(task, Reader) else outputs
+
+
+@runtime_checkable
+class Comparing(Protocol):
+    """A task whose models answer at many places, of which few count, so that it says itself what is to be compared."""
+
+    @property
+    def teaching(self) -> str:
+        """The distillation loss where nobody names one (``rarefy/distillation/losses``)."""
+        ...
+
+    def compared(self, ours: Outputs, theirs: Outputs, guide: Self) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """Name -> (student's, teacher's), place by place.
+
+        "scores": (N, places, classes), probabilities. "boxes": (N, places, 4), corners relative to the input.
+        "distances": (N, places, sides, bins), logits. What answers do not have is left out. guide: the teacher's task.
+        """
+        ...
+
+
+def teaching(task: Task | None) -> str:
+    """The distillation loss of a task where nobody names one."""
+    return task.teaching if isinstance(task, Comparing) else "lskd"
+
+
+def compared(task: Task, ours: Outputs, theirs: Outputs, guide: Task) -> Mapping[str, tuple[Tensor, Tensor]]:
+    """What a loss on answers compares (``Comparing``): of logits (N, classes) their probabilities, at one place."""
+    if isinstance(task, Comparing) and isinstance(guide, Comparing):
+        return task.compared(ours, theirs, guide)
+    pair = logits(task, ours), logits(guide, theirs)
+    if not all(isinstance(one, Tensor) and one.dim() == 2 for one in pair):
+        return {}
+    student, teacher = (one.softmax(-1)[:, None] for one in pair)
+    return {"scores": (student, teacher)}

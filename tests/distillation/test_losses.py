@@ -40,10 +40,27 @@ def pictures(seed: int, batch: int = 6, classes: int = 5) -> tuple[Tensor, dict[
     return 3 * torch.randn(batch, classes, generator=draw), features
 
 
+def seen(loss: Loss, ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """What a loss of that kind is given beside the logits."""
+    if loss.on == "logits":
+        return {}
+    if loss.on not in ("answers", "cross"):
+        return {name: (ours[name], theirs[name]) for name in ours}
+    pairs = [answers(one) for one in (ours, theirs)]
+    return {name: (pairs[0][name], pairs[1][name]) for name in pairs[0]}
+
+
+def answers(features: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Scores, boxes and distances made of features: of each picture as many places as its late map has channels."""
+    late = features["late"].flatten(2)
+    centre, sides = late[..., :2].sigmoid(), late[..., 2:4].sigmoid() + 0.1
+    boxes = torch.cat([centre - sides / 2, centre + sides / 2], -1)
+    return {"scores": late[..., 1:].sigmoid(), "boxes": boxes, "distances": late[..., None, :].expand(-1, -1, 4, -1)}
+
+
 def value(loss: Loss, student: Tensor, teacher: Tensor, ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> Tensor:
     targets = torch.arange(len(student)) % student.shape[1]
-    features = {} if loss.on == "logits" else {name: (ours[name], theirs[name]) for name in ours}
-    return loss(student, teacher, targets, features)
+    return loss(student, teacher, targets, seen(loss, ours, theirs))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -105,7 +122,7 @@ class TestContract:
         student, ours = pictures(1)
         order = torch.tensor([3, 0, 5, 1, 4, 2])
         targets = torch.arange(6) % 5
-        features = {} if loss.on == "logits" else {name: (ours[name], theirs[name]) for name in ours}
+        features = seen(loss, ours, theirs)
         shuffled = {name: (a[order], b[order]) for name, (a, b) in features.items()}
         straight = loss(student, teacher, targets, features)
         torch.testing.assert_close(
@@ -116,7 +133,7 @@ class TestContract:
         loss = plugins.resolve("losses", form)
         teacher, theirs = pictures(0)
         student, ours = pictures(1)
-        features = {} if loss.on == "logits" else {name: (ours[name], theirs[name]) for name in ours}
+        features = seen(loss, ours, theirs)
         soft = torch.full((6, 5), 0.2)
         for targets in (None, soft):
             assert loss(student, teacher, targets, features).isfinite()

@@ -40,7 +40,7 @@ class Iterative:
     epochs: int = 1
     batch_size: int = 128
     lr: float = 0.01
-    loss: str = "lskd"
+    loss: str = "auto"
 
     def __post_init__(self) -> None:
         if self.rounds < 1:

@@ -59,7 +59,7 @@ class Joint:
     code_lr: float = 0.03
     shrink: float = 0.0
     codes: float = 0.2
-    loss: str = "lskd"
+    loss: str = "auto"
     weights: str = "int8"
     activations: str = "uint8"
     images: int = 128

@@ -10,6 +10,11 @@ the same pictures, and returns a scalar, the mean over the batch. Losses are sum
 * ``"stages"``: the last value of each resolution that all of the network's work passes through, student's and teacher's
   matched by resolution; in a network of one resolution (ViT), four of them at equal depths;
 * ``"embedding"``: what goes into the classifier;
+* ``"neck"``: of a detector what goes into its heads, resolution by resolution; of other networks as ``"stages"``;
+* ``"answers"``: what the task says of the answers, place by place: ``scores``, ``boxes``, ``distances``
+  (``_places.py``), which are ``features`` then;
+* ``"cross"``: the same of the teacher's answers and those of the rest of the teacher's heads, given the student's
+  features in the middle of them;
 * ``"relu_3=relu_5;layer3=layer3"``: pairs ``student=teacher`` of node names or dotted module names (a module's last
   node).
 

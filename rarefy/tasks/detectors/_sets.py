@@ -7,6 +7,7 @@ Boxes here are relative to the input: middle and sides, 0 to 1.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -60,6 +61,22 @@ def match(boxes: Tensor, kinds: Tensor, targets: Tensor, size: tuple[int, int], 
         positive[place, query], owner[place, query] = True, chosen[row]
     positive, owner = positive.to(boxes.device), owner.to(boxes.device)
     return Matching(positive, own.gather(1, owner[..., None].expand(-1, -1, 4)), kind.gather(1, owner))
+
+
+@torch.no_grad()
+def partners(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Tensor:
+    """Of each query of theirs the one of ours, (N, Q), the cheapest one to one; what they are sure of weighs most.
+
+    Of both ``scores`` (N, Q, classes) and ``boxes`` (N, Q, 4), relative corners; of ours at least as many.
+    """
+    kind = torch.cdist(theirs["scores"], ours["scores"], p=1)
+    far = torch.cdist(theirs["boxes"], ours["boxes"], p=1)
+    near = _losses.paired_iou(theirs["boxes"][:, :, None], ours["boxes"][:, None])[1]
+    sure = theirs["scores"].amax(-1, keepdim=True)
+    cost = (sure * (kind + L1 * far - OVERLAP * near)).nan_to_num(_NEVER, _NEVER, -_NEVER)
+    solve = needs("scipy.optimize", "vision").linear_sum_assignment
+    found = [torch.as_tensor(solve(one.numpy())[1]) for one in cost.float().cpu()]
+    return torch.stack(found).long().to(cost.device)
 
 
 def box_loss(boxes: Tensor, matching: Matching, number: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -93,9 +94,12 @@ class Detr:
         return _nms.kept(*self.scored(outputs, size), self)
 
     def logits(self, outputs: Outputs) -> Tensor:
-        """Of the classes and no object; or of no and yes, for each class."""
+        """Of no object and the classes; or of no and yes, for each class."""
         logits, _ = self._read(outputs)
-        return logits.flatten(0, 1) if self.softmax else _losses.pairs_of(logits)
+        return logits.roll(1, -1).flatten(0, 1) if self.softmax else _losses.pairs_of(logits)
+
+    def partners(self, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Tensor:
+        return _sets.partners(ours, theirs)
 
     def loss(self, outputs: Outputs, targets: Tensor, size: tuple[int, int]) -> Tensor:
         logits, boxes = self._read(outputs)

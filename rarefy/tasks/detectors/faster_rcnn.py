@@ -96,7 +96,7 @@ class FasterRcnn:
 
     def logits(self, outputs: Outputs) -> Tensor:
         """Of no and yes, for each anchor."""
-        return _losses.pairs_of(torch.cat([one.flatten(1) for one in self._parts(outputs)[0]], 1))
+        return _losses.pairs_of(torch.cat([one.permute(0, 2, 3, 1).flatten(1) for one in self._parts(outputs)[0]], 1))
 
     def loss(self, outputs: Outputs, targets: Tensor, size: tuple[int, int]) -> Tensor:
         objectness, deltas, anchors = self._read(outputs, size)

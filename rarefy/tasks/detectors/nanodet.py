@@ -39,7 +39,7 @@ class Nanodet:
     offset: float = 0.5
     overlap: float = 0.6
 
-    least, most = 0.001, 300
+    least, most, spreads = 0.001, 300, True
 
     def __post_init__(self) -> None:
         _grid.check_numbers(self)

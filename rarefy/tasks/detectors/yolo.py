@@ -56,6 +56,10 @@ class Yolo:
             raise ValueError(f"bins={self.bins} is not 1 to 1024")
 
     @property
+    def spreads(self) -> bool:
+        return self.outputs == "maps" and self.bins > 1
+
+    @property
     def feed(self) -> Feed:
         height, width = self.size
         return Feed((height, width), "letterbox", 114.0, centred=True, antialias=False)
