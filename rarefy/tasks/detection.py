@@ -30,8 +30,9 @@ from rarefy.data.images import ImageData, share_opened
 from rarefy.data.items import Items
 from rarefy.data.normalization import Values, check_values
 from rarefy.errors import DataError, InputError
+from rarefy.tasks import places
 from rarefy.tasks.answers import Answer, around
-from rarefy.tasks.detector import Detector, Spread, Unordered, detector_of, found
+from rarefy.tasks.detector import Detector, detector_of, found
 from rarefy.tasks.metric import Metric, Outputs
 from rarefy.tasks.metrics.box_precision import BoxPrecision
 
@@ -74,8 +75,6 @@ class Detection:
 
     def __repr__(self) -> str:
         return repr(self.data)
-
-    # -- what a task is
 
     @functools.cached_property
     def data(self) -> ImageData:
@@ -165,30 +164,8 @@ class Detection:
 
     def compared(self, ours: Outputs, theirs: Outputs, guide: Detection) -> dict[str, tuple[Tensor, Tensor]]:
         """Scores, boxes and distances of student and teacher, as ``Comparing`` says. Raises InputError."""
-        student, teacher = self._parts(ours), guide._parts(theirs)
-        if isinstance(self.family, Unordered):
-            with torch.no_grad():
-                order = self.family.partners(student, teacher)
-            student = {
-                name: value.gather(1, order[..., None].expand(-1, -1, value.shape[-1]))
-                for name, value in student.items()
-            }
-        shapes = [tuple(one["scores"].shape[1:]) for one in (student, teacher)]
-        if shapes[0] != shapes[1]:
-            raise InputError(
-                f"detection: the student says {shapes[0]} scores a picture (places, classes), the teacher {shapes[1]}, "
-                "so their answers can't be compared; compare features (loss='pkd')"
-            )
-        return {name: (student[name], teacher[name]) for name in student.keys() & teacher.keys()}
-
-    def _parts(self, outputs: Outputs) -> dict[str, Tensor]:
-        height, width = self._size
-        boxes, _ = self.family.scored(outputs, (height, width))
-        scores = self.family.logits(outputs).softmax(-1)[:, 1:].reshape(*boxes.shape[:2], -1)
-        parts = {"scores": scores, "boxes": boxes / boxes.new_tensor([width, height] * 2)}
-        if isinstance(self.family, Spread) and self.family.spreads:
-            parts["distances"] = self.family.distances(outputs)
-        return parts
+        pair = [places.answers(one.family, said, one._size) for one, said in ((self, ours), (guide, theirs))]
+        return places.compared(self.family, *pair)
 
     def loss(self, outputs: Outputs, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """The family's, mean over the batch. targets: (N, M, 8). Raises InputError for smoothed labels."""
@@ -226,8 +203,6 @@ class Detection:
         if self.class_names is not None:
             classes["class_names"] = list(self.class_names)
         return {"task": self.name, **about, **classes, **splits}
-
-    # -- the classes
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
