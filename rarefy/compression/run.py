@@ -174,6 +174,12 @@ class Folder:
             self._put(0, ORIGINAL, graph, {"step": ORIGINAL}, 0.0)
         return Candidate.read(self.place(0), 0)
 
+    def adopted(self, known: Candidate) -> Candidate:
+        """The original, as another run has judged it."""
+        if not self.place(0).exists():
+            self._seal(0, known.graph, known.record, known.folder / self.run.model_file)
+        return Candidate.read(self.place(0), 0)
+
     def attempt(self, index: int, parent: Candidate, original: Candidate) -> Candidate | str:
         """The candidate that step ``index`` makes of ``parent``, or why there is none; read, if it was tried before."""
         stored = self.stored(index)
@@ -238,9 +244,12 @@ class Folder:
                 "evaluation": {**judged.to_json(), "reference": None},
                 **times,
             }
-            place = self.place(index)
-            whole = seal(found, folder_.content_of(graph).hash, digest_of(file), *belongs(place))
-            folder_.save(graph, place, manifest={"found": found, SEAL: whole}, files={run.model_file: file})
+            self._seal(index, graph, found, file)
+
+    def _seal(self, index: int, graph: fx.GraphModule, found: Mapping[str, object], file: Path) -> None:
+        place = self.place(index)
+        whole = seal(found, folder_.content_of(graph).hash, digest_of(file), *belongs(place))
+        folder_.save(graph, place, manifest={"found": dict(found), SEAL: whole}, files={self.run.model_file: file})
 
 
 @contextlib.contextmanager

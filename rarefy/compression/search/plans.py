@@ -28,7 +28,7 @@ from rarefy.compression.search.space import BITS, RUNGS, STUDENTS, Genome
 GENERATION = 6  # trials, where only minutes are given
 LARGEST = 12
 PROMOTED = 0.5  # of a generation
-FASTEST, SLOWEST = 0.12, 0.85  # costs that the first generation spans
+FASTEST, SLOWEST = 0.08, 0.85  # of the way from the narrowest network's cost to the whole one's: what is spanned
 STUDENTS_FROM = 24  # trials
 
 
@@ -48,6 +48,12 @@ def cost_of(float_cost: float, genome: Genome) -> float:
     return float_cost / (QUANTIZED_GAIN if genome.bits is not None else 1.0)
 
 
+def cost_at(profile: Profile, way: float) -> float:
+    """In shares of the whole network's. way: from the narrowest network's, 0, to the whole one's, 1."""
+    least = profile.cost([0] * len(profile.families))
+    return min(1.0, least + way * (1 - least))
+
+
 def size_of_generation(trials: int | None) -> int:
     return GENERATION if trials is None else max(2, min(LARGEST, trials // 4))
 
@@ -55,7 +61,7 @@ def size_of_generation(trials: int | None) -> int:
 def first(profile: Profile, count: int) -> list[Genome]:
     """The original quantised, then networks from slow to fast."""
     genomes = [Genome(profile.whole)]
-    costs = np.geomspace(SLOWEST, FASTEST, max(count - 1, 1))
+    costs = np.geomspace(cost_at(profile, SLOWEST), cost_at(profile, FASTEST), max(count - 1, 1))
     genomes += [Genome(planned(profile, float(cost))) for cost in costs]
     return _distinct(genomes, ())[:count]
 
@@ -143,8 +149,8 @@ def offspring(profile: Profile, done: Sequence[Done], random: np.random.Generato
     kind = random.random()
     if kind < 0.25:  # where the front has no point
         costs = sorted(one.cost for one in best)
-        ends = [FASTEST / QUANTIZED_GAIN, *costs, 1.0]
-        index = int(np.argmax(np.diff(np.log(np.maximum(ends, 1e-6)))))
+        ends = sorted([cost_at(profile, FASTEST) / QUANTIZED_GAIN, *costs, 1.0])
+        index = int(np.argmax(np.diff(np.log(ends))))
         middle = math.sqrt(ends[index] * ends[index + 1])
         return dataclasses.replace(genome, levels=planned(profile, min(1.0, middle * QUANTIZED_GAIN)), switched={})
     if kind < 0.55:

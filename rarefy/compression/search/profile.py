@@ -179,23 +179,34 @@ def measure(network: Network, runtime: Runtime, seed: int, progress: bool) -> Pr
 
 def _samples(network: Network, space: Space, runtime: Runtime, seed: int) -> tuple[list[list[Kernel]], str]:
     """Kernels of the whole network and of five smaller ones, and what their "us" are."""
-    options = design(space, seed)
     if runtime.capabilities.has_kernel_times and network.families:
-        with tempfile.TemporaryDirectory(prefix="rarefy-") as temporary:
-            build = lambda widths: network.at(widths.tolist())
-            try:
-                bench = Bench(space, build, Measured(runtime), seed, Path(temporary))
-                widths = [space.kept(option).tolist() for option in options]
-                file = cache_file(None, bench.original, widths, bench.settings, bench.runtime.package)
-                known = cached(file)
-                samples = known if known is not None else bench.sampled(options)
-                if known is None:
-                    keep(file, samples)
-                if _is_sound(samples):
-                    return samples, "us"
-            except (InputError, CheckFailed):
-                pass  # no profile to be had: products of widths then
-    return [_products(network.at(space.kept(option).tolist())) for option in options], "MACs"
+        try:
+            return _profiled(network, space, runtime, seed), "us"
+        except (InputError, CheckFailed):
+            pass  # no profile to be had, or none to be trusted
+    return _counted(network, space, seed), "MACs"
+
+
+def _profiled(network: Network, space: Space, runtime: Runtime, seed: int) -> list[list[Kernel]]:
+    """On the runtime, or from an earlier run. Raises InputError where it can't tell, or the machine was too busy."""
+    options = design(space, seed)
+    with tempfile.TemporaryDirectory(prefix="rarefy-") as temporary:
+        build = lambda widths: network.at(widths.tolist())
+        bench = Bench(space, build, Measured(runtime), seed, Path(temporary))
+        widths = [space.kept(option).tolist() for option in options]
+        file = cache_file(None, bench.original, widths, bench.settings, bench.runtime.package)
+        known = cached(file)
+        samples = bench.sampled(options) if known is None else known
+    if not _is_sound(samples):
+        raise InputError("the latency table: a smaller network took longer than the whole one; the machine is busy")
+    if known is None:
+        keep(file, samples)
+    return samples
+
+
+def _counted(network: Network, space: Space, seed: int) -> list[list[Kernel]]:
+    """MACs in place of microseconds."""
+    return [_products(network.at(space.kept(option).tolist())) for option in design(space, seed)]
 
 
 def _is_sound(samples: Sequence[Sequence[Kernel]]) -> bool:

@@ -95,6 +95,8 @@ def recipe(
         if "criterion" in genome.params:
             prune["criterion"] = genome.params["criterion"]
         steps.append({**prune, "repair": True} if genome.rung == 0 else prune)
+    elif parent is not None:  # the start as a step of its own, which the training after it has to better
+        steps.append({"do": "prune", "keep": 1.0})
     fresh = genome.student is not None and (parent is None or parent.student != genome.student)
     if genome.rung > 0 or fresh:
         training: dict[str, object] = {

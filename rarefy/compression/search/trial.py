@@ -9,14 +9,13 @@ result, certified, told, and put into ``points/``.
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -85,7 +84,8 @@ class Setting:
     def original(self) -> Candidate:
         """Saved and judged once, for all trials."""
         base = Folder(self.folder / BASE, self.run([], self.seed))
-        base.path.mkdir(parents=True, exist_ok=True)
+        if not base.place(0).exists():
+            base.claim(self.graph)
         return base.original(self.graph)
 
     def network(self) -> Network:
@@ -105,12 +105,8 @@ def make(
     begin = None if start is None else setting.folder / str(start.told["float"])
     run = setting.run(steps, trial.number + 1000 * setting.seed, begin)
     folder = Folder(setting.place(trial.number), run)
-    base = setting.folder / BASE / FIRST
     folder.claim(setting.graph)
-    if not folder.place(0).exists():
-        _link(base, folder.place(0))
-    original = folder.original(setting.graph)
-    candidates, walk = walked(folder, original)
+    candidates, walk = walked(folder, folder.adopted(setting.original()))
     failed = next((one.why for one in walk.outcomes if one.result is None), None)
     if failed is not None:
         raise InputError(failed)
@@ -171,19 +167,6 @@ def _float_of(setting: Setting, floats: Sequence[Candidate], begin: Path | None)
     return str(place.relative_to(setting.folder))
 
 
-def _link(source: Path, target: Path) -> None:
-    """The original's folder, its files shared where the file system can; put in place whole."""
-    partial = target.with_name(f".{target.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    for file in source.iterdir():
-        try:
-            os.link(file, partial / file.name)
-        except OSError:
-            shutil.copy2(file, partial / file.name)
-    partial.rename(target)
-
-
 def _named(genome: Genome, profile: Profile, steps: str) -> str:
     """For people: how much is left, of what, and how it was trained."""
     cut = genome.student or f"{100 * profile.cost(genome.levels):.0f}%"
@@ -196,22 +179,40 @@ def timed(setting: Setting, trial: Trial) -> dict[str, object]:
     name = f"model{setting.runtime.suffix}"
     files = {ORIGINAL: setting.folder / BASE / FIRST / name, "trial": setting.folder / str(trial.told["result"]) / name}
     example = torch.cat(list(setting.task.data.inputs("val", 1, 1, seed=setting.seed)))
-    found = latency.timed(files, example, runtime=setting.runtime, repeats=ROUNDS)["trial"]
-    return {"latency_ms": dict(found["latency_ms"]), "speedup": dict(found["speedup"][ORIGINAL])}
+    times = latency.timed(files, example, runtime=setting.runtime, repeats=ROUNDS)
+    found = times["trial"]
+    return {
+        "original_ms": times[ORIGINAL]["latency_ms"]["median"],
+        "latency_ms": dict(found["latency_ms"]),
+        "speedup": dict(found["speedup"][ORIGINAL]),
+    }
 
 
-def point(trial: Trial) -> Point:
-    """What the front shows of a trial that was timed."""
+def points(trials: Sequence[Trial]) -> list[Point]:
+    """What the front shows of those that were timed.
+
+    A machine's speed drifts between trials, so what counts is the ratio to the original, which took turns with each: the
+    latency is the original's, the median over the trials, over that ratio.
+    """
+    done = [one for one in trials if one.state == "done"]
+    base = float(np.median([float(str(one.timing["original_ms"])) for one in done])) if done else 0.0
+    return [_point(one, base) for one in done]
+
+
+def _point(trial: Trial, base_ms: float) -> Point:
     told = cast(dict[str, object], dict(trial.told))
     clock = cast(dict[str, object], trial.timing["latency_ms"])
+    ratio = _quartiles(cast(dict[str, object], trial.timing["speedup"]))
     found = Point(
         number=trial.number,
         name=str(told["name"]),
         value=cast(float, told["value"]),
         interval=cast(list[float], told["interval"]),
         drop=cast(float, told["drop"]),
-        latency_ms=_quartiles(clock),
-        speedup=_quartiles(cast(dict[str, object], trial.timing["speedup"])),
+        latency_ms=Quartiles(
+            median=base_ms / ratio["median"], low=base_ms / ratio["high"], high=base_ms / ratio["low"]
+        ),
+        speedup=ratio,
         disturbed=bool(clock.get("disturbed")),
         size_bytes=cast(int, told["size"]),
         seconds=cast(float, told["seconds"]),
@@ -242,7 +243,7 @@ def save(setting: Setting, profile: Profile, trial: Trial, trials: Sequence[Tria
     begin = None if start is None else setting.folder / str(start.told["float"])
     run = setting.run(cast(list[Step], trial.told["recipe"]), trial.number + 1000 * setting.seed, begin)
     folder = Folder(setting.place(trial.number), run)
-    candidates, walk = walked(folder, folder.original(setting.graph))
+    candidates, walk = walked(folder, folder.adopted(setting.original()))
     judged = dataclasses.replace(run, budget=setting.budget, corruptions=setting.corruptions)
     title = f"{setting.title or 'a compressed model'}, #{trial.number} of a search"
     recipe_text = "\n".join(_text([step]) for step in cast(list[Step], trial.told["recipe"]))

@@ -189,8 +189,7 @@ class Worker:
     def _tell_front(self) -> dict[int, Point]:
         """``front.json``, as of now."""
         with alone(self.setting.folder / "front"):
-            trials = [one for one in self.journal.trials() if one.state == "done"]
-            points = front_.mark([trial_.point(one) for one in trials])
+            points = front_.mark(trial_.points(self.journal.trials()))
             for one in points:
                 saved = self.setting.folder / front_.POINTS / f"{one['number']:04d}"
                 if saved.exists():
