@@ -17,6 +17,7 @@ from rarefy.deployment import latency
 from rarefy.evaluation import measure
 from rarefy.evaluation.certify import certify
 from rarefy.evaluation.evaluate import Model, evaluate
+from rarefy.evaluation.throughput import throughput
 from rarefy.graph.macs import count_macs
 from rarefy.reports.facts import Evaluation, Latency, Parity, Side, Spread
 
@@ -93,6 +94,7 @@ def _side(
         macs=count_macs(candidate.graph),
         size_bytes=candidate.measurement.size,
         peak_memory_bytes=measure.peak_memory(file, example, runtime=run.runtime),
+        throughput=throughput(file, example, run.runtime),
         latency_ms=cast(Latency, times["latency_ms"]),
         speedup=cast(dict[str, Spread], times["speedup"]),
         evaluation=evaluation,

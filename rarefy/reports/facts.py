@@ -78,6 +78,14 @@ class Evaluation(TypedDict, total=False):
     warnings: list[str]
 
 
+class Throughput(TypedDict, total=False):
+    """Images a second of one process with so many threads, at the batch at which it answers most."""
+
+    batch: int
+    per_second: float
+    threads: int
+
+
 class Side(TypedDict, total=False):
     """The original, or the result.
 
@@ -91,6 +99,7 @@ class Side(TypedDict, total=False):
     macs: int
     size_bytes: int
     peak_memory_bytes: int | None
+    throughput: Throughput | None
     latency_ms: Latency
     speedup: Mapping[str, Spread]
 
@@ -206,7 +215,7 @@ class Facts(TypedDict, total=False):
     title: what was compressed. warnings: what makes the comparison worthless, such as an original without its weights.
     before, after: the original and the result. robustness: {"before", "after": {corruption: {severity: value}}}, taken
         from the
-    evaluations where missing. provenance: {"environment": {}, "hashes": {}, "commands": [], "seed", "recipe",
+    evaluations where missing. prices, about: what costs are reckoned by, and who made it (``prices.py``). provenance: {"environment": {}, "hashes": {}, "commands": [], "seed", "recipe",
     "created", ...}.
     """
 
@@ -222,6 +231,8 @@ class Facts(TypedDict, total=False):
     curves: list[Curve]
     parity: Parity | None
     robustness: Mapping[str, Mapping[str, Mapping[str, float | None]]]
+    prices: Mapping[str, Json]
+    about: Mapping[str, Json]
     provenance: Mapping[str, Json]
 
 

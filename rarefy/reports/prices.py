@@ -32,12 +32,20 @@ from pathlib import Path
 from typing import NamedTuple, TypedDict
 
 from rarefy.errors import InputError
-from rarefy.reports.facts import is_number
+from rarefy.reports.facts import Facts, Side, is_number
+from rarefy.reports.units import short
 from rarefy.system import strict_toml
 
 HOURS_A_MONTH = 730.0
 TABLES = ("prices", "about")
 LONGEST = 200  # characters of an author or a licence
+
+
+class CostView(TypedDict):
+    """rows: label, before, after. remark: what was assumed."""
+
+    rows: list[tuple[str, str, str]]
+    remark: str
 
 
 class Load(NamedTuple):
@@ -123,3 +131,58 @@ def _table(value: object, where: str) -> Mapping[str, object]:
     if not isinstance(value, Mapping):
         raise InputError(f"{where}: is no table; write {where.rpartition(' ')[2]} on a line of its own")
     return value
+
+
+# ---------------------------------------------------------------------------------------------------------- the report
+
+
+def view(facts: Facts) -> CostView | None:
+    """What it costs to run, before and after; None where no throughput was measured."""
+    prices, _ = of({"prices": facts["prices"]} if facts["prices"] else {}, "the report")
+    sides = [_served(facts[name], prices) for name in ("before", "after")]  # type: ignore[literal-required]
+    if sides[1] is None:
+        return None
+    labels = (
+        "images a second of one process, at its best batch",
+        f"cores for {short(prices.requests_per_second)} requests a second",
+        f"servers of {prices.cores_per_server} cores",
+        "electricity a month",
+        f"cores and electricity a month, {prices.currency}",
+        "energy of a million images",
+    )
+    before = sides[0] or [""] * len(labels)
+    rows = list(zip(labels, before, sides[1], strict=True))
+    remark = (
+        f"Throughput was measured on one machine. Assumed, not measured: {short(prices.watts_per_core)} W a busy core, "
+        f"{short(prices.euros_per_kwh)} {prices.currency} a kWh, {short(prices.euros_per_core_hour)} {prices.currency} a "
+        f"core and hour, cores loaded to {100 * prices.load:.0f} %; a table of your own replaces them "
+        "(rarefy report FOLDER --prices FILE)."
+    )
+    return CostView(rows=rows, remark=remark)
+
+
+def _served(side: Side, prices: Prices) -> list[str] | None:
+    measured = side.get("throughput") or {}
+    per_second, threads = measured.get("per_second"), measured.get("threads", 1)
+    if not per_second:
+        return None
+    load = prices.for_load(per_second, threads)
+    return [
+        f"{short(per_second)} (batch {measured.get('batch', 1)})",
+        f"{load.cores:,}",
+        f"{load.servers:,}",
+        f"{short(load.kwh)} kWh",
+        short(load.money),
+        f"{short(load.kwh_a_million)} kWh",
+    ]
+
+
+def signed_by(facts: Facts) -> str:
+    """Author, date and licence, as far as they are told."""
+    about, created = facts["about"], facts["provenance"].get("created")
+    parts = [
+        f"by {about['author']}" if about.get("author") else "",
+        str(created)[:10] if created else "",
+        f"licence: {about['license']}" if about.get("license") else "",
+    ]
+    return " · ".join(filter(None, parts))

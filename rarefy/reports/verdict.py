@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypedDict
 
 from rarefy.reports.comparison import Row
-from rarefy.reports.facts import Facts, Goal, Interval, is_number, status
+from rarefy.reports.facts import Evaluation, Facts, Goal, Interval, is_number, status
 from rarefy.reports.units import Metric, mean, ms, short, size
 
 FALLS = 2.0  # times the interval: what of robustness is no chance
@@ -177,3 +177,56 @@ def _falls(before: Robustness, after: Robustness, lower: bool) -> Iterator[_Fall
         values = mean(row.values()), mean(after.get(name, {}).values())
         if values[0] is not None and values[1] is not None:
             yield _Fall(name, (values[1] - values[0]) * (1 if lower else -1))
+
+
+# -------------------------------------------------------------------------------------------------------------- risks
+
+FEW_IMAGES, FEW_OF_A_CLASS = 1000, 30
+CLASS_FELL = 0.05  # of its accuracy: what of the worst class is told
+
+
+def risks(facts: Facts, goals: Sequence[GoalView], metric: Metric) -> list[str]:
+    """What the figures do not show, in plain words."""
+    before, after = facts["before"]["evaluation"], facts["after"]["evaluation"]
+    samples, interval, told = after.get("samples"), after.get("interval"), list[str]()
+    if samples is not None and samples < FEW_IMAGES and interval is not None:
+        half = (interval[1] - interval[0]) / 2
+        told.append(
+            f"It was judged on {samples:,} images only: the true {metric.name} may lie {metric.number(half)} "
+            f"{'points' if metric.unit == '%' else metric.unit} higher or lower. More images would tell."
+        )
+    told += [
+        f"The {goal['label']} was not shown to hold: other images might say otherwise."
+        for goal in goals
+        if goal["status"] == "not shown"
+    ]
+    told.append(_of_robustness(facts, metric))
+    told += _of_the_worst_class(before, after)
+    if any(side["latency_ms"].get("disturbed") for side in (facts["before"], facts["after"])):
+        told.append("Other programs ran while times were measured: speed may differ. Measure again on a quiet machine.")
+    parity = facts["parity"]
+    if parity and parity["passed"] is False:
+        told.append("The exported file does not answer as the model does. Do not use it before that is mended.")
+    return [text for text in told if text] if samples is not None else []
+
+
+def _of_robustness(facts: Facts, metric: Metric) -> str:
+    if not any(robustness_of(facts)):
+        return "How it does on bad pictures (noise, blur, fog) was not measured."
+    return fallen(facts, metric)
+
+
+def _of_the_worst_class(before: Evaluation, after: Evaluation) -> list[str]:
+    now, was = after["worst_class"], before["worst_class"]
+    if "value" not in now:
+        return []
+    name = now["name"] or str(now.get("index"))
+    told = []
+    if "value" in was and was["value"] - now["value"] > CLASS_FELL:
+        told.append(
+            f"The worst class, {name}, is right on {100 * now['value']:.0f} % of its images; the original's worst was "
+            f"right on {100 * was['value']:.0f} %. Look at it before the model is used."
+        )
+    if now.get("samples", FEW_OF_A_CLASS) < FEW_OF_A_CLASS:
+        told.append(f"Class {name} has {now['samples']} images only: its accuracy is hardly known.")
+    return told

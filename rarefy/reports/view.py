@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
-from rarefy.reports import pruned
+from rarefy.reports import prices, pruned
 from rarefy.reports.charts import Drawn, bars, chart, frontier
 from rarefy.reports.comparison import Row, comparison_rows
 from rarefy.reports.facts import Facts, Layer, Parity, Step, checked, number
 from rarefy.reports.glossary import GLOSSARY, OF_CLASSES
+from rarefy.reports.prices import CostView
 from rarefy.reports.units import (
     Metric,
     Number,
@@ -27,7 +28,7 @@ from rarefy.reports.units import (
     size,
     thousands,
 )
-from rarefy.reports.verdict import GoalView, VerdictView, goal_view, robustness_of, verdict_view
+from rarefy.reports.verdict import GoalView, VerdictView, goal_view, risks, robustness_of, verdict_view
 
 LOADING = 0.2  # share of a training from which on loading data is worth a thought
 WEAK = 20.0  # decibels of a layer's signal to noise below which its bar is red
@@ -65,6 +66,9 @@ class View(TypedDict):
     curves: list[Drawn]
     robustness: Drawn | None
     parity: Drawn | None
+    costs: CostView | None
+    risks: list[str]
+    signed_by: str
     provenance: Drawn
     glossary: Mapping[str, str]
 
@@ -90,6 +94,9 @@ def view(told: Mapping[str, object]) -> View:
         curves=[drawn for curve in facts["curves"] if (drawn := chart(curve))],
         robustness=_robustness(facts, metric),
         parity=_parity(facts["parity"], metric),
+        costs=prices.view(facts),
+        risks=risks(facts, goals, metric),
+        signed_by=prices.signed_by(facts),
         provenance=_provenance(facts["provenance"]),
         glossary={word: said for word, said in GLOSSARY.items() if metric.of_classes or word not in OF_CLASSES},
     )

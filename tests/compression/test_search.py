@@ -40,7 +40,7 @@ from rarefy.compression.search.search import search
 from rarefy.graph.capture import capture
 from rarefy.tasks import Classification
 
-profile._samples = lambda network, space, runtime, seed: (profile._counted(network, space, seed), "MACs")
+profile._table = lambda network, space, runtime, seed: (profile.macs_table(network), "MACs")
 task = Classification(train="sklearn:digits", val="sklearn:digits", augment="none")
 torch.manual_seed(0)
 net = capture(demo.model(width=8), torch.zeros(2, 1, 8, 8))
@@ -50,8 +50,7 @@ search(net, task, folder=sys.argv[1], trials=int(sys.argv[2]), epochs=2, seed=3,
 
 @pytest.fixture(autouse=True)
 def _no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    macs = lambda network, space, runtime, seed: (profile._counted(network, space, seed), "MACs")
-    monkeypatch.setattr(profile, "_samples", macs)
+    monkeypatch.setattr(profile, "_table", lambda network, *_: (profile.macs_table(network), "MACs"))
 
 
 def untrained(width: int = 8) -> torch.fx.GraphModule:
@@ -156,20 +155,26 @@ def test_two_workers_of_which_some_are_killed_do_the_trials_of_one(tmp_path: Pat
     assert len(expected) == 8
 
     first = start(tmp_path / "two", 8, RAREFY_HOST="here")
-    while not (tmp_path / "two" / "profile.json").exists():
-        assert first.poll() is None, first.communicate()[1]
-        time.sleep(0.05)
-    second = start(tmp_path / "two", 8, RAREFY_HOST="there")  # as if on another machine: it makes, and never times
-    for turn, victim in enumerate((second, first, second)):
-        time.sleep(2.5 + turn)
-        if victim.poll() is None:
-            victim.send_signal(signal.SIGKILL)
-            victim.communicate()
-        again = start(tmp_path / "two", 8, RAREFY_HOST="there" if victim is second else "here")
-        first, second = (first, again) if victim is second else (again, second)
-    for one in (first, second):
-        _, errors = one.communicate(timeout=600)
-        assert one.returncode == 0, errors
+    workers = [first]
+    try:
+        while not (tmp_path / "two" / "profile.json").exists():
+            assert first.poll() is None, first.communicate()[1]
+            time.sleep(0.05)
+        # As if on another machine: it makes, and never times.
+        workers.append(start(tmp_path / "two", 8, RAREFY_HOST="there"))
+        for turn, which in enumerate((1, 0, 1)):
+            time.sleep(2.5 + turn)
+            workers[which].kill()
+            workers[which].communicate()
+            workers[which] = start(tmp_path / "two", 8, RAREFY_HOST=("here", "there")[which])
+        for one in workers:
+            _, errors = one.communicate(timeout=600)
+            assert one.returncode == 0, errors
+    finally:
+        for one in workers:
+            if one.poll() is None:
+                one.kill()
+                one.communicate()
     assert models(tmp_path / "two") == expected
     mine, theirs = (front_.read(tmp_path / name) for name in ("one", "two"))
     assert {one["number"] for one in theirs.points} == {one["number"] for one in mine.points}

@@ -88,7 +88,7 @@ def test_without_a_clock_the_cost_is_that_of_the_macs(network: Network) -> None:
     ]
     for levels in ([1, 2, 3, 4], [0, 0, 0, 0], [7, 3, 5, 1]):
         small = network.at([one.widths[level] for one, level in zip(found.families, levels, strict=True)])
-        assert found.cost(levels) == pytest.approx(count_macs(small) / count_macs(network.coupling.graph), rel=0.02)
+        assert found.cost(levels) == pytest.approx(count_macs(small) / count_macs(network.coupling.graph), rel=1e-6)
     assert all(row[-1] == 0.0 and row[0] > 0 for row in found.errors)
     again = Profile.from_json(found.to_json())
     assert again.cost([1, 2, 3, 4]) == found.cost([1, 2, 3, 4]) and again.families == found.families
@@ -100,7 +100,7 @@ def test_refined_widths_are_no_worse_and_cost_no_more(network: Network) -> None:
     better = first.refined(found, network, levels, seed=1)
     widths = [[one.widths[level] for one, level in zip(found.families, some, strict=True)] for some in (levels, better)]
     errors = [network.error(some, 16) for some in widths]
-    assert errors[1] <= errors[0] and found.cost(better) <= first.SLACK * found.cost(levels)
+    assert errors[1] <= errors[0] and found.cost(better) <= first.cap_of(found, levels)
     assert better == first.refined(found, network, levels, seed=1)
 
 
@@ -170,8 +170,8 @@ def test_a_plan_hangs_on_the_seed_alone_and_the_last_one_trains() -> None:
     assert plan == plans.following(known, tried, genomes, 6, 30, seed=5)
     assert plan != plans.following(known, tried, genomes, 6, 30, seed=6)
     assert {one.rung for one in plan} == {0, 1} and any(one.student for one in plan)
-    last = plans.following(known, tried, genomes, 4, 4, seed=5)
-    assert len(last) == 4 and all(one.rung == 1 for one in last)
+    last = plans.following(known, tried, genomes, 2, 2, seed=5)
+    assert len(last) == 2 and all(one.rung == 1 for one in last)
     assert len({(one.structure, one.rung) for one in [*plan, *genomes]}) == len(plan) + len(genomes)
 
 

@@ -25,7 +25,7 @@ from rarefy.quantization.mixed_precision import program
 HALVINGS = 12  # of the program's budget
 GENERATIONS, OFFSPRING, SURVIVORS = 5, 6, 2
 SHARES = (0.25, 1.0)  # of the images: of the first look at an offspring, and of the second
-SLACK = 1.02  # of the wanted cost
+SLACK = 0.02  # above the wanted cost, in shares of what pruning can save
 
 Levels = tuple[int, ...]
 
@@ -55,7 +55,7 @@ def planned(profile: Profile, cost: float) -> Levels:
 
 def refined(profile: Profile, network: Network, levels: Levels, seed: int) -> Levels:
     """Widths of about the same cost and a smaller error of the answers, by level switches."""
-    random, cap = np.random.default_rng(seed), SLACK * profile.cost(levels)
+    random, cap = np.random.default_rng(seed), cap_of(profile, levels)
     few, all_of_them = (max(2, round(share * len(network.images))) for share in SHARES)
 
     def error(one: Levels, count: int) -> float:
@@ -69,6 +69,11 @@ def refined(profile: Profile, network: Network, levels: Levels, seed: int) -> Le
             if (found := error(one, all_of_them)) < least:
                 best, least = one, found
     return best
+
+
+def cap_of(profile: Profile, levels: Levels) -> float:
+    """What refined widths may cost."""
+    return profile.cost(levels) + SLACK * (1 - profile.cost([0] * len(levels)))
 
 
 def switched(profile: Profile, levels: Levels, cap: float, random: np.random.Generator, steps: int = 1) -> Levels:

@@ -27,8 +27,6 @@ from rarefy import plugins
 from rarefy.compression.search.space import Family
 from rarefy.deployment.runtime import Kernel, Runtime
 from rarefy.errors import CheckFailed, InputError
-from rarefy.graph.macs import layer_macs
-from rarefy.graph.nodes import arguments, attribute
 from rarefy.pruning.groups.groups import Coupling, couple
 from rarefy.pruning.groups.slicing import cut
 from rarefy.pruning.latency_search import Bench
@@ -165,9 +163,7 @@ def _family(ranking: Ranking, index: int, name: str) -> Family:
 def measure(network: Network, runtime: Runtime, seed: int, progress: bool) -> Profile:
     """The table of costs and the sensitivities. Raises InputError where nothing can be pruned."""
     space = network.space()
-    samples, unit = _samples(network, space, runtime, seed)
-    options = design(space, seed)
-    table = fit(samples, np.stack([space.axes(option) for option in options]))
+    table, unit = _table(network, space, runtime, seed)
     rows = []
     whole = [one.widths[-1] for one in network.families]
     for index, one in track(list(enumerate(network.families)), len(whole), "sensitivities", progress):
@@ -177,14 +173,15 @@ def measure(network: Network, runtime: Runtime, seed: int, progress: bool) -> Pr
     return Profile(network.families, tuple(rows), unit, table.blocks, table.form, parts, space.fixed[table.axes])
 
 
-def _samples(network: Network, space: Space, runtime: Runtime, seed: int) -> tuple[list[list[Kernel]], str]:
-    """Kernels of the whole network and of five smaller ones, and what their "us" are."""
+def _table(network: Network, space: Space, runtime: Runtime, seed: int) -> tuple[Table, str]:
+    """Of the runtime's microseconds; of MACs, where it tells none, or none to be trusted."""
     if runtime.capabilities.has_kernel_times and network.families:
         try:
-            return _profiled(network, space, runtime, seed), "us"
+            samples = _profiled(network, space, runtime, seed)
+            return fit(samples, np.stack([space.axes(option) for option in design(space, seed)])), "us"
         except (InputError, CheckFailed):
-            pass  # no profile to be had, or none to be trusted
-    return _counted(network, space, seed), "MACs"
+            pass
+    return macs_table(network), "MACs"
 
 
 def _profiled(network: Network, space: Space, runtime: Runtime, seed: int) -> list[list[Kernel]]:
@@ -204,23 +201,19 @@ def _profiled(network: Network, space: Space, runtime: Runtime, seed: int) -> li
     return samples
 
 
-def _counted(network: Network, space: Space, seed: int) -> list[list[Kernel]]:
-    """MACs in place of microseconds."""
-    return [_products(network.at(space.kept(option).tolist())) for option in design(space, seed)]
+def macs_table(network: Network) -> Table:
+    """MACs are sums of products of widths; those of more than two are taken at the whole network's other widths."""
+    macs, count = network.ranking.costs.macs, len(network.ranking.costs.axes)
+    whole = np.append(network.ranking.costs.widths(np.ones(network.coupling.count, dtype=bool)), 1.0)
+    form = np.zeros((count + 1, count + 1))
+    for coefficient, factors in zip(macs.coefficients, macs.factors, strict=True):
+        named = [int(factor) % (count + 1) for factor in factors if factor >= 0]
+        one, other, *rest = [*named, count, count]
+        form[one, other] += coefficient * float(whole[rest].prod())
+    return Table(np.arange(count), np.ones(count), form, 0.0, 1.0)
 
 
 def _is_sound(samples: Sequence[Sequence[Kernel]]) -> bool:
     """Was the machine quiet enough? Every smaller network is to take less time than the whole one."""
     whole, *smaller = (sum(kernel.us for kernel in sample) for sample in samples)
     return all(one < whole for one in smaller)
-
-
-def _products(graph: fx.GraphModule) -> list[Kernel]:
-    """The layers as kernels whose time is their MACs."""
-    nodes = {node.name: node for node in graph.graph.nodes}
-    found = []
-    for name, count in layer_macs(graph).items():
-        source = arguments(nodes[name]).get("weight")
-        shape = list(attribute(graph, source).shape) if isinstance(source, fx.Node) and source.op == "get_attr" else []
-        found.append(Kernel(name, str(nodes[name].target), [shape], float(count)))
-    return found

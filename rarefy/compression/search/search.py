@@ -142,7 +142,7 @@ def _claim(
     file = path / SETTINGS
     with alone(path / "plans"):
         ours = {
-            **_identity(setting),
+            **{name: value for name, value in _identity(setting).items() if name != "recipe"},
             "lengths": dataclasses.asdict(setting.lengths),
             "strategy": strategy,
             "storage": storage,
@@ -157,8 +157,8 @@ def _claim(
                 )
         elif any(one.name not in ("plans", ".lock") for one in path.iterdir()):
             raise InputError(f"{path}: is in use for something else; name another folder")
-        known = read_json(file) if file.exists() else {"host": host(), "title": setting.title, "recipe": recipe}
-        kept = {name: known[name] for name in ("host", "title", "recipe")}
+        known = read_json(file) if file.exists() else {"host": host(), "title": setting.title}
+        kept = {name: known[name] for name in ("host", "title")}
         if recipe and not (path / RECIPE).exists():
             (path / RECIPE).write_text(recipe, encoding="utf-8")
         write_json(file, {**ours, **kept, "trials": trials, "minutes": minutes})
