@@ -54,6 +54,9 @@ test-gpu: $(READY)
 
 # examples/, built and run with what is there: a compiler, node, a browser; says what is missing, and passes.
 examples: $(READY)
+	@if command -v npm >/dev/null; then npm ci --silent --no-audit --no-fund --prefix examples/web || echo "no web example: npm ci failed"; \
+	  else echo "no web example: there is no npm"; fi
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt fastapi uvicorn || echo "no service: pip install failed"
 	$(PYTEST) tests/examples
 
 lint: $(READY)

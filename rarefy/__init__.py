@@ -35,6 +35,8 @@ _HOMES = {
     "export": "rarefy.deployment.export",
     "certify": "rarefy.evaluation.certify",
     "report": "rarefy.reports.report",
+    "push": "rarefy.evaluation.hub",
+    "pull": "rarefy.evaluation.hub",
     "RarefyError": "rarefy.errors",
 }
 # name -> module that it is
@@ -55,6 +57,8 @@ __all__ = [
     "mask",
     "measure",
     "prune",
+    "pull",
+    "push",
     "quantize",
     "report",
     "save",
@@ -76,6 +80,7 @@ if TYPE_CHECKING:
     from rarefy.errors import RarefyError
     from rarefy.evaluation.certify import certify
     from rarefy.evaluation.evaluate import evaluate
+    from rarefy.evaluation.hub import pull, push
     from rarefy.evaluation.measure import measure
     from rarefy.models import load as sources
     from rarefy.pruning.mask import mask

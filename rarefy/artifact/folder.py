@@ -86,12 +86,12 @@ def save(
     still there.
     """
     target = Path(os.path.realpath(folder))
-    _check_replaceable(target)
+    check_replaceable(target)
     text, tensors = _files_of(graph, entropy, f"{target}: ")
     extra = _checked_manifest(manifest or {}, files or {})
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(target, durable=True, folder=True, check=lambda: _check_replaceable(target)) as temporary:
+        with replacing(target, durable=True, folder=True, check=lambda: check_replaceable(target)) as temporary:
             (temporary / GRAPH).write_bytes(text)
             safetensors.torch.save_file(tensors, temporary / WEIGHTS)
             shutil.copymode(temporary / GRAPH, temporary / WEIGHTS)  # as the user's umask has it; theirs is 0600
@@ -239,7 +239,8 @@ def is_artifact(folder: str | os.PathLike[str]) -> bool:
     return is_saved(folder)
 
 
-def _check_replaceable(target: Path) -> None:
+def check_replaceable(target: Path) -> None:
+    """Raises InputError for what is there and is not ours."""
     if not os.path.lexists(target):
         return
     if not target.is_dir():
@@ -256,6 +257,7 @@ def _check_replaceable(target: Path) -> None:
             "report.html",
             "report.json",
             "predict.py",
+            "README.md",
         }
     except FormatError as error:
         raise InputError(

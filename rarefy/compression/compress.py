@@ -45,7 +45,7 @@ from rarefy.compression.steps import FLOAT_ONLY, QUANTISED, check_steps
 from rarefy.deployment import description, latency
 from rarefy.deployment.runtime import Runtime
 from rarefy.errors import InputError
-from rarefy.evaluation import measure
+from rarefy.evaluation import card, measure
 from rarefy.evaluation.corruptions import fits
 from rarefy.graph.nodes import is_graph
 from rarefy.kernels import is_quantised
@@ -83,7 +83,7 @@ class Result:
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """The folder of ``artifact.save``, with the exported file, ``report.html`` and ``report.json``.
 
-        And ``predict.py``, where the file takes pictures.
+        And ``README.md``, and ``predict.py``, where the file takes pictures.
         """
         files: dict[str, bytes | Path] = {
             self.model.name: self.model,
@@ -93,6 +93,7 @@ class Result:
         program = description.program_for(self.graph, self.model.name)
         if program is not None and self.model.suffix == ".onnx":
             files[description.PROGRAM] = program.encode()
+        files[card.README] = card.text(self.graph, self.report, files).encode()
         return folder_.save(self.graph, folder, manifest=self.manifest, files=files)
 
 

@@ -88,7 +88,7 @@ def lines_of(text: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for line in text.splitlines():
         path, _, said = line.partition(".png: ")
-        found.setdefault(Path(path).name, []).append(said)
+        found.setdefault(f"{Path(path).name}.png", []).append(said)
     return found
 
 
