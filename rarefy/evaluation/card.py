@@ -1,9 +1,9 @@
 """README.md of a model: what it is, what was measured of it, how it is fed, which files there are, and its licences.
 
-It is written from what the folder says of itself: the graph (``deployment/description.py``), its history, and the report
-where one lies beside it. Its head is the YAML that the Hugging Face hub reads of a model card. What names of classes,
-layers and files say is text, whatever marks they hold. The licence of a model is its owner's to say: ``unknown`` stands
-there until somebody does (``rarefy card FOLDER --license apache-2.0``).
+It is written from what the folder says of itself: the graph (``deployment/description.py``), its history, and the
+report where one lies beside it. Its head is the YAML that the Hugging Face hub reads of a model card. What names of
+classes, layers and files say is text, whatever marks they hold. The licence of a model is its owner's to say:
+``unknown`` stands there until somebody does (``rarefy card FOLDER --license apache-2.0``).
 """
 
 from __future__ import annotations
@@ -51,8 +51,10 @@ Rows = Sequence[Sequence[object]]
 def text(
     graph: fx.GraphModule, facts: Mapping[str, object] | None = None, files: Collection[str] = (), license: str = ""
 ) -> str:
-    """The page. facts: of the report (``rarefy/reports/facts.py``). files: names of the folder's. license: of the model,
-    as the hub spells it (``apache-2.0``).
+    """The page.
+
+    facts: of the report (``rarefy/reports/facts.py``). files: names of the folder's. license: of the model, as the hub
+    spells it (``apache-2.0``).
 
     Raises InputError for a licence that is none, FormatError for facts that are none.
     """
@@ -149,7 +151,7 @@ def _fed(told: Mapping[str, Value]) -> str:
     known = told.get("feed", told.get("preprocessing"))
     if isinstance(known, Mapping):
         rows += [(str(key), plain(value)) for key, value in known.items()]
-    code = '```python\nimport rarefy\n\nmodel = rarefy.load("FOLDER")  # an nn.Module; nothing in the folder is executed\n```'
+    code = '```python\nimport rarefy\n\nmodel = rarefy.load("FOLDER")  # an nn.Module; no code of the folder runs\n```'
     return "\n".join(["## How to feed it", "", *_table(("what", "value"), rows), "", code, ""])
 
 

@@ -2,8 +2,8 @@
 
 What goes up is what the manifest lists, the manifest, the signature, and a model card; nothing else of the folder, in
 one commit. What comes down is what the manifest of one commit lists: names and sizes are compared before anything is
-fetched, each file is as the manifest has it, and with a key as its owner signed it, before it takes its place. Other files
-of the repository (a pickle, code) are neither fetched nor opened.
+fetched, each file is as the manifest has it, and with a key as its owner signed it, before it takes its place. Other
+files of the repository (a pickle, code) are neither fetched nor opened.
 
 Where and as whom is ``huggingface_hub``'s to know: ``HF_ENDPOINT``, ``HF_TOKEN``, ``hf auth login``.
 """
@@ -35,9 +35,11 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 def push(folder: str | os.PathLike[str], repo: str, *, private: bool = True, license: str = "") -> str:
     """Put a saved folder into the hub's repository ``repo`` ("owner/name"), which is made where there is none.
 
-    private: who makes a repository decides who sees it; True: nobody else. license: of the card, where the folder has no
-    README.md of its own. Returns the address of the commit. Raises FormatError for a folder that is not as it was saved,
-    InputError where the hub refuses.
+    private: who makes a repository decides who sees it; True: nobody else. license: of the card, where the folder has
+    no README.md of its own.
+
+    Returns the address of the commit. Raises FormatError for a folder that is not as it was saved, InputError where the
+    hub refuses.
     """
     hub = _hub(repo)
     with hold(folder) as held, tempfile.TemporaryDirectory(prefix="rarefy-") as place:
