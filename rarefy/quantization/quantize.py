@@ -353,7 +353,10 @@ def _equalize(graph: fx.GraphModule, images: Images, plan: Formats) -> tuple[int
     batch = images.first(2 * EQUALIZED)
     few, others = (list(images.pieces([tuple(x[half::2] for x in batch)])) for half in (0, 1))
     doubled = split_channels.double(graph, few, plan.values, plan.layers)
-    return equalization.equalize(graph, few, plan.values, plan.layers, others if len(batch[0]) > 1 else ()), doubled
+    held_out = others if len(batch[0]) > 1 else ()
+    # what doubling has spread out is not to be squeezed again
+    equalized = equalization.equalize(graph, few, plan.values, plan.layers, held_out, across_clips=not doubled)
+    return equalized, doubled
 
 
 def recorded(

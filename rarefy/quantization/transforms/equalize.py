@@ -4,8 +4,8 @@ of them.
 After 1906.04721, but along whole streams: values that only operators without a mind for a positive factor a channel lie
 between (ReLU, addition, pooling). Where layers alone make them and layers alone read them, channel c of all that is
 made is divided and of all that reads it multiplied by s_c. Linear bottlenecks with what is added around them
-(MobileNetV2, EfficientNet-Lite) are such streams, and so are a residual network's between two reductions; ReLU6 and
-hardswish end one.
+(MobileNetV2, EfficientNet-Lite) are such streams, and so are a residual network's between two reductions; hardswish
+ends one. ReLU6 is ReLU for a channel that stays below 6: such channels are scaled with room to 6, and no others.
 
 With one scale an output channel the layers that make a stream round as before. What changes is the noise of the rounded
 values x, and of the weights that read them:
@@ -22,7 +22,8 @@ weight tensor has one scale: here they cost EfficientNet-Lite 0.2 to 0.4 dB.)
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -34,6 +35,7 @@ from rarefy.graph.nodes import Value, argument, attribute
 from rarefy.graph.shapes import shapes
 from rarefy.quantization.formats import Grid
 from rarefy.quantization.observers import channel_axis
+from rarefy.quantization.placement import clip_bounds
 from rarefy.quantization.transforms.channel_scales import is_scaling
 
 aten = torch.ops.aten
@@ -42,6 +44,9 @@ SHARES = (1.0, 0.75, 0.5, 0.25)  # a above
 LEAST = 0.01  # share of the noise that is won, or nothing is changed
 FLAT = -6.0  # of SiLU and GELU: what is below makes 0.015 at most
 WIDEST = 1e3  # a factor's bound, either way
+ROOM = 4.0  # times the largest number seen of a channel is where a clip may come to lie: a rare one is larger
+NARROWEST = 0.25  # a factor's bound there
+_CLIPS = {aten.relu6.default, aten.hardtanh.default, aten.clamp.default}
 _CARRY = {
     aten.relu.default, aten.add.Tensor, aten.pad.default, aten.max_pool2d.default, aten.avg_pool2d.default,
     aten.adaptive_avg_pool2d.default, aten.flatten.using_ints,
@@ -64,17 +69,19 @@ def equalize(
     rounded: Mapping[fx.Node, Grid],
     layers: Mapping[fx.Node, Grid],
     held_out: Iterable[tuple[Tensor, ...]] = (),
+    across_clips: bool = True,
 ) -> int:
     """Equalise ``graph`` (folded, for inference) in place; returns how many streams were.
 
     batches: inputs that tell how large channels get. rounded: values that will be, and the grid; layers: those whose
     weights will be. held_out: inputs that judge what the others say (a channel that seemed dead on those may be alive);
-    none: the same.
+    none: the same. across_clips: False leaves streams with ReLU6 as they are.
     """
     found = [
         stream
         for stream in streams(graph)
         if not layers.keys().isdisjoint(stream.readers) and not rounded.keys().isdisjoint(stream.values)
+        if across_clips or all(_top(value) is None for value in stream.values)
     ]
     axes = {value: stream.axis for stream in found for value in (*stream.values, *stream.readers)}
     seen = sizes(graph, axes, batches) if found else {}
@@ -134,7 +141,11 @@ def _stream(graph: fx.GraphModule, first: fx.Node, known: Mapping[fx.Node, Value
 
 def _carries(node: fx.Node, known: Mapping[fx.Node, Value], axis: int) -> bool:
     """Does f(x / s) = f(x) / s hold, a channel?"""
-    if node.op != "call_function" or node.target not in _CARRY or node.kwargs:
+    if node.op != "call_function":
+        return False
+    if _top(node) is not None:
+        return True
+    if node.target not in _CARRY or node.kwargs:
         return False
     if node.target is aten.pad.default and padding_of(node) != 0:
         return False
@@ -144,6 +155,14 @@ def _carries(node: fx.Node, known: Mapping[fx.Node, Value], axis: int) -> bool:
             other == shape for other in sources
         )
     return axis == 1 and sources[0][:2] == shape[:2]
+
+
+def _top(node: fx.Node) -> float | None:
+    """Where a clip to 0 and above ends; None for what is none."""
+    if node.op != "call_function" or node.target not in _CLIPS:
+        return None
+    low, high = clip_bounds(node)
+    return high if low == 0 and 0 < high < math.inf else None
 
 
 def owns(graph: fx.GraphModule, layer: fx.Node) -> bool:
@@ -262,6 +281,7 @@ def _equalize(
     for share in SHARES:
         s = torch.where(usable, largest, 1.0) ** share / torch.where(usable, columns, 1.0) ** (1 - share)
         s = torch.where(usable, s / s[usable].log().mean().exp(), 1.0).clamp(1 / WIDEST, WIDEST)
+        s = _below_tops(stream, s, largest, usable, (seen, sizes))
         if (made := noise(s)) < best:
             best, factor = made, s
     if factor is None:
@@ -275,6 +295,22 @@ def _equalize(
             tensor = attribute(graph, argument(reader, "weight"))
             tensor.copy_(tensor.double() * _along(factor, tensor, dense))
     return True
+
+
+def _below_tops(
+    stream: Stream, s: Tensor, largest: Tensor, usable: Tensor, seen: Sequence[Mapping[fx.Node, Size]]
+) -> Tensor:
+    """Factors that no clip of the stream notices: none of a channel that it cuts, and room for the others.
+
+    The widest channel stays as wide as it is.
+    """
+    tops = [(value, top) for value in stream.values if (top := _top(value)) is not None]
+    if not tops:
+        return s
+    s = s * (largest / s)[usable].amax() / largest[usable].amax()
+    shares = torch.stack([one[value].hi / top for value, top in tops for one in seen]).amax(0)  # 1: it is cut
+    s = torch.where(shares < 1, torch.maximum(s, (ROOM * shares).clamp_min(NARROWEST)), 1.0)
+    return torch.where(usable, s, 1.0)
 
 
 def _columns(weight: Tensor, dense: bool) -> Tensor:
