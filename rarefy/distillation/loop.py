@@ -334,7 +334,7 @@ def _placed(job: Job, bf16: bool, layout: torch.memory_format) -> Objective:
     objective = Objective(job.student, job.teachers, job.task, job.training, job.losses, bf16)
     if job.accelerator.num_processes > 1 and job.training.sync_norm == "yes":
         synchronised(objective.student)
-    for one in (objective.teachers, objective.adapters):
+    for one in (objective.teachers, objective.adapters, objective.rests):
         _lay_out(one.to(job.device), layout)
     return objective
 
