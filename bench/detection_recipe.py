@@ -154,9 +154,9 @@ def headed(source: Path, file: Path, classes: int) -> None:
 
 def task_of(home: Path, data: str, workers: int = 0) -> Detection:
     """Judged on pictures that training never sees."""
-    parts = {"train": Pictures(home / data, "train"), "val": Pictures(home / data, "test")}
+    known, judged_on = Pictures(home / data, "train"), Pictures(home / data, "test")
     text = f"yolox:classes={len(CLASSES[data])},size={SIDE}/{SIDE}"
-    return Detection(**parts, augment="flip,scale=0.5,photometric", detector=text, workers=workers)
+    return Detection(known, judged_on, augment="flip,scale=0.5,photometric", detector=text, workers=workers)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -232,7 +232,7 @@ def judged(cell: Cell, home: Path, times: bool) -> dict[str, Any]:
             found.add(session.outputs(images), targets)
         scores[name] = found
         row[name] = {
-            "ap": 100 * found.value(), "ap50": 100 * (found.details()["ap50"] or 0.0), "bytes": raw.stat().st_size,
+            "ap": 100 * found.value(), "ap50": 100 * float(str(found.details()["ap50"] or 0.0)), "bytes": raw.stat().st_size,
             "macs": count_macs(graph) / count_macs(original),
         }  # fmt: skip
         if times and (name == "original" or name.endswith("-int8")):
