@@ -1,4 +1,4 @@
-# make demo | test | test-all | examples | lint | types | audit | test-gpu | bench | bench-gpu | bench-setup | clean
+# make demo | test | test-all | examples | site | lint | types | audit | test-gpu | bench | bench-gpu | bench-setup | clean
 # Each target sets up its own environment in .venv, from pyproject.toml and constraints.txt, and again only when these change.
 
 # The first of these that is 3.11 or newer and can make an environment; PYTHON=... names another.
@@ -14,7 +14,7 @@ AUDIT  := .venv-audit
 FILES  := .venv-weights
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-all examples lint types audit format test-gpu bench bench-gpu bench-setup clean
+.PHONY: demo test test-all examples site lint types audit format test-gpu bench bench-gpu bench-setup clean
 
 # $(call make_venv,FOLDER)
 define make_venv
@@ -51,6 +51,12 @@ test-all: $(READY)
 
 test-gpu: $(READY)
 	$(PYTEST) -m gpu
+
+# The documentation site in build/site, warnings being errors; says so and passes where mkdocs can't be had.
+site: $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]' \
+	  && NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict \
+	  || { $(BIN)/python -c 'import mkdocs' 2>/dev/null && exit 1; echo "no site: mkdocs-material can't be installed"; }
 
 # examples/, built and run with what is there: a compiler, node, a browser; says what is missing, and passes.
 examples: $(READY)

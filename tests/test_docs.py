@@ -53,7 +53,7 @@ def commands(file: str, *languages: str) -> list[list[str]]:
     return [shlex.split(line)[1:] for line in lines if line.startswith("rarefy ")]
 
 
-@pytest.mark.parametrize("file", ["README.md", "docs/tutorial.md"])
+@pytest.mark.parametrize("file", ["README.md", "docs/tutorial.md", "docs/guides.md", "docs/recipes.md"])
 def test_every_command_is_one_that_there_is(file: str) -> None:
     group = typer.main.get_command(main.app)
     found = commands(file, "sh")
@@ -86,11 +86,28 @@ def test_every_recipe_is_one(tmp_path: Path) -> None:
             assert recipe.read(tmp_path / "recipe.toml").steps
 
 
-@pytest.mark.parametrize("file", ["README.md", "docs/tutorial.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize(
+    "file", ["README.md", "CONTRIBUTING.md", *(f"docs/{one.name}" for one in ROOT.glob("docs/*.md"))]
+)
 def test_every_link_leads_somewhere(file: str) -> None:
     text = (ROOT / file).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         assert target.startswith("https://") or ((ROOT / file).parent / target).exists(), target
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="the site needs the extra `docs`")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"], check=False, cwd=ROOT,
+        capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
+    assert "rarefy.compress" in page and "rarefy.pull" in page
+    pages = {one.stem for one in (ROOT / "docs").glob("*.md")} - {"index"}
+    assert pages <= {one.name for one in (tmp_path / "site").iterdir()}
+    named = re.findall(r": ([a-z]+)\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    assert {*named} == pages | {"index", "api"}  # each page is found from every other
 
 
 def test_every_make_target_is_one_that_there_is() -> None:
