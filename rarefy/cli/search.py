@@ -176,15 +176,15 @@ def compare(
     """Reports side by side: accuracy with its interval, latency, size, and what each is against its own original."""
     from rarefy.cli.judge import _recorded
     from rarefy.cli.outputs import claim_file
-    from rarefy.reports import side_by_side
+    from rarefy.reports import shown
 
     if len(folders) < 2:
         raise InputError("compare: give two folders at least")
     target = claim_file(output, (".html", ".htm")) if output is not None else None
     told = {name: _recorded(Path(name), None) for name in dict.fromkeys(folders)}
-    table = side_by_side.table(told)
+    table = shown.compared(told)
     if target is not None:
-        target.write_text(side_by_side.html(table), encoding="utf-8")
+        target.write_text(shown.html(table), encoding="utf-8")
     if as_json:
         show_json({"columns": table.columns, "rows": table.rows, "warnings": table.warnings})
         return

@@ -51,6 +51,7 @@ from rarefy.graph.nodes import is_graph
 from rarefy.kernels import is_quantised
 from rarefy.models import fitting
 from rarefy.reports import report as report_module
+from rarefy.reports import shown
 from rarefy.reports.facts import Facts, status
 from rarefy.tasks.detector import capture
 from rarefy.tasks.task import Task, settled
@@ -79,6 +80,18 @@ class Result:
     def met(self) -> bool:
         """Was no goal missed? One that the images do not show is not missed; ``report["verdict"]`` tells it."""
         return all(status(goal) != "missed" for goal in self.report["goals"])
+
+    def __str__(self) -> str:
+        """The verdict, and before and after."""
+        return report_module.summary(self.report).rstrip()
+
+    def _repr_html_(self) -> str:
+        """For a notebook: the same as a table."""
+        return shown.table(self.report)
+
+    def plot(self) -> shown.Picture:
+        """All that was found, as a notebook draws it; ``plot().save("front.svg")`` writes it."""
+        return shown.frontier(self.report)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """The folder of ``artifact.save``, with the exported file, ``report.html`` and ``report.json``.

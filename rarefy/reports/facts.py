@@ -79,9 +79,7 @@ class Evaluation(TypedDict, total=False):
 
 
 class Throughput(TypedDict, total=False):
-    """Images a second of one process with so many threads, at the batch at which it answers most."""
-
-    batch: int
+    batch: int  # at which one process answers most images a second
     per_second: float
     threads: int
 
@@ -213,10 +211,9 @@ class Facts(TypedDict, total=False):
     """All that a report shows.
 
     title: what was compressed. warnings: what makes the comparison worthless, such as an original without its weights.
-    before, after: the original and the result. robustness: {"before", "after": {corruption: {severity: value}}}, taken
-        from the
-    evaluations where missing. prices, about: what costs are reckoned by, and who made it (``prices.py``). provenance: {"environment": {}, "hashes": {}, "commands": [], "seed", "recipe",
-    "created", ...}.
+    before, after: the original and the result. robustness: {"before", "after": {corruption: {severity: value}}}, from
+    the evaluations where missing. prices, about: what costs are reckoned by, who made it (``prices.py``).
+    provenance: {"environment": {}, "hashes": {}, "commands": [], "seed", "recipe", "created", ...}.
     """
 
     title: str
@@ -231,8 +228,8 @@ class Facts(TypedDict, total=False):
     curves: list[Curve]
     parity: Parity | None
     robustness: Mapping[str, Mapping[str, Mapping[str, float | None]]]
-    prices: Mapping[str, Json]
-    about: Mapping[str, Json]
+    prices: Table
+    about: Table
     provenance: Mapping[str, Json]
 
 

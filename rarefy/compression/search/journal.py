@@ -65,17 +65,15 @@ class Journal:
     def __init__(self, folder: Path, url: str | None, seed: int, kind: str = "tpe") -> None:
         needs_optuna()
         import optuna
-        from optuna import samplers
 
+        self.seed, self.kind = seed, kind
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        sampler = samplers.RandomSampler(seed=seed) if kind == "random" else samplers.TPESampler(seed=seed)
         try:
             self.study: Study = optuna.create_study(
                 storage=_storage(folder, url),
                 study_name=STUDY if url is None else f"{STUDY} {folder.resolve().name}",
                 directions=["minimize"] * 3,
                 load_if_exists=True,
-                sampler=sampler,
             )
         except Exception as error:
             if url is None:
@@ -86,7 +84,7 @@ class Journal:
         self, genomes: Sequence[Genome], space: Mapping[str, BaseDistribution], fixed: Mapping[str, float | str]
     ) -> None:
         """Put these in the list, with plain parameters that Optuna chooses. fixed: those of the first ones."""
-        first = len(self.study.get_trials(deepcopy=False))
+        first = self._seeded()
         for genome in genomes:
             if fixed:
                 self.study.enqueue_trial(dict(fixed))
@@ -98,12 +96,22 @@ class Journal:
         self, count: int, space: Mapping[str, BaseDistribution], genome: Callable[[dict[str, object]], Genome]
     ) -> None:
         """So many that Optuna chooses altogether. genome: of the parameters."""
-        first = len(self.study.get_trials(deepcopy=False))
+        first = self._seeded()
         for _ in range(count):
             trial = self.study.ask(dict(space))
             trial.set_user_attr("first", first)
             plain = {name: trial.params[name] for name in ("lr", "criterion")}
             trial.set_user_attr("genome", {**genome(trial.params).to_json(), "params": plain})
+
+    def _seeded(self) -> int:
+        """How many trials there are; what is asked for next hangs on that and the seed, not on what this process asked."""
+        from optuna import samplers
+
+        count = len(self.study.get_trials(deepcopy=False))
+        seed = 1000 * self.seed + count
+        plain = self.kind == "random"
+        self.study.sampler = samplers.RandomSampler(seed=seed) if plain else samplers.TPESampler(seed=seed)
+        return count
 
     def trials(self) -> list[Trial]:
         found = []

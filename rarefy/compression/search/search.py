@@ -82,9 +82,7 @@ def search(
     storage: where trials are written, ``postgresql://...`` or ``grpc://host:port``; None: a journal in the folder.
     strategy: ``evolution``; or ``tpe`` (Optuna's alone) or ``random``, over the same space, to compare with.
     recipe: the recipe's text, by which ``rarefy worker`` finds model and data again.
-    on_event: called with "trial" and its facts when one is done, "saved" when a point is.
-
-    Raises InputError for what can't be done, or a folder of another search.
+    on_event: called with "trial" and its facts when one is done, "saved" when a point is. Raises InputError for what can't be done, or a folder of another search.
     """
     needs_optuna()
     _check(trials, minutes, epochs, strategy)
@@ -97,15 +95,13 @@ def search(
     graph = description.remember(capture(model, example).eval(), task)
     if is_quantised(graph):
         raise InputError("search: the model is quantised already; give its float original")
-    count = task.data.length("train")
-    labels = {} if task.data.labelled("train") else {"hard_weight": 0.0}
     setting = Setting(
         folder=Path(folder),
         graph=graph,
         task=task,
         budget=budget or Budget(),
         runtime=latency.with_threads(runtime),
-        lengths=Lengths(max(1, epochs // FASTER), epochs, min(128, count), **labels),
+        lengths=_lengths(task, epochs),
         seed=seed,
         device=None if device is None else str(device),
         title=title,
@@ -115,6 +111,11 @@ def search(
     )
     _claim(setting, trials, minutes, strategy, storage, recipe)
     return Worker(setting, on_event).work()
+
+
+def _lengths(task: Task, epochs: int) -> Lengths:
+    labels = {} if task.data.labelled("train") else {"hard_weight": 0.0}
+    return Lengths(max(1, epochs // FASTER), epochs, min(128, task.data.length("train")), **labels)
 
 
 def _check(trials: int | None, minutes: float | None, epochs: int, strategy: str) -> None:
