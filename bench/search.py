@@ -5,7 +5,8 @@ table of costs, and are timed the same way; a random recipe draws each family's 
 the learning rate and the criterion.
 
 * ``files``: of the front, each saved and verified.
-* ``beaten``: points of the front that a random recipe of at most their latency betters by more than the point's interval.
+* ``beaten``: points of the front that a random recipe of at most their latency betters by more than the point's
+  interval.
 * ``hypervolume``: of 1 - accuracy and latency in shares of the original's, below a reference of 0.2 and 1.05.
 
     python bench/search.py --check              24 trials, a quarter of an hour on two cores

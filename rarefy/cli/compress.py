@@ -56,8 +56,7 @@ def compress(
     search: Annotated[
         str | None,
         typer.Option(
-            metavar="LONG",
-            help="Try many recipes, and keep the front: 60min or 2h of work, or so many trials, 40. See `rarefy front`.",
+            metavar="LONG", help="Try many recipes, and keep the front: 60min or 2h of work, or so many trials, 40."
         ),
     ] = None,
     epochs: Annotated[

@@ -114,7 +114,8 @@ def _show_front(found: Front, points: Sequence[Point]) -> None:
     )
     show_table(f"{about['title'] or found.folder}, on {about['host']}, {about['runtime']}", columns, rows)
     say(
-        f"{len(found.best)} of {len(found.points)} points are beaten by none, judged on {about['samples']:,} images; energy "
+        f"{len(found.best)} of {len(found.points)} points are beaten by none, judged on {about['samples']:,} "
+        f"images; energy "
         f"is an estimate, at {prices.watts_per_core:g} W a core"
     )
 

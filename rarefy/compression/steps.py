@@ -33,7 +33,8 @@ REPLACED = frozenset({"student"})
 class Context:
     """What a run hands to each of its steps, beside the model.
 
-    teachers: the original first, with their weights. checkpoint: a folder that a training may use, to go on after a kill.
+    teachers: the original first, with their weights. checkpoint: a folder that a training may use, to go on after a
+    kill.
     device: where training runs; None: where the verb likes.
     """
 

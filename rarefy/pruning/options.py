@@ -65,7 +65,8 @@ class Target:
         """Of a target that is one number. Raises InputError for shares by layer."""
         if isinstance(self.value, Mapping):
             raise InputError(
-                "keep= by layer is nothing that this schedule can divide; give one share, such as keep=0.5, or schedule=oneshot"
+                "keep= by layer is nothing that this schedule can divide; give one share, such as keep=0.5, or "
+                "schedule=oneshot"
             )
         return self.value
 

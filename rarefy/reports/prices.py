@@ -75,7 +75,10 @@ class Prices:
         return self.watts_per_core * milliseconds * max(1, threads)
 
     def for_load(self, per_second: float, threads: int = 1) -> Load:
-        """What serves the requests. per_second: images that one process with so many threads answers, at its best batch."""
+        """What serves the requests.
+
+        per_second: images that one process with so many threads answers, at its best batch.
+        """
         cores = max(1, math.ceil(self.requests_per_second / (self.load * per_second))) * max(1, threads)
         busy = self.requests_per_second / per_second * max(1, threads)  # cores at work, in the mean
         kwh = self.watts_per_core * busy * HOURS_A_MONTH / 1000
@@ -122,7 +125,8 @@ def of(told: Mapping[str, object], where: str = "prices") -> tuple[Prices, About
         raise InputError(
             f"{where}: [prices]: load is a share up to 1, requests_per_second and cores_per_server above 0"
         )
-    return dataclasses.replace(found, cores_per_server=int(found.cores_per_server)), About(**about)  # type: ignore[typeddict-item]
+    named: About = {**about}  # type: ignore[typeddict-item]  # checked above
+    return dataclasses.replace(found, cores_per_server=int(found.cores_per_server)), named
 
 
 def _table(value: object, where: str) -> Mapping[str, object]:
@@ -154,7 +158,8 @@ def view(facts: Facts) -> CostView | None:
     rows = list(zip(labels, before, sides[1], strict=True))
     remark = (
         f"Throughput was measured on one machine. Assumed, not measured: {short(prices.watts_per_core)} W a busy core, "
-        f"{short(prices.euros_per_kwh)} {prices.currency} a kWh, {short(prices.euros_per_core_hour)} {prices.currency} a "
+        f"{short(prices.euros_per_kwh)} {prices.currency} a kWh, {short(prices.euros_per_core_hour)} "
+        f"{prices.currency} a "
         f"core and hour, cores loaded to {100 * prices.load:.0f} %; a table of your own replaces them "
         "(rarefy report FOLDER --prices FILE)."
     )

@@ -44,7 +44,8 @@ profile._table = lambda network, space, runtime, seed: (profile.macs_table(netwo
 task = Classification(train="sklearn:digits", val="sklearn:digits", augment="none")
 torch.manual_seed(0)
 net = capture(demo.model(width=8), torch.zeros(2, 1, 8, 8))
-search(net, task, folder=sys.argv[1], trials=int(sys.argv[2]), epochs=2, seed=3, corruptions=[], budget=Budget(max_drop=0.5))
+search(net, task, folder=sys.argv[1], trials=int(sys.argv[2]), epochs=2, seed=3, corruptions=[],
+       budget=Budget(max_drop=0.5))
 """
 
 

@@ -205,7 +205,13 @@ def point(number: int, drop: float, ms: float, size: int) -> front.Point:
     )
 
 
-POINTS = [point(0, 0.0, 9.0, 4_000_000), point(1, 0.004, 4.0, 1_500_000), point(2, 0.03, 2.0, 700_000), point(3, 0.05, 4.5, 2_000_000), point(4, 0.004, 4.0, 1_500_000)]  # fmt: skip
+POINTS = [
+    point(0, 0.0, 9.0, 4_000_000),
+    point(1, 0.004, 4.0, 1_500_000),
+    point(2, 0.03, 2.0, 700_000),
+    point(3, 0.05, 4.5, 2_000_000),
+    point(4, 0.004, 4.0, 1_500_000),
+]
 
 
 def test_the_beaten_are_marked_and_of_two_alike_one_stays() -> None:
@@ -216,7 +222,8 @@ def test_the_beaten_are_marked_and_of_two_alike_one_stays() -> None:
 
 @pytest.mark.parametrize(
     ("wish", "number"),
-    [("5ms", 1), ("5000us", 1), ("3 ms", 2), ("drop=0.5%", 1), ("drop=0.03", 2), ("1MB", 2), ("2MB", 1), ("5x", 2), ("#0", 0), ("2", 2)],
+    [("5ms", 1), ("5000us", 1), ("3 ms", 2), ("drop=0.5%", 1), ("drop=0.03", 2),
+     ("1MB", 2), ("2MB", 1), ("5x", 2), ("#0", 0), ("2", 2)],
 )  # fmt: skip
 def test_a_wish_picks_a_point(wish: str, number: int) -> None:
     best = [one for one in front.mark(POINTS) if not one["beaten"]]

@@ -1,13 +1,18 @@
 """Where a search begins: widths for a given cost, before anything is trained.
 
-    minimise  sum_f e_f(w_f)    such that   sum_f c_f(w_f) <= budget        (HiGHS; e measured, c linear about the whole)
+    minimise  sum_f e_f(w_f)    such that   sum_f c_f(w_f) <= budget        (HiGHS; e measured, c linear about the
+    whole)
 
-The cost of a network is no sum over its families (a layer's time is a product of what it reads and makes), so the budget
+The cost of a network is no sum over its families (a layer's time is a product of what it reads and makes), so the
+budget
 of the program is bisected until the table's own cost of what it chose is the wanted one.
 
-Nor do errors add up, so the program's answer is where **level switches** begin (EvoPress, arXiv 2410.14649): a family goes
-up a width, others down until the cost is the wanted one again; of a handful of such offspring those with the least error
-of the whole network's answers on a few images are looked at on more (growing data), and the best goes on, if it is better
+Nor do errors add up, so the program's answer is where **level switches** begin (EvoPress, arXiv 2410.14649): a family
+goes
+up a width, others down until the cost is the wanted one again; of a handful of such offspring those with the least
+error
+of the whole network's answers on a few images are looked at on more (growing data), and the best goes on, if it is
+better
 than its parent. Nothing is trained meanwhile: an offspring costs one cut and a pass over the images.
 """
 

@@ -1,7 +1,8 @@
 """The front: what of all that a search found nobody beats in accuracy, latency and size at once, and how one is picked.
 
 ``front.json`` in the search's folder holds the points as they were measured, each beside the original in rounds that
-take turns; ``points/`` the saved folders of those that are not beaten. Energy is an estimate: the time of a run times the
+take turns; ``points/`` the saved folders of those that are not beaten. Energy is an estimate: the time of a run times
+the
 power that a core is said to draw (``reports/prices.py``), and is labelled so.
 """
 
@@ -89,7 +90,8 @@ def read(folder: str | os.PathLike[str]) -> Front:
     path = Path(folder)
     if not (path / FILE).exists():
         raise InputError(
-            f"{path}: holds no front yet; give the folder that `rarefy compress --search` works in, once a trial is done"
+            f"{path}: holds no front yet; give the folder that `rarefy compress --search` works in, once a trial is "
+            f"done"
         )
     told = read_json(path / FILE)
     return Front(path, cast(list[Point], told["points"]), cast(dict[str, object], told["about"]))

@@ -104,7 +104,10 @@ class Journal:
             trial.set_user_attr("genome", {**genome(trial.params).to_json(), "params": plain})
 
     def _seeded(self) -> int:
-        """How many trials there are; what is asked for next hangs on that and the seed, not on what this process asked."""
+        """
+
+        ow many trials there are; what is asked for next hangs on that and the seed, not on what this process asked.
+        """
         from optuna import samplers
 
         count = len(self.study.get_trials(deepcopy=False))

@@ -5,7 +5,8 @@ what is the same on every machine (drops, the table's cost, bytes), never on a c
 
 **First**: the original quantised, and the integer program's networks over the costs that may be asked for (``first.py``
 refines each by level switches when it is carried out). **Then** some of each generation are *promoted*: the best of a
-rung get the next one's training (successive halving: repair, then fast, then patient), and the others are *offspring* of
+rung get the next one's training (successive halving: repair, then fast, then patient), and the others are *offspring*
+of
 points that nobody beats: a level switch, other bits (or one layer's bits up and another's down), or a cost that the
 front has no point for. Offspring begin with the smallest trained network that they can be cut from, which teaches them,
 too. The last generation is promotions alone.
@@ -69,7 +70,10 @@ def first(profile: Profile, count: int) -> list[Genome]:
 def following(
     profile: Profile, done: Sequence[Done], tried: Sequence[Genome], count: int, left: int, seed: int
 ) -> list[Genome]:
-    """The next ``count``. tried: all that were planned, failed ones too. left: trials that are left; seed: of this plan."""
+    """The next ``count``.
+
+    tried: all that were planned, failed ones too. left: trials that are left; seed: of this plan.
+    """
     random = np.random.default_rng(seed)
     last = left <= size_of_generation(left + len(tried))
     wanted = count if last else math.ceil(PROMOTED * count)

@@ -9,9 +9,11 @@
            front.json       the points; report.html shows them
            points/0007/     saved and verified, each of those that nobody beats
 
-``search`` is a worker itself, and so is ``rarefy worker FOLDER``: workers come and go, and one that is killed loses what
+``search`` is a worker itself, and so is ``rarefy worker FOLDER``: workers come and go, and one that is killed loses
+what
 its running trial's running step had done, no more. The same seed and number of trials give the same trials, whoever
-carries them out, as long as they are given the same table of costs (it is kept in the user's cache, as the latency table
+carries them out, as long as they are given the same table of costs (it is kept in the user's cache, as the latency
+table
 of ``prune`` is).
 """
 
@@ -82,7 +84,7 @@ def search(
     storage: where trials are written, ``postgresql://...`` or ``grpc://host:port``; None: a journal in the folder.
     strategy: ``evolution``; or ``tpe`` (Optuna's alone) or ``random``, over the same space, to compare with.
     recipe: the recipe's text, by which ``rarefy worker`` finds model and data again.
-    on_event: called with "trial" and its facts when one is done, "saved" when a point is. Raises InputError for what can't be done, or a folder of another search.
+    on_event: called with "trial" or "saved", and a point. Raises InputError, also for a folder of another search.
     """
     needs_optuna()
     _check(trials, minutes, epochs, strategy)
@@ -153,7 +155,8 @@ def _claim(
             differing = [name for name in ours if theirs.get(name) != ours[name]]
             if differing:
                 raise InputError(
-                    f"{path}: holds a search with another {' and '.join(differing)}; name another folder, or go on with "
+                    f"{path}: holds a search with another {' and '.join(differing)}; name another folder, or go on "
+                    f"with "
                     "what it was started with"
                 )
         elif any(one.name not in ("plans", ".lock") for one in path.iterdir()):

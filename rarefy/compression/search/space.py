@@ -1,6 +1,7 @@
 """What a trial may choose, and the recipe of ``compress`` that it is.
 
-A family is what leaves together (``pruning/families.py``): of each one of a few widths. Weights have so many bits in the
+A family is what leaves together (``pruning/families.py``): of each one of a few widths. Weights have so many bits in
+the
 mean, which the step ``quantize`` shares out by an integer program of its own; a level switch moves a layer's bits by
 name. A rung is how much training a trial gets: 0 repair without training, 1 a fast one, 2 a patient one.
 """
@@ -32,7 +33,8 @@ class Genome:
     """A trial's choice.
 
     levels: a family's index into its widths. bits: of weights, in the mean; None: float. switched: bits by layer, after
-    a level switch. student: a kind of ``students/`` in place of pruning. rung: of training. parent: the trial whose float
+    a level switch. student: a kind of ``students/`` in place of pruning. rung: of training. parent: the trial whose
+    float
     model it begins with; None: the original. params: plain parameters, chosen by Optuna.
     """
 

@@ -191,7 +191,8 @@ def timed(setting: Setting, trial: Trial) -> dict[str, object]:
 def points(trials: Sequence[Trial]) -> list[Point]:
     """What the front shows of those that were timed.
 
-    A machine's speed drifts between trials, so what counts is the ratio to the original, which took turns with each: the
+    A machine's speed drifts between trials, so what counts is the ratio to the original, which took turns with each:
+    the
     latency is the original's, the median over the trials, over that ratio.
     """
     done = [one for one in trials if one.state == "done"]
