@@ -9,6 +9,7 @@ The facts are one JSON-able dictionary (``rarefy.reports.facts``); every key is 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -31,9 +32,9 @@ def report(facts: Table, path: str | os.PathLike[str]) -> Path:
         raise InputError(f"{target}: a report is an HTML file; give a name that ends in .html")
     page, text = html(facts), as_json(facts)
     target.parent.mkdir(parents=True, exist_ok=True)
-    for file, content in ((target, page), (target.with_suffix(".json"), text)):
-        with replacing(file) as partial:
-            partial.write_text(content, encoding="utf-8")
+    with contextlib.ExitStack() as stack:  # neither takes its place before both are written
+        for file, content in ((target, page), (target.with_suffix(".json"), text)):
+            stack.enter_context(replacing(file)).write_text(content, encoding="utf-8")
     return target
 
 

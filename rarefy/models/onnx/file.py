@@ -22,6 +22,7 @@ from rarefy.errors import FormatError, InputError, RarefyError, first_line
 from rarefy.graph.nodes import Value
 from rarefy.models.onnx.arithmetic import TYPES
 from rarefy.models.onnx.batch import settle
+from rarefy.models.onnx.budget import Budget
 from rarefy.models.onnx.network import Network, assemble, fold, join_bias, needed, path_of
 from rarefy.models.onnx.step import Step
 from rarefy.models.onnx.table import REFUSED, ROWS
@@ -154,13 +155,16 @@ def _steps(
 ) -> tuple[list[Step], dict[str, np.ndarray]]:
     """The nodes that read inputs, and the constants with those that the others make."""
     steps: list[Step] = []
-    constants = dict(constants)
+    constants, budget = dict(constants), Budget()
+    for weight in constants.values():
+        budget.grant(weight)
     made = {*constants, *inputs}
     for index, node in enumerate(graph.node):
         kind, label = node.op_type, f"{node.name or node.output[0]} ({node.op_type})"
         attributes = {one.name: _attribute(library, one, label, file) for one in node.attribute}
         if kind == "Constant" and node.domain in DOMAINS:
             constants[node.output[0]] = _constant(attributes, label)
+            budget.grant(constants[node.output[0]])
             made.add(node.output[0])
             continue
         row = ROWS.get(kind) if node.domain in DOMAINS else None
@@ -177,7 +181,7 @@ def _steps(
         step.path = path_of(node.name, kind, index, scopes)
         step.reads, step.writes = [name or None for name in node.input], list(node.output)
         if all(name is None or name in constants for name in step.reads):
-            constants.update(fold(step, [None if name is None else constants[name] for name in step.reads]))
+            constants.update(fold(step, [None if name is None else constants[name] for name in step.reads], budget))
         else:
             steps.append(step)
     return steps, constants

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rarefy.errors import InputError
 from rarefy.graph.nodes import Value, attribute, set_attribute
+from rarefy.models.onnx.budget import Budget
 from rarefy.models.onnx.sizes import HOST
 from rarefy.models.onnx.step import Step, as_tensor
 
@@ -85,11 +86,14 @@ def computed(step: Step, inputs: Sequence[Value]) -> dict[str, Value]:
     return {name: value for name, value in zip(step.writes, outputs) if name}
 
 
-def fold(step: Step, inputs: Sequence[np.ndarray | None]) -> dict[str, np.ndarray]:
-    """What a step yields that reads constants only."""
-    with torch.no_grad():
+def fold(step: Step, inputs: Sequence[np.ndarray | None], budget: Budget) -> dict[str, np.ndarray]:
+    """What a step yields that reads constants only. Raises InputError for more than the file may make."""
+    budget.ask(step, inputs)
+    with torch.no_grad(), budget:
         found = computed(step, inputs)
-    return {name: value.numpy() if isinstance(value, Tensor) else np.asarray(value) for name, value in found.items()}
+    made = {name: value.numpy() if isinstance(value, Tensor) else np.asarray(value) for name, value in found.items()}
+    budget.took(made)
+    return made
 
 
 def join_bias(steps: list[Step], constants: Mapping[str, np.ndarray], outputs: Sequence[str]) -> list[Step]:
