@@ -74,7 +74,7 @@ class Budget(TorchDispatchMode):
     def _check(self, count: int) -> None:
         if count > self.left and self.step is not None:
             raise self.step.refuse(
-                f"makes {count / 1e9:.1f} GB of the file's constants, {max(0, self.left) / 1e9:.1f} GB are left to them",
+                f"makes {count / 1e9:.1f} GB of the file's constants, {max(0, self.left) / 1e9:.1f} GB are left",
                 "no model needs as much: export it again",
             )
 
