@@ -17,7 +17,7 @@ def saved(request: Request) -> Source | None:
     text = request.text
     if not os.path.isdir(text):
         return None
-    if not os.path.isfile(os.path.join(text, "graph.json")):
+    if not any(os.path.lexists(os.path.join(text, name)) for name in (snapshot.GRAPH, snapshot.MANIFEST)):
         raise FormatError(f"{text}: no graph.json in that folder, so rarefy did not save it; give {FORMS}")
     if request.has_weights:
         raise InputError(f"{text}: a saved folder has its own weights; leave out --weights")

@@ -1,8 +1,8 @@
 """Every step that writes, on a disk that fills up after so many bytes: a program for a mount namespace of its own.
 
 Run by test_full_disk.py as ``unshare -rm python full_disk.py``; it mounts a file system of 1 MB below a folder that it
-is given, leaves so much room on it, and does each step until there is enough. Writes a line of JSON a step: how often it
-was refused, and what was wrong.
+is given, leaves so much room on it, and does each step until there is enough. Writes a line of JSON a step: how often
+it was refused, and what was wrong.
 """
 
 from __future__ import annotations
