@@ -43,6 +43,7 @@ from rarefy.deployment.export import export
 from rarefy.errors import DataError, MissingDependency, RarefyError
 from rarefy.graph.macs import count_macs
 from rarefy.models import load as loading
+from rarefy.system.dependencies import needs
 from rarefy.tasks.detection import Detection
 from rarefy.tasks.task import fitted
 
@@ -132,11 +133,7 @@ def written(folder: Path, split: str, rows: list[tuple[Path, list[list[float]], 
 
 def headed(source: Path, file: Path, classes: int) -> None:
     """YOLOX's file for another number of classes: their last layers are cut, what they answered goes."""
-    try:
-        import onnx
-        from onnx import numpy_helper
-    except ImportError as error:
-        raise MissingDependency("detection_recipe: needs onnx; pip install onnx") from error
+    onnx, numpy_helper = needs("onnx", "onnx"), needs("onnx.numpy_helper", "onnx")
     model = onnx.load(str(source))
     for stored in model.graph.initializer:
         value = numpy_helper.to_array(stored).copy()
