@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +27,7 @@ from rarefy.cli.options import (
     given_only,
     grouped,
 )
-from rarefy.cli.outputs import claim_folder, readable, show_report
+from rarefy.cli.outputs import claim_file, claim_folder, readable, show_report
 from rarefy.compression.budget import Budget
 from rarefy.errors import InputError
 
@@ -168,6 +169,57 @@ def _carried_out(asked: Any, graph: Any, task: Any, budget: Budget, workdir: Pat
         title=title,
         recipe=recipe.write(asked),
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------- init
+
+_QUESTIONS = {
+    "model": ("The model (timm:resnet18, package.module:function, a saved folder, an .onnx file)", None),
+    "data": ("Its data (imagefolder:PATH, sklearn:digits, ...; `rarefy compress --help` has more)", None),
+    "max_drop": ("Accuracy that may be lost", "0.5%"),
+    "speedup": ("How many times faster", "2"),
+    "runtime": ("Where it will run (`rarefy list runtimes`)", "onnxruntime"),
+}
+
+
+@app.command("init")
+def write_recipe(
+    path: Annotated[str, typer.Argument(metavar="RECIPE", help="The TOML file to write.")] = "recipe.toml",
+    model: Annotated[str | None, typer.Option(metavar="MODEL", help=_QUESTIONS["model"][0] + ".")] = None,
+    data: Annotated[str | None, typer.Option(metavar="SOURCE", help=_QUESTIONS["data"][0] + ".")] = None,
+    max_drop: Annotated[str | None, GOALS["max_drop"]] = None,
+    speedup: Annotated[float | None, GOALS["speedup"]] = None,
+    runtime: Annotated[str | None, typer.Option(metavar="NAME", help=_QUESTIONS["runtime"][0] + ".")] = None,
+) -> None:
+    """Write a recipe for `rarefy run`: five questions, of which those are asked that no option answers."""
+    from rarefy.cli.terminal import say
+    from rarefy.compression import recipe
+
+    target = claim_file(path, (".toml",), "RECIPE")
+    if target.exists():
+        raise InputError(f"{path}: is there already; give another name")
+    given = {"model": model, "data": data, "max_drop": max_drop, "speedup": speedup, "runtime": runtime}
+    answers = {name: _answer(name, value) for name, value in given.items()}
+    content = {
+        "model": answers["model"],
+        "data": {"train": answers["data"], "val": answers["data"]},
+        "budget": {"max_drop": answers["max_drop"], "speedup": answers["speedup"]},
+        "runtime": answers["runtime"],
+        "output": f"{target.stem}-out/",
+    }
+    target.write_text(recipe.write(recipe.check(content, "init")), encoding="utf-8")
+    say(f"{target}: carry it out with `rarefy run {target}`")
+
+
+def _answer(name: str, given: object) -> object:
+    question, usual = _QUESTIONS[name]
+    if given is not None:
+        return given
+    if not sys.stdin.isatty():
+        if usual is not None:
+            return usual
+        raise InputError(f"init: nobody is there to be asked; pass --{name}")
+    return typer.prompt(question, default=usual)
 
 
 # -------------------------------------------------------------------------------------------------------------- search
