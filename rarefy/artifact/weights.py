@@ -19,6 +19,7 @@ from rarefy.artifact import graph_json, packing
 from rarefy.artifact.graph_json import BY_NAME, DTYPES, Entry, is_shape
 from rarefy.errors import FormatError, InputError
 from rarefy.system import strict_json
+from rarefy.system.memory import afford
 from rarefy.system.strict_json import expect, is_size, located, said
 
 
@@ -92,6 +93,7 @@ def read(
     for name in entries.keys() ^ header.keys():
         raise FormatError(f"{path}: tensor {said(name)} is {'missing' if name in entries else 'not one of graph.json'}")
     wanted = {name: _place(f"{path}: tensor {said(name)}", entry, header[name]) for name, entry in entries.items()}
+    afford(size, str(path), "load it on a machine with more, or end other programs")  # a file of holes takes no disk
     found: dict[str, Tensor] = {}
     for name in sorted(wanted, key=lambda name: header[name]["data_offsets"]):
         dtype, shape = wanted[name]

@@ -21,6 +21,7 @@ from rarefy.errors import FormatError, InputError, RarefyError, SignatureRefused
 from rarefy.evaluation import recorded
 from rarefy.graph.capture import capture
 from rarefy.models import load as sources
+from rarefy.system import memory
 
 pytest.importorskip("model_signing", reason="signing needs pip install 'rarefy[sign]'")
 
@@ -152,6 +153,19 @@ def test_a_copy_is_what_is_listed_or_gone(tmp_path: Path) -> None:
         with pytest.raises(FormatError, match="differs from what manifest.json lists"):
             held.copy("model.onnx", tmp_path / "other")
         assert not (tmp_path / "other").exists()
+
+
+def test_weights_that_no_memory_holds_are_refused_before_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of holes has any size and takes no disk."""
+    folder = folder_.save(graph(1.0), tmp_path / "model")
+    size = (folder / "weights.safetensors").stat().st_size
+    monkeypatch.setattr(memory, "available", lambda: size - 1)
+    with pytest.raises(InputError, match=r"weights\.safetensors: takes .* GB of memory, .* end other programs"):
+        folder_.load(folder)
+    monkeypatch.setattr(memory, "available", lambda: size)
+    assert value_of(folder_.load(folder)) == 1.0
 
 
 def test_files_have_the_usual_mode(tmp_path: Path) -> None:
