@@ -1,13 +1,13 @@
 """A detector of one's own, by the whole recipe: YOLOX-Nano, from its COCO weights as an ONNX file, learns blood cells
 (BCCD) and raccoons, loses channels, is taught by what it was, and goes to int8.
 
-    python bench/detection_recipe.py --prepare --folder DIR                 pictures of at most 416 pixels, and the files
+    python bench/detection_recipe.py --prepare --folder DIR               pictures of at most 416 pixels, and the files
     python bench/detection_recipe.py --train --device cuda --folder DIR     four trainings a data set and seed
     python bench/detection_recipe.py --folder DIR --check                   judged and timed here
 
 Beside the recipe (``taught``): the same without its teacher (``plain``), and channels taken in equal shares from all
-layers, by size and to no multiple of 8, so that nothing was measured (``ratio``), taught as the first. All have the same
-MACs and steps. Judged on pictures that no training saw (BCCD's test, raccoon's validation list), int8 files in ONNX
+layers, by size and to no multiple of 8, so that nothing was measured (``ratio``), taught as the first. All have the
+same MACs and steps. Judged on pictures that none saw (BCCD's test, raccoon's validation list), int8 files in ONNX
 Runtime on one thread; files of one run take turns when they are timed, boxes included.
 
 ``--check`` exits 1 where a goal is missed: BCCD's detector has 0.85 AP50 or more; the recipe at most half of the MACs,
@@ -160,7 +160,7 @@ def task_of(home: Path, data: str, workers: int = 0) -> Detection:
 
 
 def trained(cell: Cell, home: Path, device: str, steps: int, macs: float, workers: int) -> dict[str, Any]:
-    """The original and the three small ones, in float and int8, saved under the cell's folder; what was killed goes on."""
+    """The original and the three small ones, in float and int8, saved by cell; what was killed goes on."""
     torch.set_num_threads(4 if device == "cuda" else 1)
     began = time.perf_counter()
     took: dict[str, float] = {}
@@ -229,7 +229,8 @@ def judged(cell: Cell, home: Path, times: bool) -> dict[str, Any]:
             found.add(session.outputs(images), targets)
         scores[name] = found
         row[name] = {
-            "ap": 100 * found.value(), "ap50": 100 * float(str(found.details()["ap50"] or 0.0)), "bytes": raw.stat().st_size,
+            "ap": 100 * found.value(), "ap50": 100 * float(str(found.details()["ap50"] or 0.0)),
+            "bytes": raw.stat().st_size,
             "macs": count_macs(graph) / count_macs(original),
         }  # fmt: skip
         if times and (name == "original" or name.endswith("-int8")):

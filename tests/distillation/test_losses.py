@@ -398,7 +398,13 @@ def test_options_at_their_bounds_are_taken(text: str) -> None:
     assert plugins.describe(loss) == plugins.describe(plugins.resolve("losses", text))
 
 
+OTHERS = {"crosskd": "cross", "ld": "answers", "quality": "answers"}  # that look at neither logits nor features
 DEFAULTS = {
+    "crosskd": {"scores": 1.0, "boxes": 2.0, "distances": 0.25, "power": 2.0, "temperature": 10.0},
+    "cwd": {"on": "neck", "temperature": 1.0},
+    "ld": {"temperature": 10.0, "weight": 0.25},
+    "pkd": {"on": "neck"},
+    "quality": {"scores": 1.0, "boxes": 2.0, "power": 2.0},
     "at": {"on": "stages"},
     "dist": {"beta": 2.0, "gamma": 2.0, "temperature": 1.0},
     "dkd": {"alpha": 1.0, "beta": 2.0, "temperature": 4.0},
@@ -421,7 +427,7 @@ def test_defaults_are_those_of_the_papers() -> None:
         assert {key: type(value) for key, value in dataclasses.asdict(loss).items()} == {
             key: type(value) for key, value in options.items()
         }, name
-        assert loss.on == options.get("on", "logits"), name
+        assert loss.on == options.get("on", OTHERS.get(name, "logits")), name
 
 
 # -- where features are found

@@ -27,7 +27,7 @@ from rarefy.distillation.objective import Features, Shapes
 class Crosskd:
     """The teacher's head on the student's features, to say what the teacher says (CrossKD).
 
-    For detectors of the same family, where labels and teacher pull apart; ``quality`` asks it of the student's own head.
+    For detectors of the same family, where labels and teacher pull apart; ``quality`` asks the student's own.
 
     scores, boxes, distances: the weights, the last where there are distributions. power: of the distance of the scores.
     temperature: of the distances.
