@@ -17,6 +17,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its kernels then run on the CPU
+
 # No deadline (machines differ), the same examples in every run, none kept from run to run.
 settings.register_profile("rarefy", deadline=None, derandomize=True, database=None, max_examples=60)
 settings.load_profile("rarefy")

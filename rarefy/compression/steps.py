@@ -35,7 +35,7 @@ class Context:
 
     teachers: the original first, with their weights. checkpoint: a folder that a training may use, to go on after a
     kill.
-    device: where training runs; None: where the verb likes.
+    device: where training and calibration run; None: where the verb likes.
     """
 
     task: Task
@@ -81,7 +81,13 @@ def _distill(graph: fx.GraphModule, context: Context, options: Options) -> fx.Gr
 
 def _quantize(graph: fx.GraphModule, context: Context, options: Options) -> fx.GraphModule:
     return quantize(
-        graph, context.task, runtime=context.runtime, seed=context.seed, progress=context.progress, **options
+        graph,
+        context.task,
+        runtime=context.runtime,
+        seed=context.seed,
+        device=context.device,
+        progress=context.progress,
+        **options,
     )
 
 

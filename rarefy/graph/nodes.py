@@ -34,6 +34,18 @@ def share_copy(graph: fx.GraphModule) -> fx.GraphModule:
     return copied
 
 
+def on_device(graph: fx.GraphModule, device: torch.device) -> fx.GraphModule:
+    """The graph where it is there already, else a copy; tensors that its operators make are made there, too."""
+    if device_of(graph) == device:
+        return graph
+    moved = copy.deepcopy(graph).to(device)
+    for node in moved.graph.nodes:
+        if isinstance(node.kwargs.get("device"), torch.device):
+            node.kwargs = {**node.kwargs, "device": device}
+    moved.recompile()
+    return moved
+
+
 def example_inputs(graph: fx.GraphModule, batch: int = 2, seed: int = 0) -> tuple[Tensor, ...]:
     """Random inputs of the captured shape, on the graph's device: normal for floats; integers between the least and the
     most of the example that the graph was captured with, zeros where there was none."""

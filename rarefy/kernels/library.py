@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -29,4 +30,24 @@ def operator(
     torch.library.register_fake(f"rarefy::{name}", kernel if shape is None else shape)
     registered: torch._ops.OpOverload = getattr(torch.ops.rarefy, name).default
     FUNCTIONS[registered] = kernel
+    return registered
+
+
+def define(
+    schema: str,
+    reference: Callable[..., object],
+    shape: Callable[..., object],
+    cuda: Callable[..., object] | None = None,
+) -> torch._ops.OpOverload:
+    """An operator that is not for saved graphs: ``reference`` says what it yields, ``cuda`` is its form on a GPU.
+
+    A GPU without Triton takes the reference.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rarefy::{name}", shape)
+    if cuda is not None and torch.version.cuda is not None and importlib.util.find_spec("triton") is not None:
+        _library.impl(name, cuda, "CUDA")
+    registered: torch._ops.OpOverload = getattr(torch.ops.rarefy, name).default
     return registered

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from rarefy.system.options import option
 
 if TYPE_CHECKING:
+    import torch
+
     from rarefy.deployment.runtime import Runtime
     from rarefy.quantization.formats import Format
     from rarefy.quantization.mixed_precision import Mixed
@@ -68,4 +70,7 @@ class Options:
         "latency",
     )
     seed: int = option(0, "The same seed gives the same result.", lambda n: n >= 0, "at least 0", "N", 0)
+    device: str | torch.device | None = option(
+        None, "Where to calculate: cpu, cuda, cuda:1; default: where the model is.", metavar="NAME"
+    )
     progress: bool = option(True, "Show how far it is.")

@@ -33,13 +33,13 @@ from torch import Tensor, fx, nn
 from rarefy import plugins
 from rarefy.deployment.description import graph_for, remember
 from rarefy.deployment.runtime import Runtime
-from rarefy.errors import InputError
+from rarefy.errors import InputError, first_line
 from rarefy.graph import history
 from rarefy.graph.canonical import simplify
 from rarefy.graph.fold import fold, normed
 from rarefy.graph.layers import check_globs, layer_name, names, weighted
 from rarefy.graph.lowering import to_integers
-from rarefy.graph.nodes import dtype_name, finish, is_graph, share_copy
+from rarefy.graph.nodes import device_of, dtype_name, finish, is_graph, on_device, share_copy
 from rarefy.kernels import is_quantised
 from rarefy.quantization import explain, formats, latency_gate, mixed_precision, qdq
 from rarefy.quantization.choices import Choices
@@ -81,6 +81,7 @@ def quantize(
     smooth: float | None = None,
     gate: str | None = None,
     seed: int = 0,
+    device: str | torch.device | None = None,
     progress: bool = True,
 ) -> fx.GraphModule:
     """The graph of ``model`` in integers, for inference on ``runtime``; ``model`` is left as it is.
@@ -104,17 +105,32 @@ def quantize(
     smooth: SmoothQuant before linear layers that read a norm, with this alpha, such as 0.5; None: not done.
     gate: "latency" times each stretch of layers in integers and in float on the runtime, and keeps only what pays
         (``latency_gate``); where nothing does, the model comes back in float, and its history says so.
+    device: where it is calculated, "cuda" say; None: where the model is. The result lies where the model does, and its
+        codes are those of any other device but where a sum's last bits decide a tie.
 
-    Raises InputError for a contradiction, DataError without images, CheckFailed where the float model yields NaN.
+    Raises InputError for a contradiction or a device that is not there, DataError without images, CheckFailed where the float model yields NaN.
     """
     ignored = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     options = Options(
         images, batch_size, weights, activations, calibration, weight_calibration, rounding, runtime, ignored, equalize,
-        correct_bias, smooth, gate, seed, progress,
+        correct_bias, smooth, gate, seed, device, progress,
     )  # fmt: skip
     choices = Choices.of(options)
     task = settled(task, model)
-    return remember(_quantized(graph_for(model, inputs, task), task, inputs, batches, choices), task)
+    graph = graph_for(model, inputs, task)
+    home = device_of(graph)
+    there = on_device(graph, home if device is None else _device(device))
+    return remember(on_device(_quantized(there, task, inputs, batches, choices), home), task)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    """Raises InputError for a text that is no device, and one that is not there."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device={device}: torch can't use it ({first_line(error)}); leave device out") from error
+    return torch.device("cuda", torch.cuda.current_device()) if str(found) == "cuda" else found
 
 
 def _quantized(
@@ -372,6 +388,6 @@ def recorded(
     for name in ("calibration", "weight_calibration", "rounding", "runtime"):
         choice = getattr(choices, name)
         options[name] = None if choice is None else plugins.describe(choice)
-    told = {name: value for name, value in options.items() if name not in ("batch_size", "progress")}
+    told = {name: value for name, value in options.items() if name not in ("batch_size", "device", "progress")}
     history.append(graph, "quantize", told, facts)
     return graph.eval()

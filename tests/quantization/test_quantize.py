@@ -406,9 +406,30 @@ def test_options_are_the_keywords_with_their_defaults() -> None:
     assert options == {
         "images": 128, "batch_size": 16, "weights": "int8", "activations": "uint8", "calibration": "sensitivity",
         "weight_calibration": None, "rounding": "narrow", "runtime": "onnxruntime", "ignore": (), "equalize": True,
-        "correct_bias": True, "smooth": None, "gate": None, "seed": 0, "progress": True,
+        "correct_bias": True, "smooth": None, "gate": None, "seed": 0, "device": None,
+        "progress": True,
     }  # fmt: skip
     assert options["seed"] is not False and all(field.metadata["help"] for field in dataclasses.fields(Options))
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(144, 3))
+    for name in ("gpu", "cuda:99"):
+        with pytest.raises(InputError, match=f"device={name}: torch can't use it .*leave device out"):
+            quantize(model, inputs=torch.zeros(2, 3, 8, 8), batches=[torch.randn(4, 3, 8, 8)], device=name)
+
+
+@pytest.mark.gpu
+def test_a_gpu_rounds_to_the_same_codes_but_for_ties() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(288, 3))
+    given = {"inputs": torch.zeros(2, 3, 8, 8), "progress": False}
+    there, here = (quantize(model, batches=[torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))],
+                            device=device, **given) for device in ("cuda", None))  # fmt: skip
+    codes = {name: one for name, one in here.named_buffers() if name.endswith("codes") and one.dtype == torch.int8}
+    assert codes
+    for name, one in codes.items():
+        other = there.get_buffer(name)
+        assert other.device.type == "cpu" and (other != one).float().mean() < 0.01
 
 
 @pytest.mark.parametrize(("images", "batch_size", "total"), [(32, 8, 4), (30, 8, 4), (None, None, None)])

@@ -1,0 +1,343 @@
+"""Linear layers of few-bit weights on tensor cores, for few rows of activations: as fast as the weights are read.
+
+One warp multiplies 16 rows of weights by 512 inputs at a time. What a thread reads, 16 bytes a row, is what it holds of
+``mma.m16n8k16``'s first operand: codes become numbers by two instructions a pair (a code put into the mantissa of 1024,
+or of 128 in bfloat16, and 1024 + zero taken off, both exact), no number passes through shared memory, and the order of
+the inputs is the packing's (``low_bit.linear``). Products of a group are summed in float32 and scaled once. A block's
+warps share its rows and split the inputs; their sums are added in the order of the warps, so that the same inputs give
+the same bits. Weights and scales are read before the kernel in front has ended, activations after.
+
+Above ``MOST`` rows weights are decoded into a buffer at the speed of the memory, and cuBLAS multiplies: a Triton kernel
+that shifted a block's words into the registers of ``wgmma`` took as long as both at 64 rows, and two to four times as
+long from 256 on (H200, 4096 x 4096).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rarefy.kernels import nvrtc
+from rarefy.kernels.cuda import packing
+
+MOST = 32  # rows of activations; above, decoding first is as fast
+TILE = 16  # rows of weights
+_LOADS = {2: 2, 3: 3, 4: 4}  # of 16 bytes: of a row's 512 inputs, a thread's
+
+SOURCE = r"""
+typedef unsigned int u32; typedef unsigned short u16;
+#if BF16
+#define MAGIC 0x43004300u
+#define KIND "bf16"
+#else
+#define MAGIC 0x64006400u
+#define KIND "f16"
+#endif
+#define CHUNKS (BITS == 4 ? 4 : 2)     // of 16 words: of a row's 512 inputs in one plane
+#define PARTS (BITS == 4 ? 4 : 8)      // pairs of slices that a word holds
+#define HALF (BITS == 4 ? 64 : 32)     // inputs from one slice to the next
+#define LOADS (BITS == 2 ? 2 : BITS == 3 ? 3 : 4)
+
+__device__ __forceinline__ void fetch(void *to, const u32 *from) {
+  u32 at = (u32)__cvta_generic_to_shared(to);
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" :: "r"(at), "l"(from) : "memory");
+}
+__device__ __forceinline__ u32 less(u32 a, u32 b) {   // a - b, two numbers each
+  u32 d;
+#if BF16
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(0x3f803f80u), "r"(b ^ 0x80008000u));
+#else
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+#endif
+  return d;
+}
+__device__ __forceinline__ float number(u16 h) {
+  float f;
+#if BF16
+  u32 w = (u32)h << 16; f = __uint_as_float(w);
+#else
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+#endif
+  return f;
+}
+__device__ __forceinline__ u16 half_of(float f) {
+  u16 h;
+  asm("cvt.rn." KIND ".f32 %0, %1;" : "=h"(h) : "f"(f));
+  return h;
+}
+__device__ __forceinline__ float f16(u16 h) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h)); return f; }
+__device__ __forceinline__ u32 word(const uint4 &v, int q) { return q == 0 ? v.x : q == 1 ? v.y : q == 2 ? v.z : v.w; }
+
+// codes of part `part` of word q in chunk c, as numbers that are MAGIC's too large
+__device__ __forceinline__ u32 codes(const uint4 *v, int c, int q, int part) {
+  u32 w = word(v[c], q);
+#if BITS == 4
+  return ((w >> (4 * part)) & 0x000f000fu) | MAGIC;
+#elif BITS == 2
+  return ((w >> (2 * part)) & 0x00030003u) | MAGIC;
+#else
+  u32 high = word(v[2], q);
+  int at = 2 * part + c - 2;
+  high = at >= 0 ? high >> at : high << -at;
+  return ((w >> (2 * part)) & 0x00030003u) | (high & 0x00040004u) | MAGIC;
+#endif
+}
+__device__ __forceinline__ void mma(float *c, const u32 *a, const u32 *b) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." KIND "." KIND ".f32 "
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+struct Row { uint4 v[LOADS]; };
+struct Scales { float scale[4]; u32 zero; };
+
+// Each thread copies what it will multiply: nobody else reads it.
+__device__ __forceinline__ void order(uint4 *slot, const u32 *words, int r, int kb, int blocks, int t) {
+  const u32 *base = words + (long long)r * blocks * (16 * BITS);
+#if BITS == 4
+  const u32 *at = base + kb * 64 + 4 * t;
+  #pragma unroll
+  for (int c = 0; c < 4; c++) fetch(slot + 32 * c, at + 16 * c);
+#else
+  const u32 *at = base + kb * 32 + 4 * t;
+  fetch(slot, at); fetch(slot + 32, at + 16);
+#if BITS == 3
+  fetch(slot + 64, base + blocks * 32 + kb * 16 + 4 * t);
+#endif
+#endif
+}
+__device__ __forceinline__ Scales scales_of(const void *scales, const u32 *zeros, int r, int kb, int blocks) {
+  Scales row;
+  long long g = (long long)r * blocks + kb;
+#if WIDE
+  float4 s = ((const float4 *)scales)[g];
+  row.scale[0] = s.x; row.scale[1] = s.y; row.scale[2] = s.z; row.scale[3] = s.w;
+#else
+  uint2 s = ((const uint2 *)scales)[g];
+  row.scale[0] = f16(s.x & 0xffff); row.scale[1] = f16(s.x >> 16);
+  row.scale[2] = f16(s.y & 0xffff); row.scale[3] = f16(s.y >> 16);
+#endif
+#if AFFINE
+  row.zero = zeros[g];
+#else
+  row.zero = 0x01010101u << (BITS - 1);
+#endif
+  return row;
+}
+
+#define PITCH 528   // numbers from one row of activations to the next: 512, and 16 so that rows lie in other banks
+#define SLOT (TILES * 2 * LOADS * 32)
+extern __shared__ uint4 memory[];
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, OCCUPANCY)
+low_bit_linear(const u16 *x, const u32 *words, const void *scales, const u32 *zeros, const u16 *bias, u16 *out,
+               int rows, int outputs, int inputs, int blocks, int stride) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+  const int first = blockIdx.x * (16 * TILES);
+  uint4 *ring = memory + warp * (DEPTH * SLOT) + lane;
+#if STAGED
+  u16 *mine = (u16 *)(memory + WARPS * DEPTH * SLOT) + warp * (STAGED * PITCH);
+#endif
+  float total[TILES][NB][4] = {};
+#if EARLY
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+  #pragma unroll
+  for (int d = 0; d < DEPTH; d++) {
+    const int kb = warp + d * WARPS;
+    if (kb < blocks) {
+      #pragma unroll
+      for (int i = 0; i < 2 * TILES; i++)
+        order(ring + d * SLOT + i * LOADS * 32, words, first + 8 * i + g, kb, blocks, t);
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  }
+  Scales row[TILES][2];
+  if (warp < blocks) {
+    #pragma unroll
+    for (int i = 0; i < 2 * TILES; i++) row[i >> 1][i & 1] = scales_of(scales, zeros, first + 8 * i + g, warp, blocks);
+  }
+#if EARLY
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+  int slot = 0;
+  for (int kb = warp; kb < blocks; kb += WARPS) {
+#if STAGED
+    __syncwarp();
+    #pragma unroll
+    for (int n = 0; n < STAGED; n++) {
+      #pragma unroll
+      for (int part = 0; part < 2; part++) {
+        const int k = part * 256 + lane * 8;
+        uint4 v = {0, 0, 0, 0};
+        const u16 *from = x + (long long)n * stride + kb * 512 + k;
+        if (n < rows && kb * 512 + k < inputs) v = *(const uint4 *)from;
+        *(uint4 *)(mine + n * PITCH + k) = v;
+      }
+    }
+    __syncwarp();
+#endif
+    asm volatile("cp.async.wait_group %0;" :: "n"(DEPTH - 1) : "memory");
+    uint4 *held = ring + slot * SLOT;
+    #pragma unroll
+    for (int i = 0; i < TILES; i++) {
+      Row w[2];
+      #pragma unroll
+      for (int h = 0; h < 2; h++)
+        #pragma unroll
+        for (int c = 0; c < LOADS; c++) w[h].v[c] = held[((2 * i + h) * LOADS + c) * 32];
+      #pragma unroll
+      for (int group = 0; group < 4; group++) {
+        float acc[NB][4] = {};
+        u32 zero[2];
+        #pragma unroll
+        for (int h = 0; h < 2; h++) {
+          u32 z = (row[i][h].zero >> (8 * group)) & 0xffu;
+          zero[h] = MAGIC | z | (z << 16);
+        }
+        #pragma unroll
+        for (int sub = 0; sub < PARTS / 4; sub++) {
+          const int part = group * (PARTS / 4) + sub;
+          #pragma unroll
+          for (int c = 0; c < CHUNKS; c++) {
+            u32 b[NB][4];
+            #pragma unroll
+            for (int n = 0; n < NB; n++) {
+              const int column = 8 * n + g, k = part * 2 * HALF + 16 * c + 4 * t;
+              uint2 lo = {0, 0}, hi = {0, 0};
+#if STAGED
+              if (column < STAGED) {
+                lo = *(const uint2 *)(mine + column * PITCH + k);
+                hi = *(const uint2 *)(mine + column * PITCH + k + HALF);
+              }
+#else
+              const u16 *at = x + (long long)column * stride + kb * 512 + k;
+              if (column < rows && kb * 512 + k < inputs) lo = *(const uint2 *)at;
+              if (column < rows && kb * 512 + k + HALF < inputs) hi = *(const uint2 *)(at + HALF);
+#endif
+              b[n][0] = __byte_perm(lo.x, hi.x, 0x5410); b[n][1] = __byte_perm(lo.x, hi.x, 0x7632);
+              b[n][2] = __byte_perm(lo.y, hi.y, 0x5410); b[n][3] = __byte_perm(lo.y, hi.y, 0x7632);
+            }
+            #pragma unroll
+            for (int q = 0; q < 4; q += 2) {
+              u32 a[4];
+              a[0] = less(codes(w[0].v, c, q, part), zero[0]);
+              a[1] = less(codes(w[1].v, c, q, part), zero[1]);
+              a[2] = less(codes(w[0].v, c, q + 1, part), zero[0]);
+              a[3] = less(codes(w[1].v, c, q + 1, part), zero[1]);
+              #pragma unroll
+              for (int n = 0; n < NB; n++) mma(acc[n], a, b[n] + q);
+            }
+          }
+        }
+        #pragma unroll
+        for (int n = 0; n < NB; n++)
+          #pragma unroll
+          for (int j = 0; j < 4; j++) total[i][n][j] += acc[n][j] * row[i][j >> 1].scale[group];
+      }
+    }
+    const int next = kb + DEPTH * WARPS;
+    if (next < blocks) {
+      #pragma unroll
+      for (int i = 0; i < 2 * TILES; i++) order(held + i * LOADS * 32, words, first + 8 * i + g, next, blocks, t);
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+    if (kb + WARPS < blocks) {
+      #pragma unroll
+      for (int i = 0; i < 2 * TILES; i++)
+        row[i >> 1][i & 1] = scales_of(scales, zeros, first + 8 * i + g, kb + WARPS, blocks);
+    }
+    slot = slot + 1 == DEPTH ? 0 : slot + 1;
+  }
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  __syncthreads();  // the ring holds the sums now
+  float *sums = (float *)memory;
+  const int across = NB * 8 + 1;
+  #pragma unroll
+  for (int i = 0; i < TILES; i++)
+    #pragma unroll
+    for (int n = 0; n < NB; n++)
+      #pragma unroll
+      for (int j = 0; j < 4; j++)
+        sums[(warp * TILES * 16 + 16 * i + g + 8 * (j >> 1)) * across + 8 * n + 2 * t + (j & 1)] = total[i][n][j];
+  __syncthreads();
+  for (int at = threadIdx.x; at < TILES * 16 * rows; at += 32 * WARPS) {
+    const int r = at % (TILES * 16), column = at / (TILES * 16), o = first + r;
+    if (o >= outputs) continue;
+    float sum = 0;
+    #pragma unroll
+    for (int w = 0; w < WARPS; w++) sum += sums[(w * TILES * 16 + r) * across + column];
+#if BIAS
+    sum += number(bias[o]);
+#endif
+    out[(long long)column * outputs + o] = half_of(sum);
+  }
+}
+"""
+
+
+def few_rows(
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    outputs: int,
+    warps: int = 0,
+    tiles: int = 0,
+    occupancy: int = 0,
+    depth: int = 0,
+    stage: int = 16,
+    early: bool = True,
+) -> Tensor:
+    """x: (n, inputs) float16 or bfloat16, n at most ``MOST``. The rest: as ``low_bit.linear.Packed``.
+
+    warps, tiles, ...: how the work is cut, for measurements; each choice gives its own bits, the same in every run.
+    """
+    rows, inputs = x.shape
+    blocks, columns = scales.shape[1] // 4, 1 << (-(-rows // 8) - 1).bit_length()
+    tiles = tiles or (2 if 8 < rows <= 16 else 1)
+    warps = warps or min(8, blocks)
+    depth = depth or (1 if blocks <= warps or rows > 8 else 2)
+    staged = 1 << (rows - 1).bit_length() if rows <= stage and inputs % 8 == 0 and x.stride(0) % 8 == 0 else 0
+    staged = staged if x.data_ptr() % 16 == 0 else 0
+    defines = {
+        "BITS": bits,
+        "NB": columns,
+        "TILES": tiles,
+        "WARPS": warps,
+        "DEPTH": depth,
+        "STAGED": staged,
+        "OCCUPANCY": occupancy or (1 if tiles == 2 else 2),
+        "BF16": int(x.dtype == torch.bfloat16),
+        "WIDE": int(scales.dtype == torch.float32),
+        "AFFINE": int(zeros is not None),
+        "BIAS": int(bias is not None),
+        "EARLY": int(early and torch.cuda.get_device_capability(x.device) >= (9, 0)),
+    }
+    function = nvrtc.kernel(SOURCE, "low_bit_linear", tuple(defines.items()))
+    out = x.new_empty(rows, outputs)
+    held = warps * (depth * tiles * 2 * _LOADS[bits] * 512 + staged * 1056)
+    shared = max(held, warps * tiles * 16 * (columns * 8 + 1) * 4)
+    function(
+        (-(-outputs // (TILE * tiles)), 1, 1), 32 * warps, x, words, scales, words if zeros is None else zeros,
+        x if bias is None else bias, out, rows, outputs, inputs, blocks, x.stride(0), shared=shared,
+    )  # fmt: skip
+    return out
+
+
+def linear(
+    x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, outputs: int
+) -> Tensor:
+    """``low_bit.linear.low_bit_linear`` on a GPU."""
+    inputs = x.shape[-1]
+    flat = x.reshape(-1, inputs)
+    narrow = flat.dtype in (torch.float16, torch.bfloat16)
+    if not 0 < len(flat) <= MOST or inputs % 4 or not narrow:
+        return F.linear(x, packing.decoded(words, scales, zeros, bits, outputs, inputs, x.dtype), bias)
+    if flat.stride(1) != 1 or flat.stride(0) % 4 or flat.data_ptr() % 8:
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    answer = few_rows(flat, words, scales, zeros, bias, bits, outputs)
+    return answer.view(*x.shape[:-1], outputs)

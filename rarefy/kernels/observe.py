@@ -1,0 +1,55 @@
+"""What calibration wants to know of a tensor, in one pass: extremes, moments and a histogram, of all or of a channel.
+
+    statistics   minimum, maximum, largest size, mean, mean of squares                       float64 (channels, 5)
+    counts       of value x one in bin clip( trunc( (x - low) bins / (high - low) ) )        int32 (channels, bins)
+
+computed in float32 up to the bin, so that a GPU and a CPU count alike; what lies outside counts in the first or last
+bin, NaN in none. NaN is no extreme; the mean tells of it. Sums are taken in an order that hangs on the sizes alone.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from rarefy.kernels.library import define
+
+FIELDS = ("minimum", "maximum", "absolute_maximum", "mean", "mean_of_squares")
+
+
+def observe(x: Tensor, axis: int | None, low: float, high: float, bins: int) -> tuple[Tensor, Tensor]:
+    """x: floats. axis: of the channels; None: one for all. bins: 0 counts nothing, else from ``low`` to ``high``."""
+    rows = (x.reshape(1, -1) if axis is None else x.movedim(axis, 0).flatten(1)).float()
+    known = rows.isnan()
+    fields = (
+        rows.masked_fill(known, math.inf).amin(1),
+        rows.masked_fill(known, -math.inf).amax(1),
+        rows.masked_fill(known, 0).abs().amax(1),
+        rows.double().mean(1),
+        rows.double().square().mean(1),
+    )
+    counts = torch.zeros(len(rows), bins, dtype=torch.int32, device=x.device)
+    if bins:
+        at = (rows - low).mul_(bins / (high - low)).clamp_(0, bins - 1)
+        for row, places, bad in zip(counts, at, known, strict=True):
+            row += torch.bincount(places[~bad].to(torch.int32), minlength=bins).to(torch.int32)
+    return torch.stack([field.double() for field in fields], 1), counts
+
+
+def _on_cuda(x: Tensor, axis: int | None, low: float, high: float, bins: int) -> tuple[Tensor, Tensor]:
+    from rarefy.kernels.cuda import observe as kernel
+
+    return kernel.observe(x, axis, low, high, bins)
+
+
+def _shape(x: Tensor, axis: int | None, low: float, high: float, bins: int) -> tuple[Tensor, Tensor]:
+    channels = 1 if axis is None else x.shape[axis]
+    return x.new_empty((channels, 5), dtype=torch.float64), x.new_empty((channels, bins), dtype=torch.int32)
+
+
+OBSERVE = define(
+    "observe(Tensor x, int? axis, float low, float high, int bins) -> (Tensor, Tensor)", observe, _shape, _on_cuda
+)
+"""Its statistics and counts; see the module."""
