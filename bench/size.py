@@ -74,7 +74,7 @@ def main() -> int:
     given = parser.parse_args()
     rows: list[dict[str, object]] = []
     print(
-        f"{'network':20} {'bits':>4} {'codes':>10} {'stored':>10} {'entropy':>10} {'ratio':>7}  {'all tensors':>11}  ways"
+        f"{'network':20} {'bits':>4} {'codes':>10} {'stored':>10} {'entropy':>10} {'ratio':>7}  {'all tensors':>11} ways"
     )
     for name, (make, shape) in networks().items():
         if given.only and name not in given.only:

@@ -160,6 +160,11 @@ def argument_name(user: fx.Node, node: fx.Node) -> str:
     return next((name for name, value in arguments(user).items() if value is node), "")
 
 
+def takes(target: Callable[..., Value], name: str) -> bool:
+    """Has the operator an argument of that name?"""
+    return name in _parameters(target)
+
+
 @functools.cache
 def _parameters(target: Callable[..., Value]) -> dict[str, Value]:
     """Name -> default, in order."""

@@ -1,4 +1,4 @@
-"""``rarefy init``, ``front``, ``worker``, ``compare`` and ``compress --search`` from the command line: what they refuse."""
+"""``rarefy init``, ``front``, ``worker``, ``compare`` and ``compress --search`` at the command line: they refuse."""
 
 from __future__ import annotations
 

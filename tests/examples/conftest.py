@@ -96,7 +96,7 @@ NUMBER = re.compile(r"-?\d+\.\d+")
 
 
 def same(said: dict[str, list[str]], wanted: dict[str, list[str]], within: float = 2e-3) -> bool:
-    """The same words, and numbers as near as a runtime's own arithmetic leaves them; boxes of one score in any order."""
+    """The same words, and numbers as near as a runtime's arithmetic leaves them; boxes of one score in any order."""
     assert wanted and said.keys() == wanted.keys()
     for name, lines in wanted.items():
         assert len(said[name]) == len(lines), name

@@ -15,7 +15,7 @@ from onnx import numpy_helper
 
 from rarefy.errors import RarefyError
 from rarefy.models.onnx import file, network
-from rarefy.models.onnx.table import ROWS
+from rarefy.models.onnx.file import ROWS
 
 # Right by PyTorch's rules where the standard says more: equal numbers in TopK's order, the largest of nothing; and by
 # ONNX Runtime's: with align_corners it counts the pixels of the result, the standard's cases parts of them.

@@ -13,7 +13,7 @@ from onnx_files import answers, write
 
 from rarefy.errors import InputError
 from rarefy.models.load import graph_of, load
-from rarefy.models.onnx.table import ROWS
+from rarefy.models.onnx.file import ROWS
 
 rng = np.random.default_rng(0)
 

@@ -240,7 +240,8 @@ def unpack_dequantize(
     if out.numel():
         _unpack[(triton.cdiv(out.numel(), 8 * lanes),)](
             words.contiguous().view(_KINDS[bits]), *_contiguous(scale, zero_point, channels), out, out.numel(),
-            8 * len(words), inner, channels, BITS=bits, SIGNED=signed, CHANNELS=channels > 1, EACH=channels > 1 and inner % 8 > 0,
+            8 * len(words), inner, channels, BITS=bits, SIGNED=signed, CHANNELS=channels > 1,
+            EACH=channels > 1 and inner % 8 > 0,
             LANES=lanes, num_warps=warps,
         )  # fmt: skip
     return out

@@ -94,7 +94,8 @@ def unpack(packed: Packed) -> Tensor:
         at = torch.arange(8).view(8, 1, 1, 1) * 2 + torch.arange(2).view(2, 1) + torch.arange(2).view(2, 1, 1) * 16
         top = (high.view(rows, blocks, 1, 1, 1, 16) >> at.to(words.device)) & 1
         codes = codes | (top.reshape(rows, blocks * BLOCK) << 2)
-    return codes[: packed.outputs, : packed.inputs]
+    found: Tensor = codes[: packed.outputs, : packed.inputs]
+    return found
 
 
 def dequantized(packed: Packed, dtype: torch.dtype) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rarefy.graph.nodes import Value
+from rarefy.graph.nodes import Value, takes
 from rarefy.models.onnx.step import Step
 
 LEAST, MULTIPLE = 2**28, 8  # bytes that any file may make, and so many for each byte of its weights
@@ -89,7 +89,7 @@ def _made(func: Any, args: Sequence[Value], kwargs: Mapping[str, Value]) -> int:
 
     away, named = pytree.tree_map(nowhere, (tuple(args), dict(kwargs)))
     if not any(isinstance(one, Tensor) for one in pytree.tree_leaves((away, named))):
-        if not any(argument.name == "device" for argument in func._schema.arguments):
+        if not takes(func, "device"):
             return 0
         named["device"] = torch.device("meta")
     try:
