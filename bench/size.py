@@ -73,9 +73,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="exit 1 where codes take more than 1.05 of their entropy")
     given = parser.parse_args()
     rows: list[dict[str, object]] = []
-    print(
-        f"{'network':20} {'bits':>4} {'codes':>10} {'stored':>10} {'entropy':>10} {'ratio':>7}  {'all tensors':>11} ways"
-    )
+    print(f"{'network':20} {'bits':>4} {'codes':>10} {'stored':>10} {'entropy':>10} {'ratio':>7}  {'all tensors':>11}")
     for name, (make, shape) in networks().items():
         if given.only and name not in given.only:
             continue

@@ -108,8 +108,7 @@ def quantize(
     device: where it is calculated, "cuda" say; None: where the model is. The result lies where the model does, and its
         codes are those of any other device but where a sum's last bits decide a tie.
 
-    Raises InputError for a contradiction or a device that is not there, DataError without images, CheckFailed where
-    the float model yields NaN.
+    Raises InputError for a contradiction, DataError without images, CheckFailed where the float model yields NaN.
     """
     ignored = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     options = Options(
