@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, NotRequired, Protocol, Self, TypedDict
 
@@ -216,6 +216,21 @@ class Runtime(Protocol):
 def several(inputs: Inputs) -> tuple[Tensor, ...]:
     """As many as there are."""
     return (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+
+
+def in_batches(run: Callable[..., list[Tensor]], inputs: Sequence[Tensor], batch: int) -> list[Tensor]:
+    """What ``run``, which takes ``batch`` inputs at once and no other number, gives for (N, ...) inputs."""
+    count = len(inputs[0])
+    if count == batch:
+        return run(*inputs)
+    pieces = []
+    for start in range(0, count, batch):
+        given = [one[start : start + batch] for one in inputs]
+        missing = batch - len(given[0])
+        if missing:
+            given = [torch.cat([one, one[-1:].expand(missing, *one.shape[1:])]) for one in given]
+        pieces.append(run(*(one.contiguous() for one in given)))
+    return [torch.cat(parts)[:count] for parts in zip(*pieces, strict=True)]
 
 
 def check_threads(runtime: str, threads: int) -> None:
