@@ -12,7 +12,7 @@ import typer
 
 from rarefy.cli.inputs import prepared
 from rarefy.cli.options import Chain, DataOptions, Json, ModelOptions, Output, Runtime, Signer, app, grouped
-from rarefy.cli.outputs import claim_file, claim_parent
+from rarefy.cli.outputs import claim_file, claim_parent, claim_pictures
 from rarefy.cli.terminal import say, show_json, show_table, size_text
 from rarefy.errors import InputError, SelfCheckFailed
 
@@ -28,7 +28,8 @@ def export(
         typer.Option(
             metavar="NAME",
             help="Where the model will run (`rarefy list runtimes`); default: by the file's name, .onnx for "
-            "onnxruntime, .xml for openvino, .zip for inductor.",
+            "onnxruntime, .xml for openvino, .zip for inductor, .tflite for litert, .pte for executorch; "
+            "all: a file for each, into the folder --output, with a table.",
         ),
     ] = None,
     compare: Annotated[bool, typer.Option(help="Run the file, and compare it with the model.")] = True,
@@ -49,7 +50,8 @@ def export(
     also: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME", help="A further runtime that reads the file, for the certificate; may be repeated."
+            metavar="NAME",
+            help="A further runtime that reads the file, for the certificate; with all, one of your own; may be repeated.",
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Judge on the first N images only.")] = None,
@@ -61,6 +63,11 @@ def export(
     from rarefy.deployment import export as export_
     from rarefy.evaluation import certify as certify_
 
+    if runtime == "all":
+        _everywhere(
+            model, data, Path(output), also or (), compare, boxes, certify is None and limit is None, key, as_json
+        )
+        return
     if certify is None and (also or limit is not None or data.options()):
         raise InputError("--also, --limit and data belong to the certificate; name its file with --certify")
     chosen = export_.runtime_of(Path(output), runtime)
@@ -75,6 +82,35 @@ def export(
     else:
         parity = _certified(graph, target, certify, chosen, also or (), task, limit)
     _tell(target, parity, as_json)
+
+
+def _everywhere(
+    model: ModelOptions,
+    data: DataOptions,
+    folder: Path,
+    also: Sequence[str],
+    compare: bool,
+    boxes: bool,
+    alone: bool,
+    key: str | None,
+    as_json: bool,
+) -> None:
+    """The file of every runtime, and the table of them. Raises SelfCheckFailed where one answers otherwise or failed."""
+    from rarefy.deployment import description, everywhere
+
+    if not alone or data.options():
+        raise InputError("--certify, --limit and data belong to one runtime's file; leave them out with --runtime all")
+    source, graph, task = prepared(model, data, needed=False, key=key)
+    description.remember_source(description.remember(graph, task), source.preprocessing)
+    rows = everywhere.export_all(graph, claim_pictures(str(folder)), also=also, compare=compare, boxes=boxes)
+    if as_json:
+        show_json({"folder": str(folder), "runtimes": rows})
+    else:
+        table = [everywhere.shown(row) for row in rows]
+        show_table(f"exported to {folder}", everywhere.COLUMNS, table)
+    bad = [f"{row['runtime']}: {row['note'] or row['state']}" for row in rows if row["state"] in ("failed", "differs")]
+    if bad:
+        raise SelfCheckFailed(f"{folder}: {'; '.join(bad)}; the other files are good")
 
 
 def _tell(target: Path, parity: dict[str, Any], as_json: bool) -> None:

@@ -45,7 +45,8 @@ def export(
     path: a file there is replaced, and stays as it was if anything fails. In a saved folder, its manifest lists it
         then; a signed one is refused.
     runtime: a choice of ``rarefy.runtimes``, as an object or as text; None: by the file's name, ``.onnx`` for
-        ``onnxruntime``, ``.xml`` for ``openvino`` (a ``.bin`` lies beside it), ``.zip`` for ``inductor``.
+        ``onnxruntime``, ``.xml`` for ``openvino`` (a ``.bin`` lies beside it), ``.zip`` for ``inductor``, ``.tflite`` for
+        ``litert``, ``.pte`` for ``executorch``.
     inputs: an example batch, of each input: needed where ``model`` is not captured yet and no task says what it takes,
         and what is compared on (else random numbers).
     task: what the model is for; None: what it was made for by the step that made it.
@@ -59,15 +60,12 @@ def export(
     target = Path(path)
     chosen = runtime_of(target, runtime)
     graph = description.remember(capture(description.graph_for(model, inputs, task)).eval(), task)
-    given = _given(graph, inputs)
+    given = given_to(graph, inputs)
     if len(given) != len(graph.meta["inputs"]):
         raise InputError(
             f"export: {len(given)} inputs are given, the model takes {len(graph.meta['inputs'])}; pass all"
         )
-    family = detector_of(graph) if boxes else None
-    if family is not None and not getattr(family, "proposes", False):
-        given = (pictures.pictures_of(given[0], family.feed),)
-        graph = pictures.with_boxes(graph, family)
+    graph, given = fed(graph, given, boxes)
     with placing(target) as place:
         with _placed(place) as partial, _told(graph, target, partial, chosen):
             chosen.export(graph, partial)
@@ -79,7 +77,15 @@ def export(
     return parity
 
 
-def _given(graph: fx.GraphModule, inputs: Any) -> tuple[Tensor, ...]:
+def fed(graph: fx.GraphModule, given: tuple[Tensor, ...], boxes: bool) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
+    """What a file is made of, and what it is run on: of a detector, from pictures to boxes, where ``boxes`` are asked."""
+    family = detector_of(graph) if boxes else None
+    if family is None or getattr(family, "proposes", False):
+        return graph, given
+    return pictures.with_boxes(graph, family), (pictures.pictures_of(given[0], family.feed),)
+
+
+def given_to(graph: fx.GraphModule, inputs: Any) -> tuple[Tensor, ...]:
     """What is compared on, by place: random numbers where only shapes, or nothing, are given."""
     parts = list(inputs.values()) if isinstance(inputs, Mapping) else [] if inputs is None else several(inputs)
     if not isinstance(inputs, Mapping) and parts and all(isinstance(one, Tensor) for one in parts):

@@ -69,6 +69,7 @@ class Capabilities:
     float_result: layers whose sums may stay float; others are rounded in any case.
     posts: operators that are computed within the layer before them.
     products: of two activations, whose sums stay float.
+    centered: every grid is signed, with zero in the middle; such grids clip nothing, so ``clips`` has to be empty.
     has_kernel_times: ``kernel_times`` tells the time of each kernel of a run.
     has_threads: its field ``threads`` is the number of threads of one operator.
     suffixes: how names of files may end that it writes when asked, beside its own ``suffix``.
@@ -82,6 +83,7 @@ class Capabilities:
     float_result: Operators = LAYERS
     posts: Operators = frozenset()
     products: Operators = frozenset()
+    centered: bool = False
     has_kernel_times: bool = False
     has_threads: bool = True
     suffixes: tuple[str, ...] = ()

@@ -135,6 +135,7 @@ def place(graph: fx.GraphModule, can: Capabilities, ignore: Sequence[str] = ()) 
     roles, why = _settled(_roles(nodes, can, ignored))
     centered = {roles.turned_from(source) for node in roles.products for source in node.all_input_nodes}
     values, roles = _values(roles, centered)
+    centered |= values if can.centered else set()
     carried: dict[fx.Node, fx.Node] = {}
     for node in nodes:
         if roles.is_carrier(node) and not roles.melts(node) and node not in values:

@@ -58,7 +58,7 @@ SIGNED = 128  # what unsigned codes are lowered by
 LOGGERS = ("executorch", "root", "torch.export", "torch.utils._pytree", "torchao")
 MOVED = frozenset({aten.permute.default, aten.transpose.int})
 MOST_AXES = 4  # that XNNPACK transposes
-# with an integer kernel for layers on several grids
+# that compute codes of codes on several grids
 JOINS = frozenset({aten.add.Tensor, aten.mul.Tensor, aten.cat.default, aten.adaptive_avg_pool2d.default})
 
 Foreign = Any  # an object of ExecuTorch's
@@ -240,7 +240,7 @@ def _lowered(graph: fx.GraphModule, taps: Sequence[str] = ()) -> fx.GraphModule:
             continue
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
-    for node in list(graph.graph.nodes):
+    for node in list(finish(graph).graph.nodes):  # less what nothing reads any more
         if node.target in LAYERS:
             _settle(graph, node)
     if taps:
@@ -281,12 +281,12 @@ def _dequantize(graph: fx.GraphModule, node: fx.Node) -> fx.Node:
         if stored.dtype != torch.int8 or axis != 0 or step.dim() != 1 or offset.any():
             return _constant(graph, f"{codes.target}_numbers", _numbers(graph, node))
         zeros = _constant(graph, f"{codes.target}_zeros", torch.zeros(step.shape, dtype=torch.int64))
-        grid = (scale, zeros, 0, -127, 127, torch.int8)
-        return graph.graph.call_function(_decomposed("dequantize_per_channel"), (codes, *grid))
+        along = (scale, zeros, 0, -127, 127, torch.int8)
+        return graph.graph.call_function(_decomposed("dequantize_per_channel"), (codes, *along))
 
 
 def _numbers(graph: fx.GraphModule, node: fx.Node) -> Tensor:
-    values = [attribute(graph, one) if isinstance(one, fx.Node) else one for one in node.args]
+    values: list[Value] = [attribute(graph, one) if isinstance(one, fx.Node) else one for one in node.args]
     if isinstance(values[0], Tensor) and values[0].dtype == torch.int32:  # a bias: its codes may have 31 bits
         values[1] = values[1].double()
     numbers: Tensor = node.target(*values)  # type: ignore[operator]
@@ -304,15 +304,15 @@ def _settle(graph: fx.GraphModule, layer: fx.Node) -> None:
     if weight.target is not _decomposed("dequantize_per_channel"):
         return
     rounding, decoding = _decomposed("quantize_per_tensor"), _decomposed("dequantize_per_tensor")
-    if len(layer.users) == 1 and next(iter(layer.users)).target is rounding:
-        if entry.target is aten.pad.default and entry.args[0].target is decoding:  # zeros are on the grid of the rest
+    if len(layer.users) == 1 and next(iter(layer.users)).target == rounding:
+        if entry.target is aten.pad.default and entry.args[0].target == decoding:  # zeros are on the grid of the rest
             grid = entry.args[0].args[1:]
             with graph.graph.inserting_before(layer):
                 codes = graph.graph.call_function(rounding, (entry, *grid))
                 again = graph.graph.call_function(decoding, (codes, *grid))
             layer.replace_input_with(entry, again)
             entry = again
-        if entry.target is decoding:
+        if entry.target == decoding:
             return
     codes, scale, *_ = weight.args
     with graph.graph.inserting_before(layer):
@@ -324,8 +324,9 @@ def _settle(graph: fx.GraphModule, layer: fx.Node) -> None:
 def _codes(numbers: Tensor, node: fx.Node, graph: fx.GraphModule) -> Tensor:
     """Of what a file decoded, on the grid of the node."""
     scale, zero, *_ = qparams(node)
-    codes = torch.round(numbers / attribute(graph, scale)) + attribute(graph, zero)
-    return codes.to(argument(node, "dtype"))
+    codes: Tensor = torch.round(numbers / attribute(graph, scale)) + attribute(graph, zero)
+    dtype: torch.dtype = argument(node, "dtype")
+    return codes.to(dtype)
 
 
 def _not_in(file: bytes, lowered: fx.GraphModule) -> str | None:

@@ -94,9 +94,9 @@ def _written(graph: fx.GraphModule, batch: int) -> tuple[Writer, list[Ref], list
     for name, node in returned(graph):
         if is_tensor(writer.known[node]):
             ref = writer.plain(writer.value(node))
-            if ref in inputs or ref in outputs or ref.index in writer.data:
+            if ref in inputs or ref in outputs or ref.place in writer.data:
                 raise Untranslated(f"{name}: an output that nothing computes, or that is given twice")
-            writer.tensors[ref.index].name = name
+            writer.tensors[ref.place].name = name
             outputs.append(ref)
     return writer, inputs, outputs
 
@@ -159,7 +159,8 @@ def _by_row(writer: Writer, node: fx.Node) -> Ref | list[Ref]:
     if row is None:
         raise Untranslated(f"{writer.name}: {node.target} has no row in the table of LiteRT's operators")
     try:
-        return row(writer, node, arguments(node))
+        found: Ref | list[Ref] = row(writer, node, arguments(node))
+        return found
     except KeyError as error:
         raise Untranslated(f"{writer.name}: {node.target} in a form that has no row ({error})") from error
 
@@ -177,7 +178,7 @@ def _codes(writer: Writer, node: fx.Node) -> Ref:
     else:
         found = writer.value(source)
     ref = writer.rounded(found, grid)
-    if ref is found and (ref.index in {one.index for one in writer.refs.values()}):
+    if ref is found and (ref.place in {one.place for one in writer.refs.values()}):
         return ref
     limits = (-128, 127)
     down = SIGNED if argument(node, "dtype") == torch.uint8 else 0
@@ -186,7 +187,7 @@ def _codes(writer: Writer, node: fx.Node) -> Ref:
         if bound != limit:
             stop = writer.constant(np.array(bound, np.int8), "", grid)
             ref = writer.move(kind, ref, [stop], ref.shape, ref.last, table="MaximumMinimumOptions")
-    one = writer.tensors[ref.index]
+    one = writer.tensors[ref.place]
     if not str(one.name).startswith(CODES):
         one.name = f"{CODES}{qparams(node).value}" + (".last" if ref.last else "")
     return ref
@@ -196,7 +197,7 @@ def _model(writer: Writer, inputs: Sequence[Ref], outputs: Sequence[Ref], told: 
     tables = writer.schema
     part = tables.SubGraphT()
     part.tensors, part.operators, part.name = writer.tensors, writer.operators, "main"
-    part.inputs, part.outputs = [ref.index for ref in inputs], [ref.index for ref in outputs]
+    part.inputs, part.outputs = [ref.place for ref in inputs], [ref.place for ref in outputs]
     model = tables.ModelT()
     model.version, model.description, model.subgraphs = VERSION, "rarefy", [part]
     model.operatorCodes = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,8 +41,8 @@ def _weight(w: Writer, node: fx.Node, order: tuple[int, ...], axis: int) -> Ref:
         if w.wanted is None:
             ref = w.value(node)
             return (
-                w.constant(w.data[ref.index].transpose(order))
-                if ref.index in w.data
+                w.constant(w.data[ref.place].transpose(order))
+                if ref.place in w.data
                 else w.transposed(ref, order, False)
             )
         raise Untranslated(f"{w.name}: weights with groups or zero points in integers")
@@ -75,7 +76,7 @@ def _convolution(w: Writer, node: fx.Node, g: Arguments) -> Ref:
     if not same and any(before + after):
         x = padded(w, x, before, after)
     shape = [x.shape[0], *w.shape(node)[2:], outs]
-    options: dict[str, object] = {
+    options: dict[str, Any] = {
         "padding": w.schema.Padding.SAME if same else w.schema.Padding.VALID,
         "strideH": stride[0], "strideW": stride[1], "dilationHFactor": dilation[0], "dilationWFactor": dilation[1],
     }  # fmt: skip
@@ -84,7 +85,7 @@ def _convolution(w: Writer, node: fx.Node, g: Arguments) -> Ref:
         bias = w.constant(np.zeros(outs, np.float32))
     if groups == x.shape[3] and ins == 1 and groups > 1:
         inputs = [x, _weight(w, weight, (1, 2, 3, 0), 3), bias]
-        more: dict[str, object] = {"table": "DepthwiseConv2DOptions", "depthMultiplier": outs // groups}
+        more: dict[str, Any] = {"table": "DepthwiseConv2DOptions", "depthMultiplier": outs // groups}
         return w.compute("DEPTHWISE_CONV_2D", inputs, shape, True, **options, **more)
     inputs = [x, _weight(w, weight, (0, 2, 3, 1), 0), bias]
     return w.compute("CONV_2D", inputs, shape, True, **options, table="Conv2DOptions")
@@ -103,7 +104,7 @@ def _linear(w: Writer, node: fx.Node, g: Arguments) -> Ref:
     weight = _weight(w, g["weight"], (0, 1), 0)
     bias = _bias(w, g["bias"], weight.shape[0])
     shape = (*x.shape[:-1], weight.shape[0])
-    options = {"table": "FullyConnectedOptions", "keepNumDims": len(shape) != 2}
+    options: dict[str, Any] = {"table": "FullyConnectedOptions", "keepNumDims": len(shape) != 2}
     return w.compute("FULLY_CONNECTED", [x, weight, bias], shape, **options)
 
 
@@ -145,7 +146,9 @@ def _softmax(w: Writer, node: fx.Node, g: Arguments) -> Ref:
     order = [*(one for one in range(rank) if one != axis), axis]
     x = w.transposed(x, order, False) if axis != rank - 1 else x
     kind = "LOG_SOFTMAX" if "log" in str(node.target) else "SOFTMAX"
-    options = {"table": "LogSoftmaxOptions"} if kind == "LOG_SOFTMAX" else {"table": "SoftmaxOptions", "beta": 1.0}
+    options: dict[str, Any] = (
+        {"table": "LogSoftmaxOptions"} if kind == "LOG_SOFTMAX" else {"table": "SoftmaxOptions", "beta": 1.0}
+    )
     y = w.compute(kind, [x], x.shape, **options)
     return w.transposed(y, [order.index(one) for one in range(rank)], False) if axis != rank - 1 else y
 
@@ -155,7 +158,7 @@ def _layer_norm(w: Writer, node: fx.Node, g: Arguments) -> Ref:
     count = len(g["normalized_shape"])
     axes = w.constant(np.arange(len(x.shape) - count, len(x.shape), dtype=np.int32))
     small = (*x.shape[:-count], *[1] * count)
-    reducing = {"table": "ReducerOptions", "keepDims": True}
+    reducing: dict[str, Any] = {"table": "ReducerOptions", "keepDims": True}
     mean = w.compute("MEAN", [x, axes], small, **reducing)
     squares = w.compute("SQUARED_DIFFERENCE", [x, mean], x.shape, table="SquaredDifferenceOptions")
     variance = w.compute("MEAN", [squares, axes], small, **reducing)

@@ -137,7 +137,7 @@ def _sliced(w: Writer, node: fx.Node, g: Arguments) -> Ref:
 
 
 def _number(w: Writer, value: Value) -> float:
-    return w.known[value] if isinstance(value, fx.Node) else value
+    return float(w.known[value] if isinstance(value, fx.Node) else value)
 
 
 def _select(w: Writer, node: fx.Node, g: Arguments) -> Ref:
@@ -184,8 +184,8 @@ def _stack(w: Writer, node: fx.Node, g: Arguments) -> Ref:
 def _expand(w: Writer, node: fx.Node, g: Arguments) -> Ref:
     x, shape = w.plain(w.value(g["self"])), w.shape(node)
     x = w.reshaped(x, (*[1] * (len(shape) - len(x.shape)), *x.shape))
-    if x.index in w.data:
-        return w.constant(np.broadcast_to(w.data[x.index], shape), "", x.grid)
+    if x.place in w.data:
+        return w.constant(np.broadcast_to(w.data[x.place], shape), "", x.grid)
     if x.shape == shape:
         return x
     return w.move("BROADCAST_TO", x, [w.constant(np.array(shape, np.int32))], shape, table="BroadcastToOptions")

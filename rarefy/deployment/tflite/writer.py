@@ -45,9 +45,9 @@ class Grid(NamedTuple):
 
 
 class Ref(NamedTuple):
-    """A tensor of the file. shape: as it is stored. last: (N, H, W, C) of what the graph has as (N, C, H, W)."""
+    """A tensor of the file. place: among them. shape: as it is stored. last: (N, H, W, C) of what the graph has as (N, C, H, W)."""
 
-    index: int
+    place: int
     shape: tuple[int, ...]
     dtype: str
     grid: Grid | None = None
@@ -107,13 +107,13 @@ class Writer:
         ref = self.tensor(codes.shape, str(codes.dtype), None, False, name)
         self._fill(ref, codes)
         numbers = [float(scale) for scale in np.broadcast_to(scales, (codes.shape[axis],))]
-        self.tensors[ref.index].quantization = self._quantization(numbers, [0] * len(numbers), axis)
+        self.tensors[ref.place].quantization = self._quantization(numbers, [0] * len(numbers), axis)
         return ref
 
     def _fill(self, ref: Ref, array: Array) -> None:
         self.buffers.append(np.ascontiguousarray(array).tobytes())
-        self.tensors[ref.index].buffer = len(self.buffers) - 1
-        self.data[ref.index] = array
+        self.tensors[ref.place].buffer = len(self.buffers) - 1
+        self.data[ref.place] = array
 
     def _quantization(self, scales: list[float], zeros: list[int], axis: int) -> Foreign:
         about = self.schema.QuantizationParametersT()
@@ -130,8 +130,8 @@ class Writer:
         code = getattr(self.schema.BuiltinOperator, kind)
         one = self.schema.OperatorT()
         one.opcodeIndex = self.codes.setdefault(code, len(self.codes))
-        one.inputs = [-1 if ref is None else ref.index for ref in inputs]
-        one.outputs = [ref.index for ref in (output if isinstance(output, list) else [output])]
+        one.inputs = [-1 if ref is None else ref.place for ref in inputs]
+        one.outputs = [ref.place for ref in (output if isinstance(output, list) else [output])]
         if table := options.pop("table", None):
             one.builtinOptionsType = getattr(self.schema.BuiltinOptions, str(table))
             one.builtinOptions = getattr(self.schema, f"{table}T")()
@@ -140,7 +140,7 @@ class Writer:
         self.operators.append(one)
 
     def compute(
-        self, kind: str, inputs: Sequence[Ref | None], shape: Sequence[int], last: bool = False, **options: object
+        self, kind: str, inputs: Sequence[Ref | None], shape: Sequence[int], last: bool = False, **options: Any
     ) -> Ref:
         """The result of an operator: codes on the wanted grid, else numbers."""
         output = self.tensor(shape, "float32" if self.wanted is None else "int8", self.wanted, last)
@@ -184,7 +184,7 @@ class Writer:
         ref = self.refs[source]
         grid = self.grid_of(attribute(self.graph, step), attribute(self.graph, offset))
         if ref.grid != grid:  # the same codes, read on another grid
-            key = (ref.index, grid)
+            key = (ref.place, grid)
             if key not in self.turned:
                 sizes = self.constant(np.array(ref.shape, np.int32))
                 self.turned[key] = read = self.tensor(ref.shape, "int8", grid, ref.last)
@@ -192,11 +192,11 @@ class Writer:
             ref = self.turned[key]
         if self.wanted is not None:
             return ref
-        key = (ref.index, "numbers")
-        if key not in self.turned:
-            self.turned[key] = self.tensor(ref.shape, "float32", None, ref.last)
-            self.operator("DEQUANTIZE", [ref], self.turned[key], table="DequantizeOptions")
-        return self.turned[key]
+        decoding = (ref.place, "numbers")
+        if decoding not in self.turned:
+            self.turned[decoding] = self.tensor(ref.shape, "float32", None, ref.last)
+            self.operator("DEQUANTIZE", [ref], self.turned[decoding], table="DequantizeOptions")
+        return self.turned[decoding]
 
     def grid_of(self, scale: Tensor, zero: Tensor) -> Grid:
         """Of activations. Raises Untranslated for several scales."""
@@ -225,9 +225,9 @@ class Writer:
 
     def transposed(self, ref: Ref, order: Sequence[int], last: bool) -> Ref:
         """``ref`` with its axes in that order: of a constant, in the store."""
-        if ref.index in self.data:
-            return self.constant(self.data[ref.index].transpose(order), "", ref.grid, last)
-        key = (ref.index, tuple(order), last)
+        if ref.place in self.data:
+            return self.constant(self.data[ref.place].transpose(order), "", ref.grid, last)
+        key = (ref.place, tuple(order), last)
         if key not in self.turned:
             shape = [ref.shape[axis] for axis in order]
             kept = [axis for axis in order if ref.shape[axis] > 1]
@@ -250,8 +250,8 @@ class Writer:
         """``ref``, whose numbers lie as they are, in that shape."""
         if tuple(shape) == ref.shape and last == ref.last:
             return ref
-        if ref.index in self.data:
-            return self.constant(self.data[ref.index].reshape(shape), "", ref.grid, last)
+        if ref.place in self.data:
+            return self.constant(self.data[ref.place].reshape(shape), "", ref.grid, last)
         sizes = self.constant(np.array(shape, np.int32))
         return self.move("RESHAPE", ref, [sizes], shape, last, table="ReshapeOptions", newShape=[int(n) for n in shape])
 

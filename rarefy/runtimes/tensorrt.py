@@ -1,0 +1,129 @@
+"""TensorRT: the Q/DQ ONNX file that it runs in integers throughout, on NVIDIA's GPUs.
+
+TensorRT takes the pairs of a file as they stand and melts them into its kernels where they stand as it wants them; where
+they do not, it runs that part in float and says nothing. So the file is held against its rules before it is handed out
+(``rarefy.deployment.tensorrt_rules``): symmetric int8 activations, weights by channel, no pair between a convolution
+and the sum it ends in, one scale at a concatenation, biases in float. A model is placed that way when it is quantised
+for it:
+
+    rarefy quantize MODEL --runtime tensorrt
+
+What is not in codes is float32 in the file: build the engine with ``trtexec --onnx=FILE --fp16`` (before release 11) to
+have it in half precision. TensorRT's libraries are not on PyPI's own index, so rarefy does not run it: the file's
+answers are compared in ONNX Runtime, which computes what the file says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import torch
+from torch import fx
+
+from rarefy.deployment import parity
+from rarefy.deployment.onnx import file
+from rarefy.deployment.runtime import CARRIERS, PLANAR, Capabilities, Inputs, Kernel, Parity, Runtime, Session
+from rarefy.deployment.tensorrt_rules import Finding, findings
+from rarefy.errors import InputError
+from rarefy.graph.fold import fold
+from rarefy.graph.lowering import is_decoded, to_numbers
+from rarefy.graph.nodes import argument, attribute, finish, set_attribute
+from rarefy.kernels import is_quantised
+from rarefy.runtimes.onnxruntime import OnnxRuntime
+from rarefy.system.dependencies import needs
+
+aten = torch.ops.aten
+
+SHOWN = 3  # findings in a message
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorRT:
+    """TensorRT's ONNX file, for NVIDIA's GPUs: checked against its rules, compared in ONNX Runtime, not run here.
+
+    Quantise for it: it takes symmetric grids alone, and pairs where its kernels want them.
+    """
+
+    suffix = ".onnx"
+    decoded = False
+    package = "onnxruntime"  # that compares its files
+    threads = 0
+    runs = False
+    why_not = "TensorRT is not run by rarefy: build the engine with trtexec --onnx=FILE"
+    capabilities = Capabilities(
+        layers=PLANAR,
+        joins=frozenset({aten.cat.default, aten.adaptive_avg_pool2d.default}),
+        carriers=CARRIERS,
+        clips=frozenset(),
+        float_result=PLANAR,
+        centered=True,
+        has_threads=False,
+    )
+
+    @property
+    def weight_bits(self) -> int:
+        """Tensor cores add in 32 bits."""
+        return 8
+
+    @property
+    def floats(self) -> tuple[TensorRT, ...]:
+        """Ways to run a float network."""
+        return (self,)
+
+    def export(self, graph: fx.GraphModule, path: str | os.PathLike[str]) -> Path:
+        """Write ``graph`` (in eval mode) as an ONNX file. Raises InputError where the file breaks TensorRT's rules."""
+        file.write(_profiled(graph), path, zero_points=False)
+        found = findings(needs("onnx").load(os.fspath(path)))
+        if found:
+            os.remove(path)
+            raise InputError(_refusal(path, found))
+        return Path(path)
+
+    def open(self, path: str | os.PathLike[str]) -> Session:
+        """TensorRT is not run by rarefy."""
+        raise InputError(
+            f"{path}: TensorRT's libraries are not on PyPI, so rarefy does not run its files: "
+            f"trtexec --onnx={path} builds and times the engine; onnxruntime opens the file, too"
+        )
+
+    def compare(
+        self,
+        graph: fx.GraphModule,
+        path: str | os.PathLike[str],
+        inputs: Inputs,
+        batch: int = 32,
+        on: Runtime | None = None,
+    ) -> Parity:
+        """Parity of ``graph`` and its file, run by ``on`` (None: ONNX Runtime)."""
+        return parity.compare(_profiled(graph), path, inputs, on or OnnxRuntime(threads=1), batch)
+
+    def kernel_times(self, path: str | os.PathLike[str], inputs: Inputs, seconds: float = 1.5) -> list[Kernel]:
+        """None."""
+        raise InputError("tensorrt: rarefy does not run TensorRT and tells no times of kernels; use onnxruntime")
+
+
+def _refusal(path: str | os.PathLike[str], found: list[Finding]) -> str:
+    told = "; ".join(str(one) for one in found[:SHOWN])
+    more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    return (
+        f"{path}: TensorRT would not run it in integers throughout: {told}{more}; quantise the model with "
+        "--runtime tensorrt"
+    )
+
+
+def _profiled(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy in numbers whose biases are floats."""
+    graph = to_numbers(graph) if is_quantised(graph) else fold(graph)
+    for node in list(graph.graph.nodes):
+        if node.target not in PLANAR or not is_decoded(argument(node, "bias")):
+            continue
+        decoding = argument(node, "bias")
+        codes, scale = argument(decoding, "q"), argument(decoding, "scale")
+        name = f"{codes.target}_numbers"
+        numbers = attribute(graph, codes).double() * attribute(graph, scale).double()
+        set_attribute(graph, name, numbers.float())
+        with graph.graph.inserting_before(node):
+            node.replace_input_with(decoding, graph.graph.get_attr(name))
+    return finish(graph)
