@@ -51,7 +51,7 @@ def export(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="A further runtime that reads the file, for the certificate; with all, one of your own; may be repeated.",
+            help="A further runtime that reads the file, for the certificate; with all, one of your own; may repeat.",
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Judge on the first N images only.")] = None,
@@ -64,10 +64,7 @@ def export(
     from rarefy.evaluation import certify as certify_
 
     if runtime == "all":
-        _everywhere(
-            model, data, Path(output), also or (), compare, boxes, certify is None and limit is None, key, as_json
-        )
-        return
+        return _everywhere(model, data, output, also or (), compare, boxes, not certify and limit is None, key, as_json)
     if certify is None and (also or limit is not None or data.options()):
         raise InputError("--also, --limit and data belong to the certificate; name its file with --certify")
     chosen = export_.runtime_of(Path(output), runtime)
@@ -87,7 +84,7 @@ def export(
 def _everywhere(
     model: ModelOptions,
     data: DataOptions,
-    folder: Path,
+    output: str,
     also: Sequence[str],
     compare: bool,
     boxes: bool,
@@ -95,9 +92,10 @@ def _everywhere(
     key: str | None,
     as_json: bool,
 ) -> None:
-    """The file of every runtime, and the table of them. Raises SelfCheckFailed where one answers otherwise or failed."""
+    """The file of every runtime, and the table of them. Raises SelfCheckFailed where one differs or failed."""
     from rarefy.deployment import description, everywhere
 
+    folder = Path(output)
     if not alone or data.options():
         raise InputError("--certify, --limit and data belong to one runtime's file; leave them out with --runtime all")
     source, graph, task = prepared(model, data, needed=False, key=key)

@@ -45,7 +45,7 @@ def export(
     path: a file there is replaced, and stays as it was if anything fails. In a saved folder, its manifest lists it
         then; a signed one is refused.
     runtime: a choice of ``rarefy.runtimes``, as an object or as text; None: by the file's name, ``.onnx`` for
-        ``onnxruntime``, ``.xml`` for ``openvino`` (a ``.bin`` lies beside it), ``.zip`` for ``inductor``, ``.tflite`` for
+        ``onnxruntime``, ``.xml`` for ``openvino`` (a ``.bin`` lies beside it), ``.zip`` for ``inductor``, ``.tflite``
         ``litert``, ``.pte`` for ``executorch``.
     inputs: an example batch, of each input: needed where ``model`` is not captured yet and no task says what it takes,
         and what is compared on (else random numbers).
@@ -78,7 +78,7 @@ def export(
 
 
 def fed(graph: fx.GraphModule, given: tuple[Tensor, ...], boxes: bool) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
-    """What a file is made of, and what it is run on: of a detector, from pictures to boxes, where ``boxes`` are asked."""
+    """What a file is made of and what it is run on: of a detector, from pictures to boxes, where they are asked."""
     family = detector_of(graph) if boxes else None
     if family is None or getattr(family, "proposes", False):
         return graph, given

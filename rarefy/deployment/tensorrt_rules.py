@@ -1,4 +1,4 @@
-"""What a Q/DQ ONNX file must look like for TensorRT to run it in integers throughout: rules by name, and who breaks them.
+"""What a Q/DQ ONNX file must look like for TensorRT to run it in integers: rules by name, and who breaks them.
 
 From NVIDIA's guide (Working with Quantized Types, Explicit Quantization; Q/DQ Layer-Placement Recommendations):
 

@@ -1,6 +1,6 @@
 """TensorRT: the Q/DQ ONNX file that it runs in integers throughout, on NVIDIA's GPUs.
 
-TensorRT takes the pairs of a file as they stand and melts them into its kernels where they stand as it wants them; where
+TensorRT takes the pairs of a file as they are and melts them into its kernels where they stand as it wants; where
 they do not, it runs that part in float and says nothing. So the file is held against its rules before it is handed out
 (``rarefy.deployment.tensorrt_rules``): symmetric int8 activations, weights by channel, no pair between a convolution
 and the sum it ends in, one scale at a concatenation, biases in float. A model is placed that way when it is quantised

@@ -52,7 +52,7 @@ def test_codes_are_the_simulations(made_for: str, tmp_path: Path) -> None:
     x = torch.randn(8, 3, 16, 16)
     small, path, runtime = compared(Planes(), x, tmp_path, runtime=made_for)
     found = runtime.compare(small, path, x)
-    assert found["passed"] and found["ulp"] <= 1 and len(found["layers"]) >= 8, found
+    assert found["passed"] and found["ulp"] <= 1 and len(found["layers"]) >= 7, found
     assert all(layer["share"] < 0.01 for layer in found["layers"]), found["layers"]
     small.get_buffer("groups.bias_codes").add_(5_000)
     broken = runtime.compare(small, path, x)
@@ -62,7 +62,7 @@ def test_codes_are_the_simulations(made_for: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("net", [DenselyConnected, UnevenDepthwise])
 def test_other_networks(net: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    x = torch.randn(4, 3, 16, 16)
+    x = torch.randn(4, 1 if net is DenselyConnected else 3, 16, 16)
     small, path, runtime = compared(net(), x, tmp_path)
     found = runtime.compare(small, path, x)
     assert found["passed"] and found["ulp"] <= 1, found

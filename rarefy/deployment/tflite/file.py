@@ -71,7 +71,8 @@ def write(graph: fx.GraphModule, path: str | os.PathLike[str], batch: int = 1) -
         writer, inputs, outputs = _written(graph, batch)
     except Untranslated as error:
         raise InputError(
-            f"the graph can't be written for LiteRT: {error}; leave that layer out with core=, or choose another runtime"
+            f"the graph can't be written for LiteRT: {error}; "
+            "leave that layer out with core=, or choose another runtime"
         ) from error
     Path(path).write_bytes(_packed(_model(writer, inputs, outputs, told)))
     return Path(path)
@@ -240,7 +241,9 @@ def tapped(path: str | os.PathLike[str], names: Sequence[str], into: Path) -> di
     """
     model = opened(path)
     part = model.subgraphs[0]
-    places = {_text(one.name): place for place, one in enumerate(part.tensors)}
+    places: dict[str, int] = {}
+    for index, one in enumerate(part.tensors):
+        places.setdefault(_text(one.name), index)  # the first: what only carries the codes has the same name
     found = {}
     part.outputs = [int(place) for place in part.outputs]
     for name in names:

@@ -1,8 +1,8 @@
 """What the rows of the table write with: tensors, operators and constants of a TensorFlow Lite model.
 
 A tensor there has a type and a grid (int8 with a scale and a zero point, or float32), and one operator is for both: ADD
-adds codes or numbers by what it is given. A row therefore is written once. Where an operator reads decoded codes and its
-result is rounded, ``value`` gives the codes themselves and ``compute`` makes codes on the grid of the rounding;
+adds codes or numbers by what it is given. A row therefore is written once. Where an operator reads decoded codes and
+its result is rounded, ``value`` gives the codes themselves and ``compute`` makes codes on the grid of the rounding;
 elsewhere both are numbers. What only moves values (``move``) keeps type and grid of what it reads.
 
 Planes are kept channels last there, (N, H, W, C). A tensor knows its order (``last``), and is turned where an operator
@@ -45,7 +45,7 @@ class Grid(NamedTuple):
 
 
 class Ref(NamedTuple):
-    """A tensor of the file. place: among them. shape: as it is stored. last: (N, H, W, C) of what the graph has as (N, C, H, W)."""
+    """A tensor of the file. place: among them. shape: as it is stored. last: (N, H, W, C) of (N, C, H, W)."""
 
     place: int
     shape: tuple[int, ...]
