@@ -70,6 +70,9 @@ class Capabilities:
     posts: operators that are computed within the layer before them.
     products: of two activations, whose sums stay float.
     centered: every grid is signed, with zero in the middle; such grids clip nothing, so ``clips`` has to be empty.
+    residuals: what is added to a layer's sums is added before they are rounded.
+    padded_zero: padding is with the code 0 and codes are signed: what a padded convolution of one group reads is on 7
+        bits without a sign, or around zero.
     has_kernel_times: ``kernel_times`` tells the time of each kernel of a run.
     has_threads: its field ``threads`` is the number of threads of one operator.
     suffixes: how names of files may end that it writes when asked, beside its own ``suffix``.
@@ -84,6 +87,8 @@ class Capabilities:
     posts: Operators = frozenset()
     products: Operators = frozenset()
     centered: bool = False
+    residuals: bool = False
+    padded_zero: bool = False
     has_kernel_times: bool = False
     has_threads: bool = True
     suffixes: tuple[str, ...] = ()

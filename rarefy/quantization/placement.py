@@ -52,14 +52,16 @@ class Placement:
     """Which nodes of a graph are integer.
 
     layers, products: those that multiply, in order. values: nodes whose result is rounded, in order. centered: values
-    whose grid is signed, zero in the middle. fused: clip -> the node that does its work. carried: carrier -> the value
-    whose grid it has. integer: all integer nodes. floats: operator on activations that stays in float -> why.
+    whose grid is signed, zero in the middle. halved: values of no sign on a grid of 7 bits. fused: clip -> the node that
+    does its work. carried: carrier -> the value whose grid it has. integer: all integer nodes. floats: operator on
+    activations that stays in float -> why.
     """
 
     layers: list[fx.Node]
     products: list[fx.Node]
     values: list[fx.Node]
     centered: set[fx.Node]
+    halved: set[fx.Node]
     fused: dict[fx.Node, fx.Node]
     carried: dict[fx.Node, fx.Node]
     integer: set[fx.Node]
@@ -77,13 +79,15 @@ def clip_bounds(node: fx.Node) -> tuple[float, float]:
 
 @dataclasses.dataclass(frozen=True)
 class _Roles:
-    """What each node can be on a runtime. fused: clip or post -> the layer or join that does its work."""
+    """What each node can be on a runtime. fused: clip or post -> the layer or join that does its work. summed: layers to
+    whose sums the join that reads them adds another value before anything is rounded."""
 
     can: Capabilities
     layers: frozenset[fx.Node]
     joins: frozenset[fx.Node]
     products: frozenset[fx.Node]
     fused: Mapping[fx.Node, fx.Node]
+    summed: frozenset[fx.Node] = frozenset()
 
     @property
     def integer(self) -> frozenset[fx.Node]:
@@ -134,6 +138,11 @@ def place(graph: fx.GraphModule, can: Capabilities, ignore: Sequence[str] = ()) 
     ignored = {node: glob for node in nodes if (glob := _ignored(node, ignore)) is not None}
     roles, why = _settled(_roles(nodes, can, ignored))
     centered = {roles.turned_from(source) for node in roles.products for source in node.all_input_nodes}
+    halved = set[fx.Node]()
+    if can.padded_zero:
+        padded = {value for layer in roles.layers if _is_padded(layer) for value in [roles.source_of(_source(layer))]}
+        halved = {value for value in padded - centered if _is_clipped(value)}
+        centered |= {value for value in padded - halved if value.op != "placeholder" and value.target not in can.clips}
     values, roles = _values(roles, centered)
     centered |= values if can.centered else set()
     carried: dict[fx.Node, fx.Node] = {}
@@ -152,7 +161,8 @@ def place(graph: fx.GraphModule, can: Capabilities, ignore: Sequence[str] = ()) 
         layers=[node for node in nodes if node in roles.layers],
         products=[node for node in nodes if node in roles.products],
         values=[node for node in nodes if node in values],
-        centered=centered,
+        centered=centered & values,
+        halved=halved & values,
         fused=dict(roles.fused),
         carried=carried,
         integer=set(roles.integer),
@@ -179,7 +189,37 @@ def _roles(nodes: Sequence[fx.Node], can: Capabilities, ignored: Collection[fx.N
                 fused[node] = source
             elif node.target in can.clips:
                 joins.add(node)
-    return _Roles(can, frozenset(layers), frozenset(joins), frozenset(products), fused)
+    roles = _Roles(can, frozenset(layers), frozenset(joins), frozenset(products), fused)
+    return dataclasses.replace(roles, summed=_summed(nodes, roles)) if can.residuals else roles
+
+
+def _summed(nodes: Sequence[fx.Node], roles: _Roles) -> frozenset[fx.Node]:
+    """Of the layers that an addition reads, the last one, if nothing else reads it."""
+    place = {node: index for index, node in enumerate(nodes)}
+    found = set()
+    for node in roles.joins:
+        if node.target is aten.add.Tensor:
+            sources = node.all_input_nodes
+            alone = [one for one in sources if one in roles.layers and len(one.users) == 1]
+            if len(sources) == 2 and alone:
+                found.add(max(alone, key=place.__getitem__))
+    return frozenset(found)
+
+
+def _is_padded(layer: fx.Node) -> bool:
+    """A convolution with padding, of one group."""
+    if layer.target is aten.linear.default or argument(layer, "groups") != 1:
+        return False
+    padding = argument(layer, "padding")
+    if isinstance(padding, str):
+        return padding != "valid"
+    return _source(layer).target is aten.pad.default or any(padding if isinstance(padding, Sequence) else [padding])
+
+
+def _is_clipped(node: fx.Node) -> bool:
+    """Is none of its numbers below 0, by what it is?"""
+    clips = (aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default)
+    return node.target is aten.sigmoid.default or (node.target in clips and clip_bounds(node)[0] >= 0)
 
 
 def _settled(roles: _Roles) -> tuple[_Roles, dict[fx.Node, str]]:
@@ -209,8 +249,11 @@ def _values(roles: _Roles, centered: Collection[fx.Node]) -> tuple[set[fx.Node],
     values = set(centered)
     result_of = {source: clip for clip, source in roles.fused.items()}
     stays = set()
+    summed = {node for node in roles.summed if any(user in roles.joins for user in node.users)}
     for node in roles.layers | roles.joins:
-        values.update(roles.source_of(source) for source in _tensors(node))
+        values.update(roles.source_of(source) for source in _tensors(node) if source not in summed)
+        if node in summed:
+            continue
         result = result_of.get(node, node)
         may_stay = node in roles.layers and node.target in roles.can.float_result
         if not may_stay or roles.leads_to_integers(result, roles.integer):

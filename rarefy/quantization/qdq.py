@@ -49,11 +49,15 @@ def own_bias(graph: fx.GraphModule, node: fx.Node) -> None:
 
 def grid_of(placement: Placement, value: fx.Node, grid: formats.Grid) -> formats.Grid:
     """The grid that ``value`` is on where values in general are on ``grid``."""
+    if value in placement.halved:
+        return dataclasses.replace(grid, bits=min(grid.bits, 7), signed=False, symmetric=False)
     return dataclasses.replace(grid, signed=True, symmetric=False) if value in placement.centered else grid
 
 
 def clipped(placement: Placement, value: fx.Node, lo: float, hi: float, grid: formats.Grid) -> tuple[float, float]:
     """A range no wider than the clip whose work the grid's ends do, and with zero in the middle where it has to be."""
+    if value in placement.halved:
+        lo = 0.0
     if value in placement.centered:
         scale = max(lo / grid.qmin, hi / grid.qmax)
         return scale * grid.qmin, scale * grid.qmax

@@ -302,7 +302,7 @@ def calibrated(graph: fx.GraphModule, images: Images, plan: Formats, choices: Ch
 
 def without_noisy(graph: fx.GraphModule, observed: Observed, plan: Formats, choices: Choices) -> Formats:
     """The plan without layers around values that cost too much in 8 bits."""
-    if not isinstance(choices.calibration, ByAnswers) or any(grid.bits != 8 for grid in plan.values.values()):
+    if not isinstance(choices.calibration, ByAnswers) or any(grid.bits < 7 for grid in plan.values.values()):
         return plan
     ranges = qdq.ranges(plan.placement, observed.histograms, choices.calibration, plan.values)
     left = noisy_layers.noisy(graph, plan.placement, ranges, plan.values, observed.histograms)

@@ -125,7 +125,7 @@ class Inductor:
         """Parity of ``graph`` and the file it was exported to, compiled by ``on`` (None: this runtime)."""
         reader = on if isinstance(on, Inductor) else self
         integer = to_integers(to_numbers(graph))
-        stored = parity.coded(to_integers(to_numbers(_opened(path))))
+        stored = parity.coded(to_integers(to_numbers(opened(path))))
         shared = [name for name in parity.coded(integer) if name in stored]
         session = Session(path, reader.threads, reader.device, taps=shared)
 
@@ -157,7 +157,7 @@ class Session:
             raise InputError(f"inductor: device={device}: torch finds no GPU; leave it at cpu")
         self.path, self.device = path, torch.device(device)
         self.threads = threads or os.cpu_count() or 1
-        self.graph = _compilable(_opened(path), taps, exact=device != "cpu").to(self.device)
+        self.graph = _compilable(opened(path), taps, exact=device != "cpu").to(self.device)
         self.programs: collections.OrderedDict[Shapes, Callable[..., Value]] = collections.OrderedDict()
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ class Session:
         return self.programs[shape]
 
 
-def _opened(path: str | os.PathLike[str]) -> fx.GraphModule:
+def opened(path: str | os.PathLike[str]) -> fx.GraphModule:
     """Raises FormatError for what ``export`` has not written; nothing of the file is believed before it is checked."""
     if Path(path).is_dir():
         return folder_.load(path)

@@ -47,7 +47,11 @@ def graph(batches: list[Tensor]) -> fx.GraphModule:
 
 @pytest.fixture(params=RUNTIMES)
 def runtime(request: pytest.FixtureRequest) -> Any:
-    found = plugins.resolve("runtimes", f"{request.param}:threads=1")
+    found = plugins.resolve("runtimes", request.param)
+    if found.capabilities.has_threads:
+        found = plugins.resolve("runtimes", f"{request.param}:threads=1")
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
     pytest.importorskip(found.package)
     if request.param == "inductor" and cpu.compiler() is None:
         pytest.skip("torch.compile needs a C++ compiler")
