@@ -52,8 +52,8 @@ class Placement:
     """Which nodes of a graph are integer.
 
     layers, products: those that multiply, in order. values: nodes whose result is rounded, in order. centered: values
-    whose grid is signed, zero in the middle. halved: values of no sign on a grid of 7 bits. fused: clip -> the node that
-    does its work. carried: carrier -> the value whose grid it has. integer: all integer nodes. floats: operator on
+    whose grid is signed, zero in the middle. halved: values of no sign on a grid of 7 bits. fused: clip -> the node
+    that does its work. carried: carrier -> the value whose grid it has. integer: all integer nodes. floats: operator on
     activations that stays in float -> why.
     """
 
@@ -79,8 +79,8 @@ def clip_bounds(node: fx.Node) -> tuple[float, float]:
 
 @dataclasses.dataclass(frozen=True)
 class _Roles:
-    """What each node can be on a runtime. fused: clip or post -> the layer or join that does its work. summed: layers to
-    whose sums the join that reads them adds another value before anything is rounded."""
+    """What each node can be on a runtime. fused: clip or post -> the layer or join that does its work. summed: layers
+    to whose sums the join that reads them adds another value before anything is rounded."""
 
     can: Capabilities
     layers: frozenset[fx.Node]

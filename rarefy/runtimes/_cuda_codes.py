@@ -97,8 +97,8 @@ def carried(node: fx.Node, x: Tensor) -> Tensor:
         moved: Tensor = target(x, *node.args[1:], **node.kwargs)
         return moved
     _, kernel, stride, padding, dilation, ceil = arguments(node).values()
-    size = F.max_pool2d(x.new_empty(x.shape, dtype=torch.float32, device="meta"), kernel, stride or kernel, padding or 0,
-                        dilation or 1, bool(ceil)).shape[2:]  # fmt: skip
+    size = F.max_pool2d(x.new_empty(x.shape, dtype=torch.float32, device="meta"), kernel, stride or kernel,
+                        padding or 0, dilation or 1, bool(ceil)).shape[2:]  # fmt: skip
     return planes(
         pooling.max_pool(
             lined(x), pair(kernel), pair(stride or kernel), pair(padding or 0), pair(dilation or 1), (size[0], size[1])

@@ -122,7 +122,7 @@ class Steps:
         return Step((node,), (given["a"], given["b"]), run) if self._joinable(node) else None
 
     def _joinable(self, node: fx.Node) -> bool:
-        """Of equal shapes, one number, or one place of a picture: told when it runs, unless a constant is in the way."""
+        """Of equal shapes, one number, or one place of a picture: told when it runs, but for constants."""
         stored = [
             attribute(self.graph, one) for one in (argument(node, "a"), argument(node, "b")) if one.op == "get_attr"
         ]

@@ -67,7 +67,8 @@ class Case:
         sums = self.weight.to(torch.int32).flatten(1).sum(1) * (int(self.x_zero) - self.shift)
         factor = self.x_scale * self.weight_scale
         return kernels("epilogue").Result(
-            bias=(self.bias - sums).to(torch.int32).to(DEVICE), factor=(factor if divided else factor / self.scale).to(DEVICE),
+            bias=(self.bias - sums).to(torch.int32).to(DEVICE),
+            factor=(factor if divided else factor / self.scale).to(DEVICE),
             scale=float(self.scale) if divided else 1.0, zero=int(self.zero) - 128, **options,
         )  # fmt: skip
 

@@ -25,7 +25,8 @@ class Result(NamedTuple):
 
     bias: (outputs,) int32, what the zero point of the input adds up to taken off. factor: (outputs,) float32.
     activation: one of ``ACTIVATIONS``. codes: int8 codes on a grid, else float32 numbers. scale: of the grid, 1.0 where
-    the factor has it in. zero, qmin, qmax: of the grid. residual_scale, residual_zero: of the residual, if there is one. post: (outputs,) float32.
+    the factor has it in. zero, qmin, qmax: of the grid. residual_scale, residual_zero: of the residual, if there is
+    one. post: (outputs,) float32.
     """
 
     bias: Tensor
@@ -42,7 +43,8 @@ class Result(NamedTuple):
 
     def __str__(self) -> str:
         """What of it makes another kernel."""
-        return f"{self.activation},{'codes' if self.codes else 'numbers'},{self.qmin}..{self.qmax},{int(self.zero != 0)},{int(self.post is not None)}"
+        kind = "codes" if self.codes else "numbers"
+        return f"{self.activation},{kind},{self.qmin}..{self.qmax},{int(self.zero != 0)},{int(self.post is not None)}"
 
     @property
     def dtype(self) -> torch.dtype:

@@ -72,7 +72,8 @@ def join(
     wide = 0 if b.shape == a.shape else 2 if b.numel() == 1 else 1
     plane = a.numel() // len(a) if a.dim() else 1
     _join[(triton.cdiv(a.numel(), BLOCK),)](
-        a, b, out, a.numel(), plane, a.shape[-1], *zeros, *factors, offset, *ends, shift, MUL=multiply, WIDE=wide, B=BLOCK,
+        a, b, out, a.numel(), plane, a.shape[-1], *zeros, *factors, offset, *ends, shift,
+        MUL=multiply, WIDE=wide, B=BLOCK,
         num_warps=4,
     )  # fmt: skip
     return out
