@@ -2,10 +2,10 @@
 
     python bench/parity.py [--only NAME ...] [--runtimes NAME ...] [--images N] [--folder DIR] [--check]
 
-EfficientNet-Lite0, MobileNetV2, ResNet-56, YOLOX-Nano and FastestDet with their real weights (``panel_networks``) and a
-ViT-Tiny of timm's with random ones, in int8 by default settings, 128 samples for calibration, others compared. Made once
-for ONNX Runtime and exported to every runtime that takes such grids; ExecuTorch and TensorRT want grids of their own and
-get a model made for them. TensorRT's file is run by ONNX Runtime.
+EfficientNet-Lite0, MobileNetV2, ResNet-56, YOLOX-Nano and FastestDet with their real weights (``panel_networks``) and
+a ViT-Tiny of timm's with random ones, in int8 by default settings, 128 samples for calibration, others compared. Made
+once for ONNX Runtime and exported to every runtime that takes such grids; ExecuTorch and TensorRT want grids of their
+own and get a model made for them. TensorRT's file is run by ONNX Runtime.
 
 A row a network and runtime: bytes of the file; on how many samples the most likely class is the simulation's (of a
 detector, on how many each of its outputs differs by at most 1 % of its variance); the largest difference of a rounded
@@ -81,7 +81,7 @@ def made_for(network: Network, runtime: str, home: Path) -> Any:
 
 
 def row_of(small: Any, name: str, given: list[Tensor], home: Path) -> dict[str, Any]:
-    runtime = plugins.resolve("runtimes", f"{name}:threads=1")
+    runtime = plugins.resolve("runtimes", name if name == "tensorrt" else f"{name}:threads=1")
     file = runtime.export(small, home / f"{name}{runtime.suffix}")
     reader = plugins.resolve("runtimes", "onnxruntime:threads=1") if name == "tensorrt" else None
     found = runtime.compare(small, file, given, batch=BATCH, on=reader)

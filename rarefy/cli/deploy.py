@@ -28,7 +28,8 @@ def export(
         typer.Option(
             metavar="NAME",
             help="Where the model will run (`rarefy list runtimes`); default: by the file's name, .onnx for "
-            "onnxruntime, .xml for openvino, .zip for inductor, .tflite for litert, .pte for executorch; "
+            "onnxruntime, .xml for openvino, .zip for inductor, .cuda for cuda, .tflite for litert, "
+            ".pte for executorch; "
             "all: a file for each, into the folder --output, with a table.",
         ),
     ] = None,

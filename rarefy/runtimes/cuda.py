@@ -59,7 +59,7 @@ class Cuda:
 
     devices: str = "0"
 
-    suffix = ".zip"
+    suffix = ".cuda"
     decoded = False
     package = "cudnn"
     threads = 1

@@ -151,7 +151,7 @@ def test_no_gpu_is_one_line_with_the_way_out(tmp_path: Path) -> None:
     runtime: Runtime = plugins.resolve("runtimes", "cuda")
     graph, _ = quantised(Residual, "cuda")
     with pytest.raises(InputError, match=r"^cuda: no usable NVIDIA GPU \(.+\); (use|pip|install) .+"):
-        runtime.open(runtime.export(graph, tmp_path / "model.zip"))
+        runtime.open(runtime.export(graph, tmp_path / "model.cuda"))
 
 
 @pytest.mark.parametrize("text", ["cuda:devices=first", "cuda:devices=-1"])
@@ -167,5 +167,5 @@ def test_on_a_gpu_the_file_answers_as_the_graph_does(network: type[nn.Module], t
     pytest.importorskip("cudnn", reason="nvidia-cudnn-frontend is not installed")
     runtime: Runtime = plugins.resolve("runtimes", "cuda")
     graph, x = quantised(network, "cuda")
-    found = runtime.compare(graph, runtime.export(graph, tmp_path / "model.zip"), x)
+    found = runtime.compare(graph, runtime.export(graph, tmp_path / "model.cuda"), x)
     assert found["passed"] and found["ulp"] <= 1
