@@ -16,6 +16,13 @@ from rarefy.cli.outputs import claim_file, claim_parent, claim_pictures
 from rarefy.cli.terminal import say, show_json, show_table, size_text
 from rarefy.errors import InputError, SelfCheckFailed
 
+WHERE = (
+    "Where the model will run (`rarefy list runtimes`); default: by the file's name, .onnx for "
+    "onnxruntime, .xml for openvino, .zip for inductor, .cuda for cuda, .tflite for litert, "
+    ".pte for executorch; "
+    "all: a file for each, into the folder --output, with a table."
+)
+
 
 @app.command()
 @grouped
@@ -23,16 +30,7 @@ def export(
     model: ModelOptions,
     data: DataOptions,
     output: Output,
-    runtime: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Where the model will run (`rarefy list runtimes`); default: by the file's name, .onnx for "
-            "onnxruntime, .xml for openvino, .zip for inductor, .cuda for cuda, .tflite for litert, "
-            ".pte for executorch; "
-            "all: a file for each, into the folder --output, with a table.",
-        ),
-    ] = None,
+    runtime: Annotated[str | None, typer.Option(metavar="NAME", help=WHERE)] = None,
     compare: Annotated[bool, typer.Option(help="Run the file, and compare it with the model.")] = True,
     boxes: Annotated[
         bool,
