@@ -15,6 +15,7 @@ from rarefy.cli import main, terminal
 
 ROOT = Path(rarefy.__file__).parent
 COMMANDS = typer.main.get_command(main.app).commands  # type: ignore[attr-defined]
+WRITES_ONLY = {"init"}  # what it is told goes into a recipe: nothing is loaded
 OPTIONS = {
     verb: {name for one in command.params for name in (*one.opts, *one.secondary_opts)}
     for verb, command in COMMANDS.items()
@@ -53,9 +54,10 @@ def verbs_under(file: str, function: str) -> list[str]:
     if file == "models/fitting.py":  # what is asked where there is data beside the model
         return [name for name, options in OPTIONS.items() if {"--data", "--input"} <= options]
     if file.startswith("models/"):
-        return [name for name, command in COMMANDS.items() if any(one.name == "model" for one in command.params)]
+        takes = {name for name, command in COMMANDS.items() if any(one.name == "model" for one in command.params)}
+        return sorted(takes - WRITES_ONLY)
     if file.startswith("data/"):
-        return [name for name, options in OPTIONS.items() if "--data" in options]
+        return [name for name, options in OPTIONS.items() if "--data" in options and name not in WRITES_ONLY]
     return []
 
 
