@@ -43,6 +43,13 @@ COMMANDS = [
     "list",
     "doctor",
     "demo",
+    "init",
+    "front",
+    "worker",
+    "compare",
+    "card",
+    "push",
+    "pull",
 ]
 HERE = __name__
 
