@@ -874,7 +874,7 @@ def test_defaults_of_a_training_and_of_the_verbs() -> None:
         "training": None, "device": None, "checkpoint": None, "checkpoint_seconds": 60.0, "validate": None,
         "penalty": None, "logs": None, "progress": True,
     }  # fmt: skip
-    for verb, own in ((distill, {"loss": "lskd", "cache": None}), (train, {})):
+    for verb, own in ((distill, {"loss": "auto", "cache": None}), (train, {})):
         parameters = inspect.signature(verb).parameters.values()
         given = {one.name: one.default for one in parameters if one.default is not inspect.Parameter.empty}
         assert given == {**everything, **own}
