@@ -58,9 +58,15 @@ def runtime(request: pytest.FixtureRequest) -> Any:
     return found
 
 
+def opens(runtime: Any) -> None:
+    if not getattr(runtime, "runs", True):
+        pytest.skip(f"{plugins.name_of(runtime)} writes files and runs none")
+
+
 def test_float_model_runs_at_any_batch_and_answers_like_the_graph(
     runtime: Any, graph: fx.GraphModule, batches: list[Tensor], tmp_path: Path
 ) -> None:
+    opens(runtime)
     assert importlib.import_module(runtime.package) is not None
     session = runtime.open(runtime.export(graph, tmp_path / f"model{runtime.suffix}"))
     assert session.threads == 1
@@ -104,6 +110,7 @@ def test_kernel_times_name_every_kernel_once(
 
 
 def test_a_file_that_is_none_is_refused(runtime: Any, tmp_path: Path) -> None:
+    opens(runtime)
     broken = tmp_path / f"broken{runtime.suffix}"
     broken.write_bytes(b"\x08not a model")
     with pytest.raises(FormatError, match=r"broken\S*: .* can't open it"):
@@ -111,6 +118,7 @@ def test_a_file_that_is_none_is_refused(runtime: Any, tmp_path: Path) -> None:
 
 
 def test_measured_by_name(runtime: Any, graph: fx.GraphModule) -> None:
+    opens(runtime)
     found = measure.measure({"a": graph}, runtime=runtime, repeats=5, memory=True)["a"]
     assert found["latency_ms"]["runtime"] == plugins.describe(runtime).partition(":")[0]
     assert found["peak_memory_bytes"] is None or found["peak_memory_bytes"] < 500e6
@@ -218,7 +226,8 @@ def test_all_outputs_are_compared(runtime: Any, tmp_path: Path) -> None:
     broken = runtime.compare(
         small, path, inputs
     )  # all of its numbers moved alike, so that the largest stays where it is
-    assert broken["largest_difference"] > 1 and broken["agreement"] == 0 and not broken["passed"]
+    # where the answers are codes, too, they end at the grid's end
+    assert broken["largest_difference"] > 0.5 and broken["agreement"] == 0 and not broken["passed"]
 
 
 def test_a_single_number_is_compared_as_a_number(tmp_path: Path) -> None:
