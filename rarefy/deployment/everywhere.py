@@ -79,6 +79,8 @@ def export_all(
         raise InputError(f"{place}: is a file; name a folder for the files of all runtimes")
     names = [*(plugins.available("runtimes") if only is None else only), *also]
     chosen = {name: plugins.resolve("runtimes", name) for name in names}
+    # last what runs here: predict.py beside is for the last file of its kind
+    chosen = dict(sorted(chosen.items(), key=lambda one: getattr(one[1], "runs", True)))
     with tempfile.TemporaryDirectory(prefix="rarefy-") as scratch:
         saved = folder_.save(graph, Path(scratch) / "model")
         given = None if inputs is None else Path(scratch) / "inputs"
