@@ -108,7 +108,7 @@ def _certified(run: Run, result: Candidate, file: Path) -> Parity:
     readers = [
         reader
         for reader in map(latency.with_threads, others)
-        if reader.suffix == run.runtime.suffix and getattr(reader, "runs", True) and find_spec(reader.package)
+        if reader.suffix == run.runtime.suffix and reader.capabilities.runs and find_spec(reader.package)
     ]
     certificate = certify(
         result.graph, file, runtime=run.runtime, also=readers, inputs=run.images(PARITY_IMAGES), progress=run.progress

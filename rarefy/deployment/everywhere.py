@@ -80,7 +80,7 @@ def export_all(
     names = [*(plugins.available("runtimes") if only is None else only), *also]
     chosen = {name: plugins.resolve("runtimes", name) for name in names}
     # last what runs here: predict.py beside is for the last file of its kind
-    chosen = dict(sorted(chosen.items(), key=lambda one: getattr(one[1], "runs", True)))
+    chosen = dict(sorted(chosen.items(), key=lambda one: one[1].capabilities.runs))
     with tempfile.TemporaryDirectory(prefix="rarefy-") as scratch:
         saved = folder_.save(graph, Path(scratch) / "model")
         given = None if inputs is None else Path(scratch) / "inputs"
@@ -204,7 +204,7 @@ def _fill(row: Row, asked: dict[str, Any]) -> None:
         if not parity["passed"]:
             layer = parity["first_diverging_layer"]
             row |= {"state": "differs", "note": "" if layer is None else f"{layer} is the first layer that differs"}
-    if asked["compare"] and getattr(runtime, "runs", True):
+    if asked["compare"] and runtime.capabilities.runs:
         _, example = fed(graph, given_to(graph, inputs), asked["boxes"])
         one = tuple(part[:1] for part in example)
         measured = latency.timed({"file": target}, one, runtime=runtime, repeats=ROUNDS, warmup=3)

@@ -75,6 +75,7 @@ class Capabilities:
         bits without a sign, or around zero.
     has_kernel_times: ``kernel_times`` tells the time of each kernel of a run.
     has_threads: its field ``threads`` is the number of threads of one operator.
+    runs: rarefy opens and runs its files; else it writes them, and another runtime reads them.
     suffixes: how names of files may end that it writes when asked, beside its own ``suffix``.
     """
 
@@ -91,6 +92,7 @@ class Capabilities:
     padded_zero: bool = False
     has_kernel_times: bool = False
     has_threads: bool = True
+    runs: bool = True
     suffixes: tuple[str, ...] = ()
 
     @property

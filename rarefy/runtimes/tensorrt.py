@@ -50,7 +50,6 @@ class TensorRT:
     decoded = False
     package = "onnxruntime"  # that compares its files
     threads = 0
-    runs = False
     why_not = "TensorRT is not run by rarefy: build the engine with trtexec --onnx=FILE"
     capabilities = Capabilities(
         layers=PLANAR,
@@ -60,6 +59,7 @@ class TensorRT:
         float_result=PLANAR,
         centered=True,
         has_threads=False,
+        runs=False,
     )
 
     @property

@@ -59,7 +59,7 @@ def runtime(request: pytest.FixtureRequest) -> Any:
 
 
 def opens(runtime: Any) -> None:
-    if not getattr(runtime, "runs", True):
+    if not runtime.capabilities.runs:
         pytest.skip(f"{plugins.name_of(runtime)} writes files and runs none")
 
 
@@ -226,8 +226,8 @@ def test_all_outputs_are_compared(runtime: Any, tmp_path: Path) -> None:
     broken = runtime.compare(
         small, path, inputs
     )  # all of its numbers moved alike, so that the largest stays where it is
-    # where the answers are codes, too, they end at the grid's end
-    assert broken["largest_difference"] > 0.5 and broken["agreement"] == 0 and not broken["passed"]
+    least = 0.5 if plugins.name_of(runtime) == "litert" else 1  # its answers are codes: they end where the grid does
+    assert broken["largest_difference"] > least and broken["agreement"] == 0 and not broken["passed"]
 
 
 def test_a_single_number_is_compared_as_a_number(tmp_path: Path) -> None:
