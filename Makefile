@@ -1,4 +1,4 @@
-# make demo | test | test-all | examples | site | lint | types | audit | test-gpu | bench | bench-gpu | bench-setup | clean
+# make demo | test | test-all | examples | site | lint | types | audit | test-gpu | test-gpu-sanitizer | bench | bench-gpu | bench-setup | clean
 # Each target sets up its own environment in .venv, from pyproject.toml and constraints.txt, and again only when these change.
 
 # The first of these that is 3.11 or newer and can make an environment; PYTHON=... names another.
@@ -14,7 +14,7 @@ AUDIT  := .venv-audit
 FILES  := .venv-weights
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-all examples site lint types audit format test-gpu bench bench-gpu bench-setup clean
+.PHONY: demo test test-all examples site lint types audit format test-gpu test-gpu-sanitizer bench bench-gpu bench-setup clean
 
 # $(call make_venv,FOLDER)
 define make_venv
@@ -51,6 +51,10 @@ test-all: $(READY)
 
 test-gpu: $(READY)
 	$(PYTEST) -m gpu
+
+# The kernels' tests under compute-sanitizer's memcheck and racecheck; says so and passes where there is none, or no GPU.
+test-gpu-sanitizer: $(READY)
+	$(BIN)/python .ci/sanitizer.py $(BIN)/python
 
 # The documentation site in build/site, warnings being errors; says so and passes where mkdocs can't be had.
 site: $(READY)
@@ -102,6 +106,7 @@ bench: $(BENCH)
 
 bench-gpu: $(BENCH)
 	$(BIN)/python bench/resnet56_cifar10.py --device cuda
+	$(BIN)/python bench/gpu_kernels.py
 
 clean:
 	rm -rf $(VENV) $(PEERS) $(AUDIT) $(FILES) demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -139,6 +139,15 @@ def test_linear_layers_of_few_bits(bits: int, affine: bool) -> None:
     assert kernel.decoded(*there[:4], 20, 200, torch.float32).cpu().equal(weight)
 
 
+def test_a_planned_layer_answers_alike_for_few_and_many_rows() -> None:
+    one, *_ = packed(20, 200, 4, True)
+    bias = torch.randn(20).half()
+    for rows in (1, linear.FEW, linear.FEW + 1):
+        x = torch.randn(rows, 200).half()
+        wanted = torch.ops.rarefy.low_bit_linear(x, *one[:3], bias, 4, 20)
+        assert torch.allclose(linear.planned(one, bias, rows, torch.float16)(x), wanted, rtol=1e-3, atol=1e-3)
+
+
 def test_scales_that_16_bits_do_not_hold_stay_wide() -> None:
     codes = torch.randint(0, 16, (16, 128))
     small = linear.pack(codes, torch.full((16, 1), 1e-6), None, 4)

@@ -7,7 +7,7 @@ the inputs is the packing's (``low_bit.linear``). Products of a group are summed
 warps share its rows and split the inputs; their sums are added in the order of the warps, so that the same inputs give
 the same bits. Weights and scales are read before the kernel in front has ended, activations after.
 
-Above ``MOST`` rows weights are decoded into a buffer at the speed of the memory, and cuBLAS multiplies: a Triton kernel
+Above ``FEW`` rows weights are decoded into a buffer at the speed of the memory, and cuBLAS multiplies: a Triton kernel
 that shifted a block's words into the registers of ``wgmma`` took as long as both at 64 rows, and two to four times as
 long from 256 on (H200, 4096 x 4096).
 """
@@ -20,9 +20,8 @@ from torch.nn import functional as F
 
 from rarefy.kernels import nvrtc
 from rarefy.kernels.cuda import packing
+from rarefy.kernels.low_bit.linear import FEW, TILE
 
-MOST = 32  # rows of activations; above, decoding first is as fast
-TILE = 16  # rows of weights
 _LOADS = {2: 2, 3: 3, 4: 4}  # of 16 bytes: of a row's 512 inputs, a thread's
 
 SOURCE = r"""
@@ -292,7 +291,7 @@ def few_rows(
     stage: int = 16,
     early: bool = True,
 ) -> Tensor:
-    """x: (n, inputs) float16 or bfloat16, n at most ``MOST``. The rest: as ``low_bit.linear.Packed``.
+    """x: (n, inputs) float16 or bfloat16, n at most ``FEW``. The rest: as ``low_bit.linear.Packed``.
 
     warps, tiles, ...: how the work is cut, for measurements; each choice gives its own bits, the same in every run.
     """
@@ -335,7 +334,7 @@ def linear(
     inputs = x.shape[-1]
     flat = x.reshape(-1, inputs)
     narrow = flat.dtype in (torch.float16, torch.bfloat16)
-    if not 0 < len(flat) <= MOST or inputs % 4 or not narrow:
+    if not 0 < len(flat) <= FEW or inputs % 4 or not narrow:
         return F.linear(x, packing.decoded(words, scales, zeros, bits, outputs, inputs, x.dtype), bias)
     if flat.stride(1) != 1 or flat.stride(0) % 4 or flat.data_ptr() % 8:
         flat = flat.clone(memory_format=torch.contiguous_format)

@@ -16,6 +16,7 @@ eight slices of neighbouring inputs. What is read for few rows is the words as t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from rarefy.kernels.library import define
 
 BITS = (2, 3, 4)
 GROUP, BLOCK, TILE = 128, 512, 16  # inputs of a scale; inputs and rows that are stored together
+FEW = 32  # rows of activations up to which a GPU multiplies by the words; above, decoding first is as fast
 _LEAST_SCALE = 2.0**-14  # the smallest number of 16 bits that keeps its 11
 
 
@@ -116,6 +118,19 @@ def low_bit_linear(
     weight = dequantized(Packed(words, scales, zeros, bits, outputs, x.shape[-1]), x.dtype)
     answer: Tensor = F.linear(x, weight, bias)
     return answer
+
+
+def planned(packed: Packed, bias: Tensor | None, rows: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """The layer as a program for always so many rows runs it, in ``dtype``: (..., inputs) -> (..., outputs).
+
+    Above ``FEW`` rows the weights are decoded once and kept, which takes the memory of ``dtype``: as fast as without
+    codes.
+    """
+    if rows > FEW:
+        weight = dequantized(packed, dtype)
+        return lambda x: F.linear(x, weight, bias)
+    given = (packed.words, packed.scales, packed.zeros, bias, packed.bits, packed.outputs)
+    return lambda x: torch.ops.rarefy.low_bit_linear(x, *given)
 
 
 def _on_cuda(
