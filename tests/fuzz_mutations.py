@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
 import zipfile
 from typing import Any
 
@@ -47,6 +48,20 @@ def mutated(draw: random.Random, data: bytes) -> bytes:
             case 7 if draw.random() < 0.3:
                 del content[place:]
     return bytes(content)
+
+
+def mutated_words(draw: random.Random, data: bytes) -> bytes:
+    """Words and numbers of a text are others; sometimes its bytes."""
+    if draw.random() < 0.3:
+        return mutated(draw, data)
+    for _ in range(draw.choice((1, 1, 1, 2, 3))):
+        words = [one.span() for one in re.finditer(rb"[\w.+-]+", data)] or [(0, 0)]
+        begin, end = draw.choice(words)
+        other, other_end = draw.choice(words)
+        wild = json.dumps(draw.choice(WILD)).strip('"').encode("utf-8", "surrogatepass")
+        word = draw.choice((wild, data[other:other_end], draw.choice(TOKENS), b""))
+        data = data[:begin] + word + data[end:]
+    return data
 
 
 def mutated_json(draw: random.Random, data: bytes) -> bytes:

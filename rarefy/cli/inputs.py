@@ -134,13 +134,14 @@ def reference_graph(reference: str | None, weights: str | None, classes: int | N
 
 
 @contextlib.contextmanager
-def session(runtime: str, source: Any, graph: Any) -> Iterator[Callable[..., Any]]:
+def session(runtime: str, source: Any, graph: Any, samples: int) -> Iterator[Callable[..., Any]]:
     """The model in the runtime: the file of the saved folder that it came from, else one exported for the occasion.
 
-    A file of a folder is run from a private copy, made of the bytes that the folder's manifest lists.
+    A file of a folder is run from a private copy, made of the bytes that the folder's manifest lists, once it is seen
+    to be one that rarefy writes. samples: that are run at once.
     """
     from rarefy import plugins
-    from rarefy.deployment import external_data
+    from rarefy.deployment import served
 
     chosen = plugins.resolve("runtimes", runtime)
     name = f"model{chosen.suffix}"
@@ -148,7 +149,7 @@ def session(runtime: str, source: Any, graph: Any) -> Iterator[Callable[..., Any
         file = Path(folder) / name
         if source.folder is not None and name in source.folder:
             source.folder.copy(name, file)
-            external_data.check(file, str(source.folder.path / name))
+            served.check(file, graph, chosen, str(source.folder.path / name), samples)
         else:
             chosen.export(graph, file)
         yield chosen.open(file)

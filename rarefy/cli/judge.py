@@ -71,7 +71,7 @@ def evaluate(
     other = reference_graph(reference, reference_weights, model.classes, task)
     names = "all" if corruptions == "all" else tuple(filter(None, (corruptions or "").split(",")))
     with contextlib.ExitStack() as stack:
-        subject = judged if runtime is None else stack.enter_context(session(runtime, source, judged))
+        subject = judged if runtime is None else stack.enter_context(session(runtime, source, judged, batch_size))
         found = verb(
             subject,
             task,

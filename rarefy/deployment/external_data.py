@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from rarefy.errors import FormatError, first_line
-from rarefy.system.dependencies import needs
+from rarefy.errors import FormatError
 
 DEEPEST = 32  # graphs within graphs
 
 
-def check(file: Path, where: str) -> None:
-    """Raises FormatError for an ONNX file that is none, or whose weights lie elsewhere. where: for messages."""
-    if file.suffix.lower() != ".onnx":
-        return
-    library = needs("onnx")
-    try:
-        model = library.load(str(file), load_external_data=False)
-    except Exception as error:  # of protobuf
-        raise FormatError(f"{where}: is no ONNX file ({first_line(error)}); export it again [onnx-form]") from error
+def check(library: ModuleType, model: Any, where: str) -> None:
+    """Raises FormatError for a model whose weights lie elsewhere. library: onnx. where: for messages."""
     outside = library.TensorProto.EXTERNAL
     for tensor in _tensors([model.graph, *model.functions], where):
         if tensor.data_location == outside or tensor.external_data:

@@ -24,7 +24,7 @@ from torch import fx
 
 from rarefy.artifact import snapshot
 from rarefy.artifact.snapshot import Snapshot
-from rarefy.deployment import external_data
+from rarefy.deployment import served
 from rarefy.deployment.latency import timed
 from rarefy.deployment.runtime import Runtime
 from rarefy.errors import FormatError
@@ -67,7 +67,7 @@ def check(held: Snapshot, graph: fx.GraphModule, task: Task | None, runtime: Run
         with tempfile.TemporaryDirectory(prefix="rarefy-") as place:
             file = Path(place) / name
             held.copy(name, file)
-            external_data.check(file, str(held.path / name))
+            served.check(file, graph, runtime, str(held.path / name))
             claims.append(_parity(graph, file, task, runtime, _table(facts.get("parity"))))
             claims.append(_latency(graph, file, runtime, _table(after.get("latency_ms"))))
     return claims

@@ -26,7 +26,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import IO, Any, Self
+from typing import IO, Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ from rarefy.system.strict_json import said
 # What torch.load raises for a file that is no checkpoint.
 _BROKEN = (
     RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, zipfile.BadZipFile,
-    OverflowError, AssertionError, NotImplementedError, OSError, RecursionError, struct.error,
+    OverflowError, AssertionError, NotImplementedError, OSError, RecursionError, struct.error, MemoryError,
 )  # fmt: skip
 _PYTHONS = sys.stdlib_module_names | _compat_pickle.IMPORT_MAPPING.keys()  # modules, of Python 2 too
 # Of Python itself, what a file may ask to be made: plain data. The stand-in is made in its place all the same.
@@ -190,7 +190,7 @@ def _loaded(path: Path) -> object:
 
 def _check_members(path: Path) -> None:
     """torch stores: members that are compressed, or share their bytes, would take more than the file."""
-    if not zipfile.is_zipfile(path):
+    if not _is_zip(path):
         return
     try:
         with zipfile.ZipFile(path) as archive:
@@ -203,6 +203,14 @@ def _check_members(path: Path) -> None:
             f"{path}: would take {unpacked:,} bytes, and has {stored:,}, where torch stores tensors as they are; "
             f"write it again: {_SAVE}"
         )
+
+
+def _is_zip(path: Path) -> bool:
+    """Also one that is damaged where Python looks for its end."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return True
 
 
 def _load_beside(path: Path) -> object:
@@ -253,7 +261,7 @@ def _asked_for(path: Path) -> list[str]:
     found: dict[str, None] = {}
     with contextlib.suppress(ValueError):  # the end of what is a pickle
         for pickled in _pickles(path):
-            for operator, argument, _ in pickletools.genops(pickled):
+            for operator, argument, _ in pickletools.genops(cast(IO[bytes], pickled)):
                 if operator.name == "GLOBAL":
                     module, _, name = str(argument).partition(" ")
                     now = _compat_pickle.NAME_MAPPING.get((module, name))  # torch saves names of Python 2
@@ -262,14 +270,30 @@ def _asked_for(path: Path) -> list[str]:
     return list(found)
 
 
-def _pickles(path: Path) -> Iterator[IO[bytes]]:
-    if zipfile.is_zipfile(path):
+class _Bounded:
+    """A file that is asked for no more bytes at once than it has: room for them is taken first."""
+
+    def __init__(self, file: IO[bytes], size: int):
+        self.file, self.size = file, size
+
+    def read(self, count: int = -1) -> bytes:
+        return self.file.read(min(count, self.size))
+
+    def readline(self, count: int = -1) -> bytes:
+        return self.file.readline(count)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+
+def _pickles(path: Path) -> Iterator[_Bounded]:
+    if _is_zip(path):
         with zipfile.ZipFile(path) as archive:
             for part in archive.infolist():
                 if part.filename.endswith("data.pkl") and part.file_size <= _MOST_PICKLED:
                     with archive.open(part) as pickled:
-                        yield pickled
+                        yield _Bounded(pickled, part.file_size)
         return
     with path.open("rb") as file:
         for _ in range(4):  # number, version and machine, then the content
-            yield file
+            yield _Bounded(file, path.stat().st_size)

@@ -226,6 +226,13 @@ def test_yolo_lists_of_pictures_and_the_layout_of_exports(tmp_path: Path) -> Non
     assert len(opened(f"yolo:{tmp_path / 'list.yaml'}", "val")) == 1
 
 
+def _doubled(form: str) -> str:
+    """Thirty lines, each of twice what the one before is."""
+    pairs = "1: *a{0}, 2: *a{0}" if form == "{{{0}}}" else "*a{0}, *a{0}"
+    lines = [f"a{place + 1}: &a{place + 1} {form.format(pairs.format(place))}" for place in range(30)]
+    return "\n".join(["a0: &a0 {x: 1}", *lines, "train: *a30", ""])
+
+
 @pytest.mark.parametrize(
     ("yaml", "told"),
     [
@@ -237,6 +244,12 @@ def test_yolo_lists_of_pictures_and_the_layout_of_exports(tmp_path: Path) -> Non
         ("train: [\n", "is no YAML"),
         ("train: !!python/object/apply:os.system [echo]\n", "is no YAML"),
         ("[" * 5000, "is no YAML"),
+        (_doubled("[{0}]"), "aliases unfold without end"),
+        (_doubled("{{{0}}}"), "aliases unfold without end"),
+        (_doubled("{{'<<': [{0}]}}"), "aliases unfold without end"),
+        ("train: &a [*a]\n", "aliases unfold without end"),
+        ("train: images/train\nnames: [" + "a," * 200_000 + "]\n", "is no YAML"),
+        (f"train: {'x' * 5000}\nnames: [a]\n", "no such folder"),
     ],
 )
 def test_a_yaml_that_says_nothing_is_refused_in_a_line(tmp_path: Path, yaml: str, told: str) -> None:
@@ -245,6 +258,20 @@ def test_a_yaml_that_says_nothing_is_refused_in_a_line(tmp_path: Path, yaml: str
     with pytest.raises(DataError, match=told) as refusal:
         opened(f"yolo:{tmp_path / 'data.yaml'}")
     assert "\n" not in str(refusal.value)
+
+
+def test_an_alias_of_yaml_is_read(tmp_path: Path) -> None:
+    boxed.yolo(tmp_path, {"train/a.png": ["1 0.5 0.5 0.2 0.2"]})
+    (tmp_path / "data.yaml").write_text("train: &images images/train\nval: *images\nnames: [cat, dog]\n")
+    assert len(opened(f"yolo:{tmp_path / 'data.yaml'}", "val")) == 1
+
+
+def test_a_line_of_keypoints_without_a_box_is_counted(tmp_path: Path) -> None:
+    text = boxed.yolo(tmp_path, {"train/a.png": ["1", "1 0.5", "1 0.5 0.5 0.2 0.2 0.5 0.5 2"]})
+    with open(tmp_path / "data.yaml", "a") as file:
+        file.write("\nkpt_shape: [1, 3]\n")
+    source = opened(text)
+    assert len(rows(source, 0)) == 1 and "2 lines are no boxes" in faults(source)
 
 
 def test_yolo_by_a_relative_path(

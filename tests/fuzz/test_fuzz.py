@@ -1,7 +1,8 @@
 """Every parser of strangers' files, fed mutations of real ones: it answers or raises a RarefyError, in time and memory.
 
-``make test`` runs a few of each, the same every time. ``RAREFY_FUZZ=1000000 pytest tests/fuzz -m slow`` runs so many
-in all, others with another ``RAREFY_FUZZ_SEED``. What failed is left in the test's folder as ``input``.
+``make test`` runs a few of each, the same every time. ``make fuzz`` runs a million in all, or an hour, whichever ends
+first (``RAREFY_FUZZ``, ``RAREFY_FUZZ_SECONDS``), others with another ``RAREFY_FUZZ_SEED``. What failed is left in the
+test's folder as ``input-NUMBER``, and the others go on.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import numpy as np
 import onnx_files
 import pytest
 import torch
-from fuzz_mutations import mutated, mutated_json, mutated_zip
+from fuzz_mutations import mutated, mutated_json, mutated_words, mutated_zip
 from onnx import helper
 from PIL import Image
 from safetensors.torch import save as safetensors_bytes
@@ -37,15 +38,18 @@ from rarefy.artifact import folder, signing
 from rarefy.compression import recipe
 from rarefy.data import decoding, sources
 from rarefy.data.augmentation import Augmentation
+from rarefy.data.boxes.targets import BoxTargets
 from rarefy.data.items import Items
 from rarefy.errors import RarefyError
 from rarefy.graph.capture import capture
 from rarefy.models import load
 from rarefy.models.checkpoint import entries
-from rarefy.reports import report, view
+from rarefy.reports import prices, report, view
 
-SECONDS, BYTES = 20, 1 << 30  # of one execution (a busy machine is four times as slow), and of all
+SECONDS, BYTES = 5, 1 << 30  # of one execution, on the processor (12 times as long by the clock), and of all
 SHORT, LONG = 8, int(os.environ.get("RAREFY_FUZZ", "0"))
+HOUR = float(os.environ.get("RAREFY_FUZZ_SECONDS", "3600"))  # of all targets
+FAILED = 10  # of one target, with which it ends
 SEED = int(os.environ.get("RAREFY_FUZZ_SEED", "0"))
 
 Mutate = Callable[[random.Random, bytes], bytes]
@@ -225,8 +229,8 @@ def shard(place: Path) -> list[bytes]:
     for form in (tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w", format=form) as archive:
-            for index in range(3):
-                for name, content in (("png", pictures(place)[1]), ("cls", str(index).encode())):
+            for index in range(24):  # enough that some can be held out
+                for name, content in (("png", pictures(place)[1]), ("cls", str(index % 3).encode())):
                     long = "" if form == tarfile.USTAR_FORMAT else "long" * 30
                     info = tarfile.TarInfo(f"{long}{index}.{name}")
                     info.size = len(content)
@@ -264,6 +268,59 @@ def source_of(form: str, suffix: str) -> Parse:
             for index in range(min(len(source), 6)):
                 _ = decoder[index, None]
         return None
+
+    return parse
+
+
+# ------------------------------------------------------------------ boxes
+
+SCENES = {
+    "info": {"year": 2024}, "licenses": [],
+    "images": [{"id": 7 + index, "file_name": f"{index}.png", "width": 11, "height": 9} for index in range(3)],
+    "categories": [{"id": 1, "name": "cat"}, {"id": 3, "name": "dog", "supercategory": "animal"}],
+    "annotations": [
+        {"id": 1, "image_id": 7, "category_id": 1, "bbox": [1, 2, 5, 5], "area": 25.0, "segmentation": []},
+        {"id": 2, "image_id": 8, "category_id": 3, "bbox": [0.5, 0.5, 3, 4.5], "iscrowd": 1},
+    ],
+}  # fmt: skip
+BOX = b"<bndbox><xmin>%d</xmin><ymin>2</ymin><xmax>6.5</xmax><ymax>7</ymax></bndbox>"
+VOC = b"""<annotation><folder>x</folder><filename>0.png</filename>
+<size><width>11</width><height>9</height><depth>3</depth></size>
+<object><name>cat</name><difficult>0</difficult>%b</object>
+<object><name>dog &amp; co</name>%b</object>
+</annotation>""" % (BOX % 1, BOX % 2)
+YOLO = [
+    b"train: images\nval: [images]\nnames: {0: cat, 1: 'dog'}\nkpt_shape: [17, 3]\n",
+    b"# a comment\ntrain: [images, images/]\nnc: 2\nnames:\n  - &a cat\n  - dog\nmore: *a\n",
+    b"0 0.5 0.5 0.2 0.3\n1 0.25 0.25 0.1 0.1\n1 0.1 0.1 0.9 0.1 0.9 0.9 0.1 0.9\n",
+]  # fmt: skip
+
+
+def scene_of(form: str) -> Parse:
+    """Beside three pictures; a file that says nothing of itself is yolo's of boxes."""
+
+    def parse(data: bytes, place: Path) -> object:
+        images = place / "images"
+        if not images.exists():
+            images.mkdir()
+            for index in range(3):
+                (images / f"{index}.png").write_bytes(pictures(place)[1])
+        given = {
+            "coco": "coco:{0}/images?annotations={0}/scenes.json",
+            "voc": "voc:{0}/images",
+            "yolo": "yolo:{0}/d.yaml",
+        }
+        yolo = form == "yolo"
+        boxes = yolo and data[:1] in b"01"
+        file = images / "0.txt" if boxes else place / "d.yaml" if yolo else images / "0.xml"
+        (place / "scenes.json" if form == "coco" else file).write_bytes(data)
+        if boxes:
+            (place / "d.yaml").write_bytes(YOLO[0])
+        elif yolo:
+            (images / "0.txt").write_bytes(YOLO[2])
+        source = sources.load(given[form].format(place), "train", shared=True, targets=BoxTargets())
+        assert isinstance(source, Items)
+        return [source.items[index] for index in range(len(source.items))]
 
     return parse
 
@@ -320,6 +377,21 @@ def reported(data: bytes, place: Path) -> object:
     return report.html(facts), report.summary(facts)
 
 
+PRICES = b"""[prices]
+requests_per_second = 100
+watts_per_core = 8.0
+currency = "EUR"
+load = 0.6
+[about]
+author = "Vision team"
+"""
+
+
+def priced(data: bytes, place: Path) -> object:
+    (place / "p.toml").write_bytes(data)
+    return prices.read(place / "p.toml")[0].for_load(50.0, 2)
+
+
 TARGETS = {
     "graph.json": Target(part(folder.GRAPH), mutated_json, loaded_with(folder.GRAPH), 50),
     "weights of a folder": Target(part(folder.WEIGHTS), weights_mutated, loaded_with(folder.WEIGHTS), 10),
@@ -336,7 +408,11 @@ TARGETS = {
     "array": Target(array, mutated, decoded_array),
     "tar": Target(shard, mutated, source_of("tar", ".tar"), 5),
     "parquet": Target(table, mutated, source_of("parquet", ".parquet"), 10),
-    "recipe": Target(lambda _: [RECIPE], mutated, recipe_of, 40),
+    "recipe": Target(lambda _: [RECIPE], mutated_words, recipe_of, 40),
+    "coco": Target(lambda _: [json.dumps(SCENES).encode()], mutated_json, scene_of("coco"), 3),
+    "voc": Target(lambda _: [VOC], mutated_words, scene_of("voc"), 3),
+    "yolo": Target(lambda _: YOLO, mutated_words, scene_of("yolo"), 4),
+    "prices": Target(lambda _: [PRICES], mutated_words, priced),
     "report.json": Target(lambda _: [json.dumps(REPORT).encode()], mutated_json, reported, 60),
 }  # fmt: skip
 
@@ -344,26 +420,33 @@ TARGETS = {
 @contextmanager
 def limited(seconds: int) -> Iterator[None]:
     """What takes longer is interrupted by what no parser may catch as a broken file."""
+    timers = ((signal.SIGPROF, signal.ITIMER_PROF, seconds), (signal.SIGALRM, signal.ITIMER_REAL, 12 * seconds))
 
     def late(*_: object) -> None:
         raise KeyboardInterrupt(f"more than {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = [signal.signal(one, late) for one, _, _ in timers]
+    for _, timer, most in timers:
+        signal.setitimer(timer, most)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for (one, timer, _), handler in zip(timers, before, strict=True):
+            signal.setitimer(timer, 0)
+            signal.signal(one, handler)
 
 
-def run(name: str, count: int, place: Path) -> tuple[int, int]:
-    """So many executions; how many files were taken, and how many refused."""
+def run(name: str, count: int, place: Path, seconds: float = 1e9) -> tuple[int, int]:
+    """So many executions, or as many as fit into so many seconds; how many files were taken, and how many refused."""
     target = TARGETS[name]
     corpus = target.corpus(place)
     taken = refused = 0
+    wrong: list[str] = []
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    begin = time.monotonic()
     for index in range(count):
+        if time.monotonic() - begin > seconds or len(wrong) == FAILED:
+            break
         draw = random.Random(f"{name} {SEED} {index}")
         data = target.mutate(draw, draw.choice(corpus)) if index else corpus[0]
         try:
@@ -373,11 +456,14 @@ def run(name: str, count: int, place: Path) -> tuple[int, int]:
             taken += 1
         except RarefyError as error:
             refused += 1
-            assert "\n" not in str(error), str(error)
+            if "\n" in str(error):
+                wrong.append(f"number {index}: {error}")
         except BaseException as error:
-            (place / "input").write_bytes(data)
-            raise AssertionError(f"{name}, number {index} (seed {SEED}): {type(error).__name__}: {error}") from error
-    assert 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held) < BYTES
+            (place / f"input-{index}").write_bytes(data)
+            wrong.append(f"number {index}: {type(error).__name__}: {error}")
+    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held)
+    assert not wrong, f"{name} (seed {SEED}): " + "; ".join(wrong)
+    assert grown < BYTES, f"{name}: {grown:,} bytes more"
     return taken, refused
 
 
@@ -389,10 +475,16 @@ def test_a_parser_answers_or_raises_a_rarefy_error(name: str, tmp_path: Path) ->
     assert taken + refused == count and taken > 0  # the whole file is taken: what is fed reaches the parser
 
 
+BEGIN: list[float] = []  # when the first of the many began
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not LONG, reason="set RAREFY_FUZZ to the number of executions")
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", sorted(TARGETS, key=lambda one: TARGETS[one].cost))
 def test_many(name: str, tmp_path: Path) -> None:
+    """The quick ones first: what they leave of their time is for the others."""
     begin = time.monotonic()
-    taken, refused = run(name, LONG // len(TARGETS), tmp_path)
+    BEGIN.append(begin)
+    share = (HOUR - (begin - BEGIN[0])) / (len(TARGETS) + 1 - len(BEGIN))
+    taken, refused = run(name, LONG // len(TARGETS), tmp_path, share)
     print(f"{name}: {taken + refused:,} executions, {refused:,} refused, {time.monotonic() - begin:.0f} s")

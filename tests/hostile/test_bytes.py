@@ -265,7 +265,7 @@ def test_a_key_of_another_kind_is_told_before_anything_is_written(kind: str, sma
 # ----------------------------------------------------------------------------------------------------------- model.onnx
 
 
-def test_weights_of_an_onnx_file_lie_in_it(tmp_path: Path) -> None:
+def test_weights_of_an_onnx_file_lie_in_it() -> None:
     onnx = pytest.importorskip("onnx")
     import numpy as np
 
@@ -277,23 +277,16 @@ def test_weights_of_an_onnx_file_lie_in_it(tmp_path: Path) -> None:
             one.external_data.add(key="location", value="/etc/passwd")
         return one
 
-    def written(name: str, model: Any) -> Path:
-        (tmp_path / name).write_bytes(model.SerializeToString())
-        return tmp_path / name
-
     def model(*nodes: Any, weights: Any = ()) -> Any:
         return onnx.helper.make_model(onnx.helper.make_graph(list(nodes), "g", [], [], list(weights)))
 
     make = onnx.helper.make_node
     inner = onnx.helper.make_graph([make("Constant", [], ["c"], value=tensor(True))], "inner", [], [])
-    external_data.check(written("good.onnx", model(make("Identity", ["w"], ["y"]), weights=[tensor(False)])), "x")
+    external_data.check(onnx, model(make("Identity", ["w"], ["y"]), weights=[tensor(False)]), "x")
     for bad in (
         model(weights=[tensor(True)]),
         model(make("Constant", [], ["y"], value=tensor(True))),
         model(make("If", ["c"], ["y"], then_branch=inner, else_branch=inner)),
     ):
         with pytest.raises(FormatError, match=r"^x: the weights 'w' lie in another file.*\[onnx-external\]$"):
-            external_data.check(written("bad.onnx", bad), "x")
-    (tmp_path / "none.onnx").write_bytes(b"\xff" * 100)
-    with pytest.raises(FormatError, match=r"is no ONNX file.*\[onnx-form\]$"):
-        external_data.check(tmp_path / "none.onnx", "x")
+            external_data.check(onnx, bad, "x")

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import datetime
 import enum
+import io
 import json
 import logging
 import os
 import pickle
+import resource
 import subprocess
 import sys
 import types
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -348,6 +351,38 @@ def test_a_file_that_calls_is_refused_and_nothing_is_run(
     assert not mark.exists() and "antigravity" not in sys.modules
 
 
+@contextlib.contextmanager
+def little_more_memory(pages: int) -> Iterator[None]:
+    """pages: that are mapped now."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**29, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@pytest.mark.parametrize("operator", [b"\x8e", b"B", b"X", b"\x8d"], ids=["bytes8", "bytes", "text", "text8"])
+def test_a_pickle_that_promises_more_than_it_has_takes_no_memory(operator: bytes, tmp_path: Path, good: State) -> None:
+    buffer = io.BytesIO()
+    torch.save(good, buffer, _use_new_zipfile_serialization=False)
+    length = (2**40).to_bytes(8, "little") if operator in (b"\x8e", b"\x8d") else b"\xff" * 4
+    (tmp_path / "w.pt").write_bytes(buffer.getvalue()[:60] + b"\x80\x04" + operator + length + b"x")
+    with open("/proc/self/statm") as file, little_more_memory(int(file.read().split()[0])):
+        with pytest.raises(FormatError) as refusal:
+            checkpoint.entries(tmp_path / "w.pt")
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_archive_of_several_disks_is_refused(tmp_path: Path, good: State) -> None:
+    torch.save(good, tmp_path / "w.pt")
+    data = (tmp_path / "w.pt").read_bytes()
+    place = data.rindex(b"PK\x06\x07") + 16  # of the locator of the 64-bit end: how many disks there are
+    (tmp_path / "w.pt").write_bytes(data[:place] + b"\x09" + data[place + 1 :])
+    with pytest.raises(FormatError, match="multiple disks"):
+        checkpoint.entries(tmp_path / "w.pt")
+
+
 def test_what_stands_in_for_the_user_s_own_code_does_nothing(tmp_path: Path, good: State) -> None:
     mark = tmp_path / "mark"
     torch.save({"model": good, "x": Calls(touch, str(mark)), "y": Colour.RED}, tmp_path / "w.pth")
@@ -373,7 +408,7 @@ def test_the_public_door(tmp_path: Path, good: State) -> None:
     assert same(model.state_dict(), good)
     source = rarefy.sources.load(f"{__name__}:small", weights=tmp_path / "w.pth")
     assert source.taken == f"{len(good)} tensors taken without the prefix 'module.'"
-    assert set(checkpoint.entries(tmp_path / "w.pth")) == {""}
+    assert set(checkpoint.checkpoint.entries(tmp_path / "w.pth")) == {""}
 
 
 def test_the_command_line_says_what_it_took(tmp_path: Path, good: State, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -29,7 +30,8 @@ from rarefy.system.files import replacing
 
 _KEYS: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("val", "valid", "validation", "test")}
 _LISTS = ("classes.txt", "train.txt", "val.txt", "test.txt")  # which tools leave among the text files
-_MOST_BYTES = 2**22  # of a yaml or a text file: 60,000 boxes
+_MOST_YAML = 400_000  # bytes, some 20,000 names: PyYAML takes 8 s a megabyte
+_MOST_BYTES = 2**22  # of a text file: 60,000 boxes
 _MOST_LISTED = 2**28  # of a list of pictures
 
 
@@ -86,12 +88,35 @@ def _content(text: str, file: Path) -> dict[str, object]:
     if not file.is_file():
         raise DataError(f"{text}: {file}: no such file; give the data.yaml of a data set in YOLO's layout")
     try:
-        held = yaml.safe_load(bytes_of(file, _MOST_BYTES).decode("utf-8"))
+        held = _unfolded(yaml, bytes_of(file, _MOST_YAML).decode("utf-8"))
     except (FormatError, ValueError, RecursionError, OSError, yaml.YAMLError) as error:
         raise DataError(f"{text}: {file}: is no YAML ({first_line(error)}); mend it") from error
     if not isinstance(held, dict):
         raise DataError(f"{text}: {file}: holds no train:, val: and names:; give the data.yaml of a data set")
     return {str(key): value for key, value in held.items()}
+
+
+def _unfolded(yaml: ModuleType, text: str) -> object:
+    """What the yaml holds; an alias (``*a``) counts for all that it stands for, which may be anything at all."""
+    loader = yaml.SafeLoader(text)  # not the one in C, which deep lists kill
+    try:
+        root = loader.get_single_node()
+        if _size(root, {}) > _MOST_YAML:
+            raise ValueError("its aliases unfold without end")
+        return None if root is None else loader.construct_document(root)
+    finally:
+        loader.dispose()
+
+
+def _size(node: object, known: dict[int, float]) -> float:
+    """Values below a node, those of aliases counted each time; known: of nodes that were met, infinite within one."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        value = getattr(node, "value", None)
+        inner = value if isinstance(value, list) else []
+        parts = [part for one in inner for part in (one if isinstance(one, tuple) else (one,))]
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
 
 
 def _names(text: str, content: Mapping[str, object]) -> tuple[str, ...]:
@@ -116,16 +141,16 @@ def _pictures(text: str, file: Path, content: Mapping[str, object], key: str) ->
     stated = content.get("path")
     if isinstance(stated, str) and stated:
         given = Path(os.path.expanduser(stated))
-        base = next((one for one in (given, base / given) if one.is_dir()), base)
+        base = next((one for one in (given, base / given) if os.path.isdir(one)), base)
     listed = content[key]
     for one in listed if isinstance(listed, list) else [listed]:
         relative = str(one)
         tries = [base / Path(os.path.expanduser(relative))]
         if relative.startswith("../"):  # as some exports write it, beside the yaml all the same
             tries.append(base / relative[3:])
-        place = next((path for path in tries if path.exists()), None)
+        place = next((path for path in tries if os.path.exists(path)), None)  # unlike path.exists(), it raises for none
         if place is None:
-            raise DataError(f"{text}: {key}: {tries[0]}: no such folder; mend {key}: or path: in {file}")
+            raise DataError(f"{text}: {key}: {str(tries[0])[:300]}: no such folder; mend {key}: or path: in {file}")
         if place.is_dir():
             yield from images_below(place)
             continue
@@ -190,7 +215,8 @@ def _boxes(file: str, classes: int, keypoints: bool, faults: Faults) -> Iterator
             kind, *numbers = map(float, line.split())
         except ValueError:
             kind, numbers = math.nan, []
-        if kind != kind // 1 or not (len(numbers) == 4 or (len(numbers) >= 6 and len(numbers) % 2 == 0) or keypoints):
+        polygon = len(numbers) >= 6 and len(numbers) % 2 == 0
+        if kind != kind // 1 or not (len(numbers) == 4 or polygon or (keypoints and len(numbers) > 4)):
             faults.add("lines are no boxes (class cx cy width height), and are left out", f"{name}: {line[:40]}")
         elif not 0 <= kind < classes:
             faults.add(f"boxes are of a class above {classes - 1}, and are left out", f"{name}: class {kind:g}")
