@@ -21,7 +21,7 @@ FIELDS = ("minimum", "maximum", "absolute_maximum", "mean", "mean_of_squares")
 
 def observe(x: Tensor, axis: int | None, low: float, high: float, bins: int) -> tuple[Tensor, Tensor]:
     """x: floats. axis: of the channels; None: one for all. bins: 0 counts nothing, else from ``low`` to ``high``."""
-    rows = (x.reshape(1, -1) if axis is None else x.movedim(axis, 0).flatten(1)).float()
+    rows = (x.reshape(1, -1) if axis is None else x.movedim(axis, 0).unsqueeze(-1).flatten(1)).float()
     known = rows.isnan()
     fields = (
         rows.masked_fill(known, math.inf).amin(1),

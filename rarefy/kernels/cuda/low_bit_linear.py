@@ -7,7 +7,7 @@ the inputs is the packing's (``low_bit.linear``). Products of a group are summed
 warps share its rows and split the inputs; their sums are added in the order of the warps, so that the same inputs give
 the same bits. Weights and scales are read before the kernel in front has ended, activations after.
 
-Above ``FEW`` rows weights are decoded into a buffer at the speed of the memory, and cuBLAS multiplies: a Triton kernel
+Above ``MOST`` rows weights are decoded into a buffer at the speed of the memory, and cuBLAS multiplies: a Triton kernel
 that shifted a block's words into the registers of ``wgmma`` took as long as both at 64 rows, and two to four times as
 long from 256 on (H200, 4096 x 4096).
 """
@@ -20,7 +20,9 @@ from torch.nn import functional as F
 
 from rarefy.kernels import nvrtc
 from rarefy.kernels.cuda import packing
-from rarefy.kernels.low_bit.linear import FEW, TILE
+from rarefy.kernels.low_bit.linear import TILE
+
+MOST = 32  # rows of activations; above, decoding first is faster
 
 _LOADS = {2: 2, 3: 3, 4: 4}  # of 16 bytes: of a row's 512 inputs, a thread's
 
@@ -37,6 +39,13 @@ typedef unsigned int u32; typedef unsigned short u16;
 #define PARTS (BITS == 4 ? 4 : 8)      // pairs of slices that a word holds
 #define HALF (BITS == 4 ? 64 : 32)     // inputs from one slice to the next
 #define LOADS (BITS == 2 ? 2 : BITS == 3 ? 3 : 4)
+#define FIELD (BITS == 4 ? 4 : 2)      // bits from one code of a word to the next
+#define MASK ((BITS == 4 ? 15u : 3u) * 0x00010001u)
+#if BF16                               // codes that a mantissa holds where they lie, before words are shifted
+#define HELD (BITS == 4 ? 1 : 3)
+#else
+#define HELD (BITS == 4 ? 2 : 4)
+#endif
 
 __device__ __forceinline__ void fetch(void *to, const u32 *from) {
   u32 at = (u32)__cvta_generic_to_shared(to);
@@ -68,18 +77,12 @@ __device__ __forceinline__ u16 half_of(float f) {
 __device__ __forceinline__ float f16(u16 h) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h)); return f; }
 __device__ __forceinline__ u32 word(const uint4 &v, int q) { return q == 0 ? v.x : q == 1 ? v.y : q == 2 ? v.z : v.w; }
 
-// codes of part `part` of word q in chunk c, as numbers that are MAGIC's too large
-__device__ __forceinline__ u32 codes(const uint4 *v, int c, int q, int part) {
-  u32 w = word(v[c], q);
-#if BITS == 4
-  return ((w >> (4 * part)) & 0x000f000fu) | MAGIC;
-#elif BITS == 2
-  return ((w >> (2 * part)) & 0x00030003u) | MAGIC;
+// two codes of a word, times 2^offset, as numbers that are MAGIC's too large; high: the third bits, where they belong
+__device__ __forceinline__ u32 codes(u32 word, u32 high, int offset) {
+#if BITS == 3
+  return (word & (MASK << offset)) | (high & (0x00040004u << offset)) | MAGIC;
 #else
-  u32 high = word(v[2], q);
-  int at = 2 * part + c - 2;
-  high = at >= 0 ? high >> at : high << -at;
-  return ((w >> (2 * part)) & 0x00030003u) | (high & 0x00040004u) | MAGIC;
+  return (word & (MASK << offset)) | MAGIC;
 #endif
 }
 __device__ __forceinline__ void mma(float *c, const u32 *a, const u32 *b) {
@@ -88,7 +91,10 @@ __device__ __forceinline__ void mma(float *c, const u32 *a, const u32 *b) {
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-struct Row { uint4 v[LOADS]; };
+// four numbers beside those that lie HALF further on
+__device__ __forceinline__ uint4 pairs(u32 a, u32 b, u32 c, u32 d) {
+  return {__byte_perm(a, c, 0x5410), __byte_perm(a, c, 0x7632), __byte_perm(b, d, 0x5410), __byte_perm(b, d, 0x7632)};
+}
 struct Scales { float scale[4]; u32 zero; };
 
 // Each thread copies what it will multiply: nobody else reads it.
@@ -125,7 +131,7 @@ __device__ __forceinline__ Scales scales_of(const void *scales, const u32 *zeros
   return row;
 }
 
-#define PITCH 528   // numbers from one row of activations to the next: 512, and 16 so that rows lie in other banks
+#define PITCH 272   // pairs from one row of activations to the next: 256, and 16 so that rows lie in other banks
 #define SLOT (TILES * 2 * LOADS * 32)
 extern __shared__ uint4 memory[];
 
@@ -136,7 +142,7 @@ low_bit_linear(const u16 *x, const u32 *words, const void *scales, const u32 *ze
   const int first = blockIdx.x * (16 * TILES);
   uint4 *ring = memory + warp * (DEPTH * SLOT) + lane;
 #if STAGED
-  u16 *mine = (u16 *)(memory + WARPS * DEPTH * SLOT) + warp * (STAGED * PITCH);
+  u32 *mine = (u32 *)(memory + WARPS * DEPTH * SLOT) + warp * (STAGED * PITCH);
 #endif
   float total[TILES][NB][4] = {};
 #if EARLY
@@ -164,16 +170,16 @@ low_bit_linear(const u16 *x, const u32 *words, const void *scales, const u32 *ze
   for (int kb = warp; kb < blocks; kb += WARPS) {
 #if STAGED
     __syncwarp();
-    #pragma unroll
-    for (int n = 0; n < STAGED; n++) {
-      #pragma unroll
-      for (int part = 0; part < 2; part++) {
-        const int k = part * 256 + lane * 8;
-        uint4 v = {0, 0, 0, 0};
-        const u16 *from = x + (long long)n * stride + kb * 512 + k;
-        if (n < rows && kb * 512 + k < inputs) v = *(const uint4 *)from;
-        *(uint4 *)(mine + n * PITCH + k) = v;
-      }
+    #pragma unroll (STAGED > 4 ? 4 : STAGED)
+    for (int n = 0; n < STAGED; n++) {  // in the order that the second operand has in registers
+      const int k = kb * 512 + lane * 8 / HALF * (2 * HALF) + lane * 8 % HALF;
+      const u16 *from = x + (long long)n * stride + k;
+      uint4 lo = {0, 0, 0, 0}, hi = {0, 0, 0, 0};
+      if (n < rows && k < inputs) lo = *(const uint4 *)from;
+      if (n < rows && k + HALF < inputs) hi = *(const uint4 *)(from + HALF);
+      uint4 *to = (uint4 *)(mine + n * PITCH + lane * 8);
+      to[0] = pairs(lo.x, lo.y, hi.x, hi.y);
+      to[1] = pairs(lo.z, lo.w, hi.z, hi.w);
     }
     __syncwarp();
 #endif
@@ -181,59 +187,82 @@ low_bit_linear(const u16 *x, const u32 *words, const void *scales, const u32 *ze
     uint4 *held = ring + slot * SLOT;
     #pragma unroll
     for (int i = 0; i < TILES; i++) {
-      Row w[2];
+      u32 w[2][CHUNKS][4];
+#if BITS == 3
+      uint4 top[2];
+#endif
       #pragma unroll
-      for (int h = 0; h < 2; h++)
+      for (int h = 0; h < 2; h++) {
         #pragma unroll
-        for (int c = 0; c < LOADS; c++) w[h].v[c] = held[((2 * i + h) * LOADS + c) * 32];
+        for (int c = 0; c < CHUNKS; c++) {
+          const uint4 v = held[((2 * i + h) * LOADS + c) * 32];
+          w[h][c][0] = v.x; w[h][c][1] = v.y; w[h][c][2] = v.z; w[h][c][3] = v.w;
+        }
+#if BITS == 3
+        top[h] = held[((2 * i + h) * LOADS + 2) * 32];
+#endif
+      }
+      u32 high[2][CHUNKS][4] = {};
       #pragma unroll
-      for (int group = 0; group < 4; group++) {
+      for (int part = 0; part < PARTS; part++) {
+        const int group = part * 4 / PARTS, offset = FIELD * (part % HELD), moved = FIELD * (part - part % HELD);
+        if (part % HELD == 0) {  // what comes next moves into the mantissas' place
+          #pragma unroll
+          for (int h = 0; h < 2; h++)
+            #pragma unroll
+            for (int c = 0; c < CHUNKS; c++)
+              #pragma unroll
+              for (int q = 0; q < 4; q++) {
+                if (part) w[h][c][q] >>= FIELD * HELD;
+#if BITS == 3
+                const u32 t = word(top[h], q);
+                high[h][c][q] = moved ? t >> (moved - 2 + c) : t << (2 - c);
+#endif
+              }
+        }
         float acc[NB][4] = {};
         u32 zero[2];
         #pragma unroll
         for (int h = 0; h < 2; h++) {
-          u32 z = (row[i][h].zero >> (8 * group)) & 0xffu;
-          zero[h] = MAGIC | z | (z << 16);
+          const u32 z = (row[i][h].zero >> (8 * group)) & 0xffu;
+          zero[h] = MAGIC | ((z | (z << 16)) << offset);
         }
         #pragma unroll
-        for (int sub = 0; sub < PARTS / 4; sub++) {
-          const int part = group * (PARTS / 4) + sub;
+        for (int c = 0; c < CHUNKS; c++) {
+          u32 b[NB][4];
           #pragma unroll
-          for (int c = 0; c < CHUNKS; c++) {
-            u32 b[NB][4];
-            #pragma unroll
-            for (int n = 0; n < NB; n++) {
-              const int column = 8 * n + g, k = part * 2 * HALF + 16 * c + 4 * t;
-              uint2 lo = {0, 0}, hi = {0, 0};
+          for (int n = 0; n < NB; n++) {
+            uint4 v;
 #if STAGED
-              if (column < STAGED) {
-                lo = *(const uint2 *)(mine + column * PITCH + k);
-                hi = *(const uint2 *)(mine + column * PITCH + k + HALF);
-              }
+            const int column = (8 * n + g) % STAGED;  // what is beyond the rows is not written
+            v = *(const uint4 *)(mine + column * PITCH + (part * CHUNKS + c) * 16 + 4 * t);
 #else
-              const u16 *at = x + (long long)column * stride + kb * 512 + k;
-              if (column < rows && kb * 512 + k < inputs) lo = *(const uint2 *)at;
-              if (column < rows && kb * 512 + k + HALF < inputs) hi = *(const uint2 *)(at + HALF);
+            const int column = 8 * n + g, k = part * 2 * HALF + 16 * c + 4 * t;
+            uint2 lo = {0, 0}, hi = {0, 0};
+            const u16 *at = x + (long long)column * stride + kb * 512 + k;
+            if (column < rows && kb * 512 + k < inputs) lo = *(const uint2 *)at;
+            if (column < rows && kb * 512 + k + HALF < inputs) hi = *(const uint2 *)(at + HALF);
+            v = pairs(lo.x, lo.y, hi.x, hi.y);
 #endif
-              b[n][0] = __byte_perm(lo.x, hi.x, 0x5410); b[n][1] = __byte_perm(lo.x, hi.x, 0x7632);
-              b[n][2] = __byte_perm(lo.y, hi.y, 0x5410); b[n][3] = __byte_perm(lo.y, hi.y, 0x7632);
+            b[n][0] = v.x; b[n][1] = v.y; b[n][2] = v.z; b[n][3] = v.w;
+          }
+          #pragma unroll
+          for (int q = 0; q < 4; q += 2) {
+            u32 a[4];
+            #pragma unroll
+            for (int e = 0; e < 4; e++) {
+              const int h = e & 1, at = q + (e >> 1);
+              a[e] = less(codes(w[h][c][at], high[h][c][at], offset), zero[h]);
             }
             #pragma unroll
-            for (int q = 0; q < 4; q += 2) {
-              u32 a[4];
-              a[0] = less(codes(w[0].v, c, q, part), zero[0]);
-              a[1] = less(codes(w[1].v, c, q, part), zero[1]);
-              a[2] = less(codes(w[0].v, c, q + 1, part), zero[0]);
-              a[3] = less(codes(w[1].v, c, q + 1, part), zero[1]);
-              #pragma unroll
-              for (int n = 0; n < NB; n++) mma(acc[n], a, b[n] + q);
-            }
+            for (int n = 0; n < NB; n++) mma(acc[n], a, b[n] + q);
           }
         }
+        const float smaller = 1.0f / (1 << offset);
         #pragma unroll
         for (int n = 0; n < NB; n++)
           #pragma unroll
-          for (int j = 0; j < 4; j++) total[i][n][j] += acc[n][j] * row[i][j >> 1].scale[group];
+          for (int j = 0; j < 4; j++) total[i][n][j] += acc[n][j] * (row[i][j >> 1].scale[group] * smaller);
       }
     }
     const int next = kb + DEPTH * WARPS;
@@ -291,7 +320,7 @@ def few_rows(
     stage: int = 16,
     early: bool = True,
 ) -> Tensor:
-    """x: (n, inputs) float16 or bfloat16, n at most ``FEW``. The rest: as ``low_bit.linear.Packed``.
+    """x: (n, inputs) float16 or bfloat16, n at most ``MOST``. The rest: as ``low_bit.linear.Packed``.
 
     warps, tiles, ...: how the work is cut, for measurements; each choice gives its own bits, the same in every run.
     """
@@ -309,7 +338,7 @@ def few_rows(
         "WARPS": warps,
         "DEPTH": depth,
         "STAGED": staged,
-        "OCCUPANCY": occupancy or (1 if tiles == 2 else 2),
+        "OCCUPANCY": occupancy or (1 if tiles == 2 else 3 if columns == 1 and outputs > 8192 else 2),
         "BF16": int(x.dtype == torch.bfloat16),
         "WIDE": int(scales.dtype == torch.float32),
         "AFFINE": int(zeros is not None),
@@ -318,7 +347,7 @@ def few_rows(
     }
     function = nvrtc.kernel(SOURCE, "low_bit_linear", tuple(defines.items()))
     out = x.new_empty(rows, outputs)
-    held = warps * (depth * tiles * 2 * _LOADS[bits] * 512 + staged * 1056)
+    held = warps * (depth * tiles * 2 * _LOADS[bits] * 512 + staged * 1088)
     shared = max(held, warps * tiles * 16 * (columns * 8 + 1) * 4)
     function(
         (-(-outputs // (TILE * tiles)), 1, 1), 32 * warps, x, words, scales, words if zeros is None else zeros,
@@ -334,7 +363,7 @@ def linear(
     inputs = x.shape[-1]
     flat = x.reshape(-1, inputs)
     narrow = flat.dtype in (torch.float16, torch.bfloat16)
-    if not 0 < len(flat) <= FEW or inputs % 4 or not narrow:
+    if not 0 < len(flat) <= MOST or inputs % 4 or not narrow:
         return F.linear(x, packing.decoded(words, scales, zeros, bits, outputs, inputs, x.dtype), bias)
     if flat.stride(1) != 1 or flat.stride(0) % 4 or flat.data_ptr() % 8:
         flat = flat.clone(memory_format=torch.contiguous_format)

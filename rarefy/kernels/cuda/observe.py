@@ -1,8 +1,9 @@
 """Extremes, moments and histogram in one pass over a tensor, as fast as it is read.
 
 A block takes a fixed number of neighbouring numbers of a channel and counts into its own copies of the histogram in
-shared memory, which one atomic a bin then adds to the whole: whole numbers, so that any order gives the same. A warp
-whose numbers all fall into one bin, as in the flat parts of pictures, adds once. Sums of a block are float64 over
+shared memory, which one atomic a bin then adds to the whole: whole numbers, so that any order gives the same.
+Neighbouring threads, whose numbers are alike in pictures, count into different copies. A warp whose numbers all fall
+into one bin, as in the flat parts of pictures, adds once. Sums of a block are float64 over
 float32 of few numbers, and the blocks' are added in order by a second kernel: the same inputs give the same bits on
 every GPU.
 """
@@ -69,9 +70,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 observe(const item *x, Partial *partials, int *counts, float low, float scale,
         int outer, int channels, u32 inner_low, u32 inner_high, int chunks) {
 #if BINS
-  __shared__ int bins[COPIES][BINS];
-  for (int i = threadIdx.x; i < COPIES * BINS; i += THREADS) (&bins[0][0])[i] = 0;
-  int *mine = bins[(threadIdx.x >> 5) % COPIES];
+  __shared__ int bins[BINS * COPIES];  // neighbours count into copies beside each other, in other banks
+  for (int i = threadIdx.x; i < COPIES * BINS; i += THREADS) bins[i] = 0;
+  int *mine = bins + threadIdx.x % COPIES;
   __syncthreads();
 #endif
   const i64 inner = ((i64)inner_high << 32) | inner_low, length = inner * outer;
@@ -111,11 +112,11 @@ observe(const item *x, Partial *partials, int *counts, float low, float scale,
           const u32 here = __activemask();
           int whole;
           __match_all_sync(here, b[0], &whole);
-          if (!whole) atomicAdd(mine + b[0], PACK);
-          else if ((int)(threadIdx.x & 31) == __ffs(here) - 1) atomicAdd(mine + b[0], PACK * __popc(here));
+          if (!whole) atomicAdd(mine + b[0] * COPIES, PACK);
+          else if ((int)(threadIdx.x & 31) == __ffs(here) - 1) atomicAdd(mine + b[0] * COPIES, PACK * __popc(here));
         } else {
           #pragma unroll
-          for (int i = 0; i < PACK; i++) if (f[i] == f[i]) atomicAdd(mine + b[i], 1);
+          for (int i = 0; i < PACK; i++) if (f[i] == f[i]) atomicAdd(mine + b[i] * COPIES, 1);
         }
 #endif
       }
@@ -125,7 +126,7 @@ observe(const item *x, Partial *partials, int *counts, float low, float scale,
       const float f = single(from[i < head ? i : packs * PACK + i]);
       take(s, f);
 #if BINS
-      if (f == f) atomicAdd(mine + bin(f, low, scale), 1);
+      if (f == f) atomicAdd(mine + bin(f, low, scale) * COPIES, 1);
 #endif
     }
     flush(s);
@@ -152,7 +153,7 @@ observe(const item *x, Partial *partials, int *counts, float low, float scale,
   for (int i = threadIdx.x; i < BINS; i += THREADS) {
     int n = 0;
     #pragma unroll
-    for (int c = 0; c < COPIES; c++) n += bins[c][i];
+    for (int c = 0; c < COPIES; c++) n += bins[i * COPIES + (c + threadIdx.x) % COPIES];
     if (n) atomicAdd(counts + (i64)channel * BINS + i, n);
   }
 #endif
@@ -187,9 +188,13 @@ _KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def observe(
-    x: Tensor, axis: int | None, low: float, high: float, bins: int, copies: int = 0, unroll: int = 4
-) -> tuple[Tensor, Tensor]:
-    """As ``rarefy.kernels.observe.observe``. copies: of a block's histogram; unroll: reads of 16 bytes on the way."""
+    x: Tensor, axis: int | None, low: float, high: float, bins: int, copies: int = 0, unroll: int = 4,
+    chunk: int = CHUNK, threads: int = THREADS,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As ``rarefy.kernels.observe.observe``. copies: of a block's histogram; unroll: reads of 16 bytes on the way.
+
+    chunk, threads: of a block; each choice gives its own bits, the same in every run.
+    """
     if x.dtype not in _KINDS or bins > MOST_BINS or not x.numel():
         from rarefy.kernels.observe import observe as reference
 
@@ -199,14 +204,14 @@ def observe(
     channels = 1 if axis is None else x.shape[axis]
     outer = 1 if axis is None else x.shape[:axis].numel()
     length = x.numel() // channels
-    inner, chunks = length // outer, -(-length // CHUNK)
-    copies = copies or (1 if bins > 1024 else 4)
+    inner, chunks = length // outer, -(-length // chunk)
+    copies = copies or max(1, min(32, 1 << (8192 // max(bins, 1)).bit_length() - 1))
     defines = {
         "KIND": _KINDS[x.dtype],
         "BINS": bins,
         "COPIES": copies,
-        "CHUNK": CHUNK,
-        "THREADS": THREADS,
+        "CHUNK": chunk,
+        "THREADS": threads,
         "UNROLL": unroll,
     }
     partials = torch.empty(channels * chunks * 24, dtype=torch.uint8, device=x.device)
@@ -215,7 +220,7 @@ def observe(
     function = nvrtc.kernel(SOURCE, "observe", tuple(defines.items()))
     scale = bins / (high - low) if bins else 0.0
     function(
-        (channels * chunks, 1, 1), THREADS, x, partials, counts, float(low), float(scale), outer, channels,
+        (channels * chunks, 1, 1), threads, x, partials, counts, float(low), float(scale), outer, channels,
         *_halves(inner), chunks,
     )  # fmt: skip
     nvrtc.kernel(SOURCE, "finish", tuple(defines.items()))(

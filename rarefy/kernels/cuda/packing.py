@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rarefy.kernels.low_bit.packing import words_of
+from rarefy.kernels.low_bit.packing import ROUNDS, words_of
 
-LANES = 512  # of 8 numbers, a program
+LANES = 256  # of 8 numbers, a program
 
 
 @triton.jit
@@ -30,17 +30,48 @@ def _eight(x, LANES: tl.constexpr):
 
 
 @triton.jit
-def _code(x, scale, zero, bits, QMIN, QMAX, STOCHASTIC: tl.constexpr):
+def _noise(r0, r1, r2, r3, i: tl.constexpr):
+    """Number i's u: its 16 bits are put into the mantissa of 1 + u, which is exact, and no conversion."""
+    r = r0 if i < 2 else r1 if i < 4 else r2 if i < 6 else r3
+    bits = (r << 7) if i % 2 == 0 else (r >> 9)
+    return ((bits & 0x7FFF80) | 0x3F800040).to(tl.float32, bitcast=True) - 1.0
+
+
+@triton.jit
+def _whole(v, DOWN: tl.constexpr):
+    """A small number as a whole one, half to even or DOWN: 1.5 2^23 rounds it, and its last bits are the answer."""
+    large = v + 12582912.0
+    whole = large.to(tl.int32, bitcast=True) - 0x4B400000
+    if DOWN:
+        whole -= (large - 12582912.0 > v).to(tl.int32)
+    return whole
+
+
+@triton.jit
+def _code(x, scale, zero, noise, QMIN, QMAX, STOCHASTIC: tl.constexpr):
     v = tl.div_rn(x, scale)
+    if STOCHASTIC:
+        v += noise
     low = (QMIN - zero).to(tl.float32)
     high = (QMAX - zero).to(tl.float32)
-    if STOCHASTIC:
-        v = tl.floor(v + (bits.to(tl.float32) + 0.5) * (1.0 / 65536))
-        v = tl.minimum(tl.maximum(v, low), high)
-    else:
-        v = tl.minimum(tl.maximum(v, low), high)
-        v = (v + 12582912.0) - 12582912.0  # 1.5 2^23: rounds to a whole number, half to even
-    return v.to(tl.int32) + zero
+    return _whole(tl.minimum(tl.maximum(v, low), high), STOCHASTIC) + zero
+
+
+@triton.jit
+def _random(lane, seed, ROUNDS: tl.constexpr):
+    low = (lane & 0xFFFFFFFF).to(tl.uint32)
+    none = low * 0
+    return tl.philox(seed, low, (lane >> 32).to(tl.uint32), none, none, n_rounds=ROUNDS)
+
+
+@triton.jit
+def _round(x, out, count, seed, ROUNDS: tl.constexpr, LANES: tl.constexpr):
+    lane = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
+    r0, r1, r2, r3 = _random(lane, seed, ROUNDS)
+    for i in tl.static_range(8):
+        inside = lane * 8 + i < count
+        v = tl.load(x + lane * 8 + i, mask=inside, other=0.0).to(tl.float32) + _noise(r0, r1, r2, r3, i)
+        tl.store(out + lane * 8 + i, tl.floor(v), mask=inside)
 
 
 @triton.jit
@@ -57,6 +88,7 @@ def _parameter(scales, zeros, place, inner, channels, CHANNELS: tl.constexpr):
 def _quantize_pack(
     x, scales, zeros, out, count, stored, inner, channels, seed, QMIN, QMAX,
     BITS: tl.constexpr, STOCHASTIC: tl.constexpr, CHANNELS: tl.constexpr, EACH: tl.constexpr, LANES: tl.constexpr,
+    ROUNDS: tl.constexpr,
 ):  # fmt: skip
     """out: of 8 bits 64-bit words, of 4 32-bit ones, of 2 16-bit ones, of 3 bytes, of which
     ``stored`` in all. EACH: neighbours' scales differ."""
@@ -67,18 +99,17 @@ def _quantize_pack(
     eight = _eight(numbers, LANES)
     r0, r1, r2, r3 = lane, lane, lane, lane
     if STOCHASTIC:
-        low = (lane & 0xFFFFFFFF).to(tl.uint32)
-        none = low * 0
-        r0, r1, r2, r3 = tl.philox(seed, low, (lane >> 32).to(tl.uint32), none, none)
+        r0, r1, r2, r3 = _random(lane, seed, ROUNDS)
     scale, zero = _parameter(scales, zeros, lane * 8, inner, channels, CHANNELS)
     KEEP: tl.constexpr = 2**BITS - 1
     word = tl.zeros((LANES,), tl.int64 if BITS == 8 else tl.int32)
     for i in tl.static_range(8):
-        r = r0 if i < 2 else r1 if i < 4 else r2 if i < 6 else r3
         if EACH:
             scale, zero = _parameter(scales, zeros, lane * 8 + i, inner, channels, CHANNELS)
-        half = (r >> (16 * (i % 2))) & 0xFFFF
-        code = _code(eight[i], scale, zero, half, QMIN, QMAX, STOCHASTIC) & KEEP
+        noise = 0.0
+        if STOCHASTIC:
+            noise = _noise(r0, r1, r2, r3, i)
+        code = _code(eight[i], scale, zero, noise, QMIN, QMAX, STOCHASTIC) & KEEP
         word |= code.to(word.dtype) << (BITS * i)
     inside = lane * 8 < count
     last = (count - lane * 8) < 8  # of the last lane only so many numbers are there
@@ -225,9 +256,20 @@ def quantize_pack(
     _quantize_pack[(triton.cdiv(count, 8 * lanes),)](
         x, *_contiguous(scale, zero_point, channels), words.view(_KINDS[bits]), count, 8 * len(words), inner, channels,
         seed or 0, qmin, qmax, BITS=bits, STOCHASTIC=seed is not None, CHANNELS=channels > 1,
-        EACH=channels > 1 and inner % 8 > 0, LANES=lanes, num_warps=warps,
+        EACH=channels > 1 and inner % 8 > 0, LANES=lanes, ROUNDS=ROUNDS, num_warps=warps,
     )  # fmt: skip
     return words
+
+
+def round_stochastic(x: Tensor, seed: int, lanes: int = LANES, warps: int = 4) -> Tensor:
+    """As ``rarefy.kernels.low_bit.packing.round_stochastic``."""
+    x = x.contiguous()
+    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    if x.numel():
+        _round[(triton.cdiv(x.numel(), 8 * lanes),)](
+            x, out, x.numel(), seed, ROUNDS=ROUNDS, LANES=lanes, num_warps=warps
+        )
+    return out
 
 
 def unpack_dequantize(
