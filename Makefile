@@ -1,4 +1,4 @@
-# make demo | test | test-all | fuzz | examples | site | lint | types | audit | test-gpu | test-gpu-sanitizer | bench | bench-gpu | bench-setup | clean
+# make demo | test | test-all | fuzz | endurance | examples | site | lint | types | audit | test-gpu | test-gpu-sanitizer | bench | bench-gpu | bench-setup | clean
 # Each target sets up its own environment in .venv, from pyproject.toml and constraints.txt, and again only when these change.
 
 # The first of these that is 3.11 or newer and can make an environment; PYTHON=... names another.
@@ -14,7 +14,7 @@ AUDIT  := .venv-audit
 FILES  := .venv-weights
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-all fuzz examples site lint types audit format test-gpu test-gpu-sanitizer bench bench-gpu bench-setup clean
+.PHONY: demo test test-all fuzz endurance examples site lint types audit format test-gpu test-gpu-sanitizer bench bench-gpu bench-setup clean
 
 # $(call make_venv,FOLDER)
 define make_venv
@@ -52,6 +52,10 @@ test-all: $(READY)
 # Every parser of strangers' files, fed a million damaged ones in all, or for an hour: RAREFY_FUZZ_SEED=1 draws others.
 fuzz: $(READY)
 	RAREFY_FUZZ=$${RAREFY_FUZZ:-1000000} $(PYTEST) tests/fuzz -m slow -s -q
+
+# What safety promises, at length: races, kills, flipped bytes, drawn operators, every kind of bad folder in every command.
+endurance: $(READY)
+	$(PYTEST) tests/hostile tests/artifact/test_snapshot.py tests/artifact/test_drawn_operators.py -m slow -s -q
 
 test-gpu: $(READY)
 	$(PYTEST) -m gpu
