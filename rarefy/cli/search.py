@@ -136,6 +136,9 @@ def worker(
             "--trust-modules", help="Let modules run that the search's recipe names and that lie in this folder."
         ),
     ] = False,
+    storage: Annotated[
+        str | None, typer.Option(metavar="URL", help="Where the search keeps its trials, if it was begun with that.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Work at a search beside whoever does, on this machine or another that sees the folder, until it is done.
@@ -148,6 +151,13 @@ def worker(
     from rarefy.system.dependencies import asking
 
     told = search_.settings(Path(folder))
+    if told["storage"] != storage:  # a stranger's folder sends nobody anywhere
+        where = (
+            f"at {told['storage']}; if that is yours, pass --storage"
+            if told["storage"]
+            else "in its folder; leave out --storage"
+        )
+        raise InputError(f"{folder}: its search keeps trials {where}")
     file = Path(folder) / search_.RECIPE
     if not file.exists():
         raise InputError(

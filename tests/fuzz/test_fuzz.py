@@ -7,6 +7,7 @@ test's folder as ``input-NUMBER``, and the others go on.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import io
@@ -19,7 +20,6 @@ import tarfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,16 +35,20 @@ from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
 from rarefy.artifact import folder, signing
+from rarefy.cli.search import show
 from rarefy.compression import recipe
+from rarefy.compression import run as run_
+from rarefy.compression.search import front
 from rarefy.data import decoding, sources
 from rarefy.data.augmentation import Augmentation
 from rarefy.data.boxes.targets import BoxTargets
 from rarefy.data.items import Items
-from rarefy.errors import RarefyError
+from rarefy.errors import InputError, RarefyError
 from rarefy.graph.capture import capture
 from rarefy.models import load
 from rarefy.models.checkpoint import entries
 from rarefy.reports import prices, report, view
+from rarefy.system import strict_json
 
 SECONDS, BYTES = 5, 1 << 30  # of one execution, on the processor (12 times as long by the clock), and of all
 SHORT, LONG = 8, int(os.environ.get("RAREFY_FUZZ", "0"))
@@ -370,8 +374,6 @@ REPORT = {
 
 
 def reported(data: bytes, place: Path) -> object:
-    from rarefy.system import strict_json
-
     facts = strict_json.parse(data, "report.json")
     view.view(facts)
     return report.html(facts), report.summary(facts)
@@ -390,6 +392,29 @@ author = "Vision team"
 def priced(data: bytes, place: Path) -> object:
     (place / "p.toml").write_bytes(data)
     return prices.read(place / "p.toml")[0].for_load(50.0, 2)
+
+
+POINT = {
+    "number": 3, "name": "#3", "value": 0.9, "interval": [0.8, 0.95], "drop": 0.01, "drop_interval": [0.0, 0.02],
+    "latency_ms": {"median": 2.0, "low": 1.9, "high": 2.1}, "speedup": {"median": 2.0, "low": 1.9, "high": 2.1},
+    "disturbed": False, "size_bytes": 4000, "memory_bytes": None, "seconds": 4.0, "recipe": "prune macs=0.5",
+    "beaten": False, "folder": "points/0003",
+}  # fmt: skip
+ABOUT = {"host": "here", "runtime": "onnxruntime", "threads": 1, "metric": "top-1", "unit": "%", "samples": 100}
+FRONT = {"points": [POINT, {**POINT, "number": 4, "folder": ""}], "about": {**ABOUT, "title": "a net", "budget": {}}}
+
+
+def fronted(data: bytes, place: Path) -> object:
+    """As a stranger seals it."""
+    run_.write_json(place / "front.json", strict_json.parse(data, "front.json"))
+    found = front.read(place)
+    for wish in ("5ms", "2x", "1MB", "drop=0.5%", "#3"):
+        with contextlib.suppress(InputError):
+            found.pick(wish)
+    with contextlib.redirect_stdout(io.StringIO()):
+        show(found, False, True)
+        show(found, True)
+    return str(found)
 
 
 TARGETS = {
@@ -413,11 +438,12 @@ TARGETS = {
     "voc": Target(lambda _: [VOC], mutated_words, scene_of("voc"), 3),
     "yolo": Target(lambda _: YOLO, mutated_words, scene_of("yolo"), 4),
     "prices": Target(lambda _: [PRICES], mutated_words, priced),
+    "front.json": Target(lambda _: [json.dumps(FRONT).encode()], mutated_json, fronted, 4),
     "report.json": Target(lambda _: [json.dumps(REPORT).encode()], mutated_json, reported, 60),
 }  # fmt: skip
 
 
-@contextmanager
+@contextlib.contextmanager
 def limited(seconds: int) -> Iterator[None]:
     """What takes longer is interrupted by what no parser may catch as a broken file."""
     timers = ((signal.SIGPROF, signal.ITIMER_PROF, seconds), (signal.SIGALRM, signal.ITIMER_REAL, 12 * seconds))

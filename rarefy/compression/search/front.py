@@ -18,8 +18,11 @@ from typing import NotRequired, TypedDict, cast
 from rarefy.compression.recipe import share, size
 from rarefy.compression.run import read_json
 from rarefy.errors import InputError
+from rarefy.reports.facts import is_number
+from rarefy.system.strict_json import expect
 
 FILE, POINTS = "front.json", "points"
+MOST_POINTS = 10_000
 
 
 class Quartiles(TypedDict):
@@ -93,8 +96,51 @@ def read(folder: str | os.PathLike[str]) -> Front:
             f"{path}: holds no front yet; give the folder that `rarefy compress --search` works in, once a trial is "
             f"done"
         )
-    told = read_json(path / FILE)
-    return Front(path, cast(list[Point], told["points"]), cast(dict[str, object], told["about"]))
+    told, where = read_json(path / FILE), f"{path / FILE}"
+    points, about = told.get("points"), told.get("about")
+    good = isinstance(points, list) and len(points) <= MOST_POINTS and all(map(_is_point, points))
+    expect(good, where, "its points are none of a front; begin the search anew")
+    expect(_is_about(about), where, "it does not say of what search it is; begin it anew")
+    return Front(path, cast(list[Point], points), cast(dict[str, object], about))
+
+
+def _is_point(value: object) -> bool:
+    """Has it what a point has, of its types? A stranger's folder may say anything, also where others lie."""
+    if not isinstance(value, dict):
+        return False
+    quartiles = [value.get(name) for name in ("latency_ms", "speedup")]
+    if not all(isinstance(one, dict) and all(_above(one.get(key)) for key in _QUARTILES) for one in quartiles):
+        return False
+    place = value.get("folder")
+    return (
+        all(type(value.get(name)) is int and value[name] >= 0 for name in ("number", "size_bytes"))
+        and all(is_number(value.get(name)) for name in ("value", "drop", "seconds"))
+        and all(type(value.get(name)) is bool for name in ("beaten", "disturbed"))
+        and all(isinstance(value.get(name), str) for name in ("name", "recipe"))
+        and all(_is_pair(value.get(name, [0, 0])) for name in ("interval", "drop_interval"))
+        and (value.get("memory_bytes") is None or (is_number(value["memory_bytes"]) and value["memory_bytes"] >= 0))
+        and (place == "" or (isinstance(place, str) and place == f"{POINTS}/{value['number']:04d}"))
+    )
+
+
+_QUARTILES = ("median", "low", "high")
+
+
+def _above(value: object) -> bool:
+    return is_number(value) and 0 < value < 1e12
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
+
+
+def _is_about(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and all(isinstance(value.get(name), str) for name in ("host", "runtime", "metric", "unit"))
+        and all(type(value.get(name)) is int and 0 <= value[name] < 2**40 for name in ("threads", "samples"))
+        and (value.get("title") is None or isinstance(value["title"], str))
+    )
 
 
 def mark(points: Sequence[Point]) -> list[Point]:

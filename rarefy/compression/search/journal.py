@@ -25,7 +25,9 @@ from typing import TYPE_CHECKING, cast
 
 from rarefy.compression.run import locked_folder
 from rarefy.compression.search.space import Genome
-from rarefy.errors import InputError, MissingDependency
+from rarefy.errors import FormatError, InputError, MissingDependency, first_line
+from rarefy.reports.facts import is_number
+from rarefy.system.files import plain
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import Trial as OptunaTrial
 
+MOST_BYTES = 2**30  # of the journal
 BEAT, SILENT = 15.0, 90.0  # seconds
 FILE, STUDY = "trials.journal", "rarefy"
 Values = tuple[float, float, float]  # drop, cost in shares of the original's, bytes: all are to be small
@@ -66,7 +69,7 @@ class Journal:
         needs_optuna()
         import optuna
 
-        self.seed, self.kind = seed, kind
+        self.folder, self.seed, self.kind = folder, seed, kind
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         try:
             self.study: Study = optuna.create_study(
@@ -75,9 +78,11 @@ class Journal:
                 directions=["minimize"] * 3,
                 load_if_exists=True,
             )
+        except InputError:
+            raise
         except Exception as error:
             if url is None:
-                raise
+                raise _damaged(folder, error) from error
             raise InputError(f"--storage {url}: can't be opened ({type(error).__name__}); check the URL") from error
 
     def ask(
@@ -104,10 +109,7 @@ class Journal:
             trial.set_user_attr("genome", {**genome(trial.params).to_json(), "params": plain})
 
     def _seeded(self) -> int:
-        """
-
-        ow many trials there are; what is asked for next hangs on that and the seed, not on what this process asked.
-        """
+        """How many trials there are: what is asked for next hangs on that and the seed, and on no process."""
         from optuna import samplers
 
         count = len(self.study.get_trials(deepcopy=False))
@@ -117,6 +119,15 @@ class Journal:
         return count
 
     def trials(self) -> list[Trial]:
+        """Raises FormatError for a list that no search of rarefy's has written."""
+        try:
+            return self._trials()
+        except InputError:
+            raise
+        except Exception as error:  # of Optuna, on a line that it did not write
+            raise _damaged(self.folder, error) from error
+
+    def _trials(self) -> list[Trial]:
         found = []
         for one in self.study.get_trials(deepcopy=False):
             told = one.user_attrs
@@ -130,8 +141,8 @@ class Journal:
                     genome,
                     state,
                     int(told["first"]),
-                    told.get("made", {}),
-                    told.get("timing", {}),
+                    _told(told, "made", _MADE),
+                    _told(told, "timing", _TIMED),
                     str(told.get("why", "")),
                 )
             )
@@ -163,6 +174,23 @@ class Journal:
         return OptunaTrial(self.study, self.study.get_trials(deepcopy=False)[number]._trial_id)
 
 
+_MADE, _TIMED = ("drop", "cost", "size"), ("original_ms",)  # numbers that a trial tells, made and timed
+
+
+def _told(told: Mapping[str, object], key: str, numbers: Sequence[str]) -> Mapping[str, object]:
+    """Raises ValueError where it lacks one of these numbers; empty where it tells nothing yet."""
+    found = told.get(key, {})
+    if not isinstance(found, Mapping) or (found and not all(is_number(found.get(name)) for name in numbers)):
+        raise ValueError(f"{key}: {str(found)[:80]}")
+    return found
+
+
+def _damaged(folder: Path, error: Exception) -> FormatError:
+    return FormatError(
+        f"{folder / FILE}: is no list of trials that a search wrote ({first_line(error)}); begin in another folder"
+    )
+
+
 def needs_optuna() -> None:
     """Raises MissingDependency, with the pip line."""
     if find_spec("optuna") is None:
@@ -174,6 +202,8 @@ def _storage(folder: Path, url: str | None) -> BaseStorage | str:
     from optuna.storages import journal
 
     if url is None:
+        if os.path.lexists(folder / FILE):
+            plain(folder / FILE, MOST_BYTES)
         return storages.JournalStorage(journal.JournalFileBackend(str(folder / FILE)))
     if url.startswith("grpc://"):
         place, _, port = url.removeprefix("grpc://").partition(":")

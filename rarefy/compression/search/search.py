@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,10 +41,11 @@ from rarefy.compression.search.trial import BASE, Setting
 from rarefy.compression.search.worker import SETTINGS, WAIT, Event, Worker
 from rarefy.deployment import description, latency
 from rarefy.deployment.runtime import Runtime
-from rarefy.errors import InputError
+from rarefy.errors import FormatError, InputError, first_line
 from rarefy.graph.nodes import is_graph
 from rarefy.kernels import is_quantised
 from rarefy.models import fitting
+from rarefy.system.strict_json import expect
 from rarefy.tasks.detector import capture
 from rarefy.tasks.task import Task, settled
 
@@ -183,8 +184,26 @@ def resumed(folder: str | os.PathLike[str], task: Task, progress: bool = True) -
             raise InputError(f"{path}: its original is not there yet; start the search on {told['host']} first")
         time.sleep(WAIT)
     graph: fx.GraphModule = folder_.load(path / BASE / FIRST)
+    try:
+        setting = _setting(path, told, graph, task, progress)
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FormatError(
+            f"{path / SETTINGS}: is none that a search wrote ({first_line(error)}); begin in another folder"
+        ) from error
+    ours = _identity(setting)
+    differing = [name for name in ("model", "data", "task") if ours[name] != told[name]]
+    if differing:
+        raise InputError(
+            f"{path}: the {' and '.join(differing)} found here is another than the search's; mount the same data"
+        )
+    return Worker(setting)
+
+
+def _setting(path: Path, told: Mapping[str, object], graph: fx.GraphModule, task: Task, progress: bool) -> Setting:
     lengths, asked = cast(dict[str, Any], told["lengths"]), cast(dict[str, Any], told["budget"])
-    setting = Setting(
+    return Setting(
         folder=path,
         graph=graph,
         task=settled(task, graph),
@@ -198,17 +217,16 @@ def resumed(folder: str | os.PathLike[str], task: Task, progress: bool = True) -
         corruptions=tuple(cast(list[str], told["corruptions"])),
         progress=progress,
     )
-    ours = _identity(setting)
-    differing = [name for name in ("model", "data", "task") if ours[name] != told[name]]
-    if differing:
-        raise InputError(
-            f"{path}: the {' and '.join(differing)} found here is another than the search's; mount the same data"
-        )
-    return Worker(setting)
 
 
 def settings(path: Path) -> dict[str, object]:
     """What the search's folder says of it. Raises InputError where there is none."""
     if not (path / SETTINGS).exists():
         raise InputError(f"{path}: holds no search; begin one with `rarefy compress ... --search 60min -o {path}`")
-    return read_json(path / SETTINGS)
+    told = read_json(path / SETTINGS)
+    texts = [told.get(name) for name in ("host", "strategy", "runtime")] + [
+        ("" if told.get("storage") is None else told["storage"])
+    ]
+    good = all(isinstance(one, str) for one in texts) and {"trials", "minutes", "seed"} <= told.keys()
+    expect(good, path / SETTINGS, "is none that a search wrote; begin in another folder")
+    return told

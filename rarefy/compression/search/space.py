@@ -9,11 +9,14 @@ name. A rung is how much training a trial gets: 0 repair without training, 1 a f
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
+from rarefy import plugins
 from rarefy.compression.budget import Step
 from rarefy.errors import FormatError
+from rarefy.reports.facts import is_number
 
 BITS = (8.0, 6.0, 4.0)  # weights' average; None: float
 RUNGS = 3
@@ -52,17 +55,45 @@ class Genome:
     @classmethod
     def from_json(cls, told: Mapping[str, object]) -> Genome:
         """Raises FormatError for what is none."""
-        try:
-            return cls(**{**told, "levels": tuple(told["levels"])})  # type: ignore[arg-type]
-        except (TypeError, KeyError) as error:
+        if not told.keys() <= _KEPT.keys() or not all(_KEPT[key](told.get(key)) for key in {"levels", *told}):
             raise FormatError(
-                f"a trial of the search says what is no choice ({error}); begin in another folder"
-            ) from None
+                f"a trial of the search says what is no choice ({str(told)[:200]}); begin in another folder"
+            )
+        checked: dict[str, Any] = {**told, "levels": tuple(cast(list[int], told["levels"]))}
+        return cls(**checked)
 
     @property
     def structure(self) -> tuple[object, ...]:
         """What two trials of one network and number format have in common, whatever they were trained."""
         return self.levels, self.bits, tuple(sorted(self.switched.items())), self.student
+
+
+def _is_params(value: object) -> bool:
+    """Numbers, and names of what comes with rarefy: a stranger's list of trials names no code."""
+    return isinstance(value, Mapping) and all(
+        is_number(one)
+        if key != "criterion"
+        else isinstance(one, str) and one.partition(":")[0] in plugins.available("criteria")
+        for key, one in value.items()
+    )
+
+
+def _is_small(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
+# What each part of a trial may be, in a file.
+_KEPT: Mapping[str, Callable[[object], bool]] = {
+    "levels": lambda value: isinstance(value, list | tuple) and all(map(_is_small, value)),
+    "bits": lambda value: value is None or (is_number(value) and 1 <= value <= 32),
+    "switched": lambda value: (
+        isinstance(value, Mapping) and all(_is_small(one) and one <= 32 for one in value.values())
+    ),
+    "student": lambda value: value in (None, *STUDENTS),
+    "rung": lambda value: _is_small(value) and cast(int, value) < RUNGS,
+    "parent": lambda value: value is None or _is_small(value),
+    "params": _is_params,
+}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from rarefy.compression.search.journal import Journal, Trial, alone, claimed, ho
 from rarefy.compression.search.profile import Network, Profile, measure
 from rarefy.compression.search.space import BITS, RUNGS, Genome
 from rarefy.compression.search.trial import Setting
-from rarefy.errors import CheckFailed, InputError
+from rarefy.errors import CheckFailed, FormatError, InputError, first_line
 from rarefy.reports import report as report_
 from rarefy.reports.facts import Point as Mark
 from rarefy.system.progress import say
@@ -82,7 +82,11 @@ class Worker:
                     self.setting.original()
                     found = measure(self.network, self.setting.runtime, self.setting.seed, self.setting.progress)
                     write_json(file, found.to_json())
-        return Profile.from_json(read_json(file))
+        told = read_json(file)
+        try:
+            return Profile.from_json(told)
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(f"{file}: is none that a search wrote ({first_line(error)}); delete it") from error
 
     def _goal(self) -> tuple[int | None, float | None]:
         told = read_json(self.setting.folder / SETTINGS)  # anew: it may have been extended
