@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
 
 from rarefy.artifact.operators.trial import samples_within
 from rarefy.data.boxes.boxes import SCORE
@@ -27,6 +26,7 @@ from rarefy.errors import FormatError
 from rarefy.graph.interpreter import call, run
 from rarefy.graph.lowering import LAYERS, to_integers
 from rarefy.graph.nodes import Value, argument
+from rarefy.graph.signature import tensors
 from rarefy.kernels import makes_codes, qparams, value_of
 from rarefy.system.dependencies import needs
 
@@ -114,7 +114,7 @@ def against(
     for part in zip(*(one.split(batch) for one in given), strict=True):
         theirs, values = read(*part)
         with torch.no_grad():
-            ours = [value for value in tree_leaves(graph(*part)) if isinstance(value, Tensor)]
+            ours = tensors(graph(*part))
             _follow(graph, part, {codes[name]: value for name, value in values.items()}, tally)
         pairs = list(zip(ours, theirs, strict=True))
         if finds:

@@ -8,7 +8,9 @@ on either side are the padding of the convolution that reads them.
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Callable, Mapping
 
 import torch
@@ -157,11 +159,13 @@ _IN_NUMBERS: dict[object, Callable[..., Value]] = {
 }
 
 
-def make_functional(graph: fx.GraphModule) -> None:
+def make_functional(graph: fx.GraphModule) -> list[str]:
     """``relu_(x)`` -> ``relu(x)``, and whoever read the changed ``x`` afterwards reads the result. In place.
 
     A change to a slice of a tensor is written back to that tensor (``slice_scatter``), as often as it was sliced.
+    Returns the names of stored tensors that were written to, which they are no more.
     """
+    written: dict[str, None] = {}
     order = {node: index for index, node in enumerate(graph.graph.nodes)}
     for node in list(graph.graph.nodes):
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
@@ -170,8 +174,12 @@ def make_functional(graph: fx.GraphModule) -> None:
             continue
         where = f"{node.meta.get('stack') or node.name}: {node.target}"
         changed: fx.Node = node.args[0]
+        stored = _root(changed)
+        if stored.op == "get_attr":
+            written[str(stored.target)] = None
         node.target, node.args = _functional(graph, node, where)
         _write_back(graph, node, changed, order, where)
+    return list(written)
 
 
 def _write_back(graph: fx.GraphModule, node: fx.Node, changed: fx.Node, order: dict[fx.Node, int], where: str) -> None:
@@ -181,29 +189,64 @@ def _write_back(graph: fx.GraphModule, node: fx.Node, changed: fx.Node, order: d
         return order.get(user, -1) > order[node]
 
     changed.replace_all_uses_with(node, delete_user_cb=is_late)
-    settled, value = {changed}, node
+    chain, values = [changed], [node]
     while _is_view(changed):
-        base: Value = changed.args[0]
-        scatter = _SCATTER.get(changed.target)
-        if not any(is_late(user) for alias in _views_of(base) if alias not in settled for user in alias.users):
+        base = _base(changed)
+        if not any(is_late(user) for alias in _views_of(base) if alias not in chain for user in alias.users):
             break
-        if scatter is None:
+        with graph.graph.inserting_after(values[-1]):
+            written = _written_back(graph.graph, changed, base, values[-1])
+        if written is None:
             raise CaptureError(
                 f"{where} changes a tensor through {changed.target}, and it is read later; "
                 "write it without in-place assignment (torch.cat, torch.where), or capture another part with core="
             )
-        with graph.graph.inserting_after(value):
-            value = graph.graph.call_function(scatter, (base, value, *changed.args[1:]))
-        order[value] = order[node]
-        base.replace_all_uses_with(value, delete_user_cb=is_late)
-        settled.add(base)
+        order[written] = order[node]
+        base.replace_all_uses_with(written, delete_user_cb=is_late)
+        chain.append(base)
+        values.append(written)
         changed = base
+    if any(is_late(user) for part in values[:-1] for user in part.users):
+        _look_again(graph.graph, chain, values, order)
     for alias in _views_of(changed):
-        if alias not in settled and any(map(is_late, alias.users)) and order[alias] < order[node]:
+        if alias not in chain and any(map(is_late, alias.users)) and order[alias] < order[node]:
             raise CaptureError(
                 f"{where} changes a tensor that {alias.name} also views, and both are read later; "
                 "write it without in-place assignment"
             )
+
+
+def _look_again(graph: fx.Graph, chain: list[fx.Node], values: list[fx.Node], order: dict[fx.Node, int]) -> None:
+    """Who reads a changed part later, sees it as a part of the changed whole, which may be changed once more.
+
+    chain: a part, what it is a view of, and so on; values: what each of them is now.
+    """
+    seen, place = values[-1], order[values[-1]]
+    after = seen
+    for view, value in zip(reversed(chain[:-1]), reversed(values[:-1]), strict=True):
+        with graph.inserting_after(after):
+            seen = after = graph.node_copy(view, functools.partial(_instead, view.args[0], seen))
+        seen.meta, order[seen] = dict(view.meta), place
+        value.replace_all_uses_with(seen, delete_user_cb=lambda user: order.get(user, -1) > place)
+
+
+def _instead(old: Value, new: fx.Node, node: fx.Node) -> fx.Node:
+    return new if node is old else node
+
+
+def _written_back(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node | None:
+    """``base`` with ``value`` in place of its part ``view``; None for a view of which that can't be said."""
+    given: tuple[Value, ...] = view.args[1:]
+    if view.target in _SCATTER:
+        return graph.call_function(_SCATTER[view.target], (base, value, *given))
+    if view.target in _WHOLE:
+        return graph.call_function(aten.view_as.default, (value, base))
+    if view.target is aten.transpose.int:
+        return graph.call_function(aten.transpose.int, (value, *given))
+    if view.target is aten.permute.default:
+        axes = [axis % len(given[0]) for axis in given[0]]
+        return graph.call_function(aten.permute.default, (value, [axes.index(axis) for axis in range(len(axes))]))
+    return None
 
 
 # view operator -> the operator that writes the changed view back
@@ -211,6 +254,10 @@ _SCATTER: Mapping[object, Callable[..., Value]] = {
     aten.slice.Tensor: aten.slice_scatter.default,
     aten.select.int: aten.select_scatter.default,
 }
+# Views of all numbers, in their order, that are never a copy.
+_WHOLE = {
+    aten.view.default, aten.view_as.default, aten.unflatten.int, aten.unsqueeze.default, aten.squeeze.dim,
+}  # fmt: skip
 
 
 def _functional(graph: fx.GraphModule, node: fx.Node, where: str) -> tuple[Callable[..., Value], tuple[Value, ...]]:
@@ -231,20 +278,45 @@ def _functional(graph: fx.GraphModule, node: fx.Node, where: str) -> tuple[Calla
 
 def _views_of(node: fx.Node) -> list[fx.Node]:
     """Nodes that may share memory with ``node``: what it is a view of, and the views of that."""
-    root: Value = node
-    while root.op == "call_function" and _is_view(root):
-        root = root.args[0]
-    found, queue = [], [root]
+    found, queue = [], [_root(node)]
     while queue:
         current = queue.pop()
         found.append(current)
-        queue.extend(user for user in current.users if _is_view(user) and user.args and user.args[0] is current)
+        views = [user for user in current.users if _is_view(user) or _shares(user)]
+        queue.extend(user for user in views if user.args and user.args[0] is current)
+    return found
+
+
+def _root(node: fx.Node) -> fx.Node:
+    """What it is a view of, or itself."""
+    while node.op == "call_function" and _is_view(node):
+        node = _base(node)
+    return node
+
+
+def _base(view: fx.Node) -> fx.Node:
+    """What it is a view of; of a part of several (chunk) what was parted."""
+    source: Value = view.args[0]
+    found: Value = source.args[0] if view.target is operator.getitem else source
+    assert isinstance(found, fx.Node)
     return found
 
 
 def _is_view(node: fx.Node) -> bool:
+    if node.target is operator.getitem:
+        return isinstance(node.args[0], fx.Node) and _shares(node.args[0])
+    return _shares(node) and not isinstance(_returns(node), torch.ListType)
+
+
+def _shares(node: fx.Node) -> bool:
+    """Does it yield the memory of its first argument, as one tensor or in parts?"""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return False
     first = target._schema.arguments[0] if target._schema.arguments else None
     return bool(first is not None and first.alias_info is not None and not first.alias_info.is_write)
+
+
+def _returns(node: fx.Node) -> object:
+    assert isinstance(node.target, torch._ops.OpOverload)
+    return node.target._schema.returns[0].type

@@ -21,7 +21,7 @@ from rarefy.system.memory import afford
 Value = Any  # what a node yields or reads: a tensor, a number, a list of them; a node where it stands for its value
 
 
-def is_graph(model: nn.Module) -> TypeGuard[fx.GraphModule]:
+def is_graph(model: object) -> TypeGuard[fx.GraphModule]:
     """Is this a model that ``capture`` (or ``load``) made?"""
     return isinstance(model, fx.GraphModule) and "inputs" in model.meta
 

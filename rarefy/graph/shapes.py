@@ -205,8 +205,10 @@ def _pooled(input: Tensor, output_size: Sequence[int | None]) -> Tensor | None:
     return input.new_empty((*input.shape[: -len(sizes)], *sizes)) if len(sizes) == len(output_size) else None
 
 
-def _spread(one: Tensor, other: object) -> Tensor | None:
-    if not isinstance(other, Tensor) or one.dtype != other.dtype or not one.is_floating_point():
+def _spread(one: Tensor, other: object, *, alpha: float = 1) -> Tensor | None:
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return None
+    if one.dtype != other.dtype or not one.is_floating_point():
         return None
     rank = max(one.dim(), other.dim())
     sizes = zip(*((1,) * (rank - each.dim()) + tuple(each.shape) for each in (one, other)), strict=True)

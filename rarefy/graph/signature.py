@@ -114,6 +114,11 @@ def leaves(outputs: Value, path: str = "", classes: Classes | None = None) -> It
         yield from leaves(value, f"{path}.{key}" if path else str(key), classes)
 
 
+def tensors(outputs: Value) -> list[Tensor]:
+    """All tensors that a model or a graph returned, in order, whatever containers they are in."""
+    return [value for _, value in leaves(plain(outputs)) if isinstance(value, Tensor)]
+
+
 def named(paths: Sequence[str], whole: str = "output") -> list[str]:
     """Names for values at these paths, each an identifier of its own: ``hidden_states.0`` -> ``hidden_states_0``."""
     names: list[str] = []

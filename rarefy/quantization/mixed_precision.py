@@ -29,6 +29,7 @@ from rarefy.graph.interpreter import call, run, steps
 from rarefy.graph.layers import layer_name
 from rarefy.graph.macs import layer_macs
 from rarefy.graph.nodes import Value, argument, attribute
+from rarefy.graph.signature import tensors
 from rarefy.quantization import formats
 from rarefy.quantization.layer_times import LayerTimes
 from rarefy.quantization.observers import Calibration, channel_axis
@@ -259,5 +260,4 @@ def _rounded(layer: fx.Node, live: Mapping[fx.Node, Value], grid: formats.Grid, 
 
 def _answers(output: object) -> Tensor:
     """All outputs as (N, numbers)."""
-    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-    return torch.cat([leaf.reshape(leaf.shape[0], -1).double() for leaf in leaves], 1)
+    return torch.cat([leaf.reshape(leaf.shape[0], -1).double() for leaf in tensors(output)], 1)

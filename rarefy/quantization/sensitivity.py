@@ -56,10 +56,10 @@ class Side:
         """(samples, SHARES) float64: what the answers move by."""
         return self.ends() * torch.cat(self.sums) - torch.cat(self.moments)
 
-    def add(self, x: Tensor, g: Tensor) -> None:
-        """x, g: (samples, numbers) float32."""
+    def add(self, x: Tensor, g: Tensor, samples: int) -> None:
+        """x, g: (samples, numbers) float32, or of all samples together (1, numbers)."""
         if self.end == self.inner:
-            nothing = x.new_zeros(len(x), SHARES, dtype=torch.float64)
+            nothing = x.new_zeros(samples, SHARES, dtype=torch.float64)
             self.sums.append(nothing)
             self.moments.append(nothing)
             return
@@ -69,7 +69,7 @@ class Side:
         where = row * SHARES + place
         for kept, numbers in ((self.sums, weight), (self.moments, weight * far)):
             binned = numbers.new_zeros(len(x) * SHARES).index_add_(0, where, numbers)
-            kept.append(binned.view(len(x), SHARES).cumsum(1))
+            kept.append(_shared(binned.view(len(x), SHARES).cumsum(1), samples))
 
 
 @dataclasses.dataclass
@@ -110,7 +110,7 @@ def sensitivities(
         with torch.no_grad():
             for (node, value), grad in zip(values.items(), grads, strict=True):
                 if grad is not None:
-                    _add(found[node], value.detach(), grad)
+                    _add(found[node], value.detach(), grad, len(batch[0]))
     return {node: cost for node, cost in found.items() if cost.powers}
 
 
@@ -173,12 +173,20 @@ def _product(answer: Tensor, generator: torch.Generator) -> Tensor:
     return (answer * signs).sum() / size
 
 
-def _add(cost: Cost, x: Tensor, g: Tensor) -> None:
-    x, g = _rows(x), _rows(g.contiguous(memory_format=_layout(x)))
+def _add(cost: Cost, x: Tensor, g: Tensor, samples: int) -> None:
+    """Image by image: windows of an image are a part of it. Of values that are not laid out so, images share alike."""
+    rows = samples if x.dim() and len(x) % samples == 0 else 1
+    x, g = _rows(x, rows), _rows(g.contiguous(memory_format=_layout(x)), rows)
     exact = x == 0  # on every grid
-    cost.powers.append(torch.linalg.vector_norm(g.masked_fill(exact, 0.0), dim=1).double().square())
-    cost.low.add(x, g)
-    cost.high.add(x, g)
+    power = torch.linalg.vector_norm(g.masked_fill(exact, 0.0), dim=1).double().square()
+    cost.powers.append(_shared(power, samples))
+    cost.low.add(x, g, samples)
+    cost.high.add(x, g, samples)
+
+
+def _shared(rows: Tensor, samples: int) -> Tensor:
+    """(samples, ...) of as many rows, or of one, which is the sum of all."""
+    return rows if len(rows) == samples else rows.expand(samples, *rows.shape[1:]) / samples
 
 
 def _layout(x: Tensor) -> torch.memory_format:
@@ -186,7 +194,7 @@ def _layout(x: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(samples, numbers) float32 in the order they lie in memory, without a copy where they lie side by side."""
+def _rows(x: Tensor, rows: int) -> Tensor:
+    """(rows, numbers) float32 in the order they lie in memory, without a copy where they lie side by side."""
     x = x.contiguous(memory_format=_layout(x)).float()
-    return x.as_strided((len(x), x.numel() // len(x)), (x.numel() // len(x), 1), x.storage_offset())
+    return x.as_strided((rows, x.numel() // rows), (x.numel() // rows, 1), x.storage_offset())

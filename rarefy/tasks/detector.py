@@ -13,12 +13,14 @@ from collections.abc import Mapping
 from typing import Protocol, Self, runtime_checkable
 
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 
 from rarefy import plugins
 from rarefy.data.boxes.placement import Feed, Resize
 from rarefy.errors import InputError
 from rarefy.graph import capture as graphs
 from rarefy.graph.capture.examples import Inputs
+from rarefy.graph.capture.wrapped import unwrapped
 from rarefy.graph.nodes import is_graph
 from rarefy.tasks.metric import Outputs
 
@@ -127,7 +129,9 @@ def detector_of(graph: nn.Module) -> Detector | None:
     return family
 
 
-def capture(model: nn.Module, inputs: Inputs | None = None, *, core: str | None = None) -> fx.GraphModule:
+def capture(
+    model: nn.Module | ExportedProgram, inputs: Inputs | None = None, *, core: str | None = None
+) -> fx.GraphModule:
     """The graph of a model; of a detector that of its core, which knows its family (``graph.meta["detector"]``).
 
     inputs: an example, batch first (any batch size; it stays free in the graph): a tensor, an array, a shape such as
@@ -139,6 +143,7 @@ def capture(model: nn.Module, inputs: Inputs | None = None, *, core: str | None 
     A graph is returned as a copy. It takes tensors, by place or by name, and returns what the model returns. Raises
     CaptureError, which names the user's line and the way out.
     """
+    model = model if isinstance(model, nn.Module) else unwrapped(model)
     family = None if is_graph(model) or core is not None else found(model)
     if family is not None:
         graph = graphs.capture(family.core(model), (3, *family.feed.size) if inputs is None else inputs)

@@ -122,7 +122,7 @@ def test_what_the_model_could_and_the_graph_can_not_is_told_once(
     with caplog.at_level(logging.WARNING, "rarefy"):
         capture(Net(kind), (3, 16, 16))
     told = [record.getMessage() for record in caplog.records if record.name == "rarefy"]
-    assert len(told) == count and all("takes that of the example alone: x (N, 3, 16, 16)" in line for line in told)
+    assert len(told) == count and all("takes the size of the example alone: x (N, 3, 16, 16)" in line for line in told)
 
 
 def test_channels_axes_and_names_are_checked_too() -> None:

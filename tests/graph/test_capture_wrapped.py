@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
+import rarefy
 from rarefy.errors import CaptureError
 from rarefy.graph.capture import capture
 from rarefy.graph.macs import layer_macs
@@ -53,6 +54,26 @@ def test_what_only_wraps_a_model_leaves_no_word_in_its_names(kind: str) -> None:
 def test_a_program_of_torchscript_is_refused() -> None:
     with pytest.raises(CaptureError, match="TorchScript"):
         capture(torch.jit.trace(body(), torch.randn(2, 3, 8, 8)), torch.randn(2, 3, 8, 8))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_part_that_is_a_program_of_torchscript_is_named() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), torch.jit.script(nn.BatchNorm2d(4)), torch.jit.script(nn.Conv2d(4, 2, 1)))
+    with pytest.raises(CaptureError, match="1 is a program of TorchScript.*put the nn.Module"):
+        capture(model.eval(), torch.randn(2, 3, 8, 8))
+
+
+def test_an_exported_program_is_a_model() -> None:
+    model, x = body(), torch.randn(3, 3, 8, 8)
+    free = ({0: torch.export.Dim.DYNAMIC},)
+    program = torch.export.export(model, (x,), dynamic_shapes=free)
+    for one in (program, program.module()):
+        graph = rarefy.capture(one, x)
+        assert torch.allclose(graph(x[:2]), model(x[:2]), atol=1e-6)
+        assert set(graph.state_dict()) == set(model.state_dict())
+        assert rarefy.prune(graph, keep=0.5)(x).shape == (3, 2, 6, 6)
+    with pytest.raises(CaptureError, match=r"for batches of 3 only; export it again with dynamic_shapes="):
+        rarefy.capture(torch.export.export(model, (x,)), x)
 
 
 class Doubled(nn.Module):

@@ -355,6 +355,23 @@ def test_sampling_and_smooth_resizing_keep_channels() -> None:
     cut_half(found)
 
 
+def test_heads_that_are_sampled_apart_lose_the_same_channels() -> None:
+    """Deformable attention (arXiv 2010.04159): heads lie in the batch, each with places of its own."""
+
+    def forward(s: nn.Module, x: Tensor) -> Tensor:
+        x = s.stem(x)
+        n, _, h, w = x.shape
+        grid = s.where(x).tanh().reshape(n * 2, 2, h, w).permute(0, 2, 3, 1)
+        sampled = F.grid_sample(s.value(x).reshape(n * 2, 3, h, w), grid, align_corners=False)
+        return s.last(sampled.reshape(n, 6, h, w))
+
+    found = coupled(Wired(forward, stem=conv(3, 4), where=conv(4, 4), value=conv(4, 6), last=conv(6, 2)).eval(), IMAGE)
+    own = classes(found, "value.weight", 0)
+    assert own[:3] == own[3:] and len(set(own)) == 3 and 0 not in own
+    assert "where.weight" in found.frozen and "grid_sampler" in found.frozen["where.weight"]
+    cut_half(found)
+
+
 def test_an_empty_slice_keeps_its_other_axes() -> None:
     """Rotary embedding leaves the first ``k`` tokens alone, and k may be 0."""
     found = coupled(

@@ -59,8 +59,8 @@ def test_a_side_adds_up_what_clipping_moves(sign: float) -> None:
     x, g = torch.randn(3, 500), torch.randn(3, 500)
     end = sign * float((x * sign).max())
     side = Side(end, 0.3 * end, [], [])
-    side.add(x[:2], g[:2])
-    side.add(x[2:], g[2:])
+    side.add(x[:2], g[:2], 2)
+    side.add(x[2:], g[2:], 1)
     wanted = torch.stack(
         [(g * (torch.where(x * sign > h * sign, h, x) - x)).double().sum(1) for h in side.ends().tolist()], 1
     )
@@ -282,3 +282,26 @@ def test_a_bias_is_left_where_the_halves_disagree() -> None:
     lost = weight.double() - qdq.decoded(numbers, qdq.numbers(layer)[0]).double()
     scale = attribute(numbers, qdq.numbers(layer)[1].all_input_nodes[1]).double()
     torch.testing.assert_close((codes - before).double(), torch.round(lost.sum(1) * 4.5 / scale))
+
+
+class Windows(nn.Module):
+    """Looks at windows of an image as a batch (Swin), and at steps before images (a recurrent network's layout)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.inner, self.last = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[0]
+        x = self.first(x.unflatten(2, (3, 4)).unflatten(4, (3, 4)).permute(0, 2, 4, 3, 5, 1).reshape(-1, 16, 3)).relu()
+        steps = self.inner(x.reshape(n, 144, 8).transpose(0, 1)).relu()
+        mean: Tensor = self.last(steps.mean(0))
+        return mean
+
+
+def test_windows_of_an_image_are_a_part_of_it() -> None:
+    model = Windows().eval()
+    small = quantised(model)
+    assert len(facts(small)["layers"]) == 3  # type: ignore[arg-type]
+    assert noise_db(model, small, images(8, 9)) > 25

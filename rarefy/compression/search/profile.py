@@ -21,12 +21,12 @@ from typing import cast
 import numpy as np
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from rarefy import plugins
 from rarefy.compression.search.space import Family
 from rarefy.deployment.runtime import Kernel, Runtime
 from rarefy.errors import CheckFailed, InputError
+from rarefy.graph.signature import tensors
 from rarefy.pruning.groups.groups import Coupling, couple
 from rarefy.pruning.groups.slicing import cut
 from rarefy.pruning.latency_search import Bench
@@ -147,7 +147,7 @@ class Network:
 def _answers(graph: fx.GraphModule, images: Tensor) -> Tensor:
     """(N, numbers): all outputs."""
     with torch.no_grad():
-        leaves = [leaf for leaf in pytree.tree_leaves(graph.eval()(images)) if isinstance(leaf, Tensor)]
+        leaves = tensors(graph.eval()(images))
     return torch.cat([leaf.reshape(leaf.shape[0], -1).double() for leaf in leaves], 1)
 
 

@@ -46,15 +46,22 @@ def free_sizes(model: nn.Module, graph: fx.GraphModule, call: Call) -> Sizes:
                     for tensor, open_axes in zip(call.tensors, axes, strict=True)
                 ]
             if same is not None:
-                inputs = zip(call.names, call.tensors, strict=True)
-                taken = (f"{name} (N, {', '.join(map(str, tensor.shape[1:]))})" for name, tensor in inputs)
-                logging.getLogger("rarefy").warning(
-                    "%s reads sizes of its input, so the graph takes that of the example alone: %s",
-                    type(model).__name__,
-                    ", ".join(taken),
-                )
+                _tell(model, call)
                 return fixed
     return fixed
+
+
+def _tell(model: nn.Module, call: Call) -> None:
+    """Why the graph takes the example's sizes alone."""
+    inputs = zip(call.names, call.tensors, strict=True)
+    taken = ", ".join(f"{name} (N, {', '.join(map(str, tensor.shape[1:]))})" for name, tensor in inputs)
+    one, other = (call.mapped(torch.clone).run(model) for _ in range(2))
+    why = "reads sizes of its input"
+    if not _same(one, other):
+        why = "answers otherwise each time, also in eval() (noise, dropout that is always on, a state that it keeps)"
+    logging.getLogger("rarefy").warning(
+        "%s %s, so the graph takes the size of the example alone: %s", type(model).__name__, why, taken
+    )
 
 
 def _open_axes(tensors: Sequence[Tensor]) -> list[list[list[int]]]:
@@ -99,7 +106,7 @@ def _tried(
     made = iter([_resized(tensor, open_axes, changed) for tensor, open_axes in zip(call.tensors, axes, strict=True)])
     other = call.mapped(lambda _: next(made))
     try:
-        wanted = other.run(model)
+        wanted = other.mapped(torch.clone).run(model)  # a model may write to its input
     except Exception:  # whatever a model's own code raises for a size that it does not take
         return None
     try:

@@ -26,21 +26,23 @@ import copy
 import io
 import logging
 import operator
-import os
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from rarefy.errors import CaptureError, first_line
+from rarefy.errors import CaptureError
 from rarefy.graph import signature
 from rarefy.graph.canonical import make_functional
 from rarefy.graph.capture.examples import Call, Inputs, call_of, check_batch_axis, same_call
+from rarefy.graph.capture.lengths import free_lengths
+from rarefy.graph.capture.messages import explain, tell_of_written
 from rarefy.graph.capture.regions import inline
 from rarefy.graph.capture.sizes import free_sizes
+from rarefy.graph.capture.wrapped import Buffers, Wrapper, inner_name, switched_off, unwrapped
 from rarefy.graph.fold import fold_parametrizations
 from rarefy.graph.layers import TRAINING_FLAG
 from rarefy.graph.nodes import (
@@ -71,7 +73,7 @@ _CHECKS = {
 _SAME = {aten.lift_fresh_copy.default, aten.detach_.default, aten.alias.default}
 
 
-def capture(model: nn.Module, inputs: Inputs, *, core: str | None = None) -> fx.GraphModule:
+def capture(model: nn.Module | ExportedProgram, inputs: Inputs, *, core: str | None = None) -> fx.GraphModule:
     """The graph of ``model``.
 
     inputs: an example, batch first (any batch size; it stays free in the graph): a tensor, an array, a shape such as
@@ -84,29 +86,32 @@ def capture(model: nn.Module, inputs: Inputs, *, core: str | None = None) -> fx.
     """
     if is_graph(model):
         return copy.deepcopy(model)
-    model = _unwrapped(model)
+    model = unwrapped(model)
     was_training = {module: module.training for module in model.modules()}
+    buffers = Buffers(model)
     try:
-        model.eval()
+        switched_off(model)
         with torch.compiler.set_stance("force_eager"):  # parts that were compiled run as they are
             call = call_of(model, inputs)
             if core is not None:
                 model, call = _core(model, core, call)
+            buffers.restore()
             flat = _Flat(model, call)
             graph = _graph_of(flat, _export(flat), core)
             graph.meta["sizes"] = free_sizes(model, graph, call)
     finally:
         for module, training in was_training.items():
             module.training = training
+        buffers.restore()
     signature.attach(graph, flat.returned.classes)
     return graph
 
 
-def _graph_of(flat: _Flat, exported: torch.export.ExportedProgram, core: str | None) -> fx.GraphModule:
+def _graph_of(flat: _Flat, exported: ExportedProgram, core: str | None) -> fx.GraphModule:
     """The graph of a trace, finished but for what it takes beside the example."""
     graph, call = _plain(flat, exported), flat.call
     _share_as(graph, flat.model)
-    make_functional(graph)
+    tell_of_written(flat.model, make_functional(graph))
     fold_parametrizations(graph)
     _as_batch_norm(graph, aten._native_batch_norm_legit_no_training.default)
     _read_training_flag(graph)
@@ -119,7 +124,7 @@ def _graph_of(flat: _Flat, exported: torch.export.ExportedProgram, core: str | N
     return graph.eval()
 
 
-def as_graph(model: nn.Module, inputs: Inputs | None = None) -> fx.GraphModule:
+def as_graph(model: nn.Module | ExportedProgram, inputs: Inputs | None = None) -> fx.GraphModule:
     """A graph of ``model`` for a step to work on: a graph is copied, any other module captured from ``inputs``."""
     if is_graph(model):
         return copy.deepcopy(model)
@@ -136,26 +141,6 @@ def _described(tensor: Tensor) -> dict[str, Value]:
     if not tensor.is_floating_point() and not tensor.is_complex() and tensor.numel() and bool(tensor.any()):
         about["range"] = [int(tensor.min()), int(tensor.max())]
     return about
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """What ``torch.compile``, ``DataParallel`` or DDP were given."""
-    while (inner := _inner(model)) is not None:
-        model = model.get_submodule(inner)
-    if isinstance(model, torch.jit.ScriptModule):
-        raise CaptureError(
-            f"{type(model).__name__} is a program of TorchScript, which can't be traced; capture the nn.Module that it "
-            "was made of"
-        )
-    return model
-
-
-def _inner(module: nn.Module) -> str | None:
-    """Name of the module that another only wraps."""
-    if isinstance(module, torch._dynamo.OptimizedModule):
-        return "_orig_mod"
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    return "module" if isinstance(module, parallel) else "model" if isinstance(module, _Flat) else None
 
 
 def _core(model: nn.Module, core: str, call: Call) -> tuple[nn.Module, Call]:
@@ -190,12 +175,12 @@ class _Returned:
     classes: dict[str, type]
 
 
-class _Flat(nn.Module):
+class _Flat(Wrapper):
     """A model as a function of tensors that returns tensors."""
 
     def __init__(self, model: nn.Module, call: Call):
-        super().__init__()
-        self.model, self.call, self.returned = model, call, _Returned()
+        super().__init__(model)
+        self.call, self.returned = call, _Returned()
 
     def forward(self, *tensors: Tensor) -> list[Value]:
         args, kwargs = self.call.arguments(tensors)
@@ -208,20 +193,24 @@ def _is_traced(value: object) -> bool:
     return isinstance(value, (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
-def _export(flat: _Flat) -> torch.export.ExportedProgram:
-    free = tuple({0: torch.export.Dim.DYNAMIC} for _ in flat.call.tensors)
+def _export(flat: _Flat) -> ExportedProgram:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it is one opaque operator, and inference only
     try:
-        with _quiet():
-            return torch.export.export(flat, tuple(flat.call.tensors), dynamic_shapes=(free,))
+        return _traced(flat)
     except CaptureError:
         raise
     except Exception as error:
         check_batch_axis(flat.model, flat.call)
-        raise CaptureError(_explain(flat.model, error)) from error
+        raise CaptureError(explain(flat.model, error, lambda: _traced(flat))) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def _traced(flat: _Flat) -> ExportedProgram:
+    free = tuple({0: torch.export.Dim.DYNAMIC} for _ in flat.call.tensors)
+    with _quiet(), free_lengths(flat):
+        return torch.export.export(flat, tuple(flat.call.tensors), dynamic_shapes=(free,))
 
 
 @contextlib.contextmanager
@@ -241,22 +230,11 @@ def _quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def _explain(model: nn.Module, error: Exception) -> str:
-    """What, the user's line, and the way out, in one line."""
-    inside = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)))
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(inside)]
-    where = f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
-    return (
-        f"{type(model).__name__} can't be captured{where}: {first_line(error, 300)}; "
-        "change that line to tensor operations, or compress the part that is tensors only with core='name.of.submodule'"
-    )
-
-
-def _plain(flat: _Flat, exported: torch.export.ExportedProgram) -> fx.GraphModule:
+def _plain(flat: _Flat, exported: ExportedProgram) -> fx.GraphModule:
     """The same nodes without pytree code: positional tensors in, a tensor or plain containers out, own parameters."""
     unlifted = exported.module(check_guards=False)
     inline(unlifted)
-    wrappers = {name: inner for name, module in flat.named_modules() if (inner := _inner(module)) is not None}
+    wrappers = {name: inside for name, module in flat.named_modules() if (inside := inner_name(module)) is not None}
     names = iter(flat.call.names)
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
@@ -338,7 +316,7 @@ def _user_line(node: fx.Node) -> str:
 
 def _share_as(graph: fx.GraphModule, model: nn.Module) -> None:
     """Parameters that are one in the model are one in the graph."""
-    wrappers = {name: inner for name, module in model.named_modules() if (inner := _inner(module)) is not None}
+    wrappers = {name: inside for name, module in model.named_modules() if (inside := inner_name(module)) is not None}
     names: dict[int, str] = {}
     kept = dict(graph.named_parameters(remove_duplicate=False))
     for long, parameter in model.named_parameters(remove_duplicate=False):

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
+from rarefy.graph.signature import tensors
 from rarefy.pruning.criteria._options import check_counts, check_reduce
 from rarefy.pruning.criteria._reads import batches_of, check_reads, needed, reads, sensitivities
 from rarefy.pruning.groups.groups import Coupling
@@ -77,11 +77,7 @@ class Hessian:
         total, samples = torch.zeros(coupling.count, dtype=torch.float64), 0
 
         def signed(outputs: Outputs) -> Tensor:
-            found = [
-                value
-                for value in pytree.tree_leaves(outputs)
-                if isinstance(value, Tensor) and value.is_floating_point()
-            ]
+            found = [value for value in tensors(outputs) if value.is_floating_point()]
             signs = [(torch.randint(0, 2, value.shape, generator=generator) * 2 - 1).to(value) for value in found]
             return torch.stack([(value * sign).sum() for value, sign in zip(found, signs, strict=True)]).sum()
 

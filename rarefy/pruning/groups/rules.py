@@ -420,9 +420,12 @@ def _spatial(trace: Trace, node: fx.Node, a: Arguments) -> Value | list[Value]:
 
 
 def _sample(trace: Trace, node: fx.Node, a: Arguments) -> Value:
-    """grid_sampler: (n, c, ...) looked up at places (n, ..., 2 or 3); all but the channels hangs on places."""
-    trace.keep(a["grid"].layers, (0,), "places at which an image is looked up")
-    return Value(trace.shape(node), trace.keep(a["input"].layers, (0, 1), "an axis that is looked up by place"))
+    """grid_sampler: (n, c, ...) looked up at places (n, ..., 2 or 3); all but the channels hangs on places.
+
+    Where heads lie in the batch, each has places of its own, so that all of them stay, and lose the same channels.
+    """
+    trace.keep(a["grid"].layers, (), "places at which an image is looked up")
+    return Value(trace.shape(node), trace.keep(a["input"].layers, (1,), "an axis that is looked up by place"))
 
 
 def _spatial_rank(node: fx.Node) -> int:
