@@ -4,12 +4,16 @@ Labels are read at once, images a row group at a time, when one of its rows is a
 kept, ``CACHE`` bytes of them a process. So an epoch's order keeps to few row groups at a time (``shards.shuffled``,
 with a window of what the cache holds), and memory does not grow with what was read. Class names come from the file's
 own description, where it has one.
+
+A file says of itself how large it is, and a page of zeros unfolds a thousandfold. So the headers of a row group's pages
+are walked before Arrow unpacks one (Thrift's compact protocol, ``_pages``), and what a dictionary repeats is read in
+parts.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +26,10 @@ from rarefy.system import files, strict_json
 
 CACHE = 128 * 2**20  # bytes of row groups kept, a process
 MOST_IN_A_GROUP = 2**30
+# Bytes that a column of a row group may unfold to: so many, and so many for each stored one; and with what a dictionary
+# repeats.
+UNFOLDED, FOLD, REPEATED = 2**27, 4, 2**28
+A_HEADER = 2**20  # bytes of a page's header, at most
 MOST_OPEN = 16
 
 
@@ -136,8 +144,14 @@ class Parquet:
         """A column of a row group. Raises DataError for damaged pages."""
         import pyarrow
 
+        file = self._file(index)
+        repeated = _check_pages(self.files[index], file.metadata.row_group(group), group, column)
         try:
-            table = self._file(index).read_row_group(group, columns=[column], use_threads=False)
+            parts = self._parts(index, group, column, repeated) if repeated else []
+            if parts:
+                table = pyarrow.Table.from_batches(parts)
+            else:
+                table = file.read_row_group(group, columns=[column], use_threads=False)
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise DataError(
                 f"{self.files[index]}: row group {group} can't be read ({plain(str(error))}); restore the file"
@@ -145,6 +159,19 @@ class Parquet:
         if table.num_columns != 1:
             raise DataError(f"{self.files[index]}: has no column {plain(column)!r} that stands alone; rename it")
         return table.column(0)
+
+    def _parts(self, index: int, group: int, column: str, repeated: int) -> list[Any]:
+        """The column in parts, each as large as its dictionary of so many bytes lets it be. Raises DataError."""
+        rows, parts, held = max(1, REPEATED // 4 // repeated), [], 0
+        for part in self._file(index).iter_batches(rows, row_groups=[group], columns=[column], use_threads=False):
+            parts.append(part)
+            held += part.nbytes
+            if held > REPEATED + repeated:
+                raise DataError(
+                    f"{self.files[index]}: row group {group} repeats its images to more than {REPEATED:,} bytes; "
+                    "write the file with row_group_size=100 or so, and without a dictionary"
+                )
+        return parts
 
     def _column(self, block: int) -> Any:
         """The images of a row group; the ones used longest ago make room."""
@@ -159,6 +186,96 @@ class Parquet:
             del self._cached[next(iter(self._cached))]
         self._cached[key] = column
         return column
+
+
+# --------------------------------------------------------------------------------------------------------------- pages
+
+
+def _check_pages(file: str, about: Any, group: int, column: str) -> int:
+    """Bytes of the column's dictionary, 0 where it has none. Raises DataError for pages that unfold too far.
+
+    about: the row group, as the file describes it.
+    """
+    dictionary = 0
+    for place in range(about.num_columns):
+        chunk = about.column(place)
+        if chunk.path_in_schema.partition(".")[0] != column:
+            continue
+        size, begin = os.path.getsize(file), chunk.data_page_offset
+        if chunk.has_dictionary_page and chunk.dictionary_page_offset:
+            begin = min(begin, chunk.dictionary_page_offset)
+        end = begin + chunk.total_compressed_size
+        if not 0 <= begin <= end <= size:
+            raise DataError(f"{file}: row group {group} lies outside of the file; restore it")
+        try:
+            pages = list(_pages(file, begin, end))
+        except (IndexError, ValueError, OSError) as error:
+            raise DataError(f"{file}: row group {group} has no pages that can be read; restore the file") from error
+        unfolded = sum(one for _, one in pages)
+        if unfolded > min(MOST_IN_A_GROUP, max(UNFOLDED, FOLD * (end - begin))):
+            raise DataError(
+                f"{file}: row group {group} unfolds from {end - begin:,} bytes to {unfolded:,}; "
+                "write the file with row_group_size=100 or so"
+            )
+        dictionary += sum(one for kind, one in pages if kind == 2)
+    return dictionary
+
+
+def _pages(file: str, begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """(kind, unpacked bytes) of each page between two places; raises IndexError or ValueError for what are none."""
+    with files.opened(file, kind=DataError) as source:
+        while begin < end:
+            source.seek(begin)
+            numbers, length = _numbers(source.read(min(A_HEADER, end - begin)))
+            kind, unfolded, stored = (numbers.get(place, -1) for place in (1, 2, 3))
+            if kind < 0 or unfolded < 0 or stored < 0:
+                raise ValueError("no page")
+            yield kind, unfolded
+            begin += length + stored
+
+
+def _numbers(data: bytes) -> tuple[dict[int, int], int]:
+    """The whole numbers among a Thrift struct's fields, of its own level, and its length."""
+    found: dict[int, int] = {}
+    place, depth, last = 0, 0, [0]
+
+    def varint() -> int:
+        nonlocal place
+        value = shift = 0
+        while True:
+            byte = data[place]
+            place, value, shift = place + 1, value | (byte & 0x7F) << shift, shift + 7
+            if byte < 0x80:
+                return value
+            if shift > 63:
+                raise ValueError("a number without end")
+
+    while True:
+        byte = data[place]
+        place, kind = place + 1, byte & 0x0F
+        if kind == 0:
+            if depth == 0:
+                return found, place
+            depth -= 1
+            last.pop()
+            continue
+        last[-1] = last[-1] + (byte >> 4) if byte >> 4 else _zigzag(varint())
+        if kind in (4, 5, 6):
+            number = _zigzag(varint())
+            if depth == 0:
+                found[last[0]] = number
+        elif kind == 8:
+            length = varint()
+            place += length
+        elif kind == 12 and depth < 8:
+            depth += 1
+            last.append(0)
+        elif kind not in (1, 2):
+            place += {3: 1, 7: 8}[kind] if kind in (3, 7) else len(data)  # lists are in no page's header
+
+
+def _zigzag(value: int) -> int:
+    return (value >> 1) ^ -(value & 1)
 
 
 def _image_column(file: str, schema: Any, asked: str | None) -> str:

@@ -77,7 +77,8 @@ def _part(source: Source, split: Split) -> Source:
         )
     if isinstance(part, Items) and source.names is not None and source.labels is not None:
         counts = torch.bincount(source.labels, minlength=len(source.names)).tolist()
-        alone = [name for name, count in zip(source.names, counts, strict=True) if count == 1]
+        names = [*source.names, *map(str, range(len(source.names), len(counts)))]  # a file may name too few
+        alone = [name for name, count in zip(names, counts, strict=True) if count == 1]
         if alone:
             more = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
             note = f"{', '.join(alone[:3])}{more}: one image each, which is for training; judged on none of these"

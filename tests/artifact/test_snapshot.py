@@ -101,6 +101,16 @@ def test_what_the_key_did_not_sign_is_refused(
     assert "\n" not in str(refusal.value) and str(refusal.value).endswith("]")
 
 
+def test_a_content_that_the_hashes_do_not_give_is_refused(signed: Path, keys: tuple[Path, Path]) -> None:
+    manifest = json.loads((signed / "manifest.json").read_text())
+    (signed / "model.sig").unlink()
+    for content in ("0" * 64, None, [manifest["content"]]):
+        (signed / "manifest.json").write_text(json.dumps({**manifest, "content": content}))
+        with pytest.raises(InputError, match=r"says content .*\[content\]$"):
+            signing.sign(signed, keys[0])
+        assert not (signed / "model.sig").exists()
+
+
 def test_another_key_and_what_is_none(signed: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:
     _, other = signing.keygen(tmp_path / "other.pem")
     with pytest.raises(SignatureRefused, match="another key"):

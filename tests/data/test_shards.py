@@ -22,6 +22,8 @@ import torch
 from PIL import Image
 
 from rarefy.cli import main
+from rarefy.data import parquet as parquet_
+from rarefy.data import sources
 from rarefy.data.shards import MOST_BYTES, Shards, files_of, shuffled
 from rarefy.errors import DataError
 from rarefy.tasks.classification import Classification
@@ -409,6 +411,42 @@ def store(file: Path, content: Any, rows: int = 16) -> Path:
 
     parquet.write_table(content, file, row_group_size=rows)
     return file
+
+
+def test_parquet_that_names_fewer_classes_than_it_labels(tmp_path: Path) -> None:
+    file = store(tmp_path / "x.parquet", table([picture(index) for index in range(9)], [0, 0, 0, 1, 1, 1, 12, 11, 11]))
+    source = sources.load(f"parquet:{file}", "val", shared=True)
+    assert "12: one image each, which is for training" in source.notes[0]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("compression", ["zstd", "gzip", "snappy", "brotli", "lz4"])
+def test_a_page_that_unfolds_too_far_is_refused_before_it_does(
+    tmp_path: Path, compression: str, version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pyarrow import parquet
+
+    monkeypatch.setattr(parquet_, "UNFOLDED", 2**20)
+    content = table([bytes(2**21), *[picture(index) for index in range(9)]], [0] * 10)
+    parquet.write_table(
+        content, tmp_path / "x.parquet", compression=compression, use_dictionary=False, data_page_version=version
+    )
+    source = sources.load(f"parquet:{tmp_path / 'x.parquet'}", "train")
+    with pytest.raises(DataError, match=r"row group 0 unfolds from [0-9,]+ bytes to 2,0"):
+        _ = source.items[1]  # type: ignore[union-attr]
+    monkeypatch.setattr(parquet_, "UNFOLDED", 2**22)
+    assert source.items[1] == picture(0)  # type: ignore[union-attr]
+
+
+def test_a_dictionary_that_repeats_its_images_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = table([picture(index % 2) for index in range(200)], [index % 2 for index in range(200)])
+    source = sources.load(f"parquet:{store(tmp_path / 'x.parquet', content, 200)}", "train")
+    whole = [source.items[index] for index in range(200)]  # type: ignore[union-attr]
+    assert whole == [picture(index % 2) for index in range(200)]
+    monkeypatch.setattr(parquet_, "REPEATED", 20 * len(whole[0]))
+    source.items._cached.clear()  # type: ignore[union-attr]
+    with pytest.raises(DataError, match="row group 0 repeats its images to more than"):
+        _ = source.items[0]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -231,6 +231,18 @@ for _name, _value in {"zero": 0, "one": 1, "nine": 9, "half": 4.5, "true": True,
 in_meta("meta_bits_are_of_tensors", "meta.bits gives 'other' the width", bits={"other": 4})
 for _name, _value in {"a_list": [], "a_number": 1, "a_table": {}}.items():
     in_meta(f"meta_core_is_no_{_name}", "meta.core is", core=_value)
+for _name, _value in {
+    "a_list": [],
+    "a_number": 1,
+    "empty": "",
+    "none_of_ours": "mask_rcnn",
+    "a_function": "os:system",
+    "a_module": "evil.module:Run",
+    "a_path": "../evil",
+    "of_wild_options": "yolox:run=1",
+    "long": "yolox:" + "x" * 5000,
+}.items():
+    in_meta(f"meta_detector_is_not_{_name}", "meta.detector is", detector=_value)
 for _name, _value in {"a_table": {}, "none": None, "a_list_of_lists": [[]], "a_list_of_text": ["x"]}.items():
     in_meta(f"meta_history_is_no_{_name}", "meta.history is not a list of records", history=_value)
 ENTRY = {"shape": [3, 8, 8], "dtype": "float32"}
