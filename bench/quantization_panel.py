@@ -8,16 +8,18 @@ Runtime's static quantiser and NNCF, in the same run.
 own, of one thread: CPU seconds are those of the call that quantises, peak memory that of the process up to its end.
 Judged is the file that comes out, in its runtime: signal-to-noise against the float file, of each part of the answer
 (boxes, scores and classes of a detector are parts, whichever tensor they come in; "dB" is the mean over the parts), how
-often the class is float's, and the task's own metric. Peers, in .venv-peers (``make bench-setup``), are tried in their
-usual settings, and the better one counts: ONNX Runtime with weights by channel and by tensor, NNCF on the ONNX file and
-on OpenVINO's model, its preset "mixed" for networks whose activations take both signs.
+often the class is float's, and the task's own metric. Ours is made for ONNX Runtime, the default, and for OpenVINO.
+Peers, in .venv-peers (``make bench-setup``), are tried in their usual settings: ONNX Runtime with weights by channel
+and by tensor, NNCF on the ONNX file and on OpenVINO's model, its preset "mixed" for networks whose activations take
+both signs. Files of one runtime are compared with each other, and the best of the peers' counts.
 
 ``--folder`` keeps inputs, float answers and what the peers answered: a later run of ``--ways ours`` shows them without
 doing them again (``--again`` does them again).
 
-``--check`` exits 1 where a goal is missed (2 where nothing could be judged): on each network at least the best peer's
-dB and, but for what 95 % of chance explain, its score; 2 dB more than the best peer in the median; MobileNetV2 97.5 %
-agreement and 21 dB, EfficientNet-Lite 99 % and 24 dB, YOLOX-Nano AP 33.2; at most 30 CPU seconds and 1,500 MB each.
+``--check`` exits 1 where a goal is missed (2 where nothing could be judged): on each network and runtime at least the
+best peer's dB and, but for what 95 % of chance explain, its score; 2 dB more than the best peer in the median;
+MobileNetV2 97.5 % agreement and 21 dB, EfficientNet-Lite 99 % and 24 dB, YOLOX-Nano AP 33.2; at most 30 CPU seconds and
+1,500 MB each.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +49,9 @@ from bench.panel_networks import CALIBRATION, Network, networks
 from rarefy.errors import DataError, MissingDependency, RarefyError
 
 OURS, ORT, NNCF = "ours", "ort", "nncf"
-WAYS = {OURS: (OURS,), ORT: ("ort-channel", "ort-tensor"), NNCF: ("nncf-onnx", "nncf-openvino")}
+OURS_OPENVINO = "ours-openvino"
+RUNTIMES = {OURS: "onnxruntime", OURS_OPENVINO: "openvino"}
+WAYS = {OURS: tuple(RUNTIMES), ORT: ("ort-channel", "ort-tensor"), NNCF: ("nncf-onnx", "nncf-openvino")}
 MOST_SECONDS, MOST_MB, LEAST_LEAD_DB = 30.0, 1500.0, 2.0
 
 
@@ -97,30 +103,33 @@ def example(folder: Path) -> tuple[torch.Tensor, ...]:
     return tuple(torch.from_numpy(np.array(array[:2])) for array in peers.stored(folder, "calibration"))
 
 
-def ours(network: Network, folder: Path, count: int, seed: int) -> dict[str, Any]:
-    """The file of ``rarefy.quantize``, and its answers; those of the simulation where no file can be written."""
-    from rarefy import capture, quantize
-    from rarefy.models.load import load
-    from rarefy.runtimes.onnxruntime import OnnxRuntime
+def batches_of(folder: Path, size: int = 8) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Of the calibration samples. A file that stays mapped would count as memory of what quantises."""
+    count = len(peers.stored(folder, "calibration")[0])
+    for start in range(0, count, size):
+        arrays = peers.stored(folder, "calibration")
+        yield tuple(torch.from_numpy(np.array(array[start : start + size])) for array in arrays)
 
+
+def ours(network: Network, folder: Path, count: int, seed: int, variant: str = OURS) -> dict[str, Any]:
+    """The file of ``rarefy.quantize``, and its answers; those of the simulation where no file can be written."""
+    from rarefy import capture, plugins, quantize
+    from rarefy.models.load import load
+
+    runtime = plugins.resolve("runtimes", f"{RUNTIMES[variant]}:threads=1")
     source = network.model()
     graph = capture(load(f"onnx:{source}").model if isinstance(source, Path) else source, example(folder))
-    arrays = peers.stored(folder, "calibration")
-    batch = 8
-    batches = [
-        tuple(torch.from_numpy(np.array(array[start : start + batch])) for array in arrays)
-        for start in range(0, len(arrays[0]), batch)
-    ]
     begun = time.process_time()
-    small = quantize(graph, batches=batches, images=CALIBRATION, progress=False, seed=seed)
+    small = quantize(graph, batches=batches_of(folder), images=CALIBRATION, runtime=runtime, progress=False, seed=seed)
     found: dict[str, Any] = {"cpu_s": time.process_time() - begun, "peak_mb": peers.peak_mb()}
     judged = peers.stored(folder, "judged")
     try:
-        OnnxRuntime(threads=1).export(small, folder / "ours.onnx")
-        peers.answers(folder / "ours.onnx", judged, count, folder / "ours.npz")
+        file = folder / f"{variant}{'.onnx' if variant == OURS else '.xml'}"
+        runtime.export(small, file)
+        peers.answers(file, judged, count, folder / f"{variant}.npz")
     except Exception as error:
         found["no_file"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-        np.savez(folder / "ours.npz", *simulated(small, judged, count, batch))
+        np.savez(folder / f"{variant}.npz", *simulated(small, judged, count, 8))
     return found
 
 
@@ -188,7 +197,7 @@ def quantized(
     way: str, variant: str, network: Network, given: argparse.Namespace, count: int, folder: Path
 ) -> dict[str, Any]:
     if way == OURS:
-        return child(OURS, network, given, count)
+        return child(variant, network, given, count)
     if (python := peers.python()) is None:
         return {"failed": "no .venv-peers; run make bench-setup"}
     flags = (["--mixed"] if network.preset == "mixed" else []) + (["--transformer"] if network.transformer else [])
@@ -236,10 +245,14 @@ def write(file: Path, facts: dict[str, Any]) -> None:
     file.write_text(json.dumps(facts))
 
 
-def best(row: dict[str, Any], way: str) -> dict[str, Any] | None:
-    """What the way's better variant found."""
-    found = [facts for facts in row.get("ways", {}).get(way, {}).values() if "failed" not in facts]
-    return max(found, key=lambda facts: facts["db"], default=None)
+def on(row: dict[str, Any], runtime: str, own: bool) -> dict[str, dict[str, Any]]:
+    """What was found of files that this runtime serves: ours or the peers'."""
+    return {
+        variant: facts
+        for way, variants in row.get("ways", {}).items()
+        for variant, facts in variants.items()
+        if "failed" not in facts and (way == OURS) == own and variant.endswith("openvino") == (runtime == "openvino")
+    }
 
 
 # ---- what is said
@@ -250,10 +263,10 @@ def shortfalls(rows: list[dict[str, Any]], known: dict[str, Network]) -> list[st
     for row in rows:
         if "skipped" in row:
             continue
-        name, network, own = row["network"], known[row["network"]], best(row, OURS)
-        if own is None:
-            failed = row["ways"].get(OURS, {}).get(OURS, {}).get("failed", "not done")
-            short.append(f"{name}: {failed}")
+        name, network = row["network"], known[row["network"]]
+        own = row["ways"].get(OURS, {}).get(OURS, {"failed": "not done"})
+        if "failed" in own:
+            short.append(f"{name}: {own['failed']}")
             continue
         for fact, least in network.least.items():
             if not own[fact] >= least:
@@ -262,15 +275,18 @@ def shortfalls(rows: list[dict[str, Any]], known: dict[str, Network]) -> list[st
             short.append(f"{name}: {own['cpu_s']:.1f} CPU seconds; at most {MOST_SECONDS:g}")
         if own["peak_mb"] > MOST_MB:
             short.append(f"{name}: {own['peak_mb']:.0f} MB; at most {MOST_MB:g}")
-        others = [(way, facts) for way in (ORT, NNCF) if (facts := best(row, way)) is not None]
-        if others:
-            way, facts = max(others, key=lambda one: one[1]["db"])
-            leads.append(own["db"] - facts["db"])
+        for runtime in dict.fromkeys(RUNTIMES.values()):
+            mine, others = on(row, runtime, own=True), on(row, runtime, own=False)
+            if not mine or not others:
+                continue
+            leads.append(max(one["db"] for one in mine.values()) - max(one["db"] for one in others.values()))
             if leads[-1] < 0:
-                short.append(f"{name}: {own['db']:.2f} dB; {way} {facts['db']:.2f}")
-        for way, facts in others:
-            if "score" in own and own["score"] < facts["score"] - chance(own, row["judged"], network):
-                short.append(f"{name}: scores {own['score']:.2f}; {way} {facts['score']:.2f}")
+                each = "; ".join(f"{way} {one['db']:.2f}" for way, one in (mine | others).items())
+                short.append(f"{name} on {runtime}: {-leads[-1]:.2f} dB behind: {each}")
+            for facts in mine.values():
+                for way, one in others.items():
+                    if "score" in one and facts["score"] < one["score"] - chance(facts, row["judged"], network):
+                        short.append(f"{name} on {runtime}: scores {facts['score']:.2f}; {way} {one['score']:.2f}")
     if leads and statistics.median(leads) < LEAST_LEAD_DB:
         short.append(f"{statistics.median(leads):.2f} dB better than the best peer in the median; at least 2")
     return short
@@ -322,7 +338,7 @@ def arguments() -> argparse.Namespace:
     option("--seed", type=int, default=0)
     option("--list", action="store_true", help="tell the networks' names")
     option("--check", action="store_true", help="exit 1 where the goals are missed")
-    option("--child", choices=("prepare", OURS), help=argparse.SUPPRESS)
+    option("--child", choices=("prepare", *RUNTIMES), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -337,7 +353,8 @@ def main() -> int:
         print("\n".join(known))
         return 0
     if given.child:
-        network, run = known[names[0]], {"prepare": prepare, OURS: ours}[given.child]
+        network = known[names[0]]
+        run = prepare if given.child == "prepare" else partial(ours, variant=given.child)
         try:
             print(json.dumps(run(network, given.folder / network.name, given.images or network.judged, given.seed)))
         except (DataError, MissingDependency, RarefyError) as error:

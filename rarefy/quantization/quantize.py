@@ -48,7 +48,14 @@ from rarefy.quantization.options import Options
 from rarefy.quantization.placement import Placement, place
 from rarefy.quantization.rounding_pass import MEMORY, OfBlocks, Rounding, RoundingPass, images_of_rounding
 from rarefy.quantization.sensitivity import sensitivities
-from rarefy.quantization.transforms import channel_scales, noisy_layers, smoothquant, split_channels, weight_only
+from rarefy.quantization.transforms import (
+    channel_scales,
+    noisy_layers,
+    outlier_channels,
+    smoothquant,
+    split_channels,
+    weight_only,
+)
 from rarefy.quantization.transforms import equalize as equalization
 from rarefy.system.memory import release
 from rarefy.system.progress import track
@@ -163,8 +170,10 @@ def _quantized(
     equalized, doubled = _equalize(graph, images, plan) if options.equalize else (0, 0)
     if scaled:
         scaled = channel_scales.settle(graph)
-        placement = place(graph, choices.runtime.capabilities, plan.left_out)
-        plan = dataclasses.replace(plan, placement=placement, values=qdq.value_grids(placement, choices.activations))
+        plan = replaced(graph, plan, choices)
+    relieved = _relieve(graph, images, plan) if options.equalize else 0
+    if relieved:
+        plan = replaced(graph, plan, choices)
     observed = calibrated(graph, images, plan, choices)
     release()
     plan = without_noisy(graph, observed, plan, choices)
@@ -179,7 +188,7 @@ def _quantized(
     facts = {
         "layers": [{**fact, "sqnr_db": noise[node.name]} for node, fact in told],
         "images_of_rounding": sum(len(batch[0]) for batch in observed.batches) if choices.walks else 0,
-        **{"equalized": equalized, "doubled": doubled, "scaled": scaled, "batch_norm": norms},
+        **{"equalized": equalized, "doubled": doubled, "scaled": scaled, "relieved": relieved, "batch_norm": norms},
         **({"noisy": list(plan.noisy)} if plan.noisy else {}),
         "undone": {
             "ranges": [one.name for one, seen in observed.histograms.items() if seen.cost and seen.cost.undone],
@@ -373,6 +382,20 @@ def _equalize(graph: fx.GraphModule, images: Images, plan: Formats) -> tuple[int
     # what doubling has spread out is not to be squeezed again
     equalized = equalization.equalize(graph, few, plan.values, plan.layers, held_out, across_clips=not doubled)
     return equalized, doubled
+
+
+def _relieve(graph: fx.GraphModule, images: Images, plan: Formats) -> int:
+    """How many values have a product in front of their rounding, or a norm that does its work."""
+    batch = images.first(2 * EQUALIZED)
+    few, others = (list(images.pieces([tuple(x[half::2] for x in batch)])) for half in (0, 1))
+    held_out = others if len(batch[0]) > 1 else ()
+    return outlier_channels.relieve(graph, few, plan.placement, plan.values, plan.layers, held_out)
+
+
+def replaced(graph: fx.GraphModule, plan: Formats, choices: Choices) -> Formats:
+    """The plan of a graph to which operators on numbers came."""
+    placement = place(graph, choices.runtime.capabilities, plan.left_out)
+    return dataclasses.replace(plan, placement=placement, values=qdq.value_grids(placement, choices.activations))
 
 
 def recorded(

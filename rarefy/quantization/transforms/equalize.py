@@ -2,7 +2,7 @@
 of them.
 
 After 1906.04721, but along whole streams: values that only operators without a mind for a positive factor a channel lie
-between (ReLU, addition, pooling). Where layers alone make them and layers alone read them, channel c of all that is
+between (ReLU, PReLU, addition, pooling). Where layers alone make them and layers alone read them, channel c of all that is
 made is divided and of all that reads it multiplied by s_c. Linear bottlenecks with what is added around them
 (MobileNetV2, EfficientNet-Lite) are such streams, and so are a residual network's between two reductions; hardswish
 ends one. ReLU6 is ReLU for a channel that stays below 6: such channels are scaled with room to 6, and no others.
@@ -47,6 +47,7 @@ WIDEST = 1e3  # a factor's bound, either way
 ROOM = 4.0  # times the largest number seen of a channel is where a clip may come to lie: a rare one is larger
 NARROWEST = 0.25  # a factor's bound there
 _CLIPS = {aten.relu6.default, aten.hardtanh.default, aten.clamp.default}
+_SLOPES = {aten.leaky_relu.default, aten.prelu.default}  # one below zero and one above: no mind for a factor
 _CARRY = {
     aten.relu.default, aten.add.Tensor, aten.pad.default, aten.max_pool2d.default, aten.avg_pool2d.default,
     aten.adaptive_avg_pool2d.default, aten.flatten.using_ints,
@@ -124,7 +125,7 @@ def _stream(graph: fx.GraphModule, first: fx.Node, known: Mapping[fx.Node, Value
                 user.all_input_nodes[0] is value
                 and channel_axis(user, known[user]) == axis
                 and owns(graph, user)
-                and _channels(graph, user) == channels
+                and channels_of(graph, user) == channels
             ):
                 readers.add(user)
             else:
@@ -143,7 +144,7 @@ def _carries(node: fx.Node, known: Mapping[fx.Node, Value], axis: int) -> bool:
     """Does f(x / s) = f(x) / s hold, a channel?"""
     if node.op != "call_function":
         return False
-    if _top(node) is not None:
+    if _top(node) is not None or (node.target in _SLOPES and not node.kwargs):
         return True
     if node.target not in _CARRY or node.kwargs:
         return False
@@ -183,7 +184,7 @@ def _stored(layer: fx.Node) -> list[fx.Node]:
     return [source for name in ("weight", "bias") if (source := argument(layer, name)) is not None]
 
 
-def _channels(graph: fx.GraphModule, layer: fx.Node) -> int:
+def channels_of(graph: fx.GraphModule, layer: fx.Node) -> int:
     """Input channels, where each is read on its own (no groups but depthwise); 0 otherwise."""
     weight, groups = weight_of(graph, layer), groups_of(layer)
     if groups == 1:
@@ -246,6 +247,44 @@ def _equalize(
     rounded: Mapping[fx.Node, Grid],
     layers: Mapping[fx.Node, Grid],
 ) -> bool:
+    factor = best_factor(graph, stream, seen, sizes, rounded, layers)
+    if factor is None:
+        return False
+    for maker in stream.makers:
+        divide(graph, _stored(maker), factor)
+    multiply(graph, stream.readers, factor)
+    return True
+
+
+def divide(graph: fx.GraphModule, stored: Iterable[fx.Node], factor: Tensor) -> None:
+    """Rows of weights and biases, in place. factor: (channels,)"""
+    with torch.no_grad():
+        for source in stored:
+            tensor = attribute(graph, source)
+            tensor.copy_(tensor.double() / factor.view(-1, *[1] * (tensor.dim() - 1)))
+
+
+def multiply(graph: fx.GraphModule, readers: Iterable[fx.Node], factor: Tensor) -> None:
+    """What the layers' weights multiply channels with, in place. factor: (channels,)"""
+    with torch.no_grad():
+        for reader in readers:
+            tensor = attribute(graph, argument(reader, "weight"))
+            tensor.copy_(tensor.double() * _along(factor, tensor, groups_of(reader) == 1))
+
+
+def best_factor(
+    graph: fx.GraphModule,
+    stream: Stream,
+    seen: Mapping[fx.Node, Size],
+    sizes: Mapping[fx.Node, Size],
+    rounded: Mapping[fx.Node, Grid],
+    layers: Mapping[fx.Node, Grid],
+    least: float = LEAST,
+) -> Tensor | None:
+    """What to divide each channel by, (channels,) float64; None where less than ``least`` of the noise is won.
+
+    seen: sizes that the factors come from. sizes: those that judge them.
+    """
     behind = _behind(stream)
     if any(is_scaling(reader) for reader in stream.readers):  # SiLU and GELU of less are nothing
         seen, sizes = (
@@ -258,7 +297,7 @@ def _equalize(
     columns = torch.stack([_columns(weight, dense).square().mean(1) for _, weight, dense in readers]).sum(0).sqrt()
     usable = (largest > 0) & (columns > 0) & largest.isfinite() & columns.isfinite()
     if not bool(usable.any()):
-        return False
+        return None
 
     def noise(s: Tensor) -> float:
         steps = {
@@ -277,24 +316,14 @@ def _equalize(
             total += made / max(sizes[reader].variance, 1e-30)
         return total
 
-    best, factor = noise(torch.ones_like(largest)) * (1 - LEAST), None
+    best, factor = noise(torch.ones_like(largest)) * (1 - least), None
     for share in SHARES:
         s = torch.where(usable, largest, 1.0) ** share / torch.where(usable, columns, 1.0) ** (1 - share)
         s = torch.where(usable, s / s[usable].log().mean().exp(), 1.0).clamp(1 / WIDEST, WIDEST)
         s = _below_tops(stream, s, largest, usable, (seen, sizes))
         if (made := noise(s)) < best:
             best, factor = made, s
-    if factor is None:
-        return False
-    with torch.no_grad():
-        for maker in stream.makers:
-            for source in _stored(maker):
-                tensor = attribute(graph, source)
-                tensor.copy_(tensor.double() / factor.view(-1, *[1] * (tensor.dim() - 1)))
-        for reader, _, dense in readers:
-            tensor = attribute(graph, argument(reader, "weight"))
-            tensor.copy_(tensor.double() * _along(factor, tensor, dense))
-    return True
+    return factor
 
 
 def _below_tops(

@@ -43,7 +43,7 @@ def smooth(graph: fx.GraphModule, batches: Iterable[tuple[Tensor, ...]], alpha: 
     """
     if not 0 <= alpha <= 1:
         raise InputError(f"smooth={alpha}: alpha lies in 0 to 1, such as 0.5")
-    norms = [node for node in graph.graph.nodes if _is_smoothable(graph, node)]
+    norms = [node for node in graph.graph.nodes if is_smoothable(graph, node)]
     largest: dict[fx.Node, Tensor] = {}
 
     def see(node: fx.Node, value: Tensor) -> None:
@@ -60,11 +60,11 @@ def smooth(graph: fx.GraphModule, batches: Iterable[tuple[Tensor, ...]], alpha: 
     return len(norms)
 
 
-def _is_smoothable(graph: fx.GraphModule, node: fx.Node) -> bool:
+def is_smoothable(graph: fx.GraphModule, node: fx.Node) -> bool:
     """A norm over the last axis with a stored weight that nothing else reads, and only linear layers behind it."""
     if node.target not in _NORMS or len(argument(node, "normalized_shape")) != 1 or argument(node, "weight") is None:
         return False
-    stored = _stored(node)
+    stored = stored_in(node)
     if any(source.op != "get_attr" for source in stored):
         return False
     read = [source.target for source in stored]
@@ -75,7 +75,7 @@ def _is_smoothable(graph: fx.GraphModule, node: fx.Node) -> bool:
     )
 
 
-def _stored(norm: fx.Node) -> list[fx.Node]:
+def stored_in(norm: fx.Node) -> list[fx.Node]:
     """What reads its weight and its bias."""
     sources = (argument(norm, name) for name in _NORMS[norm.target])
     return [source for source in sources if source is not None]
@@ -87,7 +87,7 @@ def _migrate(graph: fx.GraphModule, norm: fx.Node, largest: Tensor, alpha: float
     columns = torch.stack([weight.abs().amax(0).float() for weight in weights]).amax(0)
     factor = (largest.double() ** alpha / columns.double() ** (1 - alpha)).clamp(1 / WIDEST, WIDEST)
     factor = torch.where((largest > 0) & (columns > 0), factor, torch.ones_like(factor))
-    for source in _stored(norm):
+    for source in stored_in(norm):
         stored = attribute(graph, source)
         with torch.no_grad():
             stored.copy_(stored.double() / factor)
