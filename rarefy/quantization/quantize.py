@@ -62,6 +62,7 @@ from rarefy.system.progress import track
 from rarefy.tasks.detector import capture
 from rarefy.tasks.task import Task, settled
 
+BOLD = 8  # images, below which no channel is equalised across a clip
 EQUALIZED = 16  # images that tell how large a stream's channels get
 SENSED = 128  # images, at most, that tell what noise of each value costs
 SMOOTHED = 32  # images that tell how large a norm's channels get
@@ -375,21 +376,27 @@ def rounded(
 
 def _equalize(graph: fx.GraphModule, images: Images, plan: Formats) -> tuple[int, int]:
     """How many streams were equalised, and how many dead channels carry another."""
-    batch = images.first(2 * EQUALIZED)
-    few, others = (list(images.pieces([tuple(x[half::2] for x in batch)])) for half in (0, 1))
+    few, others = _halves(images)
+    if not others:
+        return 0, 0
     doubled = split_channels.double(graph, few, plan.values, plan.layers)
-    held_out = others if len(batch[0]) > 1 else ()
-    # what doubling has spread out is not to be squeezed again
-    equalized = equalization.equalize(graph, few, plan.values, plan.layers, held_out, across_clips=not doubled)
+    # what doubling has spread out is not to be squeezed again, and few images do not show what a clip would cut
+    bold = not doubled and sum(len(batch[0]) for batch in (*few, *others)) >= BOLD
+    equalized = equalization.equalize(graph, few, plan.values, plan.layers, others, across_clips=bold)
     return equalized, doubled
 
 
 def _relieve(graph: fx.GraphModule, images: Images, plan: Formats) -> int:
     """How many values have a product in front of their rounding, or a norm that does its work."""
+    few, others = _halves(images)
+    return outlier_channels.relieve(graph, few, plan.placement, plan.values, plan.layers, others) if others else 0
+
+
+def _halves(images: Images) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
+    """Images that tell how large channels get, and others that judge it; one image judges nothing."""
     batch = images.first(2 * EQUALIZED)
     few, others = (list(images.pieces([tuple(x[half::2] for x in batch)])) for half in (0, 1))
-    held_out = others if len(batch[0]) > 1 else ()
-    return outlier_channels.relieve(graph, few, plan.placement, plan.values, plan.layers, held_out)
+    return few, others if len(batch[0]) > 1 else []
 
 
 def replaced(graph: fx.GraphModule, plan: Formats, choices: Choices) -> Formats:

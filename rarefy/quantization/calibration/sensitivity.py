@@ -7,8 +7,8 @@ ranges are chosen together: each in turn over 64 shares of what was seen, for th
     sum over values of (step^2 / 12 sum(g^2) + E c_v^2)  +  E (sum over values of c_v)^2
 
 where c_v is what clipping of v moves an image's answers by. The second term in the first sum keeps the choice from
-playing the clippings of a few images off against each other. Of ends that may be as good (within a standard error) the
-widest is taken, and one image in four, on which nothing is fitted, says whether a range is better than all that was
+playing the clippings of a few images off against each other. Of ends that may be as good (within a standard error, and
+several where images are few, among which those that are large hardly show) the widest is taken, and one image in four, on which nothing is fitted, says whether a range is better than all that was
 seen.
 """
 
@@ -28,7 +28,8 @@ from rarefy.quantization.sensitivity import Cost
 SWEEPS = 3
 FEW = 8  # images, below which nothing is clipped
 HELD_OUT = 4  # one image of so many judges what the others say
-DOUBT = 1.0  # standard errors
+DOUBT = 1.0  # standard errors, of many images
+RARE = 24  # images: of fewer, one that is unlike the others may well be missing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +92,7 @@ class _Ends:
 
     def choose(self, others: Tensor) -> None:
         """others: (samples,) what is clipped of the other values."""
+        believed = DOUBT * (1 + RARE / len(self.powers))
         for side in (1, 0):
             ends, costs = self.sides[side]
             other_ends, other_costs = self.sides[1 - side]
@@ -99,7 +101,7 @@ class _Ends:
             noise = step.square() / 12 * self.powers[:, None] + own.square() + (own + others[:, None]).square()
             more = noise - noise[:, int(noise.mean(0).argmin()), None]
             doubt = more.std(0) / len(more) ** 0.5
-            self.at[side] = int((more.mean(0) <= DOUBT * doubt).int().argmax())  # the widest that may be as good
+            self.at[side] = int((more.mean(0) <= believed * doubt).int().argmax())  # the widest that may be as good
 
     def judge(self) -> None:
         """Back to all that was seen where images that were not fitted on say that the choice costs more."""

@@ -283,7 +283,8 @@ def best_factor(
 ) -> Tensor | None:
     """What to divide each channel by, (channels,) float64; None where less than ``least`` of the noise is won.
 
-    seen: sizes that the factors come from. sizes: those that judge them.
+    seen, sizes: of two halves of the images. Factors that come from one half are judged on the other, both ways; what
+    wins on both is made of all.
     """
     behind = _behind(stream)
     if any(is_scaling(reader) for reader in stream.readers):  # SiLU and GELU of less are nothing
@@ -293,15 +294,22 @@ def best_factor(
         )
     values = [value for value in stream.values if value in rounded]
     readers = [(reader, weight_of(graph, reader).double(), groups_of(reader) == 1) for reader in stream.readers]
-    largest = torch.stack([torch.maximum(seen[value].hi, -seen[value].lo) for value in values]).amax(0)
     columns = torch.stack([_columns(weight, dense).square().mean(1) for _, weight, dense in readers]).sum(0).sqrt()
-    usable = (largest > 0) & (columns > 0) & largest.isfinite() & columns.isfinite()
-    if not bool(usable.any()):
-        return None
 
-    def noise(s: Tensor) -> float:
+    def factor(halves: Sequence[Mapping[fx.Node, Size]], share: float) -> Tensor | None:
+        largest = torch.stack(
+            [torch.maximum(one[value].hi, -one[value].lo) for value in values for one in halves]
+        ).amax(0)
+        usable = (largest > 0) & (columns > 0) & largest.isfinite() & columns.isfinite()
+        if not bool(usable.any()):
+            return None
+        s = torch.where(usable, largest, 1.0) ** share / torch.where(usable, columns, 1.0) ** (1 - share)
+        s = torch.where(usable, s / s[usable].log().mean().exp(), 1.0).clamp(1 / WIDEST, WIDEST)
+        return _below_tops(stream, s, largest, usable, (seen, sizes))
+
+    def noise(s: Tensor, half: Mapping[fx.Node, Size]) -> float:
         steps = {
-            value: ((sizes[value].hi / s).amax().clamp_min(0) - (sizes[value].lo / s).amin().clamp_max(0))
+            value: ((half[value].hi / s).amax().clamp_min(0) - (half[value].lo / s).amin().clamp_max(0))
             / rounded[value].levels
             for value in values
         }
@@ -311,19 +319,24 @@ def best_factor(
             steps_read = sum(float(steps[value].square()) for value in values if reader in behind[value])
             made = steps_read * float(wide.square().sum())
             if reader in layers and dense:
-                square = (sizes[reader.all_input_nodes[0]].power / s.square()).sum() * weight[0, 0].numel()
+                square = (half[reader.all_input_nodes[0]].power / s.square()).sum() * weight[0, 0].numel()
                 made += float((wide.flatten(1).abs().amax(1) / layers[reader].qmax).square().sum() * square)
-            total += made / max(sizes[reader].variance, 1e-30)
+            total += made / max(half[reader].variance, 1e-30)
         return total
 
-    best, factor = noise(torch.ones_like(largest)) * (1 - least), None
+    pairs = [(seen, sizes)] if sizes is seen else [(seen, sizes), (sizes, seen)]
+    before = [noise(torch.ones_like(columns), judging) for _, judging in pairs]
+    least_left, best = 1 - least, None
     for share in SHARES:
-        s = torch.where(usable, largest, 1.0) ** share / torch.where(usable, columns, 1.0) ** (1 - share)
-        s = torch.where(usable, s / s[usable].log().mean().exp(), 1.0).clamp(1 / WIDEST, WIDEST)
-        s = _below_tops(stream, s, largest, usable, (seen, sizes))
-        if (made := noise(s)) < best:
-            best, factor = made, s
-    return factor
+        tried = [(factor([fitting], share), judging) for fitting, judging in pairs]
+        left = [
+            noise(s, judging) / max(was, 1e-300)
+            for (s, judging), was in zip(tried, before, strict=True)
+            if s is not None
+        ]
+        if len(left) == len(pairs) and max(left) < least_left:
+            least_left, best = max(left), share
+    return None if best is None else factor([seen, sizes], best)
 
 
 def _below_tops(
