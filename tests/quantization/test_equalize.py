@@ -19,7 +19,7 @@ from rarefy.graph.fold import fold
 from rarefy.graph.layers import layer_name, weighted
 from rarefy.graph.nodes import attribute
 from rarefy.quantization.formats import Grid
-from rarefy.quantization.transforms.equalize import equalize, streams
+from rarefy.quantization.transforms.equalize import best_factor, equalize, sizes, streams
 
 
 def folded(model: nn.Module, x: Tensor) -> fx.GraphModule:
@@ -200,3 +200,38 @@ def test_dead_and_broken_channels_are_left_as_they_are() -> None:
 def test_without_a_batch_the_error_says_so() -> None:
     with pytest.raises(DataError, match="no calibration images"):
         quantize(Bottlenecks().eval(), inputs=images(2), batches=[], progress=False)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_image_equalises_nothing_and_two_no_clip(count: int) -> None:
+    """A channel that one picture does not show is divided by next to nothing, and overflows on the next."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU6(), nn.Conv2d(16, 16, 1), nn.ReLU(), nn.Conv2d(16, 8, 1))
+    with torch.no_grad():
+        net[0].weight *= torch.logspace(-2, 0, 16).view(-1, 1, 1, 1)  # type: ignore[operator]
+    graph = capture(net.eval(), torch.rand(2, 3, 12, 12))
+    few, judged = torch.rand(count, 3, 12, 12), 4 * torch.rand(32, 3, 12, 12)
+    noise = []
+    for asked in (True, False):
+        small = quantize(graph, batches=[few], images=count, equalize=asked, progress=False)
+        noise.append(float((small(judged) - graph(judged)).detach().square().sum()))
+    if count == 1:
+        assert noise[0] == noise[1]
+    assert noise[0] <= 1.05 * noise[1]
+
+
+def test_what_wins_on_one_half_of_the_images_alone_is_not_done() -> None:
+    """Channels that are small on one half are the large ones of the other."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    with torch.no_grad():
+        net[0].weight.copy_(torch.eye(8).view(8, 8, 1, 1))
+    graph = folded(net, torch.rand(2, 8, 6, 6))
+    (stream,) = streams(graph)
+    axes = dict.fromkeys((*stream.values, *stream.readers), stream.axis)
+    rising = torch.logspace(-2, 0, 8).view(1, 8, 1, 1)
+    one, other = (sizes(graph, axes, [(torch.rand(8, 8, 6, 6) * span,)]) for span in (rising, rising.flip(1)))
+    grids, layers = grids_of(graph)
+    assert best_factor(graph, stream, one, one, grids, layers) is not None
+    assert best_factor(graph, stream, other, other, grids, layers) is not None
+    assert best_factor(graph, stream, one, other, grids, layers) is None
