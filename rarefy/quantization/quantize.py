@@ -48,22 +48,12 @@ from rarefy.quantization.options import Options
 from rarefy.quantization.placement import Placement, place
 from rarefy.quantization.rounding_pass import MEMORY, OfBlocks, Rounding, RoundingPass, images_of_rounding
 from rarefy.quantization.sensitivity import sensitivities
-from rarefy.quantization.transforms import (
-    channel_scales,
-    noisy_layers,
-    outlier_channels,
-    smoothquant,
-    split_channels,
-    weight_only,
-)
-from rarefy.quantization.transforms import equalize as equalization
+from rarefy.quantization.transforms import channel_scales, noisy_layers, smoothquant, unlike_channels, weight_only
 from rarefy.system.memory import release
 from rarefy.system.progress import track
 from rarefy.tasks.detector import capture
 from rarefy.tasks.task import Task, settled
 
-BOLD = 8  # images, below which no channel is equalised across a clip
-EQUALIZED = 16  # images that tell how large a stream's channels get
 SENSED = 128  # images, at most, that tell what noise of each value costs
 SMOOTHED = 32  # images that tell how large a norm's channels get
 TOGETHER = 8  # of them at once
@@ -166,15 +156,10 @@ def _quantized(
     if options.smooth is not None:
         few = zip(*(one.split(TOGETHER) for one in images.first(SMOOTHED)), strict=True)
         smoothed = smoothquant.smooth(graph, few, options.smooth)
-    scaled = channel_scales.open_up(graph) if options.equalize else 0
+    if options.equalize:
+        channel_scales.open_up(graph)
     plan = formats_of(graph, images, grid, choices)
-    equalized, doubled = _equalize(graph, images, plan) if options.equalize else (0, 0)
-    if scaled:
-        scaled = channel_scales.settle(graph)
-        plan = replaced(graph, plan, choices)
-    relieved = _relieve(graph, images, plan) if options.equalize else 0
-    if relieved:
-        plan = replaced(graph, plan, choices)
+    plan, evened = evened_out(graph, images, plan, choices)
     observed = calibrated(graph, images, plan, choices)
     release()
     plan = without_noisy(graph, observed, plan, choices)
@@ -189,7 +174,7 @@ def _quantized(
     facts = {
         "layers": [{**fact, "sqnr_db": noise[node.name]} for node, fact in told],
         "images_of_rounding": sum(len(batch[0]) for batch in observed.batches) if choices.walks else 0,
-        **{"equalized": equalized, "doubled": doubled, "scaled": scaled, "relieved": relieved, "batch_norm": norms},
+        **{**evened, "batch_norm": norms},
         **({"noisy": list(plan.noisy)} if plan.noisy else {}),
         "undone": {
             "ranges": [one.name for one, seen in observed.histograms.items() if seen.cost and seen.cost.undone],
@@ -374,29 +359,21 @@ def rounded(
     return facts, run.learned
 
 
-def _equalize(graph: fx.GraphModule, images: Images, plan: Formats) -> tuple[int, int]:
-    """How many streams were equalised, and how many dead channels carry another."""
-    few, others = _halves(images)
-    if not others:
-        return 0, 0
-    doubled = split_channels.double(graph, few, plan.values, plan.layers)
-    # what doubling has spread out is not to be squeezed again, and few images do not show what a clip would cut
-    bold = not doubled and sum(len(batch[0]) for batch in (*few, *others)) >= BOLD
-    equalized = equalization.equalize(graph, few, plan.values, plan.layers, others, across_clips=bold)
-    return equalized, doubled
+def evened_out(
+    graph: fx.GraphModule, images: Images, plan: Formats, choices: Choices
+) -> tuple[Formats, dict[str, int]]:
+    """Channels of values brought to one range; the plan of the graph then, and how many of each kind were.
 
-
-def _relieve(graph: fx.GraphModule, images: Images, plan: Formats) -> int:
-    """How many values have a product in front of their rounding, or a norm that does its work."""
-    few, others = _halves(images)
-    return outlier_channels.relieve(graph, few, plan.placement, plan.values, plan.layers, others) if others else 0
-
-
-def _halves(images: Images) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
-    """Images that tell how large channels get, and others that judge it; one image judges nothing."""
-    batch = images.first(2 * EQUALIZED)
-    few, others = (list(images.pieces([tuple(x[half::2] for x in batch)])) for half in (0, 1))
-    return few, others if len(batch[0]) > 1 else []
+    Its functions of numbers are open (``channel_scales``).
+    """
+    if not choices.options.equalize:
+        return plan, dict.fromkeys(("equalized", "doubled", "scaled", "relieved"), 0)
+    equalized, doubled = unlike_channels.equalized(graph, images, plan.values, plan.layers)
+    scaled = channel_scales.settle(graph)
+    plan = replaced(graph, plan, choices)
+    relieved = unlike_channels.relieved(graph, images, plan.placement, plan.values, plan.layers)
+    told = {"equalized": equalized, "doubled": doubled, "scaled": scaled, "relieved": relieved}
+    return replaced(graph, plan, choices) if relieved else plan, told
 
 
 def replaced(graph: fx.GraphModule, plan: Formats, choices: Choices) -> Formats:

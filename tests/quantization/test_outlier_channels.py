@@ -1,5 +1,5 @@
-"""Channels many times as large as the rest, in values that are numbers before they are rounded: a product in front of the
-rounding, or a norm that does its work."""
+"""Channels many times as large as the rest, in values that are numbers before they are rounded: a product in front of
+that, or a norm that does its work."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@ ranges are chosen together: each in turn over 64 shares of what was seen, for th
 
 where c_v is what clipping of v moves an image's answers by. The second term in the first sum keeps the choice from
 playing the clippings of a few images off against each other. Of ends that may be as good (within a standard error, and
-several where images are few, among which those that are large hardly show) the widest is taken, and one image in four, on which nothing is fitted, says whether a range is better than all that was
-seen.
+several where images are few, among which those that are large hardly show) the widest is taken. One image in four, on
+which nothing is fitted, says whether a range is better than all that was seen.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 of them.
 
 After 1906.04721, but along whole streams: values that only operators without a mind for a positive factor a channel lie
-between (ReLU, PReLU, addition, pooling). Where layers alone make them and layers alone read them, channel c of all that is
-made is divided and of all that reads it multiplied by s_c. Linear bottlenecks with what is added around them
+between (ReLU, PReLU, addition, pooling). Where layers alone make them and layers alone read them, channel c of all that
+is made is divided and of all that reads it multiplied by s_c. Linear bottlenecks with what is added around them
 (MobileNetV2, EfficientNet-Lite) are such streams, and so are a residual network's between two reductions; hardswish
 ends one. ReLU6 is ReLU for a channel that stays below 6: such channels are scaled with room to 6, and no others.
 
@@ -286,7 +286,6 @@ def best_factor(
     seen, sizes: of two halves of the images. Factors that come from one half are judged on the other, both ways; what
     wins on both is made of all.
     """
-    behind = _behind(stream)
     if any(is_scaling(reader) for reader in stream.readers):  # SiLU and GELU of less are nothing
         seen, sizes = (
             {value: dataclasses.replace(size, lo=size.lo.clamp_min(FLAT)) for value, size in one.items()}
@@ -308,21 +307,7 @@ def best_factor(
         return _below_tops(stream, s, largest, usable, (seen, sizes))
 
     def noise(s: Tensor, half: Mapping[fx.Node, Size]) -> float:
-        steps = {
-            value: ((half[value].hi / s).amax().clamp_min(0) - (half[value].lo / s).amin().clamp_max(0))
-            / rounded[value].levels
-            for value in values
-        }
-        total = 0.0
-        for reader, weight, dense in readers:
-            wide = weight * _along(s, weight, dense)
-            steps_read = sum(float(steps[value].square()) for value in values if reader in behind[value])
-            made = steps_read * float(wide.square().sum())
-            if reader in layers and dense:
-                square = (half[reader.all_input_nodes[0]].power / s.square()).sum() * weight[0, 0].numel()
-                made += float((wide.flatten(1).abs().amax(1) / layers[reader].qmax).square().sum() * square)
-            total += made / max(half[reader].variance, 1e-30)
-        return total
+        return _noise(s, half, stream, readers, rounded, layers)
 
     pairs = [(seen, sizes)] if sizes is seen else [(seen, sizes), (sizes, seen)]
     before = [noise(torch.ones_like(columns), judging) for _, judging in pairs]
@@ -337,6 +322,34 @@ def best_factor(
         if len(left) == len(pairs) and max(left) < least_left:
             least_left, best = max(left), share
     return None if best is None else factor([seen, sizes], best)
+
+
+def _noise(
+    s: Tensor,
+    half: Mapping[fx.Node, Size],
+    stream: Stream,
+    readers: Sequence[tuple[fx.Node, Tensor, bool]],
+    rounded: Mapping[fx.Node, Grid],
+    layers: Mapping[fx.Node, Grid],
+) -> float:
+    """By the estimate above, of channels divided by ``s``. readers: each with its weight, and whether it is dense."""
+    behind = _behind(stream)
+    steps = {
+        value: ((half[value].hi / s).amax().clamp_min(0) - (half[value].lo / s).amin().clamp_max(0))
+        / rounded[value].levels
+        for value in stream.values
+        if value in rounded
+    }
+    total = 0.0
+    for reader, weight, dense in readers:
+        wide = weight * _along(s, weight, dense)
+        made = sum(float(step.square()) for value, step in steps.items() if reader in behind[value])
+        made *= float(wide.square().sum())
+        if reader in layers and dense:
+            square = (half[reader.all_input_nodes[0]].power / s.square()).sum() * weight[0, 0].numel()
+            made += float((wide.flatten(1).abs().amax(1) / layers[reader].qmax).square().sum() * square)
+        total += made / max(half[reader].variance, 1e-30)
+    return total
 
 
 def _below_tops(
