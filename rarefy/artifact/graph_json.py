@@ -57,7 +57,7 @@ _MEMORY_FORMATS = {
 }
 
 # Limits of a file; the largest model of torchvision and timm has 6,000 nodes and 2,000 tensors in 1,500 modules.
-MOST_NODES = 100_000
+MOST_NODES = 20_000
 MOST_TENSORS = 20_000
 MOST_AXES = 16
 LONGEST_TEXT = 10_000

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import resource
 import shutil
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from more_folders import MORE
 
 from rarefy.artifact import folder as folder_
-from rarefy.artifact import snapshot
+from rarefy.artifact import graph_json, snapshot
 from rarefy.errors import FormatError
 
 MEMORY = 400 * 2**20
@@ -73,6 +74,38 @@ def test_a_broken_promise_is_refused(promise, good, tmp_path):
     name = text.rpartition(" [")[2].rstrip("]")
     assert name in snapshot.REFUSALS, text
     REACHED.add(name)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked here")
+@pytest.mark.parametrize(("more", "words"), [(-10, ""), (60_000, "nodes is no list of at most")])
+def test_the_largest_graph_loads_in_time_and_memory(more, words, good, tmp_path):
+    """Or what is larger is refused, in as little."""
+    folder = tmp_path / "large"
+    shutil.copytree(good, folder)
+    value = json.loads((folder / "graph.json").read_text())
+    *nodes, output = value["nodes"]
+    last = nodes[-1]["name"]
+    for place in range(graph_json.MOST_NODES - len(nodes) + more):
+        args = [{"node": last}, {"node": nodes[-1]["name"]}]
+        nodes.append({"op": "call_function", "name": f"n{place}", "target": "aten.maximum.default", "args": args})
+    output["args"] = [{"node": nodes[-1]["name"]}]
+    (folder / "graph.json").write_text(json.dumps({**value, "nodes": [*nodes, output]}))
+    seal(folder)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            folder_.load(folder)
+            code = int(bool(words))
+        except FormatError as error:
+            code = int(not words or words not in str(error))
+        finally:
+            os._exit(code)
+    _, status, used = os.wait4(child, 0)
+    grown = 1024 * (used.ru_maxrss - resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    assert status == 0 and used.ru_utime + used.ru_stime < 5 and grown < 512 * 2**20, used
+    print(f"{len(nodes):,} nodes: {used.ru_utime + used.ru_stime:.1f} s, {grown / 2**20:.0f} MB")
 
 
 def test_there_are_enough_kinds():
