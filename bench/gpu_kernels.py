@@ -5,8 +5,8 @@ tensors once.
 
 Linear layers (outputs x inputs, a scale for each 128 inputs, float16 activations): cuBLAS in float16, torch's 4-bit
 kernel (tinygemm, bfloat16), gemlite where it is installed, ``torch._int_mm``, and ours. Microseconds of a call inside
-of a CUDA graph of 12 calls, each with weights of its own, so that no cache holds them; all take turns, and the median of
-``--rounds`` counts. "4 bits, planned" is what a program planned for a batch runs (``low_bit.linear.planned``): from
+of a CUDA graph of 12 calls, each with weights of its own, so that no cache holds them; all take turns, and the median
+of ``--rounds`` counts. "4 bits, planned" is what a program planned for a batch runs (``low_bit.linear.planned``): from
 more rows on than the kernel is for, cuBLAS on a decoded copy that is kept, which takes float16's memory.
 
 Whole tensors (a batch of 16 pictures of 1920 x 1080, float32, noise and drawn ones): bytes read and written a second,

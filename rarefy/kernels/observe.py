@@ -22,20 +22,19 @@ FIELDS = ("minimum", "maximum", "absolute_maximum", "mean", "mean_of_squares")
 def observe(x: Tensor, axis: int | None, low: float, high: float, bins: int) -> tuple[Tensor, Tensor]:
     """x: floats. axis: of the channels; None: one for all. bins: 0 counts nothing, else from ``low`` to ``high``."""
     rows = (x.reshape(1, -1) if axis is None else x.movedim(axis, 0).unsqueeze(-1).flatten(1)).float()
-    known = rows.isnan()
-    fields = (
-        rows.masked_fill(known, math.inf).amin(1),
-        rows.masked_fill(known, -math.inf).amax(1),
-        rows.masked_fill(known, 0).abs().amax(1),
-        rows.double().mean(1),
-        rows.double().square().mean(1),
-    )
+    least, most = rows.aminmax(dim=1)
+    known = rows.isnan() if bool(least.isnan().any()) else None
+    if known is not None:
+        least, most = rows.masked_fill(known, math.inf).amin(1), rows.masked_fill(known, -math.inf).amax(1)
+    largest = torch.where(least > most, 0.0, torch.maximum(least.abs(), most.abs()))
+    mean = rows.mean(1, dtype=torch.float64)
+    squares = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square() / rows.shape[1]
     counts = torch.zeros(len(rows), bins, dtype=torch.int32, device=x.device)
-    if bins:
-        at = (rows - low).mul_(bins / (high - low)).clamp_(0, bins - 1)
-        for row, places, bad in zip(counts, at, known, strict=True):
-            row += torch.bincount(places[~bad].to(torch.int32), minlength=bins).to(torch.int32)
-    return torch.stack([field.double() for field in fields], 1), counts
+    for channel, (row, into) in enumerate(zip(rows, counts, strict=True) if bins else ()):
+        # to count whole numbers takes a CPU a quarter of what histc takes
+        places = (row - low).mul_(bins / (high - low)).clamp_(0, bins - 1).to(torch.int32)
+        into += torch.bincount(places if known is None else places[~known[channel]], minlength=bins).to(torch.int32)
+    return torch.stack([field.double() for field in (least, most, largest, mean, squares)], 1), counts
 
 
 def _on_cuda(x: Tensor, axis: int | None, low: float, high: float, bins: int) -> tuple[Tensor, Tensor]:

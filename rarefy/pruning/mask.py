@@ -17,7 +17,6 @@ The names of the masked weights stand in ``meta["sparse"]``; wherever one of the
 from __future__ import annotations
 
 import fnmatch
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
@@ -29,6 +28,7 @@ from rarefy.deployment.description import graph_for, remember
 from rarefy.errors import InputError
 from rarefy.graph import history
 from rarefy.graph.nodes import argument, operator_name
+from rarefy.kernels.low_bit.masks import N_OF_M_MASK, THRESHOLD_MASK
 from rarefy.pruning.options import MaskOptions, Pattern
 from rarefy.tasks.detector import capture
 from rarefy.tasks.task import Task, settled
@@ -168,23 +168,25 @@ def _shares(scores: dict[str, Tensor], axes: dict[str, int], share: float, scope
 
 
 def _best(rows: Tensor, share: float) -> Tensor:
-    """(sets, size) bool."""
-    order = rows.argsort(dim=1, descending=True, stable=True)
-    stays = torch.arange(rows.shape[1], device=rows.device) < rows.shape[1] - round(share * rows.shape[1])
-    return torch.zeros_like(rows, dtype=torch.bool).scatter_(1, order, stays.expand_as(order))
+    """(sets, size) bool: what is larger than the last that stays, and of its equals the first."""
+    count = rows.shape[1] - round(share * rows.shape[1])
+    if not count:
+        return torch.zeros_like(rows, dtype=torch.bool)
+    last = rows.kthvalue(rows.shape[1] - count + 1, dim=1, keepdim=True).values
+    if len(rows) == 1:
+        larger: Tensor = THRESHOLD_MASK(rows, float(last), signed=True)
+    else:
+        larger = rows > last
+    equal = rows == last
+    return larger | (equal & (equal.cumsum(1) <= count - larger.sum(1, keepdim=True)))
 
 
 def _blocks(scores: dict[str, Tensor], axes: dict[str, int], pattern: Pattern) -> dict[str, Tensor]:
     """name -> which weights stay, bool: the best n of each m that follow each other along the inputs."""
-    found = {}
-    for name, score in scores.items():
-        last = score.movedim(axes[name], -1)
-        size = last.shape[-1]
-        blocks = nn.functional.pad(last, (0, -size % pattern.m), value=-math.inf).unflatten(-1, (-1, pattern.m))
-        order = blocks.argsort(dim=-1, descending=True, stable=True)[..., : pattern.n]
-        alive = torch.zeros_like(blocks, dtype=torch.bool).scatter_(-1, order, True)
-        found[name] = alive.flatten(-2)[..., :size].movedim(-1, axes[name])
-    return found
+    return {
+        name: N_OF_M_MASK(score.movedim(axes[name], -1), pattern.n, pattern.m, signed=True).movedim(-1, axes[name])
+        for name, score in scores.items()
+    }
 
 
 def _check_scores(graph: fx.GraphModule, found: Iterable[str], scores: Mapping[str, Tensor], criterion: str) -> None:

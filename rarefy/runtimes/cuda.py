@@ -5,6 +5,8 @@ no machine code, and is planned where it is opened, once for each shape of its i
 
 * each layer is run by the fastest of cuDNN's fused int8 plans and our Triton kernels, timed on the GPU at hand;
 * pictures lie with their channels last throughout; one CUDA graph is the whole network;
+* linear layers whose weights alone have codes of 2 to 4 bits multiply by them as they are packed, for batches of few
+  rows, where that is faster than float16 (``_cuda_low_bit``);
 * what has no integer kernel (softmax, norms, odd pooling) is fused by torch.compile;
 * the whole is timed against torch.compile(mode="reduce-overhead") in float16, and the faster one is what runs.
 
@@ -108,7 +110,8 @@ class Cuda:
         session = Session(path, reader.devices)
         program = importlib.import_module("rarefy.runtimes._cuda_program")
         integer = program.integers_of(graph)
-        if not is_quantised(integer):
+        low_bit = importlib.import_module("rarefy.runtimes._cuda_low_bit")
+        if not is_quantised(integer) or low_bit.weights_alone(graph):
             return parity.against(integer, [], lambda *part: (session.outputs(*part), {}), inputs, batch)
         read = _Tapped(session, integer)
         return parity.against(integer, read.names, read, inputs, batch)
@@ -128,7 +131,8 @@ class Cuda:
 class Session:
     """An opened file, planned for each shape that it is called with; ``outputs`` takes tensors (N, ...).
 
-    ran: of each shape, what it runs in ("int8" or "float16"), and the milliseconds of both where they were timed.
+    ran: of each shape, what it runs in ("int8", "few bits" or "float16"), and the milliseconds of both where they were
+    timed.
     """
 
     def __init__(self, path: str | os.PathLike[str], devices: str = "0"):
@@ -195,6 +199,9 @@ class Session:
         if known is not None and known["form"] == "float16":
             self.ran[shape] = known
             return program.Half(self.graph, given)
+        low_bit = importlib.import_module("rarefy.runtimes._cuda_low_bit")
+        if low_bit.weights_alone(self.graph) and (few := low_bit.packed(self.graph, len(given[0]))) is not None:
+            return self._few_bits(few, given, shape, key)
         try:
             integer = self.integer(given)
         except torch.OutOfMemoryError:
@@ -212,6 +219,20 @@ class Session:
             integer = integer if form == "int8" else half
         self.ran[shape] = known
         return integer
+
+    def _few_bits(self, few: fx.GraphModule, given: Sequence[Tensor], shape: Shapes, key: str) -> Value:
+        """Weights as they are packed, or decoded to float16 once: the faster, which is remembered."""
+        program = importlib.import_module("rarefy.runtimes._cuda_program")
+        made, known = program.Half(few, given), self.memory.forms.get(key)
+        if known is None:
+            half = program.Half(self.graph, given)
+            form, ms = program.faster(made, half, given)
+            form = "few bits" if form == "int8" else form
+            self.memory.forms[key] = known = {"form": form, "ms": {"few bits": ms["int8"], "float16": ms["float16"]}}
+            self.memory.save()
+            made = made if form == "few bits" else half
+        self.ran[shape] = known
+        return made
 
     def _hash(self) -> str:
         digest = hashlib.sha256(str(self.graph.graph).encode())
@@ -261,7 +282,7 @@ class _Memory:
         with contextlib.suppress(RarefyError, OSError, ValueError):
             read: Value = parse(content(self.path, MOST), self.path)
             if all(isinstance(one, str) for one in read["kernels"].values()) and all(
-                one.get("form") in ("int8", "float16") for one in read["forms"].values()
+                one.get("form") in ("int8", "float16", "few bits") for one in read["forms"].values()
             ):
                 self.kernels, self.forms = dict(read["kernels"]), dict(read["forms"])
         self.saved = (len(self.kernels), len(self.forms))

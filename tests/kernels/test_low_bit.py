@@ -115,18 +115,22 @@ def test_codes_that_do_not_fit_are_refused() -> None:
         torch.ops.rarefy.n_of_m_mask(torch.ones(8), 4, 4)
 
 
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 3), (5, 16)])
-def test_n_of_m_keeps_the_largest_and_the_first_of_equals(n: int, m: int) -> None:
+@pytest.mark.parametrize(("n", "m", "signed"), [(2, 4, False), (1, 3, True), (5, 16, False), (5, 40, True)])
+def test_n_of_m_keeps_the_largest_and_the_first_of_equals(n: int, m: int, signed: bool) -> None:
     x = torch.randn(7, 13).round(decimals=1)
-    kept = masks.n_of_m_mask(x, n, m)
+    kept = torch.ops.rarefy.n_of_m_mask(x, n, m, signed)
     for start in range(0, 13, m):
-        part = x[:, start : start + m].abs()
+        part = x[:, start : start + m]
+        part = part if signed else part.abs()
         for row, alive in zip(part.tolist(), kept[:, start : start + m].tolist(), strict=True):
             best = sorted(range(len(row)), key=lambda i: (-row[i], i))[:n]
             assert [i for i, one in enumerate(alive) if one] == sorted(best)
     kernel = triton_form("packing")
-    assert kernel.n_of_m_mask(x.to(DEVICE), n, m).cpu().equal(kept)
-    assert kernel.threshold_mask(x.to(DEVICE), 0.5).cpu().equal(x.abs() > 0.5)
+    if m <= masks.MOST:
+        assert kernel.n_of_m_mask(x.to(DEVICE), n, m, signed).cpu().equal(kept)
+    wanted = (x if signed else x.abs()) > 0.5
+    assert kernel.threshold_mask(x.to(DEVICE), 0.5, signed).cpu().equal(wanted)
+    assert torch.ops.rarefy.threshold_mask(x, 0.5, signed).equal(wanted)
 
 
 def packed(outputs: int, inputs: int, bits: int, affine: bool) -> tuple[linear.Packed, Tensor, Tensor, Tensor | None]:

@@ -24,7 +24,6 @@ from rarefy.kernels.low_bit.linear import TILE
 
 MOST = 32  # rows of activations; above, decoding first is faster
 
-_LOADS = {2: 2, 3: 3, 4: 4}  # of 16 bytes: of a row's 512 inputs, a thread's
 
 SOURCE = r"""
 typedef unsigned int u32; typedef unsigned short u16;
@@ -38,7 +37,9 @@ typedef unsigned int u32; typedef unsigned short u16;
 #define CHUNKS (BITS == 4 ? 4 : 2)     // of 16 words: of a row's 512 inputs in one plane
 #define PARTS (BITS == 4 ? 4 : 8)      // pairs of slices that a word holds
 #define HALF (BITS == 4 ? 64 : 32)     // inputs from one slice to the next
-#define LOADS (BITS == 2 ? 2 : BITS == 3 ? 3 : 4)
+#define SHARE (CHUNKS / SPLIT)         // chunks that one of SPLIT warps multiplies
+#define WIDTH (HALF / SPLIT)           // of HALF inputs, those of its chunks
+#define LOADS (SHARE + (BITS == 3))    // of 16 bytes: of a row in one block, a thread's
 #define FIELD (BITS == 4 ? 4 : 2)      // bits from one code of a word to the next
 #define MASK ((BITS == 4 ? 15u : 3u) * 0x00010001u)
 #if BF16                               // codes that a mantissa holds where they lie, before words are shifted
@@ -77,12 +78,17 @@ __device__ __forceinline__ u16 half_of(float f) {
 __device__ __forceinline__ float f16(u16 h) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h)); return f; }
 __device__ __forceinline__ u32 word(const uint4 &v, int q) { return q == 0 ? v.x : q == 1 ? v.y : q == 2 ? v.z : v.w; }
 
+__device__ __forceinline__ u32 choose(u32 a, u32 mask, u32 more) {   // (a & mask) | more, in one instruction
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(mask), "r"(more));
+  return d;
+}
 // two codes of a word, times 2^offset, as numbers that are MAGIC's too large; high: the third bits, where they belong
 __device__ __forceinline__ u32 codes(u32 word, u32 high, int offset) {
 #if BITS == 3
-  return (word & (MASK << offset)) | (high & (0x00040004u << offset)) | MAGIC;
+  return choose(word, MASK << offset, choose(high, 0x00040004u << offset, MAGIC));
 #else
-  return (word & (MASK << offset)) | MAGIC;
+  return choose(word, MASK << offset, MAGIC);
 #endif
 }
 __device__ __forceinline__ void mma(float *c, const u32 *a, const u32 *b) {
@@ -92,24 +98,19 @@ __device__ __forceinline__ void mma(float *c, const u32 *a, const u32 *b) {
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 // four numbers beside those that lie HALF further on
-__device__ __forceinline__ uint4 pairs(u32 a, u32 b, u32 c, u32 d) {
-  return {__byte_perm(a, c, 0x5410), __byte_perm(a, c, 0x7632), __byte_perm(b, d, 0x5410), __byte_perm(b, d, 0x7632)};
+__device__ __forceinline__ uint4 pairs(uint2 a, uint2 b) {
+  return {__byte_perm(a.x, b.x, 0x5410), __byte_perm(a.x, b.x, 0x7632),
+          __byte_perm(a.y, b.y, 0x5410), __byte_perm(a.y, b.y, 0x7632)};
 }
 struct Scales { float scale[4]; u32 zero; };
 
 // Each thread copies what it will multiply: nobody else reads it.
-__device__ __forceinline__ void order(uint4 *slot, const u32 *words, int r, int kb, int blocks, int t) {
-  const u32 *base = words + (long long)r * blocks * (16 * BITS);
-#if BITS == 4
-  const u32 *at = base + kb * 64 + 4 * t;
+__device__ __forceinline__ void order(uint4 *slot, const u32 *words, int r, int kb, int blocks, int t, int share) {
+  const u32 *base = words + (long long)r * blocks * (16 * BITS) + 4 * t;
   #pragma unroll
-  for (int c = 0; c < 4; c++) fetch(slot + 32 * c, at + 16 * c);
-#else
-  const u32 *at = base + kb * 32 + 4 * t;
-  fetch(slot, at); fetch(slot + 32, at + 16);
+  for (int c = 0; c < SHARE; c++) fetch(slot + 32 * c, base + (kb * CHUNKS + share * SHARE + c) * 16);
 #if BITS == 3
-  fetch(slot + 64, base + blocks * 32 + kb * 16 + 4 * t);
-#endif
+  fetch(slot + 32 * SHARE, base + blocks * 32 + kb * 16);
 #endif
 }
 __device__ __forceinline__ Scales scales_of(const void *scales, const u32 *zeros, int r, int kb, int blocks) {
@@ -131,7 +132,7 @@ __device__ __forceinline__ Scales scales_of(const void *scales, const u32 *zeros
   return row;
 }
 
-#define PITCH 272   // pairs from one row of activations to the next: 256, and 16 so that rows lie in other banks
+#define PITCH (256 / SPLIT + 16)  // pairs from one row of activations to the next: 16 put rows into other banks
 #define SLOT (TILES * 2 * LOADS * 32)
 extern __shared__ uint4 memory[];
 
@@ -139,6 +140,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, OCCUPANCY)
 low_bit_linear(const u16 *x, const u32 *words, const void *scales, const u32 *zeros, const u16 *bias, u16 *out,
                int rows, int outputs, int inputs, int blocks, int stride) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+  const int along = warp / SPLIT, share = warp % SPLIT, across = WARPS / SPLIT;
   const int first = blockIdx.x * (16 * TILES);
   uint4 *ring = memory + warp * (DEPTH * SLOT) + lane;
 #if STAGED
@@ -150,36 +152,38 @@ low_bit_linear(const u16 *x, const u32 *words, const void *scales, const u32 *ze
 #endif
   #pragma unroll
   for (int d = 0; d < DEPTH; d++) {
-    const int kb = warp + d * WARPS;
+    const int kb = along + d * across;
     if (kb < blocks) {
       #pragma unroll
       for (int i = 0; i < 2 * TILES; i++)
-        order(ring + d * SLOT + i * LOADS * 32, words, first + 8 * i + g, kb, blocks, t);
+        order(ring + d * SLOT + i * LOADS * 32, words, first + 8 * i + g, kb, blocks, t, share);
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
   }
   Scales row[TILES][2];
-  if (warp < blocks) {
+  if (along < blocks) {
     #pragma unroll
-    for (int i = 0; i < 2 * TILES; i++) row[i >> 1][i & 1] = scales_of(scales, zeros, first + 8 * i + g, warp, blocks);
+    for (int i = 0; i < 2 * TILES; i++)
+      row[i >> 1][i & 1] = scales_of(scales, zeros, first + 8 * i + g, along, blocks);
   }
 #if EARLY
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
   int slot = 0;
-  for (int kb = warp; kb < blocks; kb += WARPS) {
+  for (int kb = along; kb < blocks; kb += across) {
 #if STAGED
     __syncwarp();
     #pragma unroll (STAGED > 4 ? 4 : STAGED)
     for (int n = 0; n < STAGED; n++) {  // in the order that the second operand has in registers
-      const int k = kb * 512 + lane * 8 / HALF * (2 * HALF) + lane * 8 % HALF;
-      const u16 *from = x + (long long)n * stride + k;
-      uint4 lo = {0, 0, 0, 0}, hi = {0, 0, 0, 0};
-      if (n < rows && k < inputs) lo = *(const uint4 *)from;
-      if (n < rows && k + HALF < inputs) hi = *(const uint4 *)(from + HALF);
-      uint4 *to = (uint4 *)(mine + n * PITCH + lane * 8);
-      to[0] = pairs(lo.x, lo.y, hi.x, hi.y);
-      to[1] = pairs(lo.z, lo.w, hi.z, hi.w);
+      #pragma unroll
+      for (int m = 4 * lane; m < 256 / SPLIT; m += 128) {
+        const int k = kb * 512 + m / WIDTH * (2 * HALF) + m % WIDTH + share * WIDTH;
+        const u16 *from = x + (long long)n * stride + k;
+        uint2 lo = {0, 0}, hi = {0, 0};
+        if (n < rows && k < inputs) lo = *(const uint2 *)from;
+        if (n < rows && k + HALF < inputs) hi = *(const uint2 *)(from + HALF);
+        *(uint4 *)(mine + n * PITCH + m) = pairs(lo, hi);
+      }
     }
     __syncwarp();
 #endif
@@ -187,62 +191,54 @@ low_bit_linear(const u16 *x, const u32 *words, const void *scales, const u32 *ze
     uint4 *held = ring + slot * SLOT;
     #pragma unroll
     for (int i = 0; i < TILES; i++) {
-      u32 w[2][CHUNKS][4];
-#if BITS == 3
-      uint4 top[2];
-#endif
+      float acc[PARTS][NB][4] = {};
       #pragma unroll
-      for (int h = 0; h < 2; h++) {
-        #pragma unroll
-        for (int c = 0; c < CHUNKS; c++) {
-          const uint4 v = held[((2 * i + h) * LOADS + c) * 32];
-          w[h][c][0] = v.x; w[h][c][1] = v.y; w[h][c][2] = v.z; w[h][c][3] = v.w;
-        }
-#if BITS == 3
-        top[h] = held[((2 * i + h) * LOADS + 2) * 32];
-#endif
-      }
-      u32 high[2][CHUNKS][4] = {};
-      #pragma unroll
-      for (int part = 0; part < PARTS; part++) {
-        const int group = part * 4 / PARTS, offset = FIELD * (part % HELD), moved = FIELD * (part - part % HELD);
-        if (part % HELD == 0) {  // what comes next moves into the mantissas' place
-          #pragma unroll
-          for (int h = 0; h < 2; h++)
-            #pragma unroll
-            for (int c = 0; c < CHUNKS; c++)
-              #pragma unroll
-              for (int q = 0; q < 4; q++) {
-                if (part) w[h][c][q] >>= FIELD * HELD;
-#if BITS == 3
-                const u32 t = word(top[h], q);
-                high[h][c][q] = moved ? t >> (moved - 2 + c) : t << (2 - c);
-#endif
-              }
-        }
-        float acc[NB][4] = {};
-        u32 zero[2];
+      for (int c = 0; c < SHARE; c++) {
+        const int chunk = share * SHARE + c;
+        u32 w[2][4], high[2][4] = {};
         #pragma unroll
         for (int h = 0; h < 2; h++) {
-          const u32 z = (row[i][h].zero >> (8 * group)) & 0xffu;
-          zero[h] = MAGIC | ((z | (z << 16)) << offset);
+          const uint4 v = held[((2 * i + h) * LOADS + c) * 32];
+          w[h][0] = v.x; w[h][1] = v.y; w[h][2] = v.z; w[h][3] = v.w;
         }
         #pragma unroll
-        for (int c = 0; c < CHUNKS; c++) {
+        for (int part = 0; part < PARTS; part++) {
+          const int group = part * 4 / PARTS, offset = FIELD * (part % HELD), moved = FIELD * (part - part % HELD);
+          if (part % HELD == 0) {  // what comes next moves into the mantissas' place
+            #pragma unroll
+            for (int h = 0; h < 2; h++) {
+#if BITS == 3
+              const uint4 top = held[((2 * i + h) * LOADS + SHARE) * 32];
+#endif
+              #pragma unroll
+              for (int q = 0; q < 4; q++) {
+                if (part) w[h][q] >>= FIELD * HELD;
+#if BITS == 3
+                high[h][q] = moved ? word(top, q) >> (moved - 2 + chunk) : word(top, q) << (2 - chunk);
+#endif
+              }
+            }
+          }
+          u32 zero[2];
+          #pragma unroll
+          for (int h = 0; h < 2; h++) {
+            const u32 z = (row[i][h].zero >> (8 * group)) & 0xffu;
+            zero[h] = MAGIC | ((z | (z << 16)) << offset);
+          }
           u32 b[NB][4];
           #pragma unroll
           for (int n = 0; n < NB; n++) {
             uint4 v;
 #if STAGED
             const int column = (8 * n + g) % STAGED;  // what is beyond the rows is not written
-            v = *(const uint4 *)(mine + column * PITCH + (part * CHUNKS + c) * 16 + 4 * t);
+            v = *(const uint4 *)(mine + column * PITCH + (part * SHARE + c) * 16 + 4 * t);
 #else
-            const int column = 8 * n + g, k = part * 2 * HALF + 16 * c + 4 * t;
+            const int column = 8 * n + g, k = kb * 512 + part * 2 * HALF + 16 * chunk + 4 * t;
             uint2 lo = {0, 0}, hi = {0, 0};
-            const u16 *at = x + (long long)column * stride + kb * 512 + k;
-            if (column < rows && kb * 512 + k < inputs) lo = *(const uint2 *)at;
-            if (column < rows && kb * 512 + k + HALF < inputs) hi = *(const uint2 *)(at + HALF);
-            v = pairs(lo.x, lo.y, hi.x, hi.y);
+            const u16 *at = x + (long long)column * stride + k;
+            if (column < rows && k < inputs) lo = *(const uint2 *)at;
+            if (column < rows && k + HALF < inputs) hi = *(const uint2 *)(at + HALF);
+            v = pairs(lo, hi);
 #endif
             b[n][0] = v.x; b[n][1] = v.y; b[n][2] = v.z; b[n][3] = v.w;
           }
@@ -252,50 +248,53 @@ low_bit_linear(const u16 *x, const u32 *words, const void *scales, const u32 *ze
             #pragma unroll
             for (int e = 0; e < 4; e++) {
               const int h = e & 1, at = q + (e >> 1);
-              a[e] = less(codes(w[h][c][at], high[h][c][at], offset), zero[h]);
+              a[e] = less(codes(w[h][at], high[h][at], offset), zero[h]);
             }
             #pragma unroll
-            for (int n = 0; n < NB; n++) mma(acc[n], a, b[n] + q);
+            for (int n = 0; n < NB; n++) mma(acc[part][n], a, b[n] + q);
           }
         }
-        const float smaller = 1.0f / (1 << offset);
+      }
+      #pragma unroll
+      for (int part = 0; part < PARTS; part++)
         #pragma unroll
         for (int n = 0; n < NB; n++)
           #pragma unroll
-          for (int j = 0; j < 4; j++) total[i][n][j] += acc[n][j] * (row[i][j >> 1].scale[group] * smaller);
-      }
+          for (int j = 0; j < 4; j++)
+            total[i][n][j] += acc[part][n][j] *
+              (row[i][j >> 1].scale[part * 4 / PARTS] / (1 << FIELD * (part % HELD)));
     }
-    const int next = kb + DEPTH * WARPS;
+    const int next = kb + DEPTH * across;
     if (next < blocks) {
       #pragma unroll
-      for (int i = 0; i < 2 * TILES; i++) order(held + i * LOADS * 32, words, first + 8 * i + g, next, blocks, t);
+      for (int i = 0; i < 2 * TILES; i++) order(held + i * LOADS * 32, words, first + 8 * i + g, next, blocks, t, share);
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
-    if (kb + WARPS < blocks) {
+    if (kb + across < blocks) {
       #pragma unroll
       for (int i = 0; i < 2 * TILES; i++)
-        row[i >> 1][i & 1] = scales_of(scales, zeros, first + 8 * i + g, kb + WARPS, blocks);
+        row[i >> 1][i & 1] = scales_of(scales, zeros, first + 8 * i + g, kb + across, blocks);
     }
     slot = slot + 1 == DEPTH ? 0 : slot + 1;
   }
   asm volatile("cp.async.wait_all;" ::: "memory");
   __syncthreads();  // the ring holds the sums now
   float *sums = (float *)memory;
-  const int across = NB * 8 + 1;
+  const int width = NB * 8 + 1;
   #pragma unroll
   for (int i = 0; i < TILES; i++)
     #pragma unroll
     for (int n = 0; n < NB; n++)
       #pragma unroll
       for (int j = 0; j < 4; j++)
-        sums[(warp * TILES * 16 + 16 * i + g + 8 * (j >> 1)) * across + 8 * n + 2 * t + (j & 1)] = total[i][n][j];
+        sums[(warp * TILES * 16 + 16 * i + g + 8 * (j >> 1)) * width + 8 * n + 2 * t + (j & 1)] = total[i][n][j];
   __syncthreads();
   for (int at = threadIdx.x; at < TILES * 16 * rows; at += 32 * WARPS) {
     const int r = at % (TILES * 16), column = at / (TILES * 16), o = first + r;
     if (o >= outputs) continue;
     float sum = 0;
     #pragma unroll
-    for (int w = 0; w < WARPS; w++) sum += sums[(w * TILES * 16 + r) * across + column];
+    for (int w = 0; w < WARPS; w++) sum += sums[(w * TILES * 16 + r) * width + column];
 #if BIAS
     sum += number(bias[o]);
 #endif
@@ -314,6 +313,7 @@ def few_rows(
     bits: int,
     outputs: int,
     warps: int = 0,
+    split: int = 1,
     tiles: int = 0,
     occupancy: int = 0,
     depth: int = 0,
@@ -327,18 +327,19 @@ def few_rows(
     rows, inputs = x.shape
     blocks, columns = scales.shape[1] // 4, 1 << (-(-rows // 8) - 1).bit_length()
     tiles = tiles or (2 if 8 < rows <= 16 else 1)
-    warps = warps or min(8, blocks)
-    depth = depth or (1 if blocks <= warps or rows > 8 else 2)
-    staged = 1 << (rows - 1).bit_length() if rows <= stage and inputs % 8 == 0 and x.stride(0) % 8 == 0 else 0
-    staged = staged if x.data_ptr() % 16 == 0 else 0
+    warps = warps or split * min(8, blocks)
+    depth = depth or (1 if blocks * split <= warps or rows > 8 else 2)
+    staged = 1 << (rows - 1).bit_length() if rows <= stage else 0
     defines = {
         "BITS": bits,
         "NB": columns,
         "TILES": tiles,
         "WARPS": warps,
+        "SPLIT": split,
         "DEPTH": depth,
         "STAGED": staged,
-        "OCCUPANCY": occupancy or (1 if tiles == 2 else 3 if columns == 1 and outputs > 8192 else 2),
+        "OCCUPANCY": occupancy
+        or (1 if tiles == 2 or columns > 2 else 3 if columns == 1 and (bits == 4 or outputs > 8192) else 2),
         "BF16": int(x.dtype == torch.bfloat16),
         "WIDE": int(scales.dtype == torch.float32),
         "AFFINE": int(zeros is not None),
@@ -347,7 +348,8 @@ def few_rows(
     }
     function = nvrtc.kernel(SOURCE, "low_bit_linear", tuple(defines.items()))
     out = x.new_empty(rows, outputs)
-    held = warps * (depth * tiles * 2 * _LOADS[bits] * 512 + staged * 1088)
+    loads = (4 if bits == 4 else 2) // split + (bits == 3)
+    held = warps * (depth * tiles * 2 * loads * 512 + staged * (1024 // split + 64))
     shared = max(held, warps * tiles * 16 * (columns * 8 + 1) * 4)
     function(
         (-(-outputs // (TILE * tiles)), 1, 1), 32 * warps, x, words, scales, words if zeros is None else zeros,

@@ -48,10 +48,20 @@ def _whole(v, DOWN: tl.constexpr):
 
 
 @triton.jit
-def _code(x, scale, zero, noise, QMIN, QMAX, STOCHASTIC: tl.constexpr):
-    v = tl.div_rn(x, scale)
+def _quotient(x, scale, inverse):
+    """x / scale, rounded right (Markstein 1990), of an inverse that is: half of the instructions of a division. Scales
+    from 2^-100 on; what is far beyond any code stays so."""
+    about = x * inverse
+    better = tl.fma(tl.fma(-about, scale, x), inverse, about)
+    return tl.where(tl.abs(about) < 4194304.0, better, about)
+
+
+@triton.jit
+def _code(x, scale, inverse, zero, noise, QMIN, QMAX, STOCHASTIC: tl.constexpr):
     if STOCHASTIC:
-        v += noise
+        v = _quotient(x, scale, inverse) + noise
+    else:
+        v = tl.div_rn(x, scale)
     low = (QMIN - zero).to(tl.float32)
     high = (QMAX - zero).to(tl.float32)
     return _whole(tl.minimum(tl.maximum(v, low), high), STOCHASTIC) + zero
@@ -101,15 +111,17 @@ def _quantize_pack(
     if STOCHASTIC:
         r0, r1, r2, r3 = _random(lane, seed, ROUNDS)
     scale, zero = _parameter(scales, zeros, lane * 8, inner, channels, CHANNELS)
+    inverse = tl.div_rn(1.0, scale)
     KEEP: tl.constexpr = 2**BITS - 1
     word = tl.zeros((LANES,), tl.int64 if BITS == 8 else tl.int32)
     for i in tl.static_range(8):
         if EACH:
             scale, zero = _parameter(scales, zeros, lane * 8 + i, inner, channels, CHANNELS)
+            inverse = tl.div_rn(1.0, scale)
         noise = 0.0
         if STOCHASTIC:
             noise = _noise(r0, r1, r2, r3, i)
-        code = _code(eight[i], scale, zero, noise, QMIN, QMAX, STOCHASTIC) & KEEP
+        code = _code(eight[i], scale, inverse, zero, noise, QMIN, QMAX, STOCHASTIC) & KEEP
         word |= code.to(word.dtype) << (BITS * i)
     inside = lane * 8 < count
     last = (count - lane * 8) < 8  # of the last lane only so many numbers are there
@@ -155,10 +167,13 @@ def _unpack(
 
 
 @triton.jit
-def _threshold(x, out, count, threshold, BLOCK: tl.constexpr):
+def _threshold(x, out, count, threshold, SIGNED: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
-    tl.store(out + at, tl.abs(tl.load(x + at, mask=inside, other=0.0)).to(tl.float32) > threshold, mask=inside)
+    number = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if not SIGNED:
+        number = tl.abs(number)
+    tl.store(out + at, number > threshold, mask=inside)
 
 
 @triton.jit
@@ -168,6 +183,7 @@ def _n_of_m(
     groups,
     width,
     EVEN: tl.constexpr,
+    SIGNED: tl.constexpr,
     N: tl.constexpr,
     M: tl.constexpr,
     POWER: tl.constexpr,
@@ -183,9 +199,10 @@ def _n_of_m(
         place = (group % across) * M
         base = (group // across) * width + place
         inside &= place[:, None] + j[None, :] < width
-    size = tl.where(
-        inside, tl.abs(tl.load(x + base[:, None] + j[None, :], mask=inside, other=0.0)).to(tl.float32), -1.0
-    )
+    size = tl.load(x + base[:, None] + j[None, :], mask=inside, other=0.0).to(tl.float32)
+    if not SIGNED:
+        size = tl.abs(size)
+    size = tl.where(inside, size, -float("inf"))
     rank = tl.zeros((BLOCK, POWER), tl.int32)
     for i in tl.static_range(M):
         one = tl.sum(tl.where(j[None, :] == i, size, 0.0), axis=1)[:, None]
@@ -302,16 +319,18 @@ def decoded(
     return out
 
 
-def threshold_mask(x: Tensor, threshold: float) -> Tensor:
+def threshold_mask(x: Tensor, threshold: float, signed: bool = False) -> Tensor:
     """As ``rarefy.kernels.low_bit.masks.threshold_mask``."""
     x = x.contiguous()
     out = torch.empty(x.shape, dtype=torch.bool, device=x.device)
     if x.numel():
-        _threshold[(triton.cdiv(x.numel(), 4096),)](x, out, x.numel(), threshold, BLOCK=4096, num_warps=8)
+        _threshold[(triton.cdiv(x.numel(), 4096),)](
+            x, out, x.numel(), threshold, SIGNED=signed, BLOCK=4096, num_warps=8
+        )
     return out
 
 
-def n_of_m_mask(x: Tensor, n: int, m: int) -> Tensor:
+def n_of_m_mask(x: Tensor, n: int, m: int, signed: bool = False) -> Tensor:
     """As ``rarefy.kernels.low_bit.masks.n_of_m_mask``."""
     x = x.contiguous()
     out = torch.empty(x.shape, dtype=torch.bool, device=x.device)
@@ -321,7 +340,7 @@ def n_of_m_mask(x: Tensor, n: int, m: int) -> Tensor:
         power = triton.next_power_of_2(m)
         block = max(1, 2048 // power)
         _n_of_m[(triton.cdiv(groups, block),)](
-            x, out, groups, width, EVEN=width % m == 0, N=n, M=m, POWER=power, BLOCK=block, num_warps=4
+            x, out, groups, width, EVEN=width % m == 0, SIGNED=signed, N=n, M=m, POWER=power, BLOCK=block, num_warps=4
         )
     return out
 

@@ -1,7 +1,8 @@
 """Stochastic rounding: floor(w / s + u), u uniform in [0, 1). Unbiased, E[q] = w / s, at twice the variance of nearest
 in the mean.
 
-Reproducible: u comes from the step's seed.
+Reproducible: u comes from the step's seed and the weight's place, the same on every device
+(``kernels/low_bit/packing``).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from rarefy.kernels.low_bit.packing import ROUND_STOCHASTIC
 from rarefy.quantization.formats import Grid
 
 
@@ -22,5 +24,6 @@ class Stochastic:
     """
 
     def codes(self, scaled: Tensor, grid: Grid, generator: torch.Generator) -> Tensor:
-        noise = torch.rand(scaled.shape, generator=generator, dtype=scaled.dtype).to(scaled.device)
-        return torch.floor(scaled + noise).clamp_(grid.qmin, grid.qmax).to(grid.dtype)
+        seed = int(torch.randint(2**62, (), generator=generator))
+        rounded: Tensor = ROUND_STOCHASTIC(scaled, seed)
+        return rounded.clamp_(grid.qmin, grid.qmax).to(grid.dtype)
