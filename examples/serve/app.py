@@ -20,8 +20,11 @@ from fastapi import FastAPI, HTTPException, Request
 from PIL import Image
 
 BATCH = int(os.environ.get("BATCH", "16"))
-MOST_BYTES = 20_000_000  # of a picture's file
-Image.MAX_IMAGE_PIXELS = 50_000_000
+MOST_BYTES, MOST_PIXELS = 20_000_000, 50_000_000  # of a picture: its file, and what it unfolds to
+SLOWEST = 30  # seconds in which it has to come
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # of which none starts a program, as EPS would
+decoding = asyncio.Semaphore(os.cpu_count() or 1)  # pictures that are unfolded at once
+reading = asyncio.Semaphore(64)  # and whose bytes come
 
 options = onnxruntime.SessionOptions()
 options.intra_op_num_threads = int(os.environ.get("THREADS", "0"))
@@ -62,7 +65,9 @@ def health() -> dict[str, Any]:
 
 
 def read(data: bytes) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray] | None]:
-    image = Image.open(io.BytesIO(data))
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if image.width * image.height > MOST_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels, {MOST_PIXELS} at most")
     if "feed" in about:
         pixels, shift, scale = pictures.placed(image, about["feed"])
         return pixels, (shift, scale)
@@ -72,14 +77,24 @@ def read(data: bytes) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray] | None]
 @app.post("/predict")
 async def predict(request: Request, least: float = 0.3) -> dict[str, Any]:
     """The five likeliest classes of the picture in the body (its file's bytes), or its boxes of at least that score."""
-    data = b""
-    async for part in request.stream():
-        if len(data := data + part) > MOST_BYTES:
-            raise HTTPException(413, f"a picture has at most {MOST_BYTES} bytes; send a smaller one")
-    try:
-        pixels, back = await asyncio.to_thread(read, data)
-    except Exception as error:
-        raise HTTPException(400, f"not a picture that can be read ({error}); send a JPEG's or PNG's bytes") from error
+    if reading.locked():
+        raise HTTPException(503, "too many pictures come at once; try again in a second")
+    async with reading:
+        data = bytearray()
+        try:
+            async with asyncio.timeout(SLOWEST):
+                async for part in request.stream():
+                    data += part
+                    if len(data) > MOST_BYTES:
+                        raise HTTPException(413, f"a picture has at most {MOST_BYTES} bytes; send a smaller one")
+        except TimeoutError as error:
+            raise HTTPException(408, f"the picture took more than {SLOWEST} s to come; send it again") from error
+        try:
+            async with decoding:
+                pixels, back = await asyncio.to_thread(read, bytes(data))
+        except Exception as error:
+            told = f"not a picture that can be read ({error}); send a JPEG's or PNG's bytes"
+            raise HTTPException(400, told) from error
     answer: asyncio.Future[np.ndarray] = asyncio.get_running_loop().create_future()
     if waiting.full():
         raise HTTPException(503, "too many pictures wait; try again in a second")

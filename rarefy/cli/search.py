@@ -112,7 +112,7 @@ def _show_front(found: Front, points: Sequence[Point]) -> None:
         "memory",
         "energy, est.",
     )
-    show_table(f"{about['title'] or found.folder}, on {about['host']}, {about['runtime']}", columns, rows)
+    show_table(f"{about.get('title') or found.folder}, on {about['host']}, {about['runtime']}", columns, rows)
     say(
         f"{len(found.best)} of {len(found.points)} points are beaten by none, judged on {about['samples']:,} "
         f"images; energy "

@@ -102,7 +102,7 @@ def _what(graph: fx.GraphModule, told: Mapping[str, Value], facts: Mapping[str, 
     shown = view.view(facts) if facts is not None else None
     title = _safe(shown["title"]) if shown is not None else "A compressed model"
     names = told.get("class_names")
-    steps = ", ".join(dict.fromkeys(record["step"] for record in history.records(graph)))
+    steps = ", ".join(dict.fromkeys(_safe(record["step"]) for record in history.records(graph)))
     lines = [f"# {title}", ""]
     task = f"A model for {_safe(told['task'])}" if "task" in told else "A model"
     lines.append(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rarefy.errors import InputError
 from rarefy.reports.facts import Table, clean
-from rarefy.reports.view import view
+from rarefy.reports.view import environment, view
 from rarefy.system.files import replacing
 
 
@@ -45,16 +45,8 @@ def as_json(facts: Table) -> str:
 
 def html(facts: Table) -> str:
     """The facts as one HTML page. Raises FormatError."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("rarefy.reports", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html").render(view(facts)) + "\n"
+    templates = environment(trim=True)
+    return templates.get_template("report.html").render(view(facts)) + "\n"
 
 
 def summary(facts: Table) -> str:

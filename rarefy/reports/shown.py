@@ -17,6 +17,7 @@ from rarefy.reports import charts
 from rarefy.reports.comparison import comparison_rows
 from rarefy.reports.facts import Facts, Point, checked
 from rarefy.reports.units import Metric, metric_of
+from rarefy.reports.view import environment
 from rarefy.system.files import replacing
 
 
@@ -71,12 +72,7 @@ def _text(told: object, *keys: str) -> str:
 
 def html(found: Table) -> str:
     """A page of its own, without script or network."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("rarefy.reports", "templates"), autoescape=True, undefined=StrictUndefined
-    )
-    return environment.get_template("compare.html").render(found._asdict()) + "\n"
+    return environment().get_template("compare.html").render(found._asdict()) + "\n"
 
 
 # ------------------------------------------------------------------------------------------------------------ notebooks
@@ -127,9 +123,4 @@ def drawn(points: Sequence[Point], metric: Metric) -> Picture:
     found = charts.frontier(points, metric)
     if found is None:
         raise InputError("plot: there are fewer than two points; a search, or a recipe of several steps, finds more")
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("rarefy.reports", "templates"), autoescape=True, undefined=StrictUndefined
-    )
-    return Picture(environment.get_template("front.svg").render(found) + "\n")
+    return Picture(environment().get_template("front.svg").render(found) + "\n")

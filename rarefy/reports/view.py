@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from rarefy.reports import prices, pruned
 from rarefy.reports.charts import Drawn, bars, chart, frontier
@@ -29,6 +29,10 @@ from rarefy.reports.units import (
     thousands,
 )
 from rarefy.reports.verdict import GoalView, VerdictView, goal_view, risks, robustness_of, verdict_view
+from rarefy.system.text import printable
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 LOADING = 0.2  # share of a training from which on loading data is worth a thought
 WEAK = 20.0  # decibels of a layer's signal to noise below which its bar is red
@@ -71,6 +75,31 @@ class View(TypedDict):
     signed_by: str
     provenance: Drawn
     glossary: Mapping[str, str]
+
+
+SPACES = "\n\t\xa0\u2007\u2009\u202f"
+
+
+def environment(trim: bool = False) -> Environment:
+    """Where pages are made. What they are told is text: no mark of HTML, and no character that hides or turns others.
+
+    trim: lines that hold nothing but commands of the template leave nothing.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    def shown(value: object) -> object:
+        return printable(value, SPACES) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+    templates = PackageLoader("rarefy.reports", "templates")
+    return Environment(
+        loader=templates,
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=shown,
+        trim_blocks=trim,
+        lstrip_blocks=trim,
+    )
 
 
 def view(told: Mapping[str, object]) -> View:

@@ -33,6 +33,7 @@ BAD: dict[str, Callable[[dict[str, Any], dict[str, Any]], object]] = {
     "no number": lambda point, about: point.pop("number"),
     "a text for a number": lambda point, about: point.update(number="3"),
     "a number below 0": lambda point, about: point.update(number=-1),
+    "no interval": lambda point, about: point.pop("interval"),
     "an interval of one": lambda point, about: point.update(interval=[1]),
     "an interval of texts": lambda point, about: point.update(drop_interval=["a", "b"]),
     "no latency": lambda point, about: point.pop("latency_ms"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from typing import Any
 
 import pytest
 from conftest import EXAMPLES, Exported, same
+from PIL import Image
 
 SERVE = EXAMPLES / "serve"
 
@@ -81,7 +83,15 @@ def test_it_says_what_python_says_of_many_at_once(service: str, exported: Export
 @pytest.mark.slow
 def test_a_bad_picture_is_refused_and_the_next_is_answered(service: str, exported: Exported) -> None:
     good = exported.pictures[0].read_bytes()
-    for bad, code in ((b"", 400), (b"GIF89a", 400), (good[:60], 400), (b"\0" * 20_000_001, 413)):
+    bomb = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
+    wide = io.BytesIO()
+    Image.new("L", (7200, 7200)).save(wide, "PNG")
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) run\n%%EOF\n"
+    hostile = [
+        (one, 400) for one in (bomb.getvalue(), wide.getvalue(), script, good[:-200], b"\x89PNG\r\n\x1a\n" * 999)
+    ]
+    for bad, code in (*hostile, (b"", 400), (b"GIF89a", 400), (good[:60], 400), (b"\0" * 20_000_001, 413)):
         with pytest.raises(urllib.error.HTTPError) as refused:
             asked(f"{service}/predict", bad)
         assert refused.value.code == code and "send" in json.load(refused.value)["detail"]

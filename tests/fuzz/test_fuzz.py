@@ -47,7 +47,7 @@ from rarefy.errors import InputError, RarefyError
 from rarefy.graph.capture import capture
 from rarefy.models import load
 from rarefy.models.checkpoint import entries
-from rarefy.reports import prices, report, view
+from rarefy.reports import prices, report, shown, view
 from rarefy.system import strict_json
 
 SECONDS, BYTES = 5, 1 << 30  # of one execution, on the processor (12 times as long by the clock), and of all
@@ -376,7 +376,7 @@ REPORT = {
 def reported(data: bytes, place: Path) -> object:
     facts = strict_json.parse(data, "report.json")
     view.view(facts)
-    return report.html(facts), report.summary(facts)
+    return report.html(facts), report.summary(facts), shown.html(shown.compared({"a": facts, "b": REPORT}))
 
 
 PRICES = b"""[prices]
