@@ -111,13 +111,9 @@ class Classification:
         """Mean cross-entropy. targets: int64 (N,), or probabilities (N, classes).
 
         Where several labels are true at once the mean binary cross-entropy; targets: (N, labels) of 0 to 1. Raises
-        OutputError for what are no logits, DataError for a label that has no output.
+        DataError for what are no logits, and for a label that has no output.
         """
-        logits = self._read(outputs)
-        if not self.multilabel and not targets.is_cuda:  # there it would wait for the device
-            needed = int(targets.max()) + 1 if targets.dim() == 1 else targets.shape[1]
-            if needed > logits.shape[1]:
-                self.check(logits.shape[1])
+        _check_targets(self, targets, (logits := self._read(outputs)).shape[1])
         if self.multilabel:
             if logits.shape != targets.shape:
                 raise DataError(f"{self!r}: the model has {logits.shape[1]} outputs for {targets.shape[1]} labels")
@@ -237,6 +233,14 @@ class Classification:
     inputs = property(lambda self: self.data.inputs)
     normalize = property(lambda self: self.data.normalize)
     denormalize = property(lambda self: self.data.denormalize)
+
+
+def _check_targets(task: Classification, targets: Tensor, outputs: int) -> None:
+    """Raises DataError for a label that has no output; on a GPU not, where it would wait for the device."""
+    if not task.multilabel and not targets.is_cuda and targets.numel():
+        needed = int(targets.max()) + 1 if targets.dim() == 1 else targets.shape[1]
+        if needed > outputs:
+            task.check(outputs)
 
 
 def _described(task: Classification) -> dict[str, object]:

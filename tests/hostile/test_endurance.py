@@ -1,4 +1,4 @@
-"""Killed at any moment, read while it is written, and run ten times at once: what existed loads, what comes is the same.
+"""Killed at any moment, read while it is written, run ten times at once: what existed loads, what comes is the same.
 
 ``make endurance`` runs these, with the other long tests of safety; a short one of each stands in ``make test``.
 Processes are forked, so that a life costs no import.
@@ -7,6 +7,7 @@ Processes are forked, so that a life costs no import.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import random
@@ -177,7 +178,7 @@ def test_a_compress_killed_fifty_times_ends_with_the_same_bytes(tmp_path: Path) 
     draw, kills, runs = random.Random(0), 0, 0
     while kills < 50 or runs == 0:
         workdir, output = tmp_path / f"{runs}.work", tmp_path / str(runs)
-        child = forked(lambda w=workdir, o=output: compressed(w, o), tmp_path / "said")  # type: ignore[misc]
+        child = forked(functools.partial(compressed, workdir, output), tmp_path / "said")
         end = time.monotonic() + draw.uniform(0.0, 0.5) * whole
         while time.monotonic() < end or kills >= 50:
             found, status = os.waitpid(child, os.WNOHANG)
@@ -200,10 +201,10 @@ def test_a_compress_killed_fifty_times_ends_with_the_same_bytes(tmp_path: Path) 
 
 @pytest.mark.slow
 def test_ten_at_once_are_the_same_and_in_one_folder_one_works(tmp_path: Path) -> None:
-    apart = [
-        forked(lambda p=place: compressed(tmp_path / f"{p}.work", tmp_path / f"{p}"), tmp_path / f"{place}.said")  # type: ignore[misc]
-        for place in range(10)
-    ]
+    apart = []
+    for place in map(str, range(10)):
+        work = functools.partial(compressed, tmp_path / f"{place}.work", tmp_path / place)
+        apart.append(forked(work, tmp_path / f"{place}.said"))
     codes = [ended(one) for one in apart]
     assert codes == [0] * 10, [(tmp_path / f"{place}.said").read_text()[-300:] for place in range(10)]
     assert len({tuple(hashes(tmp_path / str(place)).items()) for place in range(10)}) == 1

@@ -1,7 +1,7 @@
 """Each check of a saved folder, switched off, is missed by a kind: its words are said by nothing else.
 
-A check is a call of ``expect`` in what reads a folder. It is switched off by its place in the source, in a process of its
-own with bounds, since what it keeps out may do harm.
+A check is a call of ``expect`` in what reads a folder. It is switched off by its place in the source, in a process of
+its own with bounds, since what it keeps out may do harm.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ REAL = strict_json.expect
 
 def modules() -> list[ModuleType]:
     """That read a folder, and ask ``expect``."""
-    found = [one for name, one in sorted(sys.modules.items()) if name.startswith(("rarefy.artifact", "rarefy.system"))]
+    read = ("rarefy.artifact", "rarefy.system.strict_json")
+    found = [one for name, one in sorted(sys.modules.items()) if name.startswith(read)]
     return [one for one in found if getattr(one, "expect", None) is REAL]
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import html as html_
-import json
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,10 +48,11 @@ def with_mark(value: Any, path: tuple[Any, ...], mark: str) -> Any:
     return changed
 
 
-def is_plain_html(page: str, mark: str) -> bool:
-    """Does the mark stand in the page as text, or not at all?"""
-    escaped = page.replace(html_.escape(mark), "").replace(html_.escape(mark, quote=False), "")
-    return mark not in escaped and "onerror=" not in escaped and "<script" not in escaped and "\x1b" not in page
+def is_plain_html(page: str) -> bool:
+    """A report has no images and no script of its own, and its drawings do nothing."""
+    return not any(
+        one in page for one in ("<img", "<script", "<svg onload", "</title></style>", "<b>", "\x1b", "\u202e")
+    )
 
 
 def is_plain_markdown(page: str) -> bool:
@@ -64,17 +64,20 @@ def is_plain_markdown(page: str) -> bool:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("mark", MARKS)
+def compared(one: dict[str, Any], other: dict[str, Any]) -> str:
+    return shown.html(shown.compared({"a": one, "b": other}))
+
+
+@pytest.mark.parametrize("mark", ["".join(MARKS[:7]), "".join(MARKS[7:])])
 def test_every_text_of_a_report_is_text_on_its_pages(mark: str) -> None:
-    told = facts()
-    read = 0
+    told, read = facts(), 0
     graph = capture(ConvNormLinear(), torch.zeros(2, 1, 5, 5))
     for path in places(told):
         changed = with_mark(told, path, mark)
         makers: list[tuple[Callable[[], str], Callable[[str], bool]]] = [
-            (lambda c=changed: report.html(c), lambda page: is_plain_html(page, mark)),  # type: ignore[misc]
-            (lambda c=changed: shown.html(shown.compared({"a": c, "b": told})), lambda page: is_plain_html(page, mark)),  # type: ignore[misc]
-            (lambda c=changed: card.text(graph, c), is_plain_markdown),  # type: ignore[misc]
+            (functools.partial(report.html, changed), is_plain_html),
+            (functools.partial(compared, changed, told), is_plain_html),
+            (functools.partial(card.text, graph, changed), is_plain_markdown),
         ]
         for make, plain in makers:
             try:
@@ -99,5 +102,4 @@ def test_what_a_graph_says_is_text_in_its_readme(mark: str) -> None:
 def test_names_of_a_comparison_are_text() -> None:
     for mark in MARKS:
         page = shown.html(shown.compared({mark: facts(), "b": facts()}))
-        assert is_plain_html(page, mark), mark
-    assert json.dumps(MARKS)
+        assert is_plain_html(page), mark
