@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("tests/kernels/test_low_bit.py", "tests/kernels/test_observe.py", "tests/kernels/cuda")
 TOOLS = ("memcheck", "racecheck")
 FOUND = 86  # its exit status where it found something
+OTHERS = "nvjet"  # cuBLAS's kernels, whose barriers of the copy engine racecheck does not know
 
 
 def sanitizer(python: str) -> str | None:
@@ -47,6 +48,7 @@ def main(python: str, *arguments: str) -> int:
     worst = 0
     for name in TOOLS:
         command = [tool, "--tool", name, "--error-exitcode", str(FOUND), "--target-processes", "all"]
+        command += ["--kernel-name-exclude", f"kernel_substring={OTHERS}"]
         command += [python, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *(arguments or TESTS)]
         print(f"sanitizer: {name}", flush=True)
         code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode

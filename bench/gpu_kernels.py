@@ -19,6 +19,7 @@ Without a GPU it says so, and checks nothing.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import importlib.util
 import json
@@ -52,11 +53,22 @@ BEYOND_CHANCE = 4.5  # deviations, one in 150,000
 Call = Callable[[], object]
 
 
+def random(kind: str, *given: Any, **named: Any) -> Tensor:
+    """``torch.KIND`` of a generator of our own: torch's belongs to the graph that is captured."""
+    made: Tensor = getattr(torch, kind)(*given, device="cuda", generator=generator(), **named)
+    return made
+
+
+@functools.cache
+def generator() -> torch.Generator:
+    return torch.Generator("cuda").manual_seed(0)
+
+
 class Turns:
     """Calls by name; those that fail are told, not timed."""
 
     def __init__(self) -> None:
-        self.graphs: dict[str, tuple[Call, int]] = {}
+        self.graphs: dict[str, tuple[Call, Sequence[Call]]] = {}  # with what holds the tensors that it reads
         self.failed: dict[str, str] = {}
 
     def add(self, name: str, calls: Sequence[Call]) -> None:
@@ -71,7 +83,7 @@ class Turns:
                 with torch.cuda.graph(graph, stream=stream):
                     for call in calls:
                         call()
-            self.graphs[name] = (graph.replay, len(calls))
+            self.graphs[name] = (graph.replay, calls)
         except Exception as error:  # another library's kernel, which may take no such size
             torch.cuda.synchronize()
             self.failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:120]
@@ -80,7 +92,8 @@ class Turns:
         """Of one call: the median of ``rounds``, in each of which every one is run for about ``seconds``."""
         found: dict[str, list[float]] = {name: [] for name in self.graphs}
         for turn in range(rounds + 1):
-            for name, (replay, count) in self.graphs.items():
+            for name, (replay, calls) in self.graphs.items():
+                count = len(calls)
                 times = 3 if not turn else max(1, round(seconds * 1e6 / max(found[name][0] * count, 1)))
                 begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 replay()
@@ -98,9 +111,9 @@ class Turns:
 
 def layers(outputs: int, inputs: int, batch: int, given: argparse.Namespace) -> dict[str, Any]:
     """Microseconds of each contestant, and how far ours is off."""
-    x = torch.randn(batch, inputs, device="cuda", dtype=torch.float16)
+    x = random("randn", batch, inputs, dtype=torch.float16)
     turns = Turns()
-    half = [torch.randn(outputs, inputs, device="cuda", dtype=torch.float16) for _ in range(COPIES)]
+    half = [random("randn", outputs, inputs, dtype=torch.float16) for _ in range(COPIES)]
     turns.add("float16", [lambda w=w: F.linear(x, w) for w in half])
     errors = {}
     for bits in linear.BITS:
@@ -121,8 +134,8 @@ def layers(outputs: int, inputs: int, batch: int, given: argparse.Namespace) -> 
 
 
 def _packed(outputs: int, inputs: int, bits: int) -> linear.Packed:
-    codes = torch.randint(0, 2**bits, (outputs, inputs), device="cuda")
-    scales = torch.rand(outputs, -(-inputs // GROUP), device="cuda") * 0.02 + 0.01
+    codes = random("randint", 0, 2**bits, (outputs, inputs))
+    scales = random("rand", outputs, -(-inputs // GROUP)) * 0.02 + 0.01
     return linear.pack(codes, scales, None, bits)
 
 
@@ -131,9 +144,9 @@ def _tinygemm(turns: Turns, x: Tensor, outputs: int) -> None:
     narrow = x.to(torch.bfloat16)
     try:
         for _ in range(COPIES):
-            codes = torch.randint(0, 256, (outputs, inputs // 2), device="cuda", dtype=torch.uint8)
+            codes = random("randint", 0, 256, (outputs, inputs // 2), dtype=torch.uint8)
             weight = torch._convert_weight_to_int4pack(codes, 8)
-            scales = torch.rand(inputs // GROUP, outputs, 2, device="cuda", dtype=torch.bfloat16)
+            scales = random("rand", inputs // GROUP, outputs, 2, dtype=torch.bfloat16)
             calls.append(lambda w=weight, s=scales: torch._weight_int4pack_mm(narrow, w, GROUP, s))
         turns.add("4 bits of torch", calls)
     except Exception as error:
@@ -149,8 +162,8 @@ def _gemlite(turns: Turns, x: Tensor, outputs: int) -> None:
             make = importlib.import_module("gemlite.helper").A16Wn(device="cuda:0", dtype=torch.float16)
             calls = []
             for _ in range(COPIES):
-                codes = torch.randint(0, 2**bits, (outputs, inputs), device="cuda", dtype=torch.uint8)
-                scales = torch.rand(outputs * inputs // GROUP, 1, device="cuda", dtype=torch.float16)
+                codes = random("randint", 0, 2**bits, (outputs, inputs), dtype=torch.uint8)
+                scales = random("rand", outputs * inputs // GROUP, 1, dtype=torch.float16)
                 layer = make.from_weights(codes, scales, torch.full_like(scales, 2 ** (bits - 1)), bits, GROUP)
                 calls.append(lambda layer=layer: layer(x))
             turns.add(f"{bits} bits of gemlite", calls)
@@ -159,10 +172,10 @@ def _gemlite(turns: Turns, x: Tensor, outputs: int) -> None:
 
 
 def _eight_bits(turns: Turns, batch: int, outputs: int, inputs: int) -> None:
-    x = torch.randint(-127, 128, (batch, inputs), device="cuda", dtype=torch.int8)
-    weights = [torch.randint(-127, 128, (outputs, inputs), device="cuda", dtype=torch.int8) for _ in range(COPIES)]
-    one, scale = torch.full((), 0.01, device="cuda"), torch.rand(outputs, device="cuda")
-    bias = torch.randn(outputs, device="cuda", dtype=torch.float16)
+    x = random("randint", -127, 128, (batch, inputs), dtype=torch.int8)
+    weights = [random("randint", -127, 128, (outputs, inputs), dtype=torch.int8) for _ in range(COPIES)]
+    one, scale = torch.full((), 0.01, device="cuda"), random("rand", outputs)
+    bias = random("randn", outputs, dtype=torch.float16)
     turns.add(
         "8 and 8 bits", [lambda w=w: OPERATORS.scaled_linear(x, w, one, scale, bias, torch.float16) for w in weights]
     )
@@ -198,10 +211,9 @@ def layer_gaps(found: dict[str, dict[str, Any]], device: str) -> list[str]:
 def pictures(drawn: bool, shape: tuple[int, ...] = PICTURES) -> Tensor:
     """Noise; or slopes, flat areas and edges in 256 grey levels, as pictures have them."""
     if not drawn:
-        return torch.randn(shape, device="cuda")
-    torch.manual_seed(0)
+        return random("randn", shape)
     count, colours, height, width = shape
-    small = torch.randn(count, colours, max(2, height // 60), max(2, width // 60), device="cuda")
+    small = random("randn", count, colours, max(2, height // 60), max(2, width // 60))
     smooth = F.interpolate(small, size=(height, width), mode="bicubic")
     edges = F.interpolate(small[:, :, ::3, ::3], size=(height, width), mode="nearest")
     levels = ((torch.where(edges > 0, smooth, edges) + 3) * 42).clamp_(0, 255).round_()
@@ -247,16 +259,21 @@ def whole(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def bias_of_rounding(seeds: Sequence[int] = (1, 2)) -> dict[str, Any]:
-    """The largest z of mean codes at 16 places between two codes, 2^20 numbers each; and whether a launch of another
-    shape makes the same bits."""
+    """The largest z of mean codes at 16 places between two codes, 2^20 numbers each; and whether another kernel
+    and launch make the same bits."""
     places = torch.arange(16, device="cuda") / 16 + 1 / 37
     x = places.repeat_interleave(2**20)
+    beside = torch.cat([x[:1], x])[
+        1:
+    ]  # begins between two 16 bytes: goes through Triton, where x has a kernel of its own
     one, zero = torch.ones((), device="cuda"), torch.zeros((), dtype=torch.int32, device="cuda")
     kernel = importlib.import_module("rarefy.kernels.cuda.packing")
     worst, same = 0.0, True
     for seed in seeds:
         words = OPERATORS.quantize_pack(x, one, zero, None, -8, 7, 4, seed)
-        same = same and bool(words.equal(kernel.quantize_pack(x, one, zero, None, -8, 7, 4, seed, lanes=128, warps=2)))
+        same = same and bool(
+            words.equal(kernel.quantize_pack(beside, one, zero, None, -8, 7, 4, seed, lanes=128, warps=2))
+        )
         mean = packing.unpack(words, 4, x.numel(), True).view(16, -1).double().mean(1)
         deviation = (places.double() * (1 - places.double()) / 2**20).sqrt()
         worst = max(worst, float(((mean - places.double()) / deviation).abs().max()))
@@ -276,7 +293,6 @@ def main() -> int:
         print("skipped: there is no NVIDIA GPU that torch can use; nothing was measured")
         print(json.dumps({**facts, "skipped": ["all: no GPU"]}))
         return 0
-    torch.manual_seed(0)
     facts["device"] = torch.cuda.get_device_name()
     gaps: list[str] = []
     for name in ("gemlite",):

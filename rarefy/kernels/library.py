@@ -48,6 +48,16 @@ def define(
     _library.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"rarefy::{name}", shape)
     if cuda is not None and torch.version.cuda is not None and importlib.util.find_spec("triton") is not None:
-        _library.impl(name, cuda, "CUDA")
+        _library.impl(name, _there(cuda), "CUDA")
     registered: torch._ops.OpOverload = getattr(torch.ops.rarefy, name).default
     return registered
+
+
+def _there(kernel: Callable[..., object]) -> Callable[..., object]:
+    """``kernel`` on the GPU where its first argument lies, which need not be the current one."""
+
+    def run(x: Tensor, *given: object, **named: object) -> object:
+        with torch.cuda.device_of(x):
+            return kernel(x, *given, **named)
+
+    return run

@@ -28,12 +28,15 @@ def weights_alone(graph: fx.GraphModule) -> bool:
     return is_quantised(graph) and not any(makes_codes(node) for node in graph.graph.nodes)
 
 
-def packed(graph: fx.GraphModule, batch: int) -> fx.GraphModule | None:
-    """A copy whose layers of few bits read packed weights, for so many samples; None where no layer can."""
+def packed(graph: fx.GraphModule, batch: int, device: torch.device | None = None) -> fx.GraphModule | None:
+    """A copy whose layers of few bits read packed weights, for so many samples; None where no layer can.
+
+    device: where weights are packed, and lie; None: where the graph does.
+    """
     names = {node.name: rows for node, rows in _layers(graph, batch).items() if rows <= linear.FEW}
     graph, found = share_copy(graph), 0
     for node in list(graph.graph.nodes):
-        one = _packed(graph, argument(node, "weight")) if node.name in names else None
+        one = _packed(graph, argument(node, "weight"), device) if node.name in names else None
         if one is None:
             continue
         parts = {"words": one.words, "scales": one.scales, "zeros": one.zeros}
@@ -66,10 +69,10 @@ def _layers(graph: fx.GraphModule, batch: int) -> dict[fx.Node, int]:
     return {node: math.prod(known[argument(node, "input")].shape[:-1]) for node in layers}
 
 
-def _packed(graph: fx.GraphModule, weight: fx.Node) -> linear.Packed | None:
+def _packed(graph: fx.GraphModule, weight: fx.Node, device: torch.device | None) -> linear.Packed | None:
     """The weights that a ``dequantize`` decodes; None where the kernel has no form of them."""
     source, axis, group = argument(weight, "q"), argument(weight, "axis"), argument(weight, "group") or 0
-    codes, bits = attribute(graph, source), graph.meta.get("bits", {}).get(str(source.target), 8)
+    codes, bits = attribute(graph, source).to(device), graph.meta.get("bits", {}).get(str(source.target), 8)
     if (
         bits not in linear.BITS
         or codes.shape[1] % 4
@@ -79,7 +82,7 @@ def _packed(graph: fx.GraphModule, weight: fx.Node) -> linear.Packed | None:
         return None
     least = -(2 ** (bits - 1)) if codes.dtype == torch.int8 else 0
     scales, zeros = (
-        _by_group(attribute(graph, argument(weight, name)), codes, group) for name in ("scale", "zero_point")
+        _by_group(attribute(graph, argument(weight, name)).to(device), codes, group) for name in ("scale", "zero_point")
     )
     places, zeros = codes.to(torch.int16) - least, zeros.to(torch.int16) - least
     if not all(0 <= int(one.min()) <= int(one.max()) < 2**bits for one in (places, zeros)):

@@ -200,7 +200,10 @@ class Session:
             self.ran[shape] = known
             return program.Half(self.graph, given)
         low_bit = importlib.import_module("rarefy.runtimes._cuda_low_bit")
-        if low_bit.weights_alone(self.graph) and (few := low_bit.packed(self.graph, len(given[0]))) is not None:
+        if (
+            low_bit.weights_alone(self.graph)
+            and (few := low_bit.packed(self.graph, len(given[0]), given[0].device)) is not None
+        ):
             return self._few_bits(few, given, shape, key)
         try:
             integer = self.integer(given)

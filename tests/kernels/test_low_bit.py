@@ -210,3 +210,29 @@ def test_a_gpu_multiplies_few_and_many_rows_alike(bits: int, dtype: torch.dtype)
             assert found.equal(again)
             error = (found.cpu().double() - wanted).norm() / wanted.norm()
             assert error < (1e-3 if dtype == torch.float16 else 8e-3), (rows, float(error))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", packing.WIDTHS)
+def test_a_gpu_packs_and_masks_the_same_bits(bits: int) -> None:
+    """Rounding at random has a kernel of its own for float32 in whole eights of one scale; others go through Triton."""
+    low = -(2 ** (bits - 1))
+    for shape, axis, dtype in (
+        ((2**16 + 5,), None, torch.float32), ((3, 40, 72), 1, torch.float32), ((5, 13), 0, torch.float32),
+        ((4, 33), None, torch.float16), ((7,), None, torch.float32),
+    ):  # fmt: skip
+        x = (torch.randn(shape) * 3).to(dtype)
+        x.view(-1)[:2] = torch.tensor([math.inf, -math.inf])
+        scale = torch.tensor(0.37) if axis is None else torch.rand(shape[axis]) + 0.1
+        zero = torch.randint(-1, 2, scale.shape, dtype=torch.int32)
+        for seed in (None, 2**40 + 3):
+            given = (axis, low, low + 2**bits - 1, bits, seed)
+            wanted = torch.ops.rarefy.quantize_pack(x, scale, zero, *given)
+            found = torch.ops.rarefy.quantize_pack(x.cuda(), scale.cuda(), zero.cuda(), *given)
+            assert found.cpu().equal(wanted), (shape, axis, seed)
+            beside = torch.cat([x.new_zeros(1), x.view(-1)]).cuda()[1:].view(shape)  # begins between two 16 bytes
+            assert torch.ops.rarefy.quantize_pack(beside, scale.cuda(), zero.cuda(), *given).cpu().equal(wanted)
+        assert torch.ops.rarefy.round_stochastic(x.cuda(), 5).cpu().equal(torch.ops.rarefy.round_stochastic(x, 5))
+        for signed in (False, True):
+            kept = torch.ops.rarefy.n_of_m_mask(x, 2, 4, signed)
+            assert torch.ops.rarefy.n_of_m_mask(x.cuda(), 2, 4, signed).cpu().equal(kept)

@@ -84,10 +84,10 @@ def test_on_a_gpu_the_runtime_answers_as_the_graph_does(weights: str, tmp_path: 
     from rarefy.runtimes.cuda import Cuda
 
     graph, x = small(weights), torch.randn(2, 3, 200)
-    packed = low_bit.packed(graph, 2)
+    packed = low_bit.packed(graph, 2, torch.device("cuda"))
     assert packed is not None
     given = [x.cuda()]
-    (found,) = program.Half(packed.cuda(), given)(*given)
+    (found,) = program.Half(packed, given)(*given)
     assert (found.cpu() - graph(x)).norm() <= 3e-3 * graph(x).norm()
     session = Cuda().open(Cuda().export(graph, tmp_path / "small"))
     for rows in (x, torch.randn(64, 3, 200)):

@@ -1,11 +1,13 @@
 """Linear layers of few-bit weights on tensor cores, for few rows of activations: as fast as the weights are read.
 
 One warp multiplies 16 rows of weights by 512 inputs at a time. What a thread reads, 16 bytes a row, is what it holds of
-``mma.m16n8k16``'s first operand: codes become numbers by two instructions a pair (a code put into the mantissa of 1024,
-or of 128 in bfloat16, and 1024 + zero taken off, both exact), no number passes through shared memory, and the order of
-the inputs is the packing's (``low_bit.linear``). Products of a group are summed in float32 and scaled once. A block's
-warps share its rows and split the inputs; their sums are added in the order of the warps, so that the same inputs give
-the same bits. Weights and scales are read before the kernel in front has ended, activations after.
+``mma.m16n8k16``'s first operand: codes become numbers by two instructions a pair (codes are put into the mantissa of
+1024, or of 128 in bfloat16, where they lie in the word, and 1024 + zero taken off, both exact), no weight passes from
+thread to thread, and the order of the inputs is the packing's (``low_bit.linear``), in which activations are laid into
+shared memory once. Products of a group are summed in float32 and scaled once. A block's warps split the inputs, and
+take tile after tile of 16 rows, the next one's words being on the way; their sums are added in the order of the warps,
+so that the same inputs give the same bits. The first weights are read before the kernel in front has ended,
+activations after.
 
 Above ``MOST`` rows weights are decoded into a buffer at the speed of the memory, and cuBLAS multiplies: a Triton kernel
 that shifted a block's words into the registers of ``wgmma`` took as long as both at 64 rows, and two to four times as
@@ -23,6 +25,8 @@ from rarefy.kernels.cuda import packing
 from rarefy.kernels.low_bit.linear import TILE
 
 MOST = 32  # rows of activations; above, decoding first is faster
+STAGED = 16  # rows of activations that shared memory holds
+_LOADS = {2: 2, 3: 3, 4: 4}  # of 16 bytes: of a row's 512 inputs, a thread's
 
 
 SOURCE = r"""
@@ -37,9 +41,7 @@ typedef unsigned int u32; typedef unsigned short u16;
 #define CHUNKS (BITS == 4 ? 4 : 2)     // of 16 words: of a row's 512 inputs in one plane
 #define PARTS (BITS == 4 ? 4 : 8)      // pairs of slices that a word holds
 #define HALF (BITS == 4 ? 64 : 32)     // inputs from one slice to the next
-#define SHARE (CHUNKS / SPLIT)         // chunks that one of SPLIT warps multiplies
-#define WIDTH (HALF / SPLIT)           // of HALF inputs, those of its chunks
-#define LOADS (SHARE + (BITS == 3))    // of 16 bytes: of a row in one block, a thread's
+#define LOADS (CHUNKS + (BITS == 3))   // of 16 bytes: of a row in one block, a thread's
 #define FIELD (BITS == 4 ? 4 : 2)      // bits from one code of a word to the next
 #define MASK ((BITS == 4 ? 15u : 3u) * 0x00010001u)
 #if BF16                               // codes that a mantissa holds where they lie, before words are shifted
@@ -104,14 +106,17 @@ __device__ __forceinline__ uint4 pairs(uint2 a, uint2 b) {
 }
 struct Scales { float scale[4]; u32 zero; };
 
-// Each thread copies what it will multiply: nobody else reads it.
-__device__ __forceinline__ void order(uint4 *slot, const u32 *words, int r, int kb, int blocks, int t, int share) {
-  const u32 *base = words + (long long)r * blocks * (16 * BITS) + 4 * t;
+// Each thread copies what it will multiply, of rows r and r + 8: nobody else reads it.
+__device__ __forceinline__ void order(uint4 *slot, const u32 *words, int r, int last, int kb, int blocks, int t) {
   #pragma unroll
-  for (int c = 0; c < SHARE; c++) fetch(slot + 32 * c, base + (kb * CHUNKS + share * SHARE + c) * 16);
+  for (int h = 0; h < 2; h++) {
+    const u32 *base = words + (long long)min(r + 8 * h, last) * blocks * (16 * BITS) + 4 * t;
+    #pragma unroll
+    for (int c = 0; c < CHUNKS; c++) fetch(slot + 32 * (h * LOADS + c), base + (kb * CHUNKS + c) * 16);
 #if BITS == 3
-  fetch(slot + 32 * SHARE, base + blocks * 32 + kb * 16);
+    fetch(slot + 32 * (h * LOADS + CHUNKS), base + blocks * 32 + kb * 16);
 #endif
+  }
 }
 __device__ __forceinline__ Scales scales_of(const void *scales, const u32 *zeros, int r, int kb, int blocks) {
   Scales row;
@@ -132,73 +137,77 @@ __device__ __forceinline__ Scales scales_of(const void *scales, const u32 *zeros
   return row;
 }
 
-#define PITCH (256 / SPLIT + 16)  // pairs from one row of activations to the next: 16 put rows into other banks
-#define SLOT (TILES * 2 * LOADS * 32)
+#define PITCH 272   // pairs from one row of activations to the next: 256, and 16 so that rows lie in other banks
+#define SLOT (2 * LOADS * 32)
+#define ACROSS (NB * 8 + 1)
 extern __shared__ uint4 memory[];
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, OCCUPANCY)
+// 512 inputs of the activations, in the order that the second operand has in registers
+__device__ __forceinline__ void stage(u32 *mine, const u16 *x, int kb, int n, int rows, int inputs, int stride,
+                                      int lane) {
+  #pragma unroll
+  for (int m = 4 * lane; m < 256; m += 128) {
+    const int k = kb * 512 + m / HALF * (2 * HALF) + m % HALF;
+    const u16 *from = x + (long long)n * stride + k;
+    uint2 lo = {0, 0}, hi = {0, 0};
+    if (n < rows && k < inputs) lo = *(const uint2 *)from;
+    if (n < rows && k + HALF < inputs) hi = *(const uint2 *)(from + HALF);
+    *(uint4 *)(mine + n * PITCH + m) = pairs(lo, hi);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(32 * ALONG * ABREAST, OCCUPANCY)
 low_bit_linear(const u16 *x, const u32 *words, const void *scales, const u32 *zeros, const u16 *bias, u16 *out,
-               int rows, int outputs, int inputs, int blocks, int stride) {
+               int rows, int outputs, int inputs, int blocks, int stride, int tiles, int last) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-  const int along = warp / SPLIT, share = warp % SPLIT, across = WARPS / SPLIT;
-  const int first = blockIdx.x * (16 * TILES);
+  const int along = warp % ALONG, beside = warp / ALONG;
   uint4 *ring = memory + warp * (DEPTH * SLOT) + lane;
+  float *sums = (float *)(memory + ALONG * ABREAST * DEPTH * SLOT);
 #if STAGED
-  u32 *mine = (u32 *)(memory + WARPS * DEPTH * SLOT) + warp * (STAGED * PITCH);
+  u32 *mine = (u32 *)(sums + ALONG * ABREAST * 16 * ACROSS) + along * (STAGED * PITCH);
 #endif
-  float total[TILES][NB][4] = {};
+  // this warp's steps: its blocks of a tile's rows, tile by tile
+  const int each = ONCE ? 1 : (blocks - along + ALONG - 1) / ALONG, first = (blockIdx.x * ABREAST + beside) * 16 + g;
+  const int steps = ALONE ? 1 : each * ((tiles - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x);
+  const int further = gridDim.x * ABREAST * 16;
 #if EARLY
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
   #pragma unroll
   for (int d = 0; d < DEPTH; d++) {
-    const int kb = along + d * across;
-    if (kb < blocks) {
-      #pragma unroll
-      for (int i = 0; i < 2 * TILES; i++)
-        order(ring + d * SLOT + i * LOADS * 32, words, first + 8 * i + g, kb, blocks, t, share);
-    }
+    if (d < steps) order(ring + d * SLOT, words, first + d / each * further, last, along + d % each * ALONG, blocks, t);
     asm volatile("cp.async.commit_group;" ::: "memory");
   }
-  Scales row[TILES][2];
-  if (along < blocks) {
-    #pragma unroll
-    for (int i = 0; i < 2 * TILES; i++)
-      row[i >> 1][i & 1] = scales_of(scales, zeros, first + 8 * i + g, along, blocks);
-  }
+  Scales row[2];
+  #pragma unroll
+  for (int h = 0; h < 2; h++) row[h] = scales_of(scales, zeros, min(first + 8 * h, last), along, blocks);
 #if EARLY
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
-  int slot = 0;
-  for (int kb = along; kb < blocks; kb += across) {
-#if STAGED
-    __syncwarp();
-    #pragma unroll (STAGED > 4 ? 4 : STAGED)
-    for (int n = 0; n < STAGED; n++) {  // in the order that the second operand has in registers
-      #pragma unroll
-      for (int m = 4 * lane; m < 256 / SPLIT; m += 128) {
-        const int k = kb * 512 + m / WIDTH * (2 * HALF) + m % WIDTH + share * WIDTH;
-        const u16 *from = x + (long long)n * stride + k;
-        uint2 lo = {0, 0}, hi = {0, 0};
-        if (n < rows && k < inputs) lo = *(const uint2 *)from;
-        if (n < rows && k + HALF < inputs) hi = *(const uint2 *)(from + HALF);
-        *(uint4 *)(mine + n * PITCH + m) = pairs(lo, hi);
-      }
-    }
-    __syncwarp();
+#if STAGED && ONCE
+  for (int n = beside; n < STAGED; n += ABREAST) stage(mine, x, along, n, rows, inputs, stride, lane);
+  __syncthreads();
 #endif
-    asm volatile("cp.async.wait_group %0;" :: "n"(DEPTH - 1) : "memory");
-    uint4 *held = ring + slot * SLOT;
-    #pragma unroll
-    for (int i = 0; i < TILES; i++) {
+  int slot = 0, step = 0;
+  for (int tile = blockIdx.x; tile < tiles; tile += ALONE ? tiles : gridDim.x) {
+    float total[NB][4] = {};
+    for (int turn = 0; turn < each; turn++, step++) {
+      const int kb = along + turn * ALONG;
+#if STAGED && !ONCE
+      __syncwarp();
+      #pragma unroll 1
+      for (int n = 0; n < STAGED; n++) stage(mine, x, kb, n, rows, inputs, stride, lane);
+      __syncwarp();
+#endif
+      asm volatile("cp.async.wait_group %0;" :: "n"(DEPTH - 1) : "memory");
+      uint4 *held = ring + slot * SLOT;
       float acc[PARTS][NB][4] = {};
       #pragma unroll
-      for (int c = 0; c < SHARE; c++) {
-        const int chunk = share * SHARE + c;
+      for (int c = 0; c < CHUNKS; c++) {
         u32 w[2][4], high[2][4] = {};
         #pragma unroll
         for (int h = 0; h < 2; h++) {
-          const uint4 v = held[((2 * i + h) * LOADS + c) * 32];
+          const uint4 v = held[(h * LOADS + c) * 32];
           w[h][0] = v.x; w[h][1] = v.y; w[h][2] = v.z; w[h][3] = v.w;
         }
         #pragma unroll
@@ -208,13 +217,13 @@ low_bit_linear(const u16 *x, const u32 *words, const void *scales, const u32 *ze
             #pragma unroll
             for (int h = 0; h < 2; h++) {
 #if BITS == 3
-              const uint4 top = held[((2 * i + h) * LOADS + SHARE) * 32];
+              const uint4 top = held[(h * LOADS + CHUNKS) * 32];
 #endif
               #pragma unroll
               for (int q = 0; q < 4; q++) {
                 if (part) w[h][q] >>= FIELD * HELD;
 #if BITS == 3
-                high[h][q] = moved ? word(top, q) >> (moved - 2 + chunk) : word(top, q) << (2 - chunk);
+                high[h][q] = moved ? word(top, q) >> (moved - 2 + c) : word(top, q) << (2 - c);
 #endif
               }
             }
@@ -222,7 +231,7 @@ low_bit_linear(const u16 *x, const u32 *words, const void *scales, const u32 *ze
           u32 zero[2];
           #pragma unroll
           for (int h = 0; h < 2; h++) {
-            const u32 z = (row[i][h].zero >> (8 * group)) & 0xffu;
+            const u32 z = (row[h].zero >> (8 * group)) & 0xffu;
             zero[h] = MAGIC | ((z | (z << 16)) << offset);
           }
           u32 b[NB][4];
@@ -231,9 +240,9 @@ low_bit_linear(const u16 *x, const u32 *words, const void *scales, const u32 *ze
             uint4 v;
 #if STAGED
             const int column = (8 * n + g) % STAGED;  // what is beyond the rows is not written
-            v = *(const uint4 *)(mine + column * PITCH + (part * SHARE + c) * 16 + 4 * t);
+            v = *(const uint4 *)(mine + column * PITCH + (part * CHUNKS + c) * 16 + 4 * t);
 #else
-            const int column = 8 * n + g, k = kb * 512 + part * 2 * HALF + 16 * chunk + 4 * t;
+            const int column = 8 * n + g, k = kb * 512 + part * 2 * HALF + 16 * c + 4 * t;
             uint2 lo = {0, 0}, hi = {0, 0};
             const u16 *at = x + (long long)column * stride + k;
             if (column < rows && k < inputs) lo = *(const uint2 *)at;
@@ -261,44 +270,37 @@ low_bit_linear(const u16 *x, const u32 *words, const void *scales, const u32 *ze
         for (int n = 0; n < NB; n++)
           #pragma unroll
           for (int j = 0; j < 4; j++)
-            total[i][n][j] += acc[part][n][j] *
-              (row[i][j >> 1].scale[part * 4 / PARTS] / (1 << FIELD * (part % HELD)));
+            total[n][j] += acc[part][n][j] * (row[j >> 1].scale[part * 4 / PARTS] / (1 << FIELD * (part % HELD)));
+      const int later = step + DEPTH, after = step + 1;
+      if (later < steps)
+        order(held, words, first + later / each * further, last, along + later % each * ALONG, blocks, t);
+      asm volatile("cp.async.commit_group;" ::: "memory");
+      if (after < steps) {
+        #pragma unroll
+        for (int h = 0; h < 2; h++)
+          row[h] = scales_of(scales, zeros, min(first + after / each * further + 8 * h, last),
+                             along + after % each * ALONG, blocks);
+      }
+      slot = slot + 1 == DEPTH ? 0 : slot + 1;
     }
-    const int next = kb + DEPTH * across;
-    if (next < blocks) {
-      #pragma unroll
-      for (int i = 0; i < 2 * TILES; i++) order(held + i * LOADS * 32, words, first + 8 * i + g, next, blocks, t, share);
-    }
-    asm volatile("cp.async.commit_group;" ::: "memory");
-    if (kb + across < blocks) {
-      #pragma unroll
-      for (int i = 0; i < 2 * TILES; i++)
-        row[i >> 1][i & 1] = scales_of(scales, zeros, first + 8 * i + g, kb + across, blocks);
-    }
-    slot = slot + 1 == DEPTH ? 0 : slot + 1;
-  }
-  asm volatile("cp.async.wait_all;" ::: "memory");
-  __syncthreads();  // the ring holds the sums now
-  float *sums = (float *)memory;
-  const int width = NB * 8 + 1;
-  #pragma unroll
-  for (int i = 0; i < TILES; i++)
+    if (!ALONE) __syncthreads();  // the sums of the tile in front have been read
     #pragma unroll
     for (int n = 0; n < NB; n++)
       #pragma unroll
       for (int j = 0; j < 4; j++)
-        sums[(warp * TILES * 16 + 16 * i + g + 8 * (j >> 1)) * width + 8 * n + 2 * t + (j & 1)] = total[i][n][j];
-  __syncthreads();
-  for (int at = threadIdx.x; at < TILES * 16 * rows; at += 32 * WARPS) {
-    const int r = at % (TILES * 16), column = at / (TILES * 16), o = first + r;
-    if (o >= outputs) continue;
-    float sum = 0;
-    #pragma unroll
-    for (int w = 0; w < WARPS; w++) sum += sums[(w * TILES * 16 + r) * width + column];
+        sums[(warp * 16 + g + 8 * (j >> 1)) * ACROSS + 8 * n + 2 * t + (j & 1)] = total[n][j];
+    __syncthreads();
+    for (int at = threadIdx.x; at < ABREAST * 16 * rows; at += 32 * ALONG * ABREAST) {
+      const int r = at % (ABREAST * 16), column = at / (ABREAST * 16), o = tile * ABREAST * 16 + r;
+      if (o >= outputs) continue;
+      float sum = 0;
+      #pragma unroll
+      for (int w = 0; w < ALONG; w++) sum += sums[((r / 16 * ALONG + w) * 16 + r % 16) * ACROSS + column];
 #if BIAS
-    sum += number(bias[o]);
+      sum += number(bias[o]);
 #endif
-    out[(long long)column * outputs + o] = half_of(sum);
+      out[(long long)column * outputs + o] = half_of(sum);
+    }
   }
 }
 """
@@ -312,34 +314,37 @@ def few_rows(
     bias: Tensor | None,
     bits: int,
     outputs: int,
-    warps: int = 0,
-    split: int = 1,
-    tiles: int = 0,
+    along: int = 0,
+    abreast: int = 0,
     occupancy: int = 0,
     depth: int = 0,
-    stage: int = 16,
     early: bool = True,
 ) -> Tensor:
     """x: (n, inputs) float16 or bfloat16, n at most ``MOST``. The rest: as ``low_bit.linear.Packed``.
 
-    warps, tiles, ...: how the work is cut, for measurements; each choice gives its own bits, the same in every run.
+    along, abreast, ...: how the work is cut, for measurements; each choice gives its own bits, the same in every run.
     """
     rows, inputs = x.shape
     blocks, columns = scales.shape[1] // 4, 1 << (-(-rows // 8) - 1).bit_length()
-    tiles = tiles or (2 if 8 < rows <= 16 else 1)
-    warps = warps or split * min(8, blocks)
-    depth = depth or (1 if blocks * split <= warps or rows > 8 else 2)
-    staged = 1 << (rows - 1).bit_length() if rows <= stage else 0
+    along = along or min(8, blocks)
+    abreast = abreast or (2 if columns == 2 and blocks <= along else 1)
+    occupancy = occupancy or (
+        1 if columns > 1 else 3 if rows <= 4 and bits != 3 and (bits == 4 or outputs > 8192) else 2
+    )
+    tiles = -(-outputs // (TILE * abreast))
+    grid = min(tiles, occupancy * torch.cuda.get_device_properties(x.device).multi_processor_count)
+    depth = depth or (2 if blocks > along and rows <= 8 else 1)
+    staged = 1 << (rows - 1).bit_length() if rows <= STAGED else 0
     defines = {
         "BITS": bits,
         "NB": columns,
-        "TILES": tiles,
-        "WARPS": warps,
-        "SPLIT": split,
+        "ALONG": along,
+        "ABREAST": abreast,
+        "ONCE": int(blocks <= along),  # each warp has one block of the inputs
+        "ALONE": int(blocks <= along and tiles <= grid),  # and one tile
         "DEPTH": depth,
         "STAGED": staged,
-        "OCCUPANCY": occupancy
-        or (1 if tiles == 2 or columns > 2 else 3 if columns == 1 and (bits == 4 or outputs > 8192) else 2),
+        "OCCUPANCY": occupancy,
         "BF16": int(x.dtype == torch.bfloat16),
         "WIDE": int(scales.dtype == torch.float32),
         "AFFINE": int(zeros is not None),
@@ -348,12 +353,12 @@ def few_rows(
     }
     function = nvrtc.kernel(SOURCE, "low_bit_linear", tuple(defines.items()))
     out = x.new_empty(rows, outputs)
-    loads = (4 if bits == 4 else 2) // split + (bits == 3)
-    held = warps * (depth * tiles * 2 * loads * 512 + staged * (1024 // split + 64))
-    shared = max(held, warps * tiles * 16 * (columns * 8 + 1) * 4)
+    ring = along * abreast * depth * _LOADS[bits] * 1024
+    shared = ring + along * abreast * TILE * (columns * 8 + 1) * 4 + along * staged * 1088
     function(
-        (-(-outputs // (TILE * tiles)), 1, 1), 32 * warps, x, words, scales, words if zeros is None else zeros,
-        x if bias is None else bias, out, rows, outputs, inputs, blocks, x.stride(0), shared=shared,
+        (grid, 1, 1), 32 * along * abreast, x, words, scales, words if zeros is None else zeros,
+        x if bias is None else bias, out, rows, outputs, inputs, blocks, x.stride(0), tiles, len(words) - 1,
+        shared=shared,
     )  # fmt: skip
     return out
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rarefy.kernels.cuda import stochastic
 from rarefy.kernels.low_bit.packing import ROUNDS, words_of
 
 LANES = 256  # of 8 numbers, a program
@@ -270,6 +271,10 @@ def quantize_pack(
         return words
     words[-1:].zero_()
     inner, channels = _channels(x.shape, scale, axis)
+    if seed is not None and x.is_cuda and stochastic.fits(x, inner, channels):
+        parameters = _contiguous(scale, zero_point, channels)
+        stochastic.quantize_pack(x, *parameters, words, inner, channels, qmin, qmax, bits, seed)
+        return words
     _quantize_pack[(triton.cdiv(count, 8 * lanes),)](
         x, *_contiguous(scale, zero_point, channels), words.view(_KINDS[bits]), count, 8 * len(words), inner, channels,
         seed or 0, qmin, qmax, BITS=bits, STOCHASTIC=seed is not None, CHANNELS=channels > 1,

@@ -6,9 +6,9 @@
 in float32. Code i fills bits [i b, (i + 1) b) of a little-endian stream, as ``artifact/packing`` stores it; the last
 word is filled with zeros. Signed codes keep their b lowest bits.
 
-The random bits are Philox4x32-7 (Salmon et al., SC 2011, who found no test of BigCrush that seven rounds fail): number i
-has half i % 2 (the lower first) of word (i % 8) // 2 of the block whose counter is i // 8 and whose key is the seed. So
-they hang on the seed and on the number's place, never on how the work is cut; their mean is 1/2 to the last bit, so
+The random bits are Philox4x32-7 (Salmon et al., SC 2011, who found no test of BigCrush that seven rounds fail): number
+i has half i % 2 (the lower first) of word (i % 8) // 2 of the block whose counter is i // 8 and whose key is the seed.
+So they hang on the seed and on the number's place, never on how the work is cut; their mean is 1/2 to the last bit, so
 that rounding is unbiased.
 """
 
