@@ -53,8 +53,8 @@ class Side:
         return torch.linspace(self.end, self.inner, SHARES, dtype=torch.float64)
 
     def costs(self) -> Tensor:
-        """(samples, SHARES) float64: what the answers move by."""
-        return self.ends() * torch.cat(self.sums) - torch.cat(self.moments)
+        """(samples, SHARES) float64, on the CPU: what the answers move by."""
+        return self.ends() * torch.cat(self.sums).cpu() - torch.cat(self.moments).cpu()
 
     def add(self, x: Tensor, g: Tensor, samples: int) -> None:
         """x, g: (samples, numbers) float32, or of all samples together (1, numbers)."""

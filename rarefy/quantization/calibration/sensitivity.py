@@ -73,8 +73,8 @@ class _Ends:
 
     def __init__(self, cost: Cost, grid: Grid) -> None:
         self.cost, self.levels = cost, grid.levels
-        powers = torch.cat(cost.powers)
-        self.others = torch.arange(len(powers), device=powers.device) % HELD_OUT != HELD_OUT - 1  # are fitted on
+        powers = torch.cat(cost.powers).cpu()
+        self.others = torch.arange(len(powers)) % HELD_OUT != HELD_OUT - 1  # are fitted on
         self.powers = powers[self.others]
         self.sides = [(side.ends(), side.costs()[self.others]) for side in (cost.low, cost.high)]
         self.at = [0, 0]
@@ -108,7 +108,7 @@ class _Ends:
         held = ~self.others
         if int(held.sum()) < 2 or self.at == [0, 0]:
             return
-        powers = torch.cat(self.cost.powers)[held]
+        powers = torch.cat(self.cost.powers).cpu()[held]
         low, high = self.cost.low, self.cost.high
 
         def noise(at: Sequence[int]) -> float:

@@ -85,9 +85,8 @@ def _depthwise(
             codes = tl.where(reach[:, None], codes.to(tl.int32), pad_code)
             w = tl.load(weight + (kh * KW + kw) * channels_all + n, mask=good, other=0).to(tl.int32)
             sums += codes * w[None, :]
-    channels = tl.where(good, n, -1)
     finished(
-        sums, bias, factor, residual, post, out, m[:, None] * channels_all + channels[None, :], channels,
+        sums, bias, factor, residual, post, out, m[:, None] * channels_all + n[None, :], n, good,
         inside[:, None] & good[None, :], residual_scale, residual_zero, step, zero, qmin, qmax, ACT, RESIDUAL, CODES,
         POST,
     )  # fmt: skip

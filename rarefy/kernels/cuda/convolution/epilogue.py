@@ -88,6 +88,7 @@ def finished(
     out,
     places,
     channels,
+    known,
     mask,
     residual_scale,
     residual_zero,
@@ -100,8 +101,10 @@ def finished(
     CODES: tl.constexpr,
     POST: tl.constexpr,
 ):
-    """Write a tile. sums: (m, n) int32. places: (m, n) where they go in ``out``, and where the residual's codes lie."""
-    known = channels >= 0
+    """Write a tile. sums: (m, n) int32. places: (m, n) where they go in ``out``, and where the residual's codes lie.
+
+    channels: (n,), of which ``known`` are there; counted without a gap, so that codes are written 16 at a time.
+    """
     total = sums + tl.load(bias + channels, mask=known, other=0)[None, :]
     y = total.to(tl.float32) * tl.load(factor + channels, mask=known, other=0.0)[None, :]
     if RESIDUAL:

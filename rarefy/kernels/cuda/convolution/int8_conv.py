@@ -93,9 +93,9 @@ def _conv(
             a = tl.load(x + place[:, None] + k[None, :], mask=reach[:, None] & known[None, :], other=0)
         b = tl.load(w_row + tap * group_inputs + k[None, :], mask=good[:, None] & known[None, :], other=0)
         sums = tl.dot(a, tl.trans(b), sums, out_dtype=tl.int32)
-    channels = tl.where(good, group * group_outputs + n, -1)
+    channels = group * group_outputs + n
     finished(
-        sums, bias, factor, residual, post, out, m[:, None] * outputs + channels[None, :], channels,
+        sums, bias, factor, residual, post, out, m[:, None] * outputs + channels[None, :], channels, good,
         inside[:, None] & good[None, :], residual_scale, residual_zero, step, zero, qmin, qmax, ACT, RESIDUAL, CODES,
         POST,
     )  # fmt: skip

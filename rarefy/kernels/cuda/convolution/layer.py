@@ -91,7 +91,7 @@ class _Ways:
         count = self.out.shape[0] * self.out.shape[1] * self.out.shape[2]
         tiles = list(int8_conv.TILES[4:] if count <= SMALL else int8_conv.TILES[:5])
         has_other = self.layer.places.groups == 1 and self.layer.weight.shape[3] % 16 == 0
-        return tiles[:2] if has_other and self.layer.kernel != [1, 1] else tiles
+        return tiles[:3] if has_other and self.layer.kernel != [1, 1] else tiles
 
 
 def _conv(layer: Layer, tile: Tile) -> Launch:

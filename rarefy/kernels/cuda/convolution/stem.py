@@ -121,9 +121,8 @@ def _stem(
         a = tl.load(x + place, mask=inside[:, None] & known[None, :], other=0)
         b = tl.load(weight + n[:, None] * (KH * RUN) + k[None, :], mask=good[:, None] & known[None, :], other=0)
         sums = tl.dot(a, tl.trans(b), sums, out_dtype=tl.int32)
-    channels = tl.where(good, n, -1)
     finished(
-        sums, bias, factor, residual, post, out, m[:, None] * outputs + channels[None, :], channels,
+        sums, bias, factor, residual, post, out, m[:, None] * outputs + n[None, :], n, good,
         inside[:, None] & good[None, :], residual_scale, residual_zero, step, zero, qmin, qmax, ACT, RESIDUAL, CODES,
         POST,
     )  # fmt: skip
