@@ -96,8 +96,15 @@ def name_of(target: object) -> str:
     Raises FormatError if it would not.
     """
     name = str(target) if isinstance(target, torch._ops.OpOverload) else _NAME_OF.get(target, "")
-    if not name or function_named(name) is not target:
-        raise FormatError(f"calls {target}, which is not in the list of operators a saved graph may call")
+    try:
+        known = bool(name) and function_named(name) is target
+    except FormatError:
+        known = False
+    if not known:
+        raise FormatError(
+            f"calls {target}, which is not in the list of operators a saved graph may call; export() writes such a "
+            "graph, and torch.save(graph.state_dict()) its weights"
+        )
     return name
 
 

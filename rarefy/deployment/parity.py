@@ -121,8 +121,10 @@ def against(
             same += int(same_boxes(*pairs[0]).sum())
             pairs = [(one[..., SCORE], other[..., SCORE]) for one, other in pairs]
         else:
-            same += int(torch.stack([_agree(one, other, len(ours) > 1) for one, other in pairs]).all(0).sum())
-        largest = max(largest, *(float((one - other).abs().max()) for one, other in pairs))
+            same += int(
+                torch.stack([_agreeing(one, other, len(ours) > 1, len(part[0])) for one, other in pairs]).all(0).sum()
+            )
+        largest = max(largest, *(_apart(one, other) for one, other in pairs))
     layers: list[Difference] = [
         {"name": _layer(node), "value": name, "difference": tally[name].largest, "share": tally[name].share}
         for name, node in codes.items()
@@ -179,6 +181,17 @@ def _follow(
         return torch.empty_like(ours).copy_(codes)  # laid out as the graph's own, which a view may hang on
 
     run(graph, inputs, instead=compared)
+
+
+def _apart(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours.double() - theirs.double()).abs().max()) if ours.numel() else 0.0
+
+
+def _agreeing(ours: Tensor, theirs: Tensor, close: bool, samples: int) -> Tensor:
+    """(samples,) bool. Of what has no batch first (the states of a recurrent layer) all samples agree, or none does."""
+    if ours.dim() and len(ours) == samples:
+        return _agree(ours, theirs, close)
+    return _agree(ours.reshape(1, -1), theirs.reshape(1, -1), True).expand(samples)
 
 
 def _agree(ours: Tensor, theirs: Tensor, close: bool) -> Tensor:

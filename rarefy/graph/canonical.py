@@ -159,6 +159,32 @@ _IN_NUMBERS: dict[object, Callable[..., Value]] = {
 }
 
 
+def spell_convolutions(graph: fx.GraphModule) -> None:
+    """The one operator for all convolutions, of traced parts and decomposed programs, as conv2d and the like. In place.
+
+    Its arguments: input, weight, bias, stride, padding, dilation, transposed, output_padding, groups, and flags.
+    """
+    for node in graph.graph.nodes:
+        if node.op != "call_function" or node.target not in _ALL_CONVOLUTIONS:
+            continue
+        x, weight, bias, stride, padding, dilation, transposed, more, groups, *_ = arguments(node).values()
+        rank = len(stride)
+        if rank not in (1, 2, 3):
+            continue
+        if transposed:
+            node.target = _TRANSPOSED[rank - 1]
+            node.args = (x, weight, bias, stride, padding, more, groups, dilation)
+        else:
+            node.target = _PLAIN[rank - 1]
+            node.args = (x, weight, bias, stride, padding, dilation, groups)
+        node.kwargs = {}
+
+
+_TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+_PLAIN = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+_ALL_CONVOLUTIONS = {aten.convolution.default, aten._convolution.default, aten._convolution.deprecated}
+
+
 def make_functional(graph: fx.GraphModule) -> list[str]:
     """``relu_(x)`` -> ``relu(x)``, and whoever read the changed ``x`` afterwards reads the result. In place.
 

@@ -168,7 +168,7 @@ def _run(
 
 def _product(answer: Tensor, generator: torch.Generator) -> Tensor:
     """() of an answer with random signs, image by image as a share of what the images' answers are."""
-    size = answer.detach().square().flatten(1).sum(1).mean().sqrt().clamp_min(1e-30)
+    size = answer.detach().square().sum().div(max(len(answer), 1) if answer.dim() else 1).sqrt().clamp_min(1e-30)
     signs = torch.randint(0, 2, answer.shape, generator=generator).to(answer) * 2 - 1
     return (answer * signs).sum() / size
 

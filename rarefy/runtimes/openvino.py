@@ -210,8 +210,10 @@ class Session:
             self.model = self.core.read_model(os.fspath(path))
         except Exception as error:
             raise FormatError(f"{path}: OpenVINO can't open it ({_reason(error)})") from error
+        self.order = list(range(len(self.model.outputs)))
         for name in taps:
-            self.model.add_outputs(name)
+            self.model.add_outputs(name)  # none, if it is one already
+        self.order += [_place_of(name, self.model) for name in taps]
         self.path = path
         self.requests: collections.OrderedDict[tuple[tuple[int, ...], ...], Foreign] = collections.OrderedDict()
 
@@ -224,7 +226,8 @@ class Session:
         request.infer(
             [one.detach().cpu().contiguous().numpy() for one in inputs], share_inputs=True, share_outputs=True
         )
-        return [torch.from_numpy(one.data.copy()) for one in request.output_tensors]
+        found = request.output_tensors
+        return [torch.from_numpy(found[place].data.copy()) for place in self.order]
 
     def request(self, *inputs: Tensor) -> Foreign:
         """Compiled for the shapes of ``inputs``."""
@@ -243,6 +246,10 @@ class Session:
                 self.requests.popitem(last=False)
         self.requests.move_to_end(shapes)
         return self.requests[shapes]
+
+
+def _place_of(name: str, model: Foreign) -> int:
+    return next(place for place, output in enumerate(model.outputs) if name in output.get_names())
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from pathlib import Path
 from typing import Any
@@ -151,3 +152,28 @@ def test_what_is_compared_on_comes_in_the_forms_of_an_example(form: str, tmp_pat
     forms = {"dictionary": {"input": x}, "array": x.numpy(), "shape": (3, 8, 8), "arrays by name": {"input": x.numpy()}}
     found = export(plain(torch.float32), tmp_path / "model.onnx", inputs=forms[form])
     assert found["passed"] and found["samples"] == (8 if form == "shape" else 3)
+
+
+class Remembering(nn.Module):
+    """Returns its states, which have no batch first, in a container of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps, self.head = nn.GRU(6, 8, 2, batch_first=True, bidirectional=True), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Remembered:
+        steps, states = self.steps(x)
+        return Remembered(self.head(steps), [{"states": states}])
+
+
+@dataclasses.dataclass
+class Remembered:
+    scores: Tensor
+    more: list[dict[str, Tensor]]
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])  # there are four states
+def test_states_without_a_batch_in_a_dataclass_are_compared(count: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    found = export(Remembering().eval(), tmp_path / "states.onnx", inputs=torch.randn(count, 5, 6))
+    assert found["passed"] and found["samples"] == count and found["largest_difference"] < 1e-5

@@ -30,6 +30,18 @@ def pooled(x: Tensor, m: OfParameters) -> Tensor:
     return F.adaptive_avg_pool2d(x, (4, 3)) + F.adaptive_avg_pool2d(x, (1, 1))
 
 
+def places(x: Tensor, m: OfParameters) -> Tensor:
+    """Where the largest of each window stands, in its own plane."""
+    found = F.max_pool2d(x, 3, 2, 1, return_indices=True)[1], F.adaptive_max_pool2d(x, (3, 1), return_indices=True)[1]
+    return torch.cat([one.flatten(1) for one in found], 1).to(x)
+
+
+def counted(x: Tensor, m: OfParameters) -> Tensor:
+    """Sizes that are products of the batch."""
+    n, _, h, w = x.shape
+    return (x.reshape(n * 2, 3, h, w) * 2).sum(1).reshape(n, 2, h, w)
+
+
 def scattered(x: Tensor, m: OfParameters) -> Tensor:
     x = x.clone()
     x[:, 2:4] = x[:, :2] * 2
@@ -82,6 +94,8 @@ ON_PLANES: dict[str, Callable[[Tensor, OfParameters], Tensor]] = {
     "largest": lambda x, m: (
         F.max_pool2d(x, 3, 1, 1) + x.amax(1, keepdim=True) + x.max(1, keepdim=True)[0] + F.adaptive_max_pool2d(x, 1)
     ),
+    "places": places,
+    "counted": counted,
     "nearest": lambda x, m: F.interpolate(x, scale_factor=2),
     "bilinear": lambda x, m: (
         F.interpolate(x, (13, 4), mode="bilinear") + F.interpolate(x, (13, 4), mode="bilinear", align_corners=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +62,26 @@ def test_a_part_that_is_a_program_of_torchscript_is_named() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), torch.jit.script(nn.BatchNorm2d(4)), torch.jit.script(nn.Conv2d(4, 2, 1)))
     with pytest.raises(CaptureError, match="1 is a program of TorchScript.*put the nn.Module"):
         capture(model.eval(), torch.randn(2, 3, 8, 8))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_convolution_has_its_own_operator() -> None:
+    """Of a traced part, and of a program that was taken apart, there is one operator for all of them."""
+    layers = [nn.Conv2d(3, 4, 3, 2, 1), nn.ConvTranspose2d(4, 6, 4, 2, 1, groups=2), nn.Conv2d(6, 6, 3, groups=6)]
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*layers).eval(), torch.randn(3, 3, 8, 8)
+    line = nn.Sequential(nn.Conv1d(3, 4, 3), nn.ConvTranspose1d(4, 2, 3, 2, output_padding=1)).eval()
+    parts = torch.jit.trace(nn.Sequential(*layers), x)
+    free = ({0: torch.export.Dim.DYNAMIC},)
+    for made, exact, given in (
+        (nn.Sequential(parts), model, x),
+        (torch.export.export(model, (x,), dynamic_shapes=free).run_decompositions(), model, x),
+        (torch.export.export(line, (x[..., 0],), dynamic_shapes=free).run_decompositions(), line, x[..., 0]),
+    ):
+        graph = capture(made, given)
+        assert torch.allclose(graph(given[:2]), exact(given[:2]), atol=1e-6)
+        kinds = {str(node.target).split(".")[1] for node in graph.graph.nodes if node.op == "call_function"}
+        assert kinds <= {"conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d"}
 
 
 def test_an_exported_program_is_a_model() -> None:
@@ -170,6 +191,27 @@ def test_autocast_around_a_part_is_its_types_in_so_many_words() -> None:
     found, wanted = graph(x), model(x)
     assert found.dtype == wanted.dtype and torch.equal(found, wanted)
     assert any(node.target is torch.ops.aten.to.dtype for node in graph.graph.nodes)
+
+
+def test_batch_norm_under_autocast_keeps_its_statistics(tmp_path: Path) -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 2)
+            self.norm.running_var.mul_(1.7)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                x = self.norm(self.conv(x)).relu()
+            return self.head(x.float().mean((2, 3)))
+
+    model, x = Half().eval(), torch.randn(3, 3, 8, 8)
+    graph = capture(model, x)
+    assert torch.equal(graph(x), model(x))
+    assert torch.equal(rarefy.load(rarefy.save(graph, tmp_path / "saved"))(x), graph(x))
+    with pytest.raises(rarefy.RarefyError, match="without torch.autocast, or as model.float"):
+        rarefy.export(graph, tmp_path / "half.onnx", inputs=x)
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])

@@ -355,6 +355,19 @@ def test_sampling_and_smooth_resizing_keep_channels() -> None:
     cut_half(found)
 
 
+def test_masks_are_of_places_alone() -> None:
+    def forward(s: nn.Module, x: Tensor) -> Tensor:
+        x = s.first(x)
+        x[x < -1] = 0.0
+        x = x.masked_fill((x > 0) & ~(x > 2) | (x.abs() < 0.1), 0.5)
+        return s.last(x)
+
+    found = coupled(Wired(forward, first=conv(3, 6), last=conv(6, 2)).eval(), IMAGE)
+    own = classes(found, "first.weight", 0)
+    assert own == classes(found, "last.weight", 1) and len(set(own)) == 6 and 0 not in own and not found.unknown
+    cut_half(found)
+
+
 def test_heads_that_are_sampled_apart_lose_the_same_channels() -> None:
     """Deformable attention (arXiv 2010.04159): heads lie in the batch, each with places of its own."""
 

@@ -305,3 +305,19 @@ def test_windows_of_an_image_are_a_part_of_it() -> None:
     small = quantised(model)
     assert len(facts(small)["layers"]) == 3  # type: ignore[arg-type]
     assert noise_db(model, small, images(8, 9)) > 25
+
+
+def test_one_number_a_sample_is_an_answer() -> None:
+    class Alike(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            alike: Tensor = self.head(self.conv(x).relu().mean((2, 3))).squeeze(-1)
+            return alike, alike.mean()
+
+    small = quantised(Alike().eval())
+    assert len(facts(small)["layers"]) == 2  # type: ignore[arg-type]
+    assert noise_db(lambda x: Alike().eval()(x)[0], lambda x: small(x)[0], images(8, 9)) > 20

@@ -75,7 +75,7 @@ def _silu(w: Writer, node: fx.Node, g: Arguments) -> str:
 
 
 def _multiply(w: Writer, node: fx.Node, g: Arguments) -> str:
-    one, two = g["self"], g["other"]
+    one, two = g.values()
     for x, gate in ((one, two), (two, one)):
         is_gate = isinstance(gate, fx.Node) and gate.target is torch.ops.aten.sigmoid.default and gate.args[0] is x
         if is_gate and _is_quick(w, x):

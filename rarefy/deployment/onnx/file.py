@@ -61,10 +61,10 @@ def write(
                 model = _exported(graph, optimize=False)
     except Exception as error:
         why = lacking or next((line.strip() for line in str(error).splitlines()[::-1] if line.strip()), repr(error))
-        raise InputError(
-            f"the graph can't be written as ONNX: {why[:300]}; "
-            "leave that layer out with core=, or choose another runtime"
-        ) from error
+        out = "leave that layer out with core=, or choose another runtime"
+        if "BFloat16" in why:
+            out = "capture it without torch.autocast, or as model.float()"
+        raise InputError(f"the graph can't be written as ONNX: {why[:300]}; {out}") from error
     if not zero_points:
         _drop_zero_points(onnx, model.graph)
     _tidy(onnx, model)

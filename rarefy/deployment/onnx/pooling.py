@@ -14,7 +14,7 @@ from rarefy.deployment.onnx.writer import Arguments, Row, Untranslated, Writer, 
 
 
 def _windows(w: Writer, node: fx.Node, g: Arguments) -> dict[str, list[int]]:
-    kernel = listed(g["kernel_size"], w.rank(node) - 2)
+    kernel = listed(g["kernel_size"], w.rank(g["self"]) - 2)
     stride, padding = listed(g["stride"] or kernel, len(kernel)), listed(g["padding"], len(kernel))
     return {"kernel_shape": kernel, "strides": stride, "pads": padding * 2}
 
@@ -23,6 +23,17 @@ def _max_pool(w: Writer, node: fx.Node, g: Arguments) -> str:
     sizes = _windows(w, node, g)
     dilation = listed(g["dilation"], w.rank(node) - 2)
     return w.op("MaxPool", [w.value(g["self"])], **sizes, dilations=dilation, ceil_mode=int(g["ceil_mode"]))
+
+
+def _max_pool_with_places(w: Writer, node: fx.Node, g: Arguments) -> list[str]:
+    sizes = _windows(w, node, g)
+    return _with_places(w, g, **sizes, dilations=listed(g["dilation"], 2), ceil_mode=int(g["ceil_mode"]))
+
+
+def _with_places(w: Writer, g: Arguments, **options: object) -> list[str]:
+    """The largest and where they stand: ONNX counts places through the whole tensor, and torch in each plane."""
+    largest, places = w.ops("MaxPool", [w.value(g["self"])], 2, **options)
+    return [largest, w.op("Mod", [places, w.constant(math.prod(w.plane(g["self"])))])]
 
 
 def _average_pool(w: Writer, node: fx.Node, g: Arguments) -> str:
@@ -77,7 +88,7 @@ def _adaptive_max(w: Writer, node: fx.Node, g: Arguments) -> list[str]:
     sides = w.plane(g["self"])
     if all(side % size == 0 for side, size in zip(sides, wanted, strict=True)):
         kernel = [side // size for side, size in zip(sides, wanted, strict=True)]
-        return w.ops("MaxPool", [w.value(g["self"])], 2, kernel_shape=kernel, strides=kernel)
+        return _with_places(w, g, kernel_shape=kernel, strides=kernel)
     if any(user.target is operator.getitem and user.args[1] == 1 for user in node.users):
         raise Untranslated(f"{node.name}: places of adaptive pooling with windows of several sizes")
     name = w.value(g["self"])
@@ -138,6 +149,7 @@ def _from_patches(w: Writer, node: fx.Node, g: Arguments) -> str:
 _NEAREST = partial(_resize, mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor")
 ROWS: dict[str, Row] = {
     "max_pool1d max_pool2d max_pool3d": _max_pool,
+    "max_pool2d_with_indices": _max_pool_with_places,
     "avg_pool1d avg_pool2d avg_pool3d": _average_pool,
     "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d": _adaptive_average,
     "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d": _adaptive_max,

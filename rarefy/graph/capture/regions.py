@@ -16,6 +16,9 @@ aten = torch.ops.aten
 _GRADIENTS, _AUTOCAST = "wrap_with_set_grad_enabled", "wrap_with_autocast"
 _CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.type_as.default}
 
+# Take an input of few bits with statistics and weights in float32, which autocast leaves alone.
+_OF_TWO_TYPES = {aten.batch_norm.default, aten.instance_norm.default}
+
 
 def inline(module: fx.GraphModule) -> None:
     """Every such region of a trace becomes nodes of its own. In place."""
@@ -52,7 +55,7 @@ def _cast(region: fx.GraphModule) -> None:
     """What an operator reads in the type of what it yields, where both are floats. In place."""
     for node in list(region.graph.nodes):
         wanted = _float_type(node)
-        if node.op != "call_function" or wanted is None or node.target in _CASTS:
+        if node.op != "call_function" or wanted is None or node.target in _CASTS | _OF_TWO_TYPES:
             continue
         for source in node.all_input_nodes:
             if _float_type(source) not in (None, wanted):

@@ -36,12 +36,13 @@ from torch.utils import _pytree as pytree
 
 from rarefy.errors import CaptureError
 from rarefy.graph import signature
-from rarefy.graph.canonical import make_functional
+from rarefy.graph.canonical import make_functional, spell_convolutions
 from rarefy.graph.capture.examples import Call, Inputs, call_of, check_batch_axis, same_call
 from rarefy.graph.capture.lengths import free_lengths
 from rarefy.graph.capture.messages import explain, tell_of_written
 from rarefy.graph.capture.regions import inline
 from rarefy.graph.capture.sizes import free_sizes
+from rarefy.graph.capture.spelling import spell
 from rarefy.graph.capture.wrapped import Buffers, Wrapper, inner_name, switched_off, unwrapped
 from rarefy.graph.fold import fold_parametrizations
 from rarefy.graph.layers import TRAINING_FLAG
@@ -112,6 +113,7 @@ def _graph_of(flat: _Flat, exported: ExportedProgram, core: str | None) -> fx.Gr
     graph, call = _plain(flat, exported), flat.call
     _share_as(graph, flat.model)
     tell_of_written(flat.model, make_functional(graph))
+    spell_convolutions(graph)
     fold_parametrizations(graph)
     _as_batch_norm(graph, aten._native_batch_norm_legit_no_training.default)
     _read_training_flag(graph)
@@ -234,6 +236,7 @@ def _plain(flat: _Flat, exported: ExportedProgram) -> fx.GraphModule:
     """The same nodes without pytree code: positional tensors in, a tensor or plain containers out, own parameters."""
     unlifted = exported.module(check_guards=False)
     inline(unlifted)
+    spell(unlifted)
     wrappers = {name: inside for name, module in flat.named_modules() if (inside := inner_name(module)) is not None}
     names = iter(flat.call.names)
     graph = fx.Graph()

@@ -456,7 +456,10 @@ RULES: dict[str, Rule] = {
         "hardswish log_sigmoid dropout feature_dropout alpha_dropout feature_alpha_dropout rrelu hardshrink".split(),
         _first,
     ),
-    **dict.fromkeys("masked_fill expand_as floor_divide where clamp".split(), pointwise),
+    **dict.fromkeys(
+        "masked_fill expand_as floor_divide where clamp __and__ __or__ __xor__ __iand__ __ior__ __ixor__".split(),
+        pointwise,
+    ),
     **dict.fromkeys(("view_as", "reshape_as"), _moves_as),
     **dict.fromkeys(("expand", "broadcast_to"), _expand),
     **dict.fromkeys("new_zeros new_ones new_full new_empty zeros ones full empty".split(), _creates),
