@@ -10,6 +10,7 @@ is said, and it is no failure.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("tests/kernels/test_low_bit.py", "tests/kernels/test_observe.py", "tests/kernels/cuda")
 TOOLS = ("memcheck", "racecheck")
 FOUND = 86  # its exit status where it found something
-OTHERS = "nvjet"  # cuBLAS's kernels, whose barriers of the copy engine racecheck does not know
+HAZARD = re.compile(r"Race reported between .* at (\S+?)\+0x")
+OTHERS = ("nvjet", "cutlass", "cublas", "cudnn", "sm80_", "sm90_")  # kernels of NVIDIA's libraries, whose barriers of
+# the copy engine racecheck does not know
 
 
 def sanitizer(python: str) -> str | None:
@@ -32,6 +35,17 @@ def sanitizer(python: str) -> str | None:
         "compute-sanitizer",
         path=os.pathsep.join(map(str, [*places, *Path(packages).glob("nvidia/*/compute-sanitizer")])),
     )
+
+
+def run(command: list[str], environment: dict[str, str]) -> tuple[int, set[str]]:
+    """Shows what is printed; exit status, and names of kernels in which a race was reported."""
+    hazards: set[str] = set()
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            hazards.update(HAZARD.findall(line))
+    return process.returncode, hazards
 
 
 def main(python: str, *arguments: str) -> int:
@@ -48,12 +62,15 @@ def main(python: str, *arguments: str) -> int:
     worst = 0
     for name in TOOLS:
         command = [tool, "--tool", name, "--error-exitcode", str(FOUND), "--target-processes", "all"]
-        command += ["--kernel-name-exclude", f"kernel_substring={OTHERS}"]
         command += [python, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *(arguments or TESTS)]
         print(f"sanitizer: {name}", flush=True)
-        code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
-        told = "found something" if code == FOUND else "a test failed" if code else "found nothing"
-        print(f"sanitizer: {name} {told}", flush=True)
+        code, hazards = run(command, environment)
+        ours = sorted(one for one in hazards if not one.startswith(OTHERS))
+        if code == FOUND and hazards and not ours:
+            print(f"sanitizer: {name} found something in kernels of libraries alone: {', '.join(sorted(hazards))}")
+            code = 0
+        told = "found something" if code == FOUND else "a test failed" if code else "found nothing of ours"
+        print(f"sanitizer: {name} {told} {' '.join(ours)}".rstrip(), flush=True)
         worst = worst or int(code != 0)
     return worst
 

@@ -50,9 +50,7 @@ def with_mark(value: Any, path: tuple[Any, ...], mark: str) -> Any:
 
 def is_plain_html(page: str) -> bool:
     """A report has no images and no script of its own, and its drawings do nothing."""
-    return not any(
-        one in page for one in ("<img", "<script", "<svg onload", "</title></style>", "\x1b", "\u202e")
-    )
+    return not any(one in page for one in ("<img", "<script", "<svg onload", "</title></style>", "\x1b", "\u202e"))
 
 
 def is_plain_markdown(page: str) -> bool:

@@ -210,12 +210,13 @@ _KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def observe(
-    x: Tensor, axis: int | None, low: float, high: float, bins: int, copies: int = 1, unroll: int = 4,
+    x: Tensor, axis: int | None, low: float, high: float, bins: int, copies: int = 1, unroll: int = 0,
     chunk: int = CHUNK, threads: int = THREADS,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As ``rarefy.kernels.observe.observe``.
 
-    copies: of a block's histogram, for neighbouring threads. unroll: reads of 16 bytes on the way.
+    copies: of a block's histogram, for neighbouring threads. unroll: reads of 16 bytes on the way; 0: as many
+    as registers allow that leave room for other blocks (measured on an H200).
 
     chunk, threads: of a block; each choice gives its own bits, the same in every run.
     """
@@ -229,6 +230,7 @@ def observe(
     outer = 1 if axis is None else x.shape[:axis].numel()
     length = x.numel() // channels
     inner, chunks = length // outer, -(-length // chunk)
+    unroll = unroll or (2 if bins else 4)
     defines = {
         "KIND": _KINDS[x.dtype],
         "BINS": bins,
