@@ -95,7 +95,8 @@ def steps(network: Network, facts: dict[str, Any]) -> Any:
     for kind, model in (("float", trained), ("int8", integer)):
         for runtime in RUNTIMES:
             facts["stage"] = f"{kind} to {runtime}"
-            facts[f"{kind} {runtime}"] = exported(model, made, kind, runtime)
+            noise = 10 ** (-facts["sqnr_db"] / 20) if kind == "int8" else 0.0
+            facts[f"{kind} {runtime}"] = exported(model, made, noise, runtime)
         yield f"export {kind}"
     facts["stage"] = "done"
 
@@ -219,19 +220,23 @@ def quantised(graph: fx.GraphModule, made: Made, facts: dict[str, Any]) -> fx.Gr
     return small
 
 
-def exported(model: fx.GraphModule, made: Made, kind: str, runtime: str) -> float:
-    """The largest difference of the file's answers, in units of the largest answer."""
+def exported(model: fx.GraphModule, made: Made, noise: float, runtime: str) -> float:
+    """The largest difference of the file's answers, in units of the largest answer.
+
+    noise: of int8, as a share of the answers: where it is large, a code that differs by one in the file may change them
+    by as much, although every rounded value, read out of the file, is the graph's.
+    """
     inputs = made.inputs
     with tempfile.TemporaryDirectory() as folder:
         parity = export(model, Path(folder) / f"model{RUNTIMES[runtime]}", runtime=runtime, inputs=inputs)
     largest = max(float(one.double().abs().max()) for one in tensors(asked(model, inputs)))
     found: float = parity["largest_difference"] / max(largest, 1e-30)
-    if not parity["passed"]:
+    if not parity["passed"] and (parity["first_diverging_layer"] is not None or found > noise):
         first = parity["first_diverging_layer"]
         raise RuntimeError(
             f"differs by {found:.1e} of the largest answer, agreement {parity['agreement']:.2f}, first at {first}"
         )
-    if kind == "float" and found > IN_FLOAT:
+    if not noise and found > IN_FLOAT:
         raise RuntimeError(f"answers differ by {found:.1e} of the largest")
     return found
 

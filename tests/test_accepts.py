@@ -13,6 +13,7 @@ import boxed
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -182,6 +183,9 @@ def _(folder: Path) -> None:
     free = {0: torch.export.Dim.DYNAMIC}
     torch.export.save(torch.export.export(net(), (X,), dynamic_shapes=(free,)), folder / "model.pt2")
     answers(graph_of(load(str(folder / "model.pt2"))), net(), X)
+    program = torch.export.export(net(), (X,), dynamic_shapes=(free,))
+    for one in (program, program.module()):
+        answers(rarefy.capture(one, X), net(), X)
 
 
 @accepts("an ONNX file")
@@ -219,6 +223,113 @@ def _(_: Path) -> None:
         assert "body.3.weight" in graph.state_dict()
         answers(graph, model, X)
         goes_through(graph, X)
+
+
+class With(Net):
+    """Net, with something done to its features."""
+
+    def __init__(self, change: Callable[[Any, Tensor], Tensor], **parts: Any):
+        super().__init__()
+        self.change = change
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.change(self, self.body(x).relu()).mean((2, 3)))
+
+
+def as_it_is(change: Callable[[Any, Tensor], Tensor], **parts: Any) -> Any:
+    model = With(change, **parts).eval()
+    graph = rarefy.capture(model, X)
+    answers(graph, model, torch.randn(3, 3, 8, 8))
+    goes_through(graph, X)
+    return graph
+
+
+@accepts("tied weights, one module used several times, parameter lists, lazy layers that have run")
+def _(_: Path) -> None:
+    one = nn.Conv2d(8, 8, 1)
+    other = nn.Conv2d(8, 8, 1)
+    other.weight = one.weight
+    graph = as_it_is(lambda net, x: net.other(net.one(net.one(x))), one=one, other=other)
+    assert sum(one.shape == (8, 8, 1, 1) for one in graph.parameters()) == 1
+    rows = nn.ParameterList([nn.Parameter(torch.rand(8, 1, 1)) for _ in range(2)])
+    as_it_is(lambda net, x: x * net.rows[0] + net.rows[1], rows=rows)
+    lazy = nn.LazyConv2d(8, 1)
+    lazy(torch.randn(1, 8, 4, 4))
+    as_it_is(lambda net, x: net.lazy(x), lazy=lazy)
+
+
+class Swish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x.sigmoid()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grad * (x.sigmoid() + x * x.sigmoid() * (1 - x.sigmoid()))
+
+
+@accepts("hooks, `torch.autograd.Function`, checkpointing, parts traced by `torch.jit.trace`")
+def _(_: Path) -> None:
+    hooked = nn.Conv2d(8, 8, 1)
+    hooked.register_forward_hook(lambda module, inputs, output: output * 2)
+    as_it_is(lambda net, x: Swish.apply(net.hooked(x)), hooked=hooked)
+    again = torch.utils.checkpoint.checkpoint
+    as_it_is(lambda net, x: again(net.part, x, use_reentrant=False), part=nn.Conv2d(8, 8, 1))
+    as_it_is(lambda net, x: net.traced(x), traced=torch.jit.trace(nn.Conv2d(8, 8, 1), torch.randn(1, 8, 4, 4)))
+
+
+def changed(net: Any, x: Tensor) -> Tensor:
+    x = net.part(x)
+    x[:, 0].mul_(2).add_(1)
+    x[x < -1] = 0.0
+    return x.relu_()
+
+
+@accepts("changes in place: `relu_`, `x[:, 0] *= 2`, `x[mask] = 0`")
+def _(_: Path) -> None:
+    as_it_is(changed, part=nn.Conv2d(8, 8, 1))
+
+    def unclear(net: Any, x: Tensor) -> Tensor:
+        first = x[:, :1].mul_(2)
+        x.add_(1)
+        return x + first
+
+    refused("both are read later; write it without in-place", lambda: rarefy.capture(With(unclear).eval(), X))
+
+
+@accepts("buffers that `forward` writes to")
+def _(_: Path) -> None:
+    def counted(net: Any, x: Tensor) -> Tensor:
+        net.seen.add_(1)
+        return x
+
+    model = With(counted)
+    model.register_buffer("seen", torch.zeros(1))
+    answers(rarefy.capture(model.eval(), X), net(), X)
+    assert float(model.seen) == 0
+
+
+@accepts("`torch.autocast` around a part")
+def _(_: Path) -> None:
+    def half(net: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return net.part(x).float()
+
+    model = With(half, part=nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))).eval()
+    assert torch.equal(rarefy.capture(model, X)(X), model(X))
+
+
+@accepts("a model in `train()`, or with its inputs laid out as channels last")
+def _(_: Path) -> None:
+    model = With(lambda net, x: nn.functional.dropout2d(x, 0.5, net.training)).train()
+    graph = rarefy.capture(model, X.to(memory_format=torch.channels_last))
+    assert model.training and model.body[1].training
+    answers(graph, model.eval(), X)
+    assert not torch.equal(graph.train()(X), graph(X))
 
 
 class Recurrent(nn.Module):
@@ -298,6 +409,50 @@ def _(_: Path) -> None:
     assert list(graph(IDS)) == ["logits"]
 
 
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+        x = x / 255 if x.dtype == torch.uint8 else x
+        x = x if mask is None else torch.where(mask, x, 0.0)
+        return self.net(x) if scale is None else self.net(x) * scale
+
+
+@accepts("optional ones")
+def _(_: Path) -> None:
+    model, scale = Masked().eval(), torch.rand(4, 1)
+    answers(rarefy.capture(model, (X, None)), model, X)
+    wanted = model(X, scale=scale)
+    torch.testing.assert_close(rarefy.capture(model, {"x": X, "scale": scale})(X, scale), wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(rarefy.capture(model, (X, None, scale))(X, scale), wanted, atol=1e-4, rtol=1e-4)
+
+
+@accepts("bool masks, int64, uint8")
+def _(_: Path) -> None:
+    model, mask = Masked().eval(), torch.rand(4, 1, 8, 8) > 0.5
+    answers(rarefy.capture(model, (X, mask)), model, X, mask)
+    answers(rarefy.capture(model, PICTURES), model, PICTURES)
+    assert rarefy.capture(model, PICTURES).meta["inputs"][0]["dtype"] == "uint8"
+
+
+@accepts("lists and dictionaries of tensors, of several sizes")
+def _(_: Path) -> None:
+    class Sides(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+
+        def forward(self, images: list[Tensor], more: dict[str, Tensor]) -> list[Tensor]:
+            return [self.net(x) for x in (*images, more["last"])]
+
+    model, large = Sides().eval(), torch.randn(4, 3, 12, 12)
+    graph = rarefy.capture(model, ([X, large], {"last": X}))
+    for one, other in zip(graph(X, large, X), model([X, large], {"last": X}), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
 class Sized(Net):
     """Reads its input's size in forward."""
 
@@ -346,6 +501,23 @@ def _(_: Path) -> None:
 @accepts("several, of which one is the classifier's")
 def _(_: Path) -> None:
     judged(Net(lambda logits, features: {"features": features, "scores": logits}).eval(), task_of(output="scores"))
+
+
+@accepts("states of a recurrent layer, numbers, names, None among them")
+def _(folder: Path) -> None:
+    class States(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps = nn.GRU(8, 4, batch_first=True, bidirectional=True)
+
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            steps, states = self.steps(x)
+            return {"logits": steps[:, -1], "states": states, "kind": "gru", "loss": None, "count": 2}
+
+    graph, steps = rarefy.capture(States().eval(), torch.randn(4, 6, 8)), torch.randn(3, 6, 8)
+    got = graph(steps)
+    assert got["states"].shape == (2, 3, 4) and (got["kind"], got["loss"], got["count"]) == ("gru", None, 2)
+    assert rarefy.export(graph, folder / "states.onnx", inputs=steps)["passed"]
 
 
 @accepts("one logit")
@@ -533,6 +705,52 @@ def _(_: Path) -> None:
 @accepts("a program of TorchScript")
 def _(_: Path) -> None:
     refused("TorchScript", lambda: rarefy.capture(torch.jit.trace(net(), X), X))
+
+
+@accepts("a part in TorchScript that can't be traced")
+def _(_: Path) -> None:
+    part = torch.jit.script(nn.Conv2d(8, 8, 1))
+    refused("part is a program of TorchScript", lambda: rarefy.capture(With(lambda net, x: net.part(x), part=part), X))
+
+
+@accepts("a batch that `forward` makes a number of")
+def _(_: Path) -> None:
+    model = With(lambda net, x: x.reshape(int(x.shape[0]), 8, -1, 2))
+    refused(r"number of its batch at .*x.shape\[0\] or -1", lambda: rarefy.capture(model, X))
+
+
+@accepts("a branch or a shape that hangs on the data")
+def _(_: Path) -> None:
+    changes: list[Callable[[Any, Tensor], Tensor]] = [
+        lambda net, x: x if x.mean() > 0 else -x,
+        lambda net, x: x.flatten(1)[:, : 8 * int(x.abs().sum() > 0), None, None],
+        lambda net, x: torch.from_numpy(x.numpy()),
+    ]
+    for change in changes:
+        refused("test_accepts.py:.*tensor operations, or .*core=", lambda: rarefy.capture(With(change), X))  # noqa: B023
+
+
+@accepts("an operator that saved graphs don't hold (FFT is one that they do)")
+def _(folder: Path) -> None:
+    spectrum = rarefy.capture(With(lambda net, x: torch.fft.fft2(x).real).eval(), X)
+    answers(rarefy.load(rarefy.save(spectrum, folder / "spectrum")), spectrum, X)
+
+    def unpooled(net: Any, x: Tensor) -> Tensor:
+        return nn.functional.max_unpool2d(*nn.functional.max_pool2d(x, 2, return_indices=True), 2)
+
+    graph = rarefy.capture(With(unpooled).eval(), X)
+    refused(r"max_unpool2d.*export\(\) writes such a graph", lambda: rarefy.save(graph, folder / "unpooled"))
+    assert rarefy.export(graph, folder / "unpooled.onnx", inputs=X)["passed"]
+
+
+@accepts("bfloat16 in an ONNX file")
+def _(folder: Path) -> None:
+    def half(net: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return net.part(x).float()
+
+    graph = rarefy.capture(With(half, part=nn.Conv2d(8, 8, 1)).eval(), X)
+    refused("without torch.autocast", lambda: rarefy.export(graph, folder / "half.onnx", inputs=X))
 
 
 @accepts("a cache among the answers (GPT-2)")

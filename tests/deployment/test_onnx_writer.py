@@ -89,6 +89,7 @@ ON_PLANES: dict[str, Callable[[Tensor, OfParameters], Tensor]] = {
     "norms": lambda x, m: F.group_norm(x, 3, m.a, m.b) + F.batch_norm(x, m.a.detach(), m.b.detach() + 1, m.b, m.a),
     "average": lambda x, m: F.avg_pool2d(x, 3, 2, 1) + F.avg_pool2d(x, 3, 2, 1, count_include_pad=False),
     "ceiling": lambda x, m: F.avg_pool2d(x, 2, 2, ceil_mode=True) + F.max_pool2d(x, 2, 2, ceil_mode=True),
+    "larger": lambda x, m: F.avg_pool2d(x, 40, ceil_mode=True) + F.max_pool2d(x, (30, 7), ceil_mode=True),
     "divisor": lambda x, m: F.avg_pool2d(x, 2, divisor_override=3),
     "adaptive": pooled,
     "largest": lambda x, m: (

@@ -16,6 +16,10 @@ from rarefy.deployment.onnx.writer import Arguments, Row, Untranslated, Writer, 
 def _windows(w: Writer, node: fx.Node, g: Arguments) -> dict[str, list[int]]:
     kernel = listed(g["kernel_size"], w.rank(g["self"]) - 2)
     stride, padding = listed(g["stride"] or kernel, len(kernel)), listed(g["padding"], len(kernel))
+    if g["ceil_mode"] and not any(padding):  # what reaches over the plane is none of it
+        dilation = listed(g.get("dilation", 1), len(kernel))
+        sides = zip(kernel, w.shape(g["self"])[2:], dilation, strict=True)
+        kernel = [size if side is None or gap > 1 else min(size, side) for size, side, gap in sides]
     return {"kernel_shape": kernel, "strides": stride, "pads": padding * 2}
 
 
