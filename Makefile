@@ -58,6 +58,7 @@ endurance: $(READY)
 	$(PYTEST) tests/hostile tests/artifact/test_snapshot.py tests/artifact/test_drawn_operators.py -m slow -s -q
 
 test-gpu: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cuda]'
 	$(PYTEST) -m gpu
 
 # The kernels' tests under compute-sanitizer's memcheck and racecheck; says so and passes where there is none, or no GPU.
@@ -113,8 +114,10 @@ bench: $(BENCH)
 	$(BIN)/python bench/efficientnet_lite0.py
 
 bench-gpu: $(BENCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cuda]'
 	$(BIN)/python bench/resnet56_cifar10.py --device cuda
 	$(BIN)/python bench/gpu_kernels.py
+	$(BIN)/python bench/gpu.py
 
 clean:
 	rm -rf $(VENV) $(PEERS) $(AUDIT) $(FILES) demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
