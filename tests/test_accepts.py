@@ -675,6 +675,47 @@ def _(_: Path) -> None:
         )
 
 
+@accepts("a table of pictures and labels")
+def _(folder: Path) -> None:
+    pictures(folder / "some")
+    files = sorted((folder / "some").iterdir())
+    rows = [f"{file.name},{'ab'[place % 2]}" for place, file in enumerate(files)]
+    (folder / "labels.csv").write_text("\n".join(["file,label", *rows]), encoding="utf-8")
+    task = Classification(val=f"csv:{folder / 'labels.csv'}")
+    assert task.class_names == ("a", "b") and task.length("val") == len(files)
+
+
+@accepts("arrays in a file of NumPy")
+def _(folder: Path) -> None:
+    np.savez(
+        folder / "d.npz",
+        x_train=PICTURES.numpy(),
+        y_train=LABELS.numpy(),
+        x_test=PICTURES[:3].numpy(),
+        y_test=LABELS[:3],
+    )
+    task = Classification(train=f"npz:{folder / 'd.npz'}", val=f"npz:{folder / 'd.npz'}")
+    assert (task.length("train"), task.length("val"), task.classes) == (12, 3, 3)
+
+
+@accepts("labels in words")
+def _(_: Path) -> None:
+    words = [("mouse", "cat", "dog")[label] for label in LABELS.tolist()]
+    task = Classification(train=(PICTURES, words), val=(PICTURES[:1], words[:1]))
+    assert task.class_names == ("cat", "dog", "mouse")
+    assert next(iter(task.data.batches("val", 1)))[1].tolist() == [2]
+
+
+def both() -> dict[str, object]:
+    return {"train": (PICTURES, LABELS), "test": (PICTURES[:3], LABELS[:3])}
+
+
+@accepts("a function that returns both splits")
+def _(_: Path) -> None:
+    task = Classification(train=f"{__name__}:both", val=f"{__name__}:both")
+    assert (task.length("train"), task.length("val")) == (12, 3)
+
+
 @accepts("a map-style data set")
 def _(folder: Path) -> None:
     pictures(folder / "some")

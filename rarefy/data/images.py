@@ -134,7 +134,7 @@ class ImageData:
         if split not in ("train", "val"):
             raise DataError(f"{self.task}: no split {split!r}; have train and val")
         if split not in self._loaded:
-            if split == "val" and self.train is not None and (self.shaping is not None or _are_folders(self)):
+            if split == "val" and self.train is not None and (self.shaping is not None or _are_named(self)):
                 self.source("train")  # its class folders, or names, give the labels of both
             self._loaded[split] = _loaded(self, split, self._loaded.get("val" if split == "train" else "train"))
         return self._loaded[split]
@@ -318,7 +318,7 @@ def _loaded(data: ImageData, split: Split, other: Source | None) -> Source:
         data.targets.check(source.labels, source.where, whole=True)
     if split == "val" and isinstance(source, Items) and isinstance(source.items, Scenes) and other and other.names:
         return dataclasses.replace(source, items=source.items.renamed(other.names, given), names=other.names)
-    if split == "val" and _are_folders(data) and other is not None and other.names and source.names:
+    if split == "val" and _are_named(data) and other is not None and other.names and source.names:
         return relabelled(source, other.names)
     return source
 
@@ -374,6 +374,8 @@ def _named(given: object) -> str:
     return given if isinstance(given, str) else f"<{type(given).__name__}>"
 
 
-def _are_folders(data: ImageData) -> bool:
-    """Do both splits come from class folders?"""
-    return all(isinstance(given, str) and given.startswith("imagefolder:") for given in (data.train, data.val))
+def _are_named(data: ImageData) -> bool:
+    """May both splits name their classes, each in an order of its own? Formats that list classes have one order."""
+    listed = ("torchvision:", "sklearn:", "tar:")
+    both = (data.train, data.val)
+    return all(given is not None and not (isinstance(given, str) and given.startswith(listed)) for given in both)

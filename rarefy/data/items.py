@@ -18,14 +18,14 @@ from torch.utils.data import DataLoader
 
 from rarefy.data.boxes.scenes import Fault
 from rarefy.data.shards import LeftOut, shuffled
-from rarefy.data.targets import ClassIndices, Target, Targets
+from rarefy.data.targets import ClassIndices, Target, Targets, in_words
 from rarefy.errors import DataError, FormatError
 from rarefy.system.files import opened
 
 Split = Literal["train", "val"]
 Picture = str | Path | bytes | Image.Image | np.ndarray | Tensor  # an image, as a dataset yields it
 FORMS = (
-    "give imagefolder:PATH, tar:PATH, parquet:PATH, torchvision:NAME?root=PATH, sklearn:digits, "
+    "give imagefolder:PATH, csv:FILE, npz:FILE, tar:PATH, parquet:PATH, torchvision:NAME?root=PATH, sklearn:digits, "
     "package.module:function, (images, labels), a map-style dataset or a DataLoader of one"
 )
 MOST_STORED = 2**29  # bytes of a picture's file
@@ -183,7 +183,8 @@ def from_object(given: Any, where: str, targets: Targets) -> Source:
         given = (given, None)
     if isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], Tensor | np.ndarray):
         images = _as_images(given[0], where)
-        return Arrays(where, images, None if given[1] is None else targets.of_all(given[1], len(images), where))
+        labels, names = (None, None) if given[1] is None else _numbered(given[1], len(images), where, targets)
+        return Arrays(where, images, labels, names)
     cls = type(given)
     if cls.__module__.startswith("torchvision.") and cls.__name__ in _IN_MEMORY and given.transforms is None:
         images, labels = (getattr(given, name) for name in _IN_MEMORY[cls.__name__])
@@ -195,7 +196,16 @@ def from_object(given: Any, where: str, targets: Targets) -> Source:
         raise DataError(f"{where}: {cls.__name__} is not a data source; {FORMS}")
     classes = getattr(given, "classes", None)
     names = tuple(map(str, classes)) if isinstance(classes, list | tuple) and classes else None
-    return Items(where, given, torch.arange(len(given)), _known_labels(given, where, targets), names, targets=targets)
+    known = _known_labels(given)
+    labels, words = (None, None) if known is None else _numbered(known, len(given), where, targets)
+    return Items(where, given, torch.arange(len(given)), labels, words or names, targets=targets)
+
+
+def _numbered(given: object, count: int, where: str, targets: Targets) -> tuple[Tensor, tuple[str, ...] | None]:
+    """Labels as the targets read them; of words their places in order, and the words."""
+    words = in_words(given) if isinstance(targets, ClassIndices) else None
+    labels, names = words or (given, None)
+    return targets.of_all(labels, count, where), names
 
 
 _IMAGES, _LABELS = ("image", "img", "pixel_values", "x"), ("label", "labels", "target", "fine_label", "y")
@@ -214,20 +224,16 @@ def _pair(item: Any) -> Any:
     return image if label is None else (image, label)
 
 
-def _known_labels(dataset: Any, where: str, targets: Targets) -> Tensor | None:
+def _known_labels(dataset: Any) -> object | None:
     """Labels without decoding an image: of a list of (path, label), or where torchvision's datasets keep them."""
     if isinstance(dataset, list | tuple):
-        paths = all(
-            isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], str | Path) for item in dataset
-        )
-        if not paths or not dataset or dataset[0][1] is None:
-            return None
-        return targets.of_all([label for _, label in dataset], len(dataset), where)
+        pairs = all(isinstance(item, tuple | list) and len(item) == 2 for item in dataset)
+        known = pairs and all(isinstance(item[0], str | Path) or isinstance(item[1], str) for item in dataset)
+        return [label for _, label in dataset] if known and dataset and dataset[0][1] is not None else None
     for name in ("targets", "labels", "_labels"):
         labels = getattr(dataset, name, None)
         if isinstance(labels, list | tuple | np.ndarray | Tensor) and len(labels) == len(dataset):
-            as_stored = getattr(dataset, "target_transform", None) is None
-            return targets.of_all(labels, len(dataset), where) if as_stored else None
+            return labels if getattr(dataset, "target_transform", None) is None else None
     return None
 
 
@@ -245,7 +251,8 @@ def _as_images(given: Tensor | np.ndarray, where: str) -> Tensor:
         images = channels_first(images)
     if images.dim() != 4:
         raise DataError(
-            f"{where}: images have shape {tuple(images.shape)}; pass (N, C, H, W), (N, H, W, C) or (N, H, W)"
+            f"{where}: images have shape {tuple(images.shape)}; pass (N, C, H, W), (N, H, W, C) or (N, H, W), "
+            "such as images.reshape(-1, CHANNELS, HEIGHT, WIDTH)"
         )
     if 0 in images.shape:
         raise DataError(
@@ -311,7 +318,7 @@ def relabelled(source: Source, names: Sequence[str]) -> Source:
     unknown = [name for name in source.names or () if name not in place]
     if unknown:
         raise DataError(
-            f"{source.where}: class folder {unknown[0]!r} is in val and not in train ({len(unknown)} such); "
+            f"{source.where}: class {unknown[0]!r} is in val and not in train ({len(unknown)} such); "
             "both need the same names"
         )
     labels = torch.tensor([place[name] for name in source.names or ()])[source.labels]

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from rarefy.data.shards import MOST_BYTES, LeftOut, digest_of, plain
+from rarefy.data.targets import MOST_CLASSES
 from rarefy.errors import DataError, FormatError, MissingDependency
 from rarefy.system import files, strict_json
 
@@ -48,6 +49,7 @@ class Parquet:
         groups: list[tuple[int, int, int]] = []  # file, row group in it, first row in it
         counts: list[int] = []
         labels: list[np.ndarray] = []
+        self._words: dict[str, int] = {}  # labels in words
         stored = 0
         for index, file in enumerate(self.files):
             opened = self._file(index)
@@ -77,6 +79,11 @@ class Parquet:
         self._row = torch.arange(len(self.blocks)) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
         self.labels: Tensor | None = None
         label_of = torch.from_numpy(np.concatenate(labels)) if labels else torch.zeros(0, dtype=torch.int64)
+        if self._words:
+            self.names = tuple(sorted(self._words))
+            places = {self._words[name]: place for place, name in enumerate(self.names)}
+            order = torch.tensor([places[number] for number in range(len(places))])
+            label_of = torch.where(label_of >= 0, order[label_of.clamp(min=0)], label_of)
         labelled = label_of >= 0
         if bool(labelled.any()):  # else none has one
             for place in (~labelled).nonzero().flatten().tolist():
@@ -135,8 +142,15 @@ class Parquet:
         column = self._read(index, group, name)
         if len(column) != rows:
             raise DataError(f"{file}: row group {group} holds {len(column):,} labels for {rows:,} rows; restore it")
+        values = column.to_pylist()
+        if any(isinstance(value, str) for value in values):  # numbered as they come, put in order when all are known
+            values = [
+                None if value is None else self._words.setdefault(str(value), len(self._words)) for value in values
+            ]
+            if len(self._words) > MOST_CLASSES:
+                raise DataError(f"{file}: {plain(name)!r} holds more than {MOST_CLASSES:,} words, which are no classes")
         try:
-            return np.array([-1 if value is None else value for value in column.to_pylist()], dtype=np.int64)
+            return np.array([-1 if value is None else value for value in values], dtype=np.int64)
         except (OverflowError, ValueError, TypeError) as error:
             raise DataError(f"{file}: a label of {plain(name)!r} is no class index (0, 1, ...); mend it") from error
 
@@ -303,8 +317,12 @@ def _label_column(file: str, schema: Any, asked: str | None) -> str | None:
     import pyarrow.types as kinds
 
     fit = [field.name for field in schema if kinds.is_integer(field.type)]
+    words = [field.name for field in schema if kinds.is_string(field.type) or kinds.is_large_string(field.type)]
+    if asked in words or (asked is None and not fit and "label" in words):
+        return asked or "label"
     if asked is not None and asked not in fit:
-        raise DataError(f"{file}: {asked!r} is no column of whole numbers; have {', '.join(fit) or 'none'}")
+        have = ", ".join([*fit, *words]) or "none"
+        raise DataError(f"{file}: {asked!r} is no column of whole numbers or words; have {have}")
     if asked is None and len(fit) > 1 and "label" not in fit:
         raise DataError(
             f"{file}: has {len(fit)} columns of whole numbers ({', '.join(fit)}); "

@@ -31,7 +31,7 @@ from rarefy.system.files import opened, plain
 
 SIZE, CROP = 224, 0.875  # of pictures, as for ImageNet
 MOST_LOOKED_AT = 256  # files; of a dataset of the user's own, which decodes them, a 16th
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # others run programs (EPS) or are rarely what is meant
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # others run programs (EPS) or are rarely what is meant
 _GREY = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "I;16N")
 
 

@@ -46,7 +46,7 @@ MOST_NAMED = 100  # of what is left out, by name
 MOST_OPEN = 64  # shards open at a time
 MOST_FILES = 100_000  # that a pattern may name
 BLOCK = 512
-IMAGES = {"jpg", "jpeg", "png", "ppm", "bmp", "pgm", "tif", "tiff", "webp"}
+IMAGES = {"jpg", "jpeg", "png", "ppm", "bmp", "pgm", "tif", "tiff", "webp", "gif"}
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
 
 

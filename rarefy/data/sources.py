@@ -3,12 +3,13 @@
 =================================  ==============================================================================
 ``FORM:...``                       a file of ``formats/`` reads it: ``imagefolder:PATH``, ``images:PATH``,
                                    ``tar:PATH``, ``parquet:PATH``, ``torchvision:NAME?root=PATH``,
-                                   ``sklearn:digits``, and with boxes ``coco:IMAGES?annotations=FILE``,
+                                   ``csv:FILE``, ``npz:FILE``, ``sklearn:digits``, and with boxes ``coco:IMAGES?annotations=FILE``,
                                    ``yolo:data.yaml``, ``voc:FOLDER``; each says there what it takes
 ``package.module:function``        a function without arguments, or with ``split`` ("train" or "val"), that returns
                                    any of:
 (images, labels)                   arrays or tensors, (N, C, H, W), (N, H, W, C) or (N, H, W), uint8 or float in
-                                   [0, 1]
+                                   [0, 1]; labels are class indices, or words
+{"train": ..., "test": ...}        any of these for each split; or a pair of them
 a map-style dataset, or a          items are (image, label), {"image": ..., "label": ...} or image; an image is a
 DataLoader of one                  path, a PIL image, an (H, W[, C]) array or a (C, H, W) tensor
 =================================  ==============================================================================
@@ -25,18 +26,26 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import os
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 from rarefy.data import formats
 from rarefy.data.boxes.scenes import Scenes
 from rarefy.data.boxes.targets import BoxTargets
 from rarefy.data.items import FORMS, Arrays, Items, Source, Split, from_object, held_out
+from rarefy.data.shards import SPLITS
 from rarefy.data.targets import ClassIndices, Targets
 from rarefy.errors import DataError, first_line
 from rarefy.system.dependencies import own_module
+
+_FILES = {".csv": "csv", ".npz": "npz", ".parquet": "parquet", ".tar": "tar", ".yaml": "yolo", ".yml": "yolo"}
 
 Read = Callable[[str, str, Split], tuple[object, bool]]
 
@@ -53,7 +62,7 @@ def load(given: object, split: Split, *, shared: bool = False, targets: Targets 
     if isinstance(given, str):
         form, colon, rest = given.partition(":")
         if not colon or not rest:
-            raise DataError(f"{given!r}: not a data source; {FORMS}")
+            raise DataError(f"{given!r}: not a data source; {_meant(given) or FORMS}")
         data, divided = _reader(form)(given, rest, split)
     source = data if isinstance(data, Arrays | Items) else from_object(data, where, targets)
     if len(source) == 0:
@@ -93,6 +102,35 @@ def _reader(form: str) -> Read:
     return read
 
 
+def _meant(path: str) -> str | None:
+    """The source that a path without its form names."""
+    if os.path.isdir(path):
+        return f"for a folder that holds one folder a class give imagefolder:{path}"
+    form = _FILES.get(os.path.splitext(path)[1].lower()) if os.path.isfile(path) else None
+    return f"give {form}:{path}" if form else None
+
+
+def _of_split(returned: Any, split: Split) -> object | None:
+    """The split's part of what a function returns for all: {"train": ..., "test": ...}, or a pair of data sets."""
+    if isinstance(returned, Mapping):
+        called = {one: next((word for word in words if word in returned), None) for one, words in SPLITS.items()}
+        part: object = returned[called[split]] if all(called.values()) else None
+        return part
+    if isinstance(returned, tuple) and len(returned) == 2 and all(map(_is_whole, returned)):
+        return returned[int(split == "val")]  # type: ignore[no-any-return]
+    return None
+
+
+def _is_whole(part: object) -> bool:
+    """Is it a data set, rather than an image, labels or (image, label)?"""
+    if isinstance(part, tuple):
+        many = len(part) == 2 and all(getattr(one, "shape", ()) for one in part)
+        return many and len(part[0].shape) > 2 and len(part[0]) == len(part[1])
+    if isinstance(part, str | bytes | list | dict | np.ndarray | Tensor):
+        return False
+    return isinstance(part, DataLoader) or (hasattr(part, "__getitem__") and hasattr(part, "__len__"))
+
+
 def _function(text: str, rest: str, split: Split) -> tuple[object, bool]:
     """``package.module:function``."""
     module = text.partition(":")[0]
@@ -102,7 +140,11 @@ def _function(text: str, rest: str, split: Split) -> tuple[object, bool]:
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise DataError(f"{text}: can't be imported ({error}); {FORMS}") from error
     try:
-        return (function(split=split) if takes_split else function()), takes_split
+        if takes_split:
+            return function(split=split), True
+        returned = function()
+        part = _of_split(returned, split)
+        return (returned, False) if part is None else (part, True)
     except DataError:
         raise
     except Exception as error:

@@ -85,7 +85,10 @@ class ClassIndices(Targets):
         try:
             value = int(array.reshape(()).item())
         except (TypeError, ValueError) as error:
-            raise DataError(f"{where}: its label {given!r} is not a class index (0, 1, ...)") from error
+            raise DataError(
+                f"{where}: its label {given!r} is not a class index (0, 1, ...); number the classes, or keep the words "
+                "of all items in an attribute `targets` of the data set"
+            ) from error
         if value < 0 or value != array.reshape(()).item():
             raise DataError(f"{where}: its label {value} is not a class index (0, 1, ...)")
         return value
@@ -129,6 +132,20 @@ class Numbers(Targets):
     def check(self, targets: Tensor, where: str, *, whole: bool = False) -> None:
         if not bool(torch.isfinite(targets).all()):
             raise DataError(f"{where}: a target is NaN or infinity; leave its image out")
+
+
+def in_words(given: object) -> tuple[list[int], tuple[str, ...] | None] | None:
+    """Labels in words as class indices, and the words in order, as those of folders are; None of any other labels.
+
+    Words that are numbers throughout ("0", "1", ...) are these numbers.
+    """
+    words = given.tolist() if isinstance(given, np.ndarray) and given.dtype.kind in "UO" else given
+    if not isinstance(words, list | tuple) or not words or not all(isinstance(word, str) for word in words):
+        return None
+    if all(word.isascii() and word.isdecimal() and str(int(word)) == word for word in set(words)):
+        return list(map(int, words)), None
+    place = {word: index for index, word in enumerate(sorted(set(words)))}
+    return [place[word] for word in words], tuple(place)
 
 
 def _several(labels: Tensor) -> bool:

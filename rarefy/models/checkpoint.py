@@ -105,7 +105,7 @@ def entries(path: Path) -> dict[str, dict[str, Tensor]]:
         )
     plain(path)
     afford(path.stat().st_size, str(path), "end other programs, or give a smaller file")
-    if path.suffix == ".safetensors":
+    if _is_safetensors(path):
         return {"": _safetensors(path)}
     if path.name.endswith(".index.json"):
         return {"": _sharded(path)}
@@ -114,6 +114,12 @@ def entries(path: Path) -> dict[str, dict[str, Tensor]]:
     if not found:
         raise FormatError(f"{path}: {_why_empty(held)}")
     return found
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Also of another name: by a length of 8 bytes, then JSON."""
+    with path.open("rb") as file:
+        return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
 
 
 _SHOWN = (".safetensors", ".index.json", ".pth", ".pt", ".ckpt", ".bin")
@@ -148,7 +154,10 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except SafetensorError as error:
-        raise FormatError(f"{path}: is no safetensors file ({error}); download or write it again") from error
+        with path.open("rb") as file:
+            torchs = file.read(4).startswith((b"PK\x03\x04", b"\x80\x02"))
+        way_out = f"torch.save wrote it: call it {path.stem}.pth" if torchs else "download or write it again"
+        raise FormatError(f"{path}: is no safetensors file ({error}); {way_out}") from error
     return tensors
 
 
@@ -243,6 +252,11 @@ def _broken(path: Path, error: Exception) -> FormatError:
         return FormatError(
             f"{path}: is a TorchScript program; give its weights: "
             "torch.save(torch.jit.load(file).state_dict(), 'weights.pth')"
+        )
+    if path.suffix == ".npz" or ".npy" in str(error):
+        return FormatError(
+            f"{path}: holds arrays of NumPy, not weights of torch; "
+            "safetensors.numpy.save_file(dict(numpy.load(file)), 'weights.safetensors'), and give that file"
         )
     return FormatError(
         f"{path}: is no checkpoint torch can read ({first_line(error)}); "

@@ -28,12 +28,11 @@ from rarefy.data.normalization import IMAGENET_MEAN, IMAGENET_STD, Normalization
 from rarefy.data.preparation import SIZE
 from rarefy.errors import DataError, InputError
 from rarefy.graph.nodes import is_graph
-from rarefy.models.load import graph_of
+from rarefy.models.load import SIZES, graph_of, takes
 from rarefy.models.source import Source, by
 from rarefy.tasks.classification import Classification
 from rarefy.tasks.task import Settling, Task, settled
 
-_SIZES = (28, 32, 64, 96, 128, 160, 192, 224, 256, 299, 384)  # that networks are made for
 _TRIED, _TRIED_LARGE = 256, 64  # images that a normalisation is tried on; of more than 64x64 pixels
 _AVERAGED = 8  # times as many give the mean and deviation of images that small
 _NEAR = 0.02  # of mean and deviation: nearer ones are the same by another count
@@ -172,7 +171,7 @@ def _shaped(
         channels = (
             [1, 3] if prepared.grey else [own[0], 1] if prepared.pictures else [*{own[0], 3 * (own[0] == 1)} - {0}]
         )
-    shape = next((one for count in channels if _takes(source.model, one := (count, *own[1:]))), None)
+    shape = next((one for count in channels if takes(source.model, one := (count, *own[1:]))), None)
     if shape is None and "size" in open_:
         shape = _other_size(source.model, channels, why)
     elif prepared.size_of == "usual" and prepared.largest is not None and max(prepared.largest) < SIZE:
@@ -192,7 +191,7 @@ def _shaped(
 
 def _other_size(model: nn.Module, channels: Collection[int], why: dict[str, str]) -> tuple[int, int, int] | None:
     """The one size that the model takes, or the usual one of several."""
-    taken = [(count, size, size) for size in _SIZES for count in channels if _takes(model, (count, size, size))]
+    taken = [(count, size, size) for size in SIZES for count in channels if takes(model, (count, size, size))]
     sizes = {shape[1] for shape in taken}
     if len(sizes) == 1:
         why["size"] = "the only one that the model takes"
@@ -201,15 +200,6 @@ def _other_size(model: nn.Module, channels: Collection[int], why: dict[str, str]
     if usual is not None:
         why["size"] = "usual; the model does not take the images' own"
     return usual
-
-
-def _takes(model: nn.Module, shape: tuple[int, ...]) -> bool:
-    try:
-        with torch.no_grad():
-            model(torch.zeros(2, *shape))
-    except Exception:
-        return False
-    return True
 
 
 def _normalization(model: nn.Module, task: Classification) -> _Named | None:

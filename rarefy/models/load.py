@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from rarefy.errors import CaptureError, InputError, first_line
 from rarefy.graph.nodes import is_graph
@@ -34,6 +35,7 @@ from rarefy.system.failures import refusal
 from rarefy.tasks.detector import capture, found
 
 SOURCES: tuple[Form, ...] = (timm, torchvision, saved, exported, onnx, function)  # the first that knows the text
+SIZES = (28, 32, 64, 96, 128, 160, 192, 224, 256, 299, 384)  # that networks for images are made for
 
 
 def load(
@@ -116,6 +118,28 @@ def _check_runs(source: Source, example: Tensor | tuple[Tensor, ...]) -> None:
         if refused is not None:
             raise InputError(f"{source.text}: an input of {shape}: {refused}, or a smaller --input") from error
         raise CaptureError(
-            f"{source.text}: does not take an input of {shape} ({first_line(error)}); "
-            "pass the right --input CHANNELS,HEIGHT,WIDTH"
+            f"{source.text}: does not take an input of {shape} ({first_line(error)}); {_right_input(model, examples)}"
         ) from error
+
+
+def _right_input(model: nn.Module, examples: Sequence[Tensor]) -> str:
+    """The way out of an input that the model does not take: of pictures a shape that it does, if a usual one is."""
+    if len(examples) == 1 and examples[0].dim() == 4:
+        own = tuple(examples[0].shape[1:])
+        sides = [own[1:], *((side, side) for side in SIZES)]
+        shapes = [(channels, *side) for side in sides for channels in dict.fromkeys((own[0], 3, 1))]
+        fits = next((shape for shape in shapes if takes(model, shape)), None)
+        if fits is not None:
+            data = f"--image-size {fits[1]}" if fits[0] == own[0] else f"--channels {fits[0]} --image-size {fits[1]}"
+            return f"it takes {by(fits)}: pass {data} with --data, --input {','.join(map(str, fits))} without"
+    return "pass the right --input CHANNELS,HEIGHT,WIDTH"
+
+
+def takes(model: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Does the model answer to an input of that shape, without batch?"""
+    try:
+        with torch.no_grad():
+            model(torch.zeros(2, *shape))
+    except Exception:
+        return False
+    return True

@@ -122,7 +122,8 @@ def _fits(given: Mapping[str, _Stored], wanted: Mapping[str, Tensor], asked: str
     """The prefixes under which the model's tensors are found: where most are, first."""
     found = Counter(name[:cut] for name in given for cut in _cuts(name) if name[cut:] in wanted)
     if asked is not None:
-        return [_fit(asked, given, wanted)] if asked in found else []
+        under = [asked] if asked in found else [prefix for prefix in found if f".{prefix}".endswith(f".{asked}")]
+        return [_fit(prefix, given, wanted) for prefix in under]
     most = max(found.values(), default=0)
     return [_fit(prefix, given, wanted) for prefix, count in found.most_common() if 2 * count > most]
 
@@ -155,7 +156,8 @@ def _fit(prefix: str, given: Mapping[str, _Stored], wanted: Mapping[str, Tensor]
         wrong.append(f"{first} is {why}{_more(list(kinds))}")
     if shapes:
         there, here = given[names[shapes[0]]].value.shape, wanted[shapes[0]].shape
-        hint = f"; pass --classes {there[0]}" if there and there[1:] == here[1:] else ""
+        head = there and there[1:] == here[1:]
+        hint = f"; pass --classes {there[0]} (a maker of yours takes it as num_classes)" if head else ""
         wrong.append(f"{shapes[0]} is {by(there)} there and {by(here)} in the model{_more(shapes)}{hint}")
     if missing:
         wrong.append(f"{missing[0]} is missing there{_more(missing)}")
@@ -254,7 +256,8 @@ def _why(fits: Sequence[_Fit], given: Mapping[str, _Stored], wanted: Mapping[str
         )
     best = fits[0]
     under = f"under {best.prefix!r} " if best.prefix else ""
-    return f"{under}{'; '.join(best.wrong)}; give the weights of this very architecture"
+    else_ = "or give" if any("--classes" in why for why in best.wrong) else "give"
+    return f"{under}{'; '.join(best.wrong)}; {else_} the weights of this very architecture"
 
 
 def _more(names: Sequence[str]) -> str:

@@ -108,9 +108,51 @@ def test_classes_with_names_like_splits_stay_classes(tmp_path: Path, names: tupl
     assert task_of(fill(tmp_path / "data", names)).class_names == tuple(sorted(names))
 
 
-def test_one_class_stays_one(tmp_path: Path) -> None:
+def test_one_class_stays_one_and_is_told(tmp_path: Path) -> None:
     fill(tmp_path, ("cats",))
-    assert task_of(tmp_path).class_names == ("cats",)
+    task = task_of(tmp_path)
+    assert task.class_names == ("cats",)
+    assert any("only one class, cats: give the folder above the classes" in note for note in task.data.notes)
+
+
+@pytest.mark.parametrize("ending", ["gif", "GIF", "jfif", "JPE", "tiff", "webp", "bmp", "pgm"])
+def test_endings_of_pictures(tmp_path: Path, ending: str) -> None:
+    fill(tmp_path, each=2)
+    (tmp_path / "cats" / "0.png").unlink()
+    form = {"gif": "GIF", "jfif": "JPEG", "jpe": "JPEG", "pgm": "PPM"}.get(ending.lower(), ending.upper())
+    mode = "L" if ending == "pgm" else "RGB"
+    picture(7, 16, 16, mode).save(tmp_path / "cats" / f"0.{ending}", format=form)
+    images, labels = stacked(Classification(val=f"imagefolder:{tmp_path}", mean=0, std=1))
+    assert labels.tolist() == [0, 0, 1, 1, 2, 2]
+    wanted = torch.from_numpy(np.asarray(picture(7, 16, 16, mode).convert("RGB")).copy()).permute(2, 0, 1) / 255
+    assert (images[0] - wanted).abs().mean() < (0.05 if ending.lower() in ("gif", "jfif", "jpe", "webp") else 1e-6)
+
+
+def test_pictures_of_other_forms_are_left_out_with_a_word(tmp_path: Path) -> None:
+    fill(tmp_path, each=2)
+    for name in ("a.heic", "b.HEIC", "c.avif", "notes.txt", ".d.heic"):
+        (tmp_path / "cats" / name).write_bytes(b"x")
+    task = Classification(val=f"imagefolder:{tmp_path}")
+    assert task.length("val") == 6
+    assert "val: 3 files of forms that are not read (.avif, .heic) are left out" in task.data.notes
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("a.heic", "b.heic", "c.txt"), "it holds 2 of .heic, 1 of .txt: save them as .png, or delete it"),
+        (("a", "b"), r"its files have no ending: add that of their form \(.jpg, .png\)"),
+        (("train-0.parquet",), "it holds .parquet files: give parquet:"),
+        (("0.tar",), "it holds .tar files: give tar:"), ((), "fill or delete it"),
+    ],
+)  # fmt: skip
+def test_a_class_without_pictures_says_what_it_holds(tmp_path: Path, names: tuple[str, ...], words: str) -> None:
+    fill(tmp_path, ("cats", "dogs"))
+    (tmp_path / "mice").mkdir()
+    for name in names:
+        (tmp_path / "mice" / name).write_bytes(b"x")
+    with pytest.raises(DataError, match=words):
+        Classification(val=f"imagefolder:{tmp_path}").length("val")
 
 
 def test_what_systems_leave_in_folders_is_no_picture_and_no_class(tmp_path: Path) -> None:

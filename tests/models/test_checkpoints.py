@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -398,6 +399,40 @@ def test_nothing_stays_allowed(tmp_path: Path, good: State) -> None:
         torch.load(tmp_path / "w.pth", weights_only=True)
 
 
+# ------------------------------------------------------------------ other forms than the name says
+
+
+def test_a_file_is_known_by_what_it_holds(tmp_path: Path, good: State) -> None:
+    save_file(good, tmp_path / "w.pth")
+    assert same(loaded(tmp_path / "w.pth")[0], good)
+    torch.save(good, tmp_path / "w.safetensors")
+    with pytest.raises(FormatError, match=r"torch\.save wrote it: call it w\.pth"):
+        loaded(tmp_path / "w.safetensors")
+    (tmp_path / "w.safetensors").rename(tmp_path / "w2.pth")  # as advised
+    assert same(loaded(tmp_path / "w2.pth")[0], good)
+
+
+def test_arrays_of_numpy_are_told_how_to_become_weights(tmp_path: Path, good: State) -> None:
+    np.savez(tmp_path / "w.npz", **{name: value.numpy() for name, value in good.items()})
+    with pytest.raises(FormatError, match=r"arrays of NumPy.*safetensors\.numpy\.save_file\(dict\(numpy\.load"):
+        loaded(tmp_path / "w.npz")
+    with np.load(tmp_path / "w.npz") as arrays:
+        safetensors.numpy.save_file(dict(arrays), tmp_path / "weights.safetensors")
+    assert same(loaded(tmp_path / "weights.safetensors")[0], good)
+
+
+def test_a_prefix_is_found_inside_the_entry_that_it_lies_in(tmp_path: Path, good: State) -> None:
+    other = {name: value + 1 for name, value in good.items()}
+    torch.save({"state_dict": {**under("student.", good), **under("teacher.", other)}}, tmp_path / "w.pth")
+    assert same(loaded(f"{tmp_path / 'w.pth'}?prefix=student.")[0], good)
+    assert same(loaded(f"{tmp_path / 'w.pth'}?prefix=teacher")[0], other)
+    with pytest.raises(InputError, match="none of the model's names is there under 'dent.'"):
+        loaded(f"{tmp_path / 'w.pth'}?prefix=dent.")
+    torch.save({"a": under("x.", good), "b": under("x.", other)}, tmp_path / "w.pth")
+    with pytest.raises(InputError, match=r"2 parts of it fit the model: 'a\.x\.', 'b\.x\.'"):
+        loaded(f"{tmp_path / 'w.pth'}?prefix=x.")
+
+
 # ------------------------------------------------------------------ the doors
 
 
@@ -408,7 +443,7 @@ def test_the_public_door(tmp_path: Path, good: State) -> None:
     assert same(model.state_dict(), good)
     source = rarefy.sources.load(f"{__name__}:small", weights=tmp_path / "w.pth")
     assert source.taken == f"{len(good)} tensors taken without the prefix 'module.'"
-    assert set(checkpoint.checkpoint.entries(tmp_path / "w.pth")) == {""}
+    assert set(checkpoint.entries(tmp_path / "w.pth")) == {""}
 
 
 def test_the_command_line_says_what_it_took(tmp_path: Path, good: State, capsys: pytest.CaptureFixture[str]) -> None:

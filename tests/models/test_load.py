@@ -169,7 +169,9 @@ def test_a_file_and_a_folder_that_are_no_models(tmp_path: Path) -> None:
 
 
 def test_a_wrong_input_shape_is_told_as_such() -> None:
-    with pytest.raises(CaptureError, match=r"does not take an input of 1x8x8 \(.*\); pass the right --input"):
+    with pytest.raises(
+        CaptureError, match=r"does not take an input of 1x8x8 \(.*\); it takes 3x8x8: pass --channels 3 --image-size 8"
+    ):
         load.graph_of(load.load(f"{HERE}:small"), (1, 8, 8))
     with pytest.raises(InputError, match="pass --input"):
         load.graph_of(load.load(f"{HERE}:small"))

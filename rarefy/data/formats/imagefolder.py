@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +27,14 @@ from rarefy.data.items import Items, Source, Split
 from rarefy.errors import DataError
 from rarefy.system.files import walk
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".npy")
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".npy",
+)  # fmt: skip
+# Pictures of other forms: told where they are left out.
+_OTHERS = (
+    ".heic", ".heif", ".avif", ".jp2", ".j2k", ".jxl", ".svg", ".psd", ".tga", ".ico", ".exr", ".hdr", ".pcx", ".eps",
+    ".dng", ".cr2", ".nef", ".arw", ".raw", ".dcm", ".nii", ".mat", ".npz", ".pt",
+)  # fmt: skip
 _JUNK = {"__MACOSX", "@eaDir", "__pycache__", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 # What a split's folder is called; of several the first is taken.
 _WORDS: dict[Split, tuple[str, ...]] = {
@@ -59,15 +67,21 @@ def read(text: str, rest: str, split: Split) -> tuple[Source, bool]:
     inside = [_splits(folder) for folder in folders]
     if not divided and len(folders) > 1 and all(len(found) == 2 for found in inside):
         places, divided = [found[split] for found in inside], True
-    pairs = [(file, label) for label, place in enumerate(places) for file in images_below(place)]
+    if len(folders) == 1:
+        notes = (*notes, _alone(text, folders[0]))
+    others: Counter[str] = Counter()
+    pairs = [(file, label) for label, place in enumerate(places) for file in images_below(place, others)]
     labels = torch.tensor([label for _, label in pairs], dtype=torch.int64)
     counts = torch.bincount(labels, minlength=len(folders))
     if int(counts.min()) == 0:
         empty = [place for place, count in zip(places, counts.tolist(), strict=True) if count == 0]
         raise DataError(
             f"{text}: no images ({' '.join(EXTENSIONS)}) in class folder {empty[0]} "
-            f"({len(empty)} of {len(folders)} are empty); fill or delete it"
+            f"({len(empty)} of {len(folders)} are empty); {_way_out(empty[0])}"
         )
+    if others:
+        kinds = ", ".join(sorted(others))
+        notes = (*notes, f"{split}: {others.total()} files of forms that are not read ({kinds}) are left out")
     names = tuple(folder.name for folder in folders)
     return Items(text, [file for file, _ in pairs], torch.arange(len(pairs)), labels, names, notes=notes), divided
 
@@ -135,13 +149,39 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
 
 
-def _images(root: Path) -> Iterator[str]:
-    """Paths of the images at any depth, folder by folder."""
+def _images(root: Path, others: Counter[str] | None = None) -> Iterator[str]:
+    """Paths of the images at any depth, folder by folder. others: endings of pictures that are none to us, counted."""
     for folder, inner, names in walk(root):
         inner[:] = [name for name in inner if not _is_junk(name)]
+        if others is not None:
+            ends = (os.path.splitext(name)[1].lower() for name in names if not name.startswith("."))
+            others.update(end for end in ends if end in _OTHERS)
         yield from (os.path.join(folder, name) for name in names if _is_image(name))
 
 
-def images_below(root: Path) -> list[str]:
+def images_below(root: Path, others: Counter[str] | None = None) -> list[str]:
     """Paths of the images at any depth, sorted, as text (a million Path objects would not be small)."""
-    return sorted(_images(root), key=os.path.split)
+    return sorted(_images(root, others), key=os.path.split)
+
+
+def _alone(text: str, folder: Path) -> str:
+    """What is told of one class, which leaves nothing to tell apart. Raises DataError where its labels lie beside."""
+    table = next((one for one in sorted(folder.parent.glob("*.csv"))), None)
+    if table is not None:
+        raise DataError(
+            f"{text}: {folder} is the only folder of images, and their labels may be in {table}; give csv:{table}, or "
+            f"images:{folder} without labels"
+        )
+    return f"only one class, {folder.name}: give the folder above the classes, or images:{folder} for none"
+
+
+def _way_out(folder: Path) -> str:
+    """Of a class folder without images."""
+    ends = Counter(os.path.splitext(name)[1].lower() for _, _, names in walk(folder) for name in names)
+    for end, form in ((".parquet", "parquet"), (".tar", "tar")):
+        if end in ends:
+            return f"it holds {end} files: give {form}:{folder}"
+    if set(ends) == {""}:
+        return "its files have no ending: add that of their form (.jpg, .png)"
+    held = [f"{count} of {end or 'no ending'}" for end, count in sorted(ends.items())]
+    return f"it holds {', '.join(held[:4])}: save them as .png, or delete it" if held else "fill or delete it"
