@@ -73,7 +73,8 @@ class DataOptions:
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="Training and validation data of one source: imagefolder:PATH, csv:FILE, npz:FILE, tar:PATH, parquet:PATH, "
+            help="Training and validation data of one source: imagefolder:PATH, csv:FILE, npz:FILE, "
+            "tar:PATH, parquet:PATH, "
             "torchvision:NAME?root=PATH, sklearn:digits, package.module:function; with boxes "
             "coco:IMAGES?annotations=FILE, yolo:data.yaml, voc:FOLDER.",
             rich_help_panel=_DATA,

@@ -3,7 +3,8 @@
 =================================  ==============================================================================
 ``FORM:...``                       a file of ``formats/`` reads it: ``imagefolder:PATH``, ``images:PATH``,
                                    ``tar:PATH``, ``parquet:PATH``, ``torchvision:NAME?root=PATH``,
-                                   ``csv:FILE``, ``npz:FILE``, ``sklearn:digits``, and with boxes ``coco:IMAGES?annotations=FILE``,
+                                   ``csv:FILE``, ``npz:FILE``, ``sklearn:digits``, and with boxes
+                                   ``coco:IMAGES?annotations=FILE``,
                                    ``yolo:data.yaml``, ``voc:FOLDER``; each says there what it takes
 ``package.module:function``        a function without arguments, or with ``split`` ("train" or "val"), that returns
                                    any of:
@@ -25,25 +26,18 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import inspect
 import os
 import pkgutil
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
 
 from rarefy.data import formats
 from rarefy.data.boxes.scenes import Scenes
 from rarefy.data.boxes.targets import BoxTargets
 from rarefy.data.items import FORMS, Arrays, Items, Source, Split, from_object, held_out
-from rarefy.data.shards import SPLITS
 from rarefy.data.targets import ClassIndices, Targets
-from rarefy.errors import DataError, first_line
-from rarefy.system.dependencies import own_module
+from rarefy.errors import DataError
 
 _FILES = {".csv": "csv", ".npz": "npz", ".parquet": "parquet", ".tar": "tar", ".yaml": "yolo", ".yml": "yolo"}
 
@@ -97,7 +91,7 @@ def _part(source: Source, split: Split) -> Source:
 
 def _reader(form: str) -> Read:
     if form not in {module.name for module in pkgutil.iter_modules(formats.__path__)}:
-        return _function
+        form = "function"
     read: Read = importlib.import_module(f"{formats.__name__}.{form}").read
     return read
 
@@ -108,46 +102,3 @@ def _meant(path: str) -> str | None:
         return f"for a folder that holds one folder a class give imagefolder:{path}"
     form = _FILES.get(os.path.splitext(path)[1].lower()) if os.path.isfile(path) else None
     return f"give {form}:{path}" if form else None
-
-
-def _of_split(returned: Any, split: Split) -> object | None:
-    """The split's part of what a function returns for all: {"train": ..., "test": ...}, or a pair of data sets."""
-    if isinstance(returned, Mapping):
-        called = {one: next((word for word in words if word in returned), None) for one, words in SPLITS.items()}
-        part: object = returned[called[split]] if all(called.values()) else None
-        return part
-    if isinstance(returned, tuple) and len(returned) == 2 and all(map(_is_whole, returned)):
-        return returned[int(split == "val")]  # type: ignore[no-any-return]
-    return None
-
-
-def _is_whole(part: object) -> bool:
-    """Is it a data set, rather than an image, labels or (image, label)?"""
-    if isinstance(part, tuple):
-        many = len(part) == 2 and all(getattr(one, "shape", ()) for one in part)
-        return many and len(part[0].shape) > 2 and len(part[0]) == len(part[1])
-    if isinstance(part, str | bytes | list | dict | np.ndarray | Tensor):
-        return False
-    return isinstance(part, DataLoader) or (hasattr(part, "__getitem__") and hasattr(part, "__len__"))
-
-
-def _function(text: str, rest: str, split: Split) -> tuple[object, bool]:
-    """``package.module:function``."""
-    module = text.partition(":")[0]
-    try:
-        function = getattr(own_module(module), rest)
-        takes_split = "split" in inspect.signature(function).parameters
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise DataError(f"{text}: can't be imported ({error}); {FORMS}") from error
-    try:
-        if takes_split:
-            return function(split=split), True
-        returned = function()
-        part = _of_split(returned, split)
-        return (returned, False) if part is None else (part, True)
-    except DataError:
-        raise
-    except Exception as error:
-        raise DataError(
-            f"{text}: the function failed with {type(error).__name__}: {first_line(error, None)}"
-        ) from error

@@ -165,14 +165,8 @@ class Classification:
         if needed > outputs and not (outputs == 1 and needed == 2):
             raise DataError(
                 f"{self!r}: label {needed - 1} needs a model with at least {needed} outputs, "
-                f"this one has {outputs}; pass a model for these classes{self._from_one(outputs)}"
+                f"this one has {outputs}; pass a model for these classes{_from_one(self.data, outputs)}"
             )
-
-    def _from_one(self, outputs: int) -> str:
-        """What an error adds where labels may count from 1."""
-        known = [source.labels for source in map(self.data.source, self.data.splits) if source.labels is not None]
-        from_one = self._highest_label == outputs and known and all(int(labels.min()) > 0 for labels in known)
-        return ", or count labels from 0 (labels - 1)" if from_one else ""
 
     def describe(self) -> dict[str, object]:
         """What a manifest says of the task: JSON-able, without the data."""
@@ -258,3 +252,10 @@ def _described(task: Classification) -> dict[str, object]:
         if task.class_names is not None:
             classes["class_names"] = list(task.class_names)
     return {"task": task.name, **about, **classes, **splits}
+
+
+def _from_one(data: ImageData, outputs: int) -> str:
+    """What an error adds where labels seem to count from 1."""
+    known = [source.labels for source in map(data.source, data.splits) if source.labels is not None]
+    from_one = known and all(0 < int(labels.min()) <= int(labels.max()) <= outputs for labels in known)
+    return ", or count labels from 0 (labels - 1)" if from_one else ""

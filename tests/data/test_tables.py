@@ -40,7 +40,8 @@ def table(folder: Path, rows: Sequence[tuple[str, ...]], head: tuple[str, ...] |
 
 def told(task: Classification, split: str = "val") -> list[str]:
     """The class of each picture by its label; it must be that of its shade."""
-    images, labels = (torch.cat(parts) for parts in zip(*task.data.images(split, 4), strict=True))  # type: ignore[arg-type]
+    parts = list(task.data.images(split, 4))
+    images, labels = torch.cat([one for one, _ in parts]), torch.cat([one for _, one in parts])
     names = task.class_names
     assert names is not None
     by_label = [names[label] for label in labels.tolist()]
@@ -203,7 +204,8 @@ def test_a_file_of_other_arrays_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "given",
     [
-        lambda a, b: {"train": a, "test": b}, lambda a, b: {"train": a, "validation": b, "test": a}, lambda a, b: (a, b),
+        lambda a, b: {"train": a, "test": b}, lambda a, b: {"train": a, "validation": b, "test": a},
+        lambda a, b: (a, b),
         lambda a, b: (TensorDataset(*map(torch.from_numpy, a)), TensorDataset(*map(torch.from_numpy, b))),
     ],
 )  # fmt: skip
@@ -218,7 +220,8 @@ def test_a_function_returns_both_splits(monkeypatch: pytest.MonkeyPatch, given: 
 
 def test_a_pair_of_samples_is_no_pair_of_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType("own_data")
-    module.pair = lambda: ((np.zeros((8, 8, 3), np.uint8), 0), (np.ones((8, 8, 3), np.uint8), 1))  # type: ignore[attr-defined]
+    samples = ((np.zeros((8, 8, 3), np.uint8), 0), (np.ones((8, 8, 3), np.uint8), 1))
+    module.pair = lambda: samples  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "own_data", module)
     assert Classification(val="own_data:pair").length("val") == 2
 
