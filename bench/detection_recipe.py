@@ -4,6 +4,7 @@
     python bench/detection_recipe.py --prepare --folder DIR               pictures of at most 416 pixels, and the files
     python bench/detection_recipe.py --train --device cuda --folder DIR     four trainings a data set and seed
     python bench/detection_recipe.py --folder DIR --check                   judged and timed here
+    python bench/detection_recipe.py --probe 20 --device cuda --folder DIR  milliseconds of a step, by how it is done
 
 Beside the recipe (``taught``): the same without its teacher (``plain``), and channels taken in equal shares from all
 layers, by size and to no multiple of 8, so that nothing was measured (``ratio``), taught as the first. All have the
@@ -31,7 +32,7 @@ from xml.etree import ElementTree
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, fx
+from torch import fx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -50,6 +51,8 @@ from rarefy.tasks.task import fitted
 SIDE = 416
 CLASSES = {"bccd": ("RBC", "WBC", "Platelets"), "raccoon": ("raccoon",)}
 VARIANTS = ("taught", "plain", "ratio")
+AUGMENT = "flip,scale=0.5,photometric"
+NAMES = ("original", *(f"{one}{end}" for one in VARIANTS for end in ("", "-int8")))
 LEAST_AP50, MOST_MACS, MOST_DROP, LEAST_SPEEDUP = 85.0, 0.5, 1.0, 3.0
 
 
@@ -60,30 +63,6 @@ class Cell(NamedTuple):
     @property
     def name(self) -> str:
         return f"{self.data}-{self.seed}"
-
-
-class Pictures:
-    """(picture (H, W, 3) uint8, {"boxes": (m, 4), "labels": (m,)}), decoded once."""
-
-    def __init__(self, folder: Path, split: str):
-        listed = json.loads((folder / f"{split}.json").read_text())
-        self.answers = [
-            {
-                "boxes": torch.tensor(one["boxes"], dtype=torch.float32).reshape(-1, 4),
-                "labels": torch.tensor(one["labels"], dtype=torch.int64),
-            }
-            for one in listed
-        ]
-        self.pixels = []
-        for one in listed:
-            with Image.open(folder / one["file"]) as image:
-                self.pixels.append(np.asarray(image.convert("RGB")))
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, dict[str, Tensor]]:
-        return self.pixels[index], self.answers[index]
 
 
 # ------------------------------------------------------------------------------------------------------------- the data
@@ -119,15 +98,21 @@ def _raccoons(root: Path, name: str) -> Any:
 
 def written(folder: Path, split: str, rows: list[tuple[Path, list[list[float]], list[int]]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    listed = []
+    images: list[dict[str, object]] = []
+    boxes: list[dict[str, object]] = []
     for file, corners, labels in rows:
         with Image.open(file) as image:
             ratio = min(1.0, SIDE / max(image.size))
             width, height = (max(1, round(side * ratio)) for side in image.size)
             image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR).save(folder / file.name, quality=92)
             scale = np.array([width / image.size[0], height / image.size[1]] * 2)
-        boxes = (np.array(corners).reshape(-1, 4) * scale).clip(0, [width, height] * 2).tolist()
-        listed.append({"file": file.name, "boxes": boxes, "labels": labels})
+        found = (np.array(corners).reshape(-1, 4) * scale).clip(0, [width, height] * 2).tolist()
+        images.append({"id": len(images), "file_name": file.name, "width": width, "height": height})
+        for (left, top, right, bottom), label in zip(found, labels, strict=True):
+            box = [left, top, right - left, bottom - top]
+            boxes.append({"id": len(boxes), "image_id": len(images) - 1, "category_id": label, "bbox": box})
+    categories = [{"id": place, "name": name} for place, name in enumerate(CLASSES[folder.name])]
+    listed = {"images": images, "annotations": boxes, "categories": categories}
     (folder / f"{split}.json").write_text(json.dumps(listed))
 
 
@@ -149,64 +134,97 @@ def headed(source: Path, file: Path, classes: int) -> None:
     onnx.save(model, str(file))
 
 
-def task_of(home: Path, data: str, workers: int = 0) -> Detection:
+def task_of(home: Path, data: str, augment: str = AUGMENT) -> Detection:
     """Judged on pictures that training never sees."""
-    known, judged_on = Pictures(home / data, "train"), Pictures(home / data, "test")
+    known, judged_on = (f"coco:{home / data}?annotations={home / data / split}.json" for split in ("train", "test"))
     text = f"yolox:classes={len(CLASSES[data])},size={SIDE}/{SIDE}"
-    return Detection(known, judged_on, augment="flip,scale=0.5,photometric", detector=text, workers=workers)
+    return Detection(known, judged_on, augment=augment, detector=text)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def trained(cell: Cell, home: Path, device: str, steps: int, macs: float, workers: int) -> dict[str, Any]:
-    """The original and the three small ones, in float and int8, saved by cell; what was killed goes on."""
-    torch.set_num_threads(4 if device == "cuda" else 1)
-    began = time.perf_counter()
-    took: dict[str, float] = {}
-    task, folder = task_of(home, cell.data, workers), home / "trained" / cell.name
+def begun(cell: Cell, home: Path) -> fx.GraphModule:
+    """COCO's weights, with new classes."""
     graph = loading.graph_of(loading.load(f"onnx:{home / cell.data}.onnx"))
     torch.manual_seed(cell.seed)
     with torch.no_grad():
         for name, value in graph.named_parameters():
             if "cls_preds" in name:
                 value.normal_(0, 0.01) if value.dim() == 4 else value.fill_(-2.0)
-    common: dict[str, Any] = {
-        "steps": steps, "batch_size": 16, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 1e-2, "clip": 10.0,
-        "ema": 0.99, "precision": "fp32", "compile": "no", "validate_every": 0, "seed": cell.seed, "device": device,
-        "progress": False,
+    return graph
+
+
+def learning(given: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """What all trainings have in common."""
+    return {
+        "batch_size": given.batch_size, "optimizer": "adamw", "lr": given.lr, "weight_decay": 1e-2, "clip": 10.0,
+        "ema": 0.99, "precision": given.precision, "channels_last": given.channels_last, "compile": "no",
+        "validate_every": 0, "seed": seed, "device": given.device, "progress": False,
     }  # fmt: skip
+
+
+def step_seconds(cell: Cell, given: argparse.Namespace, **options: Any) -> float:
+    """Of one step, by two trainings of which one has so many more."""
+    options = {**learning(given, cell.seed), **options}
+    graph, task = begun(cell, given.folder), task_of(given.folder, cell.data, options.pop("augment", AUGMENT))
+    times = []
+    for steps in (2, 2, 2 + given.probe):  # the first one loads libraries
+        began = time.perf_counter()
+        train(graph, task, steps=steps, **options)
+        times.append(time.perf_counter() - began)
+    return (times[2] - times[1]) / given.probe
+
+
+def probe(cell: Cell, given: argparse.Namespace) -> None:
+    """What a step costs, by where pictures are varied, layout and precision; a line each, as it is known."""
+    for augment in (AUGMENT, f"{AUGMENT},mosaic=0.01"):  # the latter stays with the decoder
+        for layout in ("no", "yes"):
+            for precision in ("fp32", "bf16"):
+                took = step_seconds(cell, given, augment=augment, channels_last=layout, precision=precision)
+                row = {"augment": augment, "channels_last": layout, "precision": precision, "ms": 1000 * took}
+                print(json.dumps({"probe": row}), flush=True)
+
+
+def trained(cell: Cell, given: argparse.Namespace) -> dict[str, Any]:
+    """The original and the three small ones, in float and int8, saved by cell; what was killed goes on."""
+    torch.set_num_threads(3 if given.device == "cuda" else 1)
+    began = time.perf_counter()
+    home, folder = given.folder, given.folder / "trained" / cell.name
+    took: dict[str, Any] = {}
+    task, common = task_of(home, cell.data), learning(given, cell.seed)
 
     def stage(name: str, make: Callable[[], fx.GraphModule]) -> fx.GraphModule:
         """What was saved by a run before this one, or made now."""
         if not (folder / name).exists():
             save(make().cpu(), folder / name)
             took[name] = time.perf_counter() - began
+            (folder / "took.json").write_text(json.dumps(took))
             print(f"{cell.name}: {name} after {took[name]:.0f} s", file=sys.stderr, flush=True)
         return load(folder / name)
 
-    def learnt(name: str, model: fx.GraphModule, guide: fx.GraphModule | None) -> fx.GraphModule:
-        options = {**common, "checkpoint": home / "work" / cell.name / name}
-        make = (
-            functools.partial(train, model, task) if guide is None else functools.partial(distill, model, guide, task)
-        )
-        return stage(name, functools.partial(make, **options))
+    def learnt(name: str, model: fx.GraphModule, guide: fx.GraphModule | None, steps: int) -> fx.GraphModule:
+        options = {**common, "steps": steps, "checkpoint": home / "work" / cell.name / name}
+        if guide is None:
+            return stage(name, functools.partial(train, model, task, **options))
+        return stage(name, functools.partial(distill, model, guide, task, **options))
 
-    original = learnt("original", graph, None)
+    original = learnt("original", begun(cell, home), None, given.steps)
     measured, ratio = (
-        stage(name, functools.partial(prune, original, macs=macs, task=task, seed=cell.seed, progress=False, **options))
+        stage(
+            name,
+            functools.partial(prune, original, macs=given.macs, task=task, seed=cell.seed, progress=False, **options),
+        )
         for name, options in (
             ("measured", {"criterion": "taylor:batches=8,batch_size=16", "round_to": 8}),
             ("shares", {"criterion": "magnitude", "ranking": "local"}),
         )
     )
     starts = {"taught": (measured, original), "plain": (measured, None), "ratio": (ratio, original)}
-    plain = task_of(home, cell.data)
-    for name, (start, guide) in starts.items():
-        small = learnt(name, start, guide)
-        stage(f"{name}-int8", functools.partial(quantize, small, plain, seed=cell.seed, progress=False))
-    (folder / "took.json").write_text(json.dumps(took))
-    return {"cell": cell.name, **took}
+    small = {name: learnt(name, start, guide, given.short) for name, (start, guide) in starts.items()}
+    for name, graph in small.items():
+        stage(f"{name}-int8", functools.partial(quantize, graph, task, seed=cell.seed, progress=False))
+    return {"cell": cell.name, "steps": [given.steps, given.short], **took}
 
 
 # ------------------------------------------------------------------------------------------------------------- judging
@@ -217,7 +235,7 @@ def judged(cell: Cell, home: Path, times: bool) -> dict[str, Any]:
     task, folder = task_of(home, cell.data), home / "trained" / cell.name
     runtime = plugins.resolve("runtimes", "onnxruntime:threads=1")
     original = load(folder / "original")
-    names = ["original", *(f"{one}{end}" for one in VARIANTS for end in ("", "-int8"))]
+    names = [name for name in NAMES if (folder / name).exists()]
     row: dict[str, Any] = {"data": cell.data, "seed": cell.seed, "took": json.loads((folder / "took.json").read_text())}
     sessions, scores = {}, {}
     for name in names:
@@ -250,7 +268,10 @@ def judged(cell: Cell, home: Path, times: bool) -> dict[str, Any]:
 def shortfalls(rows: list[dict[str, Any]]) -> list[str]:
     short = []
     for row in rows:
-        name, int8 = f"{row['data']}, seed {row['seed']}", row["taught-int8"]
+        name, int8 = f"{row['data']}, seed {row['seed']}", row.get("taught-int8")
+        if int8 is None:
+            short.append(f"{name}: the recipe did not come to its end")
+            continue
         if row["data"] == "bccd" and row["original"]["ap50"] < LEAST_AP50:
             short.append(f"{name}: the original has {row['original']['ap50']:.2f} AP50; at least {LEAST_AP50}")
         if int8["macs"] > MOST_MACS:
@@ -268,7 +289,7 @@ def shortfalls(rows: list[dict[str, Any]]) -> list[str]:
 def shown(rows: list[dict[str, Any]]) -> None:
     table = []
     for row in rows:
-        for name in ("original", *(f"{one}{end}" for one in VARIANTS for end in ("", "-int8"))):
+        for name in filter(row.__contains__, NAMES):
             one = row[name]
             drop = "" if name == "original" else "{:.2f} ({:.2f} to {:.2f})".format(one["drop"], *one["interval"])
             speed = f"{one['speedup']:.2f}x" if "speedup" in one else ""
@@ -287,9 +308,20 @@ def arguments() -> argparse.Namespace:
     option("--device", choices=("cpu", "cuda"), default="cpu")
     option("--data", nargs="+", choices=tuple(CLASSES), default=list(CLASSES))
     option("--seeds", type=int, nargs="+", default=[0, 1])
-    option("--steps", type=int, default=600, help="of each training, 16 pictures a step")
+    option(
+        "--probe",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="time a step by layout, precision and place of the augmentation",
+    )
+    option("--steps", type=int, default=600, help="of the original's training")
+    option("--short", type=int, default=400, help="steps of each small one's")
+    option("--batch-size", type=int, default=32)
+    option("--lr", type=float, default=1e-3)
+    option("--precision", choices=("fp32", "bf16"), default="fp32")
+    option("--channels-last", choices=("auto", "yes", "no"), default="auto")
     option("--macs", type=float, default=0.4)
-    option("--workers", type=int, default=0, help="processes that prepare pictures, of each training")
     option("--no-times", action="store_true")
     option("--check", action="store_true", help="exit 1 where the goals are missed")
     return parser.parse_args()
@@ -304,10 +336,12 @@ def main() -> int:
         except (DataError, MissingDependency, OSError) as error:
             print(f"skipped: {error}", file=sys.stderr)
             return 2
+    if given.probe:
+        probe(cells[0], given)
+        return 0
     if given.train:
         with ProcessPoolExecutor(len(cells) if given.device == "cuda" else 1, get_context("spawn")) as pool:
-            options = (given.folder, given.device, given.steps, given.macs, given.workers)
-            waiting = [pool.submit(trained, cell, *options) for cell in cells]
+            waiting = [pool.submit(trained, cell, given) for cell in cells]
             for one in waiting:
                 print(json.dumps(one.result()), flush=True)
         return 0

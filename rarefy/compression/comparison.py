@@ -16,17 +16,21 @@ from rarefy.compression.run import BATCH, Run
 from rarefy.deployment import latency
 from rarefy.evaluation import measure
 from rarefy.evaluation.certify import certify
+from rarefy.evaluation.changed import changed
 from rarefy.evaluation.evaluate import Model, evaluate
 from rarefy.evaluation.throughput import throughput
 from rarefy.graph.macs import count_macs
+from rarefy.reports.drawing import Pictured
 from rarefy.reports.facts import Evaluation, Latency, Parity, Side, Spread
+from rarefy.tasks.task import fitted
 
 CORRUPTED_IMAGES = 1000  # of more than that the first: robustness takes many passes
 PARITY_IMAGES = 256
 
 
 class Comparison(NamedTuple):
-    """before, after: the original and the result. parity: of the result's file with the model in PyTorch.
+    """before, after: the original and the result. parity: of the result's file with the model in PyTorch. pictures:
+    the judged ones that changed most.
 
     doubts: what is to be said of the measurement.
     """
@@ -35,12 +39,14 @@ class Comparison(NamedTuple):
     after: Side
     parity: Parity
     doubts: list[str]
+    pictures: list[Pictured]
 
 
 def compare(run: Run, original: Candidate, result: Candidate) -> Comparison:
     """Both measured anew, in one run."""
     files = {ORIGINAL: original.folder / run.model_file, "result": result.folder / run.model_file}
-    evaluations = _evaluations(run, *(run.runtime.open(file) for file in files.values()))
+    sessions = {name: run.runtime.open(file) for name, file in files.items()}
+    evaluations = _evaluations(run, *sessions.values())
     example = run.images(1)
     times, doubts = _timed(run, files, example, result)
     parity = _certified(run, result, files["result"])
@@ -48,7 +54,8 @@ def compare(run: Run, original: Candidate, result: Candidate) -> Comparison:
         _side(run, candidate, files[name], example, times[name], evaluation)
         for name, candidate, evaluation in zip(files, (original, result), evaluations, strict=True)
     )
-    return Comparison(before, after, parity, doubts)
+    pictures = changed(sessions, fitted(run.task, original.graph)) if result.index else []
+    return Comparison(before, after, parity, doubts, pictures)
 
 
 def _timed(

@@ -74,6 +74,7 @@ def of(
         layers=layers(original.graph, result.graph),
         curves=[chart for one in candidates.values() for chart in _curves(one, metric)],
         parity=compared.parity,
+        pictures=compared.pictures,
         provenance=_provenance(run, recipe, original, result, fingerprints),
     )
     verdict = view.view(told)["verdict"]

@@ -2,7 +2,8 @@
 
 Where the data comes from is in ``sources.py``. What is done to it here:
 
-* **Files, PIL images** are decoded by ``workers`` processes (``decoding.py``), and sent on as uint8.
+* **Files, PIL images** are decoded by ``workers`` processes (``decoding.py``), and sent on as uint8. Files with boxes
+  are decoded once where a GPU that trains on them has room for all, and varied there (``boxes/resident.py``).
 * **Arrays** stay uint8 in memory, and are augmented on the device, a whole batch at once. Images of another size than
   ``size`` are resized as they are, without cropping. On a GPU they are sent there once where they take no more than a
   quarter of its free memory, and indexed there; else batch by batch, without waiting.
@@ -43,7 +44,7 @@ from rarefy.data.checks import check_labels, check_options, check_source, check_
 from rarefy.data.decoding import Decoding, generator
 from rarefy.data.items import Arrays, Items, Source, Split, relabelled
 from rarefy.data.normalization import Normalization, Values, normalization, unit
-from rarefy.data.pictures import Labelled, Pictures, Seeds
+from rarefy.data.pictures import Labelled, Pictures, Seeds, Varied
 from rarefy.data.preparation import Preparation, prepared
 from rarefy.data.shards import LeftOut
 from rarefy.data.sources import load
@@ -70,6 +71,10 @@ class Shaping(Protocol):
     def normalization(self) -> Normalization: ...
 
     def decoder(self, source: Items) -> Decoding: ...
+
+    def resident(self, source: Items, device: torch.device, most: float) -> Varied | None:
+        """The source's pictures on the device, varied there, in at most so many bytes; None where that can't be."""
+        ...
 
     def describe(self) -> dict[str, object]:
         """What a manifest says of it: JSON-able."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,14 @@ Labelled = tuple[Tensor, Any]  # images, and their targets; None where the data 
 Seeds = tuple[int, int] | None  # (shuffle_seed, epoch) to augment from; None: as for evaluation
 
 
+class Varied(Protocol):
+    """Pictures that lie on a device, and are varied there."""
+
+    def batch(self, chunk: Tensor, seeds: tuple[int, int]) -> Labelled:
+        """Images (N, C, H, W), not yet normalised, and targets of the pictures ``chunk`` (N,)."""
+        ...
+
+
 def decoder_of(data: ImageData, source: Items) -> Decoding:
     """What makes inputs of the source's items, not yet normalised."""
     if data.shaping is not None:
@@ -39,6 +47,7 @@ class Pictures:
     source: Source
     unreadable: dict[int, str] = field(default_factory=dict)
     _placed: dict[torch.device, Arrays] = field(default_factory=dict, init=False)
+    _varied: dict[torch.device, Varied | None] = field(default_factory=dict, init=False)
 
     def __call__(
         self, chunks: Sequence[Tensor], start: int, seeds: Seeds, device: torch.device, *, labelled: bool = True
@@ -80,7 +89,10 @@ class Pictures:
     def _of_items(
         self, source: Items, chunks: Sequence[Tensor], start: int, seeds: Seeds, device: torch.device
     ) -> Iterator[Labelled]:
-        data = self.data
+        data, varied = self.data, None if seeds is None else self._on_device(source, device)
+        if varied is not None and seeds is not None:
+            yield from (varied.batch(chunk, seeds) for chunk in chunks[start:])
+            return
         batches = decoded(decoder_of(data, source), chunks[start:], seeds, data.workers, device.type == "cuda")
         for step, batch in enumerate(batches, start):
             if batch.broken:
@@ -95,6 +107,15 @@ class Pictures:
                     f"{source.where}: none of the images of step {step} can be read, the first is {first}; "
                     "mend the data"
                 )
+
+    def _on_device(self, source: Items, device: torch.device) -> Varied | None:
+        """The pictures there, where they fit well and can be varied there."""
+        shaping = self.data.shaping
+        if device.type != "cuda" or shaping is None:
+            return None
+        if device not in self._varied:
+            self._varied[device] = shaping.resident(source, device, torch.cuda.mem_get_info(device)[0] / 4)
+        return self._varied[device]
 
     def _checked(self, source: Items, images: Tensor, labels: Tensor | None, device: torch.device) -> Labelled:
         """A batch on the device, if it is what it should be."""

@@ -58,7 +58,7 @@ class Store:
     def __init__(self, folder: Path, identity: Mapping[str, object], seconds: float, writes: bool):
         self.folder, self.seconds, self.writes = folder, seconds, writes
         self.identity = json.loads(json.dumps(identity))
-        self.saved = time.monotonic()
+        self.saved, self.cost = time.monotonic(), 0.0
         self.file = folder / STATE_FILE
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -112,9 +112,10 @@ class Store:
         """Those whose name begins so, by the rest of it."""
         return {name.removeprefix(prefix): value for name, value in self.loaded.items() if name.startswith(prefix)}
 
-    def due(self) -> bool:
-        """Is it time to save again?"""
-        return self.writes and time.monotonic() - self.saved >= self.seconds
+    def due(self, ends: bool) -> bool:
+        """Is it time to save again? ends: an epoch does, and saving takes no tenth of the time: they can be short."""
+        since = time.monotonic() - self.saved
+        return self.writes and (since >= self.seconds or (ends and since >= 10 * self.cost))
 
     def save(self, state: Mapping[str, Tensor], numbers: dict[str, Any]) -> None:
         self._write(state, {"identity": self.identity, "numbers": numbers, "record": None})
@@ -126,6 +127,7 @@ class Store:
     def _write(self, tensors: Mapping[str, Tensor], header: Mapping[str, object]) -> None:
         if not self.writes:
             return
+        begun = time.monotonic()
         plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         try:
             with replacing(self.file, durable=True) as partial:
@@ -135,6 +137,7 @@ class Store:
                 f"checkpoint={self.folder}: can't be written ({error}); free some space, or name another folder"
             ) from error
         self.saved = time.monotonic()
+        self.cost = self.saved - begun
 
 
 class State:

@@ -60,8 +60,9 @@ def distill(
         says, else lskd.
     training: a Training, or the name of one: fast, normal, patient.
     device: where to compute; None: on the GPU, if there is one.
-    checkpoint: a folder; the run is saved there at each epoch's end and every ``checkpoint_seconds``, and goes on from
-        there when it is called again with the same arguments. A finished run is returned at once.
+    checkpoint: a folder; the run is saved there at each epoch's end (of short ones at so many as take no tenth of the
+        time) and every ``checkpoint_seconds``, and goes on from there when it is called again with the same arguments.
+        A finished run is returned at once.
     validate: graph -> a number that should rise, in place of the task's metric on the val split.
     penalty: a gradient to add in each step (``Penalty``).
     cache: a folder for the teacher's answers (``teacher_cache.py``): each picture is shown to the teacher once.

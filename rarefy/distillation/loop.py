@@ -184,7 +184,7 @@ class Loop:
                     logs.add(state.step, loss=mean, lr=rate, images_per_second=speed, data_share=state.data_share)
                     logs.add(state.step, val=state.curve[-1]["val"] if ends else None)
             state.seconds = before + time.monotonic() - begun
-            if store is not None and (ends or store.due()):
+            if store is not None and store.due(ends):
                 if not ends:
                     self.checked(rate, whole=True, together=False)
                 store.save(state.tensors(), state.numbers())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -12,6 +13,8 @@ _COLOURS = (  # of Okabe and Ito, which people with any colour vision tell apart
 )  # fmt: skip
 _LARGEST = 1600  # longer side of a drawn picture, in pixels
 _GAP = 8
+_MOST_SHOWN, _MOST_ENCODED = 8, 400_000  # pictures of a report, and characters of one
+_JPEG = re.compile(r"/9j/[A-Za-z0-9+/]+={0,2}")  # base64 of what begins as a JPEG does
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -22,6 +25,39 @@ class Mark(NamedTuple):
     text: str
     kind: int
     corners: tuple[float, float, float, float] | None = None
+
+
+class Pictured(TypedDict, total=False):
+    """A judged picture in a report's facts, with what original and result say of it, side by side.
+
+    number: its place among the judged, from 0. change: how far apart the answers are (``evaluation/changed.py``).
+    jpeg: base64.
+    """
+
+    number: int
+    change: float
+    jpeg: str
+
+
+class PictureView(TypedDict):
+    """The same as a page shows it."""
+
+    name: str
+    change: str
+    source: str
+
+
+def picture_views(pictures: Sequence[Pictured]) -> list[PictureView]:
+    """Those that are JPEGs of a bounded size: the facts may be of a file that anybody wrote."""
+    return [
+        PictureView(
+            name=f"picture {one['number'] + 1:,} of the judged" if "number" in one else "picture",
+            change=f"{one['change']:.2f}" if "change" in one else "",
+            source=f"data:image/jpeg;base64,{one['jpeg']}",
+        )
+        for one in pictures[:_MOST_SHOWN]
+        if len(one["jpeg"]) <= _MOST_ENCODED and _JPEG.fullmatch(one["jpeg"])
+    ]
 
 
 def drawn(picture: Image.Image, marks: Sequence[Mark]) -> Image.Image:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, cast
 
 from rarefy.errors import FormatError
+from rarefy.reports.drawing import Pictured
 from rarefy.system.strict_json import Json
 
 Hint = Any  # an annotation
@@ -194,8 +195,7 @@ class LayerDifference(TypedDict, total=False):
 
 
 class Parity(TypedDict, total=False):
-    """Of the exported file with the model in PyTorch. also: of the same file on other runtimes. Other keys are shown as
-    they are."""
+    """Of the exported file with the model in PyTorch. also: of the file on other runtimes. Other keys are shown, too."""
 
     agreement: float
     samples: int
@@ -211,8 +211,8 @@ class Facts(TypedDict, total=False):
     """All that a report shows.
 
     title: what was compressed. warnings: what makes the comparison worthless, such as an original without its weights.
-    before, after: the original and the result. robustness: {"before", "after": {corruption: {severity: value}}}, from
-    the evaluations where missing. prices, about: what costs are reckoned by, who made it (``prices.py``).
+    before, after: the original and the result. pictures: the judged ones that changed most. robustness: {"before",
+    "after": {corruption: {severity: value}}}, else the evaluations'. prices, about: of costs (``prices.py``).
     provenance: {"environment": {}, "hashes": {}, "commands": [], "seed", "recipe", "created", ...}.
     """
 
@@ -227,6 +227,7 @@ class Facts(TypedDict, total=False):
     steps: list[Step]
     curves: list[Curve]
     parity: Parity | None
+    pictures: list[Pictured]
     robustness: Mapping[str, Mapping[str, Mapping[str, float | None]]]
     prices: Table
     about: Table
@@ -238,8 +239,7 @@ class Facts(TypedDict, total=False):
 
 def checked(facts: Mapping[str, Json]) -> Facts:
     """The facts, complete. Raises FormatError, which names the place that has another form."""
-    raw = clean(facts)
-    _expect(isinstance(raw, Mapping), raw, "facts", "table")
+    _expect(isinstance(raw := clean(facts), Mapping), raw, "facts", "table")
     sides = {name: _side(raw.get(name), name) for name in ("before", "after")}
     if not raw.get("before"):
         sides["after"].pop("speedup", None)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypedDict
 from rarefy.reports import prices, pruned
 from rarefy.reports.charts import Drawn, bars, chart, frontier
 from rarefy.reports.comparison import Row, comparison_rows
+from rarefy.reports.drawing import PictureView, picture_views
 from rarefy.reports.facts import Facts, Layer, Parity, Step, checked, number
 from rarefy.reports.glossary import GLOSSARY, OF_CLASSES
 from rarefy.reports.prices import CostView
@@ -70,6 +71,7 @@ class View(TypedDict):
     curves: list[Drawn]
     robustness: Drawn | None
     parity: Drawn | None
+    pictures: list[PictureView]
     costs: CostView | None
     risks: list[str]
     signed_by: str
@@ -123,6 +125,7 @@ def view(told: Mapping[str, object]) -> View:
         curves=[drawn for curve in facts["curves"] if (drawn := chart(curve))],
         robustness=_robustness(facts, metric),
         parity=_parity(facts["parity"], metric),
+        pictures=picture_views(facts["pictures"]),
         costs=prices.view(facts),
         risks=risks(facts, goals, metric),
         signed_by=prices.signed_by(facts),

@@ -197,7 +197,7 @@ def test_page_is_self_contained_and_well_formed() -> None:
         for _, attributes in page.tags
         if attributes.get("http-equiv") == "Content-Security-Policy"
     ]
-    assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
+    assert policies == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
 
 
 def test_page_says_all_it_was_told() -> None:

@@ -20,7 +20,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,9 +31,26 @@ from rarefy.data.boxes.placement import Feed, filled, placed
 from rarefy.errors import DataError
 from rarefy.system.dependencies import needs
 
-_SEEN = 0.1  # of a box: less is none
+SEEN = 0.1  # of a box: less is none
 Fill = float | tuple[float, float, float]
+Window = tuple[int, int, int, int]  # left, top, width, height
 Another = Callable[[np.random.Generator], tuple[Tensor, Tensor]]  # a picture of the same source, and its boxes
+
+
+class Geometry(NamedTuple):
+    """What is done to one picture. window: of it, after the flip; None: all of it."""
+
+    flip: bool = False
+    window: Window | None = None
+
+
+class Colours(NamedTuple):
+    """numbers: factors of brightness and contrast, whether contrast comes before hue, factor of saturation, shift of
+    hue. order: of the channels.
+    """
+
+    numbers: tuple[float, float, float, float, float]
+    order: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -75,11 +92,32 @@ class Variation:
             coloured: Tensor = _v2().RandomPhotometricDistort()(inputs)
             return coloured
 
+    def geometry(self, size: tuple[int, int], draw: np.random.Generator) -> Geometry:
+        """For a picture of that (H, W)."""
+        flip = self.flip and draw.random() < 0.5
+        return Geometry(flip, _window(size, self.scale, draw) if self.scale < 1 else None)
+
+    def colours(self, draw: np.random.Generator) -> Colours | None:
+        """What ``coloured`` does to an input, in numbers."""
+        if not self.photometric:
+            return None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(draw.integers(2**63)))
+            drawn = _v2().RandomPhotometricDistort().make_params([torch.zeros(3, 1, 1)])
+        brightness, contrast, saturation = (
+            1.0 if drawn[f"{name}_factor"] is None else float(drawn[f"{name}_factor"])
+            for name in ("brightness", "contrast", "saturation")
+        )
+        order = drawn["channel_permutation"]
+        first, second, third = (0, 1, 2) if order is None else order.tolist()
+        numbers = brightness, contrast, float(drawn["contrast_before"]), saturation, float(drawn["hue_factor"] or 0.0)
+        return Colours(numbers, (first, second, third))
+
     def _one(self, picture: Tensor, boxes: Tensor, feed: Feed, draw: np.random.Generator) -> tuple[Tensor, Tensor]:
-        if self.flip and draw.random() < 0.5:
+        flip, window = self.geometry((picture.shape[1], picture.shape[2]), draw)
+        if flip:
             picture, boxes = _through(_v2().functional.horizontal_flip, picture, boxes)
-        if self.scale < 1:
-            window = _window((picture.shape[1], picture.shape[2]), self.scale, draw)
+        if window is not None:
             picture, boxes = _cut(picture, boxes, window, feed.fill)
         if self.crop and len(boxes):
             picture, boxes = _cropped(picture, boxes)
@@ -129,7 +167,7 @@ def _through(function: Callable[..., Any], picture: Tensor, boxes: Tensor, **opt
     return made, boxes
 
 
-def _window(size: tuple[int, int], least: float, draw: np.random.Generator) -> tuple[int, int, int, int]:
+def _window(size: tuple[int, int], least: float, draw: np.random.Generator) -> Window:
     """Left, top, width, height of what is seen of a picture (H, W), perhaps more than it."""
     factor = math.exp(draw.uniform(math.log(least), -math.log(least)))
     height, width = (max(1, round(side / factor)) for side in size)
@@ -137,7 +175,7 @@ def _window(size: tuple[int, int], least: float, draw: np.random.Generator) -> t
     return left, top, width, height
 
 
-def _cut(picture: Tensor, boxes: Tensor, window: tuple[int, int, int, int], fill: Fill) -> tuple[Tensor, Tensor]:
+def _cut(picture: Tensor, boxes: Tensor, window: Window, fill: Fill) -> tuple[Tensor, Tensor]:
     """What the window (left, top, width, height) shows; outside of the picture it is filled."""
     left, top, width, height = window
     made = filled(picture, (height, width), fill)
@@ -158,7 +196,7 @@ def _seen(boxes: Tensor, width: float, height: float) -> Tensor:
     left = area(boxes)
     boxes[:, AREA] = left
     sides = boxes[:, 2:4] - boxes[:, :2]
-    return boxes[(left >= _SEEN * whole) & (sides >= 1).all(1)]
+    return boxes[(left >= SEEN * whole) & (sides >= 1).all(1)]
 
 
 def _cropped(picture: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:

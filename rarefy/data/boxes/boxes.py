@@ -28,9 +28,9 @@ TARGET_COLUMNS, FOUND_COLUMNS = 8, 6
 NONE = -1.0
 
 
-def padded(pictures: Sequence[Tensor], columns: int) -> Tensor:
-    """(N, M, columns) of boxes (m, columns) for each picture."""
-    most = max(1, *(len(boxes) for boxes in pictures)) if pictures else 1
+def padded(pictures: Sequence[Tensor], columns: int, rows: int = 1) -> Tensor:
+    """(N, M, columns) of boxes (m, columns) for each picture. rows: M, if no picture has more."""
+    most = max(rows, *(len(boxes) for boxes in pictures)) if pictures else rows
     batch = torch.zeros(len(pictures), most, columns)
     batch[..., CLASS] = NONE
     for place, boxes in enumerate(pictures):

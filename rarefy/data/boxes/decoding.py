@@ -19,6 +19,7 @@ from torch import Tensor
 from rarefy.data.boxes.augmentation import Variation
 from rarefy.data.boxes.boxes import AREA, BOTTOM, CLASS, FACTOR, IGNORED, TARGET_COLUMNS, padded
 from rarefy.data.boxes.placement import Feed, placed
+from rarefy.data.boxes.resident import Resident, resident
 from rarefy.data.boxes.targets import rows_of
 from rarefy.data.decoding import Decoded, Decoding, Key, decoded_item, opened
 from rarefy.data.items import Items, Picture
@@ -61,6 +62,9 @@ class BoxShaping:
     def decoder(self, source: Items) -> Decoding:
         return BoxDecoder(source, self.feed, self.variation)
 
+    def resident(self, source: Items, device: torch.device, most: float) -> Resident | None:
+        return resident(BoxDecoder(source, self.feed, self.variation), device, most)
+
     def describe(self) -> dict[str, object]:
         feed = self.feed
         return {
@@ -90,9 +94,10 @@ class BoxDecoder:
         return decoded_item(self.source, key, self._decoded)
 
     def stacked(self, labels: Sequence[Target]) -> Tensor:
-        """(N, M, 8)."""
+        """(N, M, 8), M being 1, 2, 4, 8, ...: few shapes, as each is compiled for."""
         rows = [torch.from_numpy(one) for one in labels if isinstance(one, np.ndarray)]
-        batch = padded([one[:-1] for one in rows], TARGET_COLUMNS)
+        most = max((len(one) - 1 for one in rows), default=1)
+        batch = padded([one[:-1] for one in rows], TARGET_COLUMNS, 1 << max(0, most - 1).bit_length())
         batch[..., FACTOR] = torch.stack([one[-1, FACTOR] for one in rows])[:, None]
         return batch
 
