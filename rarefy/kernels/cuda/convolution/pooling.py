@@ -26,7 +26,8 @@ def _largest(
             at_row, at_column = row + kh * DH, column + kw * DW
             reach = inside & (at_row >= 0) & (at_row < height) & (at_column >= 0) & (at_column < width)
             at = ((picture + at_row) * width + at_column) * channels + channel
-            best = tl.maximum(best, tl.load(x + at, mask=reach, other=-128))
+            # not other=-128: Triton 3.6 to 3.8 fills int8 lanes beyond the first of four with -1
+            best = tl.maximum(best, tl.where(reach, tl.load(x + at, mask=reach, other=0), -128))
     tl.store(out + place, best, mask=inside)
 
 
