@@ -38,7 +38,7 @@ from rarefy.deployment.runtime import (
 )
 from rarefy.errors import FormatError, InputError
 from rarefy.graph.lowering import is_decoded, to_numbers
-from rarefy.graph.nodes import argument, attribute, finish
+from rarefy.graph.nodes import argument, attribute, finish, set_argument
 from rarefy.system.dependencies import needs
 
 aten = torch.ops.aten
@@ -173,7 +173,29 @@ def _written(graph: fx.GraphModule) -> fx.GraphModule:
             source = source.args[0]
         if source is not moved and is_decoded(source) and _same_grid(graph, source, node):
             node.replace_all_uses_with(moved)
+    for target in _REDUCTIONS:
+        for node in graph.graph.find_nodes(op="call_function", target=target):
+            _squeeze_behind(graph, node)
     return finish(graph)
+
+
+_REDUCTIONS = (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default)
+
+
+def _squeeze_behind(graph: fx.GraphModule, node: fx.Node) -> None:
+    """A reduction keeps its axes, and loses them in an operator of its own. In place.
+
+    OpenVINO takes products and sums by channel, and the rounding behind them, for a part of a reduction, and where that
+    lost an axis, for those of another axis: codes far off.
+    """
+    axes = argument(node, "dim")
+    if argument(node, "keepdim") or not axes:
+        return
+    set_argument(node, "keepdim", True)
+    with graph.graph.inserting_after(node):
+        squeezed = graph.graph.call_function(aten.squeeze.dims, (node, list(axes)))
+    squeezed.meta = dict(node.meta)
+    node.replace_all_uses_with(squeezed, delete_user_cb=lambda user: user is not squeezed)
 
 
 def _same_grid(graph: fx.GraphModule, one: fx.Node, other: fx.Node) -> bool:

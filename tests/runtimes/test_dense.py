@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +108,35 @@ def test_a_value_that_is_an_output_is_read_once_more(tmp_path: Path) -> None:
     x = torch.randn(1, 3, 16, 16)
     whole, again = Session(file, 1, taps=["output"]).outputs(x)
     assert torch.equal(whole, again) and torch.equal(whole, Session(file, 1).outputs(x)[0])
+
+
+class Reduced(nn.Module):
+    """A norm of (N, channels) behind a reduction, as Levit's classifier."""
+
+    def __init__(self, reduced: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.last, self.reduced = (
+            nn.Linear(16, 24),
+            nn.BatchNorm1d(24),
+            nn.Linear(24, 5),
+            reduced,
+        )
+        nn.init.normal_(self.norm.running_mean)  # type: ignore[arg-type]
+        nn.init.uniform_(self.norm.weight, 0.5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.last(self.norm(self.reduced(self.first(x).relu())))
+        return scores
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("reduced", [lambda x: x.mean(1), lambda x: x.amax(1), lambda x: x.sum(1)])
+def test_a_norm_behind_a_reduction_is_the_models(
+    runtime: str, reduced: Callable[[Tensor], Tensor], tmp_path: Path
+) -> None:
+    pytest.importorskip(runtime)
+    graph = capture(Reduced(reduced).eval(), torch.randn(2, 6, 16))
+    small = quantize(graph, batches=[torch.randn(8, 6, 16)], progress=False, runtime=runtime)
+    found = export(small, tmp_path / "model.onnx", runtime=runtime, inputs=torch.randn(4, 6, 16))
+    assert found["passed"] and found["first_diverging_layer"] is None
