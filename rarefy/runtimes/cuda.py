@@ -23,12 +23,13 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ from rarefy.deployment.runtime import ACTIVATIONS, PLANAR, Capabilities, Inputs,
 from rarefy.errors import InputError, RarefyError, first_line
 from rarefy.graph.nodes import Value, share_copy
 from rarefy.kernels import is_quantised
+from rarefy.runtimes._cuda_refusals import devices_of, is_memory, reported
 from rarefy.runtimes.inductor import Inductor, opened
 from rarefy.system.dependencies import needs
 from rarefy.system.files import cache_folder, content, replacing
@@ -47,7 +49,6 @@ from rarefy.system.strict_json import parse
 aten = torch.ops.aten
 KEPT = 3  # shapes a session stays planned for
 MOST = 16 * 2**20  # bytes of what is remembered
-AMPERE = (8, 0)
 
 Shapes = tuple[object, ...]
 
@@ -121,7 +122,7 @@ class Cuda:
         session = Session(path, self.devices)
         program = importlib.import_module("rarefy.runtimes._cuda_program")
         given = [one.to(session.devices[0]) for one in several(inputs)]
-        with _reported(path, given), torch.no_grad():
+        with reported(path, given), torch.no_grad():
             if is_quantised(session.graph):
                 planned = session.integer(given)
                 return [Kernel(*one) for one in program.step_times(planned)]
@@ -136,7 +137,7 @@ class Session:
     """
 
     def __init__(self, path: str | os.PathLike[str], devices: str = "0"):
-        self.devices = _devices(devices)
+        self.devices = devices_of(devices)
         needs("cudnn", "cuda")
         needs("triton", "cuda")
         self.path, self.threads = path, 1
@@ -161,7 +162,7 @@ class Session:
     def on_gpu(self, *inputs: Tensor, device: torch.device | None = None) -> list[Tensor]:
         """All outputs, on the device; the next call overwrites them."""
         device = device or self.devices[0]
-        with torch.cuda.device(device), _reported(self.path, inputs), torch.no_grad():
+        with torch.cuda.device(device), reported(self.path, inputs), torch.no_grad():
             given = [one.to(device, non_blocking=True) for one in inputs]
             answers: list[Tensor] = self._program(given)(*given)
         return answers
@@ -194,22 +195,26 @@ class Session:
         if not is_quantised(self.graph):
             self.ran[shape] = {"form": "float16"}
             return program.Half(self.graph, given)
-        key = f"{self._hash()} {[(tuple(one.shape), one.stride(), str(one.dtype)) for one in given]}"
-        known = self.memory.forms.get(key)
-        if known is not None and known["form"] == "float16":
-            self.ran[shape] = known
-            return program.Half(self.graph, given)
         low_bit = importlib.import_module("rarefy.runtimes._cuda_low_bit")
-        if (
-            low_bit.weights_alone(self.graph)
-            and (few := low_bit.packed(self.graph, len(given[0]), given[0].device)) is not None
-        ):
-            return self._few_bits(few, given, shape, key)
+        few = None
+        if low_bit.weights_alone(self.graph):
+            few = low_bit.packed(self.graph, len(given[0]), given[0].device)
+        ways = "int8" if few is None else "few bits"
+        key = f"{self._structure} {ways} {[(tuple(one.shape), one.stride(), str(one.dtype)) for one in given]}"
+        known = self._known(key)
+        if known is not None and known["form"] == "float16":
+            half = program.Half(self.graph, given)
+            if _finite(half, given):
+                self.ran[shape] = known
+                return half
+            known = None  # weights of other values, which half precision can't hold
+        if few is not None:
+            return self._few_bits(few, given, shape, key, known)
         try:
             integer = self.integer(given)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # of a driver or a library that no test has seen: the answers do not hang on it
+            if is_memory(error):
+                raise
             why = first_line(error)
             warnings.warn(f"{self.path}: no plan in int8 ({why}); it runs in float16", stacklevel=2)
             self.ran[shape] = {"form": "float16", "why": why}
@@ -217,31 +222,60 @@ class Session:
         if known is None:
             half = program.Half(self.graph, given)
             form, ms = program.faster(integer, half, given)
-            self.memory.forms[key] = known = {"form": form, "ms": ms}
-            self.memory.save()
+            known = self._remembered(key, {"form": form, "ms": ms})
             integer = integer if form == "int8" else half
         self.ran[shape] = known
         return integer
 
-    def _few_bits(self, few: fx.GraphModule, given: Sequence[Tensor], shape: Shapes, key: str) -> Value:
+    def _few_bits(
+        self, few: fx.GraphModule, given: Sequence[Tensor], shape: Shapes, key: str, known: dict[str, object] | None
+    ) -> Value:
         """Weights as they are packed, or decoded to float16 once: the faster, which is remembered."""
         program = importlib.import_module("rarefy.runtimes._cuda_program")
-        made, known = program.Half(few, given), self.memory.forms.get(key)
+        made = program.Half(few, given)
         if known is None:
             half = program.Half(self.graph, given)
             form, ms = program.faster(made, half, given)
             form = "few bits" if form == "int8" else form
-            self.memory.forms[key] = known = {"form": form, "ms": {"few bits": ms["int8"], "float16": ms["float16"]}}
-            self.memory.save()
+            ms = {"few bits": ms["int8"], "float16": ms["float16"]}
+            known = self._remembered(key, {"form": form, "ms": ms})
             made = made if form == "few bits" else half
         self.ran[shape] = known
         return made
 
-    def _hash(self) -> str:
+    def _known(self, key: str) -> dict[str, object] | None:
+        """What was found for networks of this form, or for this very one."""
+        return self.memory.forms.get(key) or self.memory.forms.get(f"{key} {self._values}")
+
+    def _remembered(self, key: str, known: dict[str, object]) -> dict[str, object]:
+        """What was found, kept for all networks of this form; for this one alone where the slower was taken, its values
+        being too large for half precision."""
+        form, ms = known["form"], known["ms"]
+        by_time = isinstance(ms, dict) and form == min(ms, key=ms.__getitem__)
+        self.memory.forms[key if by_time else f"{key} {self._values}"] = known
+        self.memory.save()
+        return known
+
+    @functools.cached_property
+    def _structure(self) -> str:
+        """Of all that times hang on: operators with their numbers, sizes and types of tensors; not of the weights'
+        values, so that what is trained on runs as before."""
         digest = hashlib.sha256(str(self.graph.graph).encode())
         for name, tensor in sorted(self.graph.state_dict().items()):
-            digest.update(name.encode() + str(tuple(tensor.shape)).encode())
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         return digest.hexdigest()[:24]
+
+    @functools.cached_property
+    def _values(self) -> str:
+        """Of every tensor's bytes; read where no network of this form is known."""
+        digest = hashlib.sha256()
+        for _, tensor in sorted(self.graph.state_dict().items()):
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:24]
+
+
+def _finite(program: Value, given: Sequence[Tensor]) -> bool:
+    return all(bool(torch.isfinite(one).all()) for one in program(*given))
 
 
 class _Tapped:
@@ -261,7 +295,7 @@ class _Tapped:
 
     def __call__(self, *part: Tensor) -> parity.Reading:
         device = self.session.devices[0]
-        with torch.cuda.device(device), _reported(self.session.path, part), torch.no_grad():
+        with torch.cuda.device(device), reported(self.session.path, part), torch.no_grad():
             given = [one.to(device) for one in part]
             shape = tuple(tuple(one.shape) for one in given)
             if shape not in self.programs:
@@ -305,53 +339,3 @@ def _sources() -> str:
     """Of the kernels that a choice was made among."""
     folder = Path(__file__).parents[1] / "kernels" / "cuda" / "convolution"
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.glob("*.py")))).hexdigest()
-
-
-def _devices(text: str) -> list[torch.device]:
-    """Raises InputError where there is no GPU that this runs on, in one line with the way out."""
-    reason = ""
-    try:
-        torch.cuda.init()
-        count = torch.cuda.device_count()
-    except (RuntimeError, AssertionError) as error:
-        reason, count = first_line(error), 0
-    if not count:
-        told = reason or "torch finds no GPU"
-        way = "use --runtime onnxruntime or openvino on this machine"
-        if "not compiled with CUDA" in told:
-            way = "pip install torch --index-url https://download.pytorch.org/whl/cu130"
-        elif "driver" in told and "old" in told:
-            way = "install a newer NVIDIA driver, or a torch built for this one (pytorch.org/get-started)"
-        raise InputError(f"cuda: no usable NVIDIA GPU ({told}); {way}")
-    numbers = range(count) if text == "all" else [int(text)]
-    for number in numbers:
-        if number >= count:
-            raise InputError(f"cuda: devices={text}: there are {count} GPUs, the first of which is 0")
-        if torch.cuda.get_device_capability(number) < AMPERE:
-            name = torch.cuda.get_device_name(number)
-            raise InputError(
-                f"cuda: {name} is older than Ampere (compute capability 8.0), whose int8 kernels these are; "
-                "use --runtime inductor:device=cuda"
-            )
-    return [torch.device("cuda", number) for number in numbers]
-
-
-@contextlib.contextmanager
-def _reported(path: str | os.PathLike[str], given: Sequence[Tensor]) -> Iterator[None]:
-    """What goes wrong on the GPU, in one line."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        torch.cuda.empty_cache()
-        raise InputError(
-            f"{path}: a batch of {len(given[0])} does not fit into the GPU's memory ({first_line(error)[:80]}); "
-            "give a smaller batch"
-        ) from error
-    except RarefyError:
-        raise
-    except Exception as error:
-        shapes = " and ".join(str(list(one.shape)) for one in given)
-        raise InputError(
-            f"{path}: can't be run on the GPU on inputs of {shapes} ({first_line(error)}); "
-            "give inputs of the shapes that it was captured with, or use --runtime inductor:device=cuda"
-        ) from error
