@@ -19,6 +19,7 @@ from torch import nn
 from rarefy import plugins
 from rarefy.artifact import folder as folder_
 from rarefy.artifact import snapshot
+from rarefy.cli import main
 from rarefy.deployment import served
 from rarefy.errors import FormatError, RarefyError
 from rarefy.graph.capture import capture
@@ -120,3 +121,31 @@ def test_it_is_no_model_either_or_one_within_bounds(name: str, good: Path, tmp_p
         else:
             with torch.no_grad():
                 graph(torch.zeros(2, 1, 8, 8))
+
+
+COMMANDS = {
+    "evaluate": ("evaluate", "{}", "--data", "sklearn:digits", "--runtime", "onnxruntime"),
+    "openvino": ("evaluate", "{}", "--data", "sklearn:digits", "--runtime", "openvino"),
+    "verify": ("verify", "{}", "--claims", "--data", "sklearn:digits"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_do_not_run_it(command: str, good: Path, tmp_path: Path) -> None:
+    """Each in a process of its own, that ends with 2, in a line, in 5 s and 512 MB; the good file is run."""
+    from test_hostile_commands import ADDRESSES, ends
+
+    if command == "openvino":
+        pytest.importorskip("openvino")
+    parts = COMMANDS[command]
+    assert main.run([part.format(good) for part in parts]) == 0  # what is imported here, no child imports
+    graph = folder_.load(good)
+    for name, (_, words) in KINDS.items():
+        if words:
+            folder = folder_.save(graph, tmp_path / "bad", files={"model.onnx": changed(good, name)})
+            code, said, seconds, resident = ends(tmp_path, *(part.format(folder) for part in parts))
+            lines = said.splitlines()
+            assert code == 2 and len(lines) == 1 and words in lines[0] and lines[0].isprintable(), (name, said[-500:])
+            assert seconds < SECONDS and resident < ADDRESSES, (name, seconds, resident)
+    print(f"{command}: {sum(bool(words) for _, words in KINDS.values())} files, each refused")
