@@ -6,8 +6,9 @@ with a window of what the cache holds), and memory does not grow with what was r
 own description, where it has one.
 
 A file says of itself how large it is, and a page of zeros unfolds a thousandfold. So the headers of a row group's pages
-are walked before Arrow unpacks one (Thrift's compact protocol, ``_pages``), and what a dictionary repeats is read in
-parts.
+are walked before Arrow unpacks one, and what a dictionary repeats is read in parts. Where the pages lie is read here,
+too (``_struct``, Thrift's compact protocol): asked for it, pyarrow aborts the process where the file contradicts
+itself.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ MOST_IN_A_GROUP = 2**30
 # Bytes that a column of a row group may unfold to: so many, and so many for each stored one; and with what a dictionary
 # repeats.
 UNFOLDED, FOLD, REPEATED = 2**27, 4, 2**28
-A_HEADER = 2**20  # bytes of a page's header, at most
+A_HEADER, A_FOOTER = 2**20, 2**24  # bytes of a page's header and of the file's description, at most
+DEEPEST = 32  # structs and lists in each other
+
+Struct = dict[int, object]  # field -> value, of one that Thrift wrote
 MOST_OPEN = 16
 
 
@@ -46,6 +50,7 @@ class Parquet:
         self.where, self.files, self.left_out = where, list(files), LeftOut()
         self._opened: dict[tuple[int, int], Any] = {}
         self._cached: dict[tuple[int, int], Any] = {}
+        self._footers: dict[int, list[Struct]] = {}  # row groups of a file
         groups: list[tuple[int, int, int]] = []  # file, row group in it, first row in it
         counts: list[int] = []
         labels: list[np.ndarray] = []
@@ -59,20 +64,19 @@ class Parquet:
             self.names = _names(schema, self._label)
             row = 0
             for group in range(opened.num_row_groups):
-                about = opened.metadata.row_group(group)
-                if not 0 <= about.num_rows <= os.path.getsize(file):  # an image takes at least a byte
-                    raise DataError(f"{file}: declares {about.num_rows:,} rows in fewer bytes; restore it")
-                if about.total_byte_size > MOST_IN_A_GROUP:
+                size, rows = (_whole(self._about(index, group), field) for field in (2, 3))
+                if not 0 <= rows <= os.path.getsize(file):  # an image takes at least a byte
+                    raise DataError(f"{file}: declares {rows:,} rows in fewer bytes; restore it")
+                if size > MOST_IN_A_GROUP:
                     raise DataError(
-                        f"{file}: row group {group} takes {about.total_byte_size:,} bytes; "
-                        "write the file with row_group_size=1000 or so"
+                        f"{file}: row group {group} takes {size:,} bytes; write the file with row_group_size=1000 or so"
                     )
                 groups.append((index, group, row))
-                counts.append(about.num_rows)
-                stored += about.total_byte_size
-                row += about.num_rows
+                counts.append(rows)
+                stored += size
+                row += rows
                 if self._label is not None:
-                    labels.append(self._labels(index, group, about.num_rows))
+                    labels.append(self._labels(index, group, rows))
         self._groups = torch.tensor(groups, dtype=torch.int64).reshape(-1, 3)
         sizes = torch.tensor(counts, dtype=torch.int64)
         self.blocks = torch.arange(len(counts)).repeat_interleave(sizes)
@@ -136,6 +140,19 @@ class Parquet:
                 ) from error
         return self._opened[key]
 
+    def _about(self, index: int, group: int) -> Struct:
+        """What the file says of a row group. Raises DataError."""
+        try:
+            if index not in self._footers:
+                found = _footer(self.files[index]).get(4)
+                self._footers[index] = found if isinstance(found, list) else []
+            about = self._footers[index][group]
+        except (IndexError, ValueError, OSError) as error:
+            raise DataError(
+                f"{self.files[index]}: is no Parquet file that can be read; restore it or take it off the list"
+            ) from error
+        return about if isinstance(about, dict) else {}
+
     def _labels(self, index: int, group: int, rows: int) -> np.ndarray:
         """Those of a row group, -1 where there is none."""
         file, name = self.files[index], str(self._label)
@@ -159,7 +176,7 @@ class Parquet:
         import pyarrow
 
         file = self._file(index)
-        repeated = _check_pages(self.files[index], file.metadata.row_group(group), group, column)
+        repeated = _check_pages(self.files[index], self._about(index, group), group, column)
         try:
             parts = self._parts(index, group, column, repeated) if repeated else []
             if parts:
@@ -194,7 +211,10 @@ class Parquet:
             self._cached[key] = self._cached.pop(key)
             return self._cached[key]
         file, group, _ = self._groups[block].tolist()
-        column = self._read(file, group, self._image)
+        column, rows = self._read(file, group, self._image), _whole(self._about(file, group), 3)
+        if len(column) != rows:
+            told = f"row group {group} holds {len(column):,} images for {rows:,} rows; restore it"
+            raise DataError(f"{self.files[file]}: {told}")
         self._cached = {one: held for one, held in self._cached.items() if one[0] == key[0]}
         while self._cached and sum(held.nbytes for held in self._cached.values()) + column.nbytes > CACHE:
             del self._cached[next(iter(self._cached))]
@@ -205,21 +225,20 @@ class Parquet:
 # --------------------------------------------------------------------------------------------------------------- pages
 
 
-def _check_pages(file: str, about: Any, group: int, column: str) -> int:
+def _check_pages(file: str, about: Struct, group: int, column: str) -> int:
     """Bytes of the column's dictionary, 0 where it has none. Raises DataError for pages that unfold too far.
 
     about: the row group, as the file describes it.
     """
-    dictionary = 0
-    for place in range(about.num_columns):
-        chunk = about.column(place)
-        if chunk.path_in_schema.partition(".")[0] != column:
+    dictionary, chunks = 0, about.get(1)
+    for chunk in chunks if isinstance(chunks, list) else ():
+        told = chunk.get(3) if isinstance(chunk, dict) else None
+        path = told.get(3) if isinstance(told, dict) else None
+        if not isinstance(told, dict) or not isinstance(path, list) or path[:1] != [column.encode()]:
             continue
-        size, begin = os.path.getsize(file), chunk.data_page_offset
-        if chunk.has_dictionary_page and chunk.dictionary_page_offset:
-            begin = min(begin, chunk.dictionary_page_offset)
-        end = begin + chunk.total_compressed_size
-        if not 0 <= begin <= end <= size:
+        begin = min(place for place in (_whole(told, 9), _whole(told, 11)) if place > 0 or place == _whole(told, 9))
+        end = begin + _whole(told, 7)
+        if not 0 <= begin <= end <= os.path.getsize(file):
             raise DataError(f"{file}: row group {group} lies outside of the file; restore it")
         try:
             pages = list(_pages(file, begin, end))
@@ -240,56 +259,86 @@ def _pages(file: str, begin: int, end: int) -> Iterator[tuple[int, int]]:
     with files.opened(file, kind=DataError) as source:
         while begin < end:
             source.seek(begin)
-            numbers, length = _numbers(source.read(min(A_HEADER, end - begin)))
-            kind, unfolded, stored = (numbers.get(place, -1) for place in (1, 2, 3))
+            told, length = _struct(source.read(min(A_HEADER, end - begin)), 0)
+            kind, unfolded, stored = (_whole(told, field, -1) for field in (1, 2, 3))
             if kind < 0 or unfolded < 0 or stored < 0:
                 raise ValueError("no page")
             yield kind, unfolded
             begin += length + stored
 
 
-def _numbers(data: bytes) -> tuple[dict[int, int], int]:
-    """The whole numbers among a Thrift struct's fields, of its own level, and its length."""
-    found: dict[int, int] = {}
-    place, depth, last = 0, 0, [0]
+def _footer(file: str) -> Struct:
+    with files.opened(file, kind=DataError) as source:
+        size = source.seek(0, os.SEEK_END)
+        source.seek(size - 8)
+        length = int.from_bytes(source.read(4), "little")
+        if not 0 < length <= min(size - 8, A_FOOTER):
+            raise ValueError("no footer")
+        source.seek(size - 8 - length)
+        return _struct(source.read(length), 0)[0]
 
-    def varint() -> int:
-        nonlocal place
-        value = shift = 0
-        while True:
-            byte = data[place]
-            place, value, shift = place + 1, value | (byte & 0x7F) << shift, shift + 7
-            if byte < 0x80:
-                return value
-            if shift > 63:
-                raise ValueError("a number without end")
 
+def _struct(data: bytes, place: int, depth: int = 0) -> tuple[Struct, int]:
+    """A struct's fields by number, and where it ends. Raises IndexError or ValueError for what is none."""
+    found: Struct = {}
+    last = 0
     while True:
         byte = data[place]
         place, kind = place + 1, byte & 0x0F
         if kind == 0:
-            if depth == 0:
-                return found, place
-            depth -= 1
-            last.pop()
-            continue
-        last[-1] = last[-1] + (byte >> 4) if byte >> 4 else _zigzag(varint())
-        if kind in (4, 5, 6):
-            number = _zigzag(varint())
-            if depth == 0:
-                found[last[0]] = number
-        elif kind == 8:
-            length = varint()
-            place += length
-        elif kind == 12 and depth < 8:
-            depth += 1
-            last.append(0)
-        elif kind not in (1, 2):
-            place += {3: 1, 7: 8}[kind] if kind in (3, 7) else len(data)  # lists are in no page's header
+            return found, place
+        if byte >> 4:
+            last += byte >> 4
+        else:
+            last, place = _number(data, place)
+        if kind > 2:  # else a flag, which is its kind
+            found[last], place = _value(data, place, kind, depth + 1)
 
 
-def _zigzag(value: int) -> int:
-    return (value >> 1) ^ -(value & 1)
+def _value(data: bytes, place: int, kind: int, depth: int) -> tuple[object, int]:
+    if depth > DEEPEST:
+        raise ValueError("too deep")
+    match kind:
+        case 1 | 2 | 3:
+            return data[place], place + 1
+        case 4 | 5 | 6:
+            return _number(data, place)
+        case 7:
+            return None, place + 8
+        case 8:
+            length, place = _varint(data, place)
+            return data[place : place + length], place + length
+        case 9 | 10:
+            head = data[place]
+            size, place = (head >> 4, place + 1) if head < 0xF0 else _varint(data, place + 1)
+            values = []
+            for _ in range(size):  # of which each takes a byte at least
+                value, place = _value(data, place, head & 0x0F, depth + 1)
+                values.append(value)
+            return values, place
+        case 12:
+            return _struct(data, place, depth + 1)
+    raise ValueError("a kind that Parquet has not")
+
+
+def _varint(data: bytes, place: int) -> tuple[int, int]:
+    value = shift = 0
+    while shift < 64:
+        byte = data[place]
+        place, value, shift = place + 1, value | (byte & 0x7F) << shift, shift + 7
+        if byte < 0x80:
+            return value, place
+    raise ValueError("a number without end")
+
+
+def _number(data: bytes, place: int) -> tuple[int, int]:
+    value, place = _varint(data, place)
+    return (value >> 1) ^ -(value & 1), place
+
+
+def _whole(told: Struct, field: int, missing: int = 0) -> int:
+    value = told.get(field, missing)
+    return value if isinstance(value, int) else missing
 
 
 def _image_column(file: str, schema: Any, asked: str | None) -> str:

@@ -5,8 +5,10 @@ What is broken or hostile is counted and named, and hurts nothing.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -436,6 +438,30 @@ def test_a_page_that_unfolds_too_far_is_refused_before_it_does(
         _ = source.items[1]  # type: ignore[union-attr]
     monkeypatch.setattr(parquet_, "UNFOLDED", 2**22)
     assert source.items[1] == picture(0)  # type: ignore[union-attr]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked here")
+def test_a_description_that_contradicts_itself_ends_no_process(tmp_path: Path) -> None:
+    """Asked for a column's description, pyarrow aborts: each bit of the schema, which tells what may be missing."""
+    file = store(
+        tmp_path / "x.parquet", table([picture(index) for index in range(9)], [index % 3 for index in range(9)])
+    )
+    data = file.read_bytes()
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            for place in range(footer, footer + 130):
+                for mask in (1, 2, 4):
+                    file.write_bytes(data[:place] + bytes([data[place] ^ mask]) + data[place + 1 :])
+                    with contextlib.suppress(DataError, OSError):
+                        source = sources.load(f"parquet:{file}", "train")
+                        _ = source.items[0]  # type: ignore[union-attr]
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_a_dictionary_that_repeats_its_images_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
