@@ -72,7 +72,8 @@ def reported(path: str | os.PathLike[str], given: Sequence[Tensor]) -> Iterator[
             torch.cuda.empty_cache()
             way = "give a smaller batch" if len(given[0]) > 1 else "free memory that others hold, or use a larger GPU"
             raise InputError(
-                f"{path}: a batch of {len(given[0])} does not fit into the GPU's memory ({first_line(error)[:80]}); {way}"
+                f"{path}: a batch of {len(given[0])} does not fit into the GPU's memory "
+                f"({first_line(error)[:80]}); {way}"
             ) from error
         shapes = " and ".join(str(list(one.shape)) for one in given)
         raise InputError(

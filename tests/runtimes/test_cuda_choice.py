@@ -188,8 +188,8 @@ def test_a_plan_that_fails_is_told_and_not_remembered(machine: Machine) -> None:
 
 
 OLD = (
-    "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver by downloading and "
-    "installing a new version from the URL: http://www.nvidia.com/Download/index.aspx"
+    "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver by downloading "
+    "and installing a new version from the URL: http://www.nvidia.com/Download/index.aspx"
 )
 
 
