@@ -80,7 +80,7 @@ class Detection:
     def data(self) -> ImageData:
         return ImageData(
             train=self.train, val=self.val, size=self.size, workers=self.workers, strict=self.strict,
-            targets=BoxTargets(), task=self.name, shaping=self._shaping,
+            targets=BoxTargets(classes=None if self._named is None else self._named.classes), task=self.name, shaping=self._shaping,
         )  # fmt: skip
 
     @property

@@ -4,6 +4,7 @@ told in a line or counted."""
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from rarefy.data.formats import coco, voc, yolo
 from rarefy.data.items import Items
 from rarefy.data.sources import load
 from rarefy.errors import DataError
+from rarefy.tasks.detection import Detection
 
 BOXES = {"a.png": [(2, 3, 12, 13, 1), (20, 5, 30, 25, 0)], "b.png": [], "c.png": [(0, 0, 40, 30, 2)]}
 
@@ -462,3 +464,18 @@ def test_what_are_no_boxes_is_told_in_a_line(given: Any, told: str) -> None:
 def test_boxes_are_not_for_a_classifier(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="--task detection"):
         load(boxed.coco(tmp_path, BOXES)[0], "train")
+
+
+@pytest.mark.parametrize("label", [4, 300, math.nan, math.inf, 1.5, -1])
+def test_a_label_that_the_model_does_not_know_is_told_before_anything_learns_it(label: float) -> None:
+    class Own:
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, index: int) -> Any:
+            labels = torch.tensor([1.0 if index < 3 else label])
+            return boxed.rectangles(index, 40, 30, []), {"boxes": torch.tensor([[8, 6, 20, 15.0]]), "labels": labels}
+
+    task = Detection(train=Own(), detector="yolox:classes=3,size=64/96", augment="none")
+    with pytest.raises(DataError, match=r"label \S+ is (of no class|class \d+, counted from 0, and the model knows 3)"):
+        list(task.batches("train", 2, augment=True))

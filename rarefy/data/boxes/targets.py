@@ -39,11 +39,15 @@ Found = Mapping[str, Any]  # of a dataset: tensors, arrays, lists and numbers by
 
 @dataclass(frozen=True)
 class BoxTargets(Targets):
-    """first: the label of class 0. place: label -> class, where a dataset says it. names: of the classes, likewise."""
+    """first: the label of class 0. place: label -> class, where a dataset says it. names: of the classes, likewise.
+
+    classes: how many the model knows, where that is known.
+    """
 
     first: int = 0
     place: Mapping[int, int] | None = None
     names: tuple[str, ...] | None = field(default=None, compare=False)
+    classes: int | None = field(default=None, compare=False)
 
     def settled(self, items: object) -> Targets:
         if isinstance(items, Scenes | list | Tensor):
@@ -54,7 +58,7 @@ class BoxTargets(Targets):
                 ids = sorted(categories)
                 names = tuple(str(categories[one].get("name", one)) for one in ids)
                 return replace(self, place={one: place for place, one in enumerate(ids)}, names=names)
-        return replace(self, first=_first_label(self, items))
+        return replace(self, first=_first_label(replace(self, classes=None), items))
 
     def of_all(self, given: object, count: int, where: str) -> Tensor:
         raise DataError(f"{where}: has a label an image, not boxes; {_ADVICE}")
@@ -96,12 +100,18 @@ class BoxTargets(Targets):
         return rows
 
     def _class(self, label: float, where: str) -> int:
-        found = self.place.get(int(label), -1) if self.place is not None else int(label) - self.first
-        if label != int(label) or found < 0:
+        whole = int(label) if math.isfinite(label) else -1
+        found = self.place.get(whole, -1) if self.place is not None else whole - self.first
+        if label != whole or found < 0:
             known = (
                 f"the first pictures' labels begin at {self.first}" if self.place is None else "no category has that id"
             )
             raise DataError(f"{where}: label {label:g} is of no class ({known}); mend it, or leave the box out")
+        if self.classes is not None and found >= self.classes:
+            raise DataError(
+                f"{where}: label {label:g} is class {found}, counted from 0, and the model knows {self.classes}; mend it, "
+                "leave the box out, or pass a model for these classes"
+            )
         return found
 
 
