@@ -19,6 +19,7 @@ from rarefy.graph.capture import capture
 from rarefy.quantization.formats import Grid
 from rarefy.quantization.quantize import quantize
 from rarefy.quantization.rounding._quadratic import Moments, Quadratic, inverse_factor
+from rarefy.quantization.rounding.brecq import _batch
 from rarefy.quantization.rounding.descent import SHRINKS
 from rarefy.quantization.rounding.gptq import rounded
 from rarefy.quantization.rounding_pass import Layer, OfLayers, Sample
@@ -296,3 +297,19 @@ DEFAULTS: dict[str, dict[str, object]] = {
 def test_defaults() -> None:
     found = {name: dataclasses.asdict(plugins.resolve("rounding", name)) for name in plugins.available("rounding")}
     assert found == DEFAULTS
+
+
+def test_what_a_block_reads_in_float_is_mixed_in_where_it_is_a_value_of_both() -> None:
+    """A number is no tensor, and what the float block does not have stays as the rounded one reads it."""
+    rounded_, exact = torch.zeros(2), torch.ones(2)
+
+    class Reads:
+        inputs, float_inputs, outputs, images = [rounded_, 3, rounded_], [exact, 4, None], exact, 2  # noqa: RUF012
+
+        def part(self, values: list[object], chosen: torch.Tensor, images: int) -> list[object]:
+            return values
+
+    chosen = torch.arange(2)
+    inputs, answers = _batch(Reads(), chosen, lambda x, y: y)  # type: ignore[arg-type]
+    assert inputs[0] is exact and inputs[1] == 3 and inputs[2] is rounded_ and answers is exact
+    assert _batch(Reads(), chosen, None)[0] == [rounded_, 3, rounded_]  # type: ignore[arg-type]

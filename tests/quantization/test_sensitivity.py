@@ -130,6 +130,11 @@ def test_what_answers_hang_on_is_not() -> None:
     assert ends(cost(1.0, torch.full((16,), 5.0))) == (0.0, 10.0)
 
 
+@pytest.mark.parametrize(("count", "most"), [(6, 10.0), (8, 2.0)])
+def test_of_few_images_nothing_is_clipped(count: int, most: float) -> None:
+    assert ends(cost(1.0, torch.zeros(count)))[1] == most
+
+
 def test_images_that_were_not_fitted_on_undo_a_range() -> None:
     """One image in four pays for the clipping: those that are fitted on never see it."""
     clipped = torch.zeros(16)
