@@ -15,7 +15,8 @@
           ├── SignatureRefused     a file was changed, added or removed, or the key is wrong
           └── TrainingDiverged     NaN or infinity in training; the last good state is kept
 
-``exit_code`` is what the command line exits with. Anything else that escapes is a bug of ours.
+``exit_code`` is what the command line exits with. Anything else that escapes is a bug of ours. Each class has a section
+of docs/errors.md, by its name: ``section``.
 """
 
 from __future__ import annotations
@@ -77,6 +78,14 @@ class TrainingDiverged(CheckFailed):
     """``graph``: the last good state."""
 
     graph: Any = None
+
+
+def section(error: BaseException) -> str | None:
+    """The section of docs/errors.md on such an error: that of its class, or of the nearest one above with its own."""
+    for kind in type(error).__mro__:
+        if kind.__module__ == __name__:
+            return f"errors.md#{kind.__name__.lower()}"
+    return None
 
 
 def first_line(error: BaseException, most: int | None = 200) -> str:

@@ -17,6 +17,7 @@ import typer
 from PIL import Image
 from safetensors.torch import save_file
 
+from rarefy import errors
 from rarefy.cli import main
 from rarefy.compression import recipe
 
@@ -108,6 +109,20 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert pages <= {one.name for one in (tmp_path / "site").iterdir()}
     named = re.findall(r": ([a-z]+)\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     assert {*named} == pages | {"index", "api"}  # each page is found from every other
+    told = (tmp_path / "site" / "errors" / "index.html").read_text(encoding="utf-8")
+    assert all(f'id="{name.lower()}"' in told for name in raised())  # where error messages point to
+
+
+def raised() -> list[str]:
+    kinds = [one for one in vars(errors).values() if isinstance(one, type) and issubclass(one, errors.RarefyError)]
+    assert len(kinds) >= 12
+    return [kind.__name__ for kind in kinds]
+
+
+def test_every_error_has_a_section() -> None:
+    text = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    sections = re.findall(r"^## (\w+)\n\n(\S.{40})", text, flags=re.MULTILINE)
+    assert [name for name, _ in sections] == raised()  # in the order of the tree
 
 
 def test_every_make_target_is_one_that_there_is() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import importlib.metadata
 import io
 import json
 import logging
@@ -28,7 +29,7 @@ from typing import Any, TextIO
 import typer
 from typer.exceptions import TyperException
 
-from rarefy.errors import InputError, RarefyError
+from rarefy.errors import InputError, RarefyError, section
 from rarefy.system.failures import refusal
 from rarefy.system.text import in_json, one_line, printable
 
@@ -65,8 +66,34 @@ def guarded(program: Callable[[list[str]], Any], arguments: Sequence[str]) -> in
         if debug:
             traceback.print_exc()
         line, code = explain(error, arguments)
-        _tell(f"rarefy: {one_line(line)}\n")
+        _tell(f"rarefy: {one_line(line)}\n{_more(error)}")
         return code
+
+
+def _more(error: BaseException) -> str:
+    """Where to read on, a line for who sits at a terminal: logs and programs get the error's line alone."""
+    place = section(error)
+    if place is None or not sys.stderr.isatty():
+        return ""
+    pages = Path(__file__).resolve().parents[2] / "docs"
+    address = _site()
+    if address is not None:
+        place = f"{address.rstrip('/')}/{place.replace('.md', '/')}"
+    elif (pages / "errors.md").is_file():  # a checkout
+        place = f"{pages}/{place}"
+    else:
+        return ""
+    return f"        more: {one_line(place)}\n"
+
+
+def _site() -> str | None:
+    """The documentation's address, if the package names one."""
+    try:
+        named = importlib.metadata.metadata("rarefy").get_all("Project-URL") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    links = dict(one.split(", ", 1) for one in named if ", " in one)
+    return links.get("Documentation")
 
 
 def _check_address_space(arguments: Sequence[str]) -> None:
