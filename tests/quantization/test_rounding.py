@@ -304,7 +304,7 @@ def test_what_a_block_reads_in_float_is_mixed_in_where_it_is_a_value_of_both() -
     rounded_, exact = torch.zeros(2), torch.ones(2)
 
     class Reads:
-        inputs, float_inputs, outputs, images = [rounded_, 3, rounded_], [exact, 4, None], exact, 2  # noqa: RUF012
+        inputs, float_inputs, outputs, images = [rounded_, 3, rounded_], [exact, 4, None], exact, 2
 
         def part(self, values: list[object], chosen: torch.Tensor, images: int) -> list[object]:
             return values
