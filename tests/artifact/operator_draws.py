@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import io
 import json
 import math
@@ -413,11 +414,18 @@ def bits(value: Any) -> Any:
     """What two answers are compared by."""
     if not isinstance(value, Tensor):
         return repr(value)
-    plain = value.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
-    if plain.is_floating_point() or plain.is_complex():  # any NaN is as good as another
-        plain = torch.view_as_real(plain).contiguous() if plain.is_complex() else plain
-        plain = torch.nan_to_num(plain.double(), nan=1.2345e-300)
-    return tuple(value.shape), plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+    plain = value.detach().resolve_conj().resolve_neg()
+    plain = (torch.view_as_real(plain) if plain.is_complex() else plain).reshape(-1)
+    digest = hashlib.sha256()
+    for part in plain.split(2**16):  # a large answer is held once
+        if part.is_floating_point():  # any NaN is as good as another
+            part = torch.nan_to_num(part.double(), nan=1.2345e-300)
+        digest.update(
+            part.clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes()
+            if part.numel()
+            else b""
+        )
+    return tuple(value.shape), digest.hexdigest()
 
 
 def is_refused(graph: fx.GraphModule) -> bool:
