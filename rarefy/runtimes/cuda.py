@@ -215,10 +215,7 @@ class Session:
         except Exception as error:  # of a driver or a library that no test has seen: the answers do not hang on it
             if is_memory(error):
                 raise
-            why = first_line(error)
-            warnings.warn(f"{self.path}: no plan in int8 ({why}); it runs in float16", stacklevel=2)
-            self.ran[shape] = {"form": "float16", "why": why}
-            return program.Half(self.graph, given)
+            return self._in_half(error, "int8", given, shape)
         if known is None:
             half = program.Half(self.graph, given)
             form, ms = program.faster(integer, half, given)
@@ -232,7 +229,12 @@ class Session:
     ) -> Value:
         """Weights as they are packed, or decoded to float16 once: the faster, which is remembered."""
         program = importlib.import_module("rarefy.runtimes._cuda_program")
-        made = program.Half(few, given)
+        try:
+            made = program.Half(few, given)
+        except Exception as error:  # as in ``_planned``
+            if is_memory(error):
+                raise
+            return self._in_half(error, "few bits", given, shape)
         if known is None:
             half = program.Half(self.graph, given)
             form, ms = program.faster(made, half, given)
@@ -242,6 +244,13 @@ class Session:
             made = made if form == "few bits" else half
         self.ran[shape] = known
         return made
+
+    def _in_half(self, error: Exception, form: str, given: Sequence[Tensor], shape: Shapes) -> Value:
+        program = importlib.import_module("rarefy.runtimes._cuda_program")
+        why = first_line(error)
+        warnings.warn(f"{self.path}: no plan in {form} ({why}); it runs in float16", stacklevel=3)
+        self.ran[shape] = {"form": "float16", "why": why}
+        return program.Half(self.graph, given)
 
     def _known(self, key: str) -> dict[str, object] | None:
         """What was found for networks of this form, or for this very one."""

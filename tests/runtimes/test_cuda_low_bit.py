@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, fx, nn
 from rarefy import capture, quantize
 from rarefy.kernels.low_bit import linear
 from rarefy.runtimes import _cuda_low_bit as low_bit
+from rarefy.runtimes import cuda
 from rarefy.runtimes._cuda_islands import in_half
 
 
@@ -75,6 +77,32 @@ def test_what_no_kernel_reads_stays() -> None:
     graph = capture(Layers().eval(), data[0])
     assert not low_bit.weights_alone(quantize(graph, batches=data, progress=False, correct_bias=False))
     assert not low_bit.weights_alone(graph)
+
+
+@pytest.mark.parametrize("faster", ["int8", "float16"])  # as `faster` calls what it is given first and second
+def test_a_session_keeps_the_faster_form_and_remembers_it(faster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = pytest.importorskip("rarefy.runtimes._cuda_program", reason="triton is not installed")
+    graph, x = small("int4"), torch.randn(2, 3, 200)
+    monkeypatch.setattr(program, "Half", lambda given, _: given)
+    monkeypatch.setattr(program, "faster", lambda *_: (faster, {"int8": 1.0, "float16": 2.0}))
+    session = object.__new__(cuda.Session)
+    session.graph, session.path, session.ran = graph, "small", {}
+    session.memory = SimpleNamespace(forms={}, save=lambda: None)  # type: ignore[assignment]
+    for _ in range(2):  # the second time from memory
+        made = session._planned([x], ("shape",))
+        assert bool(read(made)) == (faster == "int8") and (made is graph) == (faster == "float16")
+        (form,) = session.memory.forms.values()
+        assert form["form"] == ("few bits" if faster == "int8" else "float16")
+        assert session.ran["shape",] == form
+    monkeypatch.setattr(program, "Half", lambda given, _: given if given is graph else 1 / 0)
+    session.memory.forms.clear()
+    with pytest.warns(UserWarning, match="no plan in few bits .division by zero"):
+        assert session._planned([x], ("another",)) is graph
+    monkeypatch.setattr(low_bit, "packed", lambda *_: None)  # too many rows, say
+    monkeypatch.setattr(session, "integer", lambda _: (_ for _ in ()).throw(RuntimeError("no plan")))
+    session.memory.forms.clear()
+    with pytest.warns(UserWarning, match="no plan in int8"):
+        assert session._planned([x], ("other",)) is graph
 
 
 @pytest.mark.gpu
