@@ -54,10 +54,11 @@ def commands(file: str, *languages: str) -> list[list[str]]:
     return [shlex.split(line)[1:] for line in lines if line.startswith("rarefy ")]
 
 
-@pytest.mark.parametrize("file", ["README.md", "docs/tutorial.md", "docs/guides.md", "docs/recipes.md"])
+@pytest.mark.parametrize("file", ["README.md", "docs/tutorial.md", "docs/guides.md", "docs/recipes.md", "docs/methods"])
 def test_every_command_is_one_that_there_is(file: str) -> None:
     group = typer.main.get_command(main.app)
-    found = commands(file, "sh")
+    pages = sorted((ROOT / file).glob("*.md")) if (ROOT / file).is_dir() else [ROOT / file]
+    found = [one for page in pages for one in commands(str(page.relative_to(ROOT)), "sh")]
     assert len(found) >= 5
     for name, *arguments in found:
         group.commands[name].make_context(name, list(arguments))  # type: ignore[attr-defined]
@@ -88,7 +89,7 @@ def test_every_recipe_is_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "file", ["README.md", "CONTRIBUTING.md", *(f"docs/{one.name}" for one in ROOT.glob("docs/*.md"))]
+    "file", ["README.md", "CONTRIBUTING.md", *(str(one.relative_to(ROOT)) for one in ROOT.glob("docs/**/*.md"))]
 )
 def test_every_link_leads_somewhere(file: str) -> None:
     text = (ROOT / file).read_text(encoding="utf-8")
@@ -105,12 +106,35 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
     assert "rarefy.compress" in page and "rarefy.pull" in page
-    pages = {one.stem for one in (ROOT / "docs").glob("*.md")} - {"index"}
-    assert pages <= {one.name for one in (tmp_path / "site").iterdir()}
-    named = re.findall(r": ([a-z]+)\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    docs = ROOT / "docs"
+    pages = {one.relative_to(docs).with_suffix("").as_posix() for one in docs.glob("**/*.md")} - {"index"}
+    assert all((tmp_path / "site" / one / "index.html").is_file() for one in pages)
+    named = re.findall(r": ([a-z/]+)\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     assert {*named} == pages | {"index", "api"}  # each page is found from every other
     told = (tmp_path / "site" / "errors" / "index.html").read_text(encoding="utf-8")
     assert all(f'id="{name.lower()}"' in told for name in raised())  # where error messages point to
+
+
+METHODS = sorted(path.stem for path in (ROOT / "docs" / "methods").glob("*.md"))
+
+
+def test_the_pictures_are_as_drawn(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, ROOT / ".ci" / "pictures.py", tmp_path], check=True)
+    drawn = {path.stem: path.read_bytes() for path in tmp_path.glob("*.svg")}
+    assert sorted(drawn) == METHODS
+    for name, picture in drawn.items():
+        assert picture == (ROOT / "docs" / "methods" / f"{name}.svg").read_bytes(), f"{name}: python .ci/pictures.py"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_s_page_has_all_that_it_should(name: str) -> None:
+    text = (ROOT / "docs" / "methods" / f"{name}.md").read_text(encoding="utf-8")
+    assert f"]({name}.svg)" in text and "https://" in text + ("https://" if name in ("stochastic", "verdict") else "")
+    told = text.partition("## Measured here")[2]
+    known = (ROOT / "docs" / "measured.md").read_text(encoding="utf-8")
+    figures = re.findall(r"(?<![\w.])\d+\.\d+(?![\w.]*\))", told)
+    assert told or name == "signing"
+    assert all(re.search(rf"(?<![\d.]){re.escape(one)}(?!\d)", known) for one in figures), figures  # measured, not said
 
 
 def raised() -> list[str]:
