@@ -137,6 +137,14 @@ def test_a_method_s_page_has_all_that_it_should(name: str) -> None:
     assert all(re.search(rf"(?<![\d.]){re.escape(one)}(?!\d)", known) for one in figures), figures  # measured, not said
 
 
+def test_other_tools_stand_with_measured_figures() -> None:
+    told = (ROOT / "docs" / "peers.md").read_text(encoding="utf-8")
+    known = (ROOT / "docs" / "measured.md").read_text(encoding="utf-8")
+    figures = re.findall(r"(?<![\w.])\d+\.\d+", told)
+    assert len(figures) >= 25
+    assert all(re.search(rf"(?<![\d.]){re.escape(one)}(?!\d)", known) for one in figures), figures
+
+
 def raised() -> list[str]:
     kinds = [one for one in vars(errors).values() if isinstance(one, type) and issubclass(one, errors.RarefyError)]
     assert len(kinds) >= 12
