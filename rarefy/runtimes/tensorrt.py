@@ -35,6 +35,7 @@ from rarefy.runtimes.onnxruntime import OnnxRuntime
 from rarefy.system.dependencies import needs
 
 aten = torch.ops.aten
+OPERATORS = torch.ops.rarefy
 
 SHOWN = 3  # findings in a message
 
@@ -53,11 +54,12 @@ class TensorRT:
     why_not = "TensorRT is not run by rarefy: build the engine with trtexec --onnx=FILE"
     capabilities = Capabilities(
         layers=PLANAR,
-        joins=frozenset({aten.cat.default, aten.adaptive_avg_pool2d.default}),
+        joins=frozenset({aten.add.Tensor, aten.cat.default, aten.adaptive_avg_pool2d.default}),
         carriers=CARRIERS,
         clips=frozenset(),
         float_result=PLANAR,
         centered=True,
+        residuals=True,
         has_threads=False,
         runs=False,
     )
@@ -126,4 +128,29 @@ def _profiled(graph: fx.GraphModule) -> fx.GraphModule:
         set_attribute(graph, name, numbers.float())
         with graph.graph.inserting_before(node):
             node.replace_input_with(decoding, graph.graph.get_attr(name))
+    _round_padded(graph)
     return finish(graph)
+
+
+def _round_padded(graph: fx.GraphModule) -> None:
+    """A pair behind the padding of a branch that a sum reads, on the grid that it has: it changes no number."""
+    for node in list(graph.graph.find_nodes(op="call_function", target=aten.pad.default)):
+        sums = [user for user in node.users if user.target is aten.add.Tensor]
+        source = node
+        while source.target in CARRIERS or source.target is aten.pad.default:
+            source = source.args[0]
+        if not sums or not is_decoded(source) or argument(node, "mode") != "constant" or argument(node, "value"):
+            continue
+        rounding = argument(source, "q")
+        pair = (rounding.target, source.target) == (OPERATORS.quantize.default, OPERATORS.dequantize.default)
+        if pair and rounding.args[1:3] == source.args[1:3]:
+            with graph.graph.inserting_after(node):
+                codes = graph.graph.call_function(
+                    OPERATORS.quantize.default, (node, *rounding.args[1:]), dict(rounding.kwargs)
+                )
+            with graph.graph.inserting_after(codes):
+                decoded = graph.graph.call_function(
+                    OPERATORS.dequantize.default, (codes, *source.args[1:]), dict(source.kwargs)
+                )
+            for total in sums:
+                total.replace_input_with(node, decoded)

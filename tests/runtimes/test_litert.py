@@ -59,6 +59,32 @@ def test_codes_are_the_simulations(made_for: str, tmp_path: Path) -> None:
     assert not broken["passed"] and broken["first_diverging_layer"] == "groups"
 
 
+class Shuffled(nn.Module):
+    """Branches of unlike scales put together, their channels shuffled: codes are carried on in another order of axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.wide = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.last, self.head = nn.Conv2d(8, 8, 1), nn.Linear(8, 5)
+        with torch.no_grad():
+            self.wide.weight.mul_(5.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = torch.cat([x, F.relu(self.wide(x))], 1)
+        even, _ = x.view(-1, 8, 2, *x.shape[2:]).transpose(1, 2).reshape(-1, 16, *x.shape[2:]).chunk(2, 1)
+        return self.head(F.relu(self.last(even)).mean((2, 3)))
+
+
+def test_codes_put_together_from_other_scales_are_rounded_as_numbers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 16, 16)
+    small, path, runtime = compared(Shuffled(), x, tmp_path)
+    found = runtime.compare(small, path, x)
+    (joined,) = (layer for layer in found["layers"] if layer["value"] == "cat")  # read where it is made
+    assert found["passed"] and "unread" not in found and joined["difference"] == 0, found
+
+
 @pytest.mark.parametrize("net", [DenselyConnected, UnevenDepthwise])
 def test_other_networks(net: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -65,6 +65,33 @@ def test_a_model_quantised_for_it_keeps_the_rules(small: fx.GraphModule, x: Tens
         runtime.open(path)
 
 
+class Padded(nn.Module):
+    """The shortcut of CIFAR's ResNets: every second place, channels of zeros; then a sum of a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down, self.more = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = F.relu(self.down(x) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2)))
+        return self.head(F.relu(self.more(x) + x).mean((2, 3)))
+
+
+def test_branches_of_sums_are_decoded_from_codes_behind_padding_and_behind_sums(x: Tensor, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    small = quantize(capture(Padded().eval(), x), batches=[x], runtime="tensorrt", progress=False)
+    runtime = plugins.resolve("runtimes", "tensorrt")
+    path = runtime.export(small, tmp_path / "model.onnx")
+    model = onnx.load(path)
+    makers = {name: node.op_type for node in model.graph.node for name in node.output}
+    sums = [node for node in model.graph.node if node.op_type == "Add"]
+    assert [sorted(makers[name] for name in node.input) for node in sums] == [["Conv", "DequantizeLinear"]] * 2
+    found = runtime.compare(small, path, x)
+    assert found["passed"] and found["ulp"] <= 1, found
+
+
 def test_a_model_quantised_for_another_is_refused(graph: fx.GraphModule, x: Tensor, tmp_path: Path) -> None:
     other = quantize(graph, batches=[x], progress=False)
     with pytest.raises(InputError, match=r"unsigned codes \(symmetric\).*quantise the model with --runtime tensorrt"):

@@ -246,12 +246,12 @@ def tapped(path: str | os.PathLike[str], names: Sequence[str], into: Path) -> di
         places.setdefault(_text(one.name), index)  # the first: what only carries the codes has the same name
     found = {}
     part.outputs = [int(place) for place in part.outputs]
-    for name in names:
-        for ending in ("", ".last"):
-            place = places.get(f"{CODES}{name}{ending}")
-            if place is not None and name not in found:
-                found[name] = bool(ending)
-                part.outputs.append(place)
+    for name in names:  # what carries the codes on, in another order of axes, comes behind
+        kept = [(places[full], ending) for ending in ("", ".last") if (full := f"{CODES}{name}{ending}") in places]
+        if kept:
+            place, ending = min(kept)
+            found[name] = bool(ending)
+            part.outputs.append(place)
     model.signatureDefs = None
     into.write_bytes(_packed(model))
     return found

@@ -76,8 +76,6 @@ class Writer:
         self.wanted: Grid | None = None
         self.name = ""
 
-    # ---- tensors
-
     def tensor(
         self, shape: Sequence[int], dtype: str = "float32", grid: Grid | None = None, last: bool = False, name: str = ""
     ) -> Ref:
@@ -190,8 +188,10 @@ class Writer:
                 self.turned[key] = read = self.tensor(ref.shape, "int8", grid, ref.last)
                 self.operator("RESHAPE", [ref, sizes], read, table="ReshapeOptions", newShape=list(ref.shape))
             ref = self.turned[key]
-        if self.wanted is not None:
-            return ref
+        return self.numbers(ref) if self.wanted is None else ref
+
+    def numbers(self, ref: Ref) -> Ref:
+        """What codes stand for."""
         decoding = (ref.place, "numbers")
         if decoding not in self.turned:
             self.turned[decoding] = self.tensor(ref.shape, "float32", None, ref.last)
@@ -210,9 +210,11 @@ class Writer:
         return self.grid_of(attribute(self.graph, scale), attribute(self.graph, zero))
 
     def rounded(self, ref: Ref, grid: Grid) -> Ref:
-        """Codes of numbers, or of other codes, on that grid."""
+        """Codes of numbers, or of other codes, on that grid: by way of numbers, as LiteRT's own step is inexact."""
         if ref.grid == grid:
             return ref
+        if ref.grid is not None and ref.grid.scale != grid.scale:
+            ref = self.numbers(ref)
         output = self.tensor(ref.shape, "int8", grid, ref.last)
         self.operator("QUANTIZE", [ref], output, table="QuantizeOptions")
         return output
@@ -220,8 +222,6 @@ class Writer:
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         """As the graph has it."""
         return tuple(int(size) for size in self.known[node].shape)
-
-    # ---- orders of axes
 
     def transposed(self, ref: Ref, order: Sequence[int], last: bool) -> Ref:
         """``ref`` with its axes in that order: of a constant, in the store."""
