@@ -415,3 +415,25 @@ def test_an_and_of_masks_is_saved(tmp_path):
 
 def test_arithmetic_on_sizes_is_known_by_name():
     assert trial._NAME_OF[operator.mul] == "operator.mul"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stride", "width", "passes"),
+    [
+        ("bfloat16", 3, 4, False),
+        ("bfloat16", 3, 6, False),
+        ("bfloat16", 3, 7, True),  # two columns
+        ("bfloat16", 1, 4, True),
+        ("float32", 3, 4, True),
+        ("float16", 3, 4, True),
+    ],
+)
+def test_a_convolution_that_some_cpus_misread_is_refused(dtype, stride, width, passes):
+    """bfloat16, one column behind a stride: AMX's kernel answers with memory that was never written (torch 2.14)."""
+    weight = torch.randn(4, 4, 3, 4).to(getattr(torch, dtype))
+    call = ("aten.conv2d.default", X, n("t_w"), None, [1, stride])
+    given = {"tensors": {"w": weight}, "shape": (4, 8, width), "dtype": dtype}
+    if passes:
+        graph(call, **given)
+    else:
+        refused("in bfloat16 answers with memory that was never written.*save the model in float32", call, **given)

@@ -197,9 +197,23 @@ def _windows(values: Values, given: Values, name: str) -> str | int:
     stride, padding = (_each(values[key], rank) for key in ("stride", "padding"))
     if min(stride, default=1) < 1:
         return f"can't be moved by {min(stride)}"
+    if _is_misread(x, weight, values, rank):
+        return (
+            "in bfloat16 answers with memory that was never written on some CPUs where one column is left of a stride "
+            "above 1; save the model in float32"
+        )
     wide = [(size + 2 * around) // step + 1 for size, around, step in zip(x.shape[-rank:], padding, stride)]
     samples = x.shape[0] if x.dim() == rank + 2 else 1
     return _size_of(samples * math.prod(wide) * math.prod(weight.shape[1:]) * values["groups"], x)
+
+
+def _is_misread(x: Tensor, weight: Tensor, values: Values, rank: int) -> bool:
+    """oneDNN's AMX kernels (torch 2.14): y of (2, 4, 6, 1) from x (2, 4, 8, 4), w (4, 4, 3, 4), stride (1, 3)."""
+    stride, dilation = (_each(values[key], rank)[-1] for key in ("stride", "dilation"))
+    if rank < 2 or x.dtype != torch.bfloat16 or stride == 1 or isinstance(values["padding"], str):
+        return False
+    left = x.shape[-1] + 2 * _each(values["padding"], rank)[-1] - dilation * (weight.shape[-1] - 1) - 1
+    return bool(0 <= left < stride)
 
 
 def _transposed(values: Values, given: Values, name: str) -> str | int:

@@ -50,7 +50,7 @@ class Sensitivity:
             _Ends(one.cost, grid) if one.cost is not None and one.cost.power > 0 else None
             for one, grid in zip(histograms, grids, strict=True)
         ]
-        open_to = [ends for ends in chosen if ends is not None and len(ends.powers) * HELD_OUT >= FEW * (HELD_OUT - 1)]
+        open_to = [ends for ends in chosen if ends is not None and len(ends.others) >= FEW]
         total = sum((ends.clipped for ends in open_to), start=torch.zeros((), dtype=torch.float64))
         for _ in range(SWEEPS):
             for ends in open_to:
