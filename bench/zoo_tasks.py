@@ -313,7 +313,8 @@ def main() -> int:
     count = Counter(row[1] for row in rows.values())
     left = f"; {cells.left} not looked at yet: --resume goes on" if cells.left else ""
     print(
-        f"{count['ok']} pass, {count['fails']} fail, {count['known']} stop where it is known why, {count['skipped']} skipped{left}"
+        f"{count['ok']} pass, {count['fails']} fail, {count['known']} stop where it is known why, "
+        f"{count['skipped']} skipped{left}"
     )
     told = {name: {key: value for key, value in facts.items() if key != "traceback"} for name, facts in found.items()}
     print(json.dumps({"bench": "zoo_tasks", "torch": torch.__version__, "left": cells.left, "networks": told}))

@@ -768,7 +768,8 @@ def _(_: Path) -> None:
         lambda net, x: torch.from_numpy(x.numpy()),
     ]
     for change in changes:
-        refused("test_accepts.py:.*tensor operations, or .*core=", lambda: rarefy.capture(With(change), X))  # noqa: B023
+        text = "test_accepts.py:.*tensor operations, or .*core="
+        refused(text, lambda: rarefy.capture(With(change), X))  # noqa: B023
 
 
 @accepts("an operator that saved graphs don't hold (FFT is one that they do)")

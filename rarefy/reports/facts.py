@@ -195,7 +195,7 @@ class LayerDifference(TypedDict, total=False):
 
 
 class Parity(TypedDict, total=False):
-    """Of the exported file with the model in PyTorch. also: of the file on other runtimes. Other keys are shown, too."""
+    """Of the exported file with the model in PyTorch. also: on other runtimes. Other keys are shown, too."""
 
     agreement: float
     samples: int

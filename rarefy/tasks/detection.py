@@ -80,22 +80,21 @@ class Detection:
     def data(self) -> ImageData:
         return ImageData(
             train=self.train, val=self.val, size=self.size, workers=self.workers, strict=self.strict,
-            targets=BoxTargets(classes=None if self._named is None else self._named.classes), task=self.name, shaping=self._shaping,
+            targets=BoxTargets(classes=None if self._named is None else self._named.classes), task=self.name,
+            shaping=self._shaping,
         )  # fmt: skip
 
     @property
     def _shaping(self) -> BoxShaping:
         varied = variation(self.augment, self.name) if self.augment else Variation()
-        family = self._named
-        return BoxShaping(None if family is None else self._feed(family), varied)
+        return BoxShaping(None if self._named is None else self._feed(self._named), varied)
 
     def _feed(self, family: Detector) -> Feed:
         feed = family.feed
         own: dict[str, object] = {} if self.size is None else {"size": (self.size, self.size)}
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values is not None:
-                three = tuple(np.broadcast_to(np.asarray(values, np.float64), 3).tolist())
-                own[name] = three
+                own[name] = tuple(np.broadcast_to(np.asarray(values, np.float64), 3).tolist())
         return dataclasses.replace(feed, **own)  # type: ignore[arg-type]
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"""Pictures that lie on a GPU are varied there as the decoder varies them (run here on the CPU, as the operators are)."""
+"""Pictures that lie on a GPU are varied there as the decoder varies them (here on the CPU, as the operators are)."""
 
 from __future__ import annotations
 

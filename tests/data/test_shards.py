@@ -24,8 +24,8 @@ import torch
 from PIL import Image
 
 from rarefy.cli import main
-from rarefy.data import parquet as parquet_
 from rarefy.data import sources
+from rarefy.data.formats import _parquet as parquet_
 from rarefy.data.shards import MOST_BYTES, Shards, files_of, shuffled
 from rarefy.errors import DataError
 from rarefy.tasks.classification import Classification
@@ -520,7 +520,7 @@ def test_parquet_says_what_is_missing(tmp_path: Path) -> None:
 
 
 def test_parquet_keeps_few_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rarefy.data import parquet
+    from rarefy.data.formats import _parquet as parquet
 
     noise: list[bytes] = []
     for seed in range(64):

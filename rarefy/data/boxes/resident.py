@@ -220,7 +220,8 @@ def coloured(inputs: Tensor, colours: list[Colours]) -> Tensor:
 
 
 def _grey(pictures: Tensor) -> Tensor:
-    return sum(share * pictures[:, place : place + 1] for place, share in enumerate(_GREY))  # type: ignore[return-value]
+    red, green, blue = (share * pictures[:, place : place + 1] for place, share in enumerate(_GREY))
+    return red + green + blue
 
 
 def _contrasted(pictures: Tensor, factor: Tensor) -> Tensor:

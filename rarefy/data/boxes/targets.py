@@ -109,7 +109,8 @@ class BoxTargets(Targets):
             raise DataError(f"{where}: label {label:g} is of no class ({known}); mend it, or leave the box out")
         if self.classes is not None and found >= self.classes:
             raise DataError(
-                f"{where}: label {label:g} is class {found}, counted from 0, and the model knows {self.classes}; mend it, "
+                f"{where}: label {label:g} is class {found}, counted from 0, and the model knows "
+                f"{self.classes}; mend it, "
                 "leave the box out, or pass a model for these classes"
             )
         return found

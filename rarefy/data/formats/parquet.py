@@ -1,4 +1,4 @@
-"""``parquet:PATH``: files of a Hugging Face dataset of images, named as shards are (``rarefy/data/parquet.py``).
+"""``parquet:PATH``: files of a Hugging Face dataset of images, named as shards are (``rarefy/data/formats/_parquet.py``).
 
 ``?image=NAME&label=NAME`` where the columns are not plain.
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from urllib.parse import parse_qsl
 
+from rarefy.data.formats._parquet import Parquet
 from rarefy.data.items import Source, Split, of_store
-from rarefy.data.parquet import Parquet
 from rarefy.data.shards import files_of
 from rarefy.errors import DataError
 
