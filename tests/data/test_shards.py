@@ -24,8 +24,8 @@ import torch
 from PIL import Image
 
 from rarefy.cli import main
-from rarefy.data import sources
-from rarefy.data.formats import _parquet as parquet_
+from rarefy.data import parquet_pages, sources
+from rarefy.data.formats import parquet as parquet_
 from rarefy.data.shards import MOST_BYTES, Shards, files_of, shuffled
 from rarefy.errors import DataError
 from rarefy.tasks.classification import Classification
@@ -428,7 +428,7 @@ def test_a_page_that_unfolds_too_far_is_refused_before_it_does(
 ) -> None:
     from pyarrow import parquet
 
-    monkeypatch.setattr(parquet_, "UNFOLDED", 2**20)
+    monkeypatch.setattr(parquet_pages, "UNFOLDED", 2**20)
     content = table([bytes(2**21), *[picture(index) for index in range(9)]], [0] * 10)
     parquet.write_table(
         content, tmp_path / "x.parquet", compression=compression, use_dictionary=False, data_page_version=version
@@ -436,7 +436,7 @@ def test_a_page_that_unfolds_too_far_is_refused_before_it_does(
     source = sources.load(f"parquet:{tmp_path / 'x.parquet'}", "train")
     with pytest.raises(DataError, match=r"row group 0 unfolds from [0-9,]+ bytes to 2,0"):
         _ = source.items[1]  # type: ignore[union-attr]
-    monkeypatch.setattr(parquet_, "UNFOLDED", 2**22)
+    monkeypatch.setattr(parquet_pages, "UNFOLDED", 2**22)
     assert source.items[1] == picture(0)  # type: ignore[union-attr]
 
 
@@ -520,7 +520,7 @@ def test_parquet_says_what_is_missing(tmp_path: Path) -> None:
 
 
 def test_parquet_keeps_few_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rarefy.data.formats import _parquet as parquet
+    from rarefy.data.formats import parquet as parquet
 
     noise: list[bytes] = []
     for seed in range(64):

@@ -60,7 +60,7 @@ def test_codes_are_the_simulations(made_for: str, tmp_path: Path) -> None:
 
 
 class Shuffled(nn.Module):
-    """Branches of unlike scales put together, their channels shuffled: codes are carried on in another order of axes."""
+    """Branches of unlike scales put together, their channels shuffled: codes go on in another order of axes."""
 
     def __init__(self) -> None:
         super().__init__()
