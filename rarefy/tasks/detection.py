@@ -78,10 +78,11 @@ class Detection:
 
     @functools.cached_property
     def data(self) -> ImageData:
+        family = self._named
+        known = None if family is None or getattr(family, "proposes", False) else family.classes
         return ImageData(
             train=self.train, val=self.val, size=self.size, workers=self.workers, strict=self.strict,
-            targets=BoxTargets(classes=None if self._named is None else self._named.classes), task=self.name,
-            shaping=self._shaping,
+            targets=BoxTargets(classes=known), task=self.name, shaping=self._shaping,
         )  # fmt: skip
 
     @property
