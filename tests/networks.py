@@ -9,7 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+
+from rarefy.graph.capture import capture
 
 
 class ConvNormLinear(nn.Module):
@@ -887,3 +889,17 @@ class Volumes(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.body(x).mean((2, 3, 4)))  # type: ignore[no-any-return]
+
+
+def of_one_value(value: float, width: int = 64) -> fx.GraphModule:
+    """A model whose weights are all ``value``."""
+    layer = nn.Linear(width, width, bias=False)
+    nn.init.constant_(layer.weight, value)
+    return capture(nn.Sequential(layer), torch.zeros(2, width))
+
+
+def value_of(model: nn.Module) -> float:
+    """The one value of all its weights; there is no second one."""
+    values = torch.cat([one.detach().flatten() for one in model.parameters()]).unique()
+    assert values.numel() == 1, f"mixed: {values.tolist()}"
+    return float(values)

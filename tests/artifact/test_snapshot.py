@@ -13,31 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from networks import of_one_value, value_of
 
 from rarefy.artifact import folder as folder_
 from rarefy.artifact import signing, snapshot
 from rarefy.errors import FormatError, InputError, RarefyError, SignatureRefused
 from rarefy.evaluation import recorded
-from rarefy.graph.capture import capture
 from rarefy.models import load as sources
 from rarefy.system import memory
 
 pytest.importorskip("model_signing", reason="signing needs pip install 'rarefy[sign]'")
-
-
-def graph(value: float, width: int = 64) -> torch.fx.GraphModule:
-    """A model whose weights are all ``value``."""
-    layer = nn.Linear(width, width, bias=False)
-    nn.init.constant_(layer.weight, value)
-    return capture(nn.Sequential(layer), torch.zeros(2, width))
-
-
-def value_of(model: nn.Module) -> float:
-    """The one value of all its weights; there is no second one."""
-    values = torch.cat([one.detach().flatten() for one in model.parameters()]).unique()
-    assert values.numel() == 1, f"mixed: {values.tolist()}"
-    return float(values)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +32,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def signed(tmp_path: Path, keys: tuple[Path, Path]) -> Path:
-    folder = folder_.save(graph(1.0), tmp_path / "model", files={"notes.txt": b"abc"})
+    folder = folder_.save(of_one_value(1.0), tmp_path / "model", files={"notes.txt": b"abc"})
     signing.sign(folder, keys[0])
     return folder
 
@@ -89,7 +74,7 @@ def test_a_signed_folder_is_loaded_with_its_key(signed: Path, keys: tuple[Path, 
         lambda folder: (folder / "x").touch(),
         lambda folder: (folder / ".model.0123abcd.part.onnx").touch(),
         lambda folder: (folder / "model.sig").unlink(),
-        lambda folder: folder_.save(graph(2.0), folder),
+        lambda folder: folder_.save(of_one_value(2.0), folder),
     ],
 )
 def test_what_the_key_did_not_sign_is_refused(
@@ -144,7 +129,7 @@ def test_a_file_is_added_and_listed(signed: Path, keys: tuple[Path, Path]) -> No
 
 
 def test_what_is_written_into_a_saved_folder_is_listed(tmp_path: Path) -> None:
-    folder = folder_.save(graph(1.0), tmp_path / "model")
+    folder = folder_.save(of_one_value(1.0), tmp_path / "model")
     with folder_.placing(folder / "x.txt") as place:
         place.write_text("x")
         place.with_suffix(".bin").write_text("y")
@@ -155,7 +140,7 @@ def test_what_is_written_into_a_saved_folder_is_listed(tmp_path: Path) -> None:
 
 
 def test_a_copy_is_what_is_listed_or_gone(tmp_path: Path) -> None:
-    folder = folder_.save(graph(1.0), tmp_path / "model", files={"model.onnx": b"abc" * 10**6})
+    folder = folder_.save(of_one_value(1.0), tmp_path / "model", files={"model.onnx": b"abc" * 10**6})
     with snapshot.hold(folder) as held:
         held.copy("model.onnx", tmp_path / "copy")
         assert (tmp_path / "copy").read_bytes() == b"abc" * 10**6
@@ -169,7 +154,7 @@ def test_weights_that_no_memory_holds_are_refused_before_they_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file of holes has any size and takes no disk."""
-    folder = folder_.save(graph(1.0), tmp_path / "model")
+    folder = folder_.save(of_one_value(1.0), tmp_path / "model")
     size = (folder / "weights.safetensors").stat().st_size
     monkeypatch.setattr(memory, "available", lambda: size - 1)
     with pytest.raises(InputError, match=r"weights\.safetensors: takes .* GB of memory, .* end other programs"):
@@ -181,7 +166,7 @@ def test_weights_that_no_memory_holds_are_refused_before_they_are_read(
 def test_files_have_the_usual_mode(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
-        folder = folder_.save(graph(1.0), tmp_path / "model", files={"notes.txt": b""})
+        folder = folder_.save(of_one_value(1.0), tmp_path / "model", files={"notes.txt": b""})
     finally:
         os.umask(before)
     assert {stat.S_IMODE(one.stat().st_mode) for one in folder.iterdir()} == {0o640}
@@ -192,7 +177,7 @@ def test_files_have_the_usual_mode(tmp_path: Path) -> None:
 
 def _save(folder: Path) -> None:
     torch.set_num_threads(1)
-    models = [graph(1.0), graph(2.0, 80)]
+    models = [of_one_value(1.0), of_one_value(2.0, 80)]
     while True:
         for model in models:
             folder_.save(model, folder, files={"notes.txt": b"x"})
@@ -238,14 +223,14 @@ RACES = [60, pytest.param(10_000, marks=pytest.mark.slow)]
 
 @pytest.mark.parametrize("tries", RACES)
 def test_a_load_during_saves_gives_one_of_the_versions(tries: int, tmp_path: Path) -> None:
-    folder = folder_.save(graph(1.0), tmp_path / "model", files={"notes.txt": b"x"})
+    folder = folder_.save(of_one_value(1.0), tmp_path / "model", files={"notes.txt": b"x"})
     loads, refusals = _race(_save, folder, tries)
     assert refusals == [] and loads > 3
 
 
 @pytest.mark.parametrize("tries", RACES)
 def test_a_load_during_writes_gives_the_old_version_or_none(tries: int, tmp_path: Path) -> None:
-    folder = folder_.save(graph(1.0), tmp_path / "model")
+    folder = folder_.save(of_one_value(1.0), tmp_path / "model")
     original = snapshot.Snapshot.graph
 
     def whole(held: snapshot.Snapshot) -> torch.fx.GraphModule:
@@ -262,7 +247,7 @@ def test_a_load_during_writes_gives_the_old_version_or_none(tries: int, tmp_path
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the hash and the use there is no moment: what changes after the last read is not seen."""
-    folder = folder_.save(graph(1.0), tmp_path / "model")
+    folder = folder_.save(of_one_value(1.0), tmp_path / "model")
     original = snapshot.Snapshot._check
 
     def changed_then(held: snapshot.Snapshot, name: str, size: int, digest: str) -> None:
@@ -280,23 +265,23 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeyp
 
 
 def _with_report(tmp_path: Path, facts: dict[str, object]) -> Path:
-    return folder_.save(graph(1.0), tmp_path / "model", files={"report.json": json.dumps(facts).encode()})
+    return folder_.save(of_one_value(1.0), tmp_path / "model", files={"report.json": json.dumps(facts).encode()})
 
 
 def test_a_report_is_bound_to_the_model(tmp_path: Path) -> None:
-    folder = folder_.save(graph(1.0), tmp_path / "model")
+    folder = folder_.save(of_one_value(1.0), tmp_path / "model")
     hashes = {name: one["sha256"] for name, one in folder_.read_manifest(folder)["files"].items()}
     facts = {"title": "x", "provenance": {"hashes": {"original": "0" * 64, **hashes}}}
     folder_.add(folder, {"report.json": json.dumps(facts).encode()})
     with snapshot.hold(folder) as held:
         assert recorded.of_folder(held) == facts
-    folder = folder_.save(graph(2.0), tmp_path / "other", files={"report.json": json.dumps(facts).encode()})
+    folder = folder_.save(of_one_value(2.0), tmp_path / "other", files={"report.json": json.dumps(facts).encode()})
     with snapshot.hold(folder) as held, pytest.raises(FormatError, match="is about another model"):
         recorded.of_folder(held)
     with snapshot.hold(_with_report(tmp_path, {"title": "x"})) as held:
         with pytest.raises(FormatError, match=r"names no hash of the model.*\[report-unbound\]"):
             recorded.of_folder(held)
-    with snapshot.hold(folder_.save(graph(1.0), tmp_path / "none")) as held:
+    with snapshot.hold(folder_.save(of_one_value(1.0), tmp_path / "none")) as held:
         assert recorded.of_folder(held) is None
 
 

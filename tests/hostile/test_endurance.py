@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from networks import of_one_value, value_of
 
 from rarefy import demo
 from rarefy.artifact import folder as folder_
@@ -65,18 +65,6 @@ def ended(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def linear(value: float, width: int = 64) -> torch.fx.GraphModule:
-    layer = nn.Linear(width, width, bias=False)
-    nn.init.constant_(layer.weight, value)
-    return capture(nn.Sequential(layer), torch.zeros(2, width))
-
-
-def value_of(model: nn.Module) -> float:
-    values = torch.cat([one.detach().flatten() for one in model.parameters()]).unique()
-    assert values.numel() == 1, f"mixed: {values.tolist()}"
-    return float(values)
-
-
 # ---------------------------------------------------------------------------------------------------------------- save
 
 
@@ -84,7 +72,7 @@ def value_of(model: nn.Module) -> float:
 def test_a_save_killed_at_any_moment_leaves_a_whole_version(
     kills: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    models = [linear(1.0), linear(2.0, 80)]
+    models = [of_one_value(1.0), of_one_value(2.0, 80)]
     begin = time.monotonic()
     for model in models:
         folder = folder_.save(model, tmp_path / "model", files={"notes.txt": b"x"})
@@ -124,7 +112,7 @@ def test_a_save_killed_at_any_moment_leaves_a_whole_version(
 
 @pytest.mark.parametrize("loads", [20, pytest.param(2000, marks=pytest.mark.slow)])
 def test_two_readers_and_a_writer(loads: int, tmp_path: Path) -> None:
-    models = [linear(1.0), linear(2.0, 80)]
+    models = [of_one_value(1.0), of_one_value(2.0, 80)]
     folder = folder_.save(models[0], tmp_path / "model")
 
     def writing() -> None:
