@@ -71,7 +71,7 @@ site: $(READY)
 	  && NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict \
 	  || { $(BIN)/python -c 'import mkdocs' 2>/dev/null && exit 1; echo "no site: mkdocs-material can't be installed"; }
 
-# examples/, built and run with what is there: a compiler, node, a browser; says what is missing, and passes.
+# examples/ and the notebooks, built and run with what is there: a compiler, node, a browser; says what is missing, and passes.
 examples: $(READY)
 	@if command -v npm >/dev/null; then npm ci --silent --no-audit --no-fund --prefix examples/web || echo "no web example: npm ci failed"; \
 	  else echo "no web example: there is no npm"; fi

@@ -107,9 +107,10 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     page = (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
     assert "rarefy.compress" in page and "rarefy.pull" in page
     docs = ROOT / "docs"
-    pages = {one.relative_to(docs).with_suffix("").as_posix() for one in docs.glob("**/*.md")} - {"index"}
+    written = [*docs.glob("**/*.md"), *docs.glob("notebooks/*.ipynb")]
+    pages = {one.relative_to(docs).with_suffix("").as_posix() for one in written} - {"index"}
     assert all((tmp_path / "site" / one / "index.html").is_file() for one in pages)
-    named = re.findall(r": ([a-z/]+)\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    named = re.findall(r": ([a-z_/]+)\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     assert {*named} == pages | {"index", "api"}  # each page is found from every other
     told = (tmp_path / "site" / "errors" / "index.html").read_text(encoding="utf-8")
     assert all(f'id="{name.lower()}"' in told for name in raised())  # where error messages point to

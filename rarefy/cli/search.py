@@ -12,12 +12,11 @@ import typer
 
 from rarefy.cli.options import Json, OptionalOutput, app
 from rarefy.cli.outputs import claim_folder
-from rarefy.cli.terminal import say, show_json, show_table, size_text
+from rarefy.cli.terminal import say, show_json, show_table
 from rarefy.errors import InputError
 
 if TYPE_CHECKING:
-    from rarefy.compression.search.front import Front, Point, Quartiles
-    from rarefy.reports.units import Metric
+    from rarefy.compression.search.front import Front, Point
 
 
 @app.command()
@@ -78,53 +77,11 @@ def _copied(place: Path | None, output: str, point: Point) -> Path:
 
 
 def _show_front(found: Front, points: Sequence[Point]) -> None:
-    from rarefy.reports.prices import Prices
-    from rarefy.reports.units import Metric, short
+    from rarefy.compression.search.table import table
 
-    about, prices = found.about, Prices()
-    metric = Metric(str(about["metric"]), str(about["metric"]), str(about["unit"]))
-
-    def spread(one: Quartiles) -> str:
-        return f"{short(one['median'])} ({short(one['low'])} to {short(one['high'])})"
-
-    rows = [
-        (
-            f"#{one['number']}" + (" beaten" if one["beaten"] else ""),
-            one["name"],
-            f"{metric.value(one['value'])} ({' to '.join(map(metric.number, one['interval']))})",
-            metric.difference(-one["drop"]) + _paired(one, metric),
-            spread(one["latency_ms"]) + (" disturbed" if one["disturbed"] else ""),
-            f"{short(one['speedup']['median'])}×",
-            size_text(one["size_bytes"]),
-            size_text(one["memory_bytes"]) if one.get("memory_bytes") else "",
-            f"{short(prices.millijoules(one['latency_ms']['median'], int(str(about['threads']))))} mJ",
-        )
-        for one in points
-    ]
-    columns = (
-        "point",
-        "what",
-        str(about["metric"]),
-        "change",
-        "latency, ms",
-        "speed",
-        "size",
-        "memory",
-        "energy, est.",
-    )
-    show_table(f"{about.get('title') or found.folder}, on {about['host']}, {about['runtime']}", columns, rows)
-    say(
-        f"{len(found.best)} of {len(found.points)} points are beaten by none, judged on {about['samples']:,} "
-        f"images; energy "
-        f"is an estimate, at {prices.watts_per_core:g} W a core"
-    )
-
-
-def _paired(one: Point, metric: Metric) -> str:
-    if "drop_interval" not in one:
-        return ""
-    low, high = sorted(-end for end in one["drop_interval"])
-    return f" ({metric.signed(low)} to {metric.signed(high)})"
+    about, told = found.about, table(found, points)
+    show_table(f"{about.get('title') or found.folder}, on {about['host']}, {about['runtime']}", told.columns, told.rows)
+    say(told.note)
 
 
 @app.command()

@@ -17,7 +17,9 @@ from typing import NotRequired, TypedDict, cast
 
 from rarefy.compression.recipe import share, size
 from rarefy.compression.run import read_json
+from rarefy.compression.search import table
 from rarefy.errors import InputError
+from rarefy.reports import shown
 from rarefy.reports.facts import is_number
 from rarefy.system.strict_json import expect
 
@@ -77,6 +79,14 @@ class Front:
         InputError where none is, which says how near the nearest comes.
         """
         return picked(self.best, wish)
+
+    def _repr_html_(self) -> str:
+        """For a notebook: the points that nobody beats."""
+        return table.html(self)
+
+    def plot(self) -> shown.Picture:
+        """All points, as a notebook draws them; ``plot().save("front.svg")`` writes it."""
+        return table.picture(self)
 
     def __str__(self) -> str:
         lines = [f"{len(self.best)} of {len(self.points)} points are not beaten ({self.folder})"]

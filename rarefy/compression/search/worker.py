@@ -18,10 +18,10 @@ from rarefy.compression.search.front import Front, Point
 from rarefy.compression.search.journal import Journal, Trial, alone, claimed, host
 from rarefy.compression.search.profile import Network, Profile, measure
 from rarefy.compression.search.space import BITS, RUNGS, Genome
+from rarefy.compression.search.table import marks
 from rarefy.compression.search.trial import Setting
 from rarefy.errors import CheckFailed, FormatError, InputError, first_line
 from rarefy.reports import report as report_
-from rarefy.reports.facts import Point as Mark
 from rarefy.system.progress import say
 
 if TYPE_CHECKING:
@@ -269,21 +269,6 @@ def _space(profile: Profile, strategy: str, labelled: bool) -> dict[str, BaseDis
 def _of_params(profile: Profile, params: Mapping[str, Any]) -> Genome:
     levels = tuple(int(params[f"level.{index}"]) for index in range(len(profile.families)))
     return Genome(levels, params["bits"], rung=int(params["rung"]))
-
-
-def marks(points: Sequence[Point]) -> list[Mark]:
-    """As a report draws them."""
-    return [
-        Mark(
-            name=f"#{one['number']}",
-            value=one["value"],
-            interval=(one["interval"][0], one["interval"][1]),
-            latency_ms=one["latency_ms"]["median"],
-            size_bytes=one["size_bytes"],
-            chosen=False,
-        )
-        for one in points
-    ]
 
 
 def facts_of(found: Front, setting: Setting) -> dict[str, object]:
