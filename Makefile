@@ -42,12 +42,16 @@ $(BENCH): $(READY)
 demo: $(READY)
 	$(BIN)/rarefy demo -o demo-out
 
-# On JOBS processes; what needs a GPU or takes long is left to test-gpu and test-all.
+# Whole files to each of JOBS processes. One that a signal ends fails its test and is not begun anew: pytest-xdist then
+# waits for its other tests for ever.
+SPREAD := -n $(JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart=0
+
+# What needs a GPU or takes long is left to test-gpu and test-all. A test that hangs fails, and says where.
 test: $(READY)
-	$(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
+	$(PYTEST) $(SPREAD) --timeout=600 -m "not slow and not gpu"
 
 test-all: $(READY)
-	$(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(PYTEST) $(SPREAD) --timeout=7200
 
 # Every parser of strangers' files, fed a million damaged ones in all, or for an hour: RAREFY_FUZZ_SEED=1 draws others.
 fuzz: $(READY)

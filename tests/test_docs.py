@@ -17,7 +17,7 @@ import typer
 from PIL import Image
 from safetensors.torch import save_file
 
-from rarefy import errors
+from rarefy import errors, plugins
 from rarefy.cli import main
 from rarefy.compression import recipe
 
@@ -62,6 +62,14 @@ def test_every_command_is_one_that_there_is(file: str) -> None:
     assert len(found) >= 5
     for name, *arguments in found:
         group.commands[name].make_context(name, list(arguments))  # type: ignore[attr-defined]
+
+
+def test_the_readme_tells_every_command_and_runtime() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    first = " ".join(line.split("|")[1] for line in text.splitlines() if line.startswith("| `"))
+    told = {name.split()[0] for name in re.findall(r"`([^`]+)`", first)}
+    assert set(typer.main.get_command(main.app).commands) <= told  # type: ignore[attr-defined]
+    assert all(f"`{name}`" in text for name in plugins.available("runtimes"))
 
 
 def test_the_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from rarefy.system.options import LARGEST
 
 app = typer.Typer(
     name="rarefy",
-    help="Makes a trained PyTorch classifier smaller and faster without making it worse, and proves it.",
+    help="Makes a trained PyTorch classifier or detector smaller and faster without making it worse, and proves it.",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -2,7 +2,7 @@
 
 A runtime does what a file says, in memory and time of the file's choice. So an ONNX file is read first, and refused
 unless its operators are of those that rarefy writes, without graphs within nodes, functions or weights elsewhere; its
-inputs are the model's; and what it holds and multiplies, by ONNX's own shapes for as many samples as are run at once,
+inputs are the model's; and what it holds and multiplies, by ONNX's own rules for as many samples as are run at once,
 stays in proportion to the model's (``MOST_HELD``, ``MULTIPLE``, as for graph.json; ``MOST_WORK``). A file that falls
 short of this is run all the same where it is byte by byte what rarefy writes for the model now; and so alone are files
 that can't be read like this (LiteRT's, ExecuTorch's). Other runtimes' files hold a graph of ours, and are read as one.
@@ -21,7 +21,7 @@ from typing import Any
 from torch import fx
 
 from rarefy.artifact.operators.trial import MOST_HELD, MULTIPLE
-from rarefy.deployment import external_data
+from rarefy.deployment import external_data, onnx_sizes
 from rarefy.deployment.onnx.writer import CONTRIB
 from rarefy.deployment.runtime import Runtime
 from rarefy.errors import FormatError, RarefyError, first_line
@@ -35,7 +35,6 @@ Shape = Sequence[int]
 SAMPLES = 64  # run at once, where nobody says
 MOST_NODES, NODES = 1000, 32  # of a file, and so many for each node of the graph
 MOST_WORK, WORK = 4 * 10**9, 64  # numbers made and products, and so many for each MAC of the graph
-LARGE = 4096  # elements of a constant that no shape is read from
 UNREADABLE = (".tflite", ".pte")  # files of which only a writer's own bytes are believed
 
 # What rarefy.deployment.onnx writes, which a test compares.
@@ -92,7 +91,11 @@ def _check_onnx(file: Path, graph: fx.GraphModule, where: str, samples: int) -> 
     external_data.check(library, model, where)
     _check_nodes(library, model, graph, where)
     _check_inputs(model.graph, graph, where)
-    _check_sizes(_shapes(library, model, samples, where), model.graph, graph, where, samples)
+    found = onnx_sizes.sizes_of(library, model, samples, where)
+    known = {
+        name: one for name, sizes in found.items() if len(one := [at for at in sizes if at is not None]) == len(sizes)
+    }
+    _check_sizes(known, model.graph, graph, where, samples)
 
 
 def _check_nodes(library: ModuleType, model: Foreign, graph: fx.GraphModule, where: str) -> None:
@@ -120,7 +123,7 @@ def _check_nodes(library: ModuleType, model: Foreign, graph: fx.GraphModule, whe
 
 def _check_inputs(given: Foreign, graph: fx.GraphModule, where: str) -> None:
     stored = {one.name for one in given.initializer}
-    found = [_sizes(one) for one in given.input if one.name not in stored]
+    found = [onnx_sizes.shape_of(one.type) for one in given.input if one.name not in stored]
     wanted = [(None, *one["shape"]) for one in graph.meta["inputs"]]
     fits = len(found) == len(wanted) and all(
         have is not None and len(have) == len(want) and all(b is None or a in (b, None) for a, b in zip(have, want))
@@ -132,60 +135,10 @@ def _check_inputs(given: Foreign, graph: fx.GraphModule, where: str) -> None:
         )
 
 
-def _sizes(info: Foreign) -> tuple[int | None, ...] | None:
-    kind = info.type.tensor_type
-    if not kind.HasField("shape"):
-        return None
-    return tuple(one.dim_value if one.HasField("dim_value") else None for one in kind.shape.dim)
-
-
 # --------------------------------------------------------------------------------------------------- memory and time
 
 
-def _shapes(library: ModuleType, model: Foreign, samples: int, where: str) -> dict[str, tuple[int, ...]]:
-    """Of every value of the file for so many samples, without its large constants' numbers."""
-    small, found = library.ModelProto(), {}
-    small.ir_version = model.ir_version
-    small.opset_import.extend(model.opset_import)
-    small.graph.name = "g"
-    small.graph.node.extend(model.graph.node)
-    for one in small.graph.node:
-        if one.domain == CONTRIB:  # of which ONNX knows no shapes: they keep their input's
-            one.CopyFrom(library.helper.make_node("Identity", one.input[:1], one.output[:1], name=one.name))
-    for one in model.graph.initializer:
-        found[one.name] = tuple(one.dims)
-        if math.prod(one.dims) > LARGE:
-            small.graph.input.append(
-                library.helper.make_tensor_value_info(one.name, one.data_type, [int(size) for size in one.dims])
-            )
-        else:
-            small.graph.initializer.append(one)
-    for one in model.graph.input:
-        if one.name in found:
-            continue
-        added = small.graph.input.add()
-        added.CopyFrom(one)
-        for place, size in enumerate(added.type.tensor_type.shape.dim):
-            if not size.HasField("dim_value"):
-                size.dim_value = samples if place == 0 else 1
-    for one in model.graph.output:
-        small.graph.output.add(name=one.name).type.tensor_type.elem_type = one.type.tensor_type.elem_type
-    try:
-        small = library.shape_inference.infer_shapes(small, strict_mode=True, data_prop=True)
-    except Exception as error:
-        raise FormatError(
-            f"{where}: contradicts itself ({first_line(error, 200)}); export it again [onnx-sizes]"
-        ) from error
-    for one in (*small.graph.input, *small.graph.value_info, *small.graph.output):
-        sizes = _sizes(one)
-        if sizes is not None and None not in sizes:
-            found[one.name] = tuple(size or 0 for size in sizes)
-    return found
-
-
-def _check_sizes(
-    shapes: Mapping[str, tuple[int, ...]], file: Foreign, graph: fx.GraphModule, where: str, samples: int
-) -> None:
+def _check_sizes(shapes: Mapping[str, Shape], file: Foreign, graph: fx.GraphModule, where: str, samples: int) -> None:
     """What is held at once, and all that is made and multiplied."""
     given = sum(8 * math.prod(shapes[one.name]) for one in file.input if one.name in shapes)
     stored = sum(8 * math.prod(one.dims) for one in file.initializer)
@@ -221,7 +174,7 @@ def _check_sizes(
                 held -= live.pop(name, 0)
 
 
-def _inside(node: Foreign, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+def _inside(node: Foreign, shapes: Mapping[str, Shape]) -> tuple[int, int]:
     """(bytes that an operator takes within itself, products that it calculates), about."""
     inputs = [shapes.get(name, ()) for name in node.input]
     made = math.prod(shapes.get(node.output[0], ())) if node.output else 0

@@ -1,6 +1,5 @@
 """Every way to be bad is refused in one line, before memory is taken, and fast."""
 
-import contextlib
 import json
 import os
 import re
@@ -13,6 +12,7 @@ import hypothesis
 import pytest
 import torch
 from bad_folders import CHANGES, KINDS, WORDS, good_folder, seal, small_graph
+from bounds import bounded
 from hypothesis import strategies as st
 from more_folders import MORE
 
@@ -29,22 +29,9 @@ def good(tmp_path_factory):
     return good_folder(tmp_path_factory.mktemp("hostile") / "good")
 
 
-@contextlib.contextmanager
-def little_memory():
-    """No more than MEMORY beyond what the process has mapped already."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    with open("/proc/self/statm") as file:
-        mapped = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
 def test_the_good_folder_is_good(good):
     graph = small_graph()
-    with little_memory():
+    with bounded(MEMORY, SECONDS):
         loaded = folder_.load(good)
     x = torch.randn(3, 3, 8, 8)
     assert torch.equal(graph(x), loaded(x))
@@ -64,7 +51,7 @@ def test_a_broken_promise_is_refused(promise, good, tmp_path):
     change, words = ALL[promise]
     change(folder)
     start = time.perf_counter()
-    with pytest.raises(FormatError) as refusal, little_memory():
+    with pytest.raises(FormatError) as refusal, bounded(MEMORY, SECONDS):
         folder_.load(folder)
     assert time.perf_counter() - start < SECONDS
     text = str(refusal.value)

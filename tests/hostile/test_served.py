@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import gc
 import re
-import resource
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
 import pytest
 import torch
 from bad_onnx import KINDS
+from bounds import bounded
 from torch import nn
 
 from rarefy import plugins
@@ -41,24 +37,6 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder_.save(graph, place / "good", files={"model.onnx": (place / "model.onnx").read_bytes()})
 
 
-@contextlib.contextmanager
-def bounded() -> Iterator[None]:
-    """No more addresses than MEMORY beyond what are mapped, no more time than SECONDS on the processor."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    with open("/proc/self/statm") as file:
-        mapped = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, hard))
-    gc.collect()
-    gc.freeze()  # what other tests left is not gone through again and again
-    begin = time.process_time()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-    assert time.process_time() - begin < SECONDS
-
-
 def changed(good: Path, name: str) -> bytes:
     model = onnx.load(str(good / "model.onnx"))
     KINDS[name][0](model)
@@ -67,7 +45,7 @@ def changed(good: Path, name: str) -> bytes:
 
 def test_the_good_file_is_served(good: Path) -> None:
     graph, runtime = folder_.load(good), plugins.resolve("runtimes", "onnxruntime")
-    with bounded():
+    with bounded(MEMORY, SECONDS):
         served._check_onnx(good / "model.onnx", graph, "x", 64)  # not because it is what is written now
         served.check(good / "model.onnx", graph, runtime, "x")
 
@@ -78,7 +56,7 @@ def test_a_file_that_does_harm_is_not_run(name: str, good: Path, tmp_path: Path)
     file.write_bytes(changed(good, name))
     graph, runtime = folder_.load(good), plugins.resolve("runtimes", "onnxruntime")
     words = KINDS[name][1]
-    with bounded():
+    with bounded(MEMORY, SECONDS):
         try:
             served.check(file, graph, runtime, "x")
             assert not words, "it is served"
@@ -117,14 +95,14 @@ def test_what_cannot_be_read_is_run_only_as_it_is_written_now(suffix: str, good:
 def test_it_is_no_model_either_or_one_within_bounds(name: str, good: Path, tmp_path: Path) -> None:
     file = tmp_path / "model.onnx"
     file.write_bytes(changed(good, name))
-    with bounded():
+    with bounded(MEMORY, SECONDS):
         try:
             graph = load.graph_of(load.load(f"onnx:{file}"), (1, 8, 8))
         except RarefyError as refusal:
             assert str(refusal).isprintable() and len(str(refusal)) < 1000
         else:
             with torch.no_grad():
-                graph(torch.zeros(2, 1, 8, 8))
+                graph(*(torch.zeros(2, *one["shape"]) for one in graph.meta["inputs"]))
 
 
 COMMANDS = {

@@ -29,6 +29,7 @@ from rarefy.system.quiet import quiet
 WIDER = 3
 TOLERANCE = 1e-3  # of the largest number: another order of adding up
 LARGEST = 2**33  # bytes of one tensor: a damaged or a hostile file
+MOST_POOLED = 10**10  # numbers that windows of pooling read, an image
 
 
 def settle(network: Network, specs: Sequence[tuple[Sequence[int | None], int]]) -> None:
@@ -76,6 +77,7 @@ def _examples(specs: Sequence[tuple[Sequence[int | None], int]], batch: int, see
 
 def _side_by_side(network: Network, one: Sequence[Tensor], many: Sequence[Tensor], batch: int) -> None:
     lives: list[dict[str, Value]] = [dict(zip(network.input_names, inputs)) for inputs in (one, many)]
+    compared = 0
     for name in network.order:
         step = network.step(name)
         small, large = (network.operands(step, live) for live in lives)
@@ -90,6 +92,13 @@ def _side_by_side(network: Network, one: Sequence[Tensor], many: Sequence[Tensor
         for value in found.values():
             if isinstance(value, Tensor) and value.nbytes > LARGEST:
                 raise InputError(f"{step.label}: makes a tensor of {value.nbytes / 1e9:.0f} GB; the file is damaged")
+            if isinstance(value, Tensor) and step.kind in ("MaxPool", "AveragePool"):
+                compared += value.numel() * abs(math.prod(step.get("kernel_shape", [])))
+        if compared > MOST_POOLED * batch:
+            raise InputError(
+                f"{step.label}: windows of {step.get('kernel_shape', [])} read {compared / 1e9:.0f} G numbers up to "
+                "here; no model needs as much, the file is damaged: export it again"
+            )
         if step.kind in _FREE:
             step.free = _FREE[step.kind](step, small, large, next(iter(found.values())))
         try:

@@ -31,6 +31,7 @@ from rarefy.system.dependencies import needs
 from rarefy.system.failures import refusal
 from rarefy.system.files import content, opened
 from rarefy.system.memory import afford
+from rarefy.system.text import printable
 
 FAMILIES = (arithmetic, layers, pooling, reductions, shapes, indexing)
 ROWS: dict[str, Row] = {kind: row for family in FAMILIES for kind, row in family.ROWS.items()}
@@ -67,6 +68,7 @@ REFUSED: dict[str, tuple[str, str]] = {
 }  # fmt: skip
 OLDEST, NEWEST = 7, 25  # opsets whose rules the rows keep
 LENGTH = 16  # of a sequence that may have any, in an example
+MOST_NODES = 20_000  # as in graph.json: what is read is saved
 LARGEST = 2**31 - 1  # bytes of one protobuf message
 DOMAINS = ("", "ai.onnx")
 
@@ -104,8 +106,8 @@ def read(path: str | os.PathLike[str]) -> tuple[Network, list[tuple[list[int | N
     library, file = needs("onnx"), Path(path)
     try:
         return _read(library, file)
-    except RarefyError:
-        raise
+    except RarefyError as error:  # with names of the file's choice
+        raise type(error)(printable(error, keep="")) from error
     except Exception as error:  # an operator with too few inputs, sizes that contradict: a file may say anything
         refused = refusal(error)
         told = str(refused) if refused else f"is damaged, or of a form that is not read ({first_line(error)})"
@@ -128,6 +130,8 @@ def _read(library: ModuleType, file: Path) -> tuple[Network, list[tuple[list[int
         model = library.inliner.inline_local_functions(model)
         graph = model.graph
     constants = {one.name: _array(library, one, file) for one in graph.initializer}
+    if len(graph.node) > MOST_NODES:
+        raise FormatError(f"{file}: has {len(graph.node)} operators, read are at most {MOST_NODES}; export it again")
     if graph.sparse_initializer:
         raise FormatError(f"{file}: holds sparse weights; store them dense")
     infos = [info for info in graph.input if info.name not in constants]
