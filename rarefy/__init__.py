@@ -6,7 +6,7 @@ The public names stand below, one a line. They are imported when first used, so 
 ``rarefy.pruning.criteria``, ``rarefy.distillation.losses``, ``rarefy.quantization.rounding``,
 ``rarefy.quantization.calibration``, ``rarefy.runtimes``, ``rarefy.compression.schedules``,
 ``rarefy.pruning.selection``, ``rarefy.pruning.saliency``, ``rarefy.compression.students``,
-``rarefy.tasks.detectors``.
+``rarefy.tasks.detectors``, ``rarefy.system.loggers``.
 """
 
 import importlib

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
+import os
 import pkgutil
 import types
 import typing
@@ -37,13 +38,14 @@ KINDS = {
     "saliency": "rarefy.pruning.saliency",
     "students": "rarefy.compression.students",
     "detectors": "rarefy.tasks.detectors",
+    "loggers": "rarefy.system.loggers",
 }
 TASKS = "rarefy.tasks"
 # file -> the name of its choice in texts, records and saved recipes, where it is another
 ALIASES = {"rarefy.quantization.rounding.gptq_narrow": "narrow"}
 # kind -> the module whose ``of(text)`` takes words that name none of its choices; its objects are described by their
 # ``text``
-OTHERS = {"students": "rarefy.compression.students._other"}
+OTHERS = {"students": "rarefy.compression.students._other", "loggers": "rarefy.system.loggers._folder"}
 
 
 def available(kind: str) -> list[str]:
@@ -129,6 +131,14 @@ def resolve(kind: str, choice: Any) -> Any:
     else:
         cls = choice_class(kind, head.replace("-", "_"))
     return build(cls, tail, text)
+
+
+def several(kind: str, given: Any) -> list[Any]:
+    """The objects for none, one or a list of choices."""
+    if given is None:
+        return []
+    each = given if isinstance(given, (list, tuple)) else [given]
+    return [resolve(kind, os.fspath(one) if isinstance(one, os.PathLike) else one) for one in each]
 
 
 def describe(choice: Any) -> str:

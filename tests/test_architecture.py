@@ -44,6 +44,7 @@ CHOICES = {
     "rarefy.compression.students",
     "rarefy.tasks.detectors",
     "rarefy.runtimes",
+    "rarefy.system.loggers",
 }
 STEPS = {"prune", "mask", "distill", "quantize", "evaluate", "measure", "certify"}
 

@@ -146,6 +146,22 @@ class Middle:
     def loss(self, outputs, targets, size):
         return outputs.square().mean()
 ''',
+    "system/loggers/noted.py": '''
+"""Noted: a line a point."""
+from dataclasses import dataclass
+from pathlib import Path
+
+@dataclass(frozen=True)
+class Noted:
+    """A line of text a point."""
+    file: str = "noted.txt"
+    def open(self, run, first, about):
+        return self
+    def add(self, step, values):
+        Path(self.file).write_text(f"{step} {sorted(values)}")
+    def close(self):
+        pass
+''',
     "cli/hello.py": '''
 """``rarefy hello``."""
 from rarefy.cli.options import app
@@ -175,7 +191,8 @@ graph = rarefy.capture(Net(width=8), torch.zeros(2, 1, 8, 8))
 small = rarefy.prune(graph, keep=0.5, criterion="last_channels")
 left = small.get_parameter("stem.0.weight")
 assert len(left) < 8 and torch.equal(left, graph.get_parameter("stem.0.weight")[-len(left):]), "criterion"
-taught = rarefy.distill(small, graph, task, loss="largest", epochs=1, batch_size=20, progress=False)
+taught = rarefy.distill(small, graph, task, loss="largest", logs="noted", epochs=1, batch_size=20, progress=False)
+assert open("noted.txt").read().startswith("3 ['data_share', 'images_per_second', 'loss'"), "logger"
 assert "largest" in taught.meta["history"][-1]["options"]["loss"], "loss"
 options = dict(rounding="down", calibration="wide", runtime="single", images=16, progress=False)
 codes = rarefy.quantize(graph, task, **options)
@@ -197,7 +214,7 @@ assert core.meta["detector"] == "middle" and rarefy.load(rarefy.save(core, "core
 answer = rarefy.as_original(core, middling)([torch.ones(3, 8, 8)])
 assert torch.equal(answer[0]["boxes"], middling([torch.ones(3, 8, 8)])[0]["boxes"]), "detector family"
 for kind, name in (("criteria", "last_channels"), ("losses", "largest"), ("rounding", "down"), ("calibration", "wide"),
-                   ("runtimes", "single"), ("detectors", "middle")):
+                   ("runtimes", "single"), ("detectors", "middle"), ("loggers", "noted")):
     assert name in plugins.available(kind)
 assert run(["hello"]) == 0 and run(["list", "criteria"]) == 0
 """

@@ -7,11 +7,13 @@ import dataclasses
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from rarefy import plugins
 from rarefy.cli.inputs import agreed_shape, check_data, device_of, fitted, loaded, output_count
 from rarefy.cli.options import (
     _BUDGET,
@@ -19,6 +21,7 @@ from rarefy.cli.options import (
     Device,
     Json,
     Key,
+    LogsOption,
     ModelOptions,
     Output,
     Runtime,
@@ -70,6 +73,7 @@ def compress(
     seed: Seed = 0,
     device: Device = None,
     key: Key = None,
+    logs: LogsOption = None,
     as_json: Json = False,
 ) -> None:
     """Prune, distil and quantise under one budget; measure, export, report and save.
@@ -78,6 +82,7 @@ def compress(
     """
     from rarefy.compression import recipe
 
+    loggers = plugins.several("loggers", logs)
     content = {
         **{name: value for name, value in vars(model).items() if value is not None},
         "task": data.task,
@@ -89,15 +94,14 @@ def compress(
         "device": device,
     }
     steps = [recipe.step(text, f"--step {text!r}") for text in step or ()]
+    if search is not None and (steps or key is not None):
+        raise InputError("--search finds the steps by itself, and signs none: leave --step and --key out")
     if search is not None:
-        if steps or key is not None:
-            raise InputError("--search finds the steps by itself, and signs none: leave --step and --key out")
-        how = {**_length(search), **given_only(epochs=epochs, storage=storage)}
-        _search(recipe.check(content, "compress"), how, as_json)
-        return
+        how = {**_length(search), **given_only(epochs=epochs, storage=storage), "logs": loggers}
+        return _search(recipe.check(content, "compress"), how, as_json)
     if epochs is not None or storage is not None:
         raise InputError("--epochs and --storage belong to --search; pass it, or a step 'distill epochs=3'")
-    _compress(recipe.check({**content, "step": steps}, "compress"), key, as_json)
+    _compress(recipe.check({**content, "step": steps}, "compress"), key, as_json, loggers)
 
 
 @app.command("run")
@@ -113,20 +117,22 @@ def run_recipe(
         ),
     ] = False,
     key: Key = None,
+    logs: LogsOption = None,
     as_json: Json = False,
 ) -> None:
     """Carry out a recipe: `rarefy compress`, written down."""
     from rarefy.compression import recipe
     from rarefy.system.dependencies import asking
 
+    loggers = plugins.several("loggers", logs)
     with contextlib.nullcontext() if trust_modules else asking(Path(path)):
         asked = recipe.read(path)
         if output is not None:
             asked = dataclasses.replace(asked, output=output)
-        _compress(asked, key, as_json)
+        _compress(asked, key, as_json, loggers)
 
 
-def _compress(asked: Any, key: str | None, as_json: bool) -> None:
+def _compress(asked: Any, key: str | None, as_json: bool, logs: Sequence[Any] = ()) -> None:
     from rarefy.compression.run import locked_folder
     from rarefy.models import load
 
@@ -143,7 +149,7 @@ def _compress(asked: Any, key: str | None, as_json: bool) -> None:
     budget = Budget(**asked.budget)
     workdir = Path(f"{output}.work")
     with locked_folder(workdir):
-        result = _carried_out(asked, graph, task, budget, workdir, source.text)
+        result = _carried_out(asked, graph, task, budget, workdir, source.text, logs)
         result.save(output)
         if signer:
             from rarefy.artifact import signing
@@ -153,7 +159,9 @@ def _compress(asked: Any, key: str | None, as_json: bool) -> None:
     show_report(result.report, output, as_json)
 
 
-def _carried_out(asked: Any, graph: Any, task: Any, budget: Budget, workdir: Path, title: str) -> Any:
+def _carried_out(
+    asked: Any, graph: Any, task: Any, budget: Budget, workdir: Path, title: str, logs: Sequence[Any]
+) -> Any:
     from rarefy.compression import compress as compress_module
     from rarefy.compression import recipe
 
@@ -168,6 +176,7 @@ def _carried_out(asked: Any, graph: Any, task: Any, budget: Budget, workdir: Pat
         device=device_of(asked.device),
         title=title,
         recipe=recipe.write(asked),
+        logs=logs,
     )
 
 

@@ -195,6 +195,15 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Batch = Annotated[int, typer.Option(metavar="N", min=1, help="Images at a time.")]
 Runtime = Annotated[str, typer.Option(metavar="NAME", help="Where the model will run; see `rarefy list runtimes`.")]
 Key = Annotated[str | None, typer.Option(metavar="FILE", help="Sign the result with this private key.")]
+LogsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--logs",
+        metavar="LOGGER",
+        help="Who is told the numbers while it runs: tensorboard:folder=runs (or just a folder), mlflow, wandb; see "
+        "`rarefy list loggers`. May be given more than once.",
+    ),
+]
 Signer = Annotated[
     str | None,
     typer.Option(

@@ -18,6 +18,7 @@ from rarefy.cli.options import (
     Fields,
     FileOptions,
     Json,
+    LogsOption,
     ModelOptions,
     OptionalOutput,
     Output,
@@ -167,7 +168,7 @@ def distill(
     loss: Loss = "auto",
     preset: Preset = None,
     cache: Annotated[str | None, typer.Option(metavar="FOLDER", help="Keep the teacher's answers there.")] = None,
-    logs: Annotated[str | None, typer.Option(metavar="FOLDER", help="For TensorBoard.")] = None,
+    logs: LogsOption = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -199,7 +200,7 @@ def distill(
         "training": training,
         "device": device_of(device),
         "checkpoint": f"{folder}.work",
-        "logs": logs,
+        "logs": plugins.several("loggers", logs),
     }
     guides = _guides(teacher or (), teacher_weights or (), model.classes, task)
     if student is not None:

@@ -53,6 +53,7 @@ from rarefy.models import fitting
 from rarefy.reports import report as report_module
 from rarefy.reports import shown
 from rarefy.reports.facts import Facts, status
+from rarefy.system.logs import Logging, Logs
 from rarefy.tasks.detector import capture
 from rarefy.tasks.task import Task, settled
 
@@ -124,6 +125,7 @@ def compress(
     title: str = "",
     recipe: str = "",
     corruptions: Sequence[str] | None = None,
+    logs: Logging = None,
     progress: bool = True,
 ) -> Result:
     """The smallest and fastest model found that keeps the budget; the docstring of this module says how.
@@ -139,14 +141,12 @@ def compress(
     device: for training.
     title, recipe: what the report calls it, and the recipe that it shows.
     corruptions: for robustness, () for none; None: six.
+    logs: who is told the numbers of each training while it runs, and of each step's model; as ``distill`` takes them.
 
     A missed goal is no error: see ``Result.met``. Raises InputError for what can't be done, or for the workdir of
     another run.
     """
-    if not isinstance(budget, Budget):
-        raise InputError(f"compress: budget={budget!r} is no Budget; pass rarefy.Budget(max_drop=0.005, speedup=2)")
-    if task.data.val is None:
-        raise InputError("compress: the task has no validation data, without which no drop can be measured; pass val=")
+    _check(budget, task)
     if inputs is None and not is_graph(model):  # size and channels that nobody gave, as the model takes them
         task = fitting.fit_module(model, task)
     task = settled(task, model)
@@ -163,6 +163,7 @@ def compress(
         corruptions=tuple(corruptions if corruptions is not None else usual_corruptions(task)),
         optional=steps is None,
         progress=progress,
+        logs=plugins.several("loggers", logs),
     )
     check_steps(run.steps)
     if is_quantised(original) and any(step["do"] in FLOAT_ONLY for step in run.steps):
@@ -170,6 +171,13 @@ def compress(
     if workdir is None:
         return _in_a_folder_of_its_own(run, original, title, recipe)
     return _compressed(Folder(Path(workdir), run), original, title, recipe)
+
+
+def _check(budget: object, task: Task) -> None:
+    if not isinstance(budget, Budget):
+        raise InputError(f"compress: budget={budget!r} is no Budget; pass rarefy.Budget(max_drop=0.005, speedup=2)")
+    if task.data.val is None:
+        raise InputError("compress: the task has no validation data, without which no drop can be measured; pass val=")
 
 
 def _in_a_folder_of_its_own(run: Run, original: fx.GraphModule, title: str, recipe: str) -> Result:
@@ -241,14 +249,32 @@ def walked(folder: Folder, original: Candidate) -> tuple[dict[int, Candidate], g
     """All steps done, each from where the gates lead: original and steps' models by index, and the verdicts."""
     run, metric = folder.run, folder.run.task.metric()
     candidates, results = {0: original}, list[gates.Measurement | str]()
+    logs = Logs(run.logs, "compress", 0, {"budget": dataclasses.asdict(run.budget), "steps": run.steps})
+    _tell(logs, original)
     walk = gates.walk(original.measurement, run.steps, results, run.budget, metric)
     for index in range(1, len(run.steps) + 1):
         attempt = folder.attempt(index, candidates[walk.current.index], original)
         if isinstance(attempt, Candidate):
             candidates[index] = attempt
+            _tell(logs, attempt)
         results.append(attempt.measurement if isinstance(attempt, Candidate) else attempt)
         walk = gates.walk(original.measurement, run.steps, results, run.budget, metric)
         if not gates.is_repaired(run.steps, index - 1):
             last = walk.outcomes[-1]
             run.say(f"{'kept' if last.kept else 'undone'}: {last.step['do']}: {last.why}")
+    logs.close()
     return candidates, walk
+
+
+def _tell(logs: Logs, model: Candidate) -> None:
+    """A point a step's model; 0 is the original."""
+    found, timed = model.measurement, model.record.get("latency_ms")
+    faster = found.speedup.get(gates.ORIGINAL)
+    logs.add(
+        found.index,
+        value=found.value,
+        drop=found.drop,
+        size_bytes=found.size,
+        latency_ms=None if timed is None else timed["median"],
+        speedup=None if faster is None else faster.median,
+    )

@@ -44,6 +44,7 @@ from rarefy.graph import history
 from rarefy.kernels import is_quantised
 from rarefy.system import strict_json
 from rarefy.system.files import LOCK, content, locked, replacing, why
+from rarefy.system.logs import Callback, Logger, part
 from rarefy.system.progress import say
 from rarefy.tasks.task import Task
 
@@ -61,6 +62,7 @@ class Run:
     start: a candidate's folder, from whose model the steps begin, and which teaches beside the original; None: they
         begin with the original. timed: is each step's model timed? If not, gates look at the rest, and whoever asks
         times the result (a search, whose trials may run on other machines than the one that counts).
+    logs: who is told the numbers of each training, and of each step's model.
     """
 
     task: Task
@@ -74,6 +76,7 @@ class Run:
     progress: bool = True
     start: Path | None = None
     timed: bool = True
+    logs: Sequence[Logger | Callback] = ()
 
     @property
     def model_file(self) -> str:
@@ -194,8 +197,9 @@ class Folder:
         options = {key: value for key, value in step.items() if key != "do"}
         checkpoint = self.beside(index, ".training")
         begins = folder_.load(run.start) if run.start is not None else None
+        logs = part(run.logs, f"compress/{self.place(index).name}")
         teachers = [(1.0, original.graph), *([] if begins is None else [(1.0, begins)])]
-        context = Context(run.task, teachers, run.runtime, run.seed, run.device, checkpoint, run.progress)
+        context = Context(run.task, teachers, run.runtime, run.seed, run.device, checkpoint, run.progress, logs)
         try:
             graph = VERBS[verb].run(
                 begins if begins is not None and not parent.index else parent.graph, context, options

@@ -17,6 +17,7 @@ from rarefy.errors import InputError
 from rarefy.pruning.mask import mask
 from rarefy.pruning.prune import prune
 from rarefy.quantization.quantize import quantize
+from rarefy.system.logs import Callback, Logger
 from rarefy.system.options import options_of
 from rarefy.tasks.task import Task
 
@@ -24,7 +25,9 @@ QUANTISED = "is quantised already"
 FLOAT_ONLY = ("prune", "mask", "quantize")  # steps that a quantised model can't take
 
 # What the run hands to a verb, and a step therefore does not.
-GIVEN = frozenset({"model", "teacher", "task", "seed", "device", "checkpoint", "runtime", "progress", "penalty"})
+GIVEN = frozenset(
+    {"model", "teacher", "task", "seed", "device", "checkpoint", "runtime", "progress", "penalty", "logs"}
+)
 # What the run hands to a verb too, unless the step says something else.
 REPLACED = frozenset({"student"})
 
@@ -35,7 +38,7 @@ class Context:
 
     teachers: the original first, with their weights. checkpoint: a folder that a training may use, to go on after a
     kill.
-    device: where training and calibration run; None: where the verb likes.
+    device: where training and calibration run; None: where the verb likes. logs: who is told a training's numbers.
     """
 
     task: Task
@@ -45,6 +48,7 @@ class Context:
     device: str | None
     checkpoint: Path
     progress: bool
+    logs: Sequence[Logger | Callback] = ()
 
 
 Options = Mapping[str, Any]  # keywords of a verb, as the recipe gives them
@@ -75,6 +79,7 @@ def _distill(graph: fx.GraphModule, context: Context, options: Options) -> fx.Gr
         checkpoint=context.checkpoint,
         progress=context.progress,
         seed=context.seed,
+        logs=context.logs,
         **{name: value for name, value in options.items() if name != "student"},
     )
 

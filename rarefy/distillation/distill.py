@@ -29,6 +29,8 @@ from rarefy.graph.nodes import device_of
 from rarefy.graph.shapes import output_shapes
 from rarefy.graph.signature import refusal
 from rarefy.kernels import is_quantised
+from rarefy.plugins import several
+from rarefy.system.logs import Logging
 from rarefy.tasks.detector import capture
 from rarefy.tasks.task import Task, settled
 
@@ -46,7 +48,7 @@ def distill(
     validate: Callable[[fx.GraphModule], float] | None = None,
     penalty: Penalty | None = None,
     cache: str | Path | None = None,
-    logs: str | Path | None = None,
+    logs: Logging = None,
     progress: bool = True,
     **options: Any,
 ) -> fx.GraphModule:
@@ -66,7 +68,8 @@ def distill(
     validate: graph -> a number that should rise, in place of the task's metric on the val split.
     penalty: a gradient to add in each step (``Penalty``).
     cache: a folder for the teacher's answers (``teacher_cache.py``): each picture is shown to the teacher once.
-    logs: a folder for TensorBoard.
+    logs: who is told the numbers of each epoch while it runs: a logger (``"tensorboard:folder=runs"``, ``"mlflow"``,
+        ``"wandb"``; rarefy/system/loggers), a folder for TensorBoard, a function of (step, values), or a list of these.
     progress: show how far it is, on stderr.
     options: fields of Training, which go before those of ``training``. Where images have no labels, hard_weight=0
         learns from the teacher alone.
@@ -74,7 +77,7 @@ def distill(
     Raises InputError for options, models or checkpoints that do not fit; TrainingDiverged when the loss is not finite,
     whose ``graph`` is the last good state.
     """
-    extras = Extras(validate, penalty, checkpoint, checkpoint_seconds, cache, logs, progress)
+    extras = Extras(validate, penalty, checkpoint, checkpoint_seconds, cache, several("loggers", logs), progress)
     return _trained("distill", student, teacher, task, loss, training_of(training, options, "distill"), device, extras)
 
 
@@ -88,12 +91,12 @@ def train(
     checkpoint_seconds: float = 60.0,
     validate: Callable[[fx.GraphModule], float] | None = None,
     penalty: Penalty | None = None,
-    logs: str | Path | None = None,
+    logs: Logging = None,
     progress: bool = True,
     **options: Any,
 ) -> fx.GraphModule:
     """The model's graph trained from labels alone: ``distill`` without a teacher, whose arguments it takes."""
-    extras = Extras(validate, penalty, checkpoint, checkpoint_seconds, None, logs, progress)
+    extras = Extras(validate, penalty, checkpoint, checkpoint_seconds, None, several("loggers", logs), progress)
     return _trained("train", model, None, task, None, training_of(training, options, "train"), device, extras)
 
 

@@ -21,7 +21,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,8 @@ from rarefy.distillation.teacher_cache import Memory
 from rarefy.errors import InputError, TrainingDiverged
 from rarefy.graph import history
 from rarefy.graph.nodes import device_of
+from rarefy.system.logs import Callback, Logger, Logs
 from rarefy.system.progress import track
-from rarefy.system.tensorboard import Logs
 from rarefy.tasks.task import Task
 
 CHECK_STEPS = 50
@@ -59,7 +59,7 @@ class Extras:
     checkpoint: str | Path | None = None
     checkpoint_seconds: float = 60.0
     cache: str | Path | None = None
-    logs: str | Path | None = None
+    logs: Sequence[Logger | Callback] = ()
     progress: bool = True
 
 
@@ -164,7 +164,7 @@ class Loop:
         state, batch_size = self.state, self.training.batch_size
         begun, resumed, before = time.monotonic(), state.step, state.seconds
         main = self.accelerator.is_main_process
-        logs = Logs(self.extras.logs, state.step) if self.extras.logs is not None and main else None
+        logs = Logs(self.extras.logs if main else (), self.job.verb, state.step, self.job.options())
         self.learner.plain.train()
         while not state.step and outgrows(self.job.student, -(-batch_size // state.accumulate), self.accelerator):
             self.halve(batch_size)
@@ -179,17 +179,15 @@ class Loop:
                 steps.update(f"loss {mean:.4f}{self.validation.shown(state.curve)}")
                 if ends:
                     self.end_epoch(mean, rate)
-                if logs is not None:
-                    speed = (state.step - resumed) * batch_size / (time.monotonic() - begun)
-                    logs.add(state.step, loss=mean, lr=rate, images_per_second=speed, data_share=state.data_share)
-                    logs.add(state.step, val=state.curve[-1]["val"] if ends else None)
+                speed, val = (state.step - resumed) * batch_size / (time.monotonic() - begun), state.curve[-1:]
+                curves = {"loss": mean, "lr": rate, "images_per_second": speed, "data_share": state.data_share}
+                logs.add(state.step, **curves, val=val[0]["val"] if ends else None)
             state.seconds = before + time.monotonic() - begun
             if store is not None and store.due(ends):
                 if not ends:
                     self.checked(rate, whole=True, together=False)
                 store.save(state.tensors(), state.numbers())
-        if logs is not None:
-            logs.close()
+        logs.close()
         state.settle(state.best or {name: value.detach() for name, value in tensors_of(state.result).items()})
         spent = state.seconds - before
         return _facts(self, (state.step - resumed) * batch_size / spent if spent > 0 else None)

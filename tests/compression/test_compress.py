@@ -233,3 +233,30 @@ def test_a_budget_that_is_none() -> None:
 def test_no_validation_data() -> None:
     with pytest.raises(InputError, match="validation"):
         compress(untrained(), Classification(train="sklearn:digits", augment="none"), budget=Budget(), progress=False)
+
+
+def test_loggers_are_told_each_step_s_model_and_each_training(tmp_path: Path) -> None:
+    told: list[tuple[int, set[str]]] = []
+    opened: list[str] = []
+
+    class Mine:
+        def open(self, run: str, first: int, about: object) -> Mine:
+            opened.append(run)
+            return self
+
+        def add(self, step: int, values: dict[str, float]) -> None: ...
+
+        def close(self) -> None: ...
+
+    given = {"steps": [{"do": "distill", "epochs": 1, "batch_size": 256}], "corruptions": [], "progress": False}
+    torch.manual_seed(0)
+    compress(
+        demo.model(width=4), digits(), budget=Budget(max_drop=0.9), workdir=tmp_path / "w", **given,
+        logs=[lambda step, values: told.append((step, set(values))), Mine()],
+    )  # fmt: skip
+    kinds = [(step, "drop" in values) for step, values in told]
+    assert kinds == [(0, True), (5, False), (1, True)]  # the original, the training's end, the step's model
+    assert told[2][1] == {"value", "drop", "size_bytes", "latency_ms", "speedup"}
+    assert opened == ["compress", "compress/1-distill"]
+    with pytest.raises(InputError, match="unknown option 'logs'"):  # a recipe sends nothing anywhere
+        compress(demo.model(width=4), digits(), budget=Budget(), steps=[{"do": "distill", "logs": "mlflow"}])

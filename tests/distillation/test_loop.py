@@ -341,7 +341,40 @@ def test_logs_for_tensorboard(tmp_path: Path) -> None:
     assert [one.value for one in read.Scalars("loss")] == pytest.approx([one["loss"] for one in facts(result)["curve"]])
 
 
-def test_without_tensorboard_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
-    with pytest.raises(InputError, match=r"pip install 'rarefy\[logs\]'"):
-        train(student(), Digits(), logs=tmp_path, **QUICK)
+@pytest.mark.parametrize(
+    ("logger", "module", "extra"),
+    [("{}", "torch.utils.tensorboard", "logs"), ("mlflow", "mlflow", "mlflow"), ("wandb", "wandb", "wandb")],
+)
+def test_without_its_package_a_logger_says_what_to_install(
+    logger: str, module: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, module, None)
+    with pytest.raises(InputError, match=rf"pip install 'rarefy\[{extra}\]'"):
+        train(student(), Digits(), logs=logger.format(tmp_path), **QUICK)
+
+
+def test_a_function_and_an_object_are_told_what_the_curve_says(capsys: pytest.CaptureFixture[str]) -> None:
+    told: list[tuple[int, dict[str, float]]] = []
+    seen: list[object] = []
+
+    class Mine:
+        def open(self, run: str, first: int, about: dict[str, object]) -> Mine:
+            seen.append((run, first, about["optimizer"]))
+            return self
+
+        def add(self, step: int, values: dict[str, float]) -> None:
+            seen.append(step)
+            raise OSError("the disk is full")
+
+        def close(self) -> None:
+            seen.append("closed")
+
+    loggers = [Mine(), lambda step, values: told.append((step, values))]
+    result = train(student(), Digits(), logs=loggers, **{**QUICK, "validate_every": 1})
+    curve = facts(result)["curve"]
+    assert [step for step, _ in told] == [4, 8]
+    assert [values["loss"] for _, values in told] == [one["loss"] for one in curve]
+    assert [values["val"] for _, values in told] == [one["val"] for one in curve]
+    assert seen == [("train", 0, "sgd"), 4]  # left out, once it fails; the run goes on
+    assert "warning: logs: the disk is full; the run goes on" in capsys.readouterr().err
+    assert same(result, train(student(), Digits(), **{**QUICK, "validate_every": 1}))

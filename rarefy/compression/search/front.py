@@ -154,6 +154,18 @@ def _is_about(value: object) -> bool:
     )
 
 
+def numbers(point: Point) -> dict[str, float]:
+    """What a logger is told of a point."""
+    return {
+        "value": point["value"],
+        "drop": point["drop"],
+        "latency_ms": point["latency_ms"]["median"],
+        "speedup": point["speedup"]["median"],
+        "size_bytes": point["size_bytes"],
+        "seconds": point["seconds"],
+    }
+
+
 def mark(points: Sequence[Point]) -> list[Point]:
     """By latency, each with whether it is beaten."""
     found: list[Point] = [{**one, "beaten": any(_beats(other, one) for other in points)} for one in points]

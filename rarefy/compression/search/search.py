@@ -45,6 +45,7 @@ from rarefy.errors import FormatError, InputError, first_line
 from rarefy.graph.nodes import is_graph
 from rarefy.kernels import is_quantised
 from rarefy.models import fitting
+from rarefy.system.logs import Logging
 from rarefy.system.strict_json import expect
 from rarefy.tasks.detector import capture
 from rarefy.tasks.task import Task, settled
@@ -73,6 +74,7 @@ def search(
     recipe: str = "",
     corruptions: Sequence[str] | None = None,
     on_event: Event | None = None,
+    logs: Logging = None,
     progress: bool = True,
 ) -> Front:
     """The front of the networks that a search finds, each point a saved, verified folder.
@@ -80,17 +82,16 @@ def search(
     model, task, inputs, runtime, device, title, corruptions: as ``compress`` takes them.
     folder: of the search; called again with the same arguments, it goes on, and another process that calls it joins in.
     trials, minutes: how long: so many trials in all, or so many minutes of work, summed over the workers. One of them.
-    budget: what the points are judged by; all are kept in any case.
-    epochs: of the patient training, of which the fast one is a fifth.
+    budget: what the points are judged by; all are kept. epochs: of the patient training; the fast one has a fifth.
     storage: where trials are written, ``postgresql://...`` or ``grpc://host:port``; None: a journal in the folder.
     strategy: ``evolution``; or ``tpe`` (Optuna's alone) or ``random``, over the same space, to compare with.
     recipe: the recipe's text, by which ``rarefy worker`` finds model and data again.
+    logs: who is told each trial's numbers, as ``distill`` takes them.
     on_event: called with "trial" or "saved", and a point. Raises InputError, also for a folder of another search.
     """
     needs_optuna()
-    _check(trials, minutes, epochs, strategy)
-    if task.data.val is None or task.data.train is None:
-        raise InputError("search: the task needs training and validation images; pass train= and val=")
+    loggers = plugins.several("loggers", logs)
+    _check(trials, minutes, epochs, strategy, task)
     if inputs is None and not is_graph(model):
         task = fitting.fit_module(model, task)
     task = settled(task, model)
@@ -113,7 +114,7 @@ def search(
         progress=progress,
     )
     _claim(setting, trials, minutes, strategy, storage, recipe)
-    return Worker(setting, on_event).work()
+    return Worker(setting, on_event, loggers).work()
 
 
 def _lengths(task: Task, epochs: int) -> Lengths:
@@ -121,7 +122,7 @@ def _lengths(task: Task, epochs: int) -> Lengths:
     return Lengths(max(1, epochs // FASTER), epochs, min(128, task.data.length("train")), **labels)
 
 
-def _check(trials: int | None, minutes: float | None, epochs: int, strategy: str) -> None:
+def _check(trials: int | None, minutes: float | None, epochs: int, strategy: str, task: Task) -> None:
     if (trials is None) == (minutes is None):
         raise InputError("search: give trials= or minutes=, one of them")
     if trials is not None and not 1 <= trials <= MOST_TRIALS:
@@ -132,6 +133,8 @@ def _check(trials: int | None, minutes: float | None, epochs: int, strategy: str
         raise InputError(f"search: epochs={epochs} is less than 1")
     if strategy not in ("evolution", "tpe", "random"):
         raise InputError(f"search: strategy={strategy!r} is none; have evolution, tpe, random")
+    if task.data.val is None or task.data.train is None:
+        raise InputError("search: the task needs training and validation images; pass train= and val=")
 
 
 def _claim(

@@ -22,6 +22,7 @@ from rarefy.compression.search.table import marks
 from rarefy.compression.search.trial import Setting
 from rarefy.errors import CheckFailed, FormatError, InputError, first_line
 from rarefy.reports import report as report_
+from rarefy.system.logs import Callback, Logger, Logs
 from rarefy.system.progress import say
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Worker:
 
     setting: Setting
     on_event: Event | None = None
+    loggers: Sequence[Logger | Callback] = ()
 
     def __post_init__(self) -> None:
         told = read_json(self.setting.folder / SETTINGS)
@@ -51,12 +53,15 @@ class Worker:
 
     def work(self) -> Front:
         """Raises InputError where the host that measures has not begun."""
-        profile = self._profile()
+        profile, about = self._profile(), {"strategy": self.strategy, "seed": self.setting.seed}
+        done = [one.number for one in self.journal.trials() if one.state == "done"]
+        self.logs = Logs(self.loggers, "search", max(done, default=-1) + 1, about)
         while not self._is_over(trials := self.journal.trials()):
             if not self._one(profile, trials) and not self._planned(profile):
                 self._wait(trials)
         if self.measures:
             self._conclude(profile)
+        self.logs.close()
         return front_.read(self.setting.folder)
 
     @property
@@ -154,6 +159,7 @@ class Worker:
             f"trial {trial.number}: {point['name']}: {point['latency_ms']['median']:.3f} ms "
             f"({point['speedup']['median']:.2f}x), {point['size_bytes']:,} bytes, {point['value']:.4f}"
         )
+        self.logs.add(trial.number, **front_.numbers(point))
         if self.on_event is not None:
             self.on_event("trial", dict(point))
 
@@ -169,8 +175,8 @@ class Worker:
             size = plans.size_of_generation(most)
             count = size if most is None else min(size, most - len(trials))
             space = _space(profile, self.strategy, self.setting.task.data.labelled("train"))
-            if self.strategy != "evolution":
-                self._plain(profile, count, space)
+            if self.strategy != "evolution":  # Optuna alone chooses, structure and all
+                self.journal.ask_plain(count, space, lambda params: _of_params(profile, params))
                 return True
             if not trials:
                 fixed: dict[str, float | str] = {"lr": 0.05, "criterion": "magnitude"}
@@ -183,10 +189,6 @@ class Worker:
                 (self.setting.folder / "plans" / "exhausted").touch()
             self.journal.ask(planned, space, {})
             return bool(planned)
-
-    def _plain(self, profile: Profile, count: int, space: Mapping[str, BaseDistribution]) -> None:
-        """What Optuna alone chooses, structure and all."""
-        self.journal.ask_plain(count, space, lambda params: _of_params(profile, params))
 
     # -------------------------------------------------------------------------------------------------------- front
 
