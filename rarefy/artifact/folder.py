@@ -40,7 +40,7 @@ from torch import Tensor, fx
 
 from rarefy.artifact import graph_json, weights
 from rarefy.artifact.directory import Directory
-from rarefy.artifact.graph_json import SCHEMA
+from rarefy.artifact.graph_json import SCHEMAS
 from rarefy.artifact.snapshot import (
     FILE_NAME,
     GRAPH,
@@ -55,6 +55,7 @@ from rarefy.artifact.snapshot import (
     listed_file,
     read_manifest,
 )
+from rarefy.artifact.words import STORES
 from rarefy.errors import FormatError, InputError
 from rarefy.graph.nodes import is_graph
 from rarefy.system.files import opened, replacing
@@ -72,14 +73,15 @@ def save(
     *,
     manifest: Mapping[str, Json] | None = None,
     files: Mapping[str, bytes | str | os.PathLike[str]] | None = None,
-    entropy: bool = True,
+    store: str | None = None,
 ) -> Path:
     """Write ``graph`` to ``folder``, and return its path.
 
     manifest: what else to record (recipe, seeds, hashes, measurements, environment): JSON values.
     files: further files, by name: their bytes, or the path of a file to copy.
-    entropy: entropy-code the codes that get smaller by it (weights stored so can't be read by other safetensors
-        readers).
+    store: "readable" (the graph as text, an entry a tensor), "smallest" (entropy-coded throughout, the graph
+        compressed), "fastest" (codes packed as kernels read them, nothing to decode); None: as it was loaded, else
+        readable.
 
     A rarefy folder that is there already is replaced once the new one is complete; anything else there is left alone.
     Raises InputError for that, for a graph that can't be saved, and where writing fails; what was there before is then
@@ -87,7 +89,8 @@ def save(
     """
     target = Path(os.path.realpath(folder))
     check_replaceable(target)
-    text, tensors = _files_of(graph, entropy, f"{target}: ")
+    store = store_of(graph, store)
+    text, tensors = _files_of(graph, store, f"{target}: ")
     extra = _checked_manifest(manifest or {}, files or {})
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +101,13 @@ def save(
             for name, content in (files or {}).items():
                 _write(content, temporary / name)
             listed = {path.name: listed_file(path) for path in sorted(temporary.iterdir())}
-            whole = {**extra, "format": "rarefy", "schema": SCHEMA, "rarefy": _version(), "files": listed}
+            whole = {
+                **extra,
+                "format": "rarefy",
+                "schema": SCHEMAS.get(store, 1),
+                "rarefy": _version(),
+                "files": listed,
+            }
             whole |= {"content": content_of_files(listed), "environment": {**_environment(), **extra["environment"]}}
             (temporary / MANIFEST).write_text(_text(whole))
     except (OSError, safetensors.SafetensorError) as error:
@@ -170,15 +179,23 @@ class Content:
     weight_bytes: int
 
 
-def content_of(graph: fx.GraphModule, *, entropy: bool = True) -> Content:
+def content_of(graph: fx.GraphModule, *, store: str | None = None) -> Content:
     """What ``save`` would write of ``graph``, without writing it. Raises InputError for a graph that can't be saved."""
-    text, tensors = _files_of(graph, entropy, "")
+    text, tensors = _files_of(graph, store_of(graph, store), "")
     data = safetensors.torch.save(tensors)
     digests = {GRAPH: hashlib.sha256(text).hexdigest(), WEIGHTS: hashlib.sha256(data).hexdigest()}
     return Content(content_of_files({name: {"sha256": one} for name, one in digests.items()}), len(text), len(data))
 
 
-def _files_of(graph: fx.GraphModule, entropy: bool, where: str) -> tuple[bytes, dict[str, Tensor]]:
+def store_of(graph: fx.GraphModule, store: str | None) -> str:
+    """How it is to be stored: as asked, else as it was loaded. Raises InputError."""
+    found = store or (graph.meta.get("store") if is_graph(graph) else None) or STORES[0]
+    if found not in STORES:
+        raise InputError(f"store={found!r} is none of {', '.join(STORES)}; leave it out for {STORES[0]}")
+    return str(found)
+
+
+def _files_of(graph: fx.GraphModule, store: str, where: str) -> tuple[bytes, dict[str, Tensor]]:
     """graph.json, and the tensors of weights.safetensors, from which ``load`` can build the graph.
 
     Raises InputError.
@@ -186,8 +203,8 @@ def _files_of(graph: fx.GraphModule, entropy: bool, where: str) -> tuple[bytes, 
     if not is_graph(graph):
         raise InputError(f"{where}a {type(graph).__name__} is not a graph; capture() it first")
     try:
-        entries, tensors = weights.described(graph, entropy)
-        text = graph_json.write(graph, entries).encode()
+        entries, tensors = weights.described(graph, store)
+        text = graph_json.write(graph, entries, store)
         graph_json.build(graph_json.read(text, GRAPH), weights.stand_ins(graph), GRAPH)
     except FormatError as error:
         raise InputError(f"{where}the graph can't be saved: {str(error).removeprefix(GRAPH + ': ')}") from error

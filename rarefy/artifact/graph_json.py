@@ -24,8 +24,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy.artifact import allowlist, packing, words
+from rarefy.artifact import allowlist, words
+from rarefy.artifact.coding import joined, packing, text
 from rarefy.artifact.operators import trial
+from rarefy.artifact.words import MOST_NODES, check_names, is_identifier, is_range, store_of
 from rarefy.errors import FormatError
 from rarefy.graph.nodes import Value, dtype_name, set_attribute
 from rarefy.graph.signature import attach
@@ -42,7 +44,8 @@ from rarefy.system.strict_json import (
     special_float,
 )
 
-SCHEMA = 1
+SCHEMA = 2  # the highest that is read
+SCHEMAS = {"smallest": 2}  # by how it is stored; else 1
 Entry = dict[str, Json]  # what graph.json says of a node or a tensor
 # dtype -> its name in a safetensors header
 DTYPES = {
@@ -57,14 +60,12 @@ _MEMORY_FORMATS = {
 }
 
 # Limits of a file; the largest model of torchvision and timm has 6,000 nodes and 2,000 tensors in 1,500 modules.
-MOST_NODES = 20_000
 MOST_TENSORS = 20_000
 MOST_AXES = 16
 LONGEST_TEXT = 10_000
 LONGEST_NAME = 500
 
 _PART = re.compile(r"(?!__)[A-Za-z0-9_-]{1,200}")  # RegNet's stages are named block1-0
-_IDENTIFIER = re.compile(r"(?!__)[A-Za-z_][A-Za-z0-9_]{0,200}")
 _MODULE_ATTRIBUTES = {*dir(nn.Module), *vars(nn.Module())}
 _GRAPH_ATTRIBUTES = {*dir(fx.GraphModule), *vars(fx.GraphModule(nn.Module(), fx.Graph()))}
 _KEYS = {"format", "schema", "meta", "nodes", "tensors"}
@@ -73,12 +74,14 @@ _NODE_KEYS = {"op", "name", "target", "args", "kwargs", "stack"}
 _TAKEN = {"self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree", "math", "operator", "rarefy"}
 
 
-def write(graph: fx.GraphModule, tensors: Mapping[str, Entry]) -> str:
-    """graph.json, one line a node and a tensor; ``tensors`` are its entries.
+def write(graph: fx.GraphModule, tensors: Mapping[str, Entry], store: str = "readable") -> bytes:
+    """graph.json, one line a node and a tensor; ``tensors`` are its entries. Compressed, where ``store`` is smallest.
 
     Raises FormatError for what has no form in it.
     """
-    meta = dict(graph.meta)
+    meta = {**graph.meta, "store": store} if store != "readable" else {**graph.meta}
+    if store == "readable":
+        meta.pop("store", None)
     if "bits" in meta:
         meta["bits"] = {name: width for name, width in meta["bits"].items() if name in tensors}
     if "sparse" in meta:
@@ -86,7 +89,7 @@ def write(graph: fx.GraphModule, tensors: Mapping[str, Entry]) -> str:
     lines = [
         "{",
         '"format":"rarefy",',
-        f'"schema":{SCHEMA},',
+        f'"schema":{SCHEMAS.get(store, 1)},',
         f'"meta":{_line(plain(meta, "graph.meta"))},',
         '"nodes":[',
         ",\n".join(_line(_node_entry(node)) for node in graph.graph.nodes),
@@ -96,7 +99,8 @@ def write(graph: fx.GraphModule, tensors: Mapping[str, Entry]) -> str:
         "}",
         "}",
     ]
-    return "\n".join(lines) + "\n"
+    whole = ("\n".join(lines) + "\n").encode()
+    return text.folded(whole) if store == "smallest" else whole
 
 
 def tensor_entry(graph: nn.Module, name: str, value: Tensor) -> Entry:
@@ -159,14 +163,16 @@ def _line(value: Json) -> str:
 
 def read(data: bytes, where: str) -> dict[str, Json]:
     """graph.json, checked as far as it can be without building anything: keys, tensors, meta."""
-    value = parse(data, where)
+    value = parse(text.unfolded(data, where), where)
     check_schema(value, where)
     expect(value.keys() == _KEYS, where, f"has the keys {said(sorted(value))}")
-    tensors = value["tensors"]
+    tensors, store = value["tensors"], store_of(value["meta"], where)
+    wanted = SCHEMAS.get(store, 1)
+    expect(value["schema"] == wanted, where, f"has the schema {value['schema']}, and is stored as that of {wanted}")
     good = isinstance(tensors, dict) and len(tensors) <= MOST_TENSORS
     expect(good, where, f"tensors is no object of at most {MOST_TENSORS}")
     for name, entry in tensors.items():
-        _check_tensor_entry(name, entry, tensors, where)
+        _check_tensor_entry(name, entry, tensors, store, where)
     split = [name.split(".") for name in tensors]
     inner = {".".join(parts[:count]) for parts in split for count in range(1, len(parts))}
     expect(len(inner) <= MOST_TENSORS, where, f"has its tensors in {len(inner)} modules (at most {MOST_TENSORS})")
@@ -179,7 +185,7 @@ def read(data: bytes, where: str) -> dict[str, Json]:
     return value
 
 
-def _check_tensor_entry(name: str, entry: Json, tensors: Mapping[str, Json], where: str) -> None:
+def _check_tensor_entry(name: str, entry: Json, tensors: Mapping[str, Json], store: str, where: str) -> None:
     at = f"{where}: tensor {said(name)}"
     parts = name.split(".")
     good = len(name) <= LONGEST_NAME and all(_PART.fullmatch(part) and not keyword.iskeyword(part) for part in parts)
@@ -199,7 +205,7 @@ def _check_tensor_entry(name: str, entry: Json, tensors: Mapping[str, Json], whe
         expect("same_as" not in original and original.get("kind") == kind, at, f"can't be the same as {said(other)}")
         return
     flag = "requires_grad" if kind == "parameter" else "persistent"
-    required, optional = {"kind", "dtype", "shape", flag}, {"stored", "bits", "channels_last"}
+    required, optional = {"kind", "dtype", "shape", flag}, {"stored", "bits", "values", "channels_last"}
     expect(required <= entry.keys() <= required | optional, at, f"has the keys {said(sorted(entry))}")
     expect(type(entry[flag]) is bool, at, f"{flag} is {said(entry[flag])}")
     dtype = BY_NAME.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
@@ -213,6 +219,10 @@ def _check_tensor_entry(name: str, entry: Json, tensors: Mapping[str, Json], whe
     last = "channels_last" not in entry or (entry["channels_last"] is True and len(shape) == 4)
     expect(last, at, "can't be channels_last")
     stored, bits = entry.get("stored"), entry.get("bits")
+    if store == "smallest":
+        joined.check_entry(entry, dtype, at)
+        return
+    expect("values" not in entry, at, f"is stored as {said(stored)} with values")
     if stored == "sparse":
         good = dtype.is_floating_point and "bits" not in entry
         expect(good, at, f"of {entry['dtype']} can't be stored as sparse weights")
@@ -237,8 +247,8 @@ def _check_meta(meta: Json, tensors: Mapping[str, Entry], where: str) -> None:
         expect(good, where, f"meta.inputs has the entry {said(entry)}")
         small = len(entry["shape"]) < MOST_AXES and math.prod(entry["shape"]) <= allowlist.MOST_ELEMENTS
         expect(small, where, f"an input of shape {said(entry['shape'])} is too large")
-        expect(_is_range(entry.get("range", [0, 0])), where, f"an input has the range {said(entry.get('range'))}")
-    _check_names(meta, where)
+        expect(is_range(entry.get("range", [0, 0])), where, f"an input has the range {said(entry.get('range'))}")
+    check_names(meta, where)
     words.check(meta, where)
     history = meta.get("history", [])
     good = isinstance(history, list) and all(isinstance(record, dict) for record in history)
@@ -252,26 +262,6 @@ def _check_meta(meta: Json, tensors: Mapping[str, Entry], where: str) -> None:
     expect(isinstance(bits, dict), where, "meta.bits is not an object")
     for name, width in bits.items():
         expect(name in tensors and _is_width(width), where, f"meta.bits gives {said(name)} the width {said(width)}")
-
-
-def _is_range(value: Json) -> bool:
-    """Least and most of whole numbers."""
-    good = isinstance(value, list) and len(value) == 2 and all(type(end) is int and abs(end) < 2**62 for end in value)
-    return good and bool(value[0] <= value[1])
-
-
-def _check_names(meta: Mapping[str, Json], where: str) -> None:
-    """meta.names, and meta.sizes."""
-    names, inputs = meta.get("names", {"inputs": [], "outputs": []}), meta["inputs"]
-    good = isinstance(names, dict) and names.keys() == {"inputs", "outputs"}
-    good = good and all(isinstance(part, list) and all(map(_is_identifier, part)) for part in names.values())
-    good = good and all(len(set(part)) == len(part) <= MOST_NODES for part in names.values())
-    expect(good and len(names["inputs"]) in (0, len(inputs)), where, f"meta.names is {said(names)}")
-    ranks = [len(entry["shape"]) for entry in inputs]
-    sizes = meta.get("sizes", [[None] * rank for rank in ranks])
-    good = isinstance(sizes, list) and all(isinstance(one, list) for one in sizes) and list(map(len, sizes)) == ranks
-    good = good and all(one is None or (type(one) is int and 1 <= one <= 2**16) for part in sizes for one in part)
-    expect(good, where, f"meta.sizes is {said(sizes)}")
 
 
 def build(description: Mapping[str, Json], tensors: Mapping[str, Tensor], where: str) -> fx.GraphModule:
@@ -311,7 +301,7 @@ def _build_graph(entries: list[Json], tensors: Mapping[str, Entry], wanted: int,
         at = f"{where}: node {index}"
         expect(isinstance(entry, dict) and {"op", "name"} <= entry.keys() <= _NODE_KEYS, at, "has other keys")
         name, op, target, stack = entry["name"], entry["op"], entry.get("target"), entry.get("stack", "")
-        expect(_is_identifier(name), at, f"can't be named {said(name)}")
+        expect(is_identifier(name), at, f"can't be named {said(name)}")
         expect(name not in nodes and name not in _TAKEN, at, f"has the name {said(name)}, which is taken")
         at = f"{where}: node {name}"
         expect(isinstance(stack, str) and len(stack) <= LONGEST_NAME and stack.isprintable(), at, "stack is not a name")
@@ -330,7 +320,7 @@ def _build_graph(entries: list[Json], tensors: Mapping[str, Entry], wanted: int,
             expect(known, at, f"reads {said(target)}, which is no tensor of the file")
             kind = allowlist.NUMBER if target == "training" else allowlist.TENSOR
         elif op == "placeholder":
-            same = _is_identifier(target) and re.fullmatch(re.escape(target) + r"(_\d+)?", name)
+            same = is_identifier(target) and re.fullmatch(re.escape(target) + r"(_\d+)?", name)
             expect(same and target not in _TAKEN, at, f"is an input of another name, {said(target)}")
             expect(target not in inputs, at, f"is a second input {said(target)}")
             inputs.add(target)
@@ -345,10 +335,6 @@ def _build_graph(entries: list[Json], tensors: Mapping[str, Entry], wanted: int,
     expect(bool(entries) and entries[-1]["op"] == "output", where, "has no output")
     expect(len(inputs) == wanted, where, f"has {len(inputs)} inputs, meta.inputs has {wanted}")
     return graph
-
-
-def _is_identifier(name: object) -> bool:
-    return isinstance(name, str) and _IDENTIFIER.fullmatch(name) is not None and not keyword.iskeyword(name)
 
 
 def _decode(value: Json, nodes: Mapping[str, fx.Node], at: str) -> Value:

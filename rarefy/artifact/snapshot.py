@@ -97,10 +97,12 @@ class Snapshot:
     def graph(self) -> fx.GraphModule:
         """The model. Takes memory for its weights, and little else. Raises FormatError or SignatureRefused."""
         description = graph_json.read(self.read(GRAPH, strict_json.MOST_BYTES), str(self.path / GRAPH))
+        one, other = description["schema"], self.manifest["schema"]
+        expect(one == other, self.path / MANIFEST, f"has the schema {other}, {GRAPH} {one}")
         file, size = self._files[WEIGHTS], self.manifest["files"][WEIGHTS]["size"]
         check = _Once(lambda digest: self._check(WEIGHTS, size, digest))
         try:
-            tensors = weights.read(file, size, description["tensors"], self.path / WEIGHTS, check)
+            tensors = weights.read(file, size, description, self.path / WEIGHTS, check)
         except FormatError:
             if not check.passed:
                 self.check(WEIGHTS)  # a damaged file is told as such, not by what the damage looks like

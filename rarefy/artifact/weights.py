@@ -1,5 +1,8 @@
 """weights.safetensors: tensors as they are, as codes without gaps or entropy-coded, or without zeros; and back.
 
+There are three ways to write it (``words.STORES``): readable (an entry a tensor, smaller where that is simple),
+fastest (codes packed as kernels read them, nothing to decode), smallest (two entries, ``coding/joined.py``).
+
 Nothing in a file is believed: its header covers it exactly, and every size is compared with graph.json and with the
 bytes that are there before memory is taken.
 """
@@ -15,20 +18,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx, nn
 
-from rarefy.artifact import graph_json, packing
+from rarefy.artifact import graph_json
+from rarefy.artifact.coding import joined, packing
+from rarefy.artifact.coding.rans import LARGEST_RATIO
 from rarefy.artifact.graph_json import BY_NAME, DTYPES, Entry, is_shape
 from rarefy.errors import FormatError, InputError
 from rarefy.system import strict_json
 from rarefy.system.memory import afford
-from rarefy.system.strict_json import expect, is_size, located, said
+from rarefy.system.strict_json import Json, expect, is_size, located, said
 
 
-def described(graph: fx.GraphModule, entropy: bool) -> tuple[dict[str, Entry], dict[str, Tensor]]:
+def described(graph: fx.GraphModule, store: str) -> tuple[dict[str, Entry], dict[str, Tensor]]:
     """What graph.json says of each tensor, and the tensors of weights.safetensors.
 
-    Raises FormatError for one without a form.
-
-    entropy: entropy-code the codes that get smaller by it.
+    store: one of ``words.STORES``. Raises FormatError for a tensor without a form.
     """
     found = {
         **dict(graph.named_parameters(remove_duplicate=False)),
@@ -49,11 +52,16 @@ def described(graph: fx.GraphModule, entropy: bool) -> tuple[dict[str, Entry], d
             raise FormatError(
                 f"{name}: a tensor of {value.dtype} ({value.layout}) has no place in safetensors; convert it first"
             )
-        small = id(value) in sparse and value.is_floating_point() and packing.sparse_size(value) < value.nbytes
+        small = store == "readable" and id(value) in sparse and value.is_floating_point()
+        small = small and packing.sparse_size(value) < value.nbytes
         if small:
             entry["stored"] = "sparse"
-        stored[name] = packing.sparse_pack(value) if small else _stored(name, value, bits.get(name), entry, entropy)
-    return entries, stored
+            stored[name] = packing.sparse_pack(value)
+        elif store == "smallest":
+            stored[name] = value
+        else:
+            stored[name] = _stored(name, value, bits.get(name), entry, entropy=store == "readable")
+    return entries, joined.joined(stored, bits, entries) if store == "smallest" else stored
 
 
 def _stored(name: str, value: Tensor, bits: int | None, entry: Entry, entropy: bool) -> Tensor:
@@ -78,22 +86,26 @@ def _stored(name: str, value: Tensor, bits: int | None, entry: Entry, entropy: b
 
 
 def read(
-    file: BufferedReader, size: int, entries: Mapping[str, Entry], path: Path, check: Callable[[str], None]
+    file: BufferedReader, size: int, description: Mapping[str, Json], path: Path, check: Callable[[str], None]
 ) -> dict[str, Tensor]:
     """The tensors, each in memory of its own, after its place and size were compared with the header and graph.json.
 
     The file is read once, from its first byte to its last, so that what is hashed is what is decoded.
 
-    size: of the file, in bytes. entries: what graph.json says of each tensor. path: for messages. check: is called with
-    the sha256 of what was read, before any of it is decoded. Raises FormatError, and what ``check`` raises.
+    size: of the file, in bytes. description: graph.json. path: for messages. check: is called with the sha256 of what
+    was read, before any of it is decoded. Raises FormatError, and what ``check`` raises.
     """
     digest = hashlib.sha256()
     header = _read_header(file, size, path, digest)
-    entries = {name: entry for name, entry in entries.items() if "same_as" not in entry}
-    for name in entries.keys() ^ header.keys():
-        raise FormatError(f"{path}: tensor {said(name)} is {'missing' if name in entries else 'not one of graph.json'}")
-    wanted = {name: _place(f"{path}: tensor {said(name)}", entry, header[name]) for name, entry in entries.items()}
-    afford(size, str(path), "load it on a machine with more, or end other programs")  # a file of holes takes no disk
+    entries = {name: entry for name, entry in description["tensors"].items() if "same_as" not in entry}
+    small = description["meta"].get("store") == "smallest"
+    parts = _parts(entries, header, str(path)) if small else entries
+    for name in parts.keys() ^ header.keys():
+        raise FormatError(f"{path}: tensor {said(name)} is {'missing' if name in parts else 'not one of graph.json'}")
+    wanted = {name: _place(f"{path}: tensor {said(name)}", entry, header[name]) for name, entry in parts.items()}
+    whole = sum(math.prod(one["shape"]) * BY_NAME[one["dtype"]].itemsize for one in entries.values()) if small else 0
+    # A file of holes takes no disk, and many symbols may stand in few bytes.
+    afford(size + whole, str(path), "load it on a machine with more, or end other programs")
     found: dict[str, Tensor] = {}
     for name in sorted(wanted, key=lambda name: header[name]["data_offsets"]):
         dtype, shape = wanted[name]
@@ -103,8 +115,24 @@ def read(
             expect(file.readinto(part) == raw.nbytes, f"{path}: tensor {said(name)}", "ends too early")
             digest.update(part)
     check(digest.hexdigest())
+    if small:
+        coded, plain = (found[name].numpy() for name in joined.PARTS)
+        dtypes = {name: BY_NAME[entry["dtype"]] for name, entry in entries.items()}
+        found = located(str(path), joined.separated, coded, plain, entries, dtypes)
     # Decoded in place of what was read, one by one: memory holds the larger of the two, and one tensor.
-    return {name: _unstored(f"{path}: tensor {said(name)}", entries[name], found.pop(name)) for name in wanted}
+    return {name: _unstored(f"{path}: tensor {said(name)}", entries[name], found.pop(name), small) for name in entries}
+
+
+def _parts(entries: Mapping[str, Entry], header: Mapping[str, Entry], at: str) -> dict[str, Entry]:
+    """The two entries of the smallest form, in graph.json's words."""
+    plain = sum(joined.plain_bytes(entry, BY_NAME[entry["dtype"]]) for entry in entries.values())
+    coded = header["coded"]["shape"] if "coded" in header else [0]
+    expect(len(coded) == 1, at, f"tensor 'coded' has the shape {said(coded)}, graph.json wants one axis")
+    symbols = sum(math.prod(one["shape"]) for one in entries.values() if one.get("stored") in joined.CODED)
+    expect(
+        "coded" not in header or symbols <= LARGEST_RATIO * coded[0], at, f"holds {symbols} symbols in {coded[0]} bytes"
+    )
+    return {name: {"dtype": "uint8", "shape": [count]} for name, count in zip(joined.PARTS, (coded[0], plain))}
 
 
 def _read_header(file: BufferedReader, size: int, path: Path, digest: hashlib._Hash) -> dict[str, Entry]:
@@ -156,9 +184,11 @@ def _place(at: str, entry: Entry, header: Entry) -> tuple[torch.dtype, list[int]
     return dtype, shape
 
 
-def _unstored(at: str, entry: Entry, raw: Tensor) -> Tensor:
+def _unstored(at: str, entry: Entry, raw: Tensor, decoded: bool) -> Tensor:
     dtype, shape = BY_NAME[entry["dtype"]], entry["shape"]
-    if entry.get("stored") == "sparse":
+    if decoded:
+        pass
+    elif entry.get("stored") == "sparse":
         raw = located(at, packing.sparse_unpack, raw, shape, dtype)
     elif "stored" in entry:
         decode = packing.unpack if entry["stored"] == "packed" else packing.entropy_decode

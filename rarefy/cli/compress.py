@@ -26,6 +26,7 @@ from rarefy.cli.options import (
     Output,
     Runtime,
     Seed,
+    Store,
     app,
     given_only,
     grouped,
@@ -72,6 +73,7 @@ def compress(
     runtime: Runtime = "onnxruntime",
     seed: Seed = 0,
     device: Device = None,
+    store: Store = None,
     key: Key = None,
     logs: LogsOption = None,
     as_json: Json = False,
@@ -90,13 +92,12 @@ def compress(
         "budget": given_only(max_drop=max_drop, speedup=speedup, size=size),
         "runtime": runtime,
         "output": output,
-        "seed": seed,
-        "device": device,
+        **{"seed": seed, "device": device, "store": store},
     }
     steps = [recipe.step(text, f"--step {text!r}") for text in step or ()]
-    if search is not None and (steps or key is not None):
-        raise InputError("--search finds the steps by itself, and signs none: leave --step and --key out")
     if search is not None:
+        if steps or key is not None:
+            raise InputError("--search finds the steps by itself, and signs none: leave --step and --key out")
         how = {**_length(search), **given_only(epochs=epochs, storage=storage), "logs": loggers}
         return _search(recipe.check(content, "compress"), how, as_json)
     if epochs is not None or storage is not None:
@@ -174,6 +175,7 @@ def _carried_out(
         workdir=workdir,
         seed=asked.seed,
         device=device_of(asked.device),
+        store=asked.store,
         title=title,
         recipe=recipe.write(asked),
         logs=logs,
@@ -256,6 +258,8 @@ def _search(asked: Any, how: dict[str, Any], as_json: bool) -> None:
     source = loaded(asked.model, asked.weights, asked.classes)
     task, data = fitted(asked.data, source, asked.task, asked.input)
     graph = load.graph_of(source, agreed_shape(asked.input, task), asked.core)
+    if asked.store is not None:
+        graph.meta["store"] = asked.store
     task.check(output_count(graph, getattr(task, "output", None)))
     found = search_.search(
         graph,

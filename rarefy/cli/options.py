@@ -169,6 +169,16 @@ class DataOptions:
         )
 
 
+Store = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="How the folder is stored: smallest (entropy-coded throughout), fastest (codes packed as kernels read "
+        "them), readable (the graph as text); default: as MODEL, else readable.",
+    ),
+]
+
+
 @dataclass
 class FileOptions:
     """What a verb writes beside its folder."""
@@ -185,6 +195,7 @@ class FileOptions:
             "validation data.",
         ),
     ] = None
+    store: Store = None
 
 
 Output = Annotated[str, typer.Option("-o", "--output", metavar="PATH", help="Where the result goes.")]

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from rarefy.artifact.words import STORES
 from rarefy.cli.options import FileOptions
 from rarefy.cli.terminal import say, show_json, show_table, size_text
 from rarefy.errors import GoalMissed, InputError, SelfCheckFailed
@@ -92,10 +93,17 @@ def claim_files(files: FileOptions, runtime: Any) -> None:
     """Names that can be what they say: told before hours of work, not after."""
     from rarefy.deployment.export import runtime_of
 
+    claim_store(files.store)
     if files.onnx is not None:
         runtime_of(claim_file(files.onnx, (".onnx",), "--onnx"), runtime)
     if files.report is not None:
         claim_file(files.report, (".html", ".htm"), "--report")
+
+
+def claim_store(store: str | None) -> None:
+    """Raises InputError for a way that no folder is stored in."""
+    if store is not None and store not in STORES:
+        raise InputError(f"--store {store}: is none of {', '.join(STORES)}; leave it out for {STORES[0]}")
 
 
 def save_result(
@@ -117,6 +125,8 @@ def save_result(
     from rarefy.graph.macs import count_macs
 
     description.remember_source(graph, source.preprocessing)
+    if files.store is not None:
+        graph.meta["store"] = files.store
     described = task.describe() if task is not None else None
     manifest = {"model": source.text, "weights": source.weights, "task": described}
     folder_module.save(graph, folder, manifest=manifest)

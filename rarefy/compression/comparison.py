@@ -100,6 +100,8 @@ def _side(
         parameters=measure.count_parameters(candidate.graph),
         macs=count_macs(candidate.graph),
         size_bytes=candidate.measurement.size,
+        memory_bytes=measure.memory_bytes(candidate.graph),
+        read_bytes=measure.file_bytes(file),
         peak_memory_bytes=measure.peak_memory(file, example, runtime=run.runtime),
         throughput=throughput(file, example, run.runtime),
         latency_ms=cast(Latency, times["latency_ms"]),

@@ -47,7 +47,7 @@ from rarefy.deployment.runtime import Runtime
 from rarefy.errors import InputError
 from rarefy.evaluation import card, measure
 from rarefy.evaluation.corruptions import fits
-from rarefy.graph.nodes import is_graph
+from rarefy.graph.nodes import is_graph, share_copy
 from rarefy.kernels import is_quantised
 from rarefy.models import fitting
 from rarefy.reports import report as report_module
@@ -122,6 +122,7 @@ def compress(
     workdir: str | os.PathLike[str] | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
+    store: str | None = None,
     title: str = "",
     recipe: str = "",
     corruptions: Sequence[str] | None = None,
@@ -138,7 +139,7 @@ def compress(
         take them; None: the usual.
     runtime: where it will run, ``"onnxruntime:threads=4"``; one thread unless said.
     workdir: where a killed run goes on; None: it starts anew.
-    device: for training.
+    device: for training. store: of the result, and of what its size is; as ``artifact.folder.save`` takes it.
     title, recipe: what the report calls it, and the recipe that it shows.
     corruptions: for robustness, () for none; None: six.
     logs: who is told the numbers of each training while it runs, and of each step's model; as ``distill`` takes them.
@@ -151,7 +152,7 @@ def compress(
         task = fitting.fit_module(model, task)
     task = settled(task, model)
     example = inputs if inputs is not None else torch.zeros(2, *task.data.input_shape)
-    original = description.remember(without_clocks(capture(model, example)).eval(), task)
+    original = _stored(description.remember(without_clocks(capture(model, example)).eval(), task), store)
     listed = steps if steps is not None else usual_steps(budget, measure.weight_bytes(original), task)
     run = Run(
         task=task,
@@ -165,9 +166,7 @@ def compress(
         progress=progress,
         logs=plugins.several("loggers", logs),
     )
-    check_steps(run.steps)
-    if is_quantised(original) and any(step["do"] in FLOAT_ONLY for step in run.steps):
-        raise InputError(f"compress: the model {QUANTISED}; give its float original, or steps that only distil")
+    _check_steps(run, original)
     if workdir is None:
         return _in_a_folder_of_its_own(run, original, title, recipe)
     return _compressed(Folder(Path(workdir), run), original, title, recipe)
@@ -178,6 +177,21 @@ def _check(budget: object, task: Task) -> None:
         raise InputError(f"compress: budget={budget!r} is no Budget; pass rarefy.Budget(max_drop=0.005, speedup=2)")
     if task.data.val is None:
         raise InputError("compress: the task has no validation data, without which no drop can be measured; pass val=")
+
+
+def _check_steps(run: Run, original: fx.GraphModule) -> None:
+    check_steps(run.steps)
+    if is_quantised(original) and any(step["do"] in FLOAT_ONLY for step in run.steps):
+        raise InputError(f"compress: the model {QUANTISED}; give its float original, or steps that only distil")
+
+
+def _stored(graph: fx.GraphModule, store: str | None) -> fx.GraphModule:
+    """The same weights in a graph that is saved in that way, as is all that is made of it."""
+    if store is None:
+        return graph
+    found = share_copy(graph)
+    found.meta["store"] = folder_.store_of(graph, store)
+    return found
 
 
 def _in_a_folder_of_its_own(run: Run, original: fx.GraphModule, title: str, recipe: str) -> Result:

@@ -105,6 +105,7 @@ class Recipe:
     output: str | None = None
     seed: int = 0
     device: str | None = None
+    store: str | None = None
 
 
 def read(path: str | Path) -> Recipe:
@@ -255,6 +256,7 @@ class _Top(BaseModel):
     output: str | None = None
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     device: str | None = None
+    store: Literal["readable", "smallest", "fastest"] | None = None
 
 
 def _task_options(task: str) -> type[BaseModel]:

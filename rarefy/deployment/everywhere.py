@@ -82,7 +82,7 @@ def export_all(
     # last what runs here: predict.py beside is for the last file of its kind
     chosen = dict(sorted(chosen.items(), key=lambda one: one[1].capabilities.runs))
     with tempfile.TemporaryDirectory(prefix="rarefy-") as scratch:
-        saved = folder_.save(graph, Path(scratch) / "model")
+        saved = folder_.save(graph, Path(scratch) / "model", store="fastest")
         given = None if inputs is None else Path(scratch) / "inputs"
         if given is not None and inputs is not None:
             given.mkdir()

@@ -7,8 +7,11 @@ number of rounds that no other process disturbed, and ``disturbed`` says that th
 **Threads** are one unless the runtime (``"onnxruntime:threads=4"``) or the caller says otherwise; the number used is
 part of the result.
 
-**Bytes** are those of ``weights.safetensors`` as ``save`` writes it. **Parameters** are the numbers the model has
-learned, also where they are stored as integer codes. **MACs** are those of ``rarefy/graph/macs.py``, for one sample.
+**Bytes** on disk are those of ``weights.safetensors`` as ``save`` writes it; in memory those of the model's tensors
+once it is loaded, each once (codes a byte each); read an inference those of the runtime's file, which holds its weights
+as its kernels read them (4-bit codes two a byte, where a runtime has such) and is read through once a run.
+**Parameters** are the numbers the model has learned, also where they are stored as integer codes. **MACs** are those of
+``rarefy/graph/macs.py``, for one sample.
 
 **Peak memory** is that of a fresh process: its highest resident memory while it opens the exported file and runs it
 three times, less what it held just before, with all libraries loaded. It contains the runtime's buffers and the
@@ -45,15 +48,20 @@ from rarefy.kernels.int_linear import CODES
 
 
 class Costs(TypedDict):
-    """What needs no clock. macs: of one sample. size_bytes: of the weights on disk."""
+    """What needs no clock. macs: of one sample. size_bytes: of the weights on disk. memory_bytes: of the tensors
+    loaded."""
 
     parameters: int
     macs: int
     size_bytes: int
+    memory_bytes: int
 
 
 class Measurement(Costs):
-    """speedup: against the first of the models that took turns. peak_memory_bytes: None where it was not measured."""
+    """speedup: against the first of the models that took turns. read_bytes: of the runtime's file, with its weights.
+    peak_memory_bytes: None where it was not measured."""
+
+    read_bytes: int
 
     peak_memory_bytes: int | None
     latency_ms: RunTime
@@ -81,7 +89,8 @@ def measure(
     memory: measure the peak memory too, in a process of its own.
     folder: where the exported files stay; None: they are temporary. seed: of the random inputs.
 
-    ``{name: {"parameters", "macs", "size_bytes", "peak_memory_bytes", "latency_ms": {"median", "low", "high", "batch",
+    ``{name: {"parameters", "macs", "size_bytes", "memory_bytes", "read_bytes", "peak_memory_bytes",
+    "latency_ms": {"median", "low", "high", "batch",
     "threads", "runtime", "repeats", "rounds", "disturbed"}, "speedup": {"median", "low", "high"}}}``: low and high are
     quartiles.
     Raises InputError for no model, models of different inputs, or what the runtime can't run.
@@ -102,6 +111,7 @@ def measure(
         return {
             name: {
                 **costs(graph),
+                "read_bytes": file_bytes(files[name]),
                 "peak_memory_bytes": peak_memory(files[name], example, runtime=chosen) if memory else None,
                 "latency_ms": times[name]["latency_ms"],
                 "speedup": times[name]["speedup"][first],
@@ -127,7 +137,22 @@ def _check_models(models: Mapping[str, fx.GraphModule]) -> None:
 
 def costs(graph: fx.GraphModule) -> Costs:
     """What needs no clock: parameters, MACs of one sample, bytes of the weights on disk."""
-    return {"parameters": count_parameters(graph), "macs": count_macs(graph), "size_bytes": weight_bytes(graph)}
+    return {
+        "parameters": count_parameters(graph),
+        "macs": count_macs(graph),
+        "size_bytes": weight_bytes(graph),
+        "memory_bytes": memory_bytes(graph),
+    }
+
+
+def memory_bytes(graph: fx.GraphModule) -> int:
+    """Of the model's tensors as they are loaded, each once."""
+    return sum(one.nbytes for one in {*graph.parameters(), *graph.buffers()})
+
+
+def file_bytes(file: Path) -> int:
+    """Of one, and of what lies beside it under its name (ONNX's external data)."""
+    return sum(one.stat().st_size for one in file.parent.glob(f"{file.name}*") if one.is_file())
 
 
 def count_parameters(graph: fx.GraphModule) -> int:

@@ -172,6 +172,8 @@ def _cost(label: str, key: str, form: Callable[[Number], str], less: str, more: 
 _COSTS = (
     _Kind("latency", "latency", _latency, _speed, tile=True),
     _cost("size", "size_bytes", size, "smaller", "larger", tile=True),
+    _cost("weights in memory", "memory_bytes", size, "less", "more"),
+    _cost("weights read a run", "read_bytes", size, "less", "more"),
     _cost("MACs", "macs", count, "fewer", "more", tile=True),
     _cost("parameters", "parameters", count, "fewer", "more"),
     _cost("peak memory", "peak_memory_bytes", size, "less", "more"),

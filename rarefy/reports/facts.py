@@ -88,8 +88,8 @@ class Throughput(TypedDict, total=False):
 class Side(TypedDict, total=False):
     """The original, or the result.
 
-    macs: of one sample. size_bytes: of the weights on disk. speedup: {"original": against it}.
-    ``checked`` also takes a number as latency_ms, and the Spread against the original as speedup.
+    macs: of one sample. *_bytes: of the weights on disk, of its tensors once loaded, of the runtime's file.
+    ``checked`` also takes a number as latency_ms, and the Spread against the original as speedup ({"original": it}).
     """
 
     name: str
@@ -97,6 +97,8 @@ class Side(TypedDict, total=False):
     parameters: int
     macs: int
     size_bytes: int
+    memory_bytes: int
+    read_bytes: int
     peak_memory_bytes: int | None
     throughput: Throughput | None
     latency_ms: Latency
@@ -383,8 +385,7 @@ def curves(
 ) -> list[Curve]:
     """A chart of the loss, and one of the metric if it was looked at.
 
-    label, unit: of the metric. validation: how the second chart's title ends. lines: names of the loss and of the
-        metric.
+    label, unit: of the metric. validation: end of the second chart's title. lines: names of loss and metric.
     """
     scale = 100.0 if unit == "%" else 1.0
     charts = (
@@ -393,8 +394,7 @@ def curves(
     )
     found: list[Curve] = []
     for key, title, axis, factor, line in charts:
-        points = [(one.get("epoch"), factor * value) for one in epochs if is_number(value := one.get(key))]
-        if points:
+        if points := [(one.get("epoch"), factor * value) for one in epochs if is_number(value := one.get(key))]:
             series = Series(name=line, x=[x for x, _ in points], y=[y for _, y in points])
             found.append(Curve(title=f"{name}: {title}", x="epoch", y=axis, series=[series]))
     return found

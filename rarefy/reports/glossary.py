@@ -23,6 +23,8 @@ GLOSSARY = {
         "Time for one run of the model on the named runtime: the median of runs in which both models take turns."
     ),
     "size": "Bytes of the weights on disk.",
+    "weights in memory": "Bytes of the model's numbers once it is loaded.",
+    "weights read a run": "Bytes of the runtime's file, its weights as its kernels read them, which each run reads.",
     "parameters": "How many numbers the model has learned.",
     "MACs": "Multiplications with additions for one image: the work to do, though not always the time it takes.",
     "peak memory": "The most memory one run takes.",

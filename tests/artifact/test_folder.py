@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import nn
 
 from rarefy.artifact import folder as folder_
+from rarefy.artifact.words import STORES
 from rarefy.errors import FormatError, InputError
 from rarefy.graph.capture import capture
 from rarefy.graph.nodes import finish, set_attribute
@@ -262,9 +263,9 @@ print(graph(torch.linspace(-1, 1, 75).reshape(3, 1, 5, 5)).tolist())
 # -------------------------------------------------------------------------------------------------------- bytes on disk
 
 
-@pytest.mark.parametrize("entropy", [True, False])
+@pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("make", [small, lambda: with_codes(5), lambda: with_codes(8, torch.uint8)])
-def test_the_content_of_a_graph_is_that_of_its_folder(make, entropy, tmp_path):
+def test_the_content_of_a_graph_is_that_of_its_folder(make, store, tmp_path):
     graph = make()
     if "codes" in dict(graph.named_buffers()):
         graph.meta["bits"] = {"codes": 5}
@@ -272,8 +273,8 @@ def test_the_content_of_a_graph_is_that_of_its_folder(make, entropy, tmp_path):
     else:
         graph.meta["sparse"] = ["linear.weight"]
         graph.get_parameter("linear.weight").data[:2] = 0
-    found = folder_.content_of(graph, entropy=entropy)
-    folder = folder_.save(graph, tmp_path / "model", entropy=entropy)
+    found = folder_.content_of(graph, store=store)
+    folder = folder_.save(graph, tmp_path / "model", store=store)
     assert found.hash == folder_.content_hash(folder) == folder_.read_manifest(folder)["content"]
     sizes = [(folder / name).stat().st_size for name in ("graph.json", "weights.safetensors")]
     assert [found.graph_bytes, found.weight_bytes] == sizes
@@ -358,8 +359,8 @@ def test_codes_take_their_bits(bits, dtype, tmp_path):
     graph.meta["bits"] = {"codes": bits}
     count = graph.codes.numel()
     stored = {}
-    for entropy in (False, True):
-        folder = folder_.save(graph, tmp_path / str(entropy), entropy=entropy)
+    for store in ("fastest", "readable"):
+        folder = folder_.save(graph, tmp_path / store, store=store)
         loaded = folder_.load(folder)
         assert (
             loaded.codes.dtype == dtype
@@ -367,11 +368,11 @@ def test_codes_take_their_bits(bits, dtype, tmp_path):
             and loaded.meta["bits"] == {"codes": bits}
         )
         with safe_open(folder / "weights.safetensors", "pt") as file:
-            stored[entropy] = file.get_tensor("codes")
-    assert stored[False].nbytes == -(-count * bits // 8)
-    assert stored[True].nbytes < stored[False].nbytes
+            stored[store] = file.get_tensor("codes")
+    assert stored["fastest"].nbytes == -(-count * bits // 8)
+    assert stored["readable"].nbytes < stored["fastest"].nbytes
     if bits == 8:
-        assert torch.equal(stored[False], graph.codes)  # as any reader of safetensors expects them
+        assert torch.equal(stored["fastest"], graph.codes)  # as any reader of safetensors expects them
 
 
 def test_codes_that_entropy_coding_would_enlarge_stay_as_they_are(tmp_path):

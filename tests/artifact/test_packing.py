@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from rarefy.artifact.packing import (
+from rarefy.artifact.coding.packing import (
     LARGEST_RATIO,
     WIDTHS,
     code_range,

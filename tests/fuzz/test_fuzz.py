@@ -35,6 +35,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
 from rarefy.artifact import folder, signing
+from rarefy.artifact.coding import text
 from rarefy.cli.search import show
 from rarefy.compression import recipe
 from rarefy.compression import run as run_
@@ -92,8 +93,13 @@ def saved(place: Path) -> Path:
     return folder.save(graph, place / "saved")
 
 
-def part(name: str) -> Callable[[Path], list[bytes]]:
-    return lambda place: [(saved(place) / name).read_bytes()]
+def part(name: str, store: str = "readable") -> Callable[[Path], list[bytes]]:
+    def read(place: Path) -> list[bytes]:
+        if store != "readable":
+            folder.save(folder.load(saved(place)), place / "saved", store=store)
+        return [(saved(place) / name).read_bytes()]
+
+    return read
 
 
 def loaded_with(name: str) -> Parse:
@@ -122,6 +128,13 @@ def weights_mutated(draw: random.Random, data: bytes) -> bytes:
     else:
         return mutated(draw, data)
     return len(header).to_bytes(8, "little") + header + rest
+
+
+def text_mutated(draw: random.Random, data: bytes) -> bytes:
+    """The frame, or the text in it."""
+    if draw.random() < 0.3:
+        return mutated(draw, data)
+    return text.folded(mutated_json(draw, text.unfolded(data, "graph.json")))
 
 
 def signed(place: Path) -> list[bytes]:
@@ -420,6 +433,10 @@ def fronted(data: bytes, place: Path) -> object:
 TARGETS = {
     "graph.json": Target(part(folder.GRAPH), mutated_json, loaded_with(folder.GRAPH), 50),
     "weights of a folder": Target(part(folder.WEIGHTS), weights_mutated, loaded_with(folder.WEIGHTS), 10),
+    "weights of a smallest folder": Target(
+        part(folder.WEIGHTS, "smallest"), weights_mutated, loaded_with(folder.WEIGHTS), 10
+    ),
+    "text of a smallest folder": Target(part(folder.GRAPH, "smallest"), text_mutated, loaded_with(folder.GRAPH), 20),
     "manifest": Target(part(folder.MANIFEST), mutated_json, loaded_with(folder.MANIFEST), 5),
     "signature": Target(signed, mutated_json, verified, 10),
     "safetensors": Target(

@@ -176,7 +176,7 @@ def _manifest(name: str, change: Callable[[dict[str, Any]], None]) -> None:
     CHANGES[name] = broken
 
 
-_manifest("manifest_is_of_a_known_schema", lambda value: value.update(schema=2))
+_manifest("manifest_is_of_a_known_schema", lambda value: value.update(schema=3))
 _manifest("manifest_has_a_whole_schema", lambda value: value.update(schema=True))
 _manifest("manifest_is_ours", lambda value: value.update(format="onnx"))
 _manifest("manifest_lists_files", lambda value: value.pop("files"))
@@ -259,7 +259,7 @@ for _name, _change in _text.items():
 _conv = "aten.conv2d.default"
 _input = {"node": "x"}
 _graph: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "the_schema_is_known": lambda graph: graph.update(schema=2),
+    "the_schema_is_known": lambda graph: graph.update(schema=3),
     "the_format_is_ours": lambda graph: graph.update(format="pt2"),
     "there_are_no_other_keys": lambda graph: graph.update(code="import os"),
     "nodes_are_a_list": lambda graph: graph.update(nodes={}),
@@ -406,6 +406,7 @@ _graph: dict[str, Callable[[dict[str, Any]], Any]] = {
     ),
     "channels_last_has_four_axes": lambda graph: graph["tensors"]["mask"].update(channels_last=True),
     "storing_is_known": lambda graph: graph["tensors"]["four"].update(stored="pickle"),
+    "only_the_smallest_form_counts_values": lambda graph: graph["tensors"]["few"].update(values=3),
     "only_codes_are_packed": lambda graph: graph["tensors"]["mask"].update(stored="packed", bits=4),
     "bits_are_2_to_8": lambda graph: graph["tensors"]["four"].update(bits=1),
     "bits_are_a_number": lambda graph: graph["tensors"]["four"].update(bits=[4]),

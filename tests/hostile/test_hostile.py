@@ -15,6 +15,7 @@ from bad_folders import CHANGES, KINDS, WORDS, good_folder, seal, small_graph
 from bounds import bounded
 from hypothesis import strategies as st
 from more_folders import MORE
+from smallest_folders import SMALLEST
 
 from rarefy.artifact import folder as folder_
 from rarefy.artifact import graph_json, snapshot
@@ -40,7 +41,7 @@ def test_the_good_folder_is_good(good):
     assert entries["few"]["stored"] == "sparse"
 
 
-ALL = {**KINDS, **MORE}
+ALL = {**KINDS, **MORE, **SMALLEST}
 REACHED: set[str] = set()  # names of refusals
 
 

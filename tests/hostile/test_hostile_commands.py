@@ -19,13 +19,14 @@ import pytest
 from bad_folders import KINDS, good_folder
 from more_folders import MORE
 from PIL import Image
+from smallest_folders import SMALLEST
 
 from rarefy.cli import main
 
 if not hasattr(os, "fork"):
     pytest.skip("no processes are forked here", allow_module_level=True)
 
-ALL = {**KINDS, **MORE}
+ALL = {**KINDS, **MORE, **SMALLEST}
 SECONDS, ADDRESSES = 5, 512 * 2**20
 BUSY = 6  # times as long a command may take on a machine that does other things; what hangs never ends
 COMMANDS = {

@@ -20,6 +20,7 @@ from types import ModuleType
 import pytest
 from bad_folders import KINDS, good_folder
 from more_folders import MORE
+from smallest_folders import SMALLEST
 
 from rarefy.artifact import folder as folder_
 from rarefy.errors import FormatError
@@ -28,7 +29,7 @@ from rarefy.system import strict_json
 if not hasattr(os, "fork"):
     pytest.skip("no processes are forked here", allow_module_level=True)
 
-ALL = {**KINDS, **MORE}
+ALL = {**KINDS, **MORE, **SMALLEST}
 Place = tuple[str, int]  # a file, and the line where the call begins
 # What no folder without a signature reaches: the header was compared with the file's size before, so that a tensor ends
 # too early only where the file is cut in that moment; ``content`` is asked of signed folders (test_snapshot).

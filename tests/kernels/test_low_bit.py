@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rarefy.artifact import packing as stored
+from rarefy.artifact.coding import packing as stored
 from rarefy.kernels.low_bit import int8_linear, linear, masks, packing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

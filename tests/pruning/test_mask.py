@@ -20,7 +20,7 @@ from networks import EveryConvolution
 from torch import Tensor, fx, nn
 
 from rarefy.artifact import folder as folder_
-from rarefy.artifact import packing
+from rarefy.artifact.coding import packing
 from rarefy.cli import main
 from rarefy.compression.budget import Budget
 from rarefy.compression.compress import compress

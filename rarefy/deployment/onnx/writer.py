@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from rarefy.artifact.packing import pack
+from rarefy.artifact.coding.packing import pack
 from rarefy.errors import InputError
 from rarefy.graph.nodes import Value, is_tensor
 from rarefy.graph.shapes import shapes

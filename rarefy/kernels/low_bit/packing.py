@@ -3,8 +3,8 @@
     nearest      q = clip( round(x / s) + z )        half to even
     stochastic   q = clip( floor(x / s + u) + z )    u = (r + 1/2) / 65536, r the number's own 16 random bits
 
-in float32. Code i fills bits [i b, (i + 1) b) of a little-endian stream, as ``artifact/packing`` stores it; the last
-word is filled with zeros. Signed codes keep their b lowest bits.
+in float32. Code i fills bits [i b, (i + 1) b) of a little-endian stream, as ``artifact/coding/packing`` stores it; the
+last word is filled with zeros. Signed codes keep their b lowest bits.
 
 The random bits are Philox4x32-7 (Salmon et al., SC 2011, who found no test of BigCrush that seven rounds fail): number
 i has half i % 2 (the lower first) of word (i % 8) // 2 of the block whose counter is i // 8 and whose key is the seed.
