@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
+import os
 import re
 import resource
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,3 +43,19 @@ def bounded(memory: int, seconds: float) -> Iterator[None]:
     grown, took = _status("VmHWM") - resident, time.process_time() - begin
     assert grown < memory, f"{grown / 2**20:.0f} MB more than before"
     assert took < seconds, f"{took:.1f} s on the processor"
+
+
+def ended(child: int, seconds: float) -> tuple[int, resource.struct_rusage]:
+    """(exit code, negative of a signal; what it used) of a forked process, which is killed after so long by the clock.
+
+    A fork copies one thread alone: a lock that another held, of a native library, is never released in the child.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        found, status, used = os.wait4(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status), used
+        if time.monotonic() > end:
+            os.kill(child, signal.SIGKILL)
+            end = math.inf
+        time.sleep(0.005)

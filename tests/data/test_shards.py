@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bounds import ended
 from PIL import Image
 
 from rarefy.cli import main
@@ -461,7 +462,8 @@ def test_a_description_that_contradicts_itself_ends_no_process(tmp_path: Path) -
             code = 0
         finally:
             os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    code, _ = ended(child, 120)
+    assert code == 0
 
 
 def test_a_dictionary_that_repeats_its_images_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import random
+import select
 import signal
 import sys
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bounds import ended
 from networks import of_one_value, value_of
 
 from rarefy import demo
@@ -34,6 +36,7 @@ if not hasattr(os, "fork"):
     pytest.skip("no processes are forked here", allow_module_level=True)
 
 MODEL_FILES = ("graph.json", "weights.safetensors", "model.onnx")
+STUCK = 1800  # seconds by the clock, of a process that another test may share the machine with
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
@@ -60,9 +63,9 @@ def forked(work: Callable[[], object], said: Path) -> int:
         os._exit(code)
 
 
-def ended(child: int) -> int:
-    """Its exit code, -9 where it was killed."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def code_of(child: int) -> int:
+    """-9 where it was killed."""
+    return ended(child, STUCK)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------- save
@@ -88,10 +91,11 @@ def test_a_save_killed_at_any_moment_leaves_a_whole_version(
     draw, seen = random.Random(0), []
     for kill in range(kills):
         child = forked(saving, tmp_path / "said")
+        assert select.select([heard], [], [], 120)[0], (tmp_path / "said").read_text()
         os.read(heard, 2**16)  # it has begun
         time.sleep(draw.uniform(0.0, 2 * both))
         os.kill(child, signal.SIGKILL)
-        assert ended(child) == -signal.SIGKILL, (tmp_path / "said").read_text()
+        assert code_of(child) == -signal.SIGKILL, (tmp_path / "said").read_text()
         seen.append(value_of(folder_.load(folder)))
         assert seen[-1] in (1.0, 2.0), kill
     os.close(heard)
@@ -126,9 +130,9 @@ def test_two_readers_and_a_writer(loads: int, tmp_path: Path) -> None:
 
     writer = forked(writing, tmp_path / "writer")
     readers = [forked(reading, tmp_path / f"reader{place}") for place in range(2)]
-    codes = [ended(one) for one in readers]
+    codes = [code_of(one) for one in readers]
     os.kill(writer, signal.SIGKILL)
-    assert ended(writer) == -signal.SIGKILL, (tmp_path / "writer").read_text()
+    assert code_of(writer) == -signal.SIGKILL, (tmp_path / "writer").read_text()
     said = [(tmp_path / f"reader{place}").read_text()[-500:] for place in range(2)]
     assert codes == [0, 0], said
     print(f"two readers of {loads} loads each and a writer: each load gave one of the two versions")
@@ -161,22 +165,14 @@ def hashes(output: Path) -> dict[str, str]:
 def test_a_compress_killed_fifty_times_ends_with_the_same_bytes(tmp_path: Path) -> None:
     begin = time.monotonic()
     child = forked(lambda: compressed(tmp_path / "a.work", tmp_path / "a"), tmp_path / "said")
-    assert ended(child) == 0, (tmp_path / "said").read_text()[-2000:]
+    assert code_of(child) == 0, (tmp_path / "said").read_text()[-2000:]
     whole, undisturbed = time.monotonic() - begin, hashes(tmp_path / "a")
     draw, kills, runs = random.Random(0), 0, 0
     while kills < 50 or runs == 0:
         workdir, output = tmp_path / f"{runs}.work", tmp_path / str(runs)
         child = forked(functools.partial(compressed, workdir, output), tmp_path / "said")
         end = time.monotonic() + draw.uniform(0.0, draw.choice((0.3, 1.1))) * whole  # early, and in the last steps
-        while time.monotonic() < end or kills >= 50:
-            found, status = os.waitpid(child, os.WNOHANG)
-            if found:
-                break
-            time.sleep(0.002)
-        else:
-            os.kill(child, signal.SIGKILL)
-            found, status = os.waitpid(child, 0)
-        code = os.waitstatus_to_exitcode(status)
+        code, _ = ended(child, STUCK if kills >= 50 else end - time.monotonic())
         assert code in (0, -signal.SIGKILL), (tmp_path / "said").read_text()[-2000:]
         kills += code != 0
         if output.exists():
@@ -193,14 +189,14 @@ def test_ten_at_once_are_the_same_and_in_one_folder_one_works(tmp_path: Path) ->
     for place in map(str, range(10)):
         work = functools.partial(compressed, tmp_path / f"{place}.work", tmp_path / place)
         apart.append(forked(work, tmp_path / f"{place}.said"))
-    codes = [ended(one) for one in apart]
+    codes = [code_of(one) for one in apart]
     assert codes == [0] * 10, [(tmp_path / f"{place}.said").read_text()[-300:] for place in range(10)]
     assert len({tuple(hashes(tmp_path / str(place)).items()) for place in range(10)}) == 1
 
     given = ["compress", "rarefy.demo:model", "--data", "sklearn:digits", "-o", str(tmp_path / "one")]
     given += ["--step", "prune macs=0.3", "--step", "distill epochs=1"]
     together = [forked(lambda: main.run(given), tmp_path / f"{place}.told") for place in range(10)]
-    codes = [ended(one) for one in together]
+    codes = [code_of(one) for one in together]
     told = [(tmp_path / f"{place}.told").read_text() for place in range(10)]
     folder_.load(tmp_path / "one")
     assert sorted(codes) == [0] + [2] * 9, (codes, told)

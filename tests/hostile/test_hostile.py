@@ -12,7 +12,7 @@ import hypothesis
 import pytest
 import torch
 from bad_folders import CHANGES, KINDS, WORDS, good_folder, seal, small_graph
-from bounds import bounded
+from bounds import bounded, ended
 from hypothesis import strategies as st
 from more_folders import MORE
 from smallest_folders import SMALLEST
@@ -90,7 +90,7 @@ def test_the_largest_graph_loads_in_time_and_memory(more, words, good, tmp_path)
             code = int(not words or words not in str(error))
         finally:
             os._exit(code)
-    _, status, used = os.wait4(child, 0)
+    status, used = ended(child, 120)
     grown = 1024 * (used.ru_maxrss - resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     assert status == 0 and used.ru_utime + used.ru_stime < 5 and grown < 512 * 2**20, used
     print(f"{len(nodes):,} nodes: {used.ru_utime + used.ru_stime:.1f} s, {grown / 2**20:.0f} MB")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from bad_folders import KINDS, good_folder
+from bounds import ended
 from more_folders import MORE
 from PIL import Image
 from smallest_folders import SMALLEST
@@ -67,8 +68,7 @@ def ends(place: Path, *arguments: str) -> tuple[int, str, float, int]:
             sys.stderr.flush()
         finally:
             os._exit(code)
-    _, status, used = os.wait4(child, 0)
-    code = os.waitstatus_to_exitcode(status)
+    code, used = ended(child, 2 * BUSY * SECONDS)
     here = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return code, out.read_text(errors="replace"), used.ru_utime + used.ru_stime, 1024 * (used.ru_maxrss - here)
 

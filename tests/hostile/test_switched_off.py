@@ -19,6 +19,7 @@ from types import ModuleType
 
 import pytest
 from bad_folders import KINDS, good_folder
+from bounds import ended
 from more_folders import MORE
 from smallest_folders import SMALLEST
 
@@ -127,7 +128,8 @@ def misses(off: Place, promise: str, good: Path, place: Path) -> bool:
             code = 0 if words in str(error) else 1
         finally:
             os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
+    code, _ = ended(child, 60)
+    return code != 0
 
 
 def test_each_check_refuses_a_kind(reached: Mapping[Place, list[str]]) -> None:
