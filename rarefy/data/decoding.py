@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from rarefy.data.augmentation import Augmentation, random_box, shifted
 from rarefy.data.items import Items, Picture, channels_first
 from rarefy.data.preparation import FORMATS, file_of, opened_array
-from rarefy.data.targets import Target
+from rarefy.data.targets import Target, as_tensor
 from rarefy.errors import DataError, first_line
 from rarefy.system.files import why
 
@@ -187,7 +187,7 @@ def opened(
     if isinstance(image, np.ndarray):
         if image.size > 4 * _MOST_PIXELS:
             raise ValueError(f"declares {image.size:,} numbers, more than {4 * _MOST_PIXELS:,}")
-        plain = torch.from_numpy(np.array(image))
+        plain = as_tensor(np.array(image))
         image = channels_first(plain.unsqueeze(0), last=True)[0] if plain.dim() in (2, 3) else plain
     elif isinstance(image, Tensor) and image.dim() in (2, 3):
         image = channels_first(image.unsqueeze(0))[0]

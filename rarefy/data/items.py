@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from rarefy.data.boxes.scenes import Fault
 from rarefy.data.shards import LeftOut, shuffled
-from rarefy.data.targets import ClassIndices, Target, Targets, in_words
+from rarefy.data.targets import ClassIndices, Target, Targets, as_tensor, in_words
 from rarefy.errors import DataError, FormatError
 from rarefy.system.files import opened
 
@@ -242,8 +242,8 @@ def _as_images(given: Tensor | np.ndarray, where: str) -> Tensor:
     if isinstance(given, np.ndarray) and not given.flags.writeable:
         given = given.copy()
     try:
-        images = torch.as_tensor(given).detach().cpu()
-    except TypeError as error:
+        images = as_tensor(given)
+    except (TypeError, ValueError) as error:
         raise DataError(
             f"{where}: images of type {given.dtype} can't be read; pass uint8, or float in [0, 1]"
         ) from error

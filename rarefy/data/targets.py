@@ -49,7 +49,7 @@ class ClassIndices(Targets):
 
     def of_all(self, given: object, count: int, where: str) -> Tensor:
         try:
-            labels = torch.as_tensor(np.asarray(given) if isinstance(given, list | tuple) else given).detach().cpu()
+            labels = as_tensor(given)
         except (TypeError, ValueError) as error:
             why = first_line(error, None)
             raise DataError(
@@ -114,7 +114,7 @@ class Numbers(Targets):
 
     def of_all(self, given: object, count: int, where: str) -> Tensor:
         try:
-            numbers = torch.as_tensor(np.asarray(given) if isinstance(given, list | tuple) else given).detach().cpu()
+            numbers = as_tensor(given)
         except (TypeError, ValueError) as error:
             raise DataError(f"{where}: targets can't be read ({first_line(error, None)}); pass numbers") from error
         _one_an_image(numbers, count, where)
@@ -146,6 +146,15 @@ def in_words(given: object) -> tuple[list[int], tuple[str, ...] | None] | None:
         return list(map(int, words)), None
     place = {word: index for index, word in enumerate(sorted(set(words)))}
     return [place[word] for word in words], tuple(place)
+
+
+def as_tensor(given: object) -> Tensor:
+    """On the CPU, sharing memory where it can; of arrays in the other order of bytes, too, which files may hold."""
+    if isinstance(given, list | tuple):
+        given = np.asarray(given)
+    if isinstance(given, np.ndarray) and not given.dtype.isnative:
+        given = given.astype(given.dtype.newbyteorder("="))
+    return torch.as_tensor(given).detach().cpu()
 
 
 def _several(labels: Tensor) -> bool:

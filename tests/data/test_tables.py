@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -199,6 +200,27 @@ def test_a_file_of_other_arrays_is_refused(tmp_path: Path) -> None:
     (tmp_path / "d.npz").write_bytes(b"no")
     with pytest.raises(DataError, match="can't be read"):
         Classification(val=f"npz:{tmp_path / 'd.npz'}").length("val")
+
+
+@pytest.mark.parametrize("whole", [b"(1, 8, 8), }", b"'descr'", b"|u1"])
+def test_a_damaged_header_of_an_array_is_refused(tmp_path: Path, whole: bytes) -> None:
+    """NumPy reads it as Python's words, with what that raises."""
+    file = tmp_path / "d.npz"
+    np.savez(file, images=np.zeros((1, 8, 8), np.uint8))
+    with zipfile.ZipFile(file) as archive:
+        data = archive.read("images.npy")
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("images.npy", data.replace(whole, b"(" * len(whole)))
+    with pytest.raises(DataError, match=r"can't be read \(.*write it again by np\.savez"):
+        Classification(val=f"npz:{file}").length("val")
+
+
+def test_arrays_in_another_order_of_bytes_are_read(tmp_path: Path) -> None:
+    images = np.linspace(0, 1, 128).reshape(2, 1, 8, 8)
+    other = ">" if sys.byteorder == "little" else "<"
+    np.savez(tmp_path / "d.npz", images=images.astype(f"{other}f4"), labels=np.arange(2).astype(f"{other}i4"))
+    ((found, labels),) = ImageData(val=f"npz:{tmp_path / 'd.npz'}", mean=0, std=1).batches("val", 2)
+    assert torch.equal(found, torch.from_numpy(images).float()) and labels.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(

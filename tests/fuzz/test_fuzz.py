@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import faulthandler
 import hashlib
 import io
 import json
@@ -20,7 +21,7 @@ import tarfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,11 @@ from rarefy.models.checkpoint import entries
 from rarefy.reports import prices, report, shown, view
 from rarefy.system import strict_json
 
+if not hasattr(os, "fork"):
+    pytest.skip("no processes are forked here", allow_module_level=True)
+
 SECONDS, BYTES = 5, 1 << 30  # of one execution, on the processor (12 times as long by the clock), and of all
+STUCK = 20 * SECONDS  # of one execution, by the clock
 SHORT, LONG = 8, int(os.environ.get("RAREFY_FUZZ", "0"))
 HOUR = float(os.environ.get("RAREFY_FUZZ_SECONDS", "3600"))  # of all targets
 FAILED = 10  # of one target, with which it ends
@@ -221,6 +226,26 @@ def pictures(place: Path) -> list[bytes]:
     return found
 
 
+def animated(place: Path) -> list[bytes]:
+    """Pictures of several frames, of which the first counts."""
+    draw = np.random.default_rng(1)
+    frames = [Image.fromarray(draw.integers(0, 256, (9, 11, 3), dtype=np.uint8)) for _ in range(3)]
+    found = []
+    for form, options in (
+        ("GIF", {"duration": 40, "loop": 0}),
+        ("GIF", {"duration": [1, 2, 3], "disposal": 2, "transparency": 1}),
+        ("PNG", {"duration": 40}),
+        ("WEBP", {"duration": 40}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+    ):
+        buffer = io.BytesIO()
+        frames[0].save(buffer, form, save_all=True, append_images=frames[1:], **options)
+        found.append(buffer.getvalue())
+    buffer = io.BytesIO()
+    frames[0].quantize(4).save(buffer, "GIF", interlace=1)
+    return [*found, buffer.getvalue()]
+
+
 def decoded(data: bytes, place: Path) -> object:
     source = Items("fuzz", [data], torch.arange(1), None)
     decoder = decoding.Decoder(source, (3, 8, 8), 1.0, Image.Resampling.BILINEAR, Augmentation())
@@ -239,6 +264,41 @@ def decoded_array(data: bytes, place: Path) -> object:
     (place / "x.npy").write_bytes(data)
     source = Items("fuzz", [str(place / "x.npy")], torch.arange(1), None)
     return decoding.Decoder(source, (3, 8, 8), 1.0, Image.Resampling.BILINEAR, Augmentation())[0, None]
+
+
+def arrays(place: Path) -> list[bytes]:
+    draw = np.random.default_rng(2)
+    images, labels = draw.integers(0, 256, (12, 8, 8, 3), dtype=np.uint8), np.arange(12) % 3
+    found = []
+    for write, content in (
+        (np.savez, {"x_train": images[:8], "y_train": labels[:8], "x_test": images[8:], "y_test": labels[8:]}),
+        (np.savez_compressed, {"images": images[..., 0], "labels": np.array(["cat", "dog", "cow"])[labels]}),
+        (np.savez_compressed, {"train_images": images, "train_labels": labels[:, None], "note": np.float64(1)}),
+        (np.savez, {"x": np.asfortranarray(images / 255).astype(">f4"), "y": labels == 1}),
+    ):
+        buffer = io.BytesIO()
+        write(buffer, **content)
+        found.append(buffer.getvalue())
+    return found
+
+
+TABLES = [
+    b"image,label\n" + b"".join(b"%d.png,%s\n" % (place, b"cat" if place % 2 else b"dog") for place in range(6)),
+    b'\xef\xbb\xbfid;split;"class name"\r\n' + b"".join(
+        b'"images/%d";%s;"a ""b"", c"\r\n' % (place, b"train" if place < 4 else b"test") for place in range(6)
+    ),
+    b"".join(b"%d\t%d\n" % (place, place % 3) for place in range(6)),
+]  # fmt: skip
+
+
+def table_of(data: bytes, place: Path) -> object:
+    """Beside six pictures."""
+    images = place / "images"
+    if not images.exists():
+        images.mkdir()
+        for index in range(6):
+            (images / f"{index}.png").write_bytes(pictures(place)[1])
+    return source_of("csv", ".csv")(data, place)
 
 
 def shard(place: Path) -> list[bytes]:
@@ -280,7 +340,9 @@ def source_of(form: str, suffix: str) -> Parse:
         file.write_bytes(data)
         for split in ("train", "val"):
             source = sources.load(f"{form}:{file}", split, shared=True)
-            assert isinstance(source, Items)
+            if not isinstance(source, Items):  # of arrays
+                assert len(source.images) and (source.labels is None or len(source.images) == len(source.labels))
+                continue
             decoder = decoding.Decoder(source, (3, 8, 8), 1.0, Image.Resampling.BILINEAR, Augmentation())
             for index in range(min(len(source), 6)):
                 _ = decoder[index, None]
@@ -448,6 +510,9 @@ TARGETS = {
     "onnx": Target(onnx_bytes, mutated, model_file("m.onnx"), 10),
     "picture": Target(pictures, mutated, decoded),
     "array": Target(array, mutated, decoded_array),
+    "animated": Target(animated, mutated, decoded),
+    "npz": Target(arrays, either, source_of("npz", ".npz"), 5),
+    "csv": Target(lambda _: TABLES, mutated_words, table_of, 5),
     "tar": Target(shard, mutated, source_of("tar", ".tar"), 5),
     "parquet": Target(table, mutated, source_of("parquet", ".parquet"), 10),
     "recipe": Target(lambda _: [RECIPE], mutated_words, recipe_of, 40),
@@ -479,38 +544,93 @@ def limited(seconds: int) -> Iterator[None]:
             signal.signal(one, handler)
 
 
-def run(name: str, count: int, place: Path, seconds: float = 1e9) -> tuple[int, int]:
-    """So many executions, or as many as fit into so many seconds; how many files were taken, and how many refused."""
+@dataclass
+class Found:
+    """What executions came to. begun: the number of the last one that began."""
+
+    taken: int = 0
+    refused: int = 0
+    begun: int = -1
+    grown: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+
+def execute(name: str, corpus: list[bytes], place: Path, found: Found, count: int, until: float) -> Iterator[Found]:
+    """From the execution behind the last one on; yields as each begins."""
     target = TARGETS[name]
-    corpus = target.corpus(place)
-    taken = refused = 0
-    wrong: list[str] = []
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    begin = time.monotonic()
-    for index in range(count):
-        if time.monotonic() - begin > seconds or len(wrong) == FAILED:
+    for index in range(found.begun + 1, count):
+        if time.monotonic() > until or len(found.wrong) >= FAILED:
             break
-        draw = random.Random(f"{name} {SEED} {index}")
-        data = target.mutate(draw, draw.choice(corpus)) if index else corpus[0]
+        found.begun = index
+        yield found
+        data = drawn(name, corpus, index)
         try:
             with limited(SECONDS), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 target.parse(data, place)
-            taken += 1
+            found.taken += 1
         except RarefyError as error:
-            refused += 1
+            found.refused += 1
             if "\n" in str(error):
-                wrong.append(f"number {index}: {error}")
+                found.wrong.append(f"number {index}: {error}")
         except BaseException as error:
             (place / f"input-{index}").write_bytes(data)
-            wrong.append(f"number {index}: {type(error).__name__}: {error}")
-    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held)
-    assert not wrong, f"{name} (seed {SEED}): " + "; ".join(wrong)
-    assert grown < BYTES, f"{name}: {grown:,} bytes more"
-    return taken, refused
+            found.wrong.append(f"number {index}: {type(error).__name__}: {error}")
+    found.grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held)
+    yield found
 
 
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no interval timer")
+def drawn(name: str, corpus: list[bytes], index: int) -> bytes:
+    draw = random.Random(f"{name} {SEED} {index}")
+    return TARGETS[name].mutate(draw, draw.choice(corpus)) if index else corpus[0]
+
+
+def ended(child: int, told: Path) -> int:
+    """Its exit code; it is killed where it says nothing new for long: C code that never returns hears no signal."""
+    said, since = b"", time.monotonic()
+    while True:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        with contextlib.suppress(FileNotFoundError):
+            if told.read_bytes() != said:
+                said, since = told.read_bytes(), time.monotonic()
+        if time.monotonic() - since > STUCK:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def run(name: str, count: int, place: Path, seconds: float = 1e9) -> tuple[int, int]:
+    """So many executions, or as many as fit into so many seconds; how many files were taken, and how many refused.
+
+    In a process of its own, which another one follows where a file kills it: the parsers of other packages are C.
+    """
+    corpus, told, found = TARGETS[name].corpus(place), place / "told", Found()
+    until = time.monotonic() + seconds
+    while True:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                faulthandler.disable()  # what dies is told by its number
+                with open(told, "wb", buffering=0) as file:
+                    for state in execute(name, corpus, place, found, count, until):
+                        os.pwrite(file.fileno(), json.dumps(asdict(state)).encode(), 0)
+                code = 0
+            finally:
+                os._exit(code)
+        code = ended(child, told)
+        found = Found(**json.loads(told.read_bytes()))
+        if code == 0:
+            break
+        (place / f"input-{found.begun}").write_bytes(drawn(name, corpus, found.begun))
+        found.wrong.append(f"number {found.begun}: exit code {code}")
+    assert not found.wrong, f"{name} (seed {SEED}): " + "; ".join(found.wrong)
+    assert found.grown < BYTES, f"{name}: {found.grown:,} bytes more"
+    return found.taken, found.refused
+
+
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_parser_answers_or_raises_a_rarefy_error(name: str, tmp_path: Path) -> None:
     count = max(12, SHORT * 100 // TARGETS[name].cost)

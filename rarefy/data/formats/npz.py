@@ -7,8 +7,11 @@ for. Pickled arrays are refused.
 
 from __future__ import annotations
 
+import lzma
 import os
+import tokenize
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,11 @@ from rarefy.system.files import plain
 from rarefy.system.memory import afford
 
 _IMAGES = ("images", "image", "x", "data", "imgs", "arr_0")
+# What zipfile, zlib and NumPy raise of a damaged file: NumPy reads an array's header as words of Python.
+_BROKEN = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, ValueError, TypeError, SyntaxError, tokenize.TokenError, OSError,
+    EOFError, RuntimeError, MemoryError,
+)  # fmt: skip
 _LABELS = ("labels", "label", "y", "targets", "target", "arr_1")
 
 
@@ -43,7 +51,7 @@ def read(text: str, rest: str, split: Split) -> tuple[object, bool]:
                 )
             images, labels = found
             return (file[images], file[labels] if labels else None), divided
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError, NotImplementedError, MemoryError) as error:
+    except _BROKEN as error:
         raise DataError(f"{text}: can't be read ({str(error)[:150]}); write it again by np.savez") from error
 
 
