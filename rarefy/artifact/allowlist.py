@@ -13,11 +13,13 @@ the graph is tried on an example without numbers: ``rarefy.artifact.operators.tr
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
+from typing import NamedTuple
 
 import torch
 from torch import fx
@@ -108,6 +110,46 @@ def name_of(target: object) -> str:
     return name
 
 
+class _Parameter(NamedTuple):
+    name: str
+    kind: str
+    positional: bool
+    optional: bool
+
+
+class _Row(NamedTuple):
+    """An operator's schema, asked of torch once."""
+
+    name: str
+    parameters: Sequence[_Parameter]
+    names: frozenset[str]
+    places: Sequence[str]  # names of positional parameters
+    yields: str
+
+
+@functools.cache
+def _row(target: torch._ops.OpOverload) -> _Row:
+    schema = target._schema
+    parameters = [
+        _Parameter(one.name, str(one.real_type), not one.kwarg_only, one.has_default_value())
+        for one in schema.arguments
+    ]
+    return _Row(
+        schema.name.removeprefix("aten::"),
+        parameters,
+        frozenset(one.name for one in parameters),
+        [one.name for one in parameters if one.positional],
+        _yielded([str(result.type) for result in schema.returns]),
+    )
+
+
+@functools.cache
+def rules_of(target: object) -> Mapping[str, str]:
+    """Argument -> its rule, of an operator of aten.txt."""
+    return ATEN.get(str(target), {})
+
+
+@functools.cache
 def function_named(name: str) -> Target:
     """The operator of that name. Raises FormatError if it is not in the list, or this torch has none such."""
     if name in FUNCTIONS:
@@ -142,35 +184,32 @@ def check_call(
     if target in _NAME_OF:
         return _check_function(_NAME_OF[target], args, kwargs, yields)
     assert isinstance(target, torch._ops.OpOverload)
-    schema = target._schema
-    arguments = schema.arguments
-    positional = [argument for argument in arguments if not argument.kwarg_only]
-    if len(args) > len(positional):
-        raise FormatError(f"{target} takes {len(positional)} arguments, not {len(args)}")
-    given = {argument.name: value for argument, value in zip(positional, args, strict=False)}
+    row = _row(target)
+    if len(args) > len(row.places):
+        raise FormatError(f"{target} takes {len(row.places)} arguments, not {len(args)}")
+    given = dict(zip(row.places, args, strict=False))
     twice = given.keys() & kwargs.keys()
-    unknown = kwargs.keys() - {argument.name for argument in arguments}
+    unknown = kwargs.keys() - row.names
     if twice or unknown:
         raise FormatError(f"{target} takes no argument {min(twice | unknown)[:80]!r}{' twice' if twice else ''}")
     given.update(kwargs)
-    name = schema.name.removeprefix("aten::")
-    for argument in arguments:
-        if argument.name not in given:
-            if not argument.has_default_value():
-                raise FormatError(f"{target} lacks its argument {argument.name!r}")
+    for name, kind, _, optional in row.parameters:
+        if name not in given:
+            if not optional:
+                raise FormatError(f"{target} lacks its argument {name!r}")
             continue
-        value, kind = given[argument.name], str(argument.real_type)
-        numeral = kind != "Tensor" or isinstance(value, fx.Node) or argument.name in _NUMERALS
+        value = given[name]
+        numeral = kind != "Tensor" or isinstance(value, fx.Node) or name in _NUMERALS
         if not _fits(value, kind, yields) or not numeral:
-            raise FormatError(f"{target}: {argument.name} must be {kind}, not {_said(value)}")
-        _check_sizes(target, name, argument.name, value, kind)
-    if name == "arange":
+            raise FormatError(f"{target}: {name} must be {kind}, not {_said(value)}")
+        _check_sizes(target, row.name, name, value, kind)
+    if row.name == "arange":
         _check_arange(target, given)
-    for argument_name, rule in ATEN.get(str(target), {}).items():
-        reason = _broken(rule, given.get(argument_name), given)
+    for name, rule in rules_of(target).items():
+        reason = _broken(rule, given.get(name), given)
         if reason:
-            raise FormatError(f"{target}: {argument_name} must be {reason}, not {_said(given.get(argument_name))}")
-    return _yielded([str(result.type) for result in schema.returns])
+            raise FormatError(f"{target}: {name} must be {reason}, not {_said(given.get(name))}")
+    return row.yields
 
 
 # Tensors that a number may stand for.

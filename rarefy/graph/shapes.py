@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from rarefy.graph.interpreter import Rule, check_lstm, steps, values
 from rarefy.graph.nodes import Value, attribute, example_inputs
 from rarefy.kernels.lstm import LSTM
+from rarefy.system.quiet import quiet
 
 aten = torch.ops.aten
 
@@ -83,7 +84,40 @@ def walk(
         elif node.op == "get_attr":
             value = attribute(graph, node)
             live[node] = value.detach().to("meta") if isinstance(value, Tensor) else value
-    return steps(graph, list(graph.graph.nodes)[:-1], live, compute or shape_of)
+    return steps(graph, list(graph.graph.nodes)[:-1], live, compute or remembered(shape_of))
+
+
+def remembered(ask: Rule) -> Rule:
+    """``ask``, once for each operator with arguments of the same shapes and types: most of a network is repeated."""
+    known: dict[object, Value] = {}
+
+    def rule(node: fx.Node, live: Mapping[fx.Node, Value]) -> Value:
+        try:
+            named = [(name, _likeness(value, live)) for name, value in node.kwargs.items()]
+            key = node.target, _likeness(node.args, live), *named
+            if key in known:
+                return known[key]
+        except TypeError:  # a computed size, which stands for many
+            return ask(node, live)
+        value = known[key] = ask(node, live)
+        return value
+
+    return rule
+
+
+def _likeness(value: Value, live: Mapping[fx.Node, Value]) -> object:
+    """All that a shape can depend on. Raises TypeError for what can't be compared."""
+    if isinstance(value, fx.Node):
+        value = live[value]
+    kind = type(value)
+    if isinstance(value, Tensor):
+        held = not value.is_meta and (not isinstance(value, FakeTensor) or value.constant is not None)
+        return kind, value.shape, value.dtype, value.stride(), id(value) if held else None
+    if isinstance(value, (list, tuple)):
+        return kind, *[_likeness(one, live) for one in value]
+    if isinstance(value, (dict, slice, torch.SymInt, torch.SymFloat, torch.SymBool)):
+        raise TypeError(kind)
+    return kind, value
 
 
 def check_lstms(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
@@ -102,19 +136,31 @@ _SEEN: weakref.WeakKeyDictionary[fx.GraphModule, set[object]] = weakref.WeakKeyD
 
 def shape_of(node: fx.Node, live: Mapping[fx.Node, Value]) -> Value:
     """What a ``call_function`` node yields, where its sources yield tensors without numbers."""
-    if node.target is LSTM:
-        check_lstm(node, live)
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), live.__getitem__)
-    if _keeps_shape(node, args):
-        return args[0]
-    rule = _SHAPES.get(node.target)
-    value = None if rule is None else rule(*args, **kwargs)
+    value = _known(node, live, args, kwargs)
     if value is not None:
         return value
     args, kwargs = fx.node.map_aggregate((args, kwargs), _nowhere)
     if _creates(node.target):
         kwargs = {**kwargs, "device": _META}
     return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def fake_of(node: fx.Node, live: Mapping[fx.Node, Value]) -> Value:
+    """``shape_of`` among fake tensors, which have a device."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), live.__getitem__)
+    value = _known(node, live, args, kwargs)
+    return node.target(*args, **kwargs) if value is None else value  # type: ignore[operator]
+
+
+def _known(node: fx.Node, live: Mapping[fx.Node, Value], args: Sequence[Value], kwargs: Mapping[str, Value]) -> Value:
+    """What the node yields, where the operator need not be asked; else None."""
+    if node.target is LSTM:
+        check_lstm(node, live)
+    if _keeps_shape(node, args):
+        return args[0]
+    rule = _SHAPES.get(node.target)
+    return None if rule is None else rule(*args, **kwargs)
 
 
 def _keeps_shape(node: fx.Node, args: Sequence[Value]) -> bool:
@@ -233,6 +279,33 @@ def _remembered(
     return input.new_empty((*input.shape[:2], hx[0].shape[2] * (2 if bidirectional else 1))), *hx
 
 
+def _stepped(operator: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Value]:
+    """Of another recurrent layer: asked about one step, since torch goes through them all."""
+
+    def rule(input: Tensor, hx: Tensor, *others: Value) -> tuple[Tensor, Tensor] | None:
+        axis = 1 if others and others[-1] is True else 0
+        if not isinstance(input, Tensor) or input.dim() != 3 or input.shape[axis] < 2 or len(others) != 7:
+            return None
+        first, state = operator(input.narrow(axis, 0, 1), hx, *others)
+        shape = list(first.shape)
+        shape[axis] = input.shape[axis]
+        return first.new_empty(shape), state
+
+    return rule
+
+
+def _resized(input: Tensor, output_size: Sequence[int] | None, *others: Value) -> Tensor | None:
+    """Of a picture that is put on another grid: torch's own rule writes all of its samples out."""
+    factors = others[-1] if others and isinstance(others[-1], (list, tuple)) else []
+    if not isinstance(input, Tensor) or not input.is_floating_point() or (factors and output_size is not None):
+        return None
+    if output_size is None and len(factors) == input.dim() - 2:
+        output_size = [math.floor(size * factor) for size, factor in zip(input.shape[2:], factors)]
+    if output_size is None or len(output_size) != input.dim() - 2 or min(*input.shape[1:], *output_size) < 1:
+        return None
+    return input.new_empty((*input.shape[:2], *output_size))
+
+
 # Shapes known without asking the operator; None: not that plain.
 _SHAPES: dict[object, Callable[..., Value]] = {
     aten.lstm.input: _remembered,
@@ -244,6 +317,12 @@ _SHAPES: dict[object, Callable[..., Value]] = {
     aten.cat.default: _joined,
     aten.adaptive_avg_pool2d.default: _pooled,
     **dict.fromkeys(_LIKE_BOTH, _spread),
+    **{one: _stepped(one) for one in (aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)},
+    **{
+        getattr(getattr(aten, f"upsample_{mode}"), form): _resized
+        for mode in ("linear1d", "bilinear2d", "bicubic2d", "trilinear3d")
+        for form in ("default", "vec")
+    },
 }
 _META = torch.device("meta")
 
@@ -259,5 +338,5 @@ def _nowhere(value: Value) -> Value:
 
 
 def _fake_shapes(graph: fx.GraphModule, batch: int) -> dict[fx.Node, Value]:
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with quiet("torch._subclasses.fake_tensor"), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         return dict(values(graph, [mode.from_tensor(example) for example in example_inputs(graph, batch)]))

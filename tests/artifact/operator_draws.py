@@ -36,7 +36,7 @@ from rarefy.errors import FormatError
 
 SECONDS = 8.0  # of computing, for one draw
 HELD = 1 << 24  # bytes that load allows here, so that a draw is quick
-MEMORY = 1 << 29  # bytes of addresses beyond what the process has mapped when it begins
+MEMORY = 1 << 29  # bytes of addresses beyond what the process has mapped, for what is tried
 MOST_NUMBERS = 10_000  # of a tensor that is drawn
 PAGE = mmap.PAGESIZE
 ROOM = 64 * PAGE  # bytes of a guarded piece
@@ -392,6 +392,19 @@ def one_call(overload: Any, args: list[Any], kwargs: dict[str, Any]) -> fx.Graph
     return module
 
 
+@contextlib.contextmanager
+def little_memory() -> Iterator[None]:
+    """For what is tried alone: this file's own copies, and what draws before have left, are not the operator's."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        mapped = int(file.read().split()[0]) * PAGE
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
 def poisoned(byte: int) -> None:
     """Leaves freed memory full of that byte."""
     blocks = [
@@ -431,10 +444,11 @@ def bits(value: Any) -> Any:
 def is_refused(graph: fx.GraphModule) -> bool:
     """By what looks at a folder's graph."""
     yields = dict.fromkeys((one for one in graph.graph.nodes if one.op == "get_attr"), allowlist.TENSOR)
+    (node,) = (node for node in graph.graph.nodes if node.op == "call_function")
     try:
-        (node,) = (node for node in graph.graph.nodes if node.op == "call_function")
-        allowlist.check_call(node.target, node.args, node.kwargs, yields)
-        trial.check(graph, "drawn")
+        with little_memory():
+            allowlist.check_call(node.target, node.args, node.kwargs, yields)
+            trial.check(graph, "drawn")
     except FormatError:
         return True
     return False
@@ -452,7 +466,7 @@ def examined(graph: fx.GraphModule, guard: Guard, laid: Callable[[Tensor], Tenso
         torch.manual_seed(0)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda one: stored[one.target])
         try:
-            with torch.no_grad():
+            with torch.no_grad(), little_memory():
                 answer = node.target(*args, **kwargs)
         except (
             RuntimeError,
@@ -492,9 +506,6 @@ def main() -> None:
     torch.set_num_threads(1)
     ones = torch.ones(2, 2)
     trial.check(one_call(torch.ops.aten.einsum.default, ["ij,jk->ik", [ones, ones]], {}), "")  # the first imports much
-    with open("/proc/self/statm", encoding="ascii") as file:
-        mapped = int(file.read().split()[0]) * PAGE
-    resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, mapped + MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     trial.MOST_HELD = HELD
     guard = Guard()

@@ -21,6 +21,7 @@ from rarefy.kernels import OPERATORS
 
 CHILD = Path(__file__).with_name("operator_draws.py")
 DEATHS = 5  # of one operator, after which it is left
+STUCK, EACH = 300, 0.05  # seconds of a process, and more of each draw, by the clock: a draw is ended by the processor's
 
 
 def overloads():
@@ -40,7 +41,9 @@ def survey(names, seed, count, *options):
     while left:
         given = "".join(f"{name} {first}\n" for name, first in left)
         command = [sys.executable, str(CHILD), str(seed), str(count), *options]
-        child = subprocess.run(command, input=given, capture_output=True, text=True, check=False)
+        child = subprocess.run(
+            command, input=given, capture_output=True, text=True, check=False, timeout=STUCK + EACH * count * len(left)
+        )
         draw = None
         for line in child.stdout.splitlines():
             what, *rest = json.loads(line)

@@ -3,6 +3,7 @@
 import json
 import math
 import operator
+import time
 
 import numpy as np
 import pytest
@@ -437,3 +438,36 @@ def test_a_convolution_that_some_cpus_misread_is_refused(dtype, stride, width, p
         graph(call, **given)
     else:
         refused("in bfloat16 answers with memory that was never written.*save the model in float32", call, **given)
+
+
+def test_operators_on_shapes_of_their_own_have_an_end(monkeypatch):
+    monkeypatch.setattr(trial, "MOST_KINDS", 20)
+    graph(*[("aten.exp.default", X)] * 50)
+    refused(
+        "node n20: .* too large a network: over 20 operators on shapes of their own",
+        *[("aten.clamp.default", X, 0, place) for place in range(50)],
+    )
+
+
+def test_a_long_sequence_costs_one_step():
+    gru = nn.GRU(4, 6, batch_first=True)
+    tensors = {f"w{place}": weight.detach() for place, weight in enumerate(gru._flat_weights)} | {
+        "h": torch.zeros(1, 2, 6)
+    }
+    given = [n(f"t_w{place}") for place in range(4)]
+    begin = time.process_time()
+    call = ("aten.gru.input", X, n("t_h"), given, True, 1, 0.0, False, False, True)
+    graph(call, ("operator.getitem", n("n0"), 0), tensors=tensors, shape=(60_000, 4))
+    assert time.process_time() - begin < 5  # torch goes through all the steps, a millisecond each
+
+
+def test_what_fails_among_fake_tensors_is_one_line(monkeypatch, capfd, caplog):
+    """torch logs a traceback of its own."""
+
+    def needs_numbers(node, live):
+        raise NotImplementedError("no meta kernel")
+
+    monkeypatch.setattr(trial, "shape_of", needs_numbers)
+    graph(("aten.exp.default", X))
+    refused("does not run on an example", ("aten.expand.default", X, [2, 3]))
+    assert not caplog.records and capfd.readouterr() == ("", "")

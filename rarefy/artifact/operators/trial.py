@@ -14,28 +14,33 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rarefy.artifact.allowlist import ATEN, FUNCTIONS, MOST_NUMBERS
+from rarefy.artifact.allowlist import FUNCTIONS, MOST_NUMBERS, rules_of
 from rarefy.errors import FormatError, RarefyError, first_line
-from rarefy.graph.interpreter import call, steps
+from rarefy.graph.interpreter import steps
 from rarefy.graph.nodes import Value, arguments
-from rarefy.graph.shapes import shape_of, walk
+from rarefy.graph.shapes import fake_of, remembered, shape_of, walk
 from rarefy.system.memory import HELD, afford
+from rarefy.system.quiet import quiet
 
 # Bytes that a graph may hold at once for two samples: so many whatever it is given, and so many for each byte it is.
 MOST_HELD = 2**28
 MULTIPLE = 256
 GROWTH = 1.5  # times what two samples take of each more, within which memory still counts as growing as they do
 MOST_AXES = 16
+# Operators on shapes of their own, each of which takes torch up to a millisecond to try: DenseNet-201 has some hundreds.
+MOST_KINDS = 5000
 # Bits of a whole number that is computed from sizes; multiplying numbers adds theirs.
 MOST_BITS = 2**16
 
 Values = Mapping[str, Value]
+_META = re.compile(r"\bmeta\b", re.IGNORECASE)  # the device, in what torch says
 
 
 def check(graph: fx.GraphModule, where: str) -> None:
@@ -73,10 +78,11 @@ def _tried(graph: fx.GraphModule, where: str, samples: int, most: float) -> int:
             trial.run(walk(graph, _inputs(graph, samples), trial.compute(shape_of)))
         except _NeedsNumbers:
             trial.highest = 0
-            with FakeTensorMode(allow_non_fake_inputs=True):
+            mode = FakeTensorMode(allow_non_fake_inputs=True, allow_fallback_kernels=False)  # which run on real zeros
+            with quiet("torch._subclasses.fake_tensor"), mode:
                 examples = [torch.empty_like(one, device="cpu") for one in _inputs(graph, samples)]  # fake: no memory
                 live = dict(zip(graph.graph.find_nodes(op="placeholder"), examples))
-                trial.run(steps(graph, list(graph.graph.nodes)[:-1], live, trial.compute(call)))
+                trial.run(steps(graph, list(graph.graph.nodes)[:-1], live, trial.compute(fake_of)))
     return trial.highest
 
 
@@ -98,23 +104,31 @@ class _Trial:
         self.graph, self.where, self.most = graph, where, most
         self.last = {source: node for node in graph.graph.nodes for source in node.all_input_nodes}
         self.highest, self.inside = 0, 0  # inside: of the operator that runs
+        self.kinds = 0  # of operators and shapes that were asked
 
     def compute(self, ask: Callable[[fx.Node, Mapping[fx.Node, Value]], Value]) -> Callable[..., Value]:
         """A rule for the interpreter: what ``ask`` says of a node, once its arguments keep the rules."""
+        asked = remembered(lambda node, live: ask(self._counted(node), live))
 
         def rule(node: fx.Node, live: Mapping[fx.Node, Value]) -> Value:
             try:
                 self._check_arguments(node, live)
-                return ask(node, live)
+                return asked(node, live)
             except FormatError:
                 raise
             except Exception as error:
-                if ask is shape_of and (isinstance(error, NotImplementedError) or "meta" in str(error).lower()):
+                if ask is shape_of and (isinstance(error, NotImplementedError) or _META.search(str(error))):
                     raise _NeedsNumbers from error
                 said = str(error) if isinstance(error, RarefyError) else first_line(error)
                 raise self._refusal(node, f"does not run on an example of the graph's inputs ({said})") from error
 
         return rule
+
+    def _counted(self, node: fx.Node) -> fx.Node:
+        self.kinds += 1
+        if self.kinds > MOST_KINDS:
+            raise self._refusal(node, f"is too large a network: over {MOST_KINDS} operators on shapes of their own")
+        return node
 
     def run(self, values: Iterable[tuple[fx.Node, Value]]) -> None:
         """Adds up what is held while the nodes run, one after the other."""
@@ -140,7 +154,7 @@ class _Trial:
         return sum(_bytes(one) for one in found)
 
     def _check_arguments(self, node: fx.Node, live: Mapping[fx.Node, Value]) -> None:
-        for name, rule in ATEN.get(str(node.target), {}).items():
+        for name, rule in rules_of(node.target).items():
             if rule not in _RULES:
                 continue
             given = arguments(node)
