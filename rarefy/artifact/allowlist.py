@@ -19,11 +19,11 @@ import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
-from typing import NamedTuple
 
 import torch
 from torch import fx
 
+from rarefy.artifact.operators.schema import ANY, LIST, NUMBER, TENSOR, TENSORS, row_of
 from rarefy.errors import FormatError
 from rarefy.graph.nodes import Value
 from rarefy.kernels import OPERATORS
@@ -68,9 +68,6 @@ FUNCTIONS: dict[str, tuple[Target, int]] = {
 _NAME_OF: dict[object, str] = {function: name for name, (function, _) in FUNCTIONS.items()}
 _OVERLOAD = re.compile(r"(aten|rarefy)\.([A-Za-z_][A-Za-z0-9_]*)\.([A-Za-z][A-Za-z0-9_]*)")
 
-# What a node yields, as far as an argument must know it.
-TENSOR, TENSORS, LIST, NUMBER, ANY = "tensor", "tensors", "list", "number", "any"
-
 _SCALARS: dict[str, Callable[[object], bool]] = {
     "Tensor": lambda value: type(value) in (int, float, bool),  # a number stands for a tensor of one element
     "int": lambda value: type(value) is int,
@@ -108,39 +105,6 @@ def name_of(target: object) -> str:
             "graph, and torch.save(graph.state_dict()) its weights"
         )
     return name
-
-
-class _Parameter(NamedTuple):
-    name: str
-    kind: str
-    positional: bool
-    optional: bool
-
-
-class _Row(NamedTuple):
-    """An operator's schema, asked of torch once."""
-
-    name: str
-    parameters: Sequence[_Parameter]
-    names: frozenset[str]
-    places: Sequence[str]  # names of positional parameters
-    yields: str
-
-
-@functools.cache
-def _row(target: torch._ops.OpOverload) -> _Row:
-    schema = target._schema
-    parameters = [
-        _Parameter(one.name, str(one.real_type), not one.kwarg_only, one.has_default_value())
-        for one in schema.arguments
-    ]
-    return _Row(
-        schema.name.removeprefix("aten::"),
-        parameters,
-        frozenset(one.name for one in parameters),
-        [one.name for one in parameters if one.positional],
-        _yielded([str(result.type) for result in schema.returns]),
-    )
 
 
 @functools.cache
@@ -184,7 +148,7 @@ def check_call(
     if target in _NAME_OF:
         return _check_function(_NAME_OF[target], args, kwargs, yields)
     assert isinstance(target, torch._ops.OpOverload)
-    row = _row(target)
+    row = row_of(target)
     if len(args) > len(row.places):
         raise FormatError(f"{target} takes {len(row.places)} arguments, not {len(args)}")
     given = dict(zip(row.places, args, strict=False))
@@ -274,13 +238,6 @@ def _check_arange(target: Target, given: Mapping[str, Value]) -> None:
         return  # a size that is only known when the graph runs
     if not step or not abs((end - start) / step) <= MOST_ELEMENTS:  # written so that NaN is refused too
         raise FormatError(f"{target}: from {start} to {end} by {step} is too large (at most {MOST_ELEMENTS} elements)")
-
-
-def _yielded(returns: Sequence[str]) -> str:
-    if len(returns) != 1:
-        return TENSORS if all(kind == "Tensor" for kind in returns) else LIST
-    known = {"Tensor": TENSOR, "List[Tensor]": TENSORS}
-    return known.get(returns[0], LIST if returns[0].startswith("List[") else NUMBER)
 
 
 def _check_function(

@@ -26,6 +26,7 @@ from torch import Tensor, fx, nn
 
 from rarefy.artifact import allowlist, words
 from rarefy.artifact.coding import joined, packing, text
+from rarefy.artifact.operators import schema as kinds
 from rarefy.artifact.operators import trial
 from rarefy.artifact.words import MOST_NODES, check_names, is_identifier, is_range, store_of
 from rarefy.errors import FormatError
@@ -318,17 +319,17 @@ def _build_graph(entries: list[Json], tensors: Mapping[str, Entry], wanted: int,
         elif op == "get_attr":
             known = isinstance(target, str) and (target in tensors or target == "training")
             expect(known, at, f"reads {said(target)}, which is no tensor of the file")
-            kind = allowlist.NUMBER if target == "training" else allowlist.TENSOR
+            kind = kinds.NUMBER if target == "training" else kinds.TENSOR
         elif op == "placeholder":
             same = is_identifier(target) and re.fullmatch(re.escape(target) + r"(_\d+)?", name)
             expect(same and target not in _TAKEN, at, f"is an input of another name, {said(target)}")
             expect(target not in inputs, at, f"is a second input {said(target)}")
             inputs.add(target)
-            kind = allowlist.TENSOR
+            kind = kinds.TENSOR
         else:
             expect(op == "output" and target is None, at, f"does {said(op)}, which is no operation of a graph")
             expect(len(args) == 1 and index == len(entries) - 1, at, "is not one output at the end")
-            target, kind = "output", allowlist.ANY
+            target, kind = "output", kinds.ANY
         node = graph.create_node(op, target, tuple(args), kwargs, name=name)
         expect(node.name == name, at, f"can't be named {said(name)}")
         nodes[name], yields[node], node.meta = node, kind, {"stack": stack}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rarefy.kernels.library import operator
-from rarefy.kernels.quantize import check_groups
+from rarefy.kernels.quantize import repeated
 
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 LARGEST = _VALUES[-1]
@@ -60,8 +60,7 @@ def dequantize_fp4(q: Tensor, scale: Tensor, tensor_scale: Tensor, group: int) -
 
     scale: (out, ceil(in / group), 1, ...). tensor_scale: (). The numbers, in the type of ``tensor_scale``.
     """
-    check_groups(scale, q, 1, group)
-    step = (block_scale(scale) * tensor_scale.float()).repeat_interleave(group, 1).narrow(1, 0, q.shape[1])
+    step = repeated(block_scale(scale) * tensor_scale.float(), q, 1, group)
     return (decoded(q) * step).to(tensor_scale.dtype)
 
 

@@ -54,8 +54,8 @@ def convolution(
 
     weight: codes (o, c / groups, *kernel). bias: int32 (o,). weight_scale: (o,). Returns numbers (n, o, *places').
     """
-    places = (stride, padding, dilation, groups)
-    return _convolved(x, weight, bias, x_zero_point, x_scale * weight_scale, places, lambda numbers: numbers)
+    places, factor = (stride, padding, dilation, groups), x_scale * weight_scale
+    return _convolved(x, weight, bias, x_zero_point, factor, places, lambda numbers: numbers.to(factor.dtype))
 
 
 def convolution_codes(
@@ -88,7 +88,8 @@ def linear(
     x: Tensor, weight: Tensor, bias: Tensor, x_scale: Tensor, x_zero_point: Tensor, weight_scale: Tensor
 ) -> Tensor:
     """x: codes (..., i). weight: codes (o, i). bias: int32 (o,). weight_scale: (o,). Returns numbers (..., o)."""
-    return _multiplied(x, weight, bias, x_zero_point, x_scale * weight_scale, lambda numbers: numbers)
+    factor = x_scale * weight_scale
+    return _multiplied(x, weight, bias, x_zero_point, factor, lambda numbers: numbers.to(factor.dtype))
 
 
 def linear_codes(
@@ -119,7 +120,7 @@ def _convolved(
     then: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """``then`` of the sums times ``factor`` (outputs,), which may work in place."""
-    kind = factor.dtype
+    kind = torch.promote_types(factor.dtype, torch.float32)  # 16 bits hold no sums
     (low, high), whole = _split(bias, kind), weight.to(kind)
     axes = weight.dim() - 2
     convolve, wide = CONVOLUTIONS[axes], (-1, *[1] * axes)
@@ -135,7 +136,7 @@ def _convolved(
 def _multiplied(
     x: Tensor, weight: Tensor, bias: Tensor, zero_point: Tensor, factor: Tensor, then: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    kind = factor.dtype
+    kind = torch.promote_types(factor.dtype, torch.float32)  # 16 bits hold no sums
     (low, high), whole = _split(bias, kind), weight.to(kind)
 
     def some(x: Tensor) -> Tensor:

@@ -68,15 +68,19 @@ def along(parameter: Tensor, x: Tensor, axis: int | None, group: int = 0) -> Ten
         return parameter
     axis = axis % x.dim()
     if group:
-        check_groups(parameter, x, axis, group)
-        return parameter.repeat_interleave(group, axis).narrow(axis, 0, x.shape[axis])
+        return repeated(parameter, x, axis, group)
     return parameter.view([-1 if dim == axis else 1 for dim in range(x.dim())])
 
 
-def check_groups(parameter: Tensor, x: Tensor, axis: int, group: int) -> None:
-    """Before each number is repeated ``group`` times: the repetitions are then no more than ``x``, rounded up."""
-    if group < 1 or parameter.dim() != x.dim() or parameter.shape[axis] != -(-x.shape[axis] // group):
+def repeated(parameter: Tensor, x: Tensor, axis: int, group: int) -> Tensor:
+    """Each number of ``parameter`` for the ``group`` of ``x`` along the axis that it is for; the last may be shorter.
+
+    Raises ValueError for groups that are not as many as ``x`` has.
+    """
+    size = x.shape[axis]
+    if group < 1 or parameter.dim() != x.dim() or parameter.shape[axis] != -(-size // group):
         raise ValueError(f"{tuple(parameter.shape)} are not the scales of {tuple(x.shape)} in groups of {group}")
+    return parameter.repeat_interleave(max(1, min(group, size)), axis).narrow(axis, 0, size)
 
 
 def quantize(

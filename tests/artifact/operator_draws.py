@@ -32,6 +32,7 @@ from torch import Tensor, fx, nn
 
 from rarefy.artifact import allowlist
 from rarefy.artifact.operators import trial
+from rarefy.artifact.operators.schema import TENSOR
 from rarefy.errors import FormatError
 
 SECONDS = 8.0  # of computing, for one draw
@@ -443,7 +444,7 @@ def bits(value: Any) -> Any:
 
 def is_refused(graph: fx.GraphModule) -> bool:
     """By what looks at a folder's graph."""
-    yields = dict.fromkeys((one for one in graph.graph.nodes if one.op == "get_attr"), allowlist.TENSOR)
+    yields = dict.fromkeys((one for one in graph.graph.nodes if one.op == "get_attr"), TENSOR)
     (node,) = (node for node in graph.graph.nodes if node.op == "call_function")
     try:
         with little_memory():

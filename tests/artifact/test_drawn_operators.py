@@ -73,12 +73,12 @@ def test_every_row_of_the_list_is_an_operator():
 
 
 def test_every_rule_is_one():
-    from rarefy.artifact.operators import trial
+    from rarefy.artifact.operators import rules as shaped
 
     static = {"statistics", "stored", "none", "formula"}
     for name, rules in allowlist.ATEN.items():
         for argument, rule in rules.items():
-            assert rule in static or rule in trial._RULES or "/" in rule or rule.replace("-", "").isdigit(), (
+            assert rule in static or rule in shaped.RULES or "/" in rule or rule.replace("-", "").isdigit(), (
                 name,
                 rule,
             )

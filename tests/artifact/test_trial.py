@@ -440,6 +440,75 @@ def test_a_convolution_that_some_cpus_misread_is_refused(dtype, stride, width, p
         refused("in bfloat16 answers with memory that was never written.*save the model in float32", call, **given)
 
 
+@pytest.mark.parametrize(
+    ("shape", "kernel", "places", "dtype", "words"),
+    [
+        ((3, 1, 8), (8, 3, 2, 2), ([1, 2], [2, 2], [3, 3]), "bfloat16", "meets nothing but padding"),
+        ((3, 1, 8), (8, 3, 2, 2), ([1, 2], [2, 2], [3, 3]), "float32", ""),
+        ((3, 1, 8), (8, 3, 3, 2), ([1, 2], [2, 2], [2, 3]), "bfloat16", ""),  # the middle row is met
+        ((4, 8, 1), (16, 4, 1, 1), ([1, 2], [0, 1], [1, 1]), "float16", "meets nothing but padding"),
+        ((4, 8, 1), (16, 4, 1, 1), ([1, 1], [0, 1], [1, 1]), "float16", ""),
+        ((3, 1, 8, 8), (16, 3, 2, 2, 2), ([1, 1, 1], [1, 0, 0], [1, 1, 1]), "bfloat16", "never written"),
+        ((3, 2, 8, 8), (16, 3, 2, 2, 2), ([1, 1, 1], [1, 0, 0], [1, 1, 1]), "bfloat16", ""),
+        ((3, 1, 8, 8), (16, 3, 1, 2, 2), ([1, 1, 1], [1, 0, 0], [1, 1, 1]), "bfloat16", ""),
+        ((3, 1), (4, 3, 1), ([2], [1], [1]), "float16", "meets nothing but padding"),
+        ((3, 4), (4, 3, 400), ([1], [198], [1]), "float16", "meets nothing"),  # in the first 128 taps
+        ((3, 4), (4, 3, 3), ("same", [2]), "float16", ""),
+        ((3, 1), (4, 3, 2), ("same", [2]), "float16", "meets nothing"),
+    ],
+)
+def test_a_convolution_that_ends_the_process_on_some_cpus_is_refused(shape, kernel, places, dtype, words):
+    """16-bit numbers, oneDNN's kernels for AMX (torch 2.14): a signal where all of an axis is padding."""
+    rank = len(kernel) - 2
+    weight = torch.randn(kernel).to(getattr(torch, dtype))
+    if places[0] == "same":
+        call = (f"aten.conv{rank}d.padding", X, n("t_w"), None, [1] * rank, "same", places[1])
+    else:
+        call = (f"aten.conv{rank}d.default", X, n("t_w"), None, *places)
+    given = {"tensors": {"w": weight}, "shape": shape, "dtype": dtype}
+    if words:
+        refused(f"in {dtype} .*{words}.*save the model in float32", call, **given)
+    else:
+        graph(call, **given)
+
+
+@pytest.mark.parametrize(
+    ("padding", "dilation", "fits"), [([1, 0], [3, 1], False), ([0, 0], [3, 1], True), ([1, 0], [1, 1], True)]
+)
+def test_a_transposed_convolution_that_writes_padding_alone_is_refused(padding, dilation, fits):
+    weight = torch.randn(4, 5, 3 if dilation[0] == 1 else 2, 1).bfloat16()
+    call = ("aten.conv_transpose2d.input", X, n("t_w"), None, [1, 1], padding, [0, 0], 1, dilation)
+    given = {"tensors": {"w": weight}, "shape": (4, 1, 4), "dtype": "bfloat16"}
+    if fits:
+        graph(call, **given)
+    else:
+        refused("in bfloat16 meets nothing but padding", call, **given)
+
+
+@pytest.mark.parametrize(
+    ("size", "scales", "fits"),
+    [
+        ([12, 9], [2.0, 1.5], True),
+        ([12, 9], [None, None], True),
+        ([4, 6], [0.7, 1.0], True),
+        ([5, 5], [1.0, 1.7], False),
+        ([5, 5], [5e-324, None], False),
+        ([5, 5], [None, -1.0], False),
+        ([5, 5], [math.inf, None], False),
+        ([5, 5], [math.nan, None], False),
+    ],
+)
+@pytest.mark.parametrize("name", ["upsample_nearest2d", "_upsample_bilinear2d_aa", "upsample_bicubic2d"])
+def test_scales_that_are_not_the_sizes_are_refused(name, size, scales, fits):
+    """torch reads at places times scale, whatever the sizes are."""
+    given = [{"float": str(one)} if isinstance(one, float) and not math.isfinite(one) else one for one in scales]
+    call = (f"aten.{name}.default", X, size, *([] if "nearest" in name else [False]), *given)
+    if fits:
+        graph(call)
+    else:
+        refused("output_size is .* where a scale of|must be|no number", call)
+
+
 def test_operators_on_shapes_of_their_own_have_an_end(monkeypatch):
     monkeypatch.setattr(trial, "MOST_KINDS", 20)
     graph(*[("aten.exp.default", X)] * 50)
@@ -471,3 +540,20 @@ def test_what_fails_among_fake_tensors_is_one_line(monkeypatch, capfd, caplog):
     graph(("aten.exp.default", X))
     refused("does not run on an example", ("aten.expand.default", X, [2, 3]))
     assert not caplog.records and capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("group", [2**31 - 1, 2**62])
+@pytest.mark.parametrize("name", ["dequantize", "dequantize_fp4"])
+def test_a_group_larger_than_the_weight_takes_no_more_than_it(name, group):
+    """Each scale is repeated for its group: as often as there are weights, and not as often as a file says."""
+    codes = torch.randint(0, 9, (5, 4), dtype=torch.uint8)
+    scale = torch.rand(5, 1)
+    if name == "dequantize":
+        found, again = (
+            torch.ops.rarefy.dequantize(codes, scale, torch.zeros(5, 1, dtype=torch.uint8), 1, size)
+            for size in (group, 4)
+        )
+    else:
+        block = torch.full((5, 1), 120, dtype=torch.uint8)
+        found, again = (torch.ops.rarefy.dequantize_fp4(codes, block, torch.tensor(1.0), size) for size in (group, 4))
+    assert torch.equal(found, again)

@@ -167,3 +167,19 @@ def test_codes_are_rounded_half_to_even_before_the_zero_point_is_added(
         assert torch.equal(
             quantize_.from_codes(codes, torch.tensor(zero, dtype=dtype), torch.float32), (wanted - zero).float()
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_of_codes_are_exact_whatever_the_type_of_the_scales(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randint(0, 256, (2, 16, 6, 6)).byte(), torch.randint(-127, 128, (4, 16, 3, 3)).to(torch.int8)
+    given = torch.randint(-(2**20), 2**20, (4,), dtype=torch.int32), torch.tensor(0.5), torch.tensor(7).byte()
+    scale = torch.full((4,), 2.0**-12)
+    places = [1, 1], [0, 0], [1, 1], 1
+    whole = convolution(x, weight, *given, scale, *places)
+    bias, step, zero = given
+    found = convolution(x, weight, bias, step.to(dtype), zero, scale.to(dtype), *places)
+    assert found.dtype == dtype and torch.equal(found, whole.to(dtype))
+    flat = torch.randint(0, 256, (3, 64)).byte(), torch.randint(-127, 128, (4, 64)).to(torch.int8), bias
+    found = linear(*flat, step.to(dtype), zero, scale.to(dtype))
+    assert found.dtype == dtype and torch.equal(found, linear(*flat, step, zero, scale).to(dtype))

@@ -15,13 +15,14 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rarefy.artifact.allowlist import FUNCTIONS, MOST_NUMBERS, rules_of
+from rarefy.artifact.allowlist import FUNCTIONS, rules_of
+from rarefy.artifact.operators.rules import RULES
 from rarefy.errors import FormatError, RarefyError, first_line
 from rarefy.graph.interpreter import steps
 from rarefy.graph.nodes import Value, arguments
@@ -34,12 +35,11 @@ MOST_HELD = 2**28
 MULTIPLE = 256
 GROWTH = 1.5  # times what two samples take of each more, within which memory still counts as growing as they do
 MOST_AXES = 16
-# Operators on shapes of their own, each of which takes torch up to a millisecond to try: DenseNet-201 has some hundreds.
+# Operators on shapes of their own, each of which takes torch up to a millisecond: DenseNet-201 has some hundreds.
 MOST_KINDS = 5000
 # Bits of a whole number that is computed from sizes; multiplying numbers adds theirs.
 MOST_BITS = 2**16
 
-Values = Mapping[str, Value]
 _META = re.compile(r"\bmeta\b", re.IGNORECASE)  # the device, in what torch says
 
 
@@ -155,11 +155,11 @@ class _Trial:
 
     def _check_arguments(self, node: fx.Node, live: Mapping[fx.Node, Value]) -> None:
         for name, rule in rules_of(node.target).items():
-            if rule not in _RULES:
+            if rule not in RULES:
                 continue
             given = arguments(node)
             values = fx.node.map_arg(given, live.__getitem__)
-            found = _RULES[rule](values, given, name)
+            found = RULES[rule](values, given, name)
             if isinstance(found, str):
                 raise self._refusal(node, f"{name} {found}")
             self.inside = found
@@ -172,108 +172,6 @@ class _Trial:
 def _bytes(value: Value) -> int:
     return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
 
-
-def _divisor(values: Values, given: Values, name: str) -> str | int:
-    """The least 32-bit and 64-bit number divided by -1 is a signal on x86, so that no computed number divides them."""
-    if values.get("rounding_mode") == "floor" or type(given[name]) is float:
-        return 0
-    kinds = [one.dtype for one in (values["self"], values[name]) if isinstance(one, Tensor)]
-    if any(kind.is_floating_point or kind.is_complex for kind in kinds):
-        return 0
-    good = type(given[name]) is int and given[name] not in (0, -1)
-    return 0 if good else "must be a number other than 0 and -1, where whole numbers are divided"
-
-
-def _product(values: Values, given: Values, name: str) -> str | int:
-    """Factors are copied for each of the batches that they are broadcast to."""
-    one, other = values["self"], values["other"]
-    if one.dim() < 3 and other.dim() < 3:
-        return 0
-    batches = math.prod(torch.broadcast_shapes(one.shape[:-2], other.shape[:-2]))
-    return _size_of(batches * (math.prod(one.shape[-2:]) + math.prod(other.shape[-2:])), one)
-
-
-def _attention(values: Values, given: Values, name: str) -> str | int:
-    query, key = values["query"], values["key"]
-    if query.dim() < 2 or key.dim() < 2:
-        return 0
-    return _size_of(math.prod(query.shape[:-1]) * key.shape[-2], query)
-
-
-def _windows(values: Values, given: Values, name: str) -> str | int:
-    """A convolution may write all its windows out: for each place of the output, the numbers of a kernel."""
-    x, weight = values["input"], values[name]
-    if values.get("transposed"):
-        return _transposed(values, given, name)
-    rank = weight.dim() - 2
-    if x.dim() not in (rank + 1, rank + 2) or (not x.is_floating_point() and not x.is_complex()):
-        return "can't be slid over " + (f"{x.dim()} axes" if x.is_floating_point() else str(x.dtype))
-    stride, padding = (_each(values[key], rank) for key in ("stride", "padding"))
-    if min(stride, default=1) < 1:
-        return f"can't be moved by {min(stride)}"
-    if _is_misread(x, weight, values, rank):
-        return (
-            "in bfloat16 answers with memory that was never written on some CPUs where one column is left of a stride "
-            "above 1; save the model in float32"
-        )
-    wide = [(size + 2 * around) // step + 1 for size, around, step in zip(x.shape[-rank:], padding, stride)]
-    samples = x.shape[0] if x.dim() == rank + 2 else 1
-    return _size_of(samples * math.prod(wide) * math.prod(weight.shape[1:]) * values["groups"], x)
-
-
-def _is_misread(x: Tensor, weight: Tensor, values: Values, rank: int) -> bool:
-    """oneDNN's AMX kernels (torch 2.14): y of (2, 4, 6, 1) from x (2, 4, 8, 4), w (4, 4, 3, 4), stride (1, 3)."""
-    stride, dilation = (_each(values[key], rank)[-1] for key in ("stride", "dilation"))
-    if rank < 2 or x.dtype != torch.bfloat16 or stride == 1 or isinstance(values["padding"], str):
-        return False
-    left = x.shape[-1] + 2 * _each(values["padding"], rank)[-1] - dilation * (weight.shape[-1] - 1) - 1
-    return bool(0 <= left < stride)
-
-
-def _transposed(values: Values, given: Values, name: str) -> str | int:
-    x, weight = values["input"], values[name]
-    if not x.is_floating_point() and not x.is_complex():
-        return f"can't be spread over {x.dtype}"
-    rank = max(1, weight.dim() - 2)
-    return _size_of(math.prod(x.shape[-rank:]) * x.shape[0] * math.prod(weight.shape[1:]), x)
-
-
-def _size_of(numbers: int, like: Tensor) -> int:
-    return numbers * like.element_size()
-
-
-def _each(value: Value, rank: int) -> Sequence[int]:
-    if isinstance(value, str):  # "same" puts no more around than the image is wide
-        return [0] * rank
-    return list(value) * (rank // len(value) or 1) if isinstance(value, (list, tuple)) else [value] * rank
-
-
-def _count(values: Values, given: Values, name: str) -> str | int:
-    return 0 if values[name] <= MOST_NUMBERS else f"is above {MOST_NUMBERS}"
-
-
-def _pieces(values: Values, given: Values, name: str) -> str | int:
-    axis = values["self"].shape[values["dim"]]
-    step = values[name]
-    return 0 if step < 1 or axis / step <= MOST_NUMBERS else f"makes more than {MOST_NUMBERS} tensors"
-
-
-def _each_one(values: Values, given: Values, name: str) -> str | int:
-    return 0 if values["self"].shape[values["dim"]] <= MOST_NUMBERS else f"makes more than {MOST_NUMBERS} tensors"
-
-
-# Rules of aten.txt that need shapes: (values by name, arguments by name, the argument) -> what is wrong, or the bytes
-# that the operator takes inside.
-_RULES: Mapping[str, Callable[[Values, Values, str], str | int]] = {
-    "divisor": _divisor,
-    "product": _product,
-    "attention": _attention,
-    "windows": _windows,
-    "transposed": _transposed,
-    "count": _count,
-    "pieces": _pieces,
-    "each": _each_one,
-}
 
 _NAME_OF = {function: name for name, (function, _) in FUNCTIONS.items()}
 
