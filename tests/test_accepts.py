@@ -22,7 +22,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import rarefy
 from rarefy.errors import RarefyError
 from rarefy.graph.history import records
+from rarefy.models.fitting import fit, told
 from rarefy.models.load import graph_of, load
+from rarefy.models.source import Source
 from rarefy.models.weights import load_weights
 from rarefy.tasks import Classification, Detection
 
@@ -673,6 +675,19 @@ def _(_: Path) -> None:
         assert torch.equal(
             next(iter(task.data.batches("val", 12)))[0], next(iter(task_of().data.batches("val", 12)))[0]
         )
+
+
+@accepts("pictures that EXIF marks as turned")
+def _(folder: Path) -> None:
+    mark = Image.Exif()
+    mark[0x0112] = 6
+    for index in range(3):
+        (folder / f"c{index}").mkdir()
+        lying = Image.fromarray(np.arange(8 * 12 * 3, dtype=np.uint8).reshape(8, 12, 3))
+        lying.save(folder / f"c{index}" / "a.jpg", **({"exif": mark} if index < 2 else {}))
+    fitted = fit(Source("mine:net", net()), Classification(val=f"imagefolder:{folder}"), {"val"})
+    assert fitted.task.data.input_shape == (3, 8, 12)
+    assert "2 pictures looked at are marked as turned (EXIF): read as they lie, not turned" in str(told(fitted))
 
 
 @accepts("a table of pictures and labels")

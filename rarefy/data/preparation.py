@@ -11,6 +11,9 @@ of several sizes, or larger    the shorter side resized to ``size / 0.875``, the
 So 28x28 pictures stay 28x28, and 227x227 ones are cropped to 224 and not enlarged to 256 before, which costs
 EfficientNet-Lite0 1.9 points. Arrays and tensors have a size and channels of their own. Of a source a few images are
 looked at, of pictures their headers alone.
+
+Pictures of cameras that were held upright lie on their side in the file, and a mark (EXIF) says so. They are read as
+they lie, which is what torchvision's and timm's folders do, so what the model learned from; that some are is told.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from rarefy.system.files import opened, plain
 SIZE, CROP = 224, 0.875  # of pictures, as for ImageNet
 MOST_LOOKED_AT = 256  # files; of a dataset of the user's own, which decodes them, a 16th
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # others run programs (EPS) or are rarely what is meant
+_ORIENTATION = 0x0112  # of EXIF; 1: as it lies
 _GREY = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -41,7 +45,8 @@ class Preparation:
 
     shape: (C, H, W) of the model's input. crop: share of the resized picture that evaluation sees. size_of, crop_of:
     who said so: "given", "the images", or "usual". pictures: are they decoded, so that they have no size and channels
-    of their own? grey: are all of them grey? largest: (H, W) of the largest that was looked at.
+    of their own? grey: are all of them grey? largest: (H, W) of the largest that was looked at. turned: how many of
+    those are marked as to be turned, which is not done.
     """
 
     shape: tuple[int, int, int]
@@ -51,6 +56,7 @@ class Preparation:
     pictures: bool = False
     grey: bool = False
     largest: tuple[int, int] | None = None
+    turned: int = 0
 
 
 def prepared(source: Source, size: int | None, channels: int | None, crop: float | None) -> Preparation:
@@ -73,7 +79,8 @@ def prepared(source: Source, size: int | None, channels: int | None, crop: float
         side, size_of = (SIZE, SIZE), "usual"
     fitting, crop_of = (crop, "given") if crop is not None else _crop(own, side)
     largest = max(sizes, key=lambda one: one[0] * one[1], default=None)
-    return Preparation((channels or 3, *side), fitting, size_of, crop_of, True, grey, largest)
+    turned = sum(look.turned for look in looks)
+    return Preparation((channels or 3, *side), fitting, size_of, crop_of, True, grey, largest, turned)
 
 
 def _crop(own: tuple[int, int] | None, side: tuple[int, int]) -> tuple[float, str]:
@@ -94,6 +101,7 @@ class _Look:
     size: tuple[int, int]
     channels: int
     is_array: bool = False
+    turned: bool = False
 
 
 def _looks(source: Items) -> Iterator[_Look]:
@@ -117,7 +125,10 @@ def _look(image: Picture) -> _Look | None:
         image = opened_array(image)
     if isinstance(image, str | Path | bytes):
         with file_of(image) as file, Image.open(file, formats=FORMATS) as found:
-            return _Look((found.height, found.width), 1 if found.mode in _GREY else 3)
+            grey = found.mode in _GREY
+            return _Look(
+                (found.height, found.width), 1 if grey else 3, turned=found.getexif().get(_ORIENTATION, 1) != 1
+            )
     if isinstance(image, Image.Image):
         return _Look((image.height, image.width), 1 if image.mode in _GREY else 3)
     if not isinstance(image, np.ndarray | Tensor) or image.ndim not in (2, 3):

@@ -5,8 +5,8 @@ what the images say (``rarefy/data/preparation.py``), and of these what the mode
 tried on it. Of pictures whose size neither says is asked for.
 
 * **Channels**: grey pictures are one channel where the model takes one, colour ones are made grey for it.
-* **Normalisation** is in no checkpoint. For weights from a file some usual ones are tried on labelled images, and the
-  one of least loss is taken, if the model then knows its classes: a wrong one costs accuracy without a word.
+* **Normalisation** is in no checkpoint. For weights from a file the usual ones are tried on labelled images
+  (``normalization.py``): a wrong one costs accuracy without a word.
 
 What was settled, and by whom, is told in a line.
 """
@@ -14,40 +14,21 @@ What was settled, and by whom, is told in a line.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rarefy.data.images import ImageData, share_opened
-from rarefy.data.items import Split
-from rarefy.data.normalization import IMAGENET_MEAN, IMAGENET_STD, Normalization
 from rarefy.data.preparation import SIZE
-from rarefy.errors import DataError, InputError
+from rarefy.errors import InputError
 from rarefy.graph.nodes import is_graph
 from rarefy.models.load import SIZES, graph_of, takes
+from rarefy.models.normalization import learned
 from rarefy.models.source import Source, by
 from rarefy.tasks.classification import Classification
 from rarefy.tasks.task import Settling, Task, settled
-
-_TRIED, _TRIED_LARGE = 256, 64  # images that a normalisation is tried on; of more than 64x64 pixels
-_AVERAGED = 8  # times as many give the mean and deviation of images that small
-_NEAR = 0.02  # of mean and deviation: nearer ones are the same by another count
-_CLEARLY = 0.98  # of the loss of the one before: less is chance
-_KNOWN = 0.8  # of the loss of guessing: a model above it has learned nothing
-# mean, std and name; the first is what is usual, so that it stays where the loss does not tell
-_Named = tuple[tuple[float, ...], tuple[float, ...], str]
-_USUAL: dict[int, list[_Named]] = {
-    1: [((0.5,), (0.5,), "0.5"), ((0.0,), (1.0,), "none"), ((0.1307,), (0.3081,), "MNIST's")],
-    3: [
-        (IMAGENET_MEAN, IMAGENET_STD, "ImageNet's"), ((0.0,) * 3, (1.0,) * 3, "none"), ((0.5,) * 3, (0.5,) * 3, "0.5"),
-        ((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616), "CIFAR-10's"),
-        ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.201), "CIFAR-10's, in common use"),
-    ],
-}  # fmt: skip
 
 Fitting = TypeVar("Fitting", bound=Task)
 
@@ -92,7 +73,7 @@ def fit(source: Source, task: Task, given: Collection[str]) -> Fitted:
         found["crop"], why["crop"] = stated["crop"], "the model's"
         task = _changed(task, {"crop": stated["crop"]})
     if source.weights is not None and {"mean", "std"} <= open_ - found.keys() and isinstance(task, Classification):
-        normalised = _normalization(source.model, task)
+        normalised = learned(source.model, task)
         if normalised is not None:
             found["mean"], found["std"], why["mean"] = normalised
             task = _changed(task, {"mean": found["mean"], "std": found["std"]})
@@ -131,6 +112,8 @@ def told(fitted: Fitted) -> str | None:
         parts += [f"{whole}{fits}", data.interpolation]
     mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (normal.mean, normal.std))
     parts.append(f"minus {mean}, over {std} ({why.get('mean', 'usual')})")
+    if prepared.turned:
+        parts.append(f"{prepared.turned} pictures looked at are marked as turned (EXIF): read as they lie, not turned")
     return "; ".join([*parts, *_named(fitted.task), *data.notes])
 
 
@@ -200,56 +183,3 @@ def _other_size(model: nn.Module, channels: Collection[int], why: dict[str, str]
     if usual is not None:
         why["size"] = "usual; the model does not take the images' own"
     return usual
-
-
-def _normalization(model: nn.Module, task: Classification) -> _Named | None:
-    """Mean, std and who says so: of the usual ones that of least loss, where the model then knows its classes."""
-    split: Split = "train" if task.data.train is not None and task.data.labelled("train") else "val"
-    _, height, width = task.data.input_shape
-    count, more = (_TRIED, _AVERAGED) if height * width <= 64 * 64 else (_TRIED_LARGE, 1)
-    try:
-        batches = list(task.data.images(split, 64, limit=count * more))
-        guessing = math.log(max(2, task.classes))
-    except DataError:  # without labels, or normalised already
-        return None
-    if any(targets is None for _, targets in batches):
-        return None
-    candidates = _candidates(torch.cat([images.transpose(0, 1).flatten(1) for images, _ in batches], 1))
-    batches = batches[:: max(1, len(batches) * 64 // count)]  # in order of class, mostly
-    seen = sum(len(images) for images, _ in batches)
-    best, least = candidates[0], math.inf
-    for one in candidates:
-        try:
-            loss = _loss(model, task, batches, Normalization(one[0], one[1]))
-        except Exception:  # told when the model is captured or judged
-            return None
-        if loss < _CLEARLY * least:
-            least, best = loss, one
-    if least >= _KNOWN * guessing:
-        return None
-    return *best[:2], f"{best[2]}: of {len(candidates)} in use it fits the model best, on {seen} images"
-
-
-def _candidates(pixels: Tensor) -> list[_Named]:
-    """pixels: (C, all of them), from 0 to 1."""
-    channels = len(pixels)
-    zeros, ones, halves = ((value,) * channels for value in (0.0, 1.0, 0.5))
-    own = tuple(pixels.mean(1).tolist()), tuple(pixels.std(1).clamp(min=1e-3).tolist())
-    known = _USUAL.get(channels, [(halves, halves, "0.5"), (zeros, ones, "none")])
-    new = all(max(abs(a - b) for pair in zip(own, one) for a, b in zip(*pair)) > _NEAR for one in known)
-    return [
-        *known,
-        *[(*own, "the images' own")] * new,
-        (zeros, tuple(one / 255 for one in ones), "none, from 0 to 255"),
-    ]
-
-
-def _loss(
-    model: nn.Module, task: Classification, batches: Collection[tuple[Tensor, Tensor]], normal: Normalization
-) -> float:
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for images, targets in batches:
-            total += float(task.loss(model(normal(images)), targets)) * len(images)
-            count += len(images)
-    return total / count

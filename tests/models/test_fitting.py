@@ -12,7 +12,9 @@ import torch
 from pictures import picture
 from torch import Tensor, nn
 
+from rarefy.data.augmentation import Augmentation, shifted
 from rarefy.data.images import ImageData
+from rarefy.data.normalization import IMAGENET_MEAN, IMAGENET_STD
 from rarefy.errors import InputError
 from rarefy.models.fitting import fit, fit_module, told
 from rarefy.models.source import Source
@@ -171,6 +173,81 @@ def test_weights_that_know_nothing_and_images_without_labels_say_nothing(bright:
         assert "mean" not in found.options
     plain = fit(source(trained(0.0, 1.0, images, labels)), Classification(val=(images, labels)), {"val"})
     assert "mean" not in plain.options  # no weights of a file
+
+
+CIFAR = (0.4914, 0.4822, 0.4465)
+
+
+@pytest.fixture(scope="module")
+def noisy() -> tuple[Tensor, Tensor]:
+    """Three pictures under noise, which a network learns by heart."""
+    random = np.random.default_rng(0)
+    labels = np.arange(180) % 3
+    images = random.integers(0, 255, (3, 3, 12, 12))[labels] * 0.25 + random.integers(0, 255, (180, 3, 12, 12)) * 0.75
+    return torch.from_numpy(images.astype(np.uint8)), torch.from_numpy(labels)
+
+
+def convolutional(mean: Any, std: Any, data: tuple[Tensor, Tensor], norm: bool, vary: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8) if norm else nn.Identity(), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8) if norm else nn.Identity(), nn.ReLU(), nn.Flatten(), nn.Linear(128, 3),
+    )  # fmt: skip
+    optimizer, draw = torch.optim.Adam(model.parameters(), 0.01), torch.Generator().manual_seed(1)
+    mean, std = (torch.tensor(one).view(1, 3, 1, 1) for one in (mean, std))
+    for _ in range(12):
+        for chosen in torch.randperm(180, generator=draw).split(30):
+            images = data[0][chosen].float() / 255
+            images = shifted(images, Augmentation(cropped=True, flip=True), draw) if vary else images
+            loss = nn.functional.cross_entropy(model((images - mean) / std), data[1][chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return model.eval()
+
+
+@pytest.mark.parametrize("vary", [False, True])
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [
+        (IMAGENET_MEAN, IMAGENET_STD), ((0.5,) * 3, (0.5,) * 3), (CIFAR, (0.247, 0.2435, 0.2616)),
+        (CIFAR, (0.2023, 0.1994, 0.201)),
+    ],
+)  # fmt: skip
+def test_batch_norm_tells_apart_what_the_loss_does_not(
+    mean: tuple[float, ...], std: tuple[float, ...], vary: bool, noisy: tuple[Tensor, Tensor]
+) -> None:
+    model = convolutional(mean, std, noisy, norm=True, vary=vary)
+    found = fit(source(model, weights="w.pth"), Classification(train=noisy, val=noisy), {"train", "val"})
+    assert (found.options["mean"], found.options["std"]) == (mean, std)
+    assert "on 180 images, its batch norms say so" in found.why["mean"]
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_batch_norm_that_saw_other_images_does_not_tell_but_the_loss(noisy: tuple[Tensor, Tensor]) -> None:
+    model = convolutional((0.5,) * 3, (0.5,) * 3, noisy, norm=True)
+    first = model.get_submodule("1")
+    assert isinstance(first, nn.BatchNorm2d) and first.running_var is not None
+    with torch.no_grad():  # the same function, as of a network whose statistics were frozen
+        first.weight.mul_(3)
+        first.running_var.add_(first.eps).mul_(9).sub_(first.eps)
+    found = fit(source(model, weights="w.pth"), Classification(val=noisy), {"val"})
+    assert found.options["mean"] == (0.5,) * 3
+    assert "by its loss" in found.why["mean"]
+
+
+def test_what_the_loss_can_not_tell_apart_is_told(bright: tuple[Tensor, Tensor]) -> None:
+    class Blind(nn.Module):
+        """Its answers hang on which pixel is brighter, which no normalisation changes."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 9 * torch.stack([x[:, 0, 0, 0] > x[:, 0, 0, 1], x[:, 0, 0, 0] <= x[:, 0, 0, 1]], 1).float()
+
+    images, _ = bright
+    labels = (images[:, 0, 0, 0] <= images[:, 0, 0, 1]).long()
+    found = fit(source(Blind(), weights="w.pth"), Classification(val=(images, labels)), {"val"})
+    assert found.options["mean"] == (0.5,)  # the usual one
+    assert "none and MNIST's" in found.why["mean"] and "pass --mean and --std if you know them" in found.why["mean"]
 
 
 def test_what_was_said_of_normalisation_is_not_tried(bright: tuple[Tensor, Tensor]) -> None:
