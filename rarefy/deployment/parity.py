@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 
 from rarefy.artifact.operators.trial import samples_within
 from rarefy.data.boxes.boxes import SCORE
@@ -23,7 +24,7 @@ from rarefy.deployment.onnx.writer import Message
 from rarefy.deployment.pictures import same_boxes
 from rarefy.deployment.runtime import Difference, Inputs, Parity, Runtime, Session, several
 from rarefy.errors import FormatError
-from rarefy.graph.interpreter import call, run
+from rarefy.graph.interpreter import Rule, call, run
 from rarefy.graph.lowering import LAYERS, to_integers
 from rarefy.graph.nodes import Value, argument
 from rarefy.graph.signature import tensors
@@ -36,6 +37,9 @@ APART = 0.01  # 20 dB
 # Answers to a batch, and the codes of rounded values by their name.
 Reading = tuple[list[Tensor], dict[str, Tensor]]
 
+# How a runtime rounds, where it does so by another sequence than the simulation: operator -> function of its arguments.
+Roundings = Mapping[OpOverload, Callable[..., Tensor]]
+
 
 def compare(
     written: fx.GraphModule,
@@ -44,6 +48,7 @@ def compare(
     reader: Runtime,
     batch: int = 32,
     tapped: Callable[[Sequence[str]], Session] | None = None,
+    roundings: Roundings | None = None,
 ) -> Parity:
     """Parity of a graph and the ONNX file that it was written to.
 
@@ -51,6 +56,7 @@ def compare(
     inputs: (N, ...) each, of which ``batch`` are run at once.
     reader: the runtime that reads the file; one that says ``decoded`` is asked for the numbers that codes stand for.
     tapped: opens what the file has become with the named tensors as further outputs; None: the file itself is opened.
+    roundings: as in ``against``.
     """
     onnx = needs("onnx")
     model = onnx.load(os.fspath(path))
@@ -60,7 +66,7 @@ def compare(
     shared = [name for name in codes if name in tensors]
     grids = _grids_in(model, {tensors[name] for name in shared})
     names = [tensors[name] for name in shared]
-    session = _tapped(model, names, path, reader) if tapped is None else tapped(names)
+    session = opened_with(model, names, path, reader) if tapped is None else tapped(names)
 
     def read(*part: Tensor) -> Reading:
         outputs = session.outputs(*part)
@@ -72,10 +78,10 @@ def compare(
                 values[name] = torch.round(value / scale + zero).to(argument(codes[name], "dtype"))
         return outputs[:count], values
 
-    return against(graph, shared, read, inputs, batch)
+    return against(graph, shared, read, inputs, batch, roundings)
 
 
-def _tapped(model: Message, names: Sequence[str], path: str | os.PathLike[str], reader: Runtime) -> Session:
+def opened_with(model: Message, names: Sequence[str], path: str | os.PathLike[str], reader: Runtime) -> Session:
     """The model, opened with the named tensors as further outputs; ``path`` is what errors call it."""
     for name in names:
         model.graph.output.append(needs("onnx").helper.make_empty_tensor_value_info(name))
@@ -98,32 +104,37 @@ def coded(graph: fx.GraphModule) -> dict[str, fx.Node]:
 
 
 def against(
-    graph: fx.GraphModule, shared: Sequence[str], read: Callable[..., Reading], inputs: Inputs, batch: int = 32
+    graph: fx.GraphModule,
+    shared: Sequence[str],
+    read: Callable[..., Reading],
+    inputs: Inputs,
+    batch: int = 32,
+    roundings: Roundings | None = None,
 ) -> Parity:
     """Parity of a graph (its layers integer) and a runtime.
 
     shared: names of the rounded values that both have. read: the runtime's answers to a batch, and their codes.
-    inputs: (N, ...) each, of which ``batch`` are run at once.
+    inputs: (N, ...) each, of which ``batch`` are run at once. roundings: the runtime's own, by which the graph is run;
+        how often it then answers as it does by itself is told, too (``evaluated``).
     """
     given = several(inputs)
     samples = len(given[0])
     batch = samples_within(graph, min(batch, samples))
     codes = coded(graph)
     tally = {name: Tally() for name in shared}
-    same, largest, finds = 0, 0.0, is_whole(graph)
+    compute = _rule(roundings or {})
+    own = any(node.target in (roundings or {}) for node in graph.graph.nodes)
+    same, evaluated, largest, finds = 0, 0, 0.0, is_whole(graph)
     for part in zip(*(one.split(batch) for one in given), strict=True):
         theirs, values = read(*part)
         with torch.no_grad():
-            ours = tensors(graph(*part))
-            _follow(graph, part, {codes[name]: value for name, value in values.items()}, tally)
+            ours = tensors(run(graph, part, instead=compute) if own else graph(*part))
+            _follow(graph, part, {codes[name]: value for name, value in values.items()}, tally, compute)
+            evaluated += _count(tensors(graph(*part)), theirs, len(part[0]), finds) if own else 0
+        same += _count(ours, theirs, len(part[0]), finds)
         pairs = list(zip(ours, theirs, strict=True))
         if finds:
-            same += int(same_boxes(*pairs[0]).sum())
             pairs = [(one[..., SCORE], other[..., SCORE]) for one, other in pairs]
-        else:
-            same += int(
-                torch.stack([_agreeing(one, other, len(ours) > 1, len(part[0])) for one, other in pairs]).all(0).sum()
-            )
         largest = max(largest, *(_apart(one, other) for one, other in pairs))
     layers: list[Difference] = [
         {"name": _layer(node), "value": name, "difference": tally[name].largest, "share": tally[name].share}
@@ -141,7 +152,11 @@ def against(
         "layers": layers,
         "passed": same / samples >= LEAST_AGREEMENT and first is None,
     }
-    return {**parity, "unread": unread} if unread else parity
+    if unread:
+        parity["unread"] = unread
+    if own:
+        parity["evaluated"] = evaluated / samples
+    return parity
 
 
 @dataclasses.dataclass
@@ -167,13 +182,27 @@ class Tally:
         return self.differing / max(self.codes, 1)
 
 
+def _rule(roundings: Roundings) -> Rule:
+    """What a node yields, where ``roundings`` stand for operators."""
+
+    def computed(node: fx.Node, live: Mapping[fx.Node, Value]) -> Value:
+        own = roundings.get(node.target)  # type: ignore[call-overload]
+        return call(node, live) if own is None else own(*fx.node.map_arg(node.args, live.__getitem__))
+
+    return computed
+
+
 def _follow(
-    graph: fx.GraphModule, inputs: Sequence[Tensor], theirs: Mapping[fx.Node, Tensor], tally: Mapping[str, Tally]
+    graph: fx.GraphModule,
+    inputs: Sequence[Tensor],
+    theirs: Mapping[fx.Node, Tensor],
+    tally: Mapping[str, Tally],
+    compute: Rule,
 ) -> None:
     """Run the graph, but go on from the runtime's codes after each rounded value: a difference is one layer's own."""
 
     def compared(node: fx.Node, live: Mapping[fx.Node, Value]) -> Value:
-        ours = call(node, live)
+        ours = compute(node, live)
         codes = theirs.get(node)
         if codes is None or codes.shape != ours.shape:
             return ours
@@ -185,6 +214,14 @@ def _follow(
 
 def _apart(ours: Tensor, theirs: Tensor) -> float:
     return float((ours.double() - theirs.double()).abs().max()) if ours.numel() else 0.0
+
+
+def _count(ours: Sequence[Tensor], theirs: Sequence[Tensor], samples: int, finds: bool) -> int:
+    """Of the samples of a batch those whose answers agree. finds: they are boxes."""
+    if finds:
+        return int(same_boxes(ours[0], theirs[0]).sum())
+    pairs = zip(ours, theirs, strict=True)
+    return int(torch.stack([_agreeing(one, other, len(ours) > 1, samples) for one, other in pairs]).all(0).sum())
 
 
 def _agreeing(ours: Tensor, theirs: Tensor, close: bool, samples: int) -> Tensor:

@@ -138,7 +138,8 @@ class Parity(TypedDict):
     first_diverging_layer: the first by more than one code, which rounding a sum in another order can't explain. layers:
     each rounded value. passed: agreement of at least 99.5 % and no diverging layer. unread: values that the runtime
     gives in another shape (it moved a padding before them), which are not compared; only
-        if there are any.
+        if there are any. evaluated: agreement with the graph as it is evaluated; only where the runtime rounds sums
+        by a sequence of its own, by which the graph is then run here.
     version: of the runtime that read the file; only in a certificate.
     """
 
@@ -150,6 +151,7 @@ class Parity(TypedDict):
     layers: list[Difference]
     passed: bool
     unread: NotRequired[list[str]]
+    evaluated: NotRequired[float]
     version: NotRequired[str]
 
 

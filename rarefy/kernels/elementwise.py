@@ -10,7 +10,12 @@ ONNX Runtime's QLinearAdd and QLinearMul on x86 (2.6 million pairs of codes on 4
 sum of the decoded numbers flips one code in ten thousand, and many more where the grids make ties (x + 3 of a hard
 sigmoid: 3 lies halfway between two codes). An operand a that is one number along the rows changes places with b.
 
-Given up: kernels of other machines differ from this by as much as from each other.
+Given up: kernels of other machines differ from this by as much as from each other. XNNPACK's, which LiteRT and
+ExecuTorch run, adds in fixed point:
+
+    add   q = clip( (a' (a - z_a) + b' (b - z_b) + 2^(n-1)) >> n) + z )      a' = round(2^n s_a/s), b' = round(2^n s_b/s)
+
+with n such that the larger of a' and b' has 21 bits (``add_in_fixed_point``; MobileNetV2's ten sums: all codes equal).
 """
 
 from __future__ import annotations
@@ -24,6 +29,8 @@ from torch import Tensor
 from rarefy.kernels.chunks import by_images
 from rarefy.kernels.library import GRID, operator
 from rarefy.kernels.quantize import from_codes, to_codes
+
+_MULTIPLIER_BITS = 20  # of XNNPACK's factors, below their highest
 
 
 def add(
@@ -50,6 +57,33 @@ def add(
         return to_codes(_fma(last, last_factor, _fma(first, first_factor, offset)), 0, qmin, qmax, dtype)
 
     return _joined(some, last, first)
+
+
+def add_in_fixed_point(
+    a: Tensor,
+    a_scale: Tensor,
+    a_zero_point: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_zero_point: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``add`` as XNNPACK rounds it."""
+    factors = torch.stack([a_scale / scale, b_scale / scale])
+    bits = _MULTIPLIER_BITS - int(torch.frexp(factors.max()).exponent) + 1
+    first, second = (int(one) for one in torch.round(factors.double() * 2.0**bits))
+    zeros = int(a_zero_point), int(b_zero_point)
+    half, offset = 1 << (bits - 1), int(zero_point)
+
+    def some(a: Tensor, b: Tensor) -> Tensor:
+        sums = (a.to(torch.int64) - zeros[0]).mul_(first).add_((b.to(torch.int64) - zeros[1]).mul_(second))
+        return (sums.add_(half) >> bits).add_(offset).clamp_(qmin, qmax).to(dtype)
+
+    return _joined(some, a, b)
 
 
 def mul(

@@ -14,6 +14,13 @@ most 8 bits wide it stays exact where a GPU multiplies in TF32 or bf16 and adds 
 numbers is not, and its roundings, different on every device, flip one code in ten thousand. A bias may be larger than
 2^24: its low bits go into the sum, its high ones are added last, so that what is rounded to float32 is the whole.
 
+OpenVINO decodes first and rounds afterwards, on a grid that it has as its two ends, l = s (0 - z) and h = s (255 - z)
+(``convolution_by_numbers``, ``linear_by_numbers``):
+
+    q[o] = clip( round((sum_i (x_i - z_x) w_oi (s_x s_w[o]) + b_o (s_x s_w[o])) (255 / (h - l)) + 255 (-l) / (h - l)) )
+
+each step in float32, which makes the next code of up to three in a hundred thousand.
+
 Given up: sums without their bias beyond 2^24 are rounded on their way (600 products of extreme codes of one sign).
 """
 
@@ -82,6 +89,50 @@ def convolution_codes(
     places = (stride, padding, dilation, groups)
     rounded = partial(to_codes, zero=zero_point, qmin=qmin, qmax=qmax, dtype=dtype)
     return _convolved(x, weight, bias, x_zero_point, x_scale * weight_scale / scale, places, rounded)
+
+
+def convolution_by_numbers(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    weight_scale: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    *grid: Any,
+) -> Tensor:
+    """As ``convolution_codes``, as OpenVINO rounds it. grid: scale, zero point, ends and type of the codes."""
+    factor = x_scale * weight_scale
+    numbers = (bias.to(factor.dtype) * factor).view(-1, *[1] * (weight.dim() - 2))
+    places = (stride, padding, dilation, groups)
+    rounded = partial(between_ends, grid=grid)
+    return _convolved(x, weight, bias * 0, x_zero_point, factor, places, lambda sums: rounded(sums.add_(numbers)))
+
+
+def linear_by_numbers(
+    x: Tensor, weight: Tensor, bias: Tensor, x_scale: Tensor, x_zero_point: Tensor, weight_scale: Tensor, *grid: Any
+) -> Tensor:
+    """As ``linear_codes``, as OpenVINO rounds it."""
+    factor = x_scale * weight_scale
+    numbers = bias.to(factor.dtype) * factor
+    rounded = partial(between_ends, grid=grid)
+    return _multiplied(x, weight, bias * 0, x_zero_point, factor, lambda sums: rounded(sums.add_(numbers)))
+
+
+def between_ends(numbers: Tensor, grid: tuple[Any, ...]) -> Tensor:
+    """The codes of ``numbers``, which are lost, on a grid that is known by the numbers of its lowest and highest code.
+
+    grid: scale, zero point, ends and type of the codes.
+    """
+    scale, zero_point, qmin, qmax, dtype = grid
+    limits = torch.iinfo(dtype)
+    zero = zero_point.to(scale.dtype)
+    low, high, steps = (limits.min - zero) * scale, (limits.max - zero) * scale, limits.max - limits.min
+    numbers.mul_(steps / (high - low)).add_(steps * -low / (high - low) + limits.min)
+    return to_codes(numbers, 0, qmin, qmax, dtype)
 
 
 def linear(

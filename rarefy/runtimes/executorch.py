@@ -47,6 +47,7 @@ from rarefy.graph.fold import fold, fold_constants
 from rarefy.graph.lowering import is_decoded, to_integers, to_numbers
 from rarefy.graph.nodes import Value, argument, attribute, example_inputs, finish, set_attribute
 from rarefy.kernels import is_quantised, qparams
+from rarefy.kernels.elementwise import add_in_fixed_point
 from rarefy.system.dependencies import needs
 from rarefy.system.quiet import quiet
 
@@ -60,6 +61,8 @@ MOVED = frozenset({aten.permute.default, aten.transpose.int})
 MOST_AXES = 4  # that XNNPACK transposes
 # that compute codes of codes on several grids
 JOINS = frozenset({aten.add.Tensor, aten.mul.Tensor, aten.cat.default, aten.adaptive_avg_pool2d.default})
+
+ROUNDINGS = {OPERATORS.add.default: add_in_fixed_point}  # XNNPACK's
 
 Foreign = Any  # an object of ExecuTorch's
 
@@ -138,7 +141,7 @@ class ExecuTorch:
                 pairs = zip(shared, values, strict=True)
                 return session.outputs(*part), {name: _codes(value, codes[name], integer) for name, value in pairs}
 
-            found = parity.against(integer, shared, read, inputs, batch)
+            found = parity.against(integer, shared, read, inputs, batch, ROUNDINGS)
         return {**found, "passed": False, "first_diverging_layer": foreign} if foreign else found
 
     def kernel_times(self, path: str | os.PathLike[str], inputs: Inputs, seconds: float = 1.5) -> list[Kernel]:

@@ -5,8 +5,8 @@ weights by channel, biases of 32 bits, which LiteRT hands to XNNPACK. Unsigned c
 grid. No converter is asked, so that nothing of TensorFlow, JAX or litert-torch is needed: ``ai-edge-litert`` alone,
 20 MB, brings the format's tables and the runtime.
 
-XNNPACK scales sums in float32 and rounds half to even, as the simulation does; means, and sums of two grids, in fixed
-point: there a code in some thousand is the next one. A layer whose sums nothing rounds keeps its weights as codes in
+XNNPACK scales sums in float32 and rounds half to even, as the simulation does; sums of two grids in fixed point, by
+which parity runs the graph (``kernels.elementwise.add_in_fixed_point``). A layer whose sums nothing rounds keeps its weights as codes in
 the file, which are decoded once, when it is opened. What LiteRT has no operator for (sorting, sizes that depend on
 values, convolutions of lines and volumes) is refused by the layer's name.
 
@@ -43,11 +43,14 @@ from rarefy.graph.fold import fold
 from rarefy.graph.lowering import to_integers, to_numbers
 from rarefy.graph.nodes import argument
 from rarefy.kernels import is_quantised
+from rarefy.kernels.elementwise import add_in_fixed_point
 from rarefy.system.dependencies import needs
 
 aten = torch.ops.aten
 
 JOINS = frozenset({aten.add.Tensor, aten.mul.Tensor, aten.cat.default, aten.adaptive_avg_pool2d.default})
+
+ROUNDINGS = {torch.ops.rarefy.add.default: add_in_fixed_point}  # XNNPACK's
 
 Foreign = Any  # an object of LiteRT's
 
@@ -116,7 +119,7 @@ class LiteRT:
                 }
                 return answers[:count], values
 
-            return parity.against(integer, list(found), read, inputs, batch)
+            return parity.against(integer, list(found), read, inputs, batch, ROUNDINGS)
 
     def kernel_times(self, path: str | os.PathLike[str], inputs: Inputs, seconds: float = 1.5) -> list[Kernel]:
         """None: LiteRT's Python library has no profiler."""

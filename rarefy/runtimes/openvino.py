@@ -39,10 +39,15 @@ from rarefy.deployment.runtime import (
 from rarefy.errors import FormatError, InputError
 from rarefy.graph.lowering import is_decoded, to_numbers
 from rarefy.graph.nodes import argument, attribute, finish, set_argument
+from rarefy.kernels.int_linear import convolution_by_numbers, linear_by_numbers
 from rarefy.system.dependencies import needs
 
 aten = torch.ops.aten
 OPERATORS = torch.ops.rarefy
+ROUNDINGS: parity.Roundings = {
+    **{getattr(OPERATORS, f"conv{axes}d_codes").default: convolution_by_numbers for axes in (1, 2, 3)},
+    OPERATORS.linear_codes.default: linear_by_numbers,
+}
 KEPT = 3  # shapes a session stays compiled for
 
 Foreign = Any  # an object of OpenVINO's
@@ -113,13 +118,13 @@ class OpenVINO:
     ) -> Parity:
         """Parity of ``graph`` and the file it was exported to, run by ``on`` (None: this runtime)."""
         if Path(path).suffix != ".xml":
-            return parity.compare(_written(graph), path, inputs, on or self, batch)
+            return parity.compare(_written(graph), path, inputs, on or self, batch, roundings=ROUNDINGS)
 
         def tapped(names: Sequence[str]) -> Session:
             return Session(path, self.threads, self.precision, taps=names)
 
         with _as_onnx(graph) as written:
-            return parity.compare(_written(graph), written, inputs, self, batch, tapped)
+            return parity.compare(_written(graph), written, inputs, self, batch, tapped, ROUNDINGS)
 
     def kernel_times(self, path: str | os.PathLike[str], inputs: Inputs, seconds: float = 1.5) -> list[Kernel]:
         """The kernels of one run, in order, each with its median over the quiet runs of ``seconds``."""

@@ -10,13 +10,14 @@ for it:
 
 What is not in codes is float32 in the file: build the engine with ``trtexec --onnx=FILE --fp16`` (before release 11) to
 have it in half precision. TensorRT's libraries are not on PyPI's own index, so rarefy does not run it: the file's
-answers are compared in ONNX Runtime, which computes what the file says.
+answers are compared in ONNX Runtime, with its products on codes (``_tensorrt_sums``), else as the file says.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from rarefy.graph.fold import fold
 from rarefy.graph.lowering import is_decoded, to_numbers
 from rarefy.graph.nodes import argument, attribute, finish, set_attribute
 from rarefy.kernels import is_quantised
+from rarefy.runtimes._tensorrt_sums import on_codes
 from rarefy.runtimes.onnxruntime import OnnxRuntime
 from rarefy.system.dependencies import needs
 
@@ -98,8 +100,15 @@ class TensorRT:
         batch: int = 32,
         on: Runtime | None = None,
     ) -> Parity:
-        """Parity of ``graph`` and its file, run by ``on`` (None: ONNX Runtime)."""
-        return parity.compare(_profiled(graph), path, inputs, on or OnnxRuntime(threads=1), batch)
+        """Parity of ``graph`` and its file, run by ``on`` (None: ONNX Runtime), its products taken on codes."""
+        reader = on or OnnxRuntime(threads=1)
+        model = needs("onnx").load(os.fspath(path))
+        on_codes(model)
+
+        def tapped(names: Sequence[str]) -> Session:
+            return parity.opened_with(model, names, path, reader)
+
+        return parity.compare(_paired(graph), path, inputs, reader, batch, tapped)
 
     def kernel_times(self, path: str | os.PathLike[str], inputs: Inputs, seconds: float = 1.5) -> list[Kernel]:
         """None."""
@@ -115,9 +124,16 @@ def _refusal(path: str | os.PathLike[str], found: list[Finding]) -> str:
     )
 
 
-def _profiled(graph: fx.GraphModule) -> fx.GraphModule:
-    """A copy in numbers whose biases are floats."""
+def _paired(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy in numbers whose branches are decoded where a sum reads them."""
     graph = to_numbers(graph) if is_quantised(graph) else fold(graph)
+    _round_padded(graph)
+    return finish(graph)
+
+
+def _profiled(graph: fx.GraphModule) -> fx.GraphModule:
+    """The same, its biases floats."""
+    graph = _paired(graph)
     for node in list(graph.graph.nodes):
         if node.target not in PLANAR or not is_decoded(argument(node, "bias")):
             continue
@@ -128,7 +144,6 @@ def _profiled(graph: fx.GraphModule) -> fx.GraphModule:
         set_attribute(graph, name, numbers.float())
         with graph.graph.inserting_before(node):
             node.replace_input_with(decoding, graph.graph.get_attr(name))
-    _round_padded(graph)
     return finish(graph)
 
 

@@ -52,6 +52,8 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     rarefy.export(model.eval(), folder / "model.onnx", task=task)
     if importlib.util.find_spec("openvino") is not None:
         rarefy.export(model.eval(), folder / "model.xml", task=task)
+    if importlib.util.find_spec("executorch") is not None and task is not None:
+        rarefy.export(model.eval(), folder / "model.pte", task=task)
     done = subprocess.run(
         [sys.executable, folder / "predict.py", *pictures], capture_output=True, text=True, check=False, timeout=120
     )

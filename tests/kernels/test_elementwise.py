@@ -3,6 +3,8 @@ to the last code."""
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 import rarefy.kernels  # noqa: F401
-from rarefy.kernels.elementwise import add, mul
+from rarefy.kernels.elementwise import add, add_in_fixed_point, mul
 from rarefy.kernels.pooling import avg_pool2d, mean
 from rarefy.kernels.quantize import dequantize, quantize
 
@@ -115,3 +117,26 @@ def test_windows_of_codes_are_averaged_as_by_onnxruntime(
         }
         exact = pooled("QLinearAveragePool", x, grids, **options)
         assert torch.equal(avg_pool2d(x, *grids[:2], *places, include, *grids[2:], 0, 255, torch.uint8), exact)
+
+
+def test_a_sum_in_fixed_point_is_rounded_up_from_halves() -> None:
+    """As XNNPACK has it: (A (a - z_a) + B (b - z_b) + 2^(n-1)) >> n, its factors whole numbers of 21 bits."""
+    rng = np.random.default_rng(3)
+    a, b = OPERANDS["all pairs"]
+    for _ in range(20):
+        steps = [np.float32(one) for one in np.exp(rng.uniform(-6, 1, 3))]
+        zeros = [int(one) for one in rng.integers(0, 256, 3)]
+        grids = [torch.tensor(one) for pair in zip(steps, zeros, strict=True) for one in pair]
+        found = add_in_fixed_point(a, *grids[:2], b, *grids[2:4], *grids[4:], 0, 255, torch.uint8)
+        ratios = [float(steps[0] / steps[2]), float(steps[1] / steps[2])]
+        bits = 20 - math.floor(math.log2(max(ratios)))
+        factors = [round(one * 2**bits) for one in ratios]
+        assert 2**20 <= max(factors) <= 2**21
+        for _ in range(50):
+            i, j = (int(one) for one in rng.integers(0, 256, 2))
+            whole = factors[0] * (i - zeros[0]) + factors[1] * (j - zeros[1])
+            nearest = math.floor(Fraction(whole, 2**bits) + Fraction(1, 2)) + zeros[2]
+            assert int(found[i, j]) == min(max(nearest, 0), 255)
+    one, none = torch.tensor(1.0), torch.tensor(0)
+    odd = add_in_fixed_point(a, one, none, b, one, none, torch.tensor(2.0), none, 0, 255, torch.uint8)
+    assert odd[0, 1] == 1 and odd[0, 3] == 2 and odd[2, 3] == 3  # to even, it would be 0, 2 and 2

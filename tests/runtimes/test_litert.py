@@ -59,6 +59,32 @@ def test_codes_are_the_simulations(made_for: str, tmp_path: Path) -> None:
     assert not broken["passed"] and broken["first_diverging_layer"] == "groups"
 
 
+class Sums(nn.Module):
+    """A sum of a sum, of unlike scales."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.more = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for layer in self.more:
+            x = x + layer(x)
+        return self.head(x.mean((2, 3)))
+
+
+def test_sums_in_fixed_point_are_the_simulations_to_the_last_code(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(16, 3, 24, 24)
+    small, path, runtime = compared(Sums(), x, tmp_path, runtime="litert")
+    found = runtime.compare(small, path, x)
+    shares = {layer["value"]: layer["share"] for layer in found["layers"]}
+    assert not any(shares[name] for name in ("add", "add_1", "add_2")), shares
+    assert found["passed"] and found["evaluated"] == 1.0
+
+
 class Shuffled(nn.Module):
     """Branches of unlike scales put together, their channels shuffled: codes go on in another order of axes."""
 

@@ -349,3 +349,20 @@ def test_silu_between_roundings_is_one_operator_of_onnx_runtime(tmp_path: Path) 
     assert runtime.compare(small, tmp_path / "onnx.onnx", images)["ulp"] <= 1
     assert kinds(exact, runtime).count("Sigmoid") == 2
     assert "QuickGelu" not in kinds(small, plugins.resolve("runtimes", "openvino"))
+
+
+def test_openvino_rounds_its_convolutions_by_way_of_numbers(tmp_path: Path) -> None:
+    """By that sequence a graph makes its codes, of half a million; by the simulation's some are the next ones."""
+    pytest.importorskip("openvino")
+    torch.manual_seed(1)
+    net = nn.Sequential(
+        nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 24, 3, padding=1, groups=24), nn.ReLU(),
+        nn.Conv2d(24, 32, 1), nn.Conv2d(32, 48, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 5),
+    )  # fmt: skip
+    x = torch.randn(4, 3, 32, 32)
+    runtime = plugins.resolve("runtimes", "openvino:threads=1")
+    small = quantize(capture(net.eval(), x), batches=[x], runtime=runtime, progress=False)
+    found = runtime.compare(small, runtime.export(small, tmp_path / "model.onnx"), x)
+    shares = {layer["name"]: layer["share"] for layer in found["layers"]}
+    assert found["passed"] and sum(shares[name] > 0 for name in ("0", "2", "4", "5")) == 0, shares
+    assert found["evaluated"] == 1.0
