@@ -22,11 +22,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rarefy.kernels.chunks import by_images
+from rarefy.kernels.int_linear import between_ends
 from rarefy.kernels.library import GRID, operator
 from rarefy.kernels.quantize import from_codes, to_codes
 
@@ -82,6 +84,19 @@ def add_in_fixed_point(
     def some(a: Tensor, b: Tensor) -> Tensor:
         sums = (a.to(torch.int64) - zeros[0]).mul_(first).add_((b.to(torch.int64) - zeros[1]).mul_(second))
         return (sums.add_(half) >> bits).add_(offset).clamp_(qmin, qmax).to(dtype)
+
+    return _joined(some, a, b)
+
+
+def add_by_numbers(
+    a: Tensor, a_scale: Tensor, a_zero_point: Tensor, b: Tensor, b_scale: Tensor, b_zero_point: Tensor, *grid: Any
+) -> Tensor:
+    """``add`` as OpenVINO rounds it: the sum of the decoded numbers. grid: as of ``between_ends``."""
+    kind = a_scale.dtype
+
+    def some(a: Tensor, b: Tensor) -> Tensor:
+        first = from_codes(a, a_zero_point, kind).mul_(a_scale)
+        return between_ends(first.add_(from_codes(b, b_zero_point, kind).mul_(b_scale)), grid)
 
     return _joined(some, a, b)
 

@@ -39,6 +39,7 @@ from rarefy.deployment.runtime import (
 from rarefy.errors import FormatError, InputError
 from rarefy.graph.lowering import is_decoded, to_numbers
 from rarefy.graph.nodes import argument, attribute, finish, set_argument
+from rarefy.kernels.elementwise import add_by_numbers
 from rarefy.kernels.int_linear import convolution_by_numbers, linear_by_numbers
 from rarefy.system.dependencies import needs
 
@@ -47,6 +48,7 @@ OPERATORS = torch.ops.rarefy
 ROUNDINGS: parity.Roundings = {
     **{getattr(OPERATORS, f"conv{axes}d_codes").default: convolution_by_numbers for axes in (1, 2, 3)},
     OPERATORS.linear_codes.default: linear_by_numbers,
+    OPERATORS.add.default: add_by_numbers,
 }
 KEPT = 3  # shapes a session stays compiled for
 
