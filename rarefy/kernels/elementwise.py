@@ -13,7 +13,7 @@ sigmoid: 3 lies halfway between two codes). An operand a that is one number alon
 Given up: kernels of other machines differ from this by as much as from each other. XNNPACK's, which LiteRT and
 ExecuTorch run, adds in fixed point:
 
-    add   q = clip( (a' (a - z_a) + b' (b - z_b) + 2^(n-1)) >> n) + z )      a' = round(2^n s_a/s), b' = round(2^n s_b/s)
+    add   q = clip( (a' (a - z_a) + b' (b - z_b) + 2^(n-1)) >> n) + z )     a' = round(2^n s_a/s), b' = round(2^n s_b/s)
 
 with n such that the larger of a' and b' has 21 bits (``add_in_fixed_point``; MobileNetV2's ten sums: all codes equal).
 """

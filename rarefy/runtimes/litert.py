@@ -6,9 +6,9 @@ grid. No converter is asked, so that nothing of TensorFlow, JAX or litert-torch 
 20 MB, brings the format's tables and the runtime.
 
 XNNPACK scales sums in float32 and rounds half to even, as the simulation does; sums of two grids in fixed point, by
-which parity runs the graph (``kernels.elementwise.add_in_fixed_point``). A layer whose sums nothing rounds keeps its weights as codes in
-the file, which are decoded once, when it is opened. What LiteRT has no operator for (sorting, sizes that depend on
-values, convolutions of lines and volumes) is refused by the layer's name.
+which parity runs the graph (``kernels.elementwise.add_in_fixed_point``). A layer whose sums nothing rounds keeps its
+weights as codes in the file, which are decoded once, when it is opened. What LiteRT has no operator for (sorting, sizes
+that depend on values, convolutions of lines and volumes) is refused by the layer's name.
 
 The file is for one batch size (``batch``); ``Session`` runs larger batches piece by piece. Parity reads the codes of
 each value out of the file itself, with further outputs.
