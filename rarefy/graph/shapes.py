@@ -8,6 +8,7 @@ operator needs real devices or numbers, torch's fake tensors know more of them, 
 from __future__ import annotations
 
 import math
+import operator
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -92,6 +93,8 @@ def remembered(ask: Rule) -> Rule:
     known: dict[object, Value] = {}
 
     def rule(node: fx.Node, live: Mapping[fx.Node, Value]) -> Value:
+        if not isinstance(node.target, torch._ops.OpOverload):  # arithmetic, an item of a list: sooner done than known
+            return ask(node, live)
         try:
             named = [(name, _likeness(value, live)) for name, value in node.kwargs.items()]
             key = node.target, _likeness(node.args, live), *named
@@ -159,6 +162,8 @@ def _known(node: fx.Node, live: Mapping[fx.Node, Value], args: Sequence[Value], 
         check_lstm(node, live)
     if _keeps_shape(node, args):
         return args[0]
+    if node.target is operator.getitem:  # of thousands, perhaps
+        return args[0][args[1]]
     rule = _SHAPES.get(node.target)
     return None if rule is None else rule(*args, **kwargs)
 

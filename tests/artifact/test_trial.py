@@ -518,6 +518,26 @@ def test_operators_on_shapes_of_their_own_have_an_end(monkeypatch):
     )
 
 
+def test_lists_of_tensors_are_gone_through_a_bounded_number_of_times(monkeypatch):
+    monkeypatch.setattr(trial, "MOST_PIECES", 200)
+    split = ("aten.split.Tensor", X, 1, 2)  # six tensors
+    joined = ("aten.cat.default", n("n0"), 2)
+    graph(split, *[joined] * 25)
+    graph(split, *[("operator.getitem", n("n0"), place % 6) for place in range(300)])
+    refused("node n28: .* too large a network: its lists hold over 200 tensors together", split, *[joined] * 35)
+    refused("node n28: .* its lists hold over 200", *[split] * 35)
+
+
+def test_items_of_a_long_list_cost_nothing():
+    begin = time.process_time()
+    graph(
+        ("aten.repeat.default", X, [1, 1, 1, 600]),
+        ("aten.split.Tensor", n("n0"), 1, 3),
+        *[("operator.getitem", n("n1"), place % 3600) for place in range(10_000)],
+    )
+    assert time.process_time() - begin < 8  # a minute where each goes through the list
+
+
 def test_a_long_sequence_costs_one_step():
     gru = nn.GRU(4, 6, batch_first=True)
     tensors = {f"w{place}": weight.detach() for place, weight in enumerate(gru._flat_weights)} | {

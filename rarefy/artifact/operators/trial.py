@@ -36,7 +36,9 @@ MULTIPLE = 256
 GROWTH = 1.5  # times what two samples take of each more, within which memory still counts as growing as they do
 MOST_AXES = 16
 # Operators on shapes of their own, each of which takes torch up to a millisecond: DenseNet-201 has some hundreds.
-MOST_KINDS = 5000
+MOST_KINDS = 2000
+# Tensors that operators are given, and those in lists that they yield.
+MOST_PIECES = 2**17
 # Bits of a whole number that is computed from sizes; multiplying numbers adds theirs.
 MOST_BITS = 2**16
 
@@ -105,6 +107,7 @@ class _Trial:
         self.last = {source: node for node in graph.graph.nodes for source in node.all_input_nodes}
         self.highest, self.inside = 0, 0  # inside: of the operator that runs
         self.kinds = 0  # of operators and shapes that were asked
+        self.pieces = 0
 
     def compute(self, ask: Callable[[fx.Node, Mapping[fx.Node, Value]], Value]) -> Callable[..., Value]:
         """A rule for the interpreter: what ``ask`` says of a node, once its arguments keep the rules."""
@@ -112,6 +115,7 @@ class _Trial:
 
         def rule(node: fx.Node, live: Mapping[fx.Node, Value]) -> Value:
             try:
+                self._check_pieces(node, live)
                 self._check_arguments(node, live)
                 return asked(node, live)
             except FormatError:
@@ -125,10 +129,23 @@ class _Trial:
         return rule
 
     def _counted(self, node: fx.Node) -> fx.Node:
-        self.kinds += 1
+        self.kinds += isinstance(node.target, torch._ops.OpOverload)
         if self.kinds > MOST_KINDS:
             raise self._refusal(node, f"is too large a network: over {MOST_KINDS} operators on shapes of their own")
         return node
+
+    def _check_pieces(self, node: fx.Node, live: Mapping[fx.Node, Value]) -> None:
+        """Of the lists of tensors that it reads, which are gone through each time."""
+        if isinstance(node.target, torch._ops.OpOverload):
+            lists = (live[one] for one in node.all_input_nodes)
+            self._add_pieces(
+                node, len(node.all_input_nodes) + sum(len(one) for one in lists if isinstance(one, (list, tuple)))
+            )
+
+    def _add_pieces(self, node: fx.Node, count: int) -> None:
+        self.pieces += count
+        if self.pieces > MOST_PIECES:
+            raise self._refusal(node, f"is too large a network: its lists hold over {MOST_PIECES} tensors together")
 
     def run(self, values: Iterable[tuple[fx.Node, Value]]) -> None:
         """Adds up what is held while the nodes run, one after the other."""
@@ -149,6 +166,8 @@ class _Trial:
 
     def _size(self, node: fx.Node, value: Value) -> int:
         found = value if isinstance(value, (list, tuple)) else [value]
+        if len(found) > 1:
+            self._add_pieces(node, len(found))
         if any(isinstance(one, Tensor) and one.dim() > MOST_AXES for one in found):
             raise self._refusal(node, f"yields a tensor of more than {MOST_AXES} axes")
         return sum(_bytes(one) for one in found)
