@@ -4,6 +4,9 @@ The digits demo on the CPU. All three are given the same seconds of work (those 
 table of costs, and are timed the same way; a random recipe draws each family's width, the bits, the length of training,
 the learning rate and the criterion.
 
+Then all models of the three are timed once more, in turns with the original and nothing else beside: a search's own
+timing shares the machine with its trainings. Fronts are those of that timing.
+
 * ``files``: of the front, each saved and verified.
 * ``beaten``: points of the front that a random recipe of at most their latency betters by more than the point's
   interval.
@@ -11,12 +14,15 @@ the learning rate and the criterion.
 
     python bench/search.py --check              24 trials, a quarter of an hour on two cores
     python bench/search.py --small --check      8 trials: that it works, not how well
+    python bench/search.py --folder F --time    searches that lie there, timed and judged once more: seconds
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import random
 import sys
 import tempfile
 from pathlib import Path
@@ -25,13 +31,20 @@ import torch
 
 from rarefy import demo
 from rarefy.compression.budget import Budget
-from rarefy.compression.search.front import Front, Point, hypervolume
+from rarefy.compression.gates import ORIGINAL
+from rarefy.compression.run import FIRST
+from rarefy.compression.search.front import Front, Point, hypervolume, mark, read
+from rarefy.compression.search.journal import Journal
 from rarefy.compression.search.search import search
+from rarefy.compression.search.trial import BASE
 from rarefy.demo.digits import demo as digits
+from rarefy.deployment import latency
 from rarefy.distillation import distill
 from rarefy.tasks import detector
 
 FILES, GAIN = 8, 1.1
+FOLDERS = {"search": "search", "random": "random", "TPE alone": "tpe"}  # name -> the folder, and the strategy
+TURNS = 8  # models that are timed in turns with the original
 REFERENCE = (0.2, 1.05)
 
 
@@ -41,6 +54,49 @@ def original(seed: int, width: int, epochs: int) -> tuple[torch.fx.GraphModule, 
     graph = detector.capture(demo.model(width=width), shown.task.data.input_shape)
     training = {**shown.training, "epochs": epochs}
     return distill.train(graph, shown.task, **training, seed=seed, progress=False), shown.task
+
+
+def searched(asked: argparse.Namespace, home: Path) -> None:
+    graph, task = original(asked.seed, asked.width, 2 if asked.small else 8)
+    given = {"epochs": asked.epochs, "budget": Budget(max_drop=0.01), "seed": asked.seed, "corruptions": []}
+    found = search(graph, task, folder=home / FOLDERS["search"], trials=asked.trials, **given)
+    minutes = sum(one["seconds"] for one in found.points) / 60
+    for name in ("random", "TPE alone"):
+        strategy = FOLDERS[name]
+        search(graph, task, folder=home / strategy, minutes=minutes, strategy=strategy, **given)
+
+
+def timed_again(home: Path) -> dict[str, Front]:
+    """The fronts, every model timed in turns with the original, a few at a time."""
+    task, fronts = digits(0).task, {name: read(home / folder) for name, folder in FOLDERS.items()}
+    files = {}
+    for name, front in fronts.items():
+        told = {one.number: one.told for one in Journal(front.folder, None, 0).trials()}
+        files |= {
+            (name, one["number"]): front.folder / str(told[one["number"]]["result"]) / "model.onnx"
+            for one in front.points
+        }
+    first = fronts["search"].folder / BASE / FIRST / "model.onnx"
+    example, runtime = torch.cat(list(task.data.inputs("val", 1, 1, seed=0))), latency.with_threads("onnxruntime")
+    speed, keys = {}, list(files)
+    random.Random(0).shuffle(keys)  # neither of the three is timed first
+    for begin in range(0, len(keys), TURNS):
+        some = keys[begin : begin + TURNS]
+        turns = {ORIGINAL: first, **{f"{name} {number}": files[name, number] for name, number in some}}
+        found = latency.timed(turns, example, runtime=runtime, repeats=60)
+        speed |= {(name, number): found[f"{name} {number}"]["speedup"][ORIGINAL] for name, number in some}
+    base = float(fronts["search"].points[0]["latency_ms"]["median"] * fronts["search"].points[0]["speedup"]["median"])
+    return {
+        name: dataclasses.replace(
+            front, points=mark([_with_speed(one, speed[name, one["number"]], base) for one in front.points])
+        )
+        for name, front in fronts.items()
+    }
+
+
+def _with_speed(one: Point, speed: latency.Quartiles, base_ms: float) -> Point:
+    ms = {"median": base_ms / speed["median"], "low": base_ms / speed["high"], "high": base_ms / speed["low"]}
+    return {**one, "speedup": speed, "latency_ms": ms}
 
 
 def place(one: Point) -> tuple[float, float]:
@@ -65,19 +121,17 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--small", action="store_true", help="8 trials of a narrow network")
     parser.add_argument("--folder", help="where the searches lie; default: temporary")
+    parser.add_argument("--time", action="store_true", help="no search: those in --folder, timed and judged again")
     parser.add_argument("--check", action="store_true")
     asked = parser.parse_args()
     if asked.small:
         asked.trials, asked.epochs, asked.width = 8, 2, 16
     torch.set_num_threads(1)
-    graph, task = original(asked.seed, asked.width, 2 if asked.small else 8)
     with tempfile.TemporaryDirectory() as temporary:
         home = Path(asked.folder or temporary)
-        given = {"epochs": asked.epochs, "budget": Budget(max_drop=0.01), "seed": asked.seed, "corruptions": []}
-        found = {"search": search(graph, task, folder=home / "search", trials=asked.trials, **given)}
-        minutes = sum(one["seconds"] for one in found["search"].points) / 60
-        for name, strategy in (("random", "random"), ("TPE alone", "tpe")):
-            found[name] = search(graph, task, folder=home / strategy, minutes=minutes, strategy=strategy, **given)
+        if not asked.time:
+            searched(asked, home)
+        found = timed_again(home)
     volumes = {name: hypervolume([place(one) for one in front.points], REFERENCE) for name, front in found.items()}
     worse = beaten(found["search"], list(found["random"].points))
     print(f"{'':12} trials  minutes  front  hypervolume")

@@ -7,7 +7,7 @@ import dataclasses
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +24,7 @@ from rarefy.cli.options import (
     LogsOption,
     ModelOptions,
     Output,
+    PricesOption,
     Runtime,
     Seed,
     Store,
@@ -71,11 +72,18 @@ def compress(
         str | None, typer.Option(metavar="URL", help="Where a search keeps its trials; default: a journal in --output.")
     ] = None,
     runtime: Runtime = "onnxruntime",
+    also: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="A further runtime that a search times each model on. May be given more than once."
+        ),
+    ] = None,
     seed: Seed = 0,
     device: Device = None,
     store: Store = None,
     key: Key = None,
     logs: LogsOption = None,
+    prices: PricesOption = None,
     as_json: Json = False,
 ) -> None:
     """Prune, distil and quantise under one budget; measure, export, report and save.
@@ -98,11 +106,11 @@ def compress(
     if search is not None:
         if steps or key is not None:
             raise InputError("--search finds the steps by itself, and signs none: leave --step and --key out")
-        how = {**_length(search), **given_only(epochs=epochs, storage=storage), "logs": loggers}
-        return _search(recipe.check(content, "compress"), how, as_json)
-    if epochs is not None or storage is not None:
-        raise InputError("--epochs and --storage belong to --search; pass it, or a step 'distill epochs=3'")
-    _compress(recipe.check({**content, "step": steps}, "compress"), key, as_json, loggers)
+        how = {**_length(search), **given_only(epochs=epochs, storage=storage, also=also, prices=prices)}
+        return _search(recipe.check(content, "compress"), {**how, "logs": loggers}, as_json)
+    if epochs is not None or storage is not None or also:
+        raise InputError("--epochs, --storage and --also belong to --search; pass it, or a step 'distill epochs=3'")
+    _compress(recipe.check({**content, "step": steps}, "compress"), key, as_json, {"logs": loggers, "prices": prices})
 
 
 @app.command("run")
@@ -119,6 +127,7 @@ def run_recipe(
     ] = False,
     key: Key = None,
     logs: LogsOption = None,
+    prices: PricesOption = None,
     as_json: Json = False,
 ) -> None:
     """Carry out a recipe: `rarefy compress`, written down."""
@@ -130,13 +139,16 @@ def run_recipe(
         asked = recipe.read(path)
         if output is not None:
             asked = dataclasses.replace(asked, output=output)
-        _compress(asked, key, as_json, loggers)
+        _compress(asked, key, as_json, {"logs": loggers, "prices": prices})
 
 
-def _compress(asked: Any, key: str | None, as_json: bool, logs: Sequence[Any] = ()) -> None:
+def _compress(asked: Any, key: str | None, as_json: bool, how: Mapping[str, Any]) -> None:
+    """how: logs and prices, as ``rarefy.compress`` takes them."""
     from rarefy.compression.run import locked_folder
     from rarefy.models import load
+    from rarefy.reports import prices
 
+    prices.told(how["prices"])  # read before hours of work
     if asked.output is None:
         raise InputError('the recipe names no output; add output = "small/", or pass -o')
     check_data(asked.data)
@@ -150,7 +162,7 @@ def _compress(asked: Any, key: str | None, as_json: bool, logs: Sequence[Any] = 
     budget = Budget(**asked.budget)
     workdir = Path(f"{output}.work")
     with locked_folder(workdir):
-        result = _carried_out(asked, graph, task, budget, workdir, source.text, logs)
+        result = _carried_out(asked, graph, task, budget, workdir, source.text, how)
         result.save(output)
         if signer:
             from rarefy.artifact import signing
@@ -161,7 +173,7 @@ def _compress(asked: Any, key: str | None, as_json: bool, logs: Sequence[Any] = 
 
 
 def _carried_out(
-    asked: Any, graph: Any, task: Any, budget: Budget, workdir: Path, title: str, logs: Sequence[Any]
+    asked: Any, graph: Any, task: Any, budget: Budget, workdir: Path, title: str, how: Mapping[str, Any]
 ) -> Any:
     from rarefy.compression import compress as compress_module
     from rarefy.compression import recipe
@@ -178,7 +190,7 @@ def _carried_out(
         store=asked.store,
         title=title,
         recipe=recipe.write(asked),
-        logs=logs,
+        **how,
     )
 
 

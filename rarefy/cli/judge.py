@@ -16,6 +16,7 @@ from rarefy.cli.options import (
     Device,
     Json,
     ModelOptions,
+    PricesOption,
     Reference,
     ReferenceWeights,
     Runtime,
@@ -24,7 +25,7 @@ from rarefy.cli.options import (
     app,
     grouped,
 )
-from rarefy.cli.outputs import claim_file, claim_pictures, facts_of, priced, show_comparison, unreadable_rows
+from rarefy.cli.outputs import claim_file, claim_pictures, facts_of, show_comparison, unreadable_rows
 from rarefy.cli.terminal import say, show_json
 from rarefy.errors import FormatError, GoalMissed, InputError
 
@@ -216,16 +217,12 @@ def report_command(
     reference_weights: ReferenceWeights = None,
     runtime: Runtime = "onnxruntime",
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Judge on the first N images only.")] = None,
-    prices: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE", help="What a core draws and costs, author and licence: a TOML file, docs/search.md."
-        ),
-    ] = None,
+    prices: PricesOption = None,
     key: Signer = None,
     as_json: Json = False,
 ) -> None:
     """The report of a folder as HTML. With data (and --reference), what it claims is measured again, here and now."""
+    from rarefy.reports import prices as prices_
     from rarefy.reports import report
 
     place = Path(folder)
@@ -236,7 +233,7 @@ def report_command(
             f"{target}: lies in a saved folder, whose files are sealed by their hashes; choose another --output"
         )
     again = data.options()
-    table = {} if prices is None else priced(prices)
+    table = prices_.told(prices)
     if again:
         facts = _measured_again(place, data, reference, reference_weights, runtime, limit, key)
     elif reference is not None:

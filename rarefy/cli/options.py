@@ -215,6 +215,12 @@ LogsOption = Annotated[
         "`rarefy list loggers`. May be given more than once.",
     ),
 ]
+PricesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--prices", metavar="FILE", help="What a core draws and costs, author and licence: a TOML file, docs/search.md."
+    ),
+]
 Signer = Annotated[
     str | None,
     typer.Option(

@@ -73,16 +73,6 @@ def claim_parent(path: Path, option: str = "--output") -> None:
         raise InputError(f"{path}: can't be written ({error.strerror}); choose another {option}") from error
 
 
-def priced(path: str) -> dict[str, Any]:
-    """What a report reckons costs by, and who made it, as the user's file says."""
-    from dataclasses import asdict
-
-    from rarefy.reports.prices import read
-
-    prices, about = read(path)
-    return {"prices": asdict(prices), "about": dict(about)}
-
-
 def readable(text: str, option: str) -> str:
     if not os.path.isfile(text):
         raise InputError(f"{option} {text}: no such file; make a pair of keys with `rarefy keygen`")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rarefy.cli.options import Json, OptionalOutput, app
+from rarefy.cli.options import Json, OptionalOutput, PricesOption, app
 from rarefy.cli.outputs import claim_folder
 from rarefy.cli.terminal import say, show_json, show_table
 from rarefy.errors import InputError
@@ -26,19 +27,24 @@ def front(
         str | None,
         typer.Option(
             metavar="WISH",
-            help="One point: 5ms, 2x or 1MB (the most accurate within it), drop=0.5% (the fastest within it), or #7.",
+            help="One point: 5ms, 2x or 1MB (the most accurate within it), drop=0.5% (the fastest within it), or #7; "
+            "5ms@openvino on another runtime of the search.",
         ),
     ] = None,
     output: OptionalOutput = None,
     every: Annotated[bool, typer.Option("--all", help="Points that others beat, too.")] = False,
+    prices: PricesOption = None,
     as_json: Json = False,
 ) -> None:
     """The best of what a search found, by latency; with --pick one of them, copied to --output."""
     from rarefy.compression.search import front as front_
+    from rarefy.reports import prices as reckoned
 
     if output is not None and pick is None:
         raise InputError("--output is where one point is copied; say which with --pick, such as --pick 5ms")
     found = front_.read(folder)
+    if told := reckoned.told(prices):
+        found = dataclasses.replace(found, about={**found.about, "prices": told["prices"]})
     if pick is None:
         show(found, as_json, every)
         return

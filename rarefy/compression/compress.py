@@ -50,6 +50,7 @@ from rarefy.evaluation.corruptions import fits
 from rarefy.graph.nodes import is_graph, share_copy
 from rarefy.kernels import is_quantised
 from rarefy.models import fitting
+from rarefy.reports import prices as prices_
 from rarefy.reports import report as report_module
 from rarefy.reports import shown
 from rarefy.reports.facts import Facts, status
@@ -127,6 +128,7 @@ def compress(
     recipe: str = "",
     corruptions: Sequence[str] | None = None,
     logs: Logging = None,
+    prices: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Result:
     """The smallest and fastest model found that keeps the budget; the docstring of this module says how.
@@ -143,11 +145,13 @@ def compress(
     title, recipe: what the report calls it, and the recipe that it shows.
     corruptions: for robustness, () for none; None: six.
     logs: who is told the numbers of each training while it runs, and of each step's model; as ``distill`` takes them.
+    prices: a TOML file by which the report reckons costs, and who made the model (``reports/prices.py``).
 
     A missed goal is no error: see ``Result.met``. Raises InputError for what can't be done, or for the workdir of
     another run.
     """
     _check(budget, task)
+    priced = prices_.told(prices)
     if inputs is None and not is_graph(model):  # size and channels that nobody gave, as the model takes them
         task = fitting.fit_module(model, task)
     task = settled(task, model)
@@ -165,6 +169,7 @@ def compress(
         optional=steps is None,
         progress=progress,
         logs=plugins.several("loggers", logs),
+        priced=priced,
     )
     _check_steps(run, original)
     if workdir is None:
@@ -238,7 +243,7 @@ def concluded(
         fingerprints = cast(dict[str, str], read_json(folder.path / RUN)["data"])
         told = facts.of(run, title, recipe, candidates, walk.outcomes, result, comparison, fingerprints)
         write_json(final, json.loads(report_module.as_json(told)))
-    report = cast(Facts, read_json(final))
+    report = cast(Facts, {**read_json(final), **run.priced})
     result = candidates[cast(int, report["provenance"]["chosen"])]
     manifest = {
         "recipe": recipe,

@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -63,6 +63,7 @@ class Run:
         begin with the original. timed: is each step's model timed? If not, gates look at the rest, and whoever asks
         times the result (a search, whose trials may run on other machines than the one that counts).
     logs: who is told the numbers of each training, and of each step's model.
+    priced: ``prices`` and ``about`` of the report, as the user's file says.
     """
 
     task: Task
@@ -77,6 +78,7 @@ class Run:
     start: Path | None = None
     timed: bool = True
     logs: Sequence[Logger | Callback] = ()
+    priced: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def model_file(self) -> str:

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,14 @@ def read(path: str | Path) -> tuple[Prices, About]:
     if not file.exists():
         raise InputError(f"{file}: no such file; write a TOML file with a table [prices], docs/search.md has one")
     return of(strict_toml.read(file), str(file))
+
+
+def told(path: str | os.PathLike[str] | None) -> dict[str, object]:
+    """What a report is told of the user's file: ``prices`` and ``about``; nothing where there is none."""
+    if path is None:
+        return {}
+    prices, about = read(Path(path))
+    return {"prices": dataclasses.asdict(prices), "about": dict(about)}
 
 
 def of(told: Mapping[str, object], where: str = "prices") -> tuple[Prices, About]:

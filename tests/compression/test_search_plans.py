@@ -12,7 +12,7 @@ import torch
 
 from rarefy import demo
 from rarefy.compression import recipe as recipe_
-from rarefy.compression.search import first, front, plans
+from rarefy.compression.search import first, front, plans, table
 from rarefy.compression.search.profile import Network, Profile, measure
 from rarefy.compression.search.space import BITS, Family, Genome, Lengths, recipe
 from rarefy.errors import FormatError, InputError
@@ -247,6 +247,43 @@ def test_a_wish_that_cannot_be_says_how_near_it_comes(wish: str, said: str) -> N
     best = [one for one in front.mark(POINTS) if not one["beaten"]]
     with pytest.raises(InputError, match=said):
         front.picked(best, wish)
+
+
+def timed(one: front.Point, ms: float) -> front.Point:
+    """The same, timed on another runtime, too."""
+    spread = front.Quartiles(median=ms, low=0.9 * ms, high=1.1 * ms)
+    ratio = front.Quartiles(median=10 / ms, low=9 / ms, high=11 / ms)
+    return {**one, "elsewhere": {"openvino:threads=1": front.Clock(latency_ms=spread, speedup=ratio, disturbed=False)}}
+
+
+def test_a_point_that_is_the_fastest_on_one_runtime_stays_and_is_picked_there() -> None:
+    points = [timed(POINTS[1], 6.0), timed(POINTS[3], 3.0), timed(POINTS[4], 8.0), POINTS[0]]
+    marked = front.mark(points)
+    assert {one["number"] for one in marked if one["beaten"]} == {4}  # 3 is beaten on the first runtime alone
+    assert next(one for one in front.mark([*points[:2], POINTS[4]]) if one["number"] == 4)[
+        "beaten"
+    ]  # it can't run there
+    best = [one for one in marked if not one["beaten"]]
+    assert front.picked(best, "5ms@openvino")["number"] == 3
+    assert front.picked(best, "1.5x@openvino:threads=1")["number"] == 1 and front.picked(best, "5ms")["number"] == 1
+    for wish, said in (("1ms@openvino", "the fastest takes 3.000 ms"), ("5ms@litert", "have openvino:threads=1")):
+        with pytest.raises(InputError, match=said):
+            front.picked(best, wish)
+    with pytest.raises(InputError, match="one runtime alone"):
+        front.picked(POINTS, "5ms@openvino")
+
+
+def test_the_front_s_table_has_a_column_a_runtime_and_the_user_s_prices(tmp_path: Path) -> None:
+    about = {"host": "here", "runtime": "onnxruntime", "threads": 1, "metric": "top-1", "unit": "%", "samples": 10}
+    points = front.mark([timed(POINTS[1], 6.0), POINTS[0]])
+    usual = table.table(front.Front(tmp_path, points, about), points)
+    assert usual.columns[-1] == "EUR a month, est." and "on openvino:threads=1, ms" in usual.columns
+    cells = [dict(zip(usual.columns, row, strict=True)) for row in usual.rows]
+    assert [one["on openvino:threads=1, ms"] for one in cells] == ["6 (5.4 to 6.6)", "can't run"]
+    asked = {"prices": {"watts_per_core": 16.0, "currency": "CHF"}}
+    dear = table.table(front.Front(tmp_path, points, {**about, **asked}), points)
+    assert dear.columns[-1] == "CHF a month, est." and "16 W" in dear.note
+    assert (cells[0]["energy, est."], dear.rows[0][-2]) == ("32 mJ", "64 mJ")  # 4 ms at 8 and at 16 W
 
 
 def test_a_drop_out_of_reach_tells_the_least() -> None:

@@ -23,6 +23,10 @@ POINT: dict[str, Any] = {
     "latency_ms": {"median": 2.0, "low": 1.9, "high": 2.1}, "speedup": {"median": 2.0, "low": 1.9, "high": 2.1},
     "disturbed": False, "size_bytes": 4000, "memory_bytes": None, "seconds": 4.0, "recipe": "prune macs=0.5",
     "beaten": False, "folder": "points/0003",
+    "elsewhere": {"openvino:threads=1": {
+        "latency_ms": {"median": 3.0, "low": 2.9, "high": 3.1}, "speedup": {"median": 1.5, "low": 1.4, "high": 1.6},
+        "disturbed": False,
+    }},
 }  # fmt: skip
 ABOUT: dict[str, Any] = {
     "host": "here", "runtime": "onnxruntime", "threads": 1, "metric": "top-1", "unit": "%", "samples": 100,
@@ -46,6 +50,13 @@ BAD: dict[str, Callable[[dict[str, Any], dict[str, Any]], object]] = {
     "another's folder": lambda point, about: point.update(folder="points/0004"),
     "memory below 0": lambda point, about: point.update(memory_bytes=-1),
     "beaten by text": lambda point, about: point.update(beaten="no"),
+    "other runtimes that are a list": lambda point, about: point.update(elsewhere=[1]),
+    "another runtime without a latency": lambda point, about: point.update(elsewhere={"openvino": {}}),
+    "another runtime's speed of text": lambda point, about: point["elsewhere"]["openvino:threads=1"].update(
+        speedup="2x"
+    ),
+    "prices of text": lambda point, about: about.update(prices={"load": "much"}),
+    "prices that are a list": lambda point, about: about.update(prices=[1]),
     "threads of text": lambda point, about: about.update(threads="two"),
     "samples of text": lambda point, about: about.update(samples="many"),
     "no metric": lambda point, about: about.pop("metric"),

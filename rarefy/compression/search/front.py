@@ -8,6 +8,7 @@ power that a core is said to draw (``reports/prices.py``), and is labelled so.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from rarefy.compression.recipe import share, size
 from rarefy.compression.run import read_json
 from rarefy.compression.search import table
 from rarefy.errors import InputError
-from rarefy.reports import shown
+from rarefy.reports import prices, shown
 from rarefy.reports.facts import is_number
 from rarefy.system.strict_json import expect
 
@@ -33,13 +34,21 @@ class Quartiles(TypedDict):
     high: float
 
 
-class Point(TypedDict):
+class Clock(TypedDict):
+    """latency_ms: and speedup against the original, median and quartiles, on one runtime."""
+
+    latency_ms: Quartiles
+    speedup: Quartiles
+    disturbed: bool
+
+
+class Point(Clock):
     """A trial that was measured.
 
-    value: the metric's, drop: against the original's, on the same images; both with intervals of 95 %. latency_ms: and
-    speedup against the original, median and quartiles. size_bytes: of the weights on disk. memory_bytes: at its peak,
-    once it is saved. beaten: another is as good in accuracy, latency and size, and better in one. folder: where it is
-    saved, in the search's folder; "" where it is not.
+    value: the metric's, drop: against the original's, on the same images; both with intervals of 95 %. elsewhere: how
+    fast on the search's other runtimes, by name, without those that can't run it. size_bytes: of the weights on disk.
+    memory_bytes: at its peak, once it is saved. beaten: another is as good in accuracy, latency (on each runtime) and
+    size, and better in one. folder: where it is saved, in the search's folder; "" where it is not.
     """
 
     number: int
@@ -48,9 +57,7 @@ class Point(TypedDict):
     interval: list[float]
     drop: float
     drop_interval: NotRequired[list[float]]
-    latency_ms: Quartiles
-    speedup: Quartiles
-    disturbed: bool
+    elsewhere: NotRequired[dict[str, Clock]]
     size_bytes: int
     memory_bytes: NotRequired[int | None]
     seconds: float
@@ -75,7 +82,7 @@ class Front:
     def pick(self, wish: str) -> Point:
         """The point for a wish: ``"5ms"``, ``"drop=0.5%"``, ``"1MB"``, ``"2x"``, or a trial's number, ``"#7"``.
 
-        Of those within a limit of latency, size or speed the most accurate; within a drop, the fastest. Raises
+        ``"5ms@openvino"`` looks at another runtime of the search. Of those within a limit of latency, size or speed the most accurate; within a drop, the fastest. Raises
         InputError where none is, which says how near the nearest comes.
         """
         return picked(self.best, wish)
@@ -118,14 +125,14 @@ def _is_point(value: object) -> bool:
     """Has it what a point has, of its types? A stranger's folder may say anything, also where others lie."""
     if not isinstance(value, dict):
         return False
-    quartiles = [value.get(name) for name in ("latency_ms", "speedup")]
-    if not all(isinstance(one, dict) and all(_above(one.get(key)) for key in _QUARTILES) for one in quartiles):
+    further = value.get("elsewhere", {})
+    if not isinstance(further, dict) or not all(map(_is_clock, (value, *further.values()))):
         return False
     place = value.get("folder")
     return (
         all(type(value.get(name)) is int and value[name] >= 0 for name in ("number", "size_bytes"))
         and all(is_number(value.get(name)) for name in ("value", "drop", "seconds"))
-        and all(type(value.get(name)) is bool for name in ("beaten", "disturbed"))
+        and type(value.get("beaten")) is bool
         and all(isinstance(value.get(name), str) for name in ("name", "recipe"))
         and _is_pair(value.get("interval"))
         and _is_pair(value.get("drop_interval", [0, 0]))
@@ -134,7 +141,13 @@ def _is_point(value: object) -> bool:
     )
 
 
-_QUARTILES = ("median", "low", "high")
+def _is_clock(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and all(isinstance(value.get(name), dict) for name in ("latency_ms", "speedup"))
+        and all(_above(value[name].get(key)) for name in ("latency_ms", "speedup") for key in Quartiles.__annotations__)
+        and type(value.get("disturbed")) is bool
+    )
 
 
 def _above(value: object) -> bool:
@@ -151,7 +164,16 @@ def _is_about(value: object) -> bool:
         and all(isinstance(value.get(name), str) for name in ("host", "runtime", "metric", "unit"))
         and all(type(value.get(name)) is int and 0 <= value[name] < 2**40 for name in ("threads", "samples"))
         and (value.get("title") is None or isinstance(value["title"], str))
+        and _is_priced(value.get("prices", {}))
     )
+
+
+def _is_priced(value: object) -> bool:
+    try:
+        prices.of({"prices": value})
+    except InputError:
+        return False
+    return True
 
 
 def numbers(point: Point) -> dict[str, float]:
@@ -174,11 +196,18 @@ def mark(points: Sequence[Point]) -> list[Point]:
 
 def _beats(one: Point, other: Point) -> bool:
     mine, theirs = (
-        (-point["drop"], -point["latency_ms"]["median"], -point["size_bytes"], -point["number"])
-        for point in (one, other)
+        (-point["drop"], -point["latency_ms"]["median"], -point["size_bytes"], *(-each for each in further))
+        for point, further in zip((one, other), _elsewhere(one, other), strict=True)
     )
-    at_least = all(a >= b for a, b in zip(mine[:3], theirs[:3], strict=True))
-    return at_least and (mine[:3] != theirs[:3] or mine[3] > theirs[3])
+    at_least = all(a >= b for a, b in zip(mine, theirs, strict=True))
+    return at_least and (mine != theirs or one["number"] < other["number"])
+
+
+def _elsewhere(*points: Point) -> list[list[float]]:
+    """Of each point its milliseconds on every runtime that one of them was timed on; infinite where it can't run."""
+    told = [one.get("elsewhere", {}) for one in points]
+    names = sorted({name for one in told for name in one})
+    return [[one[name]["latency_ms"]["median"] if name in one else math.inf for name in names] for one in told]
 
 
 _WISHES: Mapping[str, tuple[str, Callable[[Point, float], bool]]] = {
@@ -188,11 +217,24 @@ _WISHES: Mapping[str, tuple[str, Callable[[Point, float], bool]]] = {
 }
 
 
+def _timed_on(points: Sequence[Point], where: str, wish: str) -> list[Point]:
+    """The points as they run there. where: a runtime of the search, with or without its options."""
+    names = sorted({name for one in points for name in one.get("elsewhere", {})})
+    found = next((name for name in names if where in (name, name.partition(":")[0])), None)
+    if found is None:
+        have = f"have {', '.join(names)}" if names else "it was timed on one runtime alone; leave out the @"
+        raise InputError(f"--pick {wish}: no point was timed on {where}; {have}")
+    return [{**one, **one["elsewhere"][found]} for one in points if found in one.get("elsewhere", {})]
+
+
 def picked(points: Sequence[Point], wish: str) -> Point:
     """``Front.pick`` of these points."""
     if not points:
         raise InputError("the front has no point yet; go on with the search")
-    text = wish.strip()
+    text, _, where = wish.strip().partition("@")
+    if where:
+        chosen = picked(_timed_on(points, where, wish), text)
+        return next(one for one in points if one["number"] == chosen["number"])
     number = re.fullmatch(r"#?(\d+)", text)
     if number:
         found = next((one for one in points if one["number"] == int(number[1])), None)

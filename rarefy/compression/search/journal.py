@@ -17,6 +17,7 @@ import os
 import platform
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 2**30  # of the journal
 BEAT, SILENT = 15.0, 90.0  # seconds
+READY = 20.0  # that a proxy may take to answer first
 FILE, STUDY = "trials.journal", "rarefy"
 Values = tuple[float, float, float]  # drop, cost in shares of the original's, bytes: all are to be small
 
@@ -69,44 +71,57 @@ class Journal:
         needs_optuna()
         import optuna
 
-        self.folder, self.seed, self.kind = folder, seed, kind
+        self.folder, self.seed, self.kind, self.url = folder, seed, kind, url
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        try:
+        with self._answering("can't be opened", "check the URL"):
             self.study: Study = optuna.create_study(
                 storage=_storage(folder, url),
                 study_name=STUDY if url is None else f"{STUDY} {folder.resolve().name}",
                 directions=["minimize"] * 3,
                 load_if_exists=True,
             )
+
+    @contextlib.contextmanager
+    def _answering(
+        self, what: str = "does not answer", way_out: str = "start it, and the worker again: it goes on"
+    ) -> Iterator[None]:
+        """Errors of Optuna's as ours: of a list that it did not write, FormatError; of a storage elsewhere, InputError."""
+        try:
+            yield
         except InputError:
             raise
         except Exception as error:
-            if url is None:
-                raise _damaged(folder, error) from error
-            raise InputError(f"--storage {url}: can't be opened ({type(error).__name__}); check the URL") from error
+            if self.url is None:
+                raise FormatError(
+                    f"{self.folder / FILE}: is no list of trials that a search wrote ({first_line(error)}); "
+                    "begin in another folder"
+                ) from error
+            raise InputError(f"--storage {self.url}: {what} ({type(error).__name__}); {way_out}") from error
 
     def ask(
         self, genomes: Sequence[Genome], space: Mapping[str, BaseDistribution], fixed: Mapping[str, float | str]
     ) -> None:
         """Put these in the list, with plain parameters that Optuna chooses. fixed: those of the first ones."""
-        first = self._seeded()
-        for genome in genomes:
-            if fixed:
-                self.study.enqueue_trial(dict(fixed))
-            trial = self.study.ask(dict(space))
-            trial.set_user_attr("first", first)
-            trial.set_user_attr("genome", {**genome.to_json(), "params": trial.params})
+        with self._answering():
+            first = self._seeded()
+            for genome in genomes:
+                if fixed:
+                    self.study.enqueue_trial(dict(fixed))
+                trial = self.study.ask(dict(space))
+                trial.set_user_attr("first", first)
+                trial.set_user_attr("genome", {**genome.to_json(), "params": trial.params})
 
     def ask_plain(
         self, count: int, space: Mapping[str, BaseDistribution], genome: Callable[[dict[str, object]], Genome]
     ) -> None:
         """So many that Optuna chooses altogether. genome: of the parameters."""
-        first = self._seeded()
-        for _ in range(count):
-            trial = self.study.ask(dict(space))
-            trial.set_user_attr("first", first)
-            plain = {name: trial.params[name] for name in ("lr", "criterion")}
-            trial.set_user_attr("genome", {**genome(trial.params).to_json(), "params": plain})
+        with self._answering():
+            first = self._seeded()
+            for _ in range(count):
+                trial = self.study.ask(dict(space))
+                trial.set_user_attr("first", first)
+                plain = {name: trial.params[name] for name in ("lr", "criterion")}
+                trial.set_user_attr("genome", {**genome(trial.params).to_json(), "params": plain})
 
     def _seeded(self) -> int:
         """How many trials there are: what is asked for next hangs on that and the seed, and on no process."""
@@ -120,12 +135,8 @@ class Journal:
 
     def trials(self) -> list[Trial]:
         """Raises FormatError for a list that no search of rarefy's has written."""
-        try:
+        with self._answering():
             return self._trials()
-        except InputError:
-            raise
-        except Exception as error:  # of Optuna, on a line that it did not write
-            raise _damaged(self.folder, error) from error
 
     def _trials(self) -> list[Trial]:
         found = []
@@ -150,23 +161,26 @@ class Journal:
 
     def made(self, number: int, genome: Genome, told: Mapping[str, object]) -> None:
         """The model of a trial is there. genome: as it was carried out."""
-        trial = self._trial(number)
-        trial.set_user_attr("final", genome.to_json())
-        trial.set_user_attr("made", dict(told))
+        with self._answering():
+            trial = self._trial(number)
+            trial.set_user_attr("final", genome.to_json())
+            trial.set_user_attr("made", dict(told))
 
     def done(self, number: int, timing: Mapping[str, object], values: Values, violation: float | None) -> None:
         """violation: of the budget's drop, above 0 where it is exceeded; None: there is none."""
-        trial = self._trial(number)
-        trial.set_user_attr("timing", dict(timing))
-        if violation is not None:
-            trial.set_constraint("max_drop", violation)
-        self.study.tell(number, list(values), skip_if_finished=True)
+        with self._answering():
+            trial = self._trial(number)
+            trial.set_user_attr("timing", dict(timing))
+            if violation is not None:
+                trial.set_constraint("max_drop", violation)
+            self.study.tell(number, list(values), skip_if_finished=True)
 
     def failed(self, number: int, why: str) -> None:
         from optuna.trial import TrialState
 
-        self._trial(number).set_user_attr("why", why)
-        self.study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+        with self._answering():
+            self._trial(number).set_user_attr("why", why)
+            self.study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
 
     def _trial(self, number: int) -> OptunaTrial:
         from optuna.trial import Trial as OptunaTrial
@@ -183,12 +197,6 @@ def _told(told: Mapping[str, object], key: str, numbers: Sequence[str]) -> Mappi
     if not isinstance(found, Mapping) or (found and not all(is_number(found.get(name)) for name in numbers)):
         raise ValueError(f"{key}: {str(found)[:80]}")
     return found
-
-
-def _damaged(folder: Path, error: Exception) -> FormatError:
-    return FormatError(
-        f"{folder / FILE}: is no list of trials that a search wrote ({first_line(error)}); begin in another folder"
-    )
 
 
 def needs_optuna() -> None:
@@ -209,7 +217,13 @@ def _storage(folder: Path, url: str | None) -> BaseStorage | str:
         place, _, port = url.removeprefix("grpc://").partition(":")
         if not port.isdigit():
             raise InputError(f"--storage {url}: names no port; write grpc://host:13000")
-        return storages.GrpcStorageProxy(host=place, port=int(port))
+        if find_spec("grpc") is None or find_spec("google.protobuf") is None:
+            raise MissingDependency("grpcio", "grpc")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Optuna calls it experimental
+            proxy = storages.GrpcStorageProxy(host=place, port=int(port))
+        proxy.wait_server_ready(timeout=READY)
+        return proxy
     return url
 
 

@@ -45,6 +45,7 @@ from rarefy.errors import FormatError, InputError, first_line
 from rarefy.graph.nodes import is_graph
 from rarefy.kernels import is_quantised
 from rarefy.models import fitting
+from rarefy.reports import prices as prices_
 from rarefy.system.logs import Logging
 from rarefy.system.strict_json import expect
 from rarefy.tasks.detector import capture
@@ -65,6 +66,7 @@ def search(
     budget: Budget | None = None,
     inputs: Tensor | Sequence[Tensor] | None = None,
     runtime: str | Runtime = "onnxruntime",
+    also: Sequence[str | Runtime] = (),
     epochs: int = EPOCHS,
     storage: str | None = None,
     strategy: str = "evolution",
@@ -75,13 +77,16 @@ def search(
     corruptions: Sequence[str] | None = None,
     on_event: Event | None = None,
     logs: Logging = None,
+    prices: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Front:
     """The front of the networks that a search finds, each point a saved, verified folder.
 
-    model, task, inputs, runtime, device, title, corruptions: as ``compress`` takes them.
+    model, task, inputs, runtime, device, title, corruptions, prices: as ``compress`` takes them.
     folder: of the search; called again with the same arguments, it goes on, and another process that calls it joins in.
     trials, minutes: how long: so many trials in all, or so many minutes of work, summed over the workers. One of them.
+    also: further runtimes, on which each trial is timed, too. Models are made for the first, which the plans look at;
+        a point is beaten by one that is as fast on all.
     budget: what the points are judged by; all are kept. epochs: of the patient training; the fast one has a fifth.
     storage: where trials are written, ``postgresql://...`` or ``grpc://host:port``; None: a journal in the folder.
     strategy: ``evolution``; or ``tpe`` (Optuna's alone) or ``random``, over the same space, to compare with.
@@ -92,6 +97,7 @@ def search(
     needs_optuna()
     loggers = plugins.several("loggers", logs)
     _check(trials, minutes, epochs, strategy, task)
+    priced = prices_.told(prices)
     if inputs is None and not is_graph(model):
         task = fitting.fit_module(model, task)
     task = settled(task, model)
@@ -105,6 +111,7 @@ def search(
         task=task,
         budget=budget or Budget(),
         runtime=latency.with_threads(runtime),
+        also=_further(latency.with_threads(runtime), also),
         lengths=_lengths(task, epochs),
         seed=seed,
         device=None if device is None else str(device),
@@ -112,9 +119,23 @@ def search(
         refine=strategy == "evolution",
         corruptions=tuple(corruptions if corruptions is not None else usual_corruptions(task)),
         progress=progress,
+        priced=priced,
     )
-    _claim(setting, trials, minutes, strategy, storage, recipe)
-    return Worker(setting, on_event, loggers).work()
+    known = _claim(setting, trials, minutes, strategy, storage, recipe)
+    return Worker(dataclasses.replace(setting, priced=known), on_event, loggers).work()
+
+
+def _further(runtime: Runtime, also: Sequence[str | Runtime]) -> tuple[Runtime, ...]:
+    """Those beside the first. Raises InputError for one that is named twice, or runs nothing here."""
+    found = tuple(latency.with_threads(one) for one in also)
+    names = [plugins.describe(one) for one in (runtime, *found)]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"search: {twice} is named twice; --also is for further runtimes")
+    mute = next((one for one in found if not one.capabilities.runs), None)
+    if mute is not None:
+        raise InputError(f"search: {plugins.describe(mute)} runs no file on this machine; leave it out of --also")
+    return found
 
 
 def _lengths(task: Task, epochs: int) -> Lengths:
@@ -139,8 +160,8 @@ def _check(trials: int | None, minutes: float | None, epochs: int, strategy: str
 
 def _claim(
     setting: Setting, trials: int | None, minutes: float | None, strategy: str, storage: str | None, recipe: str
-) -> None:
-    """The folder is this search's: made, or found. Raises InputError where it is another's."""
+) -> Mapping[str, object]:
+    """The folder is this search's: made, or found; its prices. Raises InputError where it is another's."""
     path = setting.folder
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -151,6 +172,7 @@ def _claim(
         ours = {
             **{name: value for name, value in _identity(setting).items() if name != "recipe"},
             "lengths": dataclasses.asdict(setting.lengths),
+            "further runtimes": [plugins.describe(one) for one in setting.also],
             "strategy": strategy,
             "storage": storage,
         }
@@ -160,8 +182,7 @@ def _claim(
             if differing:
                 raise InputError(
                     f"{path}: holds a search with another {' and '.join(differing)}; name another folder, or go on "
-                    f"with "
-                    "what it was started with"
+                    "with what it was started with"
                 )
         elif any(one.name not in ("plans", ".lock") for one in path.iterdir()):
             raise InputError(f"{path}: is in use for something else; name another folder")
@@ -169,7 +190,18 @@ def _claim(
         kept = {name: known[name] for name in ("host", "title")}
         if recipe and not (path / RECIPE).exists():
             (path / RECIPE).write_text(recipe, encoding="utf-8")
-        write_json(file, {**ours, **kept, "trials": trials, "minutes": minutes})
+        priced = setting.priced or _priced(known)
+        write_json(file, {**ours, **kept, "trials": trials, "minutes": minutes, "priced": priced})
+    return priced
+
+
+def _priced(told: Mapping[str, object]) -> Mapping[str, object]:
+    """Prices and author that a search's folder names. Raises InputError for what are none."""
+    found = told.get("priced") or {}
+    if not isinstance(found, Mapping):
+        raise FormatError("its prices are no table")
+    prices_.of(found, "its prices")
+    return found
 
 
 def _identity(setting: Setting) -> dict[str, object]:
@@ -219,6 +251,8 @@ def _setting(path: Path, told: Mapping[str, object], graph: fx.GraphModule, task
         refine=told["strategy"] == "evolution",
         corruptions=tuple(cast(list[str], told["corruptions"])),
         progress=progress,
+        also=tuple(plugins.resolve("runtimes", str(one)) for one in cast(list[str], told.get("further runtimes", []))),
+        priced=_priced(told),
     )
 
 

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, NamedTuple
 
+from rarefy.reports import prices as reckoned
 from rarefy.reports import shown, units
 from rarefy.reports.facts import Point as Mark
 from rarefy.reports.prices import Prices
 from rarefy.reports.units import Metric, short
 
 if TYPE_CHECKING:
-    from rarefy.compression.search.front import Front, Point, Quartiles
+    from rarefy.compression.search.front import Clock, Front, Point, Quartiles
 
 
 class Table(NamedTuple):
@@ -30,28 +31,34 @@ def metric_of(about: Mapping[str, object]) -> Metric:
 
 def table(found: Front, points: Sequence[Point], prices: Prices | None = None) -> Table:
     """Of these points of the front."""
-    about, asked = found.about, prices or Prices()
+    about = found.about
+    asked = prices or reckoned.of({"prices": about.get("prices") or {}})[0]
     metric, threads = metric_of(about), int(str(about["threads"]))
+    further = sorted({name for one in found.points for name in one.get("elsewhere", {})})
     rows = [
         (
             f"#{one['number']}" + (" beaten" if one["beaten"] else ""),
             one["name"],
             f"{metric.value(one['value'])} ({' to '.join(map(metric.number, one['interval']))})",
             metric.difference(-one["drop"]) + _paired(one, metric),
-            _spread(one["latency_ms"]) + (" disturbed" if one["disturbed"] else ""),
+            _latency(one),
             f"{short(one['speedup']['median'])}×",
+            *(_latency(one.get("elsewhere", {}).get(name)) for name in further),
             units.size(one["size_bytes"]),
             units.size(one.get("memory_bytes")),
             f"{short(asked.millijoules(one['latency_ms']['median'], threads))} mJ",
+            short(asked.for_load(1e3 / one["latency_ms"]["median"], threads).money),
         )
         for one in points
     ]
-    columns = ["point", "what", str(about["metric"]), "change", "latency, ms", "speed", "size", "memory"]
+    columns = ["point", "what", str(about["metric"]), "change", "latency, ms", "speed"]
+    columns += [*(f"on {name}, ms" for name in further), "size", "memory", "energy, est."]
     note = (
         f"{len(found.best)} of {len(found.points)} points are beaten by none, judged on {about['samples']:,} images; "
-        f"energy is an estimate, at {asked.watts_per_core:g} W a core"
+        f"energy and money are estimates: {asked.watts_per_core:g} W a core, {short(asked.requests_per_second)} requests a "
+        "second, one image at a time; --prices has your own"
     )
-    return Table([*columns, "energy, est."], rows, note)
+    return Table([*columns, f"{asked.currency} a month, est."], rows, note)
 
 
 def html(found: Front) -> str:
@@ -80,6 +87,12 @@ def marks(points: Sequence[Point]) -> list[Mark]:
         )
         for one in points
     ]
+
+
+def _latency(one: Clock | None) -> str:
+    if one is None:
+        return "can't run"
+    return _spread(one["latency_ms"]) + (" disturbed" if one["disturbed"] else "")
 
 
 def _spread(one: Quartiles) -> str:

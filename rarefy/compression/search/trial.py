@@ -9,30 +9,33 @@ result, certified, told, and put into ``points/``.
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
-from torch import fx
+from torch import Tensor, fx
 
+from rarefy import plugins
+from rarefy.artifact import folder as folder_
 from rarefy.compression.budget import Budget, Step
 from rarefy.compression.candidate import Candidate
 from rarefy.compression.compress import concluded, walked
 from rarefy.compression.gates import ORIGINAL
 from rarefy.compression.run import FIRST, Folder, Run
 from rarefy.compression.search.first import refined
-from rarefy.compression.search.front import POINTS, Point, Quartiles
+from rarefy.compression.search.front import POINTS, Clock, Point, Quartiles
 from rarefy.compression.search.journal import Trial
 from rarefy.compression.search.plans import cost_of
 from rarefy.compression.search.profile import Network, Profile
 from rarefy.compression.search.space import Genome, Lengths, recipe
 from rarefy.deployment import latency
 from rarefy.deployment.runtime import Runtime
-from rarefy.errors import InputError
+from rarefy.errors import CheckFailed, InputError
 from rarefy.graph import history
 from rarefy.graph.macs import count_macs
 from rarefy.kernels import is_quantised
@@ -48,7 +51,8 @@ ROUNDS = 60  # of the first timing; what is saved is timed again, for four secon
 class Setting:
     """What all trials of a folder have in common.
 
-    graph: the original. refine: are widths refined by level switches? corruptions: of what is saved.
+    graph: the original. refine: are widths refined by level switches? corruptions: of what is saved. also: runtimes
+    that trials are timed on beside the first. priced: ``prices`` and ``about`` of the reports.
     """
 
     folder: Path
@@ -63,6 +67,8 @@ class Setting:
     refine: bool
     corruptions: tuple[str, ...]
     progress: bool
+    also: tuple[Runtime, ...] = ()
+    priced: Mapping[str, object] = field(default_factory=dict)
 
     def run(self, steps: Sequence[Step], seed: int, start: Path | None = None) -> Run:
         return Run(
@@ -180,12 +186,30 @@ def timed(setting: Setting, trial: Trial) -> dict[str, object]:
     files = {ORIGINAL: setting.folder / BASE / FIRST / name, "trial": setting.folder / str(trial.told["result"]) / name}
     example = torch.cat(list(setting.task.data.inputs("val", 1, 1, seed=setting.seed)))
     times = latency.timed(files, example, runtime=setting.runtime, repeats=ROUNDS)
+    elsewhere = {plugins.describe(one): _timed_on(setting, trial, one, example) for one in setting.also}
+    return {**_clock(times), **({"elsewhere": elsewhere} if elsewhere else {})}
+
+
+def _clock(times: Mapping[str, latency.Timed]) -> dict[str, object]:
     found = times["trial"]
     return {
         "original_ms": times[ORIGINAL]["latency_ms"]["median"],
         "latency_ms": dict(found["latency_ms"]),
         "speedup": dict(found["speedup"][ORIGINAL]),
     }
+
+
+def _timed_on(setting: Setting, trial: Trial, runtime: Runtime, example: Tensor) -> dict[str, object]:
+    """The same on another runtime, whose files are made for that; or why it can't run them."""
+    places = {ORIGINAL: setting.folder / BASE / FIRST, "trial": setting.folder / str(trial.told["result"])}
+    with tempfile.TemporaryDirectory(prefix="rarefy-") as temporary:
+        files = {name: Path(temporary) / f"{name}{runtime.suffix}" for name in places}
+        try:
+            for name, place in places.items():
+                runtime.export(folder_.load(place), files[name])
+            return _clock(latency.timed(files, example, runtime=runtime, repeats=ROUNDS))
+        except (InputError, CheckFailed) as error:
+            return {"why": str(error)}
 
 
 def points(trials: Sequence[Trial]) -> list[Point]:
@@ -196,31 +220,49 @@ def points(trials: Sequence[Trial]) -> list[Point]:
     latency is the original's, the median over the trials, over that ratio.
     """
     done = [one for one in trials if one.state == "done"]
-    base = float(np.median([float(str(one.timing["original_ms"])) for one in done])) if done else 0.0
-    return [_point(one, base) for one in done]
+    clocks = {one.number: _clocks(one) for one in done}
+    names = {name for told in clocks.values() for name in told}
+    base = {
+        name: float(np.median([float(str(one[name]["original_ms"])) for one in clocks.values() if name in one]))
+        for name in names
+    }
+    return [
+        _point(one, {name: _against(base[name], told) for name, told in clocks[one.number].items()}) for one in done
+    ]
 
 
-def _point(trial: Trial, base_ms: float) -> Point:
-    told = cast(dict[str, object], dict(trial.told))
-    clock = cast(dict[str, object], trial.timing["latency_ms"])
-    ratio = _quartiles(cast(dict[str, object], trial.timing["speedup"]))
+def _clocks(trial: Trial) -> dict[str, Mapping[str, object]]:
+    """What was timed, by runtime; "" is the first."""
+    further = cast(Mapping[str, Mapping[str, object]], trial.timing.get("elsewhere", {}))
+    return {"": trial.timing, **{name: one for name, one in further.items() if "original_ms" in one}}
+
+
+def _against(base_ms: float, timing: Mapping[str, object]) -> Clock:
+    ratio = _quartiles(cast(dict[str, object], timing["speedup"]))
+    spread = Quartiles(median=base_ms / ratio["median"], low=base_ms / ratio["high"], high=base_ms / ratio["low"])
+    clock = cast(dict[str, object], timing["latency_ms"])
+    return Clock(latency_ms=spread, speedup=ratio, disturbed=bool(clock.get("disturbed")))
+
+
+def _point(trial: Trial, clocks: Mapping[str, Clock]) -> Point:
+    told, first = cast(dict[str, object], dict(trial.told)), clocks[""]
     found = Point(
         number=trial.number,
         name=str(told["name"]),
         value=cast(float, told["value"]),
         interval=cast(list[float], told["interval"]),
         drop=cast(float, told["drop"]),
-        latency_ms=Quartiles(
-            median=base_ms / ratio["median"], low=base_ms / ratio["high"], high=base_ms / ratio["low"]
-        ),
-        speedup=ratio,
-        disturbed=bool(clock.get("disturbed")),
+        latency_ms=first["latency_ms"],
+        speedup=first["speedup"],
+        disturbed=first["disturbed"],
         size_bytes=cast(int, told["size"]),
         seconds=cast(float, told["seconds"]),
         recipe=_text(cast(list[Step], told["recipe"])),
         beaten=False,
         folder="",
     )
+    if further := {name: one for name, one in clocks.items() if name}:
+        found["elsewhere"] = further
     if "drop_interval" in told:
         found["drop_interval"] = cast(list[float], told["drop_interval"])
     return found
@@ -245,7 +287,7 @@ def save(setting: Setting, profile: Profile, trial: Trial, trials: Sequence[Tria
     run = setting.run(cast(list[Step], trial.told["recipe"]), trial.number + 1000 * setting.seed, begin)
     folder = Folder(setting.place(trial.number), run)
     candidates, walk = walked(folder, folder.adopted(setting.original()))
-    judged = dataclasses.replace(run, budget=setting.budget, corruptions=setting.corruptions)
+    judged = dataclasses.replace(run, budget=setting.budget, corruptions=setting.corruptions, priced=setting.priced)
     title = f"{setting.title or 'a compressed model'}, #{trial.number} of a search"
     recipe_text = "\n".join(_text([step]) for step in cast(list[Step], trial.told["recipe"]))
     found = concluded(folder, judged, candidates, walk, title, recipe_text)

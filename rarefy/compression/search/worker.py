@@ -213,6 +213,7 @@ class Worker:
                 "budget": dataclasses.asdict(self.setting.budget),
                 "samples": self.setting.task.data.length("val"),
                 "title": self.setting.title,
+                **({"prices": told} if (told := self.setting.priced.get("prices")) else {}),
             }
             write_json(self.setting.folder / front_.FILE, {"points": [dict(one) for one in points], "about": about})
         return {one["number"]: one for one in points}
@@ -282,4 +283,5 @@ def facts_of(found: Front, setting: Setting) -> dict[str, object]:
         "frontier": marks(found.points),
         "after": {"name": "the front", "evaluation": evaluation},
         "provenance": {key: value for key, value in found.about.items() if value not in (None, "")},
+        **setting.priced,
     }
