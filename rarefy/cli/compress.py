@@ -41,6 +41,17 @@ GOALS = {
     for one in dataclasses.fields(Budget)
 }  # of the budget; its shares and sizes are text here ("0.5%", "2MB")
 
+Search = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LONG", help="Try many recipes, and keep the front: 60min or 2h of work, or so many trials, 40."
+    ),
+]
+Also = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="A further runtime that a search times each model on. May be given repeatedly."),
+]
+
 
 @app.command()
 @grouped
@@ -59,12 +70,7 @@ def compress(
             "'quantize'. May be given more than once.",
         ),
     ] = None,
-    search: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LONG", help="Try many recipes, and keep the front: 60min or 2h of work, or so many trials, 40."
-        ),
-    ] = None,
+    search: Search = None,
     epochs: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Of a search's longest trainings; default 20.")
     ] = None,
@@ -72,12 +78,7 @@ def compress(
         str | None, typer.Option(metavar="URL", help="Where a search keeps its trials; default: a journal in --output.")
     ] = None,
     runtime: Runtime = "onnxruntime",
-    also: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME", help="A further runtime that a search times each model on. May be given more than once."
-        ),
-    ] = None,
+    also: Also = None,
     seed: Seed = 0,
     device: Device = None,
     store: Store = None,

@@ -133,9 +133,7 @@ def compress(
 ) -> Result:
     """The smallest and fastest model found that keeps the budget; the docstring of this module says how.
 
-    model: a graph or a module.
-    task: data with a val split, a loss and a metric.
-    budget: what must be reached.
+    model: a graph or a module. task: data with a val split, a loss and a metric. budget: what must be reached.
     inputs: an example batch to capture the model; None: zeros of the task's shape.
     steps: ``[{"do": "prune", "macs": 0.5}, {"do": "distill", "epochs": 3}, {"do": "quantize"}]``, options as the verbs
         take them; None: the usual.
@@ -151,7 +149,6 @@ def compress(
     another run.
     """
     _check(budget, task)
-    priced = prices_.told(prices)
     if inputs is None and not is_graph(model):  # size and channels that nobody gave, as the model takes them
         task = fitting.fit_module(model, task)
     task = settled(task, model)
@@ -169,7 +166,7 @@ def compress(
         optional=steps is None,
         progress=progress,
         logs=plugins.several("loggers", logs),
-        priced=priced,
+        priced=prices_.told(prices),
     )
     _check_steps(run, original)
     if workdir is None:

@@ -79,7 +79,8 @@ def test_a_search_finds_saves_goes_on_and_is_no_others(tmp_path: Path) -> None:
     more = search(untrained(), digits(), folder=tmp_path / "s", trials=6, **given)  # type: ignore[arg-type]
     assert len(more.points) == 6 and [one["name"] for one in more.points if one["number"] < 4]
     with pytest.raises(InputError, match="another further runtimes"):
-        search(untrained(), digits(), folder=tmp_path / "s", trials=6, **{**given, "also": []})  # type: ignore[arg-type]
+        fewer = {**given, "also": []}
+        search(untrained(), digits(), folder=tmp_path / "s", trials=6, **fewer)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="another model"):
         search(untrained(12), digits(), folder=tmp_path / "s", trials=6, **given)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="is in use for something else"):

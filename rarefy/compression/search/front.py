@@ -82,8 +82,9 @@ class Front:
     def pick(self, wish: str) -> Point:
         """The point for a wish: ``"5ms"``, ``"drop=0.5%"``, ``"1MB"``, ``"2x"``, or a trial's number, ``"#7"``.
 
-        ``"5ms@openvino"`` looks at another runtime of the search. Of those within a limit of latency, size or speed the most accurate; within a drop, the fastest. Raises
-        InputError where none is, which says how near the nearest comes.
+        ``"5ms@openvino"`` looks at another runtime of the search. Of those within a limit of latency, size or speed the
+        most accurate; within a drop, the fastest. Raises InputError where none is, which says how near the nearest
+        comes.
         """
         return picked(self.best, wish)
 

@@ -85,7 +85,7 @@ class Journal:
     def _answering(
         self, what: str = "does not answer", way_out: str = "start it, and the worker again: it goes on"
     ) -> Iterator[None]:
-        """Errors of Optuna's as ours: of a list that it did not write, FormatError; of a storage elsewhere, InputError."""
+        """Optuna's errors as ours: of a list that it did not write, FormatError; of a storage elsewhere, InputError."""
         try:
             yield
         except InputError:

@@ -97,14 +97,7 @@ def search(
     needs_optuna()
     loggers = plugins.several("loggers", logs)
     _check(trials, minutes, epochs, strategy, task)
-    priced = prices_.told(prices)
-    if inputs is None and not is_graph(model):
-        task = fitting.fit_module(model, task)
-    task = settled(task, model)
-    example = inputs if inputs is not None else torch.zeros(2, *task.data.input_shape)
-    graph = description.remember(capture(model, example).eval(), task)
-    if is_quantised(graph):
-        raise InputError("search: the model is quantised already; give its float original")
+    graph, task = _captured(model, task, inputs)
     setting = Setting(
         folder=Path(folder),
         graph=graph,
@@ -119,10 +112,22 @@ def search(
         refine=strategy == "evolution",
         corruptions=tuple(corruptions if corruptions is not None else usual_corruptions(task)),
         progress=progress,
-        priced=priced,
+        priced=prices_.told(prices),
     )
     known = _claim(setting, trials, minutes, strategy, storage, recipe)
     return Worker(dataclasses.replace(setting, priced=known), on_event, loggers).work()
+
+
+def _captured(model: nn.Module, task: Task, inputs: Tensor | Sequence[Tensor] | None) -> tuple[fx.GraphModule, Task]:
+    """The original, and the task with the model's size where nobody gave one. Raises InputError."""
+    if inputs is None and not is_graph(model):
+        task = fitting.fit_module(model, task)
+    task = settled(task, model)
+    example = inputs if inputs is not None else torch.zeros(2, *task.data.input_shape)
+    graph = description.remember(capture(model, example).eval(), task)
+    if is_quantised(graph):
+        raise InputError("search: the model is quantised already; give its float original")
+    return graph, task
 
 
 def _further(runtime: Runtime, also: Sequence[str | Runtime]) -> tuple[Runtime, ...]:

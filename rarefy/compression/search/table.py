@@ -55,8 +55,8 @@ def table(found: Front, points: Sequence[Point], prices: Prices | None = None) -
     columns += [*(f"on {name}, ms" for name in further), "size", "memory", "energy, est."]
     note = (
         f"{len(found.best)} of {len(found.points)} points are beaten by none, judged on {about['samples']:,} images; "
-        f"energy and money are estimates: {asked.watts_per_core:g} W a core, {short(asked.requests_per_second)} requests a "
-        "second, one image at a time; --prices has your own"
+        f"energy and money are estimates: {asked.watts_per_core:g} W a core, {short(asked.requests_per_second)} "
+        "requests a second, one image at a time; --prices has your own"
     )
     return Table([*columns, f"{asked.currency} a month, est."], rows, note)
 
