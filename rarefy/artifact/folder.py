@@ -58,7 +58,7 @@ from rarefy.artifact.snapshot import (
 from rarefy.artifact.words import STORES
 from rarefy.errors import FormatError, InputError
 from rarefy.graph.nodes import is_graph
-from rarefy.system.files import opened, replacing
+from rarefy.system.files import check_room, opened, replacing
 from rarefy.system.strict_json import Json, plain, said
 
 __all__ = [
@@ -93,6 +93,9 @@ def save(
     text, tensors = _files_of(graph, store, f"{target}: ")
     extra = _checked_manifest(manifest or {}, files or {})
     try:
+        room = len(text) + sum(one.numel() * one.element_size() for one in tensors.values())
+        room += sum(len(one) if isinstance(one, bytes) else os.stat(one).st_size for one in (files or {}).values())
+        check_room(target, room, "the model", "make room, or save elsewhere; what was there before is unchanged")
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target, durable=True, folder=True, check=lambda: check_replaceable(target)) as temporary:
             (temporary / GRAPH).write_bytes(text)

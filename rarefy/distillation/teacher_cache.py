@@ -23,7 +23,6 @@ import hashlib
 import itertools
 import json
 import math
-import shutil
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -41,7 +40,7 @@ from rarefy.data.augmentation import sent
 from rarefy.distillation.batches import Batches
 from rarefy.distillation.objective import Answer, Objective
 from rarefy.errors import FormatError, InputError
-from rarefy.system.files import replacing
+from rarefy.system.files import check_room, replacing
 
 _MOST_OF_A_GPU = 0.125  # of its memory, for answers that stay there
 _NAMES = {
@@ -93,12 +92,7 @@ class Answers:
             place += size
         header = json.dumps({**metadata, **layout}).encode()
         header += b" " * (-len(header) % 8)
-        free = shutil.disk_usage(self.folder).free
-        if place > free:
-            raise InputError(
-                f"cache={self.folder}: the answers take {place / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
-                "compare less (loss='lskd'), or leave it out"
-            )
+        check_room(self.folder, place, "a cache of answers", "compare less (loss='lskd'), or leave the cache out")
         try:
             with replacing(file) as partial:
                 with open(partial, "wb") as written:

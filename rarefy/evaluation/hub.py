@@ -24,7 +24,7 @@ from rarefy.artifact.snapshot import FILE_NAME, MANIFEST, SIGNATURE, hold, read_
 from rarefy.errors import FormatError, InputError, first_line
 from rarefy.evaluation import card
 from rarefy.system.dependencies import needs
-from rarefy.system.files import replacing
+from rarefy.system.files import check_room, replacing
 from rarefy.system.strict_json import MOST_BYTES
 
 Foreign = Any  # an object of huggingface_hub's
@@ -80,7 +80,9 @@ def pull(
             _check_sizes(repo, sizes, {MANIFEST: None})
             _fetch(hub, repo, found.sha, MANIFEST, place)
         listed = read_manifest(place)["files"]
-        _check_sizes(repo, sizes, {name: int(one["size"]) for name, one in listed.items()})
+        wanted = {name: int(one["size"]) for name, one in listed.items()}
+        _check_sizes(repo, sizes, wanted)
+        _check_room(place, target, wanted)
         with _told(repo):
             for name in [*listed, *({SIGNATURE} & sizes.keys())]:
                 _fetch(hub, repo, found.sha, name, place)
@@ -113,6 +115,13 @@ def _check_sizes(repo: str, there: Mapping[str, int | None], wanted: Mapping[str
             raise FormatError(
                 f"{repo}: {name} has {held} bytes there, and the manifest lists {most}; it is not as pushed"
             )
+
+
+def _check_room(place: str, target: Path, sizes: Mapping[str, int]) -> None:
+    """Before anything large is fetched: each file is there twice for a moment, and all of them at either place."""
+    whole, most = sum(sizes.values()), max(sizes.values(), default=0)
+    check_room(place, whole + most, "what is fetched", "make room there, or set TMPDIR to another folder")
+    check_room(target, whole, "what is pulled", "make room, or pull to another place; what is there is unchanged")
 
 
 def _fetch(hub: Foreign, repo: str, commit: str, name: str, place: str) -> None:

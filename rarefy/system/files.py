@@ -77,6 +77,21 @@ def replacing(
             os.close(lock)
 
 
+def check_room(path: str | os.PathLike[str], count: int, what: str, way_out: str) -> None:
+    """Asked before it is written. count: bytes, at ``path``, there or not. Raises InputError where fewer are free."""
+    there = next((one for one in (Path(path), *Path(path).absolute().parents) if one.exists()), None)
+    try:
+        usage = shutil.disk_usage(there or os.curdir)
+    except OSError:
+        return
+    if count > usage.free and usage.total:  # some file systems say 0 of everything
+        raise InputError(f"{path}: {what} takes {_size(count)} of disk, {_size(usage.free)} are free; {way_out}")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
 def _sweep(target: Path) -> None:
     """Remove what was written for the target by processes that live no more, or by none that can be asked."""
     with contextlib.suppress(OSError):

@@ -2,6 +2,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -635,6 +636,20 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert contents(tmp_path) == before
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    folder, more = folder_.save(small(), tmp_path / "model"), tmp_path / "more.bin"
+    more.write_bytes(b"x" * 3_000_000)
+    before = contents(tmp_path)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda place: (asked.append(place), Usage)[1])
+    asked, Usage = [], shutil._ntuple_diskusage(10**9, 10**9, 2_990_000)
+    for target in (folder, tmp_path / "not" / "there"):
+        with pytest.raises(InputError, match=r"the model takes 3\.\d+ MB of disk, 2\.99 MB are free; .*is unchanged"):
+            folder_.save(small(1), target, files={"notes.txt": b"x" * 1000, "more.bin": more})
+    assert asked[0] == folder and contents(tmp_path) == before and not (tmp_path / "not").exists()
+    Usage = shutil._ntuple_diskusage(0, 0, 0)  # of a file system that does not say
+    folder_.save(small(1), folder, files={"more.bin": more})
 
 
 def test_a_kill_at_any_moment_leaves_a_whole_folder(tmp_path):

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -165,6 +166,27 @@ def test_what_is_not_as_pushed_is_refused(damage: str, hub: type[Hub], small: Pa
     assert not (tmp_path / "back").exists() and not (tmp_path / "evil.txt").exists()
     if damage == "longer":  # told before it is fetched
         assert not any("weights" in one for one in hub.asked)
+
+
+def test_a_disk_without_room_is_told_before_anything_large_is_fetched(
+    hub: type[Hub], small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rarefy.push(small, "me/small")
+    back = rarefy.pull("me/small", tmp_path / "back")
+    whole = sum(one.stat().st_size for one in small.iterdir() if one.name != "manifest.json")
+    hub.asked.clear()
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**9, 10**9, whole))
+    with pytest.raises(InputError, match=r"what is fetched takes 0\.\d\d MB of disk, 0\.\d\d MB are free; .*TMPDIR"):
+        rarefy.pull("me/small", back)
+    assert not any("weights" in one for one in hub.asked)
+    monkeypatch.setattr(
+        shutil,
+        "disk_usage",
+        lambda place: shutil._ntuple_diskusage(10**9, 0, whole - 1 if Path(place) == back else 10**9),
+    )
+    with pytest.raises(InputError, match="what is pulled takes .* of disk, .* are free; make room"):
+        rarefy.pull("me/small", back)
+    rarefy.load(back)
 
 
 def test_what_cannot_be_done_is_one_line(
