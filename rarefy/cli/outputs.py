@@ -209,10 +209,14 @@ def _show_result(found: Mapping[str, Any], name: str, task: Any) -> None:
 
 
 def unreadable_rows(task: Any) -> list[tuple[str, str]]:
-    """Of each split, what could not be read."""
+    """Of each split, what could not be read, and what was wrong with its annotations."""
     said = task.describe() if task is not None else {}
-    found = {split: said[split]["unreadable"] for split in ("train", "val") if "unreadable" in said.get(split, {})}
-    return [(f"left out of {split}", f"{one['count']:,}, the first is {one['first']}") for split, one in found.items()]
+    parts = {split: said[split] for split in ("train", "val") if isinstance(said.get(split), Mapping)}
+    found = {split: one["unreadable"] for split, one in parts.items() if "unreadable" in one}
+    return [
+        *((f"left out of {split}", f"{one['count']:,}, the first is {one['first']}") for split, one in found.items()),
+        *((f"wrong in {split}", fault) for split, one in parts.items() for fault in one.get("faults", ())),
+    ]
 
 
 # ------------------------------------------------------------------ printing

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from rarefy.data.boxes.scenes import Fault
 from rarefy.data.decoding import RESAMPLING
 from rarefy.data.items import Arrays, Items, Source
 from rarefy.data.normalization import check_values, is_identity
@@ -51,7 +53,7 @@ def check_source(data: ImageData, source: Source, other: Source | None) -> None:
                 f"{source.where}: {left_out.count} members can't be used, the first is {left_out.first[0]}; "
                 "mend the files, or leave strict out to do without them"
             )
-        check_faults(source, data.strict)
+        check_faults(source.where, source.faults, data.strict)
         return
     channels = source.images.shape[1]
     if data.channels not in (None, channels) and (channels, data.channels) != (1, 3):
@@ -70,15 +72,15 @@ def check_source(data: ImageData, source: Source, other: Source | None) -> None:
         )
 
 
-def check_faults(source: Items, strict: bool | None) -> None:
+def check_faults(where: str, faults: Sequence[Fault], strict: bool | None) -> None:
     """Refuse what is wrong with the annotations, or tell it. strict: all of it; False: nothing of it."""
-    refused = [fault.text for fault in source.faults if strict or (fault.grave and strict is None)]
+    refused = [fault.text for fault in faults if strict or (fault.grave and strict is None)]
     if refused:
         more = f"; and {len(refused) - 1} more kinds" if len(refused) > 1 else ""
         way = "leave strict out" if strict else "do without them with strict=False (--skip-unreadable)"
-        raise DataError(f"{source.where}: {refused[0]}{more}; mend the annotations, or {way}")
-    for fault in source.faults:
-        logging.getLogger("rarefy").warning("%s: %s", source.where, fault.text)
+        raise DataError(f"{where}: {refused[0]}{more}; mend the annotations, or {way}")
+    for fault in faults:
+        logging.getLogger("rarefy").warning("%s: %s", where, fault.text)
 
 
 def check_range(images: Tensor, where: str, advice: str) -> None:

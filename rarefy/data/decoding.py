@@ -45,12 +45,19 @@ MOST_SCANNED = 10_000  # images looked at to count the unreadable ones
 Key = tuple[int, tuple[int, int] | None]  # of an item, and (shuffle_seed, epoch) to augment from
 
 
+class Made(NamedTuple):
+    """image: uint8 or float (C, H, W). faults: what was mended or left out of the label, and how often."""
+
+    image: Tensor
+    label: Target | None = None
+    faults: dict[str, int] | None = None
+
+
 class Decoded(NamedTuple):
-    """image: uint8 or float (C, H, W). broken: which file and why. refused: the error the whole source gets."""
+    """broken: which file and why. refused: the error the whole source gets."""
 
     position: int
-    image: Tensor | None = None
-    label: Target | None = None
+    made: Made | None = None
     broken: str | None = None
     refused: str | None = None
 
@@ -92,12 +99,10 @@ class Decoder:
             return torch.tensor(labels, dtype=torch.int64)
         return torch.from_numpy(np.stack(labels))
 
-    def _decoded(
-        self, image: Picture, label: Target | None, draw: np.random.Generator | None
-    ) -> tuple[Tensor, Target | None]:
+    def _decoded(self, image: Picture, label: Target | None, draw: np.random.Generator | None) -> Made:
         picture = opened(image, self.source.where, self.shape[0])
         made = self._from_tensor(picture, draw) if isinstance(picture, Tensor) else self._from_pil(picture, draw)
-        return made, label
+        return Made(made, label)
 
     def _from_tensor(self, image: Tensor, draw: np.random.Generator | None) -> Tensor:
         size = self.shape[1:]
@@ -145,7 +150,7 @@ class Decoder:
         )
 
 
-Making = Callable[[Picture, Target | None, np.random.Generator | None], tuple[Tensor, Target | None]]
+Making = Callable[[Picture, Target | None, np.random.Generator | None], Made]
 
 
 def decoded_item(source: Items, key: Key, make: Making) -> Decoded:
@@ -158,7 +163,7 @@ def decoded_item(source: Items, key: Key, make: Making) -> Decoded:
     try:
         image, label = source.item(index)
         draw = None if seeds is None else np.random.default_rng([seed % 2**63 for seed in (*seeds, index)])
-        return Decoded(index, *make(image, label, draw))
+        return Decoded(index, make(image, label, draw))
     except DataError as error:
         return Decoded(index, refused=str(error))
     except Exception as error:
@@ -247,31 +252,35 @@ def _collated(decoder: Decoding, full: bool, items: list[Decoded]) -> Batch:
     refused = next((one.refused for one in items if one.refused is not None), None)
     if refused is not None:
         return Batch(None, None, broken, refused)
-    good = [one for one in items if one.image is not None]
+    good = [one.made for one in items if one.made is not None]
     if full and good:  # the next sound one stands in, round the end
-        places = np.flatnonzero([one.image is not None for one in items])
+        places = np.flatnonzero([one.made is not None for one in items])
         good = [good[place % len(good)] for place in np.searchsorted(places, np.arange(len(items))).tolist()]
-    images = [one.image for one in good if one.image is not None]
+    images = [one.image for one in good]
     labels = [one.label for one in good if one.label is not None]
     if not images:
         return Batch(None, None, broken)
+    faults = {one.position: one.made.faults for one in items if one.made is not None and one.made.faults}
     kinds = sorted({f"{tuple(image.shape)} {image.dtype}" for image in images})
     if len(kinds) > 1:
         text = f"{where}: yields images of different kinds ({kinds[0]} and {kinds[1]}); yield one kind, or pass size="
         return Batch(None, None, broken, text)
-    return Batch(torch.stack(images), decoder.stacked(labels) if len(labels) == len(images) else None, broken)
+    stacked = decoder.stacked(labels) if len(labels) == len(images) else None
+    return Batch(torch.stack(images), stacked, broken, faults=faults)
 
 
 class Batch(NamedTuple):
     """What became of a batch's items.
 
     images: (N, C, H, W); None where none could be read. broken: index -> which and why. refused: why they can't be one.
+    faults: index -> what was wrong with its label, and how often.
     """
 
     images: Tensor | None
     labels: Tensor | None
     broken: dict[int, str]
     refused: str | None = None
+    faults: dict[int, dict[str, int]] | None = None
 
 
 def decoded(

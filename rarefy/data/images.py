@@ -23,7 +23,8 @@ contains a smaller one's.
 
 An image that can't be read is an error that names the first and counts the rest; with ``strict=False``, and in shards
 and Parquet files unless ``strict``, such images are left out, counted, and told by ``describe()``. In training the next
-sound one of the batch stands in for it, so that batches keep their size.
+sound one of the batch stands in for it, so that batches keep their size. Labels that were mended (boxes out of their
+picture) are counted likewise, and an error with ``strict=True``.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from rarefy.data.checks import check_labels, check_options, check_source, check_
 from rarefy.data.decoding import Decoding, generator
 from rarefy.data.items import Arrays, Items, Source, Split, relabelled
 from rarefy.data.normalization import Normalization, Values, normalization, unit
-from rarefy.data.pictures import Labelled, Pictures, Seeds, Varied
+from rarefy.data.pictures import Labelled, Pictures, Seeds, Varied, told_faults
 from rarefy.data.preparation import Preparation, prepared
 from rarefy.data.shards import LeftOut
 from rarefy.data.sources import load
@@ -119,6 +120,9 @@ class ImageData:
     _fingerprints: dict[Split, str] = field(default_factory=dict, init=False)
     _opened: dict[Split, Pictures] = field(default_factory=dict, init=False)
     _unreadable: dict[Split, dict[int, str]] = field(default_factory=lambda: {"train": {}, "val": {}}, init=False)
+    _faults: dict[Split, dict[int, dict[str, int]]] = field(
+        default_factory=lambda: {"train": {}, "val": {}}, init=False
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -158,8 +162,8 @@ class ImageData:
     def notes(self) -> list[str]:
         """What was decided while the data was read, in a line each."""
         sources = [source for source in map(self.source, self.splits) if isinstance(source, Items)]
-        told = (note for source in sources for note in (*source.notes, *(fault.text for fault in source.faults)))
-        return list(dict.fromkeys(told))
+        told = [note for source in sources for note in source.notes]
+        return list(dict.fromkeys([*told, *(fault for split in self.splits for fault in self.faults(split))]))
 
     def length(self, split: Split) -> int:
         """Number of images of the split ("train" or "val")."""
@@ -182,6 +186,13 @@ class ImageData:
     def unreadable(self, split: Split) -> dict[str, object]:
         """What was left out so far: ``count``, and ``first``, by name and with why; empty if nothing was."""
         return _left_out(self.source(split), self._unreadable[split])
+
+    def faults(self, split: Split) -> tuple[str, ...]:
+        """What is wrong with annotations and was mended or left out, as far as was read, a line a kind."""
+        source = self.source(split)
+        if not isinstance(source, Items):
+            return ()
+        return tuple(fault.text for fault in (*source.faults, *told_faults(source, self._faults[split])))
 
     def fingerprint(self, split: Split) -> str:
         """SHA-256 of the split's files (or pixels) and labels, as hex. Reads all of it, once."""
@@ -279,7 +290,7 @@ class ImageData:
 
     def _pictures(self, split: Split) -> Pictures:
         if split not in self._opened:
-            self._opened[split] = Pictures(self, self.source(split), self._unreadable[split])
+            self._opened[split] = Pictures(self, self.source(split), self._unreadable[split], self._faults[split])
         return self._opened[split]
 
 
@@ -293,7 +304,7 @@ def _described(data: ImageData) -> dict[str, object]:
     for split in data.splits:
         left_out = data.unreadable(split)
         source = data.source(split)
-        faults = [fault.text for fault in source.faults] if isinstance(source, Items) else []
+        faults = list(data.faults(split))
         told = {"source": _named(getattr(data, split)), "images": len(source), **({"faults": faults} if faults else {})}
         splits[str(split)] = {**told, **({"unreadable": left_out} if left_out else {})}
     if data.shaping is not None:

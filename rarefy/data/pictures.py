@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from rarefy.data.augmentation import sent, shifted
-from rarefy.data.checks import check_labels, check_range
+from rarefy.data.boxes.scenes import Fault, Faults
+from rarefy.data.checks import check_faults, check_labels, check_range
 from rarefy.data.decoding import MOST_SCANNED, RESAMPLING, Decoder, Decoding, all_broken, decoded, generator, resized
 from rarefy.data.items import Arrays, Items, Source
 from rarefy.data.normalization import is_identity
@@ -41,11 +42,16 @@ def decoder_of(data: ImageData, source: Items) -> Decoding:
 
 @dataclass(frozen=True, eq=False)
 class Pictures:
-    """A split's source, and whose options say what to do. unreadable: index -> which and why, filled in here."""
+    """A split's source, and whose options say what to do.
+
+    unreadable: index -> which and why, filled in here. faults: index -> what was mended or left out of its label, and
+    how often, likewise.
+    """
 
     data: ImageData
     source: Source
     unreadable: dict[int, str] = field(default_factory=dict)
+    faults: dict[int, dict[str, int]] = field(default_factory=dict)
     _placed: dict[torch.device, Arrays] = field(default_factory=dict, init=False)
     _varied: dict[torch.device, Varied | None] = field(default_factory=dict, init=False)
 
@@ -99,6 +105,8 @@ class Pictures:
                 self._tell(source, batch.broken)
             if batch.refused is not None:
                 raise DataError(batch.refused)
+            if batch.faults:
+                self._tell_faults(source, batch.faults)
             if batch.images is not None:
                 yield self._checked(source, batch.images, batch.labels, device)
             elif seeds is not None:  # a step less would end the epoch before it was announced to
@@ -126,6 +134,15 @@ class Pictures:
         targets = None if labels is None else labels.to(device, non_blocking=True)
         return images.to(device, non_blocking=True), targets
 
+    def _tell_faults(self, source: Items, found: dict[int, dict[str, int]]) -> None:
+        """Refuse labels that had to be mended, or tell the first of each kind: how many there are ``describe`` says."""
+        check_faults(source.where, told_faults(source, found) if self.data.strict else (), self.data.strict)
+        known = {what for one in self.faults.values() for what in one}
+        new = {index: {what: count for what, count in one.items() if what not in known} for index, one in found.items()}
+        for fault in told_faults(source, new):
+            logging.getLogger("rarefy").warning("%s: %s; so are all that follow", source.where, fault.text)
+        self.faults.update(found)
+
     def _tell(self, source: Items, broken: dict[int, str]) -> None:
         """Refuse what can't be read, or note that it is left out."""
         if self.data.strict or (self.data.strict is None and source.store is None):
@@ -140,3 +157,12 @@ class Pictures:
                 "%s: %s; left out, as all that can't be read", source.where, min(broken.items())[1]
             )
         self.unreadable.update(broken)
+
+
+def told_faults(source: Items, found: Mapping[int, Mapping[str, int]]) -> tuple[Fault, ...]:
+    """What was wrong with the labels of items, a line a kind, with the first of each by name."""
+    faults = Faults()
+    for index, one in sorted(found.items()):
+        for what, count in one.items():
+            faults.add(what, source.name(index), count)
+    return faults.all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ def task(text: str, split: str = "val", **options: Any) -> Detection:
     return Detection(**{split: text, "detector": NAMED, "augment": "none", **options})
 
 
-def first(given: Detection, split: str = "val") -> tuple[Tensor, Tensor]:
-    inputs, targets = next(iter(given.batches(split, 4)))
+def first(given: Detection, split: str = "val", batch_size: int = 4) -> tuple[Tensor, Tensor]:
+    inputs, targets = next(iter(given.batches(split, batch_size)))
     return inputs, targets
 
 
@@ -170,6 +171,53 @@ def test_wrong_boxes_are_counted_or_refused_as_the_user_chose(tmp_path: Path, ca
     with pytest.raises(DataError, match="reach out of their picture.*leave strict out") as refusal:
         first(task(text, strict=True))
     assert "\n" not in str(refusal.value)
+
+
+class Wrong:
+    """Pictures of 40x30: the first is sound, each other has a box with something wrong, and a sound one."""
+
+    BOXES = ((8.0, 6, 20, 15), (math.nan, 6, 20, 15), (8, 6, 8, 15), (20, 6, 8, 15), (41, 6, 50, 15), (30, 20, 50, 25))
+
+    def __len__(self) -> int:
+        return 2 * len(self.BOXES)
+
+    def __getitem__(self, index: int) -> Any:
+        boxes = torch.tensor([self.BOXES[index % len(self.BOXES)], self.BOXES[0]])
+        return boxed.rectangles(index, 40, 30, []), {"boxes": boxes, "labels": torch.tensor([1, 2])}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_wrong_boxes_of_a_dataset_in_python_are_counted_as_those_of_files(
+    workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = task(Wrong(), workers=workers)  # type: ignore[arg-type]
+    batches = [
+        targets for _ in range(2) for _, targets in given.batches("val", 3)
+    ]  # a second look counts nothing twice
+    assert [int(boxes.present(one).sum()) for one in batches[:4]] == [4, 4, 4, 4]
+    kinds = ("boxes with NaN or infinity, left out", "boxes of no area, left out", "boxes outside their picture, left out",
+             "boxes that reach out of their picture, cut at its edge")  # fmt: skip
+    expected = {
+        f"{count} {kind} (the first: item {first})" for count, kind, first in zip((2, 4, 2, 2), kinds, (1, 2, 4, 5))
+    }
+    described: Any = given.describe()["val"]
+    assert set(described["faults"]) == expected <= set(given.data.notes)
+    assert all(caplog.text.count(kind) == 1 for kind in kinds) and "so are all that follow" in caplog.text
+    strict = task(Wrong(), strict=True)  # type: ignore[arg-type]
+    with pytest.raises(
+        DataError, match=r"1 boxes with NaN.*item 1.*1 more kinds; mend the annotations, or leave"
+    ) as refusal:
+        first(strict, batch_size=3)
+    assert "\n" not in str(refusal.value)
+
+
+def test_boxes_without_their_pictures_size_are_counted_when_it_is_seen(tmp_path: Path) -> None:
+    _, content = boxed.coco(tmp_path, {"a.png": [(8, 6, 20, 15, 0), (30, 20, 50, 25, 0)]})
+    for one in content["images"]:
+        del one["width"], one["height"]
+    given = task(boxed.saved(tmp_path, content))
+    assert given.data.faults("val") == () and int(boxes.present(first(given)[1]).sum()) == 2
+    assert given.data.faults("val") == ("1 boxes that reach out of their picture, cut at its edge (the first: item 0)",)
 
 
 def test_validation_pictures_count_classes_as_the_training_ones_do(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 A picture is turned as its EXIF says, unless its annotations state the size that it has unturned; where they state yet
 another size they are of another picture, and this one is as unreadable as a broken file. Boxes are cut at its edges,
-and those of no area left out. Then it is varied (``augmentation.py``) and placed (``placement.py``).
+and those of no area left out, which is told with the picture where it was not when the annotations were read (of
+datasets in Python, and where a file does not say how large its pictures are). Then it is varied (``augmentation.py``)
+and placed (``placement.py``).
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from rarefy.data.boxes.augmentation import Variation
 from rarefy.data.boxes.boxes import AREA, BOTTOM, CLASS, FACTOR, IGNORED, TARGET_COLUMNS, padded
 from rarefy.data.boxes.placement import Feed, placed
 from rarefy.data.boxes.resident import Resident, resident
+from rarefy.data.boxes.scenes import Faults, mended
 from rarefy.data.boxes.targets import rows_of
-from rarefy.data.decoding import Decoded, Decoding, Key, decoded_item, opened
+from rarefy.data.decoding import Decoded, Decoding, Key, Made, decoded_item, opened
 from rarefy.data.items import Items, Picture
 from rarefy.data.normalization import Normalization
 from rarefy.data.targets import Target
@@ -103,6 +106,9 @@ class BoxDecoder:
 
     def picture(self, image: Picture, target: Target | None) -> tuple[Tensor, Tensor]:
         """As it is: (3, h, w), and its boxes (m, 7) in its own pixels."""
+        return self._read(image, target, Faults())
+
+    def _read(self, image: Picture, target: Target | None, faults: Faults) -> tuple[Tensor, Tensor]:
         rows = rows_of(target)
         stated = _stated(rows)
         found = opened(image, self.source.where, 3, functools.partial(_turned, stated=stated))
@@ -110,23 +116,22 @@ class BoxDecoder:
         height, width = pixels.shape[1:]
         if stated not in (None, (1, 1), (width, height)):
             raise ValueError(f"is {width}x{height}, and its annotations are of {stated[0]}x{stated[1]}")
-        return pixels, _own(rows, width, height)
+        return pixels, _own(rows, width, height, faults)
 
-    def _decoded(
-        self, image: Picture, label: Target | None, draw: np.random.Generator | None
-    ) -> tuple[Tensor, Target | None]:
-        pixels, boxes = self.picture(image, label)
+    def _decoded(self, image: Picture, label: Target | None, draw: np.random.Generator | None) -> Made:
+        faults = Faults()
+        pixels, boxes = self._read(image, label, faults)
         if draw is not None:
             pixels, boxes = self.variation(pixels, boxes, self.feed, draw, self._another)
         inputs, where = placed(pixels, self.feed)
         inputs = inputs if draw is None else self.variation.coloured(inputs, draw)
         if label is None:
-            return inputs, None
+            return Made(inputs)
         targets = torch.zeros(len(boxes) + 1, TARGET_COLUMNS)
         targets[:-1, : AREA + 1] = boxes
         targets[:-1, : BOTTOM + 1] = where.boxes(boxes[:, : BOTTOM + 1])
         targets[:, FACTOR], targets[-1, CLASS] = where.factor, -1
-        return inputs, targets.numpy()
+        return Made(inputs, targets.numpy(), faults.counts or None)
 
     def _another(self, draw: np.random.Generator) -> tuple[Tensor, Tensor]:
         """A picture of the source at random; one that can't be read is grey, and told when its own turn comes."""
@@ -150,15 +155,17 @@ def _turned(image: Image.Image, stated: tuple[int, int] | None) -> Image.Image:
     return image if stated == image.size and stated != turned.size else turned
 
 
-def _own(rows: np.ndarray, width: int, height: int) -> Tensor:
-    """(m, 7) in the picture's pixels, within it: what has no area there is none."""
-    boxes = torch.from_numpy(np.array(rows[:, :_WIDTH], np.float32))
-    if not len(boxes):
-        return boxes
-    sides = torch.tensor([width, height] * 2, dtype=torch.float32)
-    if _stated(rows) == (1, 1):
-        boxes[:, : BOTTOM + 1] *= sides
-    boxes[:, : BOTTOM + 1] = torch.minimum(boxes[:, : BOTTOM + 1].clamp_min(0), sides)
+def _own(rows: np.ndarray, width: int, height: int, faults: Faults) -> Tensor:
+    """(m, 7) in the picture's pixels, within it: what has no area there is none, and counted."""
+    if not len(rows):
+        return torch.zeros(0, AREA + 1)
+    shares = _stated(rows) == (1, 1)
+    known = np.array(rows, np.float64)
+    known[:, _WIDTH:] = (1, 1) if shares else (width, height)
+    known, good = mended(known, lambda wrong: "", faults)
+    boxes = torch.from_numpy(known[good, :_WIDTH].astype(np.float32))
+    if shares:
+        boxes[:, : BOTTOM + 1] *= torch.tensor([width, height] * 2, dtype=torch.float32)
     size = boxes[:, 2:4] - boxes[:, :2]
     stated = boxes[:, AREA] > 0  # not of NaN
     boxes[:, AREA] = torch.where(stated, boxes[:, AREA], size.prod(1))

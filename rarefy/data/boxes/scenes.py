@@ -49,6 +49,11 @@ class Faults:
             before, known = self._found.get((what, grave), (0, first))
             self._found[what, grave] = (before + count, known)
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many there are of each kind."""
+        return {what: count for (what, _), (count, _) in self._found.items()}
+
     def all(self) -> tuple[Fault, ...]:
         return tuple(
             Fault(f"{count:,} {what} (the first: {first})", grave)
@@ -103,15 +108,15 @@ def scenes(
     owners = np.asarray(owners, np.int64).reshape(-1)
     order = np.argsort(owners, kind="stable")
     rows, owners = rows[order], owners[order]
-    rows, good = _mended(rows, lambda wrong: os.path.basename(paths[owners[int(wrong.argmax())]]), faults)
+    rows, good = mended(rows, lambda wrong: os.path.basename(paths[owners[int(wrong.argmax())]]), faults)
     starts = np.searchsorted(owners[good], np.arange(len(paths) + 1))
     return Scenes(paths, rows[good].astype(np.float32), starts, tuple(names))
 
 
-def _mended(rows: np.ndarray, first: Callable[[np.ndarray], str], faults: Faults) -> tuple[np.ndarray, np.ndarray]:
+def mended(rows: np.ndarray, first: Callable[[np.ndarray], str], faults: Faults) -> tuple[np.ndarray, np.ndarray]:
     """Rows cut at the edges of pictures whose size is stated, and which of them are boxes.
 
-    first: of rows (boxes,) bool, the name of the first one's picture.
+    rows: (boxes, 9) float64, mended in place. first: of rows (boxes,) bool, the name of the first one's picture.
     """
     finite = np.isfinite(rows[:, : BOTTOM + 1]).all(1)
     if not finite.all():
