@@ -277,3 +277,136 @@ class Numbered(nn.Module):
 class Joined(nn.Module):
     def forward(self, x: list[Tensor]) -> Tensor:
         return torch.cat(x, 1)
+
+
+class AnchorDetect(nn.Module):
+    """Objectness and classes of three anchors on three maps; in eval mode decoded, and the maps beside."""
+
+    def __init__(self, classes: int, widths: list[int]):
+        super().__init__()
+        self.nc, self.no, self.nl, self.na = classes, classes + 5, len(widths), 3
+        self.stride = torch.tensor([8.0, 16.0, 32.0])
+        sides = torch.tensor([[8.0, 8], [12, 20], [20, 12]]) * torch.tensor([1.0, 2, 3])[:, None, None]
+        self.register_buffer("anchors", sides / self.stride.view(-1, 1, 1))
+        self.m = nn.ModuleList(nn.Conv2d(one, 3 * self.no, 1) for one in widths)
+
+    def maps(self, x: list[Tensor]) -> list[Tensor]:
+        for place in range(self.nl):
+            x[place] = self.m[place](x[place])
+        return x
+
+    def forward(self, x: list[Tensor]) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        found = []
+        x = self.maps(x)
+        for place in range(self.nl):
+            n, _, h, w = x[place].shape
+            x[place] = x[place].view(n, self.na, self.no, h, w).permute(0, 1, 3, 4, 2).contiguous()
+            if not self.training:
+                rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+                grid = torch.stack([columns, rows], 2).view(1, 1, h, w, 2) - 0.5
+                anchor = (self.anchors[place] * self.stride[place]).view(1, self.na, 1, 1, 2)
+                xy, wh, sure = x[place].sigmoid().split((2, 2, self.nc + 1), 4)
+                one = torch.cat([(xy * 2 + grid) * self.stride[place], (wh * 2) ** 2 * anchor, sure], 4)
+                found.append(one.view(n, self.na * h * w, self.no))
+        return x if self.training else (torch.cat(found, 1), x)
+
+
+class Added(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.implicit = nn.Parameter(0.02 * torch.randn(1, width, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.implicit + x
+
+
+class Times(Added):
+    def forward(self, x: Tensor) -> Tensor:
+        return (1 + self.implicit) * x
+
+
+class IAnchorDetect(AnchorDetect):
+    """With something learned that is added before and multiplied behind each convolution."""
+
+    def __init__(self, classes: int, widths: list[int]):
+        super().__init__(classes, widths)
+        self.ia = nn.ModuleList(Added(one) for one in widths)
+        self.im = nn.ModuleList(Times(3 * self.no) for _ in widths)
+
+    def maps(self, x: list[Tensor]) -> list[Tensor]:
+        for place in range(self.nl):
+            x[place] = self.im[place](self.m[place](self.ia[place](x[place])))
+        return x
+
+
+class Elan(nn.Module):
+    """Two paths, one of them through two blocks, all that came out on the way joined."""
+
+    def __init__(self, width_in: int, width: int):
+        super().__init__()
+        half = width // 2
+        self.a, self.b = Block(width_in, half), Block(width_in, half)
+        self.one, self.two, self.join = Block(half, half, 3), Block(half, half, 3), Block(4 * half, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [self.a(x), self.b(x)]
+        parts.append(self.one(parts[-1]))
+        parts.append(self.two(parts[-1]))
+        return self.join(torch.cat(parts[::-1], 1))
+
+
+class Smaller(nn.Module):
+    """Half the side, by pooling and by a convolution."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.pool, self.a = nn.MaxPool2d(2, 2), Block(width, width // 2)
+        self.b, self.down = Block(width, width // 2), Block(width // 2, width // 2, 3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.down(self.b(x)), self.a(self.pool(x))], 1)
+
+
+class Rep(nn.Module):
+    """A 3x3 and a 1x1 convolution, and the input itself, each normalised, as long as it is trained."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.dense, self.point = (
+            nn.Sequential(nn.Conv2d(width, width, kernel, 1, kernel // 2, bias=False), nn.BatchNorm2d(width))
+            for kernel in (3, 1)
+        )
+        self.same, self.act = nn.BatchNorm2d(width), nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.dense(x) + self.point(x) + self.same(x))
+
+
+class AnchorNumbered(Numbered):
+    """As v5 ends; ``seven``: with v7's blocks and its head."""
+
+    def __init__(self, classes: int = 3, width: int = 16, seven: bool = False):
+        nn.Module.__init__(self)
+        w = width
+        if seven:
+            layers: list[tuple[int | list[int], nn.Module]] = [
+                (-1, Block(3, w, 3, 2)), (-1, Block(w, w, 3, 2)), (-1, Elan(w, 2 * w)), (-1, Smaller(2 * w)),
+                (-1, Elan(2 * w, 2 * w)), (-1, Smaller(2 * w)), (-1, Elan(2 * w, 2 * w)), (-1, Smaller(2 * w)),
+                (-1, SPPF(2 * w)), (-1, nn.Upsample(None, 2, "nearest")), ([-1, 6], Joined()), (-1, Elan(4 * w, 2 * w)),
+                (-1, nn.Upsample(None, 2, "nearest")), ([-1, 4], Joined()), (-1, Elan(4 * w, 2 * w)), (-1, Rep(2 * w)),
+                ([15, 11, 8], IAnchorDetect(classes, [2 * w] * 3)),
+            ]  # fmt: skip
+        else:
+            layers = [
+                (-1, Block(3, w, 3, 2)), (-1, Block(w, w, 3, 2)), (-1, C3(w, True)), (-1, Block(w, 2 * w, 3, 2)),
+                (-1, C3(2 * w, True)), (-1, Block(2 * w, 2 * w, 3, 2)), (-1, C3(2 * w, True)),
+                (-1, Block(2 * w, 2 * w, 3, 2)), (-1, SPPF(2 * w)), (-1, Block(2 * w, w)),
+                (-1, nn.Upsample(None, 2, "nearest")), ([-1, 6], Joined()), (-1, Block(3 * w, 2 * w)),
+                (-1, C3(2 * w, False)), (-1, Block(2 * w, w)), (-1, nn.Upsample(None, 2, "nearest")),
+                ([-1, 4], Joined()), (-1, Block(3 * w, 2 * w)), (-1, C3(2 * w, False)),
+                ([18, 13, 8], AnchorDetect(classes, [2 * w] * 3)),
+            ]  # fmt: skip
+        for number, (source, layer) in enumerate(layers):
+            layer.f, layer.i = source, number
+        self.model = nn.Sequential(*(layer for _, layer in layers))
+        self.names, self.args = {place: str(place) for place in range(classes)}, {"imgsz": 64}

@@ -18,6 +18,7 @@ from rarefy.data.boxes.boxes import BOTTOM, CLASS, IGNORED, LEFT, RIGHT, TOP, io
 NEAR = 2.5  # strides from a centre
 MOST = 10  # places that a box takes
 _FAR, _NEVER = 1e5, 1e9
+_MOST_RATIO = 4.0  # of an anchor's side and a box's
 
 
 class Assigned(NamedTuple):
@@ -83,6 +84,24 @@ def aligned(boxes: Tensor, scores: Tensor, centres: Tensor, targets: Tensor) -> 
     own = torch.where(chosen & (-overlaps == torch.where(chosen, -overlaps, _NEVER).amin(1, True)), worth, 0.0)
     scale = (overlaps * (own > 0)).amax(-1, keepdim=True) / own.amax(-1, keepdim=True).clamp_min(1e-12)
     return assigned, (own * scale).amax(1) * assigned.positive
+
+
+@torch.no_grad()
+def anchored(boxes: Tensor, centres: Tensor, strides: Tensor, anchors: Tensor, targets: Tensor) -> Assigned:
+    """Places in which a box's middle lies, and those next to it within half a stride, whose anchor's sides are at most
+    4 times the box's and at least a quarter. anchors: (P, 2), width and height.
+    """
+    real = present(targets) & (targets[..., IGNORED] < 0.5)
+    middle = (targets[..., None, LEFT : TOP + 1] + targets[..., None, RIGHT : BOTTOM + 1]) / 2
+    away = (middle - centres).abs() / strides
+    x, y = away.unbind(-1)  # (N, M, P)
+    near = ((x < 1) & (y <= 0.5)) | ((x <= 0.5) & (y < 1))
+    sides = (targets[..., None, RIGHT : BOTTOM + 1] - targets[..., None, LEFT : TOP + 1]).clamp_min(1e-3)
+    ratio = torch.maximum(sides / anchors, anchors / sides).amax(-1)
+    chosen = near & (ratio < _MOST_RATIO) & real[..., None]
+    overlaps = iou(targets[..., :4], boxes)
+    cost = torch.where(chosen, -overlaps, _NEVER)
+    return _assigned(cost, chosen, overlaps, targets, _inside(centres, targets))
 
 
 def _assigned(cost: Tensor, chosen: Tensor, overlaps: Tensor, targets: Tensor, inside: Tensor) -> Assigned:

@@ -16,8 +16,6 @@ the module ``Detect`` stays, with branches that hand on what the core said.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -26,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rarefy.tasks.detector import Feed
-from rarefy.tasks.detectors import _assign, _ends, _grid, _losses, _nms
+from rarefy.tasks.detectors import _assign, _ends, _grid, _losses, _nms, _numbered
 from rarefy.tasks.metric import Outputs
 
 _STRIDES = (8, 16, 32, 64)
@@ -66,13 +64,12 @@ class Yolo:
 
     @classmethod
     def of(cls, model: nn.Module) -> Self | None:
-        head = _head(model)
-        if head is not None:
-            strides = tuple(int(stride) for stride in torch.as_tensor(head.stride).flatten().tolist())
-            side = _side(_numbered(model) or model)
-            known = strides and min(strides) > 0
+        owner = _numbered.owner_of(model, _is_head)
+        if owner is not None:
+            head, side = _numbered.head_of(model, _is_head), _numbered.side(owner)
+            strides = _numbered.strides_of(head)
             overlap = 1.0 if getattr(head, "end2end", False) else 0.7
-            return cls(int(head.nc), (side, side), strides, int(head.reg_max), "maps", overlap) if known else None
+            return cls(int(head.nc), (side, side), strides, int(head.reg_max), "maps", overlap) if strides else None
         ends = _ends.ends(model)
         if len(ends) != 1 or len(ends[0].parts) < 2 or ends[0].operators[-1] != "sigmoid":
             return None
@@ -88,15 +85,18 @@ class Yolo:
         return cls(classes, size, strides, outputs="decoded") if strides else None
 
     def core(self, model: nn.Module) -> nn.Module:
-        owner = _numbered(model)
+        owner = _numbered.owner_of(model, _is_head)
         if owner is None:
             return model
-        head = _head(owner)
-        return _replaced(owner, head, _Raw(head))
+        head = _numbered.head_of(owner, _is_head)
+        return _numbered.replaced(owner, head, _Raw(head))
 
     def around(self, model: nn.Module, core: nn.Module) -> nn.Module:
-        head = _head(model)
-        return core if head is None else _with_core(model, head, core, 4 * self.bins)
+        owner = _numbered.owner_of(model, _is_head)
+        if owner is None:
+            return core
+        last = _without_branches(_numbered.head_of(owner, _is_head), 4 * self.bins)
+        return _numbered.with_core(model, owner, core, last)
 
     def scored(self, outputs: Outputs, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         if self.outputs == "decoded":
@@ -164,30 +164,9 @@ class Yolo:
         return _grid.from_distances(corner + stride / 2, distances * stride)
 
 
-def _numbered(model: nn.Module) -> nn.Module | None:
-    """The module whose ``model`` are layers by number, the last of them the head: the user's, or one inside."""
-    for module in model.modules():
-        layers = getattr(module, "model", None)
-        if isinstance(layers, nn.Sequential) and len(layers) and _is_head(layers[-1]):
-            return module
-    return None
-
-
 def _is_head(module: nn.Module) -> bool:
     names = ("nc", "reg_max", "stride", "cv2", "cv3", "f", "i")
     return type(module).__name__.endswith("Detect") and all(hasattr(module, name) for name in names)
-
-
-def _head(model: nn.Module) -> Any:
-    owner = _numbered(model)
-    return None if owner is None else owner.model[-1]  # type: ignore[index, operator]
-
-
-def _side(model: nn.Module) -> int:
-    """What it was trained at, where it says so."""
-    said = getattr(model, "args", None)
-    side = said.get("imgsz") if isinstance(said, Mapping) else getattr(said, "imgsz", None)
-    return side if isinstance(side, int) and 32 <= side <= 4096 else 640
 
 
 class _Raw(nn.Module):
@@ -197,7 +176,7 @@ class _Raw(nn.Module):
         super().__init__()
         single = bool(getattr(head, "end2end", False)) and getattr(head, "one2one_cv2", None) is not None
         self.cv2, self.cv3 = (head.one2one_cv2, head.one2one_cv3) if single else (head.cv2, head.cv3)
-        _placed(self, head)
+        _numbered.placed(self, head)
 
     def forward(self, x: list[Tensor]) -> list[Tensor]:
         return [torch.cat([box(one), kind(one)], 1) for one, box, kind in zip(x, self.cv2, self.cv3)]
@@ -214,60 +193,12 @@ class _Part(nn.Module):
         return x[:, self.first : self.last]
 
 
-class _Layer(nn.Module):
-    """The core, as the first of a model's layers."""
-
-    def __init__(self, core: nn.Module):
-        super().__init__()
-        self.core = core
-        for name, value in (("f", -1), ("i", 0), ("type", "Core"), ("np", 0)):
-            setattr(self, name, value)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return list(self.core(x))
-
-
-def _placed(layer: nn.Module, other: nn.Module) -> None:
-    """What a model that goes through its layers by number asks of each."""
-    for name in ("f", "i", "type", "np"):
-        if hasattr(other, name):
-            setattr(layer, name, getattr(other, name))
-
-
-def _replaced(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """The model with another module in place of one; all others are shared."""
-    if model is old:
-        return new
-    if not any(module is old for module in model.modules()):
-        return model
-    other = copy.copy(model)
-    other._modules = {
-        name: None if module is None else _replaced(module, old, new) for name, module in model._modules.items()
-    }
-    return other
-
-
-def _with_core(model: nn.Module, head: Any, core: nn.Module, sides: int) -> nn.Module:
+def _without_branches(head: Any, sides: int) -> Any:
+    """A copy of the head, to whose branches the core's maps are given."""
     names = ("cv2", "cv3", "one2one_cv2", "one2one_cv3")
-    weights = [
-        value
-        for name in names
-        if isinstance(getattr(head, name, None), nn.Module)
-        for value in [*getattr(head, name).parameters(), *getattr(head, name).buffers()]
-    ]
-    last = copy.deepcopy(head, {id(value): None for value in weights})
+    last = _numbered.without(head, names)
     for name in names:
         if isinstance(getattr(head, name, None), nn.Module):
             part = (0, sides) if name.endswith("cv2") else (sides, None)
             setattr(last, name, nn.ModuleList(_Part(*part) for _ in range(len(getattr(head, name)))))
-    owner = _numbered(model)
-    assert owner is not None
-    last.f, last.i = -1, 1
-    layers = copy.copy(owner)
-    layers._modules = {**owner._modules, "model": nn.Sequential(_Layer(core), last)}
-    if hasattr(layers, "save"):
-        layers.save = []  # type: ignore[assignment]
-    whole = _replaced(model, owner, layers)
-    if getattr(whole, "predictor", None) is not None:
-        whole.predictor = None  # type: ignore[assignment]
-    return whole
+    return last
