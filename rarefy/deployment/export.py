@@ -23,7 +23,7 @@ from rarefy.errors import FormatError, InputError, MissingDependency
 from rarefy.graph.capture.batches import Arranger
 from rarefy.graph.nodes import dtype_name, example_inputs
 from rarefy.system.files import replacing
-from rarefy.tasks.detector import capture, detector_of
+from rarefy.tasks.detector import capture, detector_of, proposes
 from rarefy.tasks.task import Task
 
 
@@ -80,7 +80,7 @@ def export(
 def fed(graph: fx.GraphModule, given: tuple[Tensor, ...], boxes: bool) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
     """What a file is made of and what it is run on: of a detector, from pictures to boxes, where they are asked."""
     family = detector_of(graph) if boxes else None
-    if family is None or getattr(family, "proposes", False):
+    if family is None or proposes(family):
         return graph, given
     return pictures.with_boxes(graph, family), (pictures.pictures_of(given[0], family.feed),)
 

@@ -32,9 +32,11 @@ from rarefy.data.normalization import Values, check_values
 from rarefy.errors import DataError, InputError
 from rarefy.tasks import places
 from rarefy.tasks.answers import Answer, around
-from rarefy.tasks.detector import Detector, detector_of, found
+from rarefy.tasks.detector import Detector, detector_of, found, proposes
 from rarefy.tasks.metric import Metric, Outputs
 from rarefy.tasks.metrics.box_precision import BoxPrecision
+
+_PROPOSAL = ("proposal",)  # the one class of what a second look is to be taken at
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -79,7 +81,7 @@ class Detection:
     @functools.cached_property
     def data(self) -> ImageData:
         family = self._named
-        known = None if family is None or getattr(family, "proposes", False) else family.classes
+        known = None if family is None or proposes(family) else family.classes
         return ImageData(
             train=self.train, val=self.val, size=self.size, workers=self.workers, strict=self.strict,
             targets=BoxTargets(classes=known), task=self.name, shaping=self._shaping,
@@ -156,7 +158,7 @@ class Detection:
         for one, size in zip(rows, sizes, strict=True):
             corners = placement(size, feed).back(one[:, :4]).clamp_min(0)
             one[:, :4] = torch.minimum(corners, corners.new_tensor([size[1], size[0]] * 2))
-        return [around(one, names, least) for one in rows]
+        return [around(one, _PROPOSAL if proposes(self.family) else names, least) for one in rows]
 
     def logits(self, outputs: Outputs) -> Tensor:
         """What a loss on logits compares, (N x places, classes)."""
@@ -180,13 +182,15 @@ class Detection:
         )
 
     def metric(self) -> Metric:
+        if proposes(self.family):
+            return BoxPrecision(_PROPOSAL, self.boxes, classless=True)
         return BoxPrecision(self.class_names, self.boxes, self._doubts())
 
     def check(self, outputs: int | None) -> None:
         """Are there boxes of a class that the model does not know? Raises DataError."""
         family, names = self.family, self.class_names
         highest = self._highest_class
-        if highest >= family.classes:
+        if highest >= family.classes and not proposes(family):
             known = f"{names[highest]!r} " if names is not None else ""
             raise DataError(
                 f"{self!r}: has boxes of class {known}({highest}, counted from 0), the model knows {family.classes} "

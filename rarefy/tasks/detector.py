@@ -24,7 +24,18 @@ from rarefy.graph.capture.wrapped import unwrapped
 from rarefy.graph.nodes import is_graph
 from rarefy.tasks.metric import Outputs
 
-__all__ = ["Detector", "Feed", "Resize", "Spread", "Unordered", "as_original", "capture", "detector_of", "found"]
+__all__ = [
+    "Detector",
+    "Feed",
+    "Resize",
+    "Spread",
+    "Unordered",
+    "as_original",
+    "capture",
+    "detector_of",
+    "found",
+    "proposes",
+]
 
 
 class Detector(Protocol):
@@ -111,6 +122,11 @@ class Unordered(Protocol):
     def partners(self, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Tensor:
         """(N, places of theirs), int64: of each of theirs the one of ours. Of both "scores" and "boxes", relative."""
         ...
+
+
+def proposes(family: Detector) -> bool:
+    """Are its boxes of one class, for a second look that says which?"""
+    return bool(getattr(family, "proposes", False))
 
 
 def found(model: nn.Module) -> Detector | None:

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rarefy.data.boxes.boxes import CLASS
 from rarefy.tasks.metric import Better, Difference, Metric, Outputs
 from rarefy.tasks.metrics.box_matching import SIZES, THRESHOLDS, Array, Matches, matched
 
@@ -38,7 +39,7 @@ class BoxPrecision(Metric):
     """Average precision of boxes (N, M, 6) against targets (N, K, 8), see ``rarefy/data/boxes/boxes.py``.
 
     names: of the classes, where they have any. read: outputs of the model -> boxes (N, M, 6). doubts: what is known to
-    make the number worthless, a line each.
+    make the number worthless, a line each. classless: what is to be found counts as of class 0, whatever it is.
     """
 
     name = "ap"
@@ -51,8 +52,9 @@ class BoxPrecision(Metric):
         names: Sequence[str] | None = None,
         read: Callable[[Outputs], Tensor] = lambda outputs: outputs,
         doubts: tuple[str, ...] = (),
+        classless: bool = False,
     ):
-        self.names, self.read, self.doubts = names, read, doubts
+        self.names, self.read, self.doubts, self.classless = names, read, doubts, classless
         self._pictures = 0
         self._matches: list[Matches] = []
         self._judged: tuple[int, _Judged] | None = None
@@ -62,6 +64,9 @@ class BoxPrecision(Metric):
         return self._pictures
 
     def add(self, outputs: Outputs, targets: Tensor) -> None:
+        if self.classless:
+            targets = targets.clone()
+            targets[..., CLASS] = targets[..., CLASS].clamp_max(0)
         one = matched(self.read(outputs), targets)
         truth = one.truth + np.array([self._pictures, 0])
         self._matches.append(one._replace(picture=one.picture + self._pictures, truth=truth))
