@@ -24,7 +24,7 @@ from rarefy.data.images import ImageData, share_opened
 from rarefy.data.preparation import SIZE
 from rarefy.errors import InputError
 from rarefy.graph.nodes import is_graph
-from rarefy.models.load import SIZES, graph_of, takes
+from rarefy.models.load import SIZES, looked_at, takes
 from rarefy.models.normalization import learned
 from rarefy.models.source import Source, by
 from rarefy.tasks.classification import Classification
@@ -52,7 +52,7 @@ def fit(source: Source, task: Task, given: Collection[str]) -> Fitted:
     side = getattr(task, "size", None)
     shape = source.shape if source.shape is not None or side is None else (3, side, side)
     if kind is task and isinstance(task, Settling) and shape is not None and not is_graph(source.model):
-        kind = settled(task, graph_of(source, shape))  # of a file, or another's module, its graph says it
+        kind = settled(task, looked_at(source, shape))  # of a file, or another's module, its graph says it
     if kind is not task:
         own = {name: getattr(kind, name) for name in fields if getattr(kind, name) != getattr(task, name)}
         return Fitted(kind, own, dict.fromkeys(own, "the model's"))

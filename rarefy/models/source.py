@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from rarefy.artifact.snapshot import Snapshot
 from rarefy.errors import InputError, MissingDependency, first_line
@@ -39,6 +39,7 @@ class Source:
     weights: what was loaded into it, or None: as the source made it. taken: which part of that file, in a line, where
         it holds more.
     folder: the saved folder that it came from, held open.
+    captured: graphs that were needed to see what the model is, by shapes of the inputs; each is for who asks next.
     """
 
     text: str
@@ -50,6 +51,7 @@ class Source:
     inputs: Sequence[tuple[tuple[int, ...], torch.dtype]] = ()
     names: Mapping[str, Sequence[str]] | None = None
     folder: Snapshot | None = None
+    captured: dict[tuple[tuple[int, ...], ...], fx.GraphModule] = field(default_factory=dict, repr=False, compare=False)
 
     def example(self, shape: tuple[int, ...] | None = None, batch: int = 2) -> Tensor | tuple[Tensor, ...]:
         """An input of that shape (else the source's own): standard normal numbers, the same every time.

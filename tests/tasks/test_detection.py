@@ -14,11 +14,11 @@ from torch import fx
 import rarefy
 from rarefy.cli.main import run
 from rarefy.errors import DataError, InputError
-from rarefy.models import fitting
+from rarefy.models import fitting, load
 from rarefy.models.source import Source
 from rarefy.tasks.detection import Detection
 from rarefy.tasks.task import fitted, settled
-from tests.detecting import BinHead, GridHead
+from tests.detecting import BinHead, GridHead, torchvision_detector
 from tests.networks import ConvNormLinear
 
 SIZE = (64, 96)
@@ -105,6 +105,29 @@ def test_boxes_of_a_class_that_the_model_does_not_know(tmp_path: Path) -> None:
     settled(Detection(val=data(tmp_path)), graph()).check(None)
 
 
+def test_proposals_are_of_one_class_whatever_the_data_has(tmp_path: Path) -> None:
+    """Faster R-CNN's core: what a second look would say is not its."""
+    torch.manual_seed(0)
+    core = rarefy.capture(torchvision_detector("faster_rcnn"))
+    task = settled(Detection(val=data(tmp_path)), core)
+    task.check(None)
+    found = rarefy.evaluate(core, task, progress=False, batch_size=4)
+    assert found.samples == 8 and not any("the model knows" in line for line in found.warnings)
+    assert found.worst_class == {"index": 0, "name": "proposal", "value": found.value, "samples": 8}
+    known = fitted(task, core)
+    _, targets = next(iter(known.batches("val", 8)))
+
+    class Right:  # what it would find, were it always right
+        proposes, boxes = True, staticmethod(lambda outputs, size: outputs)
+
+    object.__setattr__(known, "_family", Right)
+    sure = torch.cat([targets[..., :4], torch.zeros_like(targets[..., :1]), torch.ones_like(targets[..., :1])], -1)
+    metric = known.metric()
+    metric.add(torch.where(targets[..., 4:5] >= 0, sure, torch.tensor([0.0, 0, 0, 0, -1, 0])), targets)
+    assert metric.value() == pytest.approx(1) and set(targets[..., 4].unique().tolist()) >= {0.0, 1.0, 2.0}
+    assert known.answers(sure, [(30, 40)] * 8, ["red", "green", "blue"], 0.5)[0][0].name == "proposal"
+
+
 def test_options_of_the_model_are_settled_for_recipes(tmp_path: Path) -> None:
     torch.manual_seed(0)
     source = Source("mine", GridHead().eval(), (3, *SIZE))
@@ -113,6 +136,28 @@ def test_options_of_the_model_are_settled_for_recipes(tmp_path: Path) -> None:
     assert "letterbox" in str(fitting.told(found)) and "3 classes: red, blue, green" in str(fitting.told(found))
     square = Detection(val=data(tmp_path), detector=YOLOX, size=32)
     assert square.input_shape == (3, 32, 32)
+
+
+def test_a_detector_of_a_file_is_captured_once_in_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxruntime", reason="the file is written first")
+    text = data(tmp_path / "data")
+    rarefy.export(graph(), tmp_path / "one.onnx", boxes=False, compare=False)
+    seen: list[object] = []
+
+    def counted(model: torch.nn.Module, *given: Any, **options: Any) -> fx.GraphModule:
+        seen.append(model)
+        return rarefy.capture(model, *given, **options)
+
+    monkeypatch.setattr("rarefy.models.load.capture", counted)
+    arguments = ["--task", "detection", "--val", text, "--batch-size", "4", "--json"]
+    assert run(["evaluate", f"onnx:{tmp_path / 'one.onnx'}", *arguments]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] == 8 and len(seen) == 1
+    source = load.load(f"onnx:{tmp_path / 'one.onnx'}")
+    first = load.looked_at(source, (3, *SIZE))
+    assert load.graph_of(source) is first and not source.captured
+    assert load.graph_of(source) is not first  # what one caller trains is not another's
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
