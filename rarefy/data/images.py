@@ -45,7 +45,7 @@ from rarefy.data.checks import check_labels, check_options, check_source, check_
 from rarefy.data.decoding import Decoding, generator
 from rarefy.data.items import Arrays, Items, Source, Split, relabelled
 from rarefy.data.normalization import Normalization, Values, normalization, unit
-from rarefy.data.pictures import Labelled, Pictures, Seeds, Varied, told_faults
+from rarefy.data.pictures import Found, Labelled, Pictures, Seeds, Varied, faults_of
 from rarefy.data.preparation import Preparation, prepared
 from rarefy.data.shards import LeftOut
 from rarefy.data.sources import load
@@ -120,9 +120,7 @@ class ImageData:
     _fingerprints: dict[Split, str] = field(default_factory=dict, init=False)
     _opened: dict[Split, Pictures] = field(default_factory=dict, init=False)
     _unreadable: dict[Split, dict[int, str]] = field(default_factory=lambda: {"train": {}, "val": {}}, init=False)
-    _faults: dict[Split, dict[int, dict[str, int]]] = field(
-        default_factory=lambda: {"train": {}, "val": {}}, init=False
-    )
+    _faults: dict[Split, Found] = field(default_factory=lambda: {"train": {}, "val": {}}, init=False)
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -161,9 +159,8 @@ class ImageData:
     @property
     def notes(self) -> list[str]:
         """What was decided while the data was read, in a line each."""
-        sources = [source for source in map(self.source, self.splits) if isinstance(source, Items)]
-        told = [note for source in sources for note in source.notes]
-        return list(dict.fromkeys([*told, *(fault for split in self.splits for fault in self.faults(split))]))
+        notes = [note for split in self.splits for note in getattr(self.source(split), "notes", ())]
+        return list(dict.fromkeys([*notes, *(fault for split in self.splits for fault in self.faults(split))]))
 
     def length(self, split: Split) -> int:
         """Number of images of the split ("train" or "val")."""
@@ -189,10 +186,7 @@ class ImageData:
 
     def faults(self, split: Split) -> tuple[str, ...]:
         """What is wrong with annotations and was mended or left out, as far as was read, a line a kind."""
-        source = self.source(split)
-        if not isinstance(source, Items):
-            return ()
-        return tuple(fault.text for fault in (*source.faults, *told_faults(source, self._faults[split])))
+        return tuple(fault.text for fault in faults_of(self.source(split), self._faults[split]))
 
     def fingerprint(self, split: Split) -> str:
         """SHA-256 of the split's files (or pixels) and labels, as hex. Reads all of it, once."""
@@ -257,16 +251,11 @@ class ImageData:
     def rows(
         self, split: Split, batch_size: int, *, shuffle_seed: int | None = None, epoch: int = 0
     ) -> Sequence[Tensor] | None:
-        """Indices of the images in each batch that ``batches(augment=True)`` yields.
-
-        None where augmentation makes each image another picture every time.
-        """
+        """Indices of the images of each batch of ``batches(augment=True)``; None where each is always another picture."""
         if not (self.augmentation if self.shaping is None else self.shaping).still:
             return None
-        indices = torch.arange(self.length(split))
-        if shuffle_seed is not None:
-            indices = torch.randperm(len(indices), generator=generator(shuffle_seed, epoch))
-        return [chunk for chunk in indices.split(batch_size) if len(chunk) == batch_size]
+        order = None if shuffle_seed is None else (shuffle_seed, epoch)
+        return _chunks(self.source(split), batch_size, None, order, full=True)
 
     def normalize(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W), uint8 or in [0, 1], as the model takes them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rarefy.data.images import ImageData
 
 Labelled = tuple[Tensor, Any]  # images, and their targets; None where the data has none
+Found = dict[int, dict[str, int]]  # of an item: what was wrong with its label, and how often
 Seeds = tuple[int, int] | None  # (shuffle_seed, epoch) to augment from; None: as for evaluation
 
 
@@ -51,7 +52,7 @@ class Pictures:
     data: ImageData
     source: Source
     unreadable: dict[int, str] = field(default_factory=dict)
-    faults: dict[int, dict[str, int]] = field(default_factory=dict)
+    faults: Found = field(default_factory=dict)
     _placed: dict[torch.device, Arrays] = field(default_factory=dict, init=False)
     _varied: dict[torch.device, Varied | None] = field(default_factory=dict, init=False)
 
@@ -134,7 +135,7 @@ class Pictures:
         targets = None if labels is None else labels.to(device, non_blocking=True)
         return images.to(device, non_blocking=True), targets
 
-    def _tell_faults(self, source: Items, found: dict[int, dict[str, int]]) -> None:
+    def _tell_faults(self, source: Items, found: Found) -> None:
         """Refuse labels that had to be mended, or tell the first of each kind: how many there are ``describe`` says."""
         check_faults(source.where, told_faults(source, found) if self.data.strict else (), self.data.strict)
         known = {what for one in self.faults.values() for what in one}
@@ -159,7 +160,12 @@ class Pictures:
         self.unreadable.update(broken)
 
 
-def told_faults(source: Items, found: Mapping[int, Mapping[str, int]]) -> tuple[Fault, ...]:
+def faults_of(source: Source, found: Found) -> tuple[Fault, ...]:
+    """What is wrong with a source's annotations, as they were read and as items were met."""
+    return (*source.faults, *told_faults(source, found)) if isinstance(source, Items) else ()
+
+
+def told_faults(source: Items, found: Found) -> tuple[Fault, ...]:
     """What was wrong with the labels of items, a line a kind, with the first of each by name."""
     faults = Faults()
     for index, one in sorted(found.items()):

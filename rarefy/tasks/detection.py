@@ -189,7 +189,7 @@ class Detection:
     def check(self, outputs: int | None) -> None:
         """Are there boxes of a class that the model does not know? Raises DataError."""
         family, names = self.family, self.class_names
-        highest = self._highest_class
+        highest = _highest_class(self.data)
         if highest >= family.classes and not proposes(family):
             known = f"{names[highest]!r} " if names is not None else ""
             raise DataError(
@@ -222,13 +222,6 @@ class Detection:
         shaping = self.data.shaping
         return self.family.feed.size if shaping is None else (shaping.shape[1], shaping.shape[2])
 
-    @property
-    def _highest_class(self) -> int:
-        """Of the boxes, where they are known without decoding; else -1."""
-        sources = [source for source in map(self.data.source, self.data.splits) if isinstance(source, Items)]
-        tables = [source.items.rows for source in sources if isinstance(source.items, scenes.Scenes)]
-        return max((int(rows[:, scenes.CLASS].max(initial=-1)) for rows in tables), default=-1)
-
     def _doubts(self) -> tuple[str, ...]:
         names, classes = self.class_names, self.family.classes
         if names is None or len(names) == classes:
@@ -242,6 +235,13 @@ class Detection:
     input_shape = property(lambda self: self.data.input_shape)
     length = property(lambda self: self.data.length)
     batches = property(lambda self: self.data.batches)
+
+
+def _highest_class(data: ImageData) -> int:
+    """Of the boxes, where they are known without decoding; else -1."""
+    sources = [source for source in map(data.source, data.splits) if isinstance(source, Items)]
+    tables = [source.items.rows for source in sources if isinstance(source.items, scenes.Scenes)]
+    return max((int(rows[:, scenes.CLASS].max(initial=-1)) for rows in tables), default=-1)
 
 
 def _names(source: Items) -> tuple[str, ...] | None:
