@@ -4,17 +4,18 @@
         [--prepare] [--check]
 
 SSDlite320 and RetinaNet-R50 of torchvision and a network as YOLOv8n is described, with random weights and pictures of
-320 pixels a side; YOLOX-Nano as it is in RAREFY_DATA, at 416. Timed are cores, from normalised inputs to the raw outputs
-of the head (what follows is the same for all), one picture on one thread, all files of a network taking turns in one run
-(``rarefy.deployment.latency``); ``gate`` is what ``quantize(gate="latency")`` keeps. Then whole files, from a picture's
-bytes to boxes, float and ours. A ratio is that within a round, its interval that of the median (95 %). Calibration: 16
-inputs of noise, or of ``coco_val128``. NNCF runs in .venv-peers (``make bench-setup``) and is left out where it is
-missing. With --folder, files that are there are not made again, so that a run may be split: --prepare makes them only.
+320 pixels a side; YOLOX-Nano as it is in RAREFY_DATA, at 416. Timed are cores, from normalised inputs to the raw
+outputs of the head (what follows is the same for all), one picture on one thread, all files of a network taking turns
+in one run (``rarefy.deployment.latency``); ``gate`` is what ``quantize(gate="latency")`` keeps. Then whole files, from
+a picture's bytes to boxes, float and ours. A ratio is that within a round, its interval that of the median (95 %).
+Calibration: 16 inputs of noise, or of ``coco_val128``. NNCF runs in .venv-peers (``make bench-setup``) and is left out
+where it is missing. With --folder, files that are there are not made again, so that a run may be split: --prepare makes
+them only.
 
 ``--profile`` tells for each file of a core what its milliseconds are spent on, by the runtime's own kinds of kernels.
 
-``--check`` exits 1 where the best of ours (float where the gate keeps that) takes more than 1.03 of the time of the best
-of float, bf16 and NNCF in the same runtime; 2 where nothing ran.
+``--check`` exits 1 where the best of ours (float where the gate keeps that) takes more than 1.03 of the time of the
+best of float, bf16 and NNCF in the same runtime; 2 where nothing ran.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""A network as YOLOv8n is described in public: C2f blocks of widths 16 to 256, SPPF, a pyramid up and down, and a head of
-distances by bins and classes on three maps; 3.2 million parameters with 80 classes, random weights from seed 0.
+"""A network as YOLOv8n is described in public: C2f blocks of widths 16 to 256, SPPF, a pyramid up and down, and a head
+of distances by bins and classes on three maps; 3.2 million parameters with 80 classes, random weights from seed 0.
 
 Needs torch alone.
 """

@@ -251,7 +251,7 @@ class ImageData:
     def rows(
         self, split: Split, batch_size: int, *, shuffle_seed: int | None = None, epoch: int = 0
     ) -> Sequence[Tensor] | None:
-        """Indices of the images of each batch of ``batches(augment=True)``; None where each is always another picture."""
+        """Indices of the images of each batch of ``batches(augment=True)``; None: each is always another picture."""
         if not (self.augmentation if self.shaping is None else self.shaping).still:
             return None
         order = None if shuffle_seed is None else (shuffle_seed, epoch)

@@ -195,8 +195,12 @@ def test_wrong_boxes_of_a_dataset_in_python_are_counted_as_those_of_files(
         targets for _ in range(2) for _, targets in given.batches("val", 3)
     ]  # a second look counts nothing twice
     assert [int(boxes.present(one).sum()) for one in batches[:4]] == [4, 4, 4, 4]
-    kinds = ("boxes with NaN or infinity, left out", "boxes of no area, left out", "boxes outside their picture, left out",
-             "boxes that reach out of their picture, cut at its edge")  # fmt: skip
+    kinds = (
+        "boxes with NaN or infinity, left out",
+        "boxes of no area, left out",
+        "boxes outside their picture, left out",
+        "boxes that reach out of their picture, cut at its edge",
+    )
     expected = {
         f"{count} {kind} (the first: item {first})" for count, kind, first in zip((2, 4, 2, 2), kinds, (1, 2, 4, 5))
     }

@@ -1,5 +1,5 @@
-"""Models whose layers go by number, as they come from a yaml file: ``model.model`` is a Sequential, each layer says where
-its inputs come from (``f``, ``i``), and the last is the head.
+"""Models whose layers go by number, as they come from a yaml file: ``model.model`` is a Sequential, each layer says
+where its inputs come from (``f``, ``i``), and the last is the head.
 
 Such a model is called with another core in it by two layers alone: the core, and the user's head, whose convolutions
 hand on what the core said. Nothing of the libraries is imported.
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+Head = Any  # a user's module, whose attributes are known by their names
 IsHead = Callable[[nn.Module], bool]
 
 
@@ -26,12 +27,12 @@ def owner_of(model: nn.Module, is_head: IsHead) -> nn.Module | None:
     return None
 
 
-def head_of(model: nn.Module, is_head: IsHead) -> Any:
+def head_of(model: nn.Module, is_head: IsHead) -> Head:
     owner = owner_of(model, is_head)
     return None if owner is None else owner.model[-1]  # type: ignore[index, operator]
 
 
-def strides_of(head: Any) -> tuple[int, ...]:
+def strides_of(head: Head) -> tuple[int, ...]:
     """Of its maps; none where the model was never run, which is when they are measured."""
     strides = tuple(int(stride) for stride in torch.as_tensor(head.stride).flatten().tolist())
     return strides if strides and min(strides) > 0 else ()
@@ -64,7 +65,7 @@ def replaced(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
     return other
 
 
-def without(head: nn.Module, names: tuple[str, ...]) -> Any:
+def without(head: nn.Module, names: tuple[str, ...]) -> Head:
     """A copy of the head in which nothing of these parts is copied."""
     weights = [
         value
@@ -75,7 +76,7 @@ def without(head: nn.Module, names: tuple[str, ...]) -> Any:
     return copy.deepcopy(head, {id(value): None for value in weights})
 
 
-def with_core(model: nn.Module, owner: nn.Module, core: nn.Module, last: Any, copies: int = 1) -> nn.Module:
+def with_core(model: nn.Module, owner: nn.Module, core: nn.Module, last: Head, copies: int = 1) -> nn.Module:
     """The user's model, whose layers are the core and ``last``. copies: how often this gets what the core says."""
     last.f, last.i = -1, 1
     layers = copy.copy(owner)

@@ -17,7 +17,7 @@ the module ``Detect`` stays, with branches that hand on what the core said.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -172,7 +172,7 @@ def _is_head(module: nn.Module) -> bool:
 class _Raw(nn.Module):
     """The head's branches, without what it does behind them; and its place among the model's layers."""
 
-    def __init__(self, head: Any):
+    def __init__(self, head: _numbered.Head):
         super().__init__()
         single = bool(getattr(head, "end2end", False)) and getattr(head, "one2one_cv2", None) is not None
         self.cv2, self.cv3 = (head.one2one_cv2, head.one2one_cv3) if single else (head.cv2, head.cv3)
@@ -193,7 +193,7 @@ class _Part(nn.Module):
         return x[:, self.first : self.last]
 
 
-def _without_branches(head: Any, sides: int) -> Any:
+def _without_branches(head: _numbered.Head, sides: int) -> _numbered.Head:
     """A copy of the head, to whose branches the core's maps are given."""
     names = ("cv2", "cv3", "one2one_cv2", "one2one_cv3")
     last = _numbered.without(head, names)

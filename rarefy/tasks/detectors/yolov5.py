@@ -25,7 +25,7 @@ with convolutions that hand on what the core said. What v7's auxiliary heads say
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -232,7 +232,7 @@ def _is_head(module: nn.Module) -> bool:
 class _Raw(nn.Module):
     """The head's convolutions, without what it does behind them; and its place among the model's layers."""
 
-    def __init__(self, head: Any):
+    def __init__(self, head: _numbered.Head):
         super().__init__()
         count = int(head.nl)
         plain = [nn.Identity() for _ in range(count)]
