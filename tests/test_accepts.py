@@ -262,6 +262,50 @@ def _(_: Path) -> None:
     as_it_is(lambda net, x: net.lazy(x), lazy=lazy)
 
 
+@accepts("names that a graph can't have: `in`, `class`, `graph`, `skip 1`")
+def _(folder: Path) -> None:
+    names = {"in": "in_", "class": "class_", "graph": "graph_", "skip 1": "skip_1", "__x": "_x", "a-b": "a-b"}
+    parts = nn.ModuleDict({name: nn.Conv2d(8, 8, 1) for name in names})
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.code, self.inside, self.head = nn.Parameter(torch.rand(8, 1, 1)), parts, Net()
+            self.graph = nn.DataParallel(nn.Conv2d(3, 3, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            features = self.head.body(self.graph(x)) * self.code
+            for part in self.inside.values():
+                features = part(features).relu()
+            return self.head.head(features.mean((2, 3)))
+
+    model = Named().eval()
+    graph = rarefy.capture(model, X)
+    spelled = names | {"graph": "graph"}  # which is taken at the top alone
+    assert {f"inside.{name}.weight" for name in spelled.values()} | {"graph_.weight", "code_"} <= set(
+        graph.state_dict()
+    )
+    answers(graph, model, X)
+    goes_through(graph, X)
+    rarefy.save(graph, folder / "saved")
+    answers(load(str(folder / "saved")).model, model, X)
+    both = nn.Sequential(OrderedDict([("a b", nn.Conv2d(3, 8, 3)), ("a_b", nn.Conv2d(8, 8, 3))]))
+    refused("a b.weight and a_b.weight would both be a_b.weight", lambda: rarefy.capture(both, X))
+
+
+@accepts("graphs of `torch.fx`, feature extractors of torchvision")
+def _(_: Path) -> None:
+    plain = nn.Sequential(OrderedDict(body=nn.Conv2d(3, 8, 3), head=nn.ReLU()))
+    traced = torch.fx.symbolic_trace(plain)
+    vars(traced).pop("meta")  # as torchvision's
+    answers(rarefy.capture(traced, X), plain, X)
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    features = extraction.create_feature_extractor(Net().eval(), {"body.2": "low", "head": "high"})
+    graph = rarefy.capture(features, X)
+    with torch.no_grad():
+        torch.testing.assert_close(graph(X), features(X))
+
+
 class Swish(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -767,6 +811,12 @@ def _(_: Path) -> None:
 def _(_: Path) -> None:
     part = torch.jit.script(nn.Conv2d(8, 8, 1))
     refused("part is a program of TorchScript", lambda: rarefy.capture(With(lambda net, x: net.part(x), part=part), X))
+
+
+@accepts("lazy layers that have not run")
+def _(_: Path) -> None:
+    lazy = nn.Sequential(nn.Conv2d(3, 8, 3), nn.LazyBatchNorm2d())
+    refused(r"lazy layers that have no weights yet \(1\); run it on an example", lambda: rarefy.capture(lazy, X))
 
 
 @accepts("a batch that `forward` makes a number of")

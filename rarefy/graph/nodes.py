@@ -23,7 +23,7 @@ Value = Any  # what a node yields or reads: a tensor, a number, a list of them; 
 
 def is_graph(model: object) -> TypeGuard[fx.GraphModule]:
     """Is this a model that ``capture`` (or ``load``) made?"""
-    return isinstance(model, fx.GraphModule) and "inputs" in model.meta
+    return isinstance(model, fx.GraphModule) and "inputs" in vars(model).get("meta", {})  # torchvision's have no meta
 
 
 def share_copy(graph: fx.GraphModule) -> fx.GraphModule:

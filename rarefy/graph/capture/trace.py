@@ -42,7 +42,7 @@ from rarefy.graph.capture.lengths import free_lengths
 from rarefy.graph.capture.messages import explain, tell_of_written
 from rarefy.graph.capture.regions import inline
 from rarefy.graph.capture.sizes import free_sizes
-from rarefy.graph.capture.spelling import spell
+from rarefy.graph.capture.spelling import spell, spell_name, spell_names, tell_of_names
 from rarefy.graph.capture.wrapped import Buffers, Wrapper, inner_name, switched_off, unwrapped
 from rarefy.graph.fold import fold_parametrizations
 from rarefy.graph.layers import TRAINING_FLAG
@@ -234,10 +234,12 @@ def _quiet() -> Iterator[None]:
 
 def _plain(flat: _Flat, exported: ExportedProgram) -> fx.GraphModule:
     """The same nodes without pytree code: positional tensors in, a tensor or plain containers out, own parameters."""
+    tell_of_names(flat.model)
+    spell_names(exported)
     unlifted = exported.module(check_guards=False)
     inline(unlifted)
     spell(unlifted)
-    wrappers = {name: inside for name, module in flat.named_modules() if (inside := inner_name(module)) is not None}
+    wrappers = _wrappers(flat)
     names = iter(flat.call.names)
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
@@ -292,14 +294,20 @@ def _filled(outputs: Value, returned: Iterator[Value], copied: Mapping[fx.Node, 
     return copied[value] if isinstance(value, fx.Node) else value
 
 
+def _wrappers(model: nn.Module) -> dict[str, str]:
+    """Of each module that only wraps another: its name -> the name of its inside."""
+    named = model.named_modules()
+    return {spell_name(name, whole=False): inside for name, module in named if (inside := inner_name(module))}
+
+
 def _bare(name: str, wrappers: Mapping[str, str]) -> str:
-    """A dotted name without the words of what only wraps a module. wrappers: name of the wrapper -> of its inside."""
+    """A dotted name as a graph spells it, without the words of what only wraps a module."""
     place, bare = "", []
-    for part in name.split("."):
+    for part in spell_name(name, whole=False).split("."):
         if wrappers.get(place) != part:
             bare.append(part)
         place = f"{place}.{part}" if place else part
-    return ".".join(bare)
+    return spell_name(".".join(bare))
 
 
 def _clone(original: Tensor, clones: dict[int, Tensor]) -> Tensor:
@@ -319,7 +327,7 @@ def _user_line(node: fx.Node) -> str:
 
 def _share_as(graph: fx.GraphModule, model: nn.Module) -> None:
     """Parameters that are one in the model are one in the graph."""
-    wrappers = {name: inside for name, module in model.named_modules() if (inside := inner_name(module)) is not None}
+    wrappers = _wrappers(model)
     names: dict[int, str] = {}
     kept = dict(graph.named_parameters(remove_duplicate=False))
     for long, parameter in model.named_parameters(remove_duplicate=False):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from rarefy.errors import CaptureError
 
@@ -26,12 +27,22 @@ def unwrapped(model: nn.Module | ExportedProgram) -> nn.Module:
         return _of_program(model)
     while (inner := inner_name(model)) is not None:
         model = model.get_submodule(inner)
+    lazy = [name for name, module in model.named_modules() if _has_no_weights(module)]
+    if lazy:
+        raise CaptureError(
+            f"{type(model).__name__} has lazy layers that have no weights yet ({lazy[0]}); run it on an example once, "
+            "model(example), or load its weights"
+        )
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError(
             f"{type(model).__name__} is a program of TorchScript, which can't be traced; capture the nn.Module that it "
             "was made of"
         )
     return model
+
+
+def _has_no_weights(module: nn.Module) -> bool:
+    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
 
 
 def _of_program(program: ExportedProgram) -> nn.Module:
