@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rarefy.reports.facts import Curve, Point, Side
 from rarefy.reports.units import Form, Metric, Number, count, ms, percent, short, size
 
+CROWDED = 12  # points, from which on those that are beaten go without their names
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 460.0, 240.0, 58.0, 14.0, 12.0, 42.0
 _LETTER, _LINE = 6.3, 12.0  # a letter's width and a line's height, about
 
@@ -71,7 +72,11 @@ def frontier(candidates: Sequence[Point], metric: Metric) -> Drawn | None:
     marks = []
     taken = [_around(axes.x(x) - 6, axes.y(y) + 4, 12.0) for _, x, y, _, _ in points]
     sign = -1 if metric.lower else 1
-    for item, x, y, low, high in sorted(points, key=lambda point: not point[0]["chosen"]):
+    beaten = [_beaten(item, x, y, points, sign) for item, x, y, _, _ in points]
+    crowded = len(points) > CROWDED
+    for (item, x, y, low, high), pale in sorted(
+        zip(points, beaten, strict=True), key=lambda pair: (not pair[0][0]["chosen"], pair[1])
+    ):
         name, left, top = item["name"], axes.x(x), axes.y(y)
         mark = {
             "name": name,
@@ -80,12 +85,20 @@ def frontier(candidates: Sequence[Point], metric: Metric) -> Drawn | None:
             "low": round(axes.y(low), 1),
             "high": round(axes.y(high), 1),
             "chosen": item["chosen"],
-            "beaten": any(other[1] <= x and sign * other[2] >= sign * y and other[1:3] != (x, y) for other in points),
-            "label": _label(name, left, top, taken),
+            "beaten": pale,
+            "label": None if crowded and pale and not item["chosen"] else _label(name, left, top, taken),
             "text": f"{name}: {metric.value(item['value'])}, {short(x)} {'ms' if timed else 'MB'}",
         }
         marks.append(mark)
     return {"marks": marks, "x": "latency, ms" if timed else "size, MB", "y": metric.axis, **_frame(axes)}
+
+
+def _beaten(item: Point, x: float, y: float, points: Sequence[Sequence[Any]], sign: int) -> bool:
+    """As whoever measured it says; else whether another is both faster and better."""
+    told = item.get("beaten")
+    if told is not None:
+        return told
+    return any(other[1] <= x and sign * other[2] >= sign * y and other[1:3] != (x, y) for other in points)
 
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom

@@ -138,7 +138,7 @@ class Verdict(TypedDict, total=False):
 
 
 class Point(TypedDict, total=False):
-    """A candidate. value: the metric's."""
+    """A candidate. value: the metric's. beaten: by another; None: whoever draws it finds out."""
 
     name: str
     value: float
@@ -146,6 +146,7 @@ class Point(TypedDict, total=False):
     latency_ms: float
     size_bytes: int
     chosen: bool
+    beaten: bool | None
 
 
 class Layer(TypedDict, total=False):
@@ -213,8 +214,8 @@ class Facts(TypedDict, total=False):
     """All that a report shows.
 
     title: what was compressed. warnings: what makes the comparison worthless, such as an original without its weights.
-    before, after: the original and the result. pictures: the judged ones that changed most. robustness: {"before",
-    "after": {corruption: {severity: value}}}, else the evaluations'. prices, about: of costs (``prices.py``).
+    before, after: original and result. pictures: those that changed most. listed: columns, rows, note. robustness:
+    {"before", "after": {corruption: {severity: value}}}, else the evaluations'. prices, about: see ``prices.py``.
     provenance: {"environment": {}, "hashes": {}, "commands": [], "seed", "recipe", "created", ...}.
     """
 
@@ -225,6 +226,7 @@ class Facts(TypedDict, total=False):
     before: Side
     after: Side
     frontier: list[Point]
+    listed: Table
     layers: list[Layer]
     steps: list[Step]
     curves: list[Curve]
@@ -360,8 +362,7 @@ def told_by(history: Sequence[Mapping[str, Json]], label: str = "top-1", unit: s
         spent = (facts.get("timing") or {}).get("seconds")
         steps.append(step if spent is None else {**step, "seconds": spent})
         for parameter, (was, now) in (facts.get("channels") or {}).items():
-            name = parameter.removesuffix(".weight")
-            layer = layers.setdefault(name, Layer(name=name))
+            layer = layers.setdefault(name := parameter.removesuffix(".weight"), Layer(name=name))
             layer.setdefault("channels_before", was)
             layer["channels_after"] = now
         for told in facts.get("layers") or []:
@@ -387,10 +388,9 @@ def curves(
 
     label, unit: of the metric. validation: end of the second chart's title. lines: names of loss and metric.
     """
-    scale = 100.0 if unit == "%" else 1.0
     charts = (
         ("loss", "loss", "loss", 1.0, lines[0]),
-        ("val", validation, ", ".join(filter(None, (label, unit))), scale, lines[1]),
+        ("val", validation, ", ".join(filter(None, (label, unit))), 100.0 if unit == "%" else 1.0, lines[1]),
     )
     found: list[Curve] = []
     for key, title, axis, factor, line in charts:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypedDict
 
+from rarefy.errors import FormatError
 from rarefy.reports import prices, pruned
 from rarefy.reports.charts import Drawn, bars, chart, frontier
 from rarefy.reports.comparison import Row, comparison_rows
@@ -66,6 +67,7 @@ class View(TypedDict):
     names: tuple[str, str]
     bars: list[Drawn]
     frontier: Drawn | None
+    listed: Drawn | None
     layers: Drawn | None
     steps: list[StepView]
     curves: list[Drawn]
@@ -104,6 +106,18 @@ def environment(trim: bool = False) -> Environment:
     )
 
 
+def _listed(told: Mapping[str, object]) -> Drawn | None:
+    """A table as it was told: texts in columns and rows. Raises FormatError."""
+    if not told:
+        return None
+    columns, rows = (told.get(name) for name in ("columns", "rows"))
+    if not isinstance(columns, list) or not isinstance(rows, list):
+        raise FormatError("listed: is no table with columns and rows")
+    if any(not isinstance(row, list) or len(row) != len(columns) for row in rows):
+        raise FormatError("listed: a row has not a cell a column")
+    return {"columns": columns, "rows": rows, "note": str(told.get("note", ""))}
+
+
 def view(told: Mapping[str, object]) -> View:
     """What the template lays out. told: the facts. Raises FormatError for what is none."""
     facts = checked(told)
@@ -120,6 +134,7 @@ def view(told: Mapping[str, object]) -> View:
         names=(before["name"] or "original", after["name"] or "compressed"),
         bars=bars(before, after),
         frontier=frontier(facts["frontier"], metric),
+        listed=_listed(facts["listed"]),
         layers=_layers(facts["layers"]),
         steps=[_step(step, metric) for step in facts["steps"]],
         curves=[drawn for curve in facts["curves"] if (drawn := chart(curve))],

@@ -560,3 +560,21 @@ def test_thinning_keeps_ends_and_mean(values: list[float], most: int) -> None:
 )
 def test_numbers_as_text(function: Any, value: float, text: str) -> None:
     assert function(value) == text
+
+
+def test_of_many_points_the_beaten_go_without_their_names_and_all_are_listed() -> None:
+    points = [
+        {"name": f"#{index}", "value": 0.9, "latency_ms": 1.0 + index, "beaten": index != 1, "chosen": False}
+        for index in range(charts.CROWDED + 1)
+    ]
+    listed = {"columns": ["point", "run"], "rows": [["#1", "work/<b>"]], "note": "of one search"}
+    marks = view.view({"frontier": points})["frontier"]["marks"]
+    assert [mark["name"] for mark in marks if mark["label"]] == ["#1"]  # told, though #0 is as good and faster
+    assert {mark["name"] for mark in marks} == {point["name"] for point in points}
+    assert all(mark["label"] for mark in view.view({"frontier": points[:3]})["frontier"]["marks"])
+    page = report.html({"frontier": points, "listed": listed})
+    assert "Every model" in page and "work/&lt;b&gt;" in page and "of one search" in page
+    assert "Every model" not in report.html({"frontier": points})
+    for bad in ({"columns": ["a"], "rows": [[1, 2]]}, {"columns": "a", "rows": []}, {"rows": [1]}):
+        with pytest.raises(FormatError, match="listed"):
+            view.view({"listed": bad})

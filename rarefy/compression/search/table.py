@@ -61,6 +61,16 @@ def table(found: Front, points: Sequence[Point], prices: Prices | None = None) -
     return Table([*columns, f"{asked.currency} a month, est."], rows, note)
 
 
+def listed(found: Front) -> dict[str, object]:
+    """All points for a report, each with its recipe and the folder of the run that it was measured in."""
+    told = table(found, found.points)
+    rows = [
+        [*row, one["folder"] or f"work/{one['number']:04d}", one["recipe"]]
+        for row, one in zip(told.rows, found.points, strict=True)
+    ]
+    return {"columns": [*told.columns, "run", "recipe"], "rows": rows, "note": told.note}
+
+
 def html(found: Front) -> str:
     """The points that nobody beats, as the HTML of a notebook's cell."""
     told = table(found, found.best)
@@ -84,6 +94,7 @@ def marks(points: Sequence[Point]) -> list[Mark]:
             latency_ms=one["latency_ms"]["median"],
             size_bytes=one["size_bytes"],
             chosen=False,
+            beaten=one["beaten"],
         )
         for one in points
     ]

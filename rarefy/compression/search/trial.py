@@ -103,7 +103,7 @@ def make(
     setting: Setting, profile: Profile, network: Network, trial: Trial, trials: Sequence[Trial]
 ) -> tuple[Genome, dict[str, object]]:
     """The trial's choice as it was carried out, and what came of it. Raises what its steps raise."""
-    begun = time.monotonic()
+    begun, worked = time.monotonic(), time.process_time()
     genome, start = _begun(setting, profile, network, trial, trials)
     parent = None if start is None else start.genome
     taught = parent is not None and parent.rung > 0
@@ -139,6 +139,7 @@ def make(
         "float": _float_of(setting, floats, begin),
         "bits": genome.switched or bits,
         "seconds": time.monotonic() - begun,
+        "cpu_seconds": time.process_time() - worked,
         "recipe": [dict(step) for step in steps],
     }
 

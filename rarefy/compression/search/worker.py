@@ -18,7 +18,7 @@ from rarefy.compression.search.front import Front, Point
 from rarefy.compression.search.journal import Journal, Trial, alone, claimed, host
 from rarefy.compression.search.profile import Network, Profile, measure
 from rarefy.compression.search.space import BITS, RUNGS, Genome
-from rarefy.compression.search.table import marks
+from rarefy.compression.search.table import listed, marks
 from rarefy.compression.search.trial import Setting
 from rarefy.errors import CheckFailed, FormatError, InputError, first_line
 from rarefy.reports import report as report_
@@ -281,6 +281,7 @@ def facts_of(found: Front, setting: Setting) -> dict[str, object]:
     return {
         "title": f"{setting.title or 'a search'}: the front",
         "frontier": marks(found.points),
+        "listed": listed(found),
         "after": {"name": "the front", "evaluation": evaluation},
         "provenance": {key: value for key, value in found.about.items() if value not in (None, "")},
         **setting.priced,
