@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from rarefy.artifact import folder as folder_
-from rarefy.artifact import graph_json
+from rarefy.artifact import graph_json, snapshot
 from rarefy.artifact.operators import trial
 from rarefy.errors import FormatError, InputError
 from rarefy.evaluation.evaluate import evaluate
@@ -56,6 +56,7 @@ def refused(words, *calls, **kwargs):
     with pytest.raises(FormatError, match=words) as refusal:
         graph(*calls, **kwargs)
     assert "\n" not in str(refusal.value) and str(refusal.value).startswith("graph.json: ")
+    assert any(named.search(str(refusal.value)) for named in snapshot.REFUSALS.values()), "docs/format.md has no name"
 
 
 def test_a_good_graph_is_built_and_runs():

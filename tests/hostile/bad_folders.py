@@ -325,6 +325,13 @@ _graph: dict[str, Callable[[dict[str, Any]], Any]] = {
     "memory_is_bounded_in_eye": lambda graph: call(graph, "aten.eye.default", HUGE),
     "memory_is_bounded_in_padding": lambda graph: call(graph, "aten.constant_pad_nd.default", _input, [HUGE, 0]),
     "memory_is_bounded_in_one_hot": lambda graph: call(graph, "aten.one_hot.default", _input, HUGE),
+    "memory_is_bounded_in_what_fits_a_literal": lambda graph: call(
+        graph, "aten.repeat.default", _input, [1, 1, 2000, 2000]
+    ),
+    "a_call_runs_on_an_example": lambda graph: call(graph, "aten.expand.default", _input, [3, 5]),
+    "a_resize_stays_in_its_picture": lambda graph: call(
+        graph, "aten.upsample_nearest2d.default", _input, [5, 5], 5e-324, 1.0
+    ),
     "sizes_do_not_explode": lambda graph: call(graph, "operator.pow", 9, 10**9),
     "sizes_are_numbers": lambda graph: call(graph, "operator.mul", "a", 10**9),
     "tensors_are_not_indexed_by_python": lambda graph: call(graph, "operator.getitem", _input, 0),
