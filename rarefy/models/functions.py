@@ -48,7 +48,9 @@ def imported(module: str, name: str, text: str) -> object:
     except InputError:
         raise
     except ModuleNotFoundError as error:
-        raise InputError(f"{text}: no module {error.name!r} here or installed; give {FORMS}") from error
+        meant = f"{module[:-3].replace('/', '.')}:{name}" if module.endswith(".py") else ""
+        way = f"a module goes without its ending, {meant}" if meant else f"give {FORMS}"
+        raise InputError(f"{text}: no module {error.name!r} here or installed; {way}") from error
     except Exception as error:
         raise InputError(
             f"{text}: importing {module} failed: {type(error).__name__}: {first_line(error)}; mend that module"

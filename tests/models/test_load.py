@@ -145,6 +145,7 @@ def test_a_module_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.M
         ("timm:resnet18?nonsense=1", None, "making it failed: TypeError"),
         ("timm:resnet18?nonsense", None, "'nonsense' is no option; write ?name=value"),
         ("nopackage.here:net", None, "no module 'nopackage' here or installed"),
+        ("nofile.py:net", None, "a module goes without its ending, nofile:net"),
         (f"{HERE}:smal", None, f"{HERE} has no 'smal'; the nearest are small"),
         (f"{HERE}:NOT_A_MODEL", None, "is a int; name a function that returns a torch.nn.Module"),
         (f"{HERE}:number", None, "returned a int; it must return a torch.nn.Module"),
