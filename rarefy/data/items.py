@@ -181,6 +181,8 @@ def from_object(given: Any, where: str, targets: Targets) -> Source:
         given = given.dataset
     if isinstance(given, Tensor | np.ndarray):
         given = (given, None)
+    if isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], list):
+        given = (_stacked(given[0], where), given[1])
     if isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], Tensor | np.ndarray):
         images = _as_images(given[0], where)
         labels, names = (None, None) if given[1] is None else _numbered(given[1], len(images), where, targets)
@@ -199,6 +201,17 @@ def from_object(given: Any, where: str, targets: Targets) -> Source:
     known = _known_labels(given)
     labels, words = (None, None) if known is None else _numbered(known, len(given), where, targets)
     return Items(where, given, torch.arange(len(given)), labels, words or names, targets=targets)
+
+
+def _stacked(given: list[Any], where: str) -> Any:
+    """One array of images in a list; anything else in a list as it is."""
+    if not given or not all(isinstance(one, Tensor | np.ndarray) and one.ndim in (2, 3) for one in given):
+        return given
+    shapes = {tuple(one.shape) for one in given}
+    if len(shapes) > 1:
+        few = " and ".join(str(shape) for shape in sorted(shapes)[:2])
+        raise DataError(f"{where}: a list of images of several shapes, {few}; give a list of (image, label)")
+    return np.stack([np.asarray(one.detach().cpu() if isinstance(one, Tensor) else one) for one in given])
 
 
 def _numbered(given: object, count: int, where: str, targets: Targets) -> tuple[Tensor, tuple[str, ...] | None]:

@@ -1,5 +1,7 @@
 """Tar shards: ``key.jpg`` and ``key.cls`` side by side in ``train-000000.tar`` ..., read where they lie.
 
+A ``key.json`` that holds a whole number as ``label`` or ``cls`` names the class as well.
+
 The layout is webdataset's. Each shard's headers are walked once, which gives place, size and label of every sample: 24
 bytes a sample. From then on an image is one read at a known place. So the number of images is exact, an epoch's order
 is a permutation computed before anything is read, step k begins without the steps before it, and memory does not grow
@@ -37,11 +39,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rarefy.errors import DataError
+from rarefy.errors import DataError, FormatError
 from rarefy.system.files import descriptor_of, opened, walk, why
+from rarefy.system.strict_json import parse
 
 WINDOW = 10_000  # samples in random order among themselves
 MOST_BYTES = 64 * 2**20  # of one image as stored
+MOST_JSON = 2**16  # bytes of what is said beside an image
 MOST_NAMED = 100  # of what is left out, by name
 MOST_OPEN = 64  # shards open at a time
 MOST_FILES = 100_000  # that a pattern may name
@@ -85,7 +89,7 @@ class Shards:
             bare = (~labelled).nonzero().flatten()
             for place in bare[: MOST_NAMED + 1].tolist():
                 shard, offset = table[:2, place].tolist()
-                self.left_out.add(_name_at(self.files[shard], offset), "has no label in a .cls beside it")
+                self.left_out.add(_name_at(self.files[shard], offset), "has no label in a .cls or .json beside it")
             self.left_out.count += max(0, len(bare) - MOST_NAMED - 1)
             table = table[:, labelled]
             self.labels = table[3]
@@ -223,13 +227,15 @@ def _sample(
     label, wrong = -1, ""
     for member in members:
         extension = _key(member.name)[1]
-        if extension != "cls" and extension not in IMAGES:
+        if extension not in ("cls", "json") and extension not in IMAGES:
             continue
         if member.kind not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE):
             wrong = "is a link or no plain file"
         elif extension == "cls":
             text = read(member.offset, min(member.size, 32)).strip()
             label = int(text) if member.size <= 32 and re.fullmatch(rb"[0-9]{1,9}", text) else -2
+        elif extension == "json":
+            label = _of_json(read(member.offset, min(member.size, MOST_JSON)), label)
         elif member.size > MOST_BYTES:
             wrong = f"{member.size:,} bytes are too many for an image"
         else:
@@ -241,6 +247,16 @@ def _sample(
     if wrong:
         left_out.add(what, wrong)
     return None if wrong or image is None else _Sample(image.offset, image.size, label)
+
+
+def _of_json(content: bytes, label: int) -> int:
+    """The class that a description beside the picture names; ``label`` where it names none."""
+    try:
+        about = parse(content, "json")
+    except FormatError:
+        return label
+    found = next((about[name] for name in ("label", "cls") if name in about), None) if isinstance(about, dict) else None
+    return found if label == -1 and type(found) is int and 0 <= found < 10**9 else label
 
 
 def _members(file: str, length: int, read: Callable[[int, int], bytes], left_out: LeftOut) -> Iterator[_Member]:

@@ -149,11 +149,14 @@ def in_words(given: object) -> tuple[list[int], tuple[str, ...] | None] | None:
 
 
 def as_tensor(given: object) -> Tensor:
-    """On the CPU, sharing memory where it can; of arrays in the other order of bytes, too, which files may hold."""
+    """On the CPU, sharing memory where it can; of arrays in the other order of bytes, which files may hold, and of
+    turned ones (``x[::-1]``), a copy."""
     if isinstance(given, list | tuple):
         given = np.asarray(given)
     if isinstance(given, np.ndarray) and not given.dtype.isnative:
         given = given.astype(given.dtype.newbyteorder("="))
+    if isinstance(given, np.ndarray) and min(given.strides, default=0) < 0:
+        given = np.ascontiguousarray(given)
     return torch.as_tensor(given).detach().cpu()
 
 

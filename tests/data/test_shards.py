@@ -27,6 +27,7 @@ from PIL import Image
 from rarefy.cli import main
 from rarefy.data import parquet_pages, sources
 from rarefy.data.formats import parquet as parquet_
+from rarefy.data.items import Items
 from rarefy.data.shards import MOST_BYTES, Shards, files_of, shuffled
 from rarefy.errors import DataError
 from rarefy.tasks.classification import Classification
@@ -165,6 +166,17 @@ def test_long_names_and_other_members_are_read(tmp_path: Path) -> None:
         content = [member("notes.txt", b"x"), *named, member("._0001.png", b"mac"), *sample(5, 4)]
         task = task_of(f"tar:{write(tmp_path / f'{number}.tar', content, form)}")
         assert levels(task.batches("train", 2)) == ([100, 5], [3, 4]) and task.unreadable("train") == {}
+
+
+def test_a_description_beside_a_picture_names_its_class(tmp_path: Path) -> None:
+    said = [b'{"label": 7, "text": "a"}', b'{"cls": 2}', b'{"label": 4}', b'{"label": "x"}', b"no", b'{"label": -1}']
+    members = [one for place, text in enumerate(said) for one in (*sample(place), member(f"{place:06d}.json", text))]
+    members.insert(6, member("000002.cls", b"5"))  # what stands alone counts
+    task = task_of(f"tar:{write(tmp_path / 'a.tar', members)}")
+    assert levels(task.batches("train", 4)) == ([0, 1, 2], [7, 2, 5])
+    source = task.data.source("train")
+    assert isinstance(source, Items) and source.store is not None
+    assert source.store.left_out.count == 3 and "no label in a .cls or .json" in source.store.left_out.first[0]
 
 
 def test_shards_without_labels_give_images_only(tmp_path: Path) -> None:

@@ -72,6 +72,47 @@ def test_a_table_of_pictures(tmp_path: Path, head: tuple[str, ...] | None, form:
     assert told(task) == [word for _, word in rows]
 
 
+@pytest.mark.parametrize(
+    "form", ["images\\p{}.png", "./images/p{}.png", "data/mine/images/p{}.png", "C:\\images\\p{}.png"]
+)
+def test_a_table_made_elsewhere_names_its_pictures(tmp_path: Path, form: str) -> None:
+    source = table(tmp_path, [(f"p{index}.png", word) for index, word in enumerate(WORDS)], None)
+    lines = [f"{form.format(index)},{word}" for index, word in enumerate(WORDS)]
+    for head in ([], ["filename,class"]):
+        (tmp_path / "labels.csv").write_text("\r\n".join([*head, *lines]), encoding="utf-8-sig")
+        assert told(Classification(val=source)) == list(WORDS)
+
+
+def test_a_table_of_a_column_a_class(tmp_path: Path) -> None:
+    source = table(tmp_path, [(f"p{index}.png", word) for index, word in enumerate(WORDS)], None)
+    head = ",file,cat,dog,mouse\n"  # as pandas writes one, with the rows' numbers
+    one = [f"{10 + row},p{row}.png,{row == 1:d},{row == 2:d},{row == 0:d}\n" for row in range(3)]
+    (tmp_path / "labels.csv").write_text(head + "".join(one), encoding="utf-8")
+    task = Classification(val=source)
+    assert task.class_names == ("cat", "dog", "mouse") and told(task) == list(WORDS)
+    (tmp_path / "labels.csv").write_text("file,cat,dog\np0.png,1.0,1.0\np1.png,0.0,0.0\n", encoding="utf-8")
+    several = Classification(val=source)
+    assert several.multilabel and several.class_names == ("cat", "dog")
+    assert stacked(several)[1].tolist() == [[1, 1], [0, 0]]
+    (tmp_path / "labels.csv").write_text("file,cat,dog\np0.png,1,2\np1.png,0,1\n", encoding="utf-8")
+    with pytest.raises(DataError, match="which column holds the labels"):
+        Classification(val=source).length("val")
+
+
+def test_arrays_as_users_hand_them_over() -> None:
+    pixels = np.arange(3 * 8 * 8 * 3, dtype=np.uint8).reshape(3, 8, 8, 3)
+    wanted, labels = stacked(Classification(val=(pixels, [0, 1, 2]), mean=0, std=1))
+    turned = Classification(val=(pixels[::-1], np.arange(3)[::-1]), mean=0, std=1)
+    assert torch.equal(stacked(turned)[0], wanted.flip(0)) and stacked(turned)[1].tolist() == [2, 1, 0]
+    for images in (list(pixels), [torch.from_numpy(one) for one in pixels]):
+        listed = Classification(val=(images, [0, 1, 2]), mean=0, std=1)
+        assert torch.equal(stacked(listed)[0], wanted) and torch.equal(stacked(listed)[1], labels)
+    with pytest.raises(DataError, match=r"several shapes, \(8, 8\) and \(8, 9\); give a list of \(image, label\)"):
+        Classification(val=([np.zeros((8, 8)), np.zeros((8, 9))], [0, 1])).length("val")
+    pair = (pixels[0], 1)  # two items, no images and labels
+    assert stacked(Classification(val=[pair, pair], mean=0, std=1))[1].tolist() == [1, 1]
+
+
 def test_a_table_is_cut_in_two_or_divided_by_a_column(tmp_path: Path) -> None:
     rows = [(f"p{index}.png", WORDS[index % 3]) for index in range(30)]
     source = table(tmp_path / "plain", rows, ("file", "label"))

@@ -3,9 +3,9 @@ whole numbers.
 
 =============================  ========================================================================================
 the pictures' column           ``?image=NAME``, else the one whose cells name pictures: by path from the table's
-                               folder, or by name below it, with or without its ending
+                               folder or from above it, or by name below it, with or without its ending
 the labels' column             ``?label=NAME``, else the one called label, class, target or the like, else the only
-                               other one
+                               other one; else one column a class, of 0 and 1: of several in a row all are true
 a column of splits             called split, set or the like, with words such as train and test: it divides the rows
 =============================  ========================================================================================
 
@@ -51,27 +51,33 @@ def read(text: str, rest: str, split: Split) -> tuple[Source, bool]:
     rows = _rows(text, path)
     places = _places(path.parent)
     names, rows = _headed(rows, places)
-    image = _column(text, names, options.get("image"), "image") if "image" in options else _pictures(rows, places)
+    image = _column(text, names, options["image"]) if "image" in options else _pictures(rows, places)
     if image is None:
         raise DataError(
             f"{text}: no column names pictures below {path.parent} (the first row: {', '.join(rows[0])[:100]}); "
             "put the table above them, or say ?image=COLUMN"
         )
     rows, divided = _of_split(names, rows, split)
-    label = _column(text, names, options.get("label"), "label", image)
-    files = [places.get(row[image].strip()) for row in rows]
+    label = _labels(text, names, options.get("label"), image, rows)
+    files = [_place(row[image], places) for row in rows]
     missing = [row[image] for row, file in zip(rows, files, strict=True) if file is None]
     if missing:
         raise DataError(
             f"{text}: {len(missing)} of {len(rows)} pictures are not below {path.parent}, the first is "
             f"{missing[0][:100]!r}; put them there, or take them off the table"
         )
+    paths = [str(one) for one in files]
+    if not isinstance(label, int):
+        columns = torch.tensor([[float(row[place]) for place in label] for row in rows])
+        several = not bool((columns.sum(1) == 1).all())
+        indices = ClassIndices().of_all(columns if several else columns.argmax(1), len(rows), text)
+        return Items(text, paths, torch.arange(len(rows)), indices, tuple(names[place] for place in label)), divided
     cells = [row[label].strip() for row in rows]
     if not all(cells):
         raise DataError(f"{text}: {cells.count('')} of {len(rows)} rows have no label; take them off the table")
     labels, classes = in_words(cells) or (cells, None)
     indices = ClassIndices().of_all(labels, len(rows), text)
-    return Items(text, [str(one) for one in files], torch.arange(len(rows)), indices, classes), divided
+    return Items(text, paths, torch.arange(len(rows)), indices, classes), divided
 
 
 def _rows(text: str, path: Path) -> Rows:
@@ -101,16 +107,23 @@ def _places(root: Path) -> dict[str, str]:
     return {name: file for name, file in by_name.items() if file is not None} | found
 
 
+def _place(cell: str, places: dict[str, str]) -> str | None:
+    """The path of the picture that a cell names; as Windows spells it, or from a folder above the table, as well."""
+    parts = cell.strip().replace("\\", "/").split("/")
+    tried = ("/".join(parts[first:]) for first in range(len(parts)))
+    return next((places[name] for name in tried if name in places), None)
+
+
 def _headed(rows: Rows, places: dict[str, str]) -> tuple[Sequence[str], Rows]:
     """Names of the columns (numbers, where the table has none), and the rows below them."""
-    if len(rows) < 2 or any(cell.strip() in places for cell in rows[0]):
+    if len(rows) < 2 or any(_place(cell, places) for cell in rows[0]):
         return [str(place) for place in range(len(rows[0]))], rows
     return [cell.strip() for cell in rows[0]], rows[1:]
 
 
 def _pictures(rows: Rows, places: dict[str, str]) -> int | None:
     """The column most of whose cells name pictures."""
-    found = [sum(row[place].strip() in places for row in rows[:_LOOKED_AT]) for place in range(len(rows[0]))]
+    found = [sum(_place(row[place], places) is not None for row in rows[:_LOOKED_AT]) for place in range(len(rows[0]))]
     return found.index(max(found)) if max(found) else None
 
 
@@ -125,14 +138,22 @@ def _of_split(names: Sequence[str], rows: Rows, split: Split) -> tuple[Rows, boo
     return rows, False
 
 
-def _column(text: str, names: Sequence[str], asked: str | None, what: str, image: int | None = None) -> int:
-    """The place of a column: as asked, else the labels'."""
+def _column(text: str, names: Sequence[str], asked: str) -> int:
+    if asked not in names:
+        raise DataError(f"{text}: has no column {asked!r}; have {', '.join(names)}")
+    return names.index(asked)
+
+
+def _labels(text: str, names: Sequence[str], asked: str | None, image: int, rows: Rows) -> int | list[int]:
+    """The place of the labels' column; of columns of 0 and 1, one a class, all their places."""
     if asked is not None:
-        if asked not in names:
-            raise DataError(f"{text}: has no column {asked!r}; have {', '.join(names)}")
-        return names.index(asked)
-    others = [place for place in range(len(names)) if place != image and names[place].lower() not in _SPLITS]
+        return _column(text, names, asked)
+    passed = ("", "unnamed: 0", *_SPLITS)  # pandas' numbers of the rows have no name
+    others = [place for place in range(len(names)) if place != image and names[place].lower() not in passed]
     called = [place for word in _LABELS for place in others if names[place].lower() == word]
-    if not called and len(others) != 1:
-        raise DataError(f"{text}: which column holds the labels? Say ?{what}=COLUMN, of {', '.join(names)}")
-    return (called or others)[0]
+    if called or len(others) == 1:
+        return (called or others)[0]
+    marks = [place for place in others if {row[place].strip() for row in rows} <= {"0", "1", "0.0", "1.0"}]
+    if len(marks) > 1 and len(marks) == len(others):
+        return marks
+    raise DataError(f"{text}: which column holds the labels? Say ?label=COLUMN, of {', '.join(names)}")
