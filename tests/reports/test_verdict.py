@@ -101,6 +101,11 @@ def test_robustness_that_falls_stands_in_the_verdict() -> None:
     assert "by −4.00 points in the mean, under fog by −5.00 points" in both["sentence"]
     one = view(facts(*MET, robustness=worsened(fog=0.0, noise=0.006)))["verdict"]  # in the mean 0.3 points
     assert one is not None and "under noise by −0.60 points" in one["sentence"]
+    exact = facts(0.0, (-0.25, 0.25), robustness={"before": {"fog": {"1": 1.0}}, "after": {"fog": {"1": 0.5}}})
+    for less, falls in ((0.0, False), (1 / 64, True)):  # twice the half, to the bit, is no fall
+        exact["robustness"]["after"] = {"fog": {"1": 0.5 - less}}
+        verdict = view(exact)["verdict"]
+        assert verdict is not None and ("Robustness falls" in verdict["sentence"]) == falls
 
 
 def test_what_falls_of_a_loss_is_what_rises() -> None:
