@@ -116,6 +116,80 @@ def test_what_falls_of_a_loss_is_what_rises() -> None:
     assert verdict is not None and "+0.05 years in the mean" in verdict["sentence"]
 
 
+def judged(**after: Any) -> list[str]:
+    """The risks of a run whose result was judged so; the original's worst class was right on half of its images."""
+    told = facts(*MET, robustness=worsened(fog=0.0, noise=0.0))
+    told["before"]["evaluation"]["worst_class"] = {"value": 0.5, "index": 1, "name": "cat", "samples": 500}
+    told["after"]["evaluation"] |= {"samples": 5000, "interval": (0.88, 0.92), **after}
+    return view(told)["risks"]
+
+
+def worst(value: float, samples: int) -> dict[str, Any]:
+    return {"worst_class": {"value": value, "index": 2, "name": None, "samples": samples}}
+
+
+@pytest.mark.parametrize(
+    ("after", "words"),
+    [
+        ({}, []),
+        ({"samples": 1000}, []),
+        ({"samples": 999}, ["judged on 999 images only: the true top-1 accuracy may lie 2.00 points higher or lower"]),
+        ({"samples": 101}, ["judged on 101 images only"]),
+        ({"samples": 99, "interval": None}, []),
+        (worst(0.453125, 500), []),
+        (
+            worst(0.4375, 500),
+            ["The worst class, 2, is right on 44 % of its images; the original's worst was right on 50"],
+        ),
+        (worst(0.75, 30), []),
+        (worst(0.75, 29), ["Class 2 has 29 images only"]),
+        (worst(0.25, 11), ["The worst class, 2", "Class 2 has 11 images only"]),
+    ],
+)
+def test_risks_begin_at_their_bounds(after: dict[str, Any], words: list[str]) -> None:
+    told = judged(**after)
+    assert len(told) == len(words) and all(word in text for word, text in zip(words, told, strict=True))
+
+
+def test_other_risks() -> None:
+    def of(*disturbed: str, **more: Any) -> list[str]:
+        told = facts(*MET, robustness=worsened(fog=0.0, noise=0.0), **more)
+        told["after"]["evaluation"]["samples"] = 5000
+        for side in disturbed:
+            told[side]["latency_ms"] = {"disturbed": True}
+        return view(told)["risks"]
+
+    assert of() == of(parity={"passed": True}) == []
+    assert "does not answer as the model does" in of(parity={"passed": False})[0]
+    for side in ("before", "after"):
+        assert "Other programs ran while times were measured" in of(side)[0]
+    crossed = view(facts(*CROSSED))["risks"]
+    assert any("accuracy drop was not shown to hold" in text for text in crossed)
+    assert any("bad pictures (noise, blur, fog) was not measured" in text for text in crossed)
+
+
+def test_goals_in_their_units() -> None:
+    told = facts(*MET)
+    told["goals"] = [
+        {"name": "speedup", "asked": 2, "reached": 2.5, "met": True, "interval": (2.25, 2.75)},
+        {"name": "size", "asked": 2_000_000, "reached": 3_000_000, "met": False, "advice": "prune"},
+        {"name": "max_drop", "asked": 0.005, "reached": 0.001, "met": True, "interval": (0.0, 0.004)},
+        {"name": "energy", "unit": "J", "asked": 2, "reached": None, "met": False},
+    ]
+    goals_ = [
+        (goal["label"], goal["asked"], goal["reached"], goal["light"], goal["advice"]) for goal in view(told)["goals"]
+    ]
+    assert goals_ == [
+        ("speed", "at least 2×", "2.5× (2.25 to 2.75)", "good", ""),
+        ("size", "at most 2 MB", "3 MB", "bad", "prune"),
+        ("accuracy drop", "at most 0.5 points", "0.1 points (0 to 0.4)", "good", ""),
+        ("energy", "2 J", "not measured", "bad", ""),
+    ]
+    for side in ("before", "after"):
+        told[side]["evaluation"] |= {"metric": "mae", "label": "error", "unit": "years", "better": "lower"}
+    assert view(told)["goals"][2]["label"].startswith("drop of the ")
+
+
 def test_exit_and_words_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     """Only what is missed is an error; what is not shown is said, with what would show it."""
     outputs.show_report(facts(*CROSSED), "small", False)
