@@ -27,6 +27,54 @@ def test_a_budget_that_contradicts_itself(wrong: dict[str, Any]) -> None:
         Budget(**wrong)
 
 
+def test_a_budgets_bounds() -> None:
+    assert Budget(max_drop=0.0, speedup=1.0, size=1) == Budget(0.0, 1.0, 1)
+    assert Budget(max_drop=0.999, speedup=999.0) == Budget(0.999, 999.0)
+    for wrong in ({"max_drop": 1.0}, {"speedup": 1000.0}, {"speedup": 0.999}, {"size": 0}):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            Budget(**wrong)  # type: ignore[arg-type]
+
+
+def test_what_the_usual_recipe_asks_of_pruning() -> None:
+    """int8 gives 1.5, and time falls by 1 / 1.2 of what MACs do: 1.5 / (1.2 ratio) of them may stay, a tenth at least."""
+    labels = Classification(train="sklearn:digits", val="sklearn:digits", augment="none")
+    images = labels.data.images("train", 8, limit=8)
+    bare = Classification(train=(next(iter(images))[0], None), val="sklearn:digits", mean=0, std=1)
+    (pruned, taught, _) = usual_steps(Budget(speedup=2.0), 10**6, labels)
+    assert pruned == {"do": "prune", "macs": 0.625, "round_to": 8}
+    assert taught == {"do": "distill", "epochs": 10, "batch_size": 128}
+    assert usual_steps(Budget(speedup=100.0), 10**6, labels)[0]["macs"] == 0.1
+    assert [step["do"] for step in usual_steps(Budget(speedup=1.4), 10**6, labels)] == ["prune", "distill", "quantize"]
+    assert [step["do"] for step in usual_steps(Budget(speedup=1.38), 10**6, labels)] == ["quantize"]
+    assert "macs" in usual_steps(Budget(size=140_000), 10**6, labels)[0]  # 0.504 of the weights may stay, 0.5 of MACs
+    assert usual_steps(Budget(size=138_000), 10**6, labels)[0]["params"] == 0.497
+    assert usual_steps(Budget(speedup=2.0), 10**6, bare)[1] == {
+        "do": "distill", "epochs": 10, "batch_size": 8, "hard_weight": 0.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("drop", "high", "said"),
+    [
+        (0.0, 0.157, "about 990,000 would"),
+        (0.0, 0.16, "judge on more validation images, or allow a larger drop"),  # over a million: nobody has them
+        (0.004, 0.0051, "about 1,200 would"),
+    ],
+)
+def test_how_many_images_would_show_a_drop(drop: float, high: float, said: str) -> None:
+    (goal,) = goals(Budget(max_drop=0.005), drop=drop, interval=(-high, high), samples=1000, **SPEED)
+    assert goal["status"] == "not shown" and said in goal["advice"]
+
+
+@pytest.mark.parametrize(
+    ("left", "advice"), [(0.1, "macs=0.02"), (0.07, "ask for less, or start from a faster architecture")]
+)
+def test_pruning_is_no_advice_below_a_fiftieth(left: float, advice: str) -> None:
+    found = goals(Budget(speedup=4.0, size=250), drop=0.0, speedup=1.0, size=1000, macs=left, parameters=left)
+    assert advice in found[0]["advice"]
+    assert ("params=0.02" if left == 0.1 else "ask for a larger size") in found[1]["advice"]
+
+
 def test_the_usual_recipe_follows_the_budget() -> None:
     task = Classification(train="sklearn:digits", val="sklearn:digits", augment="none")
     plain = usual_steps(Budget(), 10**6, task)

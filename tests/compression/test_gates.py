@@ -65,6 +65,29 @@ def test_neither_smaller_nor_faster_is_undone() -> None:
     assert not outcomes[0].kept and "neither" in outcomes[0].why
 
 
+def test_what_a_step_has_to_bring_at_the_bounds() -> None:
+    """1 % smaller or, in three of four rounds, 10 % faster; undone as slower only where three of four rounds say so."""
+
+    def kept(size: int, low: float, median: float, high: float) -> bool:
+        after = dataclasses.replace(measured(1, "p", size=size), speedup={"original": Ratio(median, low, high)})
+        return gates.pays({"do": "prune"}, measured(0, "original"), after, Accuracy())[0]
+
+    assert kept(990, 0.99, 1.0, 1.01) and not kept(991, 0.99, 1.0, 1.01)
+    assert kept(1000, 1.1, 1.2, 1.3) and not kept(1000, 1.09, 1.2, 1.3)
+    assert kept(500, 0.5, 0.6, 1 / 1.1) and not kept(500, 0.5, 0.6, 0.9)
+    untimed = dataclasses.replace(measured(1, "p", size=500), speedup={})
+    told = gates.pays({"do": "prune"}, measured(0, "original"), untimed, Accuracy())
+    assert told == (True, "2.00x smaller; it was not timed by itself")
+    student = {"do": "distill", "student": "timm:x"}  # another network: judged as any step, not by its accuracy
+    assert gates.pays(student, measured(0, "original"), measured(1, "p", drop=0.1, size=500), Accuracy())[0]
+
+
+def test_what_is_undone_goes_back_to_the_last_that_was_accepted() -> None:
+    pruned, smaller = measured(1, "p", speed=1.5, size=500), measured(2, "q", drop=0.02, speed=2.0, size=250)
+    outcomes, last, chosen = walked(Budget(max_drop=0.01), ["prune", "quantize"], pruned, smaller)
+    assert [one.kept for one in outcomes] == [True, False] and last is chosen is pruned
+
+
 def test_a_distillation_that_teaches_nothing_is_undone() -> None:
     outcomes, last, _ = walked(Budget(), ["distill"], measured(1, "d", drop=0.01))
     assert not outcomes[0].kept and last.index == 0
