@@ -36,7 +36,7 @@ def test_a_budgets_bounds() -> None:
 
 
 def test_what_the_usual_recipe_asks_of_pruning() -> None:
-    """int8 gives 1.5, and time falls by 1 / 1.2 of what MACs do: 1.5 / (1.2 ratio) of them may stay, a tenth at least."""
+    """int8 gives 1.5, and time falls by 1 / 1.2 of what MACs do: 1.5 / (1.2 ratio) may stay, at least a tenth."""
     labels = Classification(train="sklearn:digits", val="sklearn:digits", augment="none")
     images = labels.data.images("train", 8, limit=8)
     bare = Classification(train=(next(iter(images))[0], None), val="sklearn:digits", mean=0, std=1)

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from rarefy import plugins
-from rarefy.errors import InputError
+from rarefy.errors import CheckFailed, DataError, InputError
+from rarefy.graph.capture import capture
+from rarefy.quantization import observers
 from rarefy.quantization.formats import Grid
-from rarefy.quantization.observers import BINS, Histogram
+from rarefy.quantization.observers import BINS, Histogram, observe
 
 UINT4, INT4 = Grid(4, False, False), Grid(4, axis=0)
 
@@ -34,6 +36,49 @@ def peaked(count: int) -> Tensor:
     """Around 1, but for one number on either side."""
     x = 1 + 0.1 * torch.randn(count, generator=torch.Generator().manual_seed(count))
     return torch.cat([x, torch.tensor([3.0, -0.2])])
+
+
+def test_a_histogram_grows_to_either_side_and_loses_no_value() -> None:
+    """Its range doubles, neighbouring bins are merged, and each value stays in the bin that holds it."""
+    first = torch.tensor([0.0, 0.25, 0.5, 1.0])
+    histogram = Histogram.of(first)
+    assert (histogram.lo, histogram.hi, histogram.minimum, histogram.maximum) == (0, 1, 0, 1)
+    for batch, ends in (([1.5], (0.0, 2.0)), ([-0.5], (-2.0, 2.0)), ([-5.0], (-6.0, 2.0)), ([9.0], (-6.0, 10.0))):
+        histogram.add(torch.tensor(batch))
+        assert (histogram.lo, histogram.hi) == ends
+    assert (histogram.minimum, histogram.maximum) == (-5, 9)
+    assert histogram.extremes == [(0, 1), (1.5, 1.5), (-0.5, -0.5), (-5, -5), (9, 9)]
+    values = torch.cat([first, torch.tensor([1.5, -0.5, -5.0, 9.0])]).double()
+    width = 16 / BINS
+    found = torch.repeat_interleave(histogram.centers, histogram.counts.long())
+    assert histogram.counts.sum() == 8 and bool(((found - values.sort().values).abs() <= width).all())
+    assert torch.equal(histogram.centers, torch.arange(-6 + width / 2, 10, width, dtype=torch.double))
+
+
+def test_of_a_large_batch_values_are_counted_evenly() -> None:
+    """With a step that has no factor in common with the size: no channel is preferred, whatever the layout."""
+    count = observers.COUNTED
+    assert count == 2**18 and len(observers._spread(torch.zeros(count))) == count
+    x = torch.arange(3 * count) % 3
+    taken = observers._spread(x)
+    assert len(taken) <= count and torch.bincount(taken).min() > 0.33 * len(taken)
+
+
+def test_what_layers_read_is_averaged_over_every_other_batch() -> None:
+    layer = torch.nn.Linear(2, 3)
+    graph = capture(layer, torch.zeros(2, 2))
+    (node,) = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    given = next(one for one in graph.graph.nodes if one.op == "placeholder")
+    batches = [(torch.full((2, 2), float(value)),) for value in (1, 2, 5, 8)]
+    found = observe(graph, [given], batches, [node], keep=lambda samples: samples <= 4)
+    assert [half.value(1).flatten().tolist() for half in found.read[node]] == [[3.0, 3.0], [5.0, 5.0]]
+    assert (found.histograms[given].minimum, found.histograms[given].maximum) == (1, 8)
+    assert [float(batch[0][0, 0]) for batch in found.batches] == [1.0, 2.0]
+    for bad in (math.inf, -math.inf, math.nan):
+        with pytest.raises(CheckFailed, match="yields NaN or infinity"):
+            observe(graph, [given], [(torch.tensor([[1.0, bad]]),)])
+    with pytest.raises(DataError, match="no calibration images"):
+        observe(graph, [given], [])
 
 
 def test_minmax_is_the_extremes() -> None:

@@ -242,3 +242,17 @@ def test_learned_scales_have_the_papers_gradient() -> None:
         fake_quantize(x, scale, zero, None, 0, 15),
         dequantize(quantize(x, scale, zero, None, 0, 15, torch.uint8), scale, zero, None),
     )
+
+
+def test_integers_of_two_to_eight_bits_and_groups_of_one_or_more() -> None:
+    for bits in (1, 9, 0):
+        with pytest.raises(InputError, match=f"a grid of {bits} bits"):
+            Grid(bits)
+    for group in (0, -1):
+        with pytest.raises(InputError, match=f"groups of {group}"):
+            Grid(group=group)
+    ends = [(Grid(bits).qmin, Grid(bits).qmax, Grid(bits).levels) for bits in (2, 4, 8)]
+    assert ends == [(-2, 1, 3), (-8, 7, 15), (-127, 127, 254)] and Grid(8, symmetric=False).qmin == -128
+    assert [(Grid(bits, signed=False).qmin, Grid(bits, signed=False).qmax) for bits in (2, 8)] == [(0, 3), (0, 255)]
+    assert [Fp4(kind).group for kind in ("mx", "nv")] == [32, 16]
+    assert Grid(group=1).group == 1
