@@ -64,8 +64,9 @@ class ClassIndices(Targets):
             shape = tuple(labels.shape)
             raise DataError(f"{where}: labels have shape {shape}; pass class indices (N,) (one-hot: labels.argmax(1))")
         _one_an_image(labels, count, where)
-        whole = labels.to(torch.int64)
-        wrong = (whole != labels) | (whole < 0)
+        whole = labels.to(torch.int64)  # 2^63 and more become negative
+        unsigned = labels.dtype in (torch.uint16, torch.uint32, torch.uint64)  # which torch does not compare
+        wrong = (whole < 0) if unsigned else (whole != labels) | (whole < 0)
         if bool(wrong.any()):
             first = int(wrong.int().argmax())
             raise DataError(

@@ -256,6 +256,16 @@ def test_a_damaged_header_of_an_array_is_refused(tmp_path: Path, whole: bytes) -
         Classification(val=f"npz:{file}").length("val")
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.uint64])
+def test_labels_without_a_sign_are_class_indices(dtype: type[np.generic]) -> None:
+    images = np.zeros((2, 1, 8, 8), np.uint8)
+    source = ImageData(val=(images, np.array([0, 1], dtype))).source("val")
+    assert source.labels is not None and source.labels.tolist() == [0, 1]
+    if dtype is np.uint64:
+        with pytest.raises(DataError, match="of image 1 is not a class index"):
+            ImageData(val=(images, np.array([0, 2**63], dtype))).source("val")
+
+
 def test_arrays_in_another_order_of_bytes_are_read(tmp_path: Path) -> None:
     images = np.linspace(0, 1, 128).reshape(2, 1, 8, 8)
     other = ">" if sys.byteorder == "little" else "<"
