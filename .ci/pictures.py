@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 
+import torch
+
+from rarefy.quantization.clustering.kmeans import shared_values
 from rarefy.tasks.intervals import paired_drop
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -201,6 +205,28 @@ def low_bits() -> Picture:
     return made
 
 
+def clustering() -> Picture:
+    """A bell of weights, the eight values that k-means gives it, and eight at equal distances."""
+    bell = statistics.NormalDist()
+    weights = torch.tensor([bell.inv_cdf((place + 0.5) / 4000) for place in range(4000)])
+    made = Picture("Eight values for a bell of weights", 190)
+    x = lambda weight: 320 + 80 * weight
+    made.path([(x(step / 20), 110 - 240 * bell.pdf(step / 20)) for step in range(-70, 71)])
+    made.path([(30, 110), (610, 110)])
+    edge = float(weights.max())
+    for values, y, kind in (
+        (shared_values(weights, 8).tolist(), 130, "a"),
+        ([edge * (2 * place / 7 - 1) for place in range(8)], 155, "b"),
+    ):
+        for value in values:
+            made.path([(x(value), y - 8), (x(value), y + 8)], kind)
+            made.dot(x(value), y, kind)
+    made.text(
+        30, 182, "blue: k-means, where the weights are; orange: equal distances, as a scale and whole numbers have them"
+    )
+    return made
+
+
 def search() -> Picture:
     made = Picture("A front: what no other model beats", 230)
     points = [
@@ -266,7 +292,7 @@ def verdict() -> Picture:
 
 PICTURES: dict[str, Callable[[], Picture]] = {
     "pruning": pruning, "distillation": distillation, "calibration": calibration, "equalisation": equalisation,
-    "rounding": rounding, "stochastic": stochastic, "packing": low_bits, "search": search, "signing": signing,
+    "rounding": rounding, "stochastic": stochastic, "packing": low_bits, "clustering": clustering, "search": search, "signing": signing,
     "verdict": verdict,
 }  # fmt: skip
 

@@ -6,6 +6,7 @@ there.
 
     .venv-peers/bin/python bench/peers.py nncf FLOAT.onnx IMAGES.npy OUT.xml [--transformer]
     .venv-peers/bin/python bench/peers.py torchao MODEL IMAGES.npy BATCH THREADS SECONDS
+    .venv-peers/bin/python bench/peers.py weights VARIANT FLOAT.onnx TARGET
     .venv-peers/bin/python bench/peers.py panel VARIANT FOLDER COUNT [--mixed] [--transformer]
 
 Imports nothing of rarefy. The last line it prints is JSON.
@@ -249,6 +250,26 @@ def panel(variant: str, folder: str, count: str, *flags: str) -> dict[str, Any]:
     return found
 
 
+def weights(variant: str, source: str, target: str) -> dict[str, Any]:
+    """Weights alone in few bits: ort-int8 (an ONNX file), nncf-int8, nncf-int4 (OpenVINO's IR), without data."""
+    if variant == "ort-int8":
+        from onnxruntime import __version__, quantization
+
+        kind = quantization.QuantType.QInt8
+        quantization.quantize_dynamic(source, target, weight_type=kind, per_channel=True)
+        return {"version": __version__}
+    import nncf as library
+    import openvino
+
+    four = {"mode": library.CompressWeightsMode.INT4_SYM, "group_size": -1, "all_layers": True}
+    options: dict[str, Any] = four if variant == "nncf-int4" else {"mode": library.CompressWeightsMode.INT8_SYM}
+    model = library.compress_weights(openvino.Core().read_model(source), **options)
+    openvino.save_model(model, target, compress_to_fp16=False)
+    return {"version": library.__version__}
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    print(json.dumps({"nncf": nncf, "torchao": torchao, "panel": panel}[sys.argv[1]](*sys.argv[2:])))
+    print(
+        json.dumps({"nncf": nncf, "torchao": torchao, "weights": weights, "panel": panel}[sys.argv[1]](*sys.argv[2:]))
+    )

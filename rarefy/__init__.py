@@ -20,6 +20,7 @@ _HOMES = {
     "as_original": "rarefy.tasks.detector",
     "prune": "rarefy.pruning.prune",
     "mask": "rarefy.pruning.mask",
+    "cluster": "rarefy.quantization.clustering.cluster",
     "distill": "rarefy.distillation.distill",
     "train": "rarefy.distillation.distill",
     "quantize": "rarefy.quantization.quantize",
@@ -49,6 +50,7 @@ __all__ = [
     "as_original",
     "capture",
     "certify",
+    "cluster",
     "compress",
     "distill",
     "evaluate",
@@ -85,6 +87,7 @@ if TYPE_CHECKING:
     from rarefy.models import load as sources
     from rarefy.pruning.mask import mask
     from rarefy.pruning.prune import prune
+    from rarefy.quantization.clustering.cluster import cluster
     from rarefy.quantization.quantize import quantize
     from rarefy.reports.report import report
     from rarefy.tasks.detector import as_original, capture

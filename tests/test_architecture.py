@@ -46,7 +46,7 @@ CHOICES = {
     "rarefy.runtimes",
     "rarefy.system.loggers",
 }
-STEPS = {"prune", "mask", "distill", "quantize", "evaluate", "measure", "certify"}
+STEPS = {"prune", "mask", "cluster", "distill", "quantize", "evaluate", "measure", "certify"}
 
 COLUMNS, FILE, TABLE, FUNCTION, CLASS, FILES, PACKAGE_LINES, TRUNK = 120, 400, 700, 60, 200, 12, 2700, 6000
 TRUNK_PACKAGES = {f"rarefy.{name}" for name in ("system", "graph", "kernels", "artifact", "compression")}

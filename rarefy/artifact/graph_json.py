@@ -2,7 +2,7 @@
 
     nodes      one object a node, in order: op, name, target, args, kwargs, and the module that made it (stack)
     tensors    one object a parameter or buffer: dtype, shape, does it train, how is it stored, which is it the same as
-    meta       the graph's own (inputs, core, history, bits, sparse)
+    meta       the graph's own (inputs, core, history, bits, sparse, shared)
 
 An argument that JSON has a form for is written as it is; any other is an object of one key that names its type:
 ``{"node": "conv2d"}``, ``{"dtype": "float32"}``, ``{"tuple": [...]}``. docs/format.md lists them.
@@ -60,6 +60,8 @@ _MEMORY_FORMATS = {
     for value in (torch.contiguous_format, torch.preserve_format, torch.channels_last)
 }
 
+LISTS = ("sparse", "shared")  # of names of tensors, in meta
+
 # Limits of a file; the largest model of torchvision and timm has 6,000 nodes and 2,000 tensors in 1,500 modules.
 MOST_TENSORS = 20_000
 MOST_AXES = 16
@@ -85,8 +87,8 @@ def write(graph: fx.GraphModule, tensors: Mapping[str, Entry], store: str = "rea
         meta.pop("store", None)
     if "bits" in meta:
         meta["bits"] = {name: width for name, width in meta["bits"].items() if name in tensors}
-    if "sparse" in meta:
-        meta["sparse"] = [name for name in meta["sparse"] if name in tensors]
+    for key in meta.keys() & {*LISTS}:
+        meta[key] = [name for name in meta[key] if name in tensors]
     lines = [
         "{",
         '"format":"rarefy",',
@@ -254,11 +256,12 @@ def _check_meta(meta: Json, tensors: Mapping[str, Entry], where: str) -> None:
     history = meta.get("history", [])
     good = isinstance(history, list) and all(isinstance(record, dict) for record in history)
     expect(good, where, "meta.history is not a list of records")
-    sparse = meta.get("sparse", [])
-    expect(isinstance(sparse, list), where, "meta.sparse is not a list")
-    for name in sparse:
-        good = isinstance(name, str) and name in tensors
-        expect(good, where, f"meta.sparse has {said(name)}, which is no tensor of the file")
+    for key in LISTS:
+        listed = meta.get(key, [])
+        expect(isinstance(listed, list), where, f"meta.{key} is not a list")
+        for name in listed:
+            good = isinstance(name, str) and name in tensors
+            expect(good, where, f"meta.{key} has {said(name)}, which is no tensor of the file")
     bits = meta.get("bits", {})
     expect(isinstance(bits, dict), where, "meta.bits is not an object")
     for name, width in bits.items():

@@ -103,9 +103,12 @@ def read(
     for name in parts.keys() ^ header.keys():
         raise FormatError(f"{path}: tensor {said(name)} is {'missing' if name in parts else 'not one of graph.json'}")
     wanted = {name: _place(f"{path}: tensor {said(name)}", entry, header[name]) for name, entry in parts.items()}
-    whole = sum(math.prod(one["shape"]) * BY_NAME[one["dtype"]].itemsize for one in entries.values()) if small else 0
+    beside = 0
+    if small:  # what it is read into, symbols and which table each has, and the bytes twice
+        whole = sum(math.prod(one["shape"]) * BY_NAME[one["dtype"]].itemsize for one in entries.values())
+        beside = whole + 2 * joined.symbol_count(entries) + size
     # A file of holes takes no disk, and many symbols may stand in few bytes.
-    afford(size + whole, str(path), "load it on a machine with more, or end other programs")
+    afford(size + beside, str(path), "load it on a machine with more, or end other programs")
     found: dict[str, Tensor] = {}
     for name in sorted(wanted, key=lambda name: header[name]["data_offsets"]):
         dtype, shape = wanted[name]
@@ -128,7 +131,7 @@ def _parts(entries: Mapping[str, Entry], header: Mapping[str, Entry], at: str) -
     plain = sum(joined.plain_bytes(entry, BY_NAME[entry["dtype"]]) for entry in entries.values())
     coded = header["coded"]["shape"] if "coded" in header else [0]
     expect(len(coded) == 1, at, f"tensor 'coded' has the shape {said(coded)}, graph.json wants one axis")
-    symbols = sum(math.prod(one["shape"]) for one in entries.values() if one.get("stored") in joined.CODED)
+    symbols = joined.symbol_count(entries)
     expect(
         "coded" not in header or symbols <= LARGEST_RATIO * coded[0], at, f"holds {symbols} symbols in {coded[0]} bytes"
     )

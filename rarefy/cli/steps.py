@@ -1,4 +1,4 @@
-"""``rarefy prune``, ``mask``, ``distill``, ``quantize``: one step each, its options those of the verb."""
+"""``rarefy prune``, ``mask``, ``cluster``, ``distill``, ``quantize``: one step each, its options those of the verb."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from rarefy.distillation.options import Training, training_of
 from rarefy.errors import InputError
 from rarefy.pruning.options import MaskOptions
 from rarefy.pruning.options import Options as PruneOptions
+from rarefy.quantization.options import ClusterOptions
 from rarefy.quantization.options import Options as QuantizeOptions
 
 PRUNING = Fields(PruneOptions, {"batch": "batch_size"}, without=("task", "device", "checkpoint", "progress"))
@@ -64,7 +65,7 @@ Preset = Annotated[
 ]
 
 
-# --------------------------------------------------------------------------------------------------------- prune, mask
+# --------------------------------------------------------------------------------------------------------- prune, mask, cluster
 
 
 @app.command()
@@ -124,6 +125,28 @@ def mask(
 
     sparse = verb(graph, **given, task=task)
     save_result(sparse, folder, source, task, as_json, before=graph, files=files)
+
+
+@app.command()
+@grouped
+def cluster(
+    model: ModelOptions,
+    data: DataOptions,
+    output: Output,
+    given: Annotated[dict[str, Any], Fields(ClusterOptions)],
+    files: FileOptions,
+    as_json: Json = False,
+) -> None:
+    """Let the weights of each layer share few values, which distill then learns: smaller with --store smallest, no
+    faster."""
+    ClusterOptions(**given)  # what is no choice is told before a model is loaded
+    folder = claim_folder(output)
+    claim_files(files, "onnxruntime")
+    source, graph, task = prepared(model, data, needed=False)
+    from rarefy.quantization.clustering.cluster import cluster as verb
+
+    shared = verb(graph, **given, task=task)
+    save_result(shared, folder, source, task, as_json, before=graph, files=files)
 
 
 def _show_coupling(graph: Any, ignore: tuple[str, ...], heads: str, as_json: bool) -> None:

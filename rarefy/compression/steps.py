@@ -16,13 +16,14 @@ from rarefy.distillation.distill import distill
 from rarefy.errors import InputError
 from rarefy.pruning.mask import mask
 from rarefy.pruning.prune import prune
+from rarefy.quantization.clustering.cluster import cluster
 from rarefy.quantization.quantize import quantize
 from rarefy.system.logs import Callback, Logger
 from rarefy.system.options import options_of
 from rarefy.tasks.task import Task
 
 QUANTISED = "is quantised already"
-FLOAT_ONLY = ("prune", "mask", "quantize")  # steps that a quantised model can't take
+FLOAT_ONLY = ("prune", "mask", "cluster", "quantize")  # steps that a quantised model can't take
 
 # What the run hands to a verb, and a step therefore does not.
 GIVEN = frozenset(
@@ -70,6 +71,10 @@ def _mask(graph: fx.GraphModule, context: Context, options: Options) -> fx.Graph
     return mask(_on(context.device, graph), task=context.task, seed=context.seed, **options)
 
 
+def _cluster(graph: fx.GraphModule, context: Context, options: Options) -> fx.GraphModule:
+    return cluster(_on(context.device, graph), task=context.task, **options)
+
+
 def _distill(graph: fx.GraphModule, context: Context, options: Options) -> fx.GraphModule:
     return distill(
         options.get("student", graph),
@@ -110,6 +115,7 @@ class Verb(NamedTuple):
 VERBS = {
     "prune": Verb(prune, _prune),
     "mask": Verb(mask, _mask),
+    "cluster": Verb(cluster, _cluster),
     "distill": Verb(distill, _distill),
     "quantize": Verb(quantize, _quantize),
 }

@@ -2,7 +2,8 @@
 
 Killed at any moment, the run goes on from the last one. The header says whose it is (``identity``): a file of another
 run is refused, not overwritten. Everything random in step k is drawn from (seed, k), so no generator's state is kept;
-and where a masked weight is zero, its gradient, its momentum and its average are too, so no mask is. A resumed run
+and where a masked weight is zero, its gradient, its momentum and its average are too, so no mask is, nor
+which weights share a value: the student that comes in says so. A resumed run
 ends, on a CPU, with the bits of an undisturbed one.
 """
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rarefy.distillation.objective import Objective
-from rarefy.distillation.optimizer import Average, Dot, optimizer_of
+from rarefy.distillation.optimizer import Average, Dot, Shared, optimizer_of
 from rarefy.distillation.options import Penalty, Training
 from rarefy.errors import FormatError, InputError
 from rarefy.system.files import replacing
@@ -166,6 +167,9 @@ class State:
         self.parameters = {name: one for name, one in graph.named_parameters() if one.requires_grad}
         sparse = [name for name in graph.meta.get("sparse", []) if name in self.parameters]
         self.masks = {name: self.parameters[name].detach() != 0 for name in sparse}
+        self.shared = Shared(
+            {name: self.parameters[name] for name in graph.meta.get("shared", []) if name in self.parameters}
+        )
         self.loss_sum = torch.zeros((), device=device)  # of the epoch so far
         self.good = {name: value.detach().clone() for name, value in tensors_of(self.result).items()}
 
@@ -220,9 +224,11 @@ class State:
         masked = [(gradient, mask) for gradient, mask in gradients if gradient is not None]
         if masked:
             torch._foreach_mul_(*map(list, zip(*masked)))
+        self.shared.level({name: self.parameters[name].grad for name in self.shared.groups})
         if self.dot is not None:
             if self.masks:
                 self.dot.mask({f"student.{name}": mask for name, mask in self.masks.items()})
+            self.shared.level({name: self.dot.taught[f"student.{name}"] for name in self.shared.groups})
             self.dot.step(clip)
         elif clip:
             nn.utils.clip_grad_norm_(self.learned.values(), clip)
@@ -235,6 +241,7 @@ class State:
     def settle(self, tensors: Mapping[str, Tensor]) -> fx.GraphModule:
         """The graph becomes that state, and is finished."""
         load_into(self.graph, tensors)
+        self.shared.level(self.parameters)  # equal but for what vector and scalar instructions round otherwise
         self.graph.to(memory_format=torch.contiguous_format)
         self.graph.zero_grad(set_to_none=True)
         return self.graph.eval()

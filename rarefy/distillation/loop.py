@@ -9,7 +9,8 @@ keeps of it in ``checkpoint.py``. Choices made:
 * The device is read every ``CHECK_STEPS`` steps and at the end of an epoch, not each step; a loss that is not finite is
   found then. The state of the last epoch's end is kept for that case.
 * Where a masked weight (``meta["sparse"]``, see pruning/mask.py) is zero, its gradient is set to zero before anything
-  sees it: so it, its momentum and its average stay zero.
+  sees it: so it, its momentum and its average stay zero. Weights that share a value (``meta["shared"]``) get the mean
+  of their gradients, and stay equal.
 * A penalty (compression/schedules/group_sparse.py) adds a gradient of its own in each step.
 * Where a batch does not fit into memory, it is done in twice as many parts, whose gradients add up to the same.
 """

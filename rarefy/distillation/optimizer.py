@@ -14,6 +14,11 @@ more momentum than that of the labels'.
 the Nesterov form of the paper's update, as this loop's SGD has it; with Δ = 0 it is that SGD. Weight decay belongs to
 the task's gradient. Δ = 0.075 is the paper's for CIFAR, 0.09 for ImageNet. The price is a second pass backwards through
 the student.
+
+**Shared** weights (``meta["shared"]``, see quantization/clustering) stay equal while they learn: each takes the mean of
+the gradients of those that share its value. Deep Compression (1510.00149) takes their sum, the derivative by the value;
+the mean is that sum in the measure of weights, the nearest gradient that keeps them together, so the rate that suits
+single weights suits values of ten weights and of ten thousand.
 """
 
 from __future__ import annotations
@@ -57,6 +62,28 @@ class Average:
     def update(self, count: int) -> None:
         """θ̄ += (θ - θ̄) (1 - d) / (1 - dᵗ): the mean of all t states so far, the one i steps back weighing dⁱ."""
         torch._foreach_lerp_(self.means, self.values, (1 - self.decay) / (1 - self.decay**count))
+
+
+class Shared:
+    """Groups of weights of one value, of each of the ``weights``, by name, that has few values."""
+
+    MOST = 256  # values of a weight; one that has more shares none
+
+    def __init__(self, weights: Mapping[str, Tensor]):
+        self.groups: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # which group; the weights, group by group; lengths
+        for name, weight in weights.items():
+            values, group, lengths = weight.detach().reshape(-1).unique(return_inverse=True, return_counts=True)
+            if len(values) <= self.MOST:
+                self.groups[name] = (group, group.argsort(stable=True), lengths)
+
+    @torch.no_grad()
+    def level(self, values: Mapping[str, Tensor | None]) -> None:
+        """What stands for each weight, by name, becomes the mean of its group: gradients, or the weights themselves."""
+        for name, (group, order, lengths) in self.groups.items():
+            value = values.get(name)
+            if value is not None:
+                means = torch.segment_reduce(value.reshape(-1)[order].double(), "mean", lengths=lengths)
+                value.copy_(means[group].reshape(value.shape))
 
 
 class Dot:

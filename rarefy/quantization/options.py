@@ -1,4 +1,4 @@
-"""The options of ``quantize``, with help and bounds. Nothing heavy is imported: the command line reads them to answer
+"""The options of ``quantize`` and ``cluster``, with help and bounds. Nothing heavy is imported: the command line reads them to answer
 --help."""
 
 from __future__ import annotations
@@ -7,7 +7,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from rarefy.system.options import option
+from rarefy.errors import InputError
+from rarefy.system.options import check, option
 
 if TYPE_CHECKING:
     import torch
@@ -74,3 +75,23 @@ class Options:
         None, "Where to calculate: cpu, cuda, cuda:1; default: where the model is.", metavar="NAME"
     )
     progress: bool = option(True, "Show how far it is.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterOptions:
+    """All that ``cluster`` takes beside the model. Raises InputError for a value out of its bounds."""
+
+    values: int = option(
+        16, "Different values a layer's weight may have, zero among them.", lambda n: 2 <= n <= 256, "2 to 256", "N", 2
+    )
+    fold: bool = option(True, "Batch norm goes into the weights first, as deployment has it.")
+    ignore: Sequence[str] = option((), "Layers to leave alone; may be given more than once.", metavar="GLOB")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.values, bool) or not isinstance(self.values, int):
+            raise InputError(f"values={self.values!r} is not a whole number; 16 is usual")
+        check(self, "")
+
+    @property
+    def globs(self) -> tuple[str, ...]:
+        return (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore)

@@ -31,6 +31,7 @@ GLOSSARY = {
     "pruning": "Removing whole channels that matter least; the model becomes narrower and needs no special hardware.",
     "distillation": "Training the small model to answer like the original.",
     "quantization": "Storing and multiplying 8-bit integers instead of 32-bit floats.",
+    "clustering": ("Weights of a layer share few values, which training learns: smaller on disk, as fast as before."),
     "bits": "Bits that store one weight of the layer: 32 is float, 8 is int8.",
     "error": (
         "What rounding to few bits changed in the layer's weights: signal-to-noise in decibels, more is better; 30 "

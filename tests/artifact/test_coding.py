@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import hypothesis
@@ -55,6 +56,20 @@ def test_it_comes_near_the_entropy_of_each_kind():
     entropy = sum(-(share * np.log2(share)).sum() * 40_000 / 8 for share in shares)
     spent = len(rans.encode(np.concatenate(parts), [40_000, 40_000], [0, 1], tables))
     assert entropy < spent < 1.001 * entropy + 4 * (80_000 / 4096 + 1)
+
+
+@pytest.mark.parametrize("most", [2, 256])
+def test_decoding_takes_memory_in_proportion(most):
+    symbols, lengths, tables = drawn([1_000_000], [most], 1)
+    data = coded(symbols, lengths, tables)
+    tracemalloc.start()
+    try:
+        found = rans.decode(data, lengths, [0], tables)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert np.array_equal(found, symbols)
+    assert peak <= 2.1 * len(symbols) + 1.1 * len(data) + 200_000
 
 
 def test_golden_bytes():

@@ -240,7 +240,7 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "size of nothing": (("size", "2MB"), f"compress {MODEL} {ON} --size 0 {OUT}"),
     "contradicting steps": (("keep, macs",), f"compress {MODEL} {ON} --step 'prune keep=0.5 macs=0.5' --speedup 2 "
                                              f"{OUT}"),
-    "unknown step": (("prun", "prune, mask, distill, quantize"), f"compress {MODEL} {ON} --step prun {OUT}"),
+    "unknown step": (("prun", "prune, mask, cluster, distill, quantize"), f"compress {MODEL} {ON} --step prun {OUT}"),
     "empty step": (("--step ''", "prune macs=0.5"), f"compress {MODEL} {ON} --step '' {OUT}"),
     "unknown option of a step": (("mac", "did you mean 'macs'"), f"compress {MODEL} {ON} --step 'prune mac=0.5' {OUT}"),
     "model that returns two tensors": (("--core",), f"compress {HERE}:Two {ON} --speedup 2 {OUT}"),

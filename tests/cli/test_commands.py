@@ -29,6 +29,7 @@ COMMANDS = [
     "compress",
     "prune",
     "mask",
+    "cluster",
     "distill",
     "quantize",
     "evaluate",

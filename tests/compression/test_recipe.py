@@ -135,7 +135,7 @@ def test_a_step_as_text(text: str, step: dict[str, Any]) -> None:
         (('max_drop = "0.5%"', "max_drop = 0.5"), "recipe.toml: [budget] max_drop: 0.5 would be 50 %"),
         (
             ('do = "prune"', 'do = "prun"'),
-            "recipe.toml: step 1: do = 'prun' is no step; have prune, mask, distill, quantize",
+            "recipe.toml: step 1: do = 'prun' is no step; have prune, mask, cluster, distill, quantize",
         ),
         (("macs = 0.5", "mac = 0.5"), "recipe.toml: step 1 (prune): unknown key 'mac'; did you mean 'macs'?"),
         (

@@ -222,8 +222,10 @@ def in_meta(name: str, words: str, **entries: Any) -> None:
 
 for _name, _value in {"a_number": 1, "an_object": {}, "a_text": "four", "none": None}.items():
     in_meta(f"meta_sparse_is_no_{_name}", "meta.sparse is not a list", sparse=_value)
+    in_meta(f"meta_shared_is_no_{_name}", "meta.shared is not a list", shared=_value)
 for _name, _value in {"unknown": "x", "a_number": 1, "a_list": [], "none": None}.items():
     in_meta(f"meta_sparse_names_nothing_{_name}", "meta.sparse has", sparse=[_value])
+    in_meta(f"meta_shared_names_nothing_{_name}", "meta.shared has", shared=[_value])
 for _name, _value in {"a_list": [], "a_number": 4, "none": None}.items():
     in_meta(f"meta_bits_is_no_{_name}", "meta.bits is not an object", bits=_value)
 for _name, _value in {"zero": 0, "one": 1, "nine": 9, "half": 4.5, "true": True, "text": "4", "none": None}.items():

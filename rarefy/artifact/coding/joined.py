@@ -193,6 +193,11 @@ def check_entry(entry: Entry, dtype: torch.dtype, at: str) -> None:
     expect(good and (count > 0 or stored is None), at, f"is stored as {said(stored)} of {said(bits)} bits")
 
 
+def symbol_count(entries: Mapping[str, Entry]) -> int:
+    """Of all tensors together: what ``coded`` holds."""
+    return sum(math.prod(entry["shape"]) for entry in entries.values() if entry.get("stored") in CODED)
+
+
 def plain_bytes(entry: Entry, dtype: torch.dtype) -> int:
     """Bytes of a tensor in ``plain``."""
     stored = entry.get("stored")

@@ -75,6 +75,7 @@ def encode(symbols: Bytes, lengths: Sequence[int], chosen: Sequence[int], tables
 def decode(data: Bytes, lengths: Sequence[int], chosen: Sequence[int], tables: Sequence[Numbers]) -> Bytes:
     """The symbols that ``encode`` was given. Their number is compared with the bytes before memory is taken.
 
+    Beside them it takes a byte a symbol, a copy of ``data``, and 32 kB a table.
     Raises FormatError for bytes that ``encode`` does not write.
     """
     count = sum(lengths)
@@ -83,7 +84,7 @@ def decode(data: Bytes, lengths: Sequence[int], chosen: Sequence[int], tables: S
         raise FormatError(f"{count} symbols in {len(data)} bytes: more than {LARGEST_RATIO} to 1, or cut off")
     states = data[: 4 * columns].copy().view("<u4").astype(np.int64)
     rest = data[4 * columns :]
-    words = rest[: len(rest) // 2 * 2].copy().view("<u2").astype(np.int64)
+    words = rest[: len(rest) // 2 * 2].copy().view("<u2")
     if bool((states < _LOW).any()):
         raise FormatError("a state of the entropy coder lies below 65536")
     meaning = _meanings(tables)

@@ -155,8 +155,8 @@ def without(graph: fx.GraphModule, leaving: Sequence[Block]) -> fx.GraphModule:
         nodes[block.end.node.name].replace_all_uses_with(nodes[start])
     finish(small)
     kept = {name for name, _ in small.named_parameters(remove_duplicate=False)}
-    if "sparse" in small.meta:
-        small.meta["sparse"] = [name for name in small.meta["sparse"] if name in kept]
+    for key in small.meta.keys() & {"sparse", "shared"}:
+        small.meta[key] = [name for name in small.meta[key] if name in kept]
     return small
 
 

@@ -1,0 +1,1 @@
+"""Weights that share few values: which values, and which weight takes which."""
