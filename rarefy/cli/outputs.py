@@ -17,8 +17,11 @@ from rarefy.errors import GoalMissed, InputError, SelfCheckFailed
 # ------------------------------------------------------------------ where results go
 
 
-def claim_folder(text: str) -> str:
-    """The folder may be made, or is one of ours (or empty), to be replaced: told before hours of work, not after."""
+def claim_folder(text: str, files: FileOptions | None = None, runtime: Any = "onnxruntime") -> str:
+    """The folder may be made, or is one of ours (or empty), to be replaced: told before hours of work, not after.
+
+    files: what is asked for beside it, of that runtime; none of its names is one that can't be.
+    """
     path = Path(text)
     if (
         path.is_dir()
@@ -34,6 +37,8 @@ def claim_folder(text: str) -> str:
 
         if folder.is_artifact(path.absolute().parent):
             raise InputError(f"{text}: lies in a saved folder, which holds files only; choose another --output")
+    if files is not None:
+        _claim_files(files, runtime)
     return str(path)
 
 
@@ -79,7 +84,7 @@ def readable(text: str, option: str) -> str:
     return text
 
 
-def claim_files(files: FileOptions, runtime: Any) -> None:
+def _claim_files(files: FileOptions, runtime: Any) -> None:
     """Names that can be what they say: told before hours of work, not after."""
     from rarefy.deployment.export import runtime_of
 

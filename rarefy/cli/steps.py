@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+import rarefy
 from rarefy import plugins
 from rarefy.cli.inputs import device_of, loaded, prepared, share_or_count, weight_of
 from rarefy.cli.options import (
@@ -25,7 +26,7 @@ from rarefy.cli.options import (
     app,
     grouped,
 )
-from rarefy.cli.outputs import claim_files, claim_folder, save_result
+from rarefy.cli.outputs import claim_folder, save_result
 from rarefy.cli.terminal import show_json, show_table
 from rarefy.distillation.options import Training, training_of
 from rarefy.errors import InputError
@@ -93,12 +94,9 @@ def prune(
         return _show_coupling(graph, asked.globs, asked.heads, as_json)
     if output is None:
         raise InputError("no --output is given; pass -o PATH, or --explain to only look (rarefy prune --help)")
-    folder = claim_folder(output)
-    claim_files(files, "onnxruntime")
+    folder = claim_folder(output, files)
     source, graph, task = prepared(model, data, needed=False)
-    from rarefy.pruning.prune import prune as verb
-
-    small = verb(graph, **given, task=task, device=device_of(device), checkpoint=f"{folder}.work")
+    small = rarefy.prune(graph, **given, task=task, device=device_of(device), checkpoint=f"{folder}.work")
     save_result(small, folder, source, task, as_json, before=graph, files=files)
     shutil.rmtree(f"{folder}.work", ignore_errors=True)
 
@@ -114,17 +112,11 @@ def mask(
     as_json: Json = False,
 ) -> None:
     """Make single weights zero, and keep them so in training: smaller on disk, no faster on ONNX Runtime.
-
-    wanda needs data.
-    """
+    wanda needs data."""
     MaskOptions(**given)  # what is no choice is told before a model is loaded
-    folder = claim_folder(output)
-    claim_files(files, "onnxruntime")
+    folder = claim_folder(output, files)
     source, graph, task = prepared(model, data, needed=False)
-    from rarefy.pruning.mask import mask as verb
-
-    sparse = verb(graph, **given, task=task)
-    save_result(sparse, folder, source, task, as_json, before=graph, files=files)
+    save_result(rarefy.mask(graph, **given, task=task), folder, source, task, as_json, before=graph, files=files)
 
 
 @app.command()
@@ -137,16 +129,11 @@ def cluster(
     files: FileOptions,
     as_json: Json = False,
 ) -> None:
-    """Let the weights of each layer share few values, which distill then learns: smaller with --store smallest, no
-    faster."""
+    """Let the weights of a layer share few values, which distill learns: smaller with --store smallest, no faster."""
     ClusterOptions(**given)  # what is no choice is told before a model is loaded
-    folder = claim_folder(output)
-    claim_files(files, "onnxruntime")
+    folder = claim_folder(output, files)
     source, graph, task = prepared(model, data, needed=False)
-    from rarefy.quantization.clustering.cluster import cluster as verb
-
-    shared = verb(graph, **given, task=task)
-    save_result(shared, folder, source, task, as_json, before=graph, files=files)
+    save_result(rarefy.cluster(graph, **given, task=task), folder, source, task, as_json, before=graph, files=files)
 
 
 def _show_coupling(graph: Any, ignore: tuple[str, ...], heads: str, as_json: bool) -> None:
@@ -199,8 +186,6 @@ def distill(
 
     Killed and started again, it goes on where it was.
     """
-    from rarefy.distillation.distill import distill as verb
-    from rarefy.distillation.distill import train as without_teacher
     from rarefy.distillation.objective import terms
     from rarefy.distillation.teachers import student_kind, student_of
 
@@ -215,8 +200,7 @@ def distill(
         )
     if cache is not None and not teacher and student is None:
         raise InputError("--cache: keeps a teacher's answers, and there is none; pass --teacher, or leave it out")
-    folder = claim_folder(output)
-    claim_files(files, "onnxruntime")
+    folder = claim_folder(output, files)
     source, graph, task = prepared(model, data)
     before = graph
     common: dict[str, Any] = {
@@ -229,9 +213,9 @@ def distill(
     if student is not None:
         graph, guides = student_of(student, graph, task=task, seed=training.seed), guides or [(1.0, graph)]
     if not guides:
-        trained = without_teacher(graph, task, **common)
+        trained = rarefy.train(graph, task, **common)
     else:
-        trained = verb(graph, guides, task, loss=loss, cache=cache, **common)
+        trained = rarefy.distill(graph, guides, task, loss=loss, cache=cache, **common)
     if int(os.environ.get("RANK", "0")):  # under torchrun the first process saves for all
         return
     save_result(trained, folder, source, task, as_json, before=before, files=files)
@@ -282,14 +266,10 @@ def quantize(
         plugins.resolve(kind, choice)
     if output is None and not explain:
         raise InputError("no --output is given; pass -o PATH, or --explain to only look (rarefy quantize --help)")
-    folder = claim_folder(output) if output is not None and not explain else None
-    if folder is not None:
-        claim_files(files, asked.runtime)
+    folder = claim_folder(output, files, asked.runtime) if output is not None and not explain else None
     images_needed = str(asked.activations).strip() != "float"  # weights alone need none
     source, graph, task = prepared(model, data, needed=images_needed)
-    from rarefy.quantization.quantize import quantize as verb
-
-    small = verb(graph, task, **given)
+    small = rarefy.quantize(graph, task, **given)
     if folder is None:
         return _show_noise(small, as_json)
     save_result(small, folder, source, task, as_json, before=graph, files=files, runtime=asked.runtime)
