@@ -3,14 +3,14 @@ write; and how long they take to load.
 
     python bench/sizes.py [--only resnet56 --bits 8 4] [--peers] [--loading] [--json FILE] [--check]
 
-Weights alone are rounded (to the nearest code), a scale an output channel. ResNet-56, EfficientNet-Lite0 and MobileNetV2
-have their trained weights (bench/panel_networks.py), ViT-Tiny those it begins with. Entropy is of each tensor by itself:
-what the best coder of single codes takes that knows how often each occurs.
+Weights alone are rounded (to the nearest code), a scale an output channel. ResNet-56, EfficientNet-Lite0 and
+MobileNetV2 have their trained weights (bench/panel_networks.py), ViT-Tiny those it begins with. Entropy is of each
+tensor by itself: what the best coder of single codes takes that knows how often each occurs.
 
 --peers: ONNX Runtime's dynamic quantiser at 8 bits, and NNCF's compression of weights at 8 and 4 bits in OpenVINO's
 files (in the environment of ``make bench-setup``), as they are and after zstandard at level 19; below 4 bits neither
-writes a file. --loading (on Linux): median seconds of ``load`` and the most memory it took, the loaded model among it, each in a
-process of its own. --check:
+writes a file. --loading (on Linux): median seconds of ``load`` and the most memory it took, the loaded model among it,
+each in a process of its own. --check:
 exit 1 where the codes of a smallest folder take more than 1.05 of their entropy or, with --loading, where a fastest
 folder loads no faster than the smallest.
 """
@@ -98,7 +98,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def loaded(folder: Path, warm: Path) -> tuple[float, int]:
-    """Median seconds of a load, and bytes of memory that the first took at most. warm: a small folder, loaded before."""
+    """Median seconds of a load, and bytes of memory that the first took at most. warm: a small folder, loaded first."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", LOADING, str(folder), str(warm), str(LOADS)],

@@ -23,8 +23,8 @@ from rarefy.cli.terminal import guarded, say
 
 # as the help lists them; others come behind
 ORDER = (
-    "compress run front worker prune mask cluster distill quantize evaluate measure predict export report compare card sign "
-    "verify keygen push pull demo list doctor"
+    "compress run front worker prune mask cluster distill quantize evaluate measure predict export report compare card "
+    "sign verify keygen push pull demo list doctor"
 ).split()
 
 

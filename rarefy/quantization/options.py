@@ -1,5 +1,5 @@
-"""The options of ``quantize`` and ``cluster``, with help and bounds. Nothing heavy is imported: the command line reads them to answer
---help."""
+"""The options of ``quantize`` and ``cluster``, with help and bounds. Nothing heavy is imported: the command line
+reads them to answer --help."""
 
 from __future__ import annotations
 

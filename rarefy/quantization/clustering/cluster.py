@@ -2,13 +2,13 @@
 
     k-means (kmeans.py) ─▶ each weight becomes the nearest of k values ─▶ ``distill``: the k values learn
 
-With k values a weight is one of k, log2 k bits, or its entropy, and k floats a layer: ``--store smallest`` holds no more.
+With k values a weight is one of k, log2 k bits, or its entropy, and k floats a layer: no more is in a smallest folder.
 The graph stays as it is, in floats: every runtime reads it, and none runs it faster; ``quantize`` makes a model faster,
 its codes lie at equal distances.
 
-The names of such weights stand in ``meta["shared"]``. While they learn, the weights of one value stay equal: each gets
-the mean of their gradients (``rarefy/distillation/optimizer.py``). Zeros of a masked weight are a value of their own, and
-stay zero.
+The names of such weights stand in ``meta["shared"]``. While they learn, the weights of one value stay equal: each
+gets the mean of their gradients (``rarefy/distillation/optimizer.py``). Zeros of a masked weight are a value of their
+own, and stay zero.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def _weights(graph: fx.GraphModule, ignore: Sequence[str]) -> dict[str, nn.Param
             known.add(id(parameters[name]))
     if not found:
         raise InputError(
-            "cluster: the model has no convolution and no linear layer with a float weight that may be changed; cluster "
-            "before quantize, or ignore less"
+            "cluster: the model has no convolution and no linear layer with a float weight that may be changed; "
+            "cluster before quantize, or ignore less"
         )
     return found
 

@@ -3,7 +3,7 @@
     minimise  sum over values c of  sum over weights w of its cluster  (w - c)^2
 
 On a line a cluster is an interval of the sorted numbers, so sums of it are differences of running sums, and a round of
-Lloyd's algorithm (each number goes to the nearest value, each value to the mean of its numbers) takes k binary searches.
+Lloyd's algorithm (each number goes to the nearest value, each value to the mean of its numbers) is k binary searches.
 
 Where to start decides where Lloyd's ends. Deep Compression (1510.00149) starts from values at equal distances, since
 random numbers miss the few large weights; of a layer with outliers most such values get no weight. So there is a second
