@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from rarefy.kernels.chunks import by_images
-from rarefy.kernels.int_linear import between_ends
+from rarefy.kernels.int_linear import ends_of, placed
 from rarefy.kernels.library import GRID, operator
 from rarefy.kernels.quantize import from_codes, to_codes
 
@@ -91,12 +91,18 @@ def add_in_fixed_point(
 def add_by_numbers(
     a: Tensor, a_scale: Tensor, a_zero_point: Tensor, b: Tensor, b_scale: Tensor, b_zero_point: Tensor, *grid: Any
 ) -> Tensor:
-    """``add`` as OpenVINO rounds it: the sum of the decoded numbers. grid: as of ``between_ends``."""
-    kind = a_scale.dtype
+    """``add`` as OpenVINO rounds it: (a - z_a) (s_a / s_b) + (b - z_b), on a grid whose ends are divided by s_b.
+
+    grid: as of ``between_ends``.
+    """
+    kind, ratio = a_scale.dtype, a_scale / b_scale
+    low, high, steps = ends_of(grid)
+    low, high = low / b_scale, high / b_scale
+    factor = steps / (high - low)
 
     def some(a: Tensor, b: Tensor) -> Tensor:
-        first = from_codes(a, a_zero_point, kind).mul_(a_scale)
-        return between_ends(first.add_(from_codes(b, b_zero_point, kind).mul_(b_scale)), grid)
+        sums = from_codes(a, a_zero_point, kind).mul_(ratio).add_(from_codes(b, b_zero_point, kind))
+        return placed(sums, factor, -low * factor, grid)
 
     return _joined(some, a, b)
 

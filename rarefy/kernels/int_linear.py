@@ -17,7 +17,7 @@ numbers is not, and its roundings, different on every device, flip one code in t
 OpenVINO decodes first and rounds afterwards, on a grid that it has as its two ends, l = s (0 - z) and h = s (255 - z)
 (``convolution_by_numbers``, ``linear_by_numbers``):
 
-    q[o] = clip( round((sum_i (x_i - z_x) w_oi (s_x s_w[o]) + b_o (s_x s_w[o])) (255 / (h - l)) + 255 (-l) / (h - l)) )
+    q[o] = clip( round((sum_i (x_i - z_x) w_oi (s_x s_w[o]) + b_o (s_x s_w[o])) 255/(h - l) - 255 l/(h - l)) )
 
 each step in float32, the last product and sum in one, which makes the next code of up to three in a hundred thousand.
 
@@ -106,7 +106,7 @@ def convolution_by_numbers(
 ) -> Tensor:
     """As ``convolution_codes``, as OpenVINO rounds it. grid: scale, zero point, ends and type of the codes."""
     factor = x_scale * weight_scale
-    numbers = (bias.to(factor.dtype) * factor).view(-1, *[1] * (weight.dim() - 2))
+    numbers = _bias(bias, factor).view(-1, *[1] * (weight.dim() - 2))
     places = (stride, padding, dilation, groups)
     rounded = partial(between_ends, grid=grid)
     return _convolved(x, weight, bias * 0, x_zero_point, factor, places, lambda sums: rounded(sums.add_(numbers)))
@@ -117,22 +117,40 @@ def linear_by_numbers(
 ) -> Tensor:
     """As ``linear_codes``, as OpenVINO rounds it."""
     factor = x_scale * weight_scale
-    numbers = bias.to(factor.dtype) * factor
+    numbers = _bias(bias, factor)
     rounded = partial(between_ends, grid=grid)
     return _multiplied(x, weight, bias * 0, x_zero_point, factor, lambda sums: rounded(sums.add_(numbers)))
+
+
+def _bias(codes: Tensor, factor: Tensor) -> Tensor:
+    """The numbers of a bias, whose codes may be wider than float32's whole numbers."""
+    return (codes.double() * factor.double()).to(factor.dtype)
 
 
 def between_ends(numbers: Tensor, grid: tuple[Any, ...]) -> Tensor:
     """The codes of ``numbers`` on a grid that is known by the numbers of its lowest and highest code.
 
-    grid: scale, zero point, ends and type of the codes.
+    grid: scale, zero point, ends and type of the codes. Where l is 0, OpenVINO multiplies by the reciprocal of the
+    step that it has as the reciprocal of 255 / (h - l).
     """
-    scale, zero_point, qmin, qmax, dtype = grid
+    low, high, steps = ends_of(grid)
+    factor, offset = steps / (high - low), steps * -low / (high - low)
+    return placed(numbers, factor if low else 1 / (1 / factor), offset, grid)
+
+
+def ends_of(grid: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers of the lowest and the highest code of the grid's type, and how many steps they are apart."""
+    scale, zero_point, _, _, dtype = grid
     limits = torch.iinfo(dtype)
     zero = zero_point.to(scale.dtype)
-    low, high, steps = (limits.min - zero) * scale, (limits.max - zero) * scale, limits.max - limits.min
-    factor, offset = steps / (high - low), steps * -low / (high - low) + limits.min
-    places = numbers.double().mul_(factor.double()).add_(offset.double()).to(scale.dtype)  # rounded once
+    steps = torch.full_like(scale, limits.max - limits.min)  # int / Tensor would be rounded twice
+    return (limits.min - zero) * scale, (limits.max - zero) * scale, steps
+
+
+def placed(numbers: Tensor, factor: Tensor, offset: Tensor, grid: tuple[Any, ...]) -> Tensor:
+    """The codes at ``numbers`` times ``factor`` plus ``offset``, rounded once before they are whole."""
+    scale, _, qmin, qmax, dtype = grid
+    places = numbers.double().mul_(factor.double()).add_(offset.double() + torch.iinfo(dtype).min).to(scale.dtype)
     return to_codes(places, 0, qmin, qmax, dtype)
 
 
