@@ -1,7 +1,7 @@
 """export_all(): the file of each runtime, made, compared and timed in a process of its own, in one table.
 
-A runtime is somebody else's library: one may end the process with a signal, another never come back. Each therefore
-gets a saved copy of the model, a process, and a time limit; what becomes of it is one row, and the others' files are
+A runtime is somebody else's library: one may end the process with a signal, another never come back or take all memory.
+Each therefore gets a saved copy of the model, a process, a time limit, and an end before memory has one; what becomes of it is one row, and the others' files are
 not touched by it. A library that is not installed, and a model that a runtime can't run, are rows that say so.
 """
 
@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,8 +30,11 @@ from rarefy.deployment import latency
 from rarefy.deployment.export import export, fed, given_to
 from rarefy.deployment.runtime import Runtime
 from rarefy.errors import InputError, MissingDependency, RarefyError
+from rarefy.system import memory
 
 SECONDS = 600.0  # for one runtime
+LOOK = 0.2  # seconds between looks at the memory that is free
+SPARED = 16  # the part of it that is left to others
 ROUNDS = 30  # of the latency
 REPORT = "report.json"
 
@@ -142,9 +146,7 @@ def _in_its_process(name: str, asked: dict[str, Any], seconds: float) -> Row:
             start_new_session=True,
         )
         try:
-            code = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            code = None
+            code, why = _ended(process, seconds)
         finally:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
@@ -155,15 +157,28 @@ def _in_its_process(name: str, asked: dict[str, Any], seconds: float) -> Row:
         row: Row = json.loads(report.read_text(encoding="utf-8"))
         if code == 0 or row["state"] != "begun":
             return row
-    return _lost(name, Path(asked["file"]), code, seconds, words)
+    return _lost(name, Path(asked["file"]), code, why, words)
 
 
-def _lost(name: str, file: Path, code: int | None, seconds: float, words: str) -> Row:
-    if code is None:
-        why = f"took more than {seconds:g} s and was ended; give it more time, or leave it out"
-    elif code < 0:
+def _ended(process: subprocess.Popen[bytes], seconds: float) -> tuple[int | None, str]:
+    """The exit status; None, and why, for a process that has to be ended: time is over, or memory nearly.
+
+    The system's own way out of that may take another process.
+    """
+    left, end = (memory.available() or 0) // SPARED, time.monotonic() + seconds
+    while time.monotonic() < end:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(min(LOOK, max(end - time.monotonic(), 0.0))), ""
+        free = memory.available()
+        if free is not None and free < left:
+            return None, "took nearly all memory that was free and was ended; leave it out, or give the machine more"
+    return None, f"took more than {seconds:g} s and was ended; give it more time, or leave it out"
+
+
+def _lost(name: str, file: Path, code: int | None, why: str, words: str) -> Row:
+    if code is not None and code < 0:
         why = f"its process was killed by {signal.Signals(-code).name}; its library has a fault with this model"
-    else:
+    elif code is not None:
         why = f"its process ended with {code} ({words.splitlines()[-1][:200] if words else 'and said nothing'})"
     found: Row = {"runtime": name, "state": "failed", "file": None, "size_bytes": None, "parity": None}
     if file.exists():  # put in place whole before that

@@ -15,6 +15,7 @@ from rarefy.cli.main import run
 from rarefy.deployment.everywhere import COLUMNS, export_all, shown
 from rarefy.errors import InputError
 from rarefy.graph.capture import capture
+from rarefy.system import memory
 
 pytest.importorskip("onnxruntime")
 
@@ -56,6 +57,13 @@ class Missing(OnnxRuntime):
 class Leaving(OnnxRuntime):
     def export(self, graph, path):
         sys.exit(3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Raising(OnnxRuntime):
+    def export(self, graph, path):
+        Path(path).write_bytes(b"half of ")
+        raise ValueError("no such kernel")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +120,25 @@ def test_what_hangs_is_ended_with_its_children(fakes: str, graph: fx.GraphModule
         export_all(graph, tmp_path / "out", only=[f"{fakes}:Hanging"], seconds=8)
     assert time.monotonic() - begun < 120
     if (tmp_path / "child").exists():  # it came so far
+        assert gone(int((tmp_path / "child").read_text()))
+
+
+def test_half_a_file_of_one_that_raises_is_not_left(fakes: str, graph: fx.GraphModule, tmp_path: Path) -> None:
+    rows = export_all(graph, tmp_path / "out", only=["onnxruntime"], also=[f"{fakes}:Raising"], compare=False)
+    assert [row["state"] for row in rows] == ["written", "failed"]
+    assert rows[1]["note"] == "its process ended with 1 (ValueError: no such kernel)" and rows[1]["file"] is None
+    assert [path.name for path in (tmp_path / "out").glob("*.onnx")] == ["onnxruntime.onnx"]
+
+
+def test_what_takes_all_memory_is_ended_before_the_system_does_it(
+    fakes: str, graph: fx.GraphModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is free, told by a stand-in: a 20th of it at the second look."""
+    free = iter([1_000])
+    monkeypatch.setattr(memory, "available", lambda: next(free, 50))
+    with pytest.raises(InputError, match="Hanging: took nearly all memory that was free and was ended"):
+        export_all(graph, tmp_path / "out", only=[f"{fakes}:Hanging"], seconds=90)
+    if (tmp_path / "child").exists():
         assert gone(int((tmp_path / "child").read_text()))
 
 
