@@ -1,8 +1,9 @@
 """export_all(): the file of each runtime, made, compared and timed in a process of its own, in one table.
 
 A runtime is somebody else's library: one may end the process with a signal, another never come back or take all memory.
-Each therefore gets a saved copy of the model, a process, a time limit, and an end before memory has one; what becomes of it is one row, and the others' files are
-not touched by it. A library that is not installed, and a model that a runtime can't run, are rows that say so.
+Each therefore gets a saved copy of the model, a process, a time limit, and an end before memory has one; what becomes
+of it is one row, and the others' files are not touched by it. A library that is not installed, and a model that a
+runtime can't run, are rows that say so.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ numbers is not, and its roundings, different on every device, flip one code in t
 OpenVINO decodes first and rounds afterwards, on a grid that it has as its two ends, l = s (0 - z) and h = s (255 - z)
 (``convolution_by_numbers``, ``linear_by_numbers``):
 
-    q[o] = clip( round((sum_i (x_i - z_x) w_oi (s_x s_w[o]) + b_o (s_x s_w[o])) 255/(h - l) - 255 l/(h - l)) )
+    t[o] = sum_i (x_i - z_x) w_oi (s_x s_w[o]) + b_o (s_x s_w[o])
+    q[o] = clip( round(t[o] 255/(h - l) - 255 l/(h - l)) )
 
 each step in float32, the last product and sum in one, which makes the next code of up to three in a hundred thousand.
 
