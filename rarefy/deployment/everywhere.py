@@ -55,7 +55,7 @@ class Row(TypedDict, total=False):
     state: str
     file: str | None
     size_bytes: int | None
-    parity: dict[str, Any] | None
+    parity: dict[str, object] | None
     latency_ms: float | None
     note: str
 

@@ -14,13 +14,14 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rarefy.deployment.onnx.writer import CONTRIB
 from rarefy.errors import FormatError, first_line
 from rarefy.system.dependencies import needs
 
 Foreign = Any  # a message of protobuf's
-Array = np.ndarray[Any, np.dtype[Any]]
+Array = NDArray[np.generic]
 
 LARGE = 4096  # elements of a value that no size is read from
 CALCULATED = frozenset(
