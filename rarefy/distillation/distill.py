@@ -10,6 +10,7 @@ the processes (``distributed.py``): ``batch_size`` is the whole.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from rarefy.graph.signature import refusal
 from rarefy.kernels import is_quantised
 from rarefy.plugins import several
 from rarefy.system.logs import Logging
+from rarefy.system.progress import say
 from rarefy.tasks.detector import capture
 from rarefy.tasks.task import Task, settled
 
@@ -118,6 +120,7 @@ def _trained(
         )
     for one in (student, *(one for _, one in teachers_of(teacher))):
         task = settled(task, one)
+    training = _of_few(training, task, verb)
     teachers = [(share, _graph(one, task, "teacher")) for share, one in teachers_of(teacher)]
     if not isinstance(student, nn.Module):
         if not teachers:
@@ -141,6 +144,15 @@ def _trained(
     place = torch.device(accelerator.device if several or device is None else device)
     job = Job(verb, graph, teachers, losses, task, training, accelerator, place, extras)
     return remember(qat.trained(job) if is_quantised(graph) else loop.run(job), task)
+
+
+def _of_few(training: Training, task: Task, verb: str) -> Training:
+    """The usual batch is all images where there are fewer; another one, that was asked for, stays."""
+    images = task.data.length("train") if task.data.train is not None else 0
+    if training.batch_size != Training.batch_size or not 0 < images < training.batch_size:
+        return training
+    say(f"{verb}: batch_size={images}, as many as there are training images")
+    return dataclasses.replace(training, batch_size=images, accumulate=min(training.accumulate, images))
 
 
 def _check(verb: str, losses: Sequence[Term], taught: bool, training: Training) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bounds import bounded
 from pictures import picture, stacked
 from PIL import Image
 from torch.utils.data import TensorDataset
@@ -254,6 +255,17 @@ def test_a_damaged_header_of_an_array_is_refused(tmp_path: Path, whole: bytes) -
         archive.writestr("images.npy", data.replace(whole, b"(" * len(whole)))
     with pytest.raises(DataError, match=r"can't be read \(.*write it again by np\.savez"):
         Classification(val=f"npz:{file}").length("val")
+
+
+def test_a_bomb_in_place_of_an_array_is_not_unpacked(tmp_path: Path) -> None:
+    with (
+        zipfile.ZipFile(tmp_path / "d.npz", "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("images.npy", "w") as to,
+    ):
+        for _ in range(8):
+            to.write(bytes(2**25))
+    with bounded(64 * 2**20, 5), pytest.raises(DataError, match="images is no array"):
+        Classification(val=f"npz:{tmp_path / 'd.npz'}").length("val")
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.uint64])

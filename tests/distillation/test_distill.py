@@ -808,6 +808,15 @@ def test_wrong_arguments_are_one_line(arguments: dict[str, Any], says: str) -> N
     assert "\n" not in str(raised.value)
 
 
+def test_the_usual_batch_is_all_images_where_there_are_fewer(capsys: pytest.CaptureFixture[str]) -> None:
+    quick = {key: value for key, value in QUICK.items() if key != "batch_size"}
+    trained = train(student(), Digits(images=20), **quick)
+    assert trained.meta["history"][-1]["options"]["batch_size"] == 20
+    assert capsys.readouterr().err == "train: batch_size=20, as many as there are training images\n"
+    with pytest.raises(InputError, match="batch_size=64 is above the 20 training images"):
+        train(student(), Digits(images=20), batch_size=64, **quick)
+
+
 OUT_OF_BOUNDS = [
     ({"epochs": 0}, "epochs=0 is not at least 1"),
     ({"steps": 0}, "steps=0 is not at least 1, or None"),

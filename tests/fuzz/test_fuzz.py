@@ -250,7 +250,7 @@ def decoded(data: bytes, place: Path) -> object:
     source = Items("fuzz", [data], torch.arange(1), None)
     decoder = decoding.Decoder(source, (3, 8, 8), 1.0, Image.Resampling.BILINEAR, Augmentation())
     found = decoder[0, None]
-    assert (found.image is None) == bool(found.broken or found.refused)
+    assert (found.made is None) == bool(found.broken or found.refused)
     return found
 
 

@@ -15,6 +15,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+from numpy.lib.format import MAGIC_PREFIX
 
 from rarefy.data.items import Split
 from rarefy.data.shards import SPLITS
@@ -50,9 +51,21 @@ def read(text: str, rest: str, split: Split) -> tuple[object, bool]:
                     "write np.savez(FILE, x_train=..., y_train=..., x_test=..., y_test=...)"
                 )
             images, labels = found
+            for name in (images, labels):
+                _check_array(path, name, text)
             return (file[images], file[labels] if labels else None), divided
     except _BROKEN as error:
         raise DataError(f"{text}: can't be read ({str(error)[:150]}); write it again by np.savez") from error
+
+
+def _check_array(path: Path, name: str | None, text: str) -> None:
+    """NumPy reads the whole of what does not begin as an array, and hands on its bytes. Raises DataError."""
+    with zipfile.ZipFile(path) as archive:
+        stored = {one.removesuffix(".npy"): one for one in archive.namelist()}
+        if name is not None:
+            with archive.open(stored[name]) as file:
+                if file.read(len(MAGIC_PREFIX)) != MAGIC_PREFIX:
+                    raise DataError(f"{text}: {name} is no array; write it again by np.savez")
 
 
 def _pair(names: dict[str, str], words: tuple[str, ...]) -> tuple[str, str | None] | None:
