@@ -304,15 +304,18 @@ def decoded(
     return _uninterrupted(loader, where)
 
 
+_FEWER = "pass fewer workers, or workers=0 to decode in this process"
+
+
 def _uninterrupted(loader: DataLoader[Batch], where: str) -> Iterator[Batch]:
     """The loader's batches; a worker that dies is told of in a line."""
     try:
         batches = iter(loader)
     except OSError as error:
-        raise DataError(
-            f"{where}: its workers can't be started ({why(error)}); pass fewer workers, or workers=0 to decode in this "
-            "process"
-        ) from error
+        raise DataError(f"{where}: its workers can't be started ({why(error)}); {_FEWER}") from error
+    if getattr(batches, "_worker_pids_set", False):  # else a signal's handler raises in whatever runs when one dies;
+        torch._C._remove_worker_pids(id(batches))  # so it is the next batch that tells, within 5 seconds
+        batches._worker_pids_set = False  # type: ignore[attr-defined]
     while True:
         try:
             with warnings.catch_warnings():
@@ -320,11 +323,8 @@ def _uninterrupted(loader: DataLoader[Batch], where: str) -> Iterator[Batch]:
                 batch = next(batches)
         except StopIteration:
             return
-        except (RuntimeError, OSError) as error:
-            raise DataError(
-                f"{where}: a worker stopped ({first_line(error)}); "
-                "pass fewer workers, or workers=0 to decode in this process"
-            ) from error
+        except (RuntimeError, OSError, EOFError) as error:
+            raise DataError(f"{where}: a worker stopped ({first_line(error)}); {_FEWER}") from error
         yield batch._replace(images=_tensor(batch.images), labels=_tensor(batch.labels))
 
 
